@@ -1,0 +1,87 @@
+"""N:M patterns: of every `group` consecutive weights along the input axis keep the `keep` largest magnitudes.
+
+mask[n, k] = 1 if fewer than `keep` weights of its group come before it, where weight j comes before weight i when
+|w_j| > |w_i|, or |w_j| = |w_i| and j < i (ties go to the lower index, so -0.0 is 0.0). Sources: NVIDIA ASP (arXiv
+2104.08378), SR-STE (arXiv 2102.04010). Weights that hold NaN have no magnitude order and are refused by the callers.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from sparsedm.errors import InputError
+
+GROUPS = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Keep `keep` of every `group` weights along the input axis: `Pattern(2, 4)` is 2:4, a density of one half."""
+
+    keep: int
+    group: int
+
+    def __post_init__(self):
+        if self.group not in GROUPS:
+            raise InputError(f"pattern {self}: the group size must be one of {', '.join(map(str, GROUPS))}")
+        if not 1 <= self.keep < self.group:
+            raise InputError(f"pattern {self}: must keep at least 1 and fewer than {self.group} of every {self.group}")
+
+    def __str__(self):
+        return f"{self.keep}:{self.group}"
+
+    @property
+    def density(self):
+        return self.keep / self.group
+
+    @classmethod
+    def parse(cls, text):
+        """'2:4' -> Pattern(2, 4), 'dense' -> None. A Pattern or None is returned as it is.
+
+        Raises: InputError for anything else.
+        """
+        if text is None or isinstance(text, cls):
+            return text
+        if text == "dense":
+            return None
+        match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+        if not match:
+            raise InputError(f"unknown pattern {text!r}: write 'dense' or N:M, for example 2:4")
+        return cls(int(match[1]), int(match[2]))
+
+
+def group_view(weight):
+    """The weight as (rows, K) whose last axis is the input axis along which groups run.
+
+    Linear (out, in) is returned as it is; Conv2d (out, in, kh, kw) as (out * kh * kw, in), so that a group never
+    straddles kernel positions or filters (METHOD trap 2). The result shares memory wherever torch allows it.
+    """
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def ungroup(rows, shape):
+    """Inverse of `group_view`: rows (rows, K) -> a tensor of `shape` (a Linear's or a Conv2d's)."""
+    if len(shape) == 2:
+        return rows
+    out, cin, kh, kw = shape
+    return rows.view(out, kh, kw, cin).permute(0, 3, 1, 2)
+
+
+def choose_mask_ref(weight, pattern):
+    """weight (rows, K) -> bool mask (rows, K): the definition above, by counting who comes before whom.
+
+    Costs group^2 / 2 comparisons per group but no sort.
+    """
+    groups = weight.detach().abs().unflatten(-1, (-1, pattern.group))
+    before = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)
+    for j in range(pattern.group):
+        other = groups[..., j : j + 1]
+        before[..., :j] += other > groups[..., :j]
+        before[..., j + 1 :] += other >= groups[..., j + 1 :]
+    return (before < pattern.keep).flatten(-2)
+
+
+def holds(weight, pattern):
+    """True if no group of weight (rows, K) has more than `keep` non-zeros."""
+    return bool(((weight != 0).unflatten(-1, (-1, pattern.group)).sum(-1) <= pattern.keep).all())
