@@ -82,6 +82,61 @@ def choose_mask_ref(weight, pattern):
     return (before < pattern.keep).flatten(-2)
 
 
+def choose_mask(weight, pattern):
+    """The same mask as `choose_mask_ref`, several times quicker on a CPU: each place in a group is its own row here.
+
+    weight (rows, K) -> bool mask (rows, K).
+    """
+    group = pattern.group
+    place = weight.detach().abs().reshape(-1, group).t().contiguous()
+    before = torch.zeros(place.shape, dtype=torch.uint8, device=weight.device)
+    for i in range(group - 1):
+        first = place[i] >= place[i + 1 :]
+        before[i + 1 :] += first
+        before[i] += (group - 1 - i) - first.sum(0, dtype=torch.uint8)
+    return (before < pattern.keep).t().reshape(weight.shape)
+
+
+def check_weight(weight, pattern, name="weight"):
+    """Raise InputError, naming the layer, unless `weight` is a Linear's or Conv2d's that `pattern` divides."""
+    shape = tuple(weight.shape)
+    if not weight.is_floating_point():
+        raise InputError(f"{name}: masks are chosen among floating-point weights, not {weight.dtype}")
+    if weight.dim() not in (2, 4):
+        raise InputError(f"{name}: a masked weight has 2 (Linear) or 4 (Conv2d) dimensions, not shape {shape}")
+    if shape[1] == 0 or shape[1] % pattern.group:
+        raise InputError(f"{name}: the input axis of shape {shape} must be a positive multiple of {pattern.group}")
+
+
+def choose(weight, pattern, dtype=None, name="weight"):
+    """The masked weight and its mask, for a layer to keep until its weight changes.
+
+    weight: (out, in) or (out, in, kh, kw), floating point. dtype: of the masked weight, default the weight's own.
+    Returns (masked, mask), detached, both of the weight's shape and strides; mask is bool.
+    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis or a weight is NaN.
+    """
+    check_weight(weight, pattern, name)
+    masked, mask = _choose(weight.detach(), pattern.keep, pattern.group, dtype or weight.dtype, name)
+    return masked, mask
+
+
+@torch.library.custom_op("sparsedm::choose", mutates_args=())
+def _choose(
+    weight: torch.Tensor, keep: int, group: int, dtype: torch.dtype, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # a sum is several times cheaper than a look at every weight, and NaN whenever one of them is
+    if not torch.isfinite(weight.sum()) and (nans := int(weight.isnan().sum())):
+        raise InputError(f"{name}: {nans} weights are NaN, which has no magnitude order")
+    chosen = ungroup(choose_mask(group_view(weight), Pattern(keep, group)), weight.shape)
+    mask = torch.empty_like(weight, dtype=torch.bool).copy_(chosen)
+    return torch.where(mask, weight, 0).to(dtype), mask
+
+
+@_choose.register_fake
+def _(weight, keep, group, dtype, name):
+    return torch.empty_like(weight, dtype=dtype), torch.empty_like(weight, dtype=torch.bool)
+
+
 def holds(weight, pattern):
     """True if no group of weight (rows, K) has more than `keep` non-zeros."""
     return bool(((weight != 0).unflatten(-1, (-1, pattern.group)).sum(-1) <= pattern.keep).all())
