@@ -1,0 +1,131 @@
+"""Offline compilation: a Triton or Gluon kernel built for a real GPU on a machine that has none, and what came out.
+
+Under TRITON_INTERPRET=1 Triton cannot compile, so the builds run in a child process without it (one child for a whole
+list: the imports cost more than most kernels). The bundled ptxas then assembles the PTX once more, for its warnings and
+its count of registers and spills, and cuobjdump disassembles it.
+"""
+
+import collections
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation. The signature names every argument that is not in `constexprs`, in Triton's words: '*bf16'
+    (pointer), 'i32', 'fp32', 'tensordesc<bf16[128, 64],...>'. A constexpr written 'tl.float32' stands for that object.
+    """
+
+    kernel: str  # "package.module:kernel"
+    signature: dict
+    constexprs: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)  # num_warps, num_stages, ...
+    divisible: tuple = ()  # arguments known to be multiples of 16, as the launcher finds out from their values
+    capability: int = 90  # 80, 90 (which means sm_90a), ...
+
+    def at(self, capability):
+        return replace(self, capability=capability)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    ptx: str
+    sass: str
+    registers: int
+    spills: int  # bytes, stores + loads
+    shared: int  # bytes of dynamic shared memory
+    warnings: tuple  # what ptxas had to say, for example "C7510 ... wgmma serialized"
+
+    def count(self, prefix):
+        """How many SASS instructions begin with `prefix`, for example 'HGMMA'."""
+        return sum(n for op, n in self.histogram().items() if op.startswith(prefix))
+
+    def histogram(self, start=0, end=1 << 62):
+        """Instruction -> how often it stands between the two addresses."""
+        return collections.Counter(op for address, op, _ in self.instructions() if start <= address <= end)
+
+    def loops(self):
+        """(start, end) addresses of every backward branch: the loops, inner and outer."""
+        found = []
+        for address, op, rest in self.instructions():
+            target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+            if target and int(target[1], 16) < address:
+                found.append((int(target[1], 16), address))
+        return found
+
+    def instructions(self):
+        """(address, opcode with its suffixes, operands), predicates removed."""
+        for address, text in re.findall(r"^\s*/\*([0-9a-f]{4,5})\*/\s+(.*?);", self.sass, re.M):
+            op, _, rest = re.sub(r"^@!?U?P\w+\s+", "", text.strip()).partition(" ")
+            yield int(address, 16), op, rest
+
+
+def compile_offline(builds):
+    """[Build] -> [Compiled] in the same order. Raises RuntimeError with the compiler's words if one does not compile."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[1])
+    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
+    request = json.dumps([asdict(build) for build in builds])
+    child = subprocess.run([sys.executable, __file__], input=request, env=env, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"offline compilation failed:\n{child.stderr[-4000:]}")
+    return [Compiled(**{**c, "warnings": tuple(c["warnings"])}) for c in json.loads(child.stdout)]
+
+
+def _compile(build):
+    """Runs in the child."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    module, _, name = build.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), name)
+    position = kernel.arg_names.index
+    value = {
+        k: getattr(tl, v[3:]) if isinstance(v, str) and v.startswith("tl.") else v for k, v in build.constexprs.items()
+    }
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        kernel,
+        # in the order of the arguments: PTX parameters are numbered by it
+        signature={k: "constexpr" if k in value else build.signature[k] for k in kernel.arg_names},
+        constexprs={(position(k),): v for k, v in value.items()},
+        attrs={(position(k),): [["tt.divisibility", 16]] for k in build.divisible},
+    )
+    built = compile(source, target=GPUTarget("cuda", build.capability, 32), options=build.options)
+    return asdict(Compiled(name, built.asm["ptx"], *_assemble(built.asm["ptx"], built.metadata.shared)))
+
+
+def _assemble(ptx, shared):
+    """-> (SASS, registers, spilled bytes, shared, warnings) by the ptxas and cuobjdump that come with Triton."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        architecture = re.search(r"^\.target (sm_\w+)", ptx, re.M)[1]
+        log = _run(tools / "ptxas", "-v", f"-arch={architecture}", source, "-o", binary)
+        sass = _run(tools / "cuobjdump", "-sass", binary)
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    warnings = [line for line in log.splitlines() if "warning" in line.lower() or re.search(r"\bC7\d\d\d\b", line)]
+    return sass, int(re.search(r"Used (\d+) registers", log)[1]), spills, shared, warnings
+
+
+def _run(*command):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0].name}: {done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    json.dump([_compile(Build(**{**b, "divisible": tuple(b["divisible"])})) for b in json.load(sys.stdin)], sys.stdout)
