@@ -1,0 +1,195 @@
+"""What a model is made of: per layer its shape, parameters, MACs, pattern and back end, as a table, JSON and a picture."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file
+from sparsedm.kernels.pattern import Pattern, group_view, holds
+from sparsedm.layers import Conv2d24, Linear24
+
+LAYERS = (nn.Linear, nn.Conv2d, Linear24, Conv2d24)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer. MACs are multiply-accumulates of one forward at batch 1; "after" counts only kept weights."""
+
+    name: str
+    kind: str  # class name
+    shape: tuple  # of the dense weight
+    pattern: str  # "dense" or N:M
+    holds: bool  # the weight that multiplies x has at most N non-zeros in every group
+    parameters: int
+    parameters_after: int
+    macs: int
+    macs_after: int
+    backend: str  # what computes it
+    dense_because: str  # empty if the layer is sparse
+
+    @property
+    def density(self):
+        return self.parameters_after / self.parameters if self.parameters else 1.0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """rows: one per linear and convolution layer. other_parameters: norms, embeddings. attention_macs: QK^T and PV."""
+
+    rows: tuple
+    other_parameters: int
+    attention_macs: int
+
+    def totals(self):
+        """Parameters and MACs before and after, with and without the attention products: a dict of ints."""
+        macs, after = sum(r.macs for r in self.rows), sum(r.macs_after for r in self.rows)
+        return {
+            "parameters": sum(r.parameters for r in self.rows) + self.other_parameters,
+            "parameters_after": sum(r.parameters_after for r in self.rows) + self.other_parameters,
+            "macs": macs,
+            "macs_after": after,
+            "macs_with_attention": macs + self.attention_macs,
+            "macs_with_attention_after": after + self.attention_macs,
+        }
+
+    def to_dict(self):
+        return {"layers": [asdict(r) | {"density": r.density} for r in self.rows], "totals": self.totals()}
+
+    def __str__(self):
+        head = ("layer", "weight", "pattern", "parameters", "after", "MMACs", "after", "back end", "dense because")
+        body = [
+            (
+                r.name,
+                "x".join(map(str, r.shape)),
+                r.pattern + ("" if r.holds else " VIOLATED"),
+                f"{r.parameters:,}",
+                f"{r.parameters_after:,}",
+                f"{r.macs / 1e6:,.2f}",
+                f"{r.macs_after / 1e6:,.2f}",
+                r.backend,
+                r.dense_because,
+            )
+            for r in self.rows
+        ]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        right = {3, 4, 5, 6}
+        lines = [
+            "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in [head, *body]
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join([*(line.rstrip() for line in lines), "", self.summary()])
+
+    def summary(self):
+        """The totals in three lines, saying which convention each MAC count follows."""
+        t = self.totals()
+
+        def line(name, before, after, form):
+            return f"{name:<28}{form(before):>14} -> {form(after):>12}  ({after / before - 1:+.1%})"
+
+        def giga(n):
+            return f"{n / 1e9:.2f} G" if n >= 1e8 else f"{n / 1e6:.2f} M"
+
+        return "\n".join(
+            [
+                line("parameters", t["parameters"], t["parameters_after"], "{:,}".format),
+                line("MACs, linear + conv", t["macs"], t["macs_after"], giga),
+                line("MACs with attention QK, PV", t["macs_with_attention"], t["macs_with_attention_after"], giga),
+            ]
+        )
+
+    def plot(self, path, title=""):
+        """Write a bar chart of parameters per layer, before and after, to `path` (format by its suffix)."""
+        from matplotlib.figure import Figure  # late: plotting must not slow down importing the package
+
+        rows = self.rows
+        figure = Figure(figsize=(9, max(3, 0.19 * len(rows) + 1.4)), layout="constrained")
+        axes = figure.add_subplot()
+        where = range(len(rows))
+        axes.barh(where, [r.parameters for r in rows], color="#c8c8c8", label="dense")
+        axes.barh(where, [r.parameters_after for r in rows], color="#0072b2", height=0.55, label="kept")
+        axes.set_yticks(where, [f"{r.name}  {r.pattern}" for r in rows], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("weights and biases")
+        axes.set_title(title or "Parameters per layer, before and after", loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        with atomic_file(path) as partial:
+            figure.savefig(partial, dpi=120)
+
+
+def inspect(model, example_inputs=None):
+    """Inspect a model: its linear and convolution layers, what each holds and costs. Computes nothing (meta tensors).
+
+    example_inputs: a tuple for `model(*example_inputs)` at batch 1; by default the model's own `example_inputs()`.
+    Raises: InputError if the model has no example_inputs and none are given.
+    """
+    if example_inputs is None:
+        if not hasattr(model, "example_inputs"):
+            raise InputError(f"{type(model).__name__} has no example_inputs(): pass example_inputs=(x, t, ...)")
+        example_inputs = model.example_inputs()
+    macs, attention = _count_macs(model, example_inputs)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LAYERS)]
+    inside = {id(p) for _, m in layers for p in m.parameters()}
+    other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    return Inspection(tuple(_row(name, layer, macs.get(layer, 0)) for name, layer in layers), other, attention)
+
+
+def _row(name, layer, macs):
+    compressed = isinstance(layer, Linear24 | Conv2d24)
+    pattern = Pattern(2, 4) if compressed else getattr(layer, "pattern", None)
+    with torch.no_grad():
+        if compressed:
+            shape, kept, held = layer.weight_shape, layer.values.numel(), True
+        else:
+            weight = layer.effective_weight() if pattern else layer.weight
+            shape, kept = tuple(weight.shape), int(layer.current_mask().sum()) if pattern else weight.numel()
+            held = not pattern or holds(group_view(weight), pattern)
+    dense, bias = math.prod(shape), 0 if layer.bias is None else layer.bias.numel()
+    return LayerRow(
+        name=name or "(the model itself)",
+        kind=type(layer).__name__,
+        shape=shape,
+        pattern=str(pattern) if pattern else "dense",
+        holds=held,
+        parameters=dense + bias,
+        parameters_after=kept + bias,
+        macs=macs,
+        macs_after=round(macs * kept / dense),
+        backend="torch, unpacked" if compressed else "torch, pre-masked" if pattern else "torch",
+        dense_because="" if pattern else getattr(layer, "dense_reason", None) or "no pattern was set",
+    )
+
+
+def _count_macs(model, example_inputs):
+    """({layer: MACs}, MACs of the attention products), from one forward on meta tensors at batch 1."""
+    macs = {}
+
+    def count(layer, inputs, output):
+        per_output = math.prod(getattr(layer, "weight_shape", None) or layer.weight.shape) // output.shape[_channel(layer)]
+        macs[layer] = macs.get(layer, 0) + output.numel() * per_output
+
+    state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    inputs = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in example_inputs]
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, LAYERS)]
+    training = [m for m in model.modules() if m.training]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            functional_call(model.eval(), state, tuple(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    products = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in products.items() if "bmm" in str(op) or "scaled_dot_product" in str(op))
+    return macs, attention // 2
+
+
+def _channel(layer):
+    return -1 if isinstance(layer, nn.Linear | Linear24) else 1

@@ -1,0 +1,79 @@
+"""The floors of the house: a file imports only from floors below its own (train/ files may import each other)."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLOORS = (  # first match wins; a higher number may import a lower one
+    ("sparsedm.errors", -2),
+    ("sparsedm.files", -1),
+    ("sparsedm.kernels", 0),
+    ("sparsedm.layers", 1),
+    ("sparsedm.inspection", 1.5),
+    ("sparsedm.diffusion", 2),
+    ("sparsedm.models", 2),
+    ("sparsedm.train", 3),
+    ("sparsedm.stepaware", 3),
+    ("sparsedm.evaluate", 3),
+    ("sparsedm.cli", 4),
+)
+ROOMS = ("sparsedm.kernels", "sparsedm.models", "sparsedm.train", "sparsedm.cli")  # may import inside themselves
+FILES = sorted(p for p in (ROOT / "sparsedm").rglob("*.py") if p.name != "__init__.py" or p.parent.name != "sparsedm")
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor(module):
+    for prefix, number in FLOORS:
+        if module == prefix or module.startswith(prefix + "."):
+            return number
+    raise AssertionError(f"{module} stands on no floor: add it to FLOORS and to the file tree in the README")
+
+
+def imports(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute in this package"
+            yield node.module
+
+
+def violations(module, source):
+    for name in imports(source):
+        if name.startswith("sparsedm."):
+            same_room = any(module.startswith(r) and name.startswith(r) for r in ROOMS)
+            if floor(name) >= floor(module) and not same_room:
+                yield f"{module} imports {name}"
+        if name.split(".")[0] == "triton" and not module.startswith("sparsedm.kernels"):
+            yield f"{module} imports triton outside kernels/"
+        if name.split(".")[0] in ("bench", "tests"):
+            yield f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_down(path):
+    assert not list(violations(module_name(path), path.read_text(encoding="utf-8")))
+
+
+def test_a_wrong_import_is_noticed():
+    assert list(violations("sparsedm.layers", "from sparsedm.models import uvit")) == [
+        "sparsedm.layers imports sparsedm.models"
+    ]
+    assert list(violations("sparsedm.evaluate", "import sparsedm.train.loop"))
+    assert list(violations("sparsedm.train.loop", "import triton"))
+    assert not list(violations("sparsedm.train.chain", "from sparsedm.train.loop import train"))
+
+
+def test_import_is_lazy_and_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import sparsedm; "
+        "assert 'torch' not in sys.modules; sparsedm.Linear(8, 4, pattern='2:4')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

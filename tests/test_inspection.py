@@ -1,0 +1,59 @@
+import pytest
+import torch
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.inspection import inspect
+from sparsedm.layers import compress, sparsify
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(3, 32, 3, padding=1), nn.Linear(32, 32)
+        self.norm = nn.LayerNorm(32)
+
+    def example_inputs(self):
+        return (torch.zeros(1, 3, 4, 4),)
+
+    def forward(self, x):
+        x = self.norm(self.mix(self.stem(x).flatten(2).transpose(1, 2)))
+        return nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+
+
+STEM, MIX = 16 * 32 * 27, 16 * 32 * 32
+
+
+@pytest.mark.parametrize("change", [lambda m: sparsify(m, "2:4"), lambda m: compress(sparsify(m, "2:4"))])
+def test_counts_are_those_by_hand(change):
+    table = inspect(change(Model()))
+    stem, mix = table.rows
+    assert (stem.macs, stem.macs_after, stem.dense_because) == (STEM, STEM, "the input axis 3 is not a multiple of 4")
+    assert (mix.macs, mix.macs_after, mix.dense_because, mix.pattern) == (MIX, MIX // 2, "", "2:4")
+    assert (mix.parameters, mix.parameters_after) == (32 * 32 + 32, 32 * 16 + 32)
+    assert mix.holds
+    totals = table.totals()
+    assert totals["macs_with_attention"] - totals["macs"] == 2 * 16 * 16 * 32
+    assert totals["parameters"] == 32 * 27 + 32 + 32 * 32 + 32 + 64
+    assert "VIOLATED" not in str(table)
+
+
+def test_inspecting_changes_nothing():
+    model = sparsify(Model(), "2:4").train()
+    x = torch.randn(1, 3, 4, 4)
+    before = model(x)
+    inspect(model)
+    assert model.training
+    assert torch.equal(model(x), before)
+    assert not model.mix._forward_hooks
+
+
+def test_the_picture_is_written(tmp_path):
+    inspect(sparsify(Model(), "2:4")).plot(tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_model_without_example_inputs_needs_them():
+    with pytest.raises(InputError, match="pass example_inputs"):
+        inspect(nn.Linear(4, 4))
+    assert inspect(nn.Linear(4, 4), (torch.zeros(1, 4),)).totals()["macs"] == 16

@@ -1,0 +1,326 @@
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparsedm.layers
+from sparsedm.errors import InputError
+from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, holds, ungroup
+from sparsedm.layers import Conv2d, Conv2d24, Linear, Linear24, compress, masks, set_masking, sparsify
+from tests.tolerance import assert_as_good_as_torch
+
+PATTERNS = ["1:2", "2:4", "3:4", "1:8", "4:16", "31:32"]
+
+
+class Small(nn.Module):
+    """A convolution with 3 input channels (never 2:4), one with 32, and two linears, one of them narrow."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, stride=2, padding=1)
+        self.head, self.narrow = nn.Linear(32, 30), nn.Linear(30, 5)
+
+    def forward(self, x):
+        return self.narrow(F.gelu(self.head(self.conv(F.silu(self.stem(x))).mean((2, 3)))))
+
+
+def reference_mask(weight, pattern):
+    return ungroup(choose_mask_ref(group_view(weight), pattern), weight.shape)
+
+
+def layers_and_inputs(pattern, dtype=torch.float64, **kwargs):
+    yield Linear(64, 24, dtype=dtype, pattern=pattern, **kwargs), torch.randn(2, 5, 64, dtype=dtype)
+    yield Conv2d(32, 8, 3, padding=1, dtype=dtype, pattern=pattern, **kwargs), torch.randn(2, 32, 6, 6, dtype=dtype)
+
+
+# ---- masked layers: outputs and every gradient -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("settings", [{}, {"decay": 2e-4}, {"kept": 0.5, "dropped": 0.0, "decay": 0.1}], ids=str)
+def test_outputs_and_gradients_are_the_definition(pattern, settings):
+    for layer, x in layers_and_inputs(pattern):
+        set_masking(layer, **settings)
+        x.requires_grad_()
+        mask = reference_mask(layer.weight, Pattern.parse(pattern)).double()
+        product = F.linear if isinstance(layer, Linear) else layer._conv_forward
+        masked = (layer.weight * mask).detach().requires_grad_()
+        expected = product(x, masked, layer.bias)
+        up = torch.randn_like(expected)
+        dx, g, db = torch.autograd.grad(expected, [x, masked, layer.bias], up)
+        kept, dropped, decay = (settings.get(k, v) for k, v in [("kept", 1.0), ("dropped", 1.0), ("decay", 0.0)])
+        dw = kept * mask * g + dropped * (1 - mask) * g + decay * (1 - mask) * layer.weight.detach()
+        y = layer(x)
+        y.backward(up)
+        assert torch.equal(y, expected)
+        assert_as_good_as_torch(x.grad, dx, dx.float())
+        assert_as_good_as_torch(layer.weight.grad, dw, dw.float())
+        assert_as_good_as_torch(layer.bias.grad, db, db.float())
+
+
+def test_a_pruned_weight_cannot_change_y_and_yet_gets_a_gradient():
+    layer, x = Linear(8, 4, pattern="2:4"), torch.randn(3, 8)
+    pruned = ~layer.current_mask()
+    before = layer(x)
+    before.sum().backward()
+    assert (layer.weight.grad[pruned] != 0).all()
+    with torch.no_grad():
+        layer.weight[pruned] *= 0.5  # smaller still: stays pruned
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", None])
+def test_epilogue_is_activation_then_residual(activation):
+    act = {"gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu, None: lambda y: y}
+    for layer, x in layers_and_inputs("2:4", activation=activation):
+        plain = copy.deepcopy(layer)
+        plain.activation = None
+        y = plain(x)
+        assert torch.equal(layer(x, residual=y), act[activation](y) + y)
+
+
+def test_identity_input_returns_the_masked_weight():
+    layer = Linear(16, 12, bias=False, pattern="2:4")
+    assert torch.equal(layer(torch.eye(16)).T, layer.weight * layer.current_mask())
+
+
+def test_autocast_computes_with_the_mask_chosen_from_the_master_weight():
+    layer, x = Linear(64, 32, pattern="2:4"), torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    expected = F.linear(x.bfloat16(), (layer.weight * layer.current_mask()).bfloat16(), layer.bias.bfloat16())
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+# ---- once per weight version -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def count_choices(monkeypatch):
+    calls = []
+    choose = sparsedm.layers.choose
+    monkeypatch.setattr(sparsedm.layers, "choose", lambda *a, **k: (calls.append(1), choose(*a, **k))[1])
+    return calls
+
+
+def test_the_mask_is_chosen_once_per_weight_version(count_choices):
+    layer, x = Linear(64, 32, pattern="2:4"), torch.randn(4, 64)
+    for _ in range(3):
+        layer(x).sum().backward()
+    layer.current_mask()
+    assert len(count_choices) == 1
+
+
+def changed_by_optimizer(layer, kind, **options):
+    layer(torch.randn(4, 64)).square().sum().backward()
+    kind(layer.parameters(), lr=1.0, **options).step()
+
+
+def changed_by_ema(layer):
+    average = torch.optim.swa_utils.AveragedModel(
+        layer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=False
+    )
+    other = Linear(64, 32, pattern="2:4")
+    average.module(torch.randn(4, 64))
+    average.update_parameters(other)
+    before = average.module.weight.clone()
+    average.update_parameters(other)
+    assert not torch.equal(before, average.module.weight)
+    return average.module
+
+
+CHANGES = {
+    "in place": lambda m: m.weight.data_ptr() and nn.init.normal_(m.weight),
+    "adamw foreach": lambda m: changed_by_optimizer(m, torch.optim.AdamW, foreach=True),
+    "adamw fused": lambda m: changed_by_optimizer(m, torch.optim.AdamW, fused=True),
+    "adamw for-loop": lambda m: changed_by_optimizer(m, torch.optim.AdamW, foreach=False),
+    "sgd": lambda m: changed_by_optimizer(m, torch.optim.SGD),
+    "load_state_dict": lambda m: m.load_state_dict(Linear(64, 32).state_dict()),
+    "load_state_dict assign": lambda m: m.load_state_dict(Linear(64, 32).state_dict(), assign=True),
+    "ema": changed_by_ema,
+    "new parameter": lambda m: setattr(m, "weight", nn.Parameter(torch.randn(32, 64))),
+    ".data =": lambda m: setattr(m.weight, "data", torch.randn(32, 64)),
+    ".to(float64)": lambda m: m.to(torch.float64),
+    "deepcopy": lambda m: copy.deepcopy(m),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_weight_is_never_used_with_a_stale_mask(change):
+    layer = Linear(64, 32, pattern="2:4")
+    layer(torch.randn(4, 64))
+    result = change(layer)
+    layer = result if isinstance(result, Linear) else layer
+    expected = layer.weight * reference_mask(layer.weight, layer.pattern)
+    assert torch.equal(layer.effective_weight(), expected)
+
+
+def test_a_frozen_mask_stays_and_travels_with_the_weights():
+    layer = Linear(64, 32, pattern="2:4")
+    set_masking(layer, frozen=True)
+    mask = layer.current_mask()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(32, 64))
+    assert torch.equal(layer.current_mask(), mask)
+    assert not torch.equal(mask, reference_mask(layer.weight, layer.pattern))
+    other = Linear(64, 32, pattern="2:4")
+    set_masking(other, frozen=True)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(torch.eye(64)), layer(torch.eye(64)))
+    set_masking(layer, frozen=False)
+    assert torch.equal(layer.current_mask(), reference_mask(layer.weight, layer.pattern))
+
+
+def test_inference_mode_works():
+    layer = Linear(64, 32, pattern="2:4")
+    expected = layer(torch.eye(64))
+    with torch.inference_mode():
+        assert torch.equal(layer(torch.eye(64)), expected)
+
+
+# ---- sparsify --------------------------------------------------------------------------------------------------------
+
+
+def test_sparsify_swaps_plain_layers_and_keeps_everything_they_hold():
+    model, x = Small(), torch.randn(2, 3, 8, 8)
+    keys, before = list(model.state_dict()), dict(model.named_parameters())
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    dense = model(x)
+    assert sparsify(model, "2:4") is model
+    assert list(model.state_dict()) == keys
+    assert all(p is before[n] for n, p in model.named_parameters())
+    assert {n: str(m.pattern) for n, m in model.named_modules() if getattr(m, "pattern", None)} == {
+        "conv": "2:4",
+        "head": "2:4",
+    }
+    assert model.stem.dense_reason == "the input axis 3 is not a multiple of 4"
+    assert model.narrow.dense_reason == "the input axis 30 is not a multiple of 4"
+    y = model(x)
+    assert not torch.equal(y, dense)
+    assert len(calls) == 2
+    y.sum().backward()
+    weight = model.head.weight.clone()
+    optimizer.step()
+    assert not torch.equal(weight, model.head.weight)
+    sparsify(model, "dense")
+    assert masks(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("all", {"conv", "head"}),
+        (r"hea", {"head"}),
+        (["conv"], {"conv"}),
+        (lambda name, module: isinstance(module, nn.Conv2d), {"conv"}),
+    ],
+    ids=["all", "regex", "list", "predicate"],
+)
+def test_where_selects(where, expected):
+    model = sparsify(Small(), "2:4", where)
+    assert set(masks(model)) == expected
+
+
+def test_a_model_names_its_own_sparse_layers():
+    model = Small()
+    model.sparse_layers = r"^conv$"
+    assert set(masks(sparsify(model, "2:4"))) == {"conv"}
+    assert model.head.dense_reason == "not selected"
+    assert set(masks(sparsify(model, "2:4", "all"))) == {"conv", "head"}
+
+
+def test_shared_and_special_layers():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2)})
+    model["b"] = model["a"]
+    sparsify(model, "2:4")
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], Linear)
+    out = model["attention"].out_proj
+    assert type(out) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    assert "special kind" in out.dense_reason
+
+
+def test_a_bare_layer_is_sparsified_too():
+    layer = sparsify(nn.Linear(8, 8), "2:4")
+    assert str(layer.pattern) == "2:4"
+
+
+def test_saving_copying_and_pickling_a_masked_model():
+    model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), y)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Linear(6, 4, pattern="2:4"), r"pattern 2:4 does not fit weight \(4, 6\): the input axis 6"),
+        (lambda: Linear(8, 4, pattern="2:5"), "group size must be one of 2, 4, 8, 16, 32"),
+        (lambda: Linear(8, 4, pattern="3:2"), "keep at least 1 and fewer than 2"),
+        (lambda: Linear(8, 4, pattern="0:4"), "keep at least 1"),
+        (lambda: Linear(8, 4, pattern="half"), "unknown pattern 'half'"),
+        (lambda: Linear(8, 4, activation="relu"), "unknown activation 'relu'"),
+        (lambda: sparsify(Small(), "2:4", "nothing"), "where='nothing' selects none of the 4"),
+        (lambda: sparsify(Small(), "2:4", "("), "not a regular expression"),
+        (lambda: sparsify(Small(), "2:4", ["conv", "tail"]), "does not have: tail"),
+        (lambda: sparsify(Small(), "2:4", "narrow"), "no selected layer can hold 2:4: the input axis 30"),
+        (lambda: compress(Small()), "holds no masked layer"),
+    ],
+)
+def test_bad_input_is_refused_with_the_rule(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+# ---- compress --------------------------------------------------------------------------------------------------------
+
+
+def test_compressed_model_is_the_masked_model_bit_for_bit():
+    model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
+    small = compress(model)
+    assert isinstance(small.head, Linear24)
+    assert isinstance(small.conv, Conv2d24)
+    assert torch.equal(small.head.dense_weight(), model.head.effective_weight())
+    assert torch.equal(small.conv.dense_weight(), model.conv.effective_weight())
+    assert torch.equal(small(x), model(x))
+    assert isinstance(model.head, Linear), "compress must not touch the model it is given"
+    state = small.state_dict()
+    assert state["head.values"].shape == (30, 16)
+    assert state["head.metadata"].shape == (30, 2)
+    assert state["head.metadata"].dtype == torch.int16
+
+
+def test_compress_keeps_denser_patterns_dense_and_says_so():
+    model, x = sparsify(Small(), "3:4"), torch.randn(2, 3, 8, 8)
+    small = compress(model)
+    assert type(small.head) is Linear
+    assert small.head.pattern is None
+    assert "keeps more than 2 of every 4" in small.head.dense_reason
+    assert torch.equal(small(x), model(x))
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "1:16"])
+def test_compress_holds_sparser_patterns_as_2_of_4(pattern):
+    model, x = sparsify(Small(), pattern, "head|conv"), torch.randn(2, 3, 8, 8)
+    small = compress(model)
+    assert isinstance(small.head, Linear24)
+    assert holds(small.head.dense_weight(), Pattern.parse(pattern))
+    assert torch.equal(small(x), model(x))
+
+
+def test_a_compressed_bf16_weight_takes_9_16ths():
+    layer = compress(sparsify(nn.Linear(256, 64, bias=False, dtype=torch.bfloat16), "2:4"))
+    held = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+    assert held * 16 == 9 * 256 * 64 * 2
