@@ -29,7 +29,7 @@ LEGAL_NIBBLES = tuple(low | high << 2 for low, high in _PAIRS)  # 4, 8, 9, 12, 1
 
 
 def _nibble_of_nonzeros(code):
-    """The nibble of a group whose non-zeros are the bits of `code` (filled up with the lowest free ones); 0 if over two."""
+    """The nibble of a group whose non-zeros are the bits of `code` (filled up with the lowest free); 0 if over two."""
     nonzero = [i for i in range(4) if code >> i & 1]
     free = [i for i in range(4) if not code >> i & 1]
     low, high = sorted((nonzero + free)[:2])
@@ -111,7 +111,7 @@ def check_metadata(metadata):
 
 
 def pad(values, metadata, row_multiple, column_multiple):
-    """Appends rows and columns of zeros, with legal metadata, up to the next multiples (none: returns its arguments)."""
+    """Appends rows and columns of zeros, with legal metadata, up to the next multiples (or returns its arguments)."""
     rows, columns = values.shape[0], 2 * values.shape[1]
     down, right = -rows % row_multiple, -columns % column_multiple
     if not (down or right):
