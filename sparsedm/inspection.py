@@ -167,29 +167,32 @@ def _row(name, layer, macs):
 
 
 def _count_macs(model, example_inputs):
-    """({layer: MACs}, MACs of the attention products), from one forward on meta tensors at batch 1."""
-    macs = {}
+    """({layer: MACs}, MACs of the attention products), from one forward on meta tensors at batch 1.
 
-    def count(layer, inputs, output):
-        per_output = math.prod(getattr(layer, "weight_shape", None) or layer.weight.shape) // output.shape[_channel(layer)]
-        macs[layer] = macs.get(layer, 0) + output.numel() * per_output
+    The attention products are every product that torch's counter sees outside of the layers.
+    """
+    macs, counter = {}, FlopCounterMode(display=False)
+    started, inside = [], []
+
+    def enter(layer, inputs):
+        started.append(counter.get_total_flops())
+
+    def leave(layer, inputs, output):
+        inside.append(counter.get_total_flops() - started.pop())
+        shape = layer.weight_shape if isinstance(layer, Linear24 | Conv2d24) else layer.weight.shape
+        macs[layer] = macs.get(layer, 0) + output.numel() * math.prod(shape[1:])
 
     state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    inputs = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in example_inputs]
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, LAYERS)]
+    inputs = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in example_inputs)
+    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
+    hooks = [h for m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     training = [m for m in model.modules() if m.training]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            functional_call(model.eval(), state, tuple(inputs))
+        with torch.no_grad(), counter:
+            functional_call(model.eval(), state, inputs)
     finally:
         for hook in hooks:
             hook.remove()
         for module in training:
             module.training = True
-    products = counter.get_flop_counts()["Global"]
-    attention = sum(n for op, n in products.items() if "bmm" in str(op) or "scaled_dot_product" in str(op))
-    return macs, attention // 2
-
-
-def _channel(layer):
-    return -1 if isinstance(layer, nn.Linear | Linear24) else 1
+    return macs, (counter.get_total_flops() - sum(inside)) // 2

@@ -6,8 +6,8 @@ Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through)
 Compressed layer:  the same y from values + metadata alone; inference only.
 
 A mask is a function of the weight and the pattern: it is chosen again when the weight has changed, and otherwise cached.
-What counts as a change is torch's version counter, which every in-place operation moves, except one made through
-`weight.data`: do not write weights that way.
+What counts as a change is torch's version counter. Every in-place operation moves it, with two exceptions: optimizers
+with fused=True, for which a hook below moves it, and writes through `weight.data`, which are not supported.
 """
 
 import copy
@@ -17,6 +17,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.masked_matmul import choose, straight_through
@@ -32,10 +33,25 @@ ACTIVATIONS = {
 }
 
 
+def _count_fused_step_as_a_change(optimizer, args, kwargs):
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_fused_step_as_a_change)
+
+
 def _check_activation(activation):
     if activation not in ACTIVATIONS:
         raise InputError(f"unknown activation {activation!r}: one of {', '.join(map(str, ACTIVATIONS))}")
     return activation
+
+
+def _product_dtype(weight):
+    device = weight.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
 def _epilogue(y, activation, residual):
@@ -87,16 +103,16 @@ class _Masked:
         """The weight that multiplies x, in the dtype of the product, with the straight-through gradient attached."""
         if self.pattern is None:
             return self.weight
-        device = self.weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        masked, mask = self._masked_and_mask(dtype)
+        masked, mask = self._masked_and_mask(_product_dtype(self.weight))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return masked
         return straight_through(self.weight, masked, mask, decay=self.decay, kept=self.kept, dropped=self.dropped)
 
     def _masked_and_mask(self, dtype):
         weight = self.weight.detach()
-        if torch.compiler.is_compiling():  # inside a graph the choice is part of it: a cached tensor would go stale there
+        if (
+            torch.compiler.is_compiling()
+        ):  # inside a graph the choice is part of it: a cached tensor would go stale there
             return self._choose(weight, dtype)
         key = (weight._version, weight.data_ptr(), weight.device, dtype) if not weight.is_inference() else None
         cached = self._choice
@@ -110,9 +126,10 @@ class _Masked:
     def _choose(self, weight, dtype):
         if self.mask is not None:
             return (weight * self.mask).to(dtype), self.mask
-        rows = group_view(weight)
-        masked, mask = choose(rows, self.pattern, dtype)
-        return ungroup(masked, weight.shape), ungroup(mask, weight.shape)
+        masked, mask = choose(group_view(weight), self.pattern, dtype)
+        masked, mask = ungroup(masked, weight.shape), ungroup(mask, weight.shape)
+        # in the weight's own memory format: a convolution chooses its algorithm and its output's format by it
+        return (masked.contiguous(), mask.contiguous()) if weight.is_contiguous() else (masked, mask)
 
     def __getstate__(self):
         return {**self.__dict__, "_choice": None}  # a weak reference cannot be copied or pickled
@@ -128,9 +145,7 @@ class Linear(_Masked, nn.Linear):
     pattern: "2:4", Pattern or None (dense). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     """
 
-    def __init__(
-        self, in_features, out_features, bias=True, device=None, dtype=None, *, pattern=None, activation=None
-    ):
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, pattern=None, activation=None):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._start_masking(pattern, activation)
 
@@ -165,9 +180,7 @@ class Linear24(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x, residual=None):
-        return sparse24_linear(
-            x, self.values, self.metadata, self.bias, activation=self.activation, residual=residual
-        )
+        return sparse24_linear(x, self.values, self.metadata, self.bias, activation=self.activation, residual=residual)
 
     def dense_weight(self):
         """The weight (N, K) that values and metadata stand for, bit for bit."""
@@ -197,7 +210,7 @@ class Conv2d24(nn.Module):
     def dense_weight(self):
         out, cin, kh, kw = self.weight_shape
         rows = unpack(self.values, self.metadata, cin * kh * kw)
-        return ungroup(rows.view(out * kh * kw, cin), self.weight_shape)
+        return ungroup(rows.reshape(out * kh * kw, cin), self.weight_shape).contiguous()
 
     def extra_repr(self):
         return f"weight {self.weight_shape}, pattern=2:4 compressed"
@@ -244,11 +257,15 @@ def sparsify(model, pattern, where=None):
         else:
             fitting += 1
     for parent in list(model.modules()):
-        for key, child in parent.named_children():
+        for (
+            key,
+            child,
+        ) in parent._modules.items():  # named_children() would pass over a module that stands in two places
             if child in swapped:
                 setattr(parent, key, swapped[child])
     if pattern and not fitting:
-        raise InputError(f"no selected layer can hold {pattern}: {_dense_reason(found[0][1], pattern)}")
+        first = next(module for name, module in found if name in chosen)
+        raise InputError(f"no selected layer can hold {pattern}: {_dense_reason(first, pattern)}")
     return swapped.get(model, model)
 
 

@@ -1,0 +1,88 @@
+"""The pictures a run leaves behind: a grid of samples and the curves of a training log."""
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file
+
+INK, PAPER = (40, 40, 40), (255, 255, 255)
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+)  # Okabe and Ito: colour-blind safe
+
+
+def save_grid(path, rows, columns=None):
+    """Write images as one PNG, a labelled row of tiles per entry of `rows`; small images are enlarged by whole factors.
+
+    rows: {label: uint8 (n, 3 or 1, h, w)}. columns: how many tiles of each row to show; by default all that every row has.
+    """
+    rows = {label: images.cpu().numpy() for label, images in rows.items()}
+    columns = columns or min(len(images) for images in rows.values())
+    if not columns:
+        raise InputError(f"a grid needs at least one image in each row: {', '.join(rows)}")
+    height, width = next(iter(rows.values())).shape[-2:]
+    scale = max(1, round(64 / max(height, width)))
+    strips = [np.concatenate([_tile(image, scale) for image in images[:columns]], axis=1) for images in rows.values()]
+    font = ImageFont.load_default(size=15)
+    margin = 12 + max(int(font.getlength(label)) for label in rows) if any(rows) else 0
+    canvas = Image.new("RGB", (margin + strips[0].shape[1], sum(s.shape[0] for s in strips)), PAPER)
+    draw, y = ImageDraw.Draw(canvas), 0
+    for label, strip in zip(rows, strips):
+        canvas.paste(Image.fromarray(strip), (margin, y))
+        draw.text((4, y + strip.shape[0] // 2), label, fill=INK, font=font, anchor="lm")
+        y += strip.shape[0]
+    with atomic_file(path) as partial:
+        canvas.save(partial)
+
+
+def _tile(image, scale, gap=2):
+    """uint8 (c, h, w) -> uint8 (h * scale + gap, w * scale + gap, 3), white at the right and bottom edge."""
+    image = np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)
+    image = image.repeat(scale, 0).repeat(scale, 1)
+    return np.pad(image, ((0, gap), (0, gap), (0, 0)), constant_values=255)
+
+
+def plot_losses(path, curves, validation=None, title=""):
+    """Write training curves to `path`.
+
+    curves: {name: (images seen, loss)}, drawn one after another, smoothed; validation: {name: (images seen, loss)}, dots.
+    """
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, (name, (seen, loss)) in zip(_cycle(), curves.items()):
+        axes.plot(seen, loss, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(seen, _smooth(loss), color=colour, label=name)
+        if validation and name in validation:
+            axes.plot(*validation[name], "o", color=colour, markersize=6, markeredgecolor="white")
+    axes.set_yscale("log")
+    axes.set_xlabel("images seen")
+    axes.set_ylabel("noise-prediction loss (dots: validation, EMA weights)" if validation else "noise-prediction loss")
+    axes.set_title(title, loc="left")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+def _cycle():
+    while True:
+        yield from COLOURS
+
+
+def _smooth(values, weight=0.9):
+    """Exponential moving average, corrected for its start."""
+    values = np.asarray(values, dtype=float)
+    smooth, mass, out = 0.0, 0.0, []
+    for value in values:
+        smooth, mass = weight * smooth + (1 - weight) * value, weight * mass + (1 - weight)
+        out.append(smooth / mass)
+    return out
