@@ -1,0 +1,201 @@
+"""Where an operation runs, and with which configuration: the one place that knows GPU, interpreter and plain torch.
+
+Kernel files take `tl` and `jit` from here, so that they can be imported where Triton has no wheel; there, on a CPU, and
+on a GPU too old for the tensor-core instructions every operation runs in plain torch.
+
+Environment variables:
+  SPARSEDM_BACKEND   force one way of computing: torch (no Triton anywhere), dense, or a 2:4 kernel: mma, few, wgmma
+  SPARSEDM_AUTOTUNE  'off': take the safe default where the tables have no entry, instead of tuning once ('on', default)
+  SPARSEDM_CACHE     folder of this user's tables; default $XDG_CACHE_HOME/sparsedm or ~/.cache/sparsedm
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.files import write_json
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    triton = tl = None
+
+    def jit(kernel):
+        return kernel
+
+
+BACKENDS = ("torch", "dense", "mma", "few", "wgmma")
+SHIPPED = Path(__file__).parent / "tuned"  # tables measured on real GPUs by us, one JSON file per GPU
+log = logging.getLogger(__name__)
+
+
+def _setting(name, choices, default=None):
+    value = os.environ.get(name) or default
+    if value not in (*choices, default):
+        raise InputError(f"{name}={value!r} is unknown: it must be one of {', '.join(choices)}")
+    return value
+
+
+def forced_backend():
+    """The backend that SPARSEDM_BACKEND forces, or None. Raises InputError if it is not one of BACKENDS."""
+    return _setting("SPARSEDM_BACKEND", BACKENDS)
+
+
+def uses_triton(*tensors):
+    """Whether an operation on these tensors runs as a Triton kernel: all on one CUDA GPU of capability 8.0 or more."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise InputError(f"all tensors must be on one device, not on {' and '.join(sorted(map(str, devices)))}")
+    device = devices.pop()
+    return device.type == "cuda" and triton is not None and forced_backend() != "torch" and capability(device) >= (8, 0)
+
+
+@functools.cache
+def capability(device):
+    """(major, minor) of a CUDA device, (0, 0) for any other."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def device_name(device):
+    """What tuned tables are keyed by, for example 'NVIDIA H200 sm_90'."""
+    return f"{torch.cuda.get_device_name(device)} sm_{''.join(map(str, capability(device)))}"
+
+
+def bucket(size):
+    """The power of two, at least 16, that stands for all sizes up to it and above its half: tokens are tuned by it."""
+    return max(16, 1 << (size - 1).bit_length()) if size else 16
+
+
+def median_microseconds(run):
+    return 1000 * triton.testing.do_bench(run, quantiles=[0.5])
+
+
+class Autotuner:
+    """Remembers, per GPU, dtype and shape, which candidate of one operation is fastest.
+
+    name: of the operation. candidates: at most about eight JSON-able dicts; the first is the safe default.
+    kernels: the functions whose source the measurements belong to; when it changes they are forgotten.
+    timer: run -> microseconds.
+
+    A candidate is looked up in memory, in the user's table, in the shipped table. If none has it, all candidates are
+    timed once and the user's table gets the winner, or, under SPARSEDM_AUTOTUNE=off and while a CUDA graph is being
+    captured, the default is taken. Both are logged at level info.
+    """
+
+    def __init__(self, name, candidates, kernels, timer=median_microseconds):
+        self.name, self.candidates, self.timer = name, list(candidates), timer
+        self._kernels = kernels
+        self._chosen = {}
+
+    def best(self, run, device, **key):
+        """The candidate for `key` (dtype, sizes ...) on `device`. run(candidate) does the work, any number of times."""
+        known = (device, *key.values())
+        if known not in self._chosen:
+            shape = " ".join(f"{k}={v}" for k, v in key.items())
+            found = self._find(run, device_name(device), shape)
+            if _capturing():
+                return found
+            self._chosen[known] = found
+        return self._chosen[known]
+
+    def forget(self):
+        """Empty the memory of this process (not the tables)."""
+        self._chosen.clear()
+
+    @functools.cached_property
+    def section(self):
+        """The section of a table that holds this operation: its name, Triton's version, the hash of the source."""
+        source = "".join(inspect.getsource(getattr(kernel, "fn", kernel)) for kernel in self._kernels)
+        version = getattr(triton, "__version__", "none")
+        return f"{self.name}, triton {version}, source {hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+    def _find(self, run, gpu, shape):
+        for folder in (user_folder(), SHIPPED):
+            entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
+            if entry.get("config") in self.candidates:
+                return entry["config"]
+        if _setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "off" or _capturing():
+            log.info("%s: %s is not tuned for %s; the default %s is used", gpu, self.name, shape, self.candidates[0])
+            return self.candidates[0]
+        log.info("%s: tuning %s for %s, once", gpu, self.name, shape)
+        times = self._measure(run)
+        best = min(times, key=times.get)
+        entry = {"config": self.candidates[best], "microseconds": round(times[best], 3), "measured": len(times)}
+        merge_table(table_path(user_folder(), gpu), self.section, shape, entry)
+        return self.candidates[best]
+
+    def _measure(self, run):
+        """{index of the candidate: microseconds} of those that run; raises the last error if none does."""
+        times, failure = {}, None
+        for i, candidate in enumerate(self.candidates):
+            try:
+                times[i] = self.timer(functools.partial(run, candidate))
+            except Exception as error:  # a candidate may need more registers or shared memory than this GPU has
+                log.info("%s: candidate %s does not run here: %s", self.name, candidate, error)
+                failure = error
+        if not times:
+            raise failure
+        return times
+
+
+def _capturing():
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def user_folder():
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
+    return Path(os.environ.get("SPARSEDM_CACHE") or default)
+
+
+def table_path(folder, gpu):
+    return folder / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()) + ".json")
+
+
+def read_table(path):
+    """{section: {shape: {"config", "microseconds", "measured"}}}; empty if the file is missing or no such table."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(entry, dict) for section in table.values() for entry in section.values()):
+            return table
+        reason = "an entry is not an object"
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, OSError) as error:
+        reason = error
+    log.warning("the tuned table %s is ignored: %s", path, reason)
+    return {}
+
+
+def merge_table(path, section, shape, entry):
+    """Add one entry to a table, whatever other processes add at the same time; a read-only folder only warns."""
+    try:
+        with _locked(path):
+            table = read_table(path)
+            table.setdefault(section, {})[shape] = entry
+            write_json(path, table)
+    except (OSError, InputError) as error:
+        log.warning("the tuned table %s cannot be written, so tuning is repeated next time: %s", path, error)
+
+
+@contextlib.contextmanager
+def _locked(path):
+    """Hold the lock file beside `path`; the system releases it if the process dies."""
+    import fcntl  # only here: not on Windows, where nothing is tuned
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,177 @@
+"""Tuning is remembered, merged safely, never trusted blindly; the timer and the GPU's name are fakes."""
+
+import json
+import logging
+import multiprocessing
+
+import pytest
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.kernels import launch
+from sparsedm.kernels.launch import Autotuner
+
+CPU = torch.device("cpu")
+CANDIDATES = [{"BLOCK": 16}, {"BLOCK": 32}, {"BLOCK": 64}]
+
+
+def kernel(x):
+    return x + 1
+
+
+def other_kernel(x):
+    return x + 2
+
+
+class Timer:
+    """Pretends to measure: microseconds by BLOCK; counts its calls."""
+
+    def __init__(self, microseconds):
+        self.microseconds, self.calls = microseconds, 0
+
+    def __call__(self, run):
+        self.calls += 1
+        return self.microseconds[run()["BLOCK"]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(launch, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(launch, "device_name", lambda device: "NVIDIA Imaginary/1 sm_90")
+    for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def tuner(timer, kernels=(kernel,), candidates=CANDIDATES):
+    return Autotuner("double", candidates, kernels, timer)
+
+
+def best(tuned, **key):
+    return tuned.best(lambda candidate: candidate, CPU, **(key or {"dtype": "bf16", "m": 64}))
+
+
+def table(tmp_path, folder="user"):
+    return tmp_path / folder / "nvidia-imaginary-1-sm-90.json"
+
+
+def test_the_fastest_is_chosen_once_and_remembered_by_another_process(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    first = tuner(timer)
+    assert best(first) == best(first) == {"BLOCK": 32}
+    assert timer.calls == 3
+    assert "tuning double for dtype=bf16 m=64" in caplog.text
+    assert best(tuner(timer)) == {"BLOCK": 32}  # a new tuner has an empty memory, as a new process has
+    assert timer.calls == 3
+    (section,) = json.loads(table(tmp_path).read_text()).items()
+    assert section[0] == first.section
+    assert section[1] == {"dtype=bf16 m=64": {"config": {"BLOCK": 32}, "microseconds": 4.0, "measured": 3}}
+
+
+def test_every_part_of_the_key_tunes_again():
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    tuned = tuner(timer)
+    for i, key in enumerate([{"dtype": "bf16", "m": 64}, {"dtype": "fp16", "m": 64}, {"dtype": "bf16", "m": 128}]):
+        best(tuned, **key)
+        assert timer.calls == 3 * (i + 1)
+
+
+def test_another_kernel_source_or_triton_tunes_again(monkeypatch):
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    best(tuner(timer))
+    best(tuner(timer, kernels=(other_kernel,)))
+    assert timer.calls == 6
+    monkeypatch.setattr(launch.triton, "__version__", "9.9")
+    best(tuner(timer))
+    assert timer.calls == 9
+
+
+def test_a_config_that_is_no_longer_offered_is_not_used():
+    best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0})))
+    assert best(tuner(Timer({16: 9.0, 64: 5.0}), candidates=[{"BLOCK": 16}, {"BLOCK": 64}])) == {"BLOCK": 64}
+
+
+def test_the_shipped_table_serves_and_the_users_comes_first(tmp_path):
+    timer = Timer({})
+    section = tuner(timer).section
+    launch.merge_table(table(tmp_path, "shipped"), section, "m=8", {"config": {"BLOCK": 64}})
+    assert best(tuner(timer), m=8) == {"BLOCK": 64}
+    launch.merge_table(table(tmp_path), section, "m=8", {"config": {"BLOCK": 16}})
+    assert best(tuner(timer), m=8) == {"BLOCK": 16}
+
+
+def test_off_takes_the_default_without_measuring(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
+    assert best(tuner(Timer({}))) == {"BLOCK": 16}
+    assert "is not tuned for dtype=bf16 m=64" in caplog.text
+    assert not table(tmp_path).exists()
+
+
+def test_nothing_is_timed_or_remembered_while_a_cuda_graph_is_captured(monkeypatch):
+    tuned = tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))
+    monkeypatch.setattr(launch, "_capturing", lambda: True)
+    assert best(tuned) == {"BLOCK": 16}
+    monkeypatch.setattr(launch, "_capturing", lambda: False)
+    assert best(tuned) == {"BLOCK": 32}
+
+
+def test_candidates_that_fail_are_passed_over_and_all_failing_is_an_error(caplog):
+    caplog.set_level(logging.INFO)
+    assert best(tuner(Timer({64: 5.0}))) == {"BLOCK": 64}
+    assert "does not run here" in caplog.text
+    with pytest.raises(KeyError):
+        best(tuner(Timer({})), m=1)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', '{"a": {"b": 1}}', "\udc80"], ids=repr)
+def test_a_damaged_table_is_ignored_and_replaced(tmp_path, caplog, text):
+    table(tmp_path).parent.mkdir()
+    table(tmp_path).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))) == {"BLOCK": 32}
+    assert "is ignored" in caplog.text
+    assert best(tuner(Timer({}))) == {"BLOCK": 32}
+
+
+def test_a_folder_that_cannot_be_written_only_warns(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "file" / "below"))
+    assert best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))) == {"BLOCK": 32}
+    assert "cannot be written" in caplog.text
+
+
+def _add_many(path, name):
+    for i in range(10):
+        launch.merge_table(path, "double", f"{name} {i}", {"config": {}})
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    workers = [spawn.Process(target=_add_many, args=(table(tmp_path), name)) for name in "abc"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(launch.read_table(table(tmp_path))["double"]) == 30
+
+
+@pytest.mark.parametrize("name", ["SPARSEDM_BACKEND", "SPARSEDM_AUTOTUNE"])
+def test_an_unknown_setting_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "fast")
+    with pytest.raises(InputError, match=f"{name}='fast' is unknown: it must be one of"):
+        launch.forced_backend() if name == "SPARSEDM_BACKEND" else best(tuner(Timer({})))
+
+
+def test_backends(monkeypatch):
+    assert launch.forced_backend() is None
+    monkeypatch.setenv("SPARSEDM_BACKEND", "torch")
+    assert launch.forced_backend() == "torch"
+    assert not launch.uses_triton(torch.ones(1), None)
+    with pytest.raises(InputError, match="one device, not on cpu and meta"):
+        launch.uses_triton(torch.ones(1), torch.ones(1, device="meta"))
+
+
+def test_buckets():
+    sizes = (0, 1, 16, 17, 32, 33, 16384, 16448)
+    assert [launch.bucket(n) for n in sizes] == [16, 16, 16, 32, 32, 64, 16384, 32768]
