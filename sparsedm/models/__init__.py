@@ -1,0 +1,73 @@
+"""The models by name. `build_model` is the way from a name, or from a checkpoint's configuration, to a network.
+
+Every model is an nn.Module with
+    forward(x, t, y=None) -> noise     x (B, C, H, W); t (B,) in units 0..999; y (B,) int64 labels or None
+    config                             frozen dataclass, JSON through dataclasses.asdict; always has kind, image_size,
+                                       channels and num_classes (0 = unconditional; label num_classes = the null label)
+    sparse_layers                      regular expression on layer names: what `sparsify` masks unless told otherwise
+    example_inputs(batch=1)            arguments for forward
+"""
+
+import contextlib
+from dataclasses import fields, replace
+
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.models.ddpm import DDPM, DDPMConfig
+from sparsedm.models.ddpm import PRESETS as DDPM_PRESETS
+from sparsedm.models.uvit import PRESETS as UVIT_PRESETS
+from sparsedm.models.uvit import UViT, UViTConfig
+
+MODELS = {**UVIT_PRESETS, **DDPM_PRESETS}
+_KINDS = {"uvit": (UViTConfig, UViT), "ddpm": (DDPMConfig, DDPM)}
+
+
+def build_model(model, *, device=None, dtype=None, **overrides):
+    """A network with fresh random weights, drawn from torch's global generator of the device.
+
+    model: a name in MODELS, a configuration object, or a configuration as a dict (such as a checkpoint's JSON).
+    device: where to create it; "meta" for shapes without memory. dtype: of the parameters. overrides: options of the
+    model's configuration, for example image_size=16.
+    Raises: InputError for an unknown name or option, a value of the wrong type, or options that do not fit together.
+    """
+    config = model_config(model, **overrides)
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        network = _KINDS[config.kind][1](config)
+    return network if dtype is None else network.to(dtype)
+
+
+def model_config(model, **overrides):
+    """The configuration that `build_model` would use, without building anything. Same arguments and errors."""
+    if isinstance(model, dict):
+        options = dict(model)
+        kind = options.pop("kind", None)
+        if kind not in _KINDS:
+            raise InputError(f"unknown model kind {kind!r}: one of {', '.join(_KINDS)}")
+        config_class = _KINDS[kind][0]
+        config = config_class(**_checked(config_class, options))
+    elif isinstance(model, UViTConfig | DDPMConfig):
+        config = model
+    elif model in MODELS:
+        config = MODELS[model]
+    else:
+        raise InputError(f"unknown model {model!r}: one of {', '.join(MODELS)}")
+    return replace(config, **_checked(type(config), overrides))
+
+
+def _checked(config_class, options):
+    """`options`, with lists as tuples, once each is known to be a field of `config_class` and to have its type."""
+    types = {field.name: field.type for field in fields(config_class) if field.name != "kind"}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    for name, value in options.items():
+        if name not in types:
+            raise InputError(f"unknown model option {name!r}: one of {', '.join(types)}")
+        if not _fits(value, types[name]):
+            raise InputError(f"model option {name}={value!r}: must be of type {types[name].__name__}")
+    return options
+
+
+def _fits(value, wanted):
+    if wanted is tuple:
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    return type(value) in ((int, float) if wanted is float else (wanted,))

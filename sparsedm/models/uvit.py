@@ -1,0 +1,232 @@
+"""U-ViT: a vision transformer with long skip connections that predicts the noise in an image (arXiv 2209.12152).
+
+tokens:  x = [label, time, context, patches] + pos_embed; label and context only where the model has them
+block:   x = x + proj(attention(qkv(norm1(x))));  x = x + fc2(gelu(fc1(norm2(x))))
+skips:   each out block starts with x = skip_linear([x, skip]), skip being the output of the in block opposite to it
+output:  the patch tokens, decoder_pred(norm(x)) as pixels of their patch, then a 3x3 convolution
+
+Module names are those of the official checkpoints (github.com/baofff/U-ViT), which therefore load with strict=True.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.layers import Conv2d, Linear
+
+
+@dataclass(frozen=True)
+class UViTConfig:
+    """The shape of a U-ViT; the defaults are the paper's S/2.
+
+    image_size and patch_size are in pixels (of the latent, where there is one). depth counts the in and out blocks;
+    there is one middle block more. num_classes counts the real classes, 0 = unconditional. With null_label the label
+    table has one row more, index num_classes, for "no class" in guidance: where the official ImageNet 256 configuration
+    says 1001 classes, ours says 1000. context_tokens > 0 conditions on that many vectors of context_dim numbers.
+    """
+
+    kind: str = "uvit"
+    image_size: int = 32
+    channels: int = 3
+    patch_size: int = 2
+    dim: int = 512
+    depth: int = 12
+    heads: int = 8
+    mlp_ratio: int = 4
+    num_classes: int = 0
+    null_label: bool = True
+    context_tokens: int = 0
+    context_dim: int = 768
+    final_conv: bool = True
+
+    def __post_init__(self):
+        sizes = ("image_size", "channels", "patch_size", "dim", "heads", "mlp_ratio", "context_dim")
+        for name in sizes + ("depth", "num_classes", "context_tokens"):
+            least = 1 if name in sizes else 0
+            if getattr(self, name) < least:
+                raise InputError(f"U-ViT {name}={getattr(self, name)}: must be at least {least}")
+        if self.image_size % self.patch_size:
+            raise InputError(f"U-ViT image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
+        if self.dim % self.heads or self.dim % 2:
+            raise InputError(f"U-ViT dim={self.dim}: must be even and a multiple of heads={self.heads}")
+        if self.depth % 2:
+            raise InputError(f"U-ViT depth={self.depth}: must be even, as every in block has its out block")
+
+    @property
+    def label_rows(self):
+        return self.num_classes + self.null_label if self.num_classes else 0
+
+    @property
+    def extra_tokens(self):
+        return bool(self.num_classes) + 1 + self.context_tokens
+
+
+_MID = {"dim": 768, "depth": 16, "heads": 12}
+_LARGE = {"dim": 1024, "depth": 20, "heads": 16}
+_HUGE = {"dim": 1152, "depth": 28, "heads": 16}
+_LATENT = {"image_size": 32, "channels": 4}  # of 256x256 images, 8 times smaller and 4 channels deep
+_IMAGENET64 = {"image_size": 64, "patch_size": 4, "num_classes": 1000, "null_label": False}
+
+PRESETS = {
+    "uvit-tiny": UViTConfig(patch_size=4, dim=128, depth=4, heads=4),
+    "uvit-cifar10-small": UViTConfig(),
+    "uvit-celeba64-small": UViTConfig(image_size=64, patch_size=4),
+    "uvit-imagenet64-mid": UViTConfig(**_IMAGENET64, **_MID),
+    "uvit-imagenet64-large": UViTConfig(**_IMAGENET64, **_LARGE),
+    "uvit-imagenet256-large": UViTConfig(**_LATENT, **_LARGE, num_classes=1000),
+    "uvit-imagenet256-huge": UViTConfig(**_LATENT, **_HUGE, num_classes=1000, final_conv=False),
+    "uvit-coco-small": UViTConfig(**_LATENT, context_tokens=77),
+}
+
+
+def timestep_embedding(t, dim):
+    """t (B,) -> (B, dim): [cos | sin] of t times dim/2 frequencies from 1 down to nearly 1e-4, in at least fp32."""
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    half = dim // 2
+    frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device, dtype=t.dtype))
+    angles = t[:, None] * frequencies  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
+
+    def forward(self, x):
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x, residual):
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h l d -> b l (h d)"), residual)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden, activation="gelu")
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x, residual):
+        return self.fc2(self.fc1(x), residual)
+
+
+class Block(nn.Module):
+    def __init__(self, config, skip=False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim)
+        self.attn = Attention(config.dim, config.heads)
+        self.norm2 = nn.LayerNorm(config.dim)
+        self.mlp = MLP(config.dim, config.mlp_ratio * config.dim)
+        self.skip_linear = Linear(2 * config.dim, config.dim) if skip else None
+
+    def forward(self, x, skip=None):
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = self.attn(self.norm1(x), residual=x)
+        return self.mlp(self.norm2(x), residual=x)
+
+
+class UViT(nn.Module):
+    """Noise predictor; see `forward`. `sparse_layers` are the layers that SparseDM (arXiv 2404.10445) masks."""
+
+    sparse_layers = r"\.(attn\.(qkv|proj)|mlp\.fc[12])$"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Parameter(torch.empty(1, config.extra_tokens + patches, config.dim))
+        if config.num_classes:
+            self.label_emb = nn.Embedding(config.label_rows, config.dim)
+        if config.context_tokens:
+            self.context_embed = Linear(config.context_dim, config.dim)
+        self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.depth // 2))
+        self.mid_block = Block(config)
+        self.out_blocks = nn.ModuleList(Block(config, skip=True) for _ in range(config.depth // 2))
+        self.norm = nn.LayerNorm(config.dim)
+        self.decoder_pred = Linear(config.dim, config.patch_size**2 * config.channels)
+        self.final_layer = (
+            Conv2d(config.channels, config.channels, 3, padding=1) if config.final_conv else nn.Identity()
+        )
+
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x, t, y=None, context=None):
+        """The noise in x.
+
+        x: images (B, channels, image_size, image_size), in the dtype of the weights (any float under autocast).
+        t: timesteps (B,) in units 0..999, fractions allowed.
+        y: class labels (B,) int64 in 0..num_classes; None means the null label. Only for class-conditional models.
+        context: (B, context_tokens, context_dim); only, and always, for models with context tokens.
+        Returns: noise, shape of x.
+        Raises: InputError if a shape differs from the above or a condition is missing or not asked for.
+        """
+        config = self.config
+        if y is None and config.num_classes and config.null_label:
+            y = torch.full(x.shape[:1], config.num_classes, device=x.device)
+        self._check_shapes(x, t, y, context)
+        tokens = [timestep_embedding(t, config.dim).to(self.pos_embed.dtype)[:, None], self.patch_embed(x)]
+        if y is not None:
+            tokens.insert(0, self.label_emb(y)[:, None])
+        if context is not None:
+            tokens.insert(-1, self.context_embed(context))
+        x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra_tokens + patches, dim)
+
+        skips = []
+        for block in self.in_blocks:
+            x = block(x)
+            skips.append(x)
+        x = self.mid_block(x)
+        for block in self.out_blocks:
+            x = block(x, skips.pop())
+
+        x = self.decoder_pred(self.norm(x[:, config.extra_tokens :]))  # (B, patches, patch_size**2 * channels)
+        side, patch = config.image_size // config.patch_size, config.patch_size
+        x = rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, p1=patch, p2=patch)
+        return self.final_layer(x)
+
+    def _check_shapes(self, x, t, y, context):
+        config, batch = self.config, x.shape[0]
+        for name, value, shape in (
+            ("x", x, (batch, config.channels, config.image_size, config.image_size)),
+            ("t", t, (batch,)),
+            ("y", y, (batch,) if config.num_classes else None),
+            ("context", context, (batch, config.context_tokens, config.context_dim) if config.context_tokens else None),
+        ):
+            given = None if value is None else tuple(value.shape)
+            if given != shape:
+                raise InputError(f"U-ViT input {name} has shape {given}: this model takes {shape}")
+
+    def example_inputs(self, batch=1):
+        """Deterministic (x, t, y) or (x, t, y, context) for `forward`, on the model's device and in its dtype."""
+        config, like = self.config, self.pos_embed
+
+        def ramp(*shape):
+            return torch.linspace(-1, 1, math.prod(shape), device=like.device, dtype=like.dtype).view(shape)
+
+        x = ramp(batch, config.channels, config.image_size, config.image_size)
+        t = torch.linspace(0, 999, batch, device=like.device)
+        y = torch.zeros(batch, dtype=torch.int64, device=like.device) if config.num_classes else None
+        context = (ramp(batch, config.context_tokens, config.context_dim),) if config.context_tokens else ()
+        return (x, t, y, *context)
