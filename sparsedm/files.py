@@ -73,6 +73,12 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def cache_folder():
+    """For downloads and decoded data: $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm, else ~/.cache/sparsedm."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
+    return Path(os.environ.get("SPARSEDM_CACHE") or default)
+
+
 def download(url, path, *, md5=None, sha256=None, progress=True):
     """Fetch `url` to `path` and return `path` as a Path; a file that is already there is only checked.
 

@@ -12,7 +12,7 @@ import pytest
 
 from sparsedm import files
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, atomic_folder, download, write_json, write_text
+from sparsedm.files import atomic_file, atomic_folder, cache_folder, download, write_json, write_text
 
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
@@ -97,6 +97,17 @@ def test_no_permission_is_one_sentence(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match=r"cannot write .*/a: Permission denied$"):
         write_text(tmp_path / "a", "")
+
+
+def test_cache_folder_is_the_users_choice(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    for name in ("SPARSEDM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    assert str(cache_folder()) == "/home/ada/.cache/sparsedm"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert str(cache_folder()) == "/xdg/sparsedm"
+    monkeypatch.setenv("SPARSEDM_CACHE", "/mine")
+    assert str(cache_folder()) == "/mine"
 
 
 class Server(http.server.ThreadingHTTPServer):
