@@ -36,7 +36,7 @@ class Timer:
 
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "user"))
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
     monkeypatch.setattr(launch, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(launch, "device_name", lambda device: "NVIDIA Imaginary/1 sm_90")
     for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
@@ -51,7 +51,7 @@ def best(tuned, **key):
     return tuned.best(lambda candidate: candidate, CPU, **(key or {"dtype": "bf16", "m": 64}))
 
 
-def table(tmp_path, folder="user"):
+def table(tmp_path, folder="tuned"):
     return tmp_path / folder / "nvidia-imaginary-1-sm-90.json"
 
 

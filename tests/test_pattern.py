@@ -21,7 +21,7 @@ PATTERNS = [Pattern(1, 2), Pattern(2, 4), Pattern(3, 4), Pattern(1, 8), Pattern(
 
 
 def mask_by_sorting(weight, pattern):
-    """The definition once more, in other words: sort each group by (largest magnitude, lowest index), take the first."""
+    """The definition once more, in other words: sort each group by magnitude, then by index, and take the first."""
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for row, kept in zip(weight.tolist(), mask):
         for start in range(0, len(row), pattern.group):

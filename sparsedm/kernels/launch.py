@@ -6,7 +6,7 @@ on a GPU too old for the tensor-core instructions every operation runs in plain 
 Environment variables:
   SPARSEDM_BACKEND   force one way of computing: torch (no Triton anywhere), dense, or a 2:4 kernel: mma, few, wgmma
   SPARSEDM_AUTOTUNE  'off': take the safe default where the tables have no entry, instead of tuning once ('on', default)
-  SPARSEDM_CACHE     folder of this user's tables; default $XDG_CACHE_HOME/sparsedm or ~/.cache/sparsedm
+  SPARSEDM_CACHE     the user's cache folder (see `files.cache_folder`), whose tuned/ holds the tables made here
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.files import write_json
+from sparsedm.files import cache_folder, write_json
 
 try:
     import triton
@@ -123,7 +123,7 @@ class Autotuner:
         return f"{self.name}, triton {version}, source {hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
     def _find(self, run, gpu, shape):
-        for folder in (user_folder(), SHIPPED):
+        for folder in (cache_folder() / "tuned", SHIPPED):
             entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
             if entry.get("config") in self.candidates:
                 return entry["config"]
@@ -134,7 +134,7 @@ class Autotuner:
         times = self._measure(run)
         best = min(times, key=times.get)
         entry = {"config": self.candidates[best], "microseconds": round(times[best], 3), "measured": len(times)}
-        merge_table(table_path(user_folder(), gpu), self.section, shape, entry)
+        merge_table(table_path(cache_folder() / "tuned", gpu), self.section, shape, entry)
         return self.candidates[best]
 
     def _measure(self, run):
@@ -153,11 +153,6 @@ class Autotuner:
 
 def _capturing():
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def user_folder():
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
-    return Path(os.environ.get("SPARSEDM_CACHE") or default)
 
 
 def table_path(folder, gpu):
