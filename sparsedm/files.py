@@ -28,8 +28,10 @@ def atomic_file(path):
     with _refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
         try:
             yield partial
+            os.chmod(partial, mode)  # some writers, safetensors among them, put a private file in its place
             _flush(partial)
             os.replace(partial, path)
         except BaseException:
@@ -53,8 +55,11 @@ def atomic_folder(path):
         partial.mkdir()
         try:
             yield partial
-            for file in partial.rglob("*"):
-                _flush(file)
+            mode = partial.stat().st_mode
+            for path_below in partial.rglob("*"):
+                if path_below.is_file():
+                    os.chmod(path_below, mode & 0o666)  # as in atomic_file
+                _flush(path_below)
             _flush(partial)
             os.rename(partial, path)
         except BaseException:

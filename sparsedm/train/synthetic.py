@@ -1,10 +1,12 @@
 """A data set that needs no download: one bright shape on a dark two-colour gradient, the shape is the class.
 
-Every image is as likely as its mirror image, so flipping is harmless. Small enough to be learnt by a 1M-parameter network in about a minute on two cores, and plain enough to judge by eye: a good
-sample has one closed outline, straight or round where it should be, one flat colour of the palette, and a smooth background.
+It is small enough to be learnt by a 1M-parameter network in about a minute on two cores, and plain enough to judge by
+eye: a good sample has one closed outline, straight or round where it should be, one flat colour of the palette, and a
+smooth background. Every image is as likely as its mirror image, so flipping is harmless.
 
-Image i is a function of (seed, i) alone, the same on every machine: the randomness is the raw output of PCG64 (which numpy
-keeps stable), sines come from a rounded table, and the rest is +, -, *, / and square root, which IEEE 754 rounds exactly.
+Image i is a function of (seed, i) alone, the same on every machine: the randomness is the raw output of PCG64 (which
+numpy keeps stable), sines come from a rounded table, and the rest is + - * / and square root, which IEEE 754 rounds
+exactly.
 """
 
 import numpy as np
@@ -28,7 +30,7 @@ def synthetic(count, size=16, seed=0):
     count gives a prefix of a larger one. InputError: size < 8, count < 1.
     """
     if size < 8 or count < 1:
-        raise InputError(f"synthetic images need a side of at least 8 and a count of at least 1, not {size} and {count}")
+        raise InputError(f"synthetic images need size >= 8 and count >= 1, but these are {size} and {count}")
     raw = np.random.PCG64(seed).random_raw(count * 8).reshape(count, 8)
     images = np.concatenate([_draw(part, size) for part in np.array_split(raw, -(-count // 512))])  # bounds the memory
     return torch.from_numpy(images), torch.from_numpy(_label(raw)), CLASSES
@@ -67,14 +69,15 @@ def _draw(raw, size):
 
 
 def _turn(degrees):
-    """Cosine and sine, each (count, 1, 1), of angles rounded to whole degrees, to 12 bits: no two libms differ in those."""
+    """Cosine and sine, each (count, 1, 1), of angles rounded to whole degrees, themselves rounded to 12 bits: the last
+    bit of the system's sine, which may differ between machines, does not matter."""
     table = np.rint(np.exp(2j * np.pi * np.arange(360) / 360) * 4096) / 4096
     turn = table[np.rint(degrees).astype(np.int64) % 360][:, None, None]
     return turn.real.astype(np.float32), turn.imag.astype(np.float32)
 
 
-# Signed distances, negative inside, of the point (u, v) from the outline of a shape of radius r (for the corners of square
-# and triangle a lower bound, which keeps them crisp). The radii are scaled so that all shapes look equally large.
+# Signed distances, negative inside, of the point (u, v) from the outline of a shape of radius r (outside the corners of
+# square and triangle a lower bound, which keeps them crisp). The factors make all shapes look equally large.
 def _disk(u, v, r):
     return np.sqrt(u * u + v * v) - r
 

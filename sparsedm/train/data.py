@@ -1,0 +1,273 @@
+"""Images as one tensor in memory: loaded from anything, held where training happens, drawn from by pure functions.
+
+There is no data loader: a set is decoded once into uint8 (later runs find that in the cache) and moved to the device,
+where a batch is an index and a scale. Which images are in a batch is a function of (seed, step), so a resumed run needs
+no state.
+
+    source             what it is
+    synthetic          shapes of sparsedm.train.synthetic; synthetic:32 for 32x32 instead of 16x16
+    cifar10            downloaded
+    folder, .zip       images in class folders (see sparsedm.train.image_files)
+    folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.cifar10)
+    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW); labels
+
+A source without a test split is split by a rule: 2% of the images but at least 64 (and at most half), drawn with a
+fixed seed, are "test", the rest is "train".
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file, cache_folder
+from sparsedm.train.cifar10 import cifar10_folder, download_cifar10, read_cifar10
+from sparsedm.train.image_files import MOST_BYTES, Parts, read_image_files, resized
+from sparsedm.train.synthetic import synthetic
+
+SPLITS = ("train", "test")
+SYNTHETIC = {"train": {"count": 20_000, "seed": 0}, "test": {"count": 4_000, "seed": 1}}
+HOLD_OUT_SEED = 240410445
+IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0"), ("labels", "y", "arr_1")  # in an .npz file
+KINDS = ("images", "labels")  # of tensor, in the cache
+END_BYTES = 1 << 20  # at each end of a file, part of its signature
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """images: uint8 (n, c, h, w) in 0..255, or float32 latents; labels: int64 (n,) or None; class_names: one per label;
+    source: what `load` was asked for."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    class_names: tuple
+    source: str
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def is_latent(self):
+        return self.images.is_floating_point()
+
+    def to(self, device):
+        labels = None if self.labels is None else self.labels.to(device)
+        return dataclasses.replace(self, images=self.images.to(device), labels=labels)
+
+
+def load(source, split="train", *, size=None, limit=None, progress=True, cache=None):
+    """Load one split ("train" or "test") of `source` (see the top of this file) into an ImageSet on the CPU.
+
+    size: side in pixels; other images are cropped to a centred square and resized. limit: at most so many images,
+    evenly spaced through the split, so that all classes stay. cache: folder for downloads and decoded sets, default
+    `sparsedm.files.cache_folder()`; what it holds is used only while the source is unchanged (the size and times of
+    every file, the ends of a zip or tar file). InputError: a source that is missing, empty, damaged or of mixed sizes.
+    """
+    source, cache = str(source), Path(cache or cache_folder())
+    if split not in SPLITS:
+        raise InputError(f"the split {split!r} must be one of {', '.join(SPLITS)}")
+    for name, value in (("size", size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    if source.partition(":")[0] == "synthetic":
+        images, labels, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
+    else:
+        parts = _read(source, split, size, progress, cache)
+        images, labels = parts.splits.get(split) or _held_out(source, *parts.splits["all"], split)
+        class_names = parts.class_names
+    if limit is not None and limit < len(images):
+        chosen = torch.arange(limit) * len(images) // limit
+        images, labels = images[chosen], None if labels is None else labels[chosen]
+    return ImageSet(images, labels, class_names, source)
+
+
+def batch(images, indices, *, flip_generator=None):
+    """The images `indices` (int64 (b,), any device) of an ImageSet as the network sees them, on the device of the set.
+
+    flip_generator: torch.Generator (any device) that mirrors each image with probability 1/2, latents never.
+    Returns x float32 (b, c, h, w), images in [-1, 1] and latents as they are, and y int64 (b,) or None.
+    """
+    device = images.images.device
+    indices = indices.to(device)
+    x = images.images[indices]
+    y = None if images.labels is None else images.labels[indices]
+    if images.is_latent:
+        return x, y
+    if flip_generator is not None:
+        flip = torch.rand(len(indices), generator=flip_generator, device=flip_generator.device) < 0.5
+        x = torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)
+    return x.float() / 127.5 - 1, y
+
+
+def batch_indices(n, batch, step, seed):
+    """Which of n images step `step` (0, 1, ...) trains on: int64 (batch,) on the CPU, a pure function of the arguments.
+
+    The steps walk through one shuffled epoch after the other without leaving any image out; a batch may span two.
+    """
+    epoch, start = divmod(step * batch, n)
+    pieces = []
+    while batch:
+        pieces.append(_shuffled(n, seed, epoch)[start : start + batch])
+        batch -= len(pieces[-1])
+        epoch, start = epoch + 1, 0
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(n, *key):
+    """A permutation int64 (n,), the same on every machine and with every numpy (whose own shuffle may change)."""
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
+
+
+def _held_out(source, images, labels, split):
+    n = len(images)
+    count = min(max(64, n // 50), n // 2)
+    if not count:
+        raise InputError(f"{source} holds one image, so none can be held out for validation")
+    order = torch.from_numpy(_shuffled(n, HOLD_OUT_SEED))
+    chosen = (order[count:] if split == "train" else order[:count]).sort().values
+    return images[chosen], None if labels is None else labels[chosen]
+
+
+def _synthetic_size(source, size):
+    given = source.partition(":")[2] or str(size or 16)
+    if not given.isdecimal() or size not in (None, int(given)):
+        raise InputError(f"{source!r} with size {size}: write synthetic or synthetic:SIZE")
+    return int(given)
+
+
+def _read(source, split, size, progress, cache):
+    """Parts of any source but the synthetic; from the cache only the needed split."""
+    try:
+        path = download_cifar10(cache, progress=progress) if source == "cifar10" else Path(source).expanduser()
+        if not path.exists():
+            raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
+        if path.suffix.lower() == ".npz":
+            return _resize(_read_npz(path), size, progress)
+        signature = _signature(path, size)
+        place = hashlib.sha256(f"{path.resolve()} {size}".encode()).hexdigest()[:16]
+        cached = cache / "decoded" / f"{path.name}-{place}.safetensors"
+        parts = _from_cache(cached, signature, split)
+        if parts is None:
+            parts = _decode(path, size, progress)
+            _to_cache(cached, signature, parts)
+        return parts
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or source}: {error.strerror or error}") from error
+
+
+def _decode(path, size, progress):
+    is_tar = path.name.lower().endswith((".tar.gz", ".tgz", ".tar"))
+    if cifar10 := cifar10_folder(path) if path.is_dir() else path if is_tar else None:
+        return _resize(read_cifar10(cifar10, progress), size, progress)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return read_image_files(path, size, progress)
+    raise InputError(f"data {path}: must be a folder, or end in .zip, .npz or .tar.gz")
+
+
+def _resize(parts, size, progress):
+    def fit(images):
+        if size is None or images.shape[2:] == (size, size):
+            return images
+        if images.is_floating_point():
+            raise InputError(f"size {size} was asked for, but latents of {tuple(images.shape[1:])} cannot be resized")
+        return resized(images, size, progress)
+
+    return parts._replace(splits={name: (fit(images), labels) for name, (images, labels) in parts.splits.items()})
+
+
+def _read_npz(path):
+    try:
+        with ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                raise InputError(f"{path} unpacks to more than {MOST_BYTES} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (BadZipFile, EOFError, MemoryError, ValueError, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
+    images, labels = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS))
+    if len(images) != 1 or len(labels) > 1 or len(images + labels) < len(arrays):
+        rule = f"one of {', '.join(IMAGE_KEYS)} is needed, one of {', '.join(LABEL_KEYS)} may be there"
+        raise InputError(f"{path} holds the arrays {', '.join(arrays) or 'none'}: {rule}")
+    images, labels = _as_images(path, arrays[images[0]]), arrays[labels[0]] if labels else None
+    if labels is None:
+        return Parts({"all": (images, None)})
+    one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not one_each or labels.min() < 0 or labels.max() > 65535:
+        raise InputError(f"{path}: labels must be {len(images)} integers from 0 to 65535, one for each image")
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return Parts({"all": (images, labels)}, tuple(map(str, range(labels.max() + 1))))
+
+
+def _as_images(path, array):
+    """Tensor uint8 (n, 1 or 3, h, w), or float32 (n, c, h, w) latents."""
+    if array.ndim != 4 or not array.size:
+        raise InputError(f"{path}: images of shape {array.shape} must be (n, h, w, c) or (n, c, h, w)")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: the latents hold NaN or infinity")
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
+    if array.dtype != np.uint8 or last == first:
+        rule = "uint8 with 1 or 3 channels on the second or the last axis (or floating-point latents)"
+        raise InputError(f"{path}: images of {array.dtype} {array.shape} must be {rule}")
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array))
+
+
+def _signature(path, size):
+    """Changes whenever a file does: its name, size and times; of a zip or tar file also what its ends hold."""
+    facts = hashlib.sha256(f"1 {size}".encode())  # 1: what the readers make of a file; raise it when they change
+    found = [path]
+    if path.is_dir():
+        found = sorted(Path(root, name) for root, folders, files in os.walk(path) for name in folders + files)
+    for file in found:
+        state = file.stat()
+        facts.update(f"{file} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\n".encode())
+    if path.is_file():
+        with open(path, "rb") as file:
+            facts.update(file.read(END_BYTES))
+            file.seek(max(0, path.stat().st_size - END_BYTES))
+            facts.update(file.read(END_BYTES))
+    return facts.hexdigest()
+
+
+def _from_cache(cached, signature, split):
+    """Parts with the tensors of `split`, or None where the cache has nothing, or something older or damaged."""
+    try:
+        with safe_open(cached, "pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("signature") != signature:
+                return None
+            keys = set(file.keys())
+            splits = {
+                name: tuple(file.get_tensor(key) if (key := f"{name}.{kind}") in keys else None for kind in KINDS)
+                for name in (split, "all")
+                if f"{name}.images" in keys
+            }
+            return Parts(splits, tuple(json.loads(facts["class_names"])))
+    except (OSError, SafetensorError):
+        return None
+
+
+def _to_cache(cached, signature, parts):
+    pairs = {f"{name}.{kind}": t for name, pair in parts.splits.items() for kind, t in zip(KINDS, pair)}
+    facts = {"signature": signature, "class_names": json.dumps(parts.class_names)}
+    try:
+        with atomic_file(cached) as partial:
+            save_file({name: tensor for name, tensor in pairs.items() if tensor is not None}, partial, facts)
+    except (InputError, SafetensorError) as error:
+        warnings.warn(f"the decoded images are not kept for the next run: {error}", stacklevel=4)

@@ -1,0 +1,197 @@
+"""A folder or zip of images becomes one uint8 array. Nothing is ever extracted: zip members are decoded in memory.
+
+Which file means what:
+- hidden files and folders (the name starts with a dot), `__MACOSX`, `Thumbs.db` and `desktop.ini` are ignored; every
+  other file must be an image that Pillow reads.
+- folders around everything (`set.zip` holding just `set/...`) mean nothing.
+- folders `train` and one of `test`, `val`, `valid`, `validation`, and nothing beside them, are the two splits.
+- the next folder is the class, in alphabetical order; deeper ones mean nothing. No such folder: no labels.
+- pixels: RGB, 8 bits, turned upright by their EXIF tag; transparency is dropped; of an animation the first frame
+  counts.
+"""
+
+import io
+import os
+import stat
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from sparsedm.errors import InputError
+
+IGNORED = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+HELD_OUT = {"test", "val", "valid", "validation"}
+MOST_FILE_BYTES = 1 << 28  # of one image file; and
+MOST_PIXELS = 1 << 26  # of one image, against decompression bombs
+MOST_BYTES = 1 << 36  # of the decoded set, which has to lie in memory as one array
+
+
+class Parts(NamedTuple):
+    """A set as it was read. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None).
+
+    The names are "train" and "test", or "all" where the source knows no splits.
+    """
+
+    splits: dict
+    class_names: tuple = ()
+
+
+def read_image_files(path, size=None, progress=True):
+    """Read a folder or zip file. size: crop every image to a centred square and resize it to size x size.
+
+    Returns Parts. InputError, naming the file: unreadable, truncated, no image, too large, mixed sizes without `size`,
+    a member that climbs out of the zip, a link, classes mixed with loose files.
+    """
+    if path.is_dir():
+        return _read(path, _files_below(path), lambda name: _read_file(path / name), size, progress)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+            for name, info in members.items():
+                _check_member(path, name, info)
+            return _read(path, list(members), lambda name: archive.read(members[name]), size, progress)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path} is not a readable zip file, perhaps cut short ({error})") from error
+
+
+def resized(images, size, progress=True):
+    """Images uint8 (n, c, h, w) with c 1 or 3, cropped to a centred square and resized to (n, c, size, size)."""
+    out = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8)
+    for source, target in zip(tqdm(images.numpy(), "resize", disable=None if progress else True), out.numpy()):
+        image = Image.fromarray(source.transpose(1, 2, 0).squeeze())
+        target[:] = np.atleast_3d(_fit(image, size)).transpose(2, 0, 1)
+    return out
+
+
+def _fit(image, size):
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def _files_below(folder):
+    def fail(error):
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    names = []
+    for root, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not _ignored(name)]
+        for name in folders:
+            if os.path.islink(os.path.join(root, name)):
+                raise InputError(f"{os.path.join(root, name)} is a link to a folder, which is not followed")
+        names += (Path(root, name).relative_to(folder).as_posix() for name in files if not _ignored(name))
+    return names
+
+
+def _read_file(path):
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_FILE_BYTES:
+        raise InputError(f"{path} is not a plain file of at most {MOST_FILE_BYTES} bytes")
+    return path.read_bytes()
+
+
+def _check_member(path, name, info):
+    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+        raise InputError(f"{path} holds {name!r}: a path in a zip file must stay inside it")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise InputError(f"{path} holds {name!r}, a symbolic link: only plain files are read")
+    if info.flag_bits & 1:
+        raise InputError(f"{path} holds {name!r}, which is encrypted")
+    if info.file_size > MOST_FILE_BYTES:
+        raise InputError(f"{path} holds {name!r} of {info.file_size} bytes, more than {MOST_FILE_BYTES}")
+
+
+def _ignored(part):
+    return part in IGNORED or part.startswith(".")
+
+
+def _read(path, names, read, size, progress):
+    """The images `names` (paths relative to `path`), whose bytes `read(name)` gives, as Parts."""
+    names = sorted(name for name in names if not any(map(_ignored, PurePosixPath(name).parts)))
+    if not names:
+        raise InputError(f"{path} holds no images")
+    folders = [PurePosixPath(name).parts[:-1] for name in names]
+    while folders[0] and len({parts[:1] for parts in folders}) == 1:  # a folder around everything
+        folders = [parts[1:] for parts in folders]
+    split, folders = _splits(path, folders)
+    labels, class_names = _classes(path, names, folders)
+    images = _decode(path, names, read, size, progress)
+    # the names are sorted, so each split is a slice
+    first, count = np.unique(split, return_index=True, return_counts=True)[1:]
+    parts = {str(split[i]): slice(i, i + n) for i, n in zip(first, count)}
+    return Parts({n: (images[of], None if labels is None else labels[of]) for n, of in parts.items()}, class_names)
+
+
+def _splits(path, folders):
+    """The split of each file, and its folders below that of the split."""
+    tops = {"".join(parts[:1]) for parts in folders}
+    if "train" not in tops or not tops & HELD_OUT:
+        return np.array(["all"] * len(folders)), folders
+    if len(tops) > 2:
+        rule = f"beside train there may be one of {', '.join(sorted(HELD_OUT))} and nothing else"
+        raise InputError(f"{path} holds {', '.join(sorted(filter(None, tops)))}: {rule}")
+    split = np.array(["train" if parts[0] == "train" else "test" for parts in folders])
+    return split, [parts[1:] for parts in folders]
+
+
+def _classes(path, names, folders):
+    """Labels int64 (n,), class names; None and () where no file lies in a class folder."""
+    class_names = tuple(sorted({parts[0] for parts in folders if parts}))
+    if not class_names:
+        return None, ()
+    for name, parts in zip(names, folders):
+        if not parts:
+            raise InputError(f"{path} has class folders such as {class_names[0]}, but {name} lies in none")
+    index = {name: i for i, name in enumerate(class_names)}
+    return torch.tensor([index[parts[0]] for parts in folders]), class_names
+
+
+def _decode(path, names, read, size, progress):
+    """Images uint8 (n, 3, h, w)."""
+    first = _image(path, names[0], read, size)
+    if first.size * len(names) > MOST_BYTES:
+        raise InputError(f"{path} holds {len(names)} images of {_format(first)} pixels, more than {MOST_BYTES} bytes")
+    images = torch.empty((len(names), *first.shape), dtype=torch.uint8)
+    pixels = images.numpy()
+
+    def decode(indices):
+        for i in indices:
+            image = _image(path, names[i], read, size)
+            if image.shape != first.shape:
+                sizes = f"{names[0]} is {_format(first)} and {names[i]} is {_format(image)}"
+                raise InputError(f"{path}: {sizes} pixels, but all need one size (size= crops and resizes them)")
+            pixels[i] = image
+        return len(indices)
+
+    chunks = [range(start, min(start + 64, len(names))) for start in range(0, len(names), 64)]
+    bar = tqdm(total=len(names), desc=f"read {path.name}", unit="image", disable=None if progress else True)
+    with bar, ThreadPoolExecutor() as pool:
+        for done in pool.map(decode, chunks):
+            bar.update(done)
+    return images
+
+
+def _image(path, name, read, size):
+    """One image uint8 (3, h, w)."""
+    try:
+        with Image.open(io.BytesIO(read(name))) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise InputError(f"{name} in {path} has {image.width}x{image.height} pixels, more than {MOST_PIXELS}")
+            if image.mode.startswith(("I", "F")):
+                raise InputError(f"{name} in {path} has pixels of mode {image.mode}: 8 bits per channel are read")
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            return np.asarray(_fit(image, size) if size else image).transpose(2, 0, 1)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} in {path} is not an image") from error
+    except Exception as error:  # the decoders have no common exception for damaged files
+        raise InputError(f"cannot read {name} in {path} ({error})") from error
+
+
+def _format(image):
+    return f"{image.shape[2]}x{image.shape[1]}"
