@@ -1,4 +1,4 @@
-"""What a model is made of: per layer its shape, parameters, MACs, pattern and back end, as a table, JSON and a picture."""
+"""What a model is made of, layer by layer: shape, parameters, MACs, pattern, back end, as table, JSON, picture."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -148,8 +148,9 @@ def _row(name, layer, macs):
             shape, kept, held = layer.weight_shape, layer.values.numel(), True
         else:
             weight = layer.effective_weight() if pattern else layer.weight
-            shape, kept = tuple(weight.shape), int(layer.current_mask().sum()) if pattern else weight.numel()
-            held = not pattern or holds(group_view(weight), pattern)
+            shape, kept = tuple(weight.shape), weight.numel() * (pattern.keep if pattern else 1)
+            kept //= pattern.group if pattern else 1
+            held = not pattern or weight.is_meta or holds(group_view(weight), pattern)
     dense, bias = math.prod(shape), 0 if layer.bias is None else layer.bias.numel()
     return LayerRow(
         name=name or "(the model itself)",

@@ -1,11 +1,11 @@
 """Linear and Conv2d with an N:M pattern, and their 2:4-compressed forms; `sparsify` and `compress` for whole models.
 
 Masked layer:      y = act(x (w * m)^T + b) + r, with m = the pattern's choice from w; w is the dense master weight.
-Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through), plus decay * (1 - m) * w (SR-STE, arXiv
-                   2102.04010); `set_masking` sets the decay and separate multipliers for kept and dropped entries.
+Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through), plus decay * (1 - m) * w (SR-STE,
+                   arXiv 2102.04010); `set_masking` sets the decay and multipliers for kept and dropped entries.
 Compressed layer:  the same y from values + metadata alone; inference only.
 
-A mask is a function of the weight and the pattern: it is chosen again when the weight has changed, and otherwise cached.
+A mask is a function of the weight and the pattern: chosen again when the weight has changed, and otherwise cached.
 What counts as a change is torch's version counter. Every in-place operation moves it, with two exceptions: optimizers
 with fused=True, for which a hook below moves it, and writes through `weight.data`, which are not supported.
 """
@@ -230,12 +230,12 @@ def invalid_because(weight, pattern):
 def sparsify(model, pattern, where=None):
     """Give the layers of `model` a pattern, in place, and return the model.
 
-    Plain `nn.Linear` and `nn.Conv2d` modules of any model are swapped for ours; parameters, hooks and optimizer state stay
-    as they are. Layers that cannot hold the pattern, or are not selected, stay dense, and `inspect` says why.
+    Plain `nn.Linear` and `nn.Conv2d` modules of any model are swapped for ours; parameters, hooks and optimizer state
+    stay as they are. Layers that cannot hold the pattern, or are not selected, stay dense, and `inspect` says why.
 
     pattern: "2:4", Pattern, or None / "dense" to take patterns away.
-    where: None (the model's own `sparse_layers` if it has one, else all), "all", a regular expression searched for in the
-        dotted names, a list of names, or a predicate (name, module) -> bool.
+    where: None (the model's own `sparse_layers` if it has one, else all), "all", a regular expression searched for in
+        the dotted names, a list of names, or a predicate (name, module) -> bool.
     Raises: InputError if nothing was selected or no selected layer can hold the pattern.
     """
     pattern = Pattern.parse(pattern)
@@ -331,8 +331,8 @@ def masks(model):
 def compress(model):
     """A new model whose layers hold only what they multiply with: 2:4 weights as values + metadata, others as they are.
 
-    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes Linear24 / Conv2d24; one that
-    is denser, such as 3:4, becomes a dense layer with its mask applied. The input model is not touched.
+    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes Linear24 / Conv2d24; one
+    that is denser, such as 3:4, becomes a dense layer with its mask applied. The input model is not touched.
     """
     if not masked_layers(model):
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")

@@ -1,5 +1,7 @@
 """The pictures a run leaves behind: a grid of samples and the curves of a training log."""
 
+import itertools
+
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +24,7 @@ COLOURS = (
 def save_grid(path, rows, columns=None):
     """Write images as one PNG, a labelled row of tiles per entry of `rows`; small images are enlarged by whole factors.
 
-    rows: {label: uint8 (n, 3 or 1, h, w)}. columns: how many tiles of each row to show; by default all that every row has.
+    rows: {label: uint8 (n, 3 or 1, h, w)}. columns: how many tiles of each row to show, by default all every row has.
     """
     rows = {label: images.cpu().numpy() for label, images in rows.items()}
     columns = columns or min(len(images) for images in rows.values())
@@ -50,32 +52,34 @@ def _tile(image, scale, gap=2):
     return np.pad(image, ((0, gap), (0, gap), (0, 0)), constant_values=255)
 
 
-def plot_losses(path, curves, validation=None, title=""):
-    """Write training curves to `path`.
+def plot_losses(path, stages, batch_size, title=""):
+    """Write the training curves of a chain to `path`: noise-prediction loss over images seen, one colour per stage.
 
-    curves: {name: (images seen, loss)}, drawn one after another, smoothed; validation: {name: (images seen, loss)}, dots.
+    stages: [(name, records of its metrics.jsonl)], in the order in which they were trained. Thin: as logged; thick:
+    smoothed; dots: validation loss of the averaged weights.
     """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for colour, (name, (seen, loss)) in zip(_cycle(), curves.items()):
-        axes.plot(seen, loss, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(seen, _smooth(loss), color=colour, label=name)
-        if validation and name in validation:
-            axes.plot(*validation[name], "o", color=colour, markersize=6, markeredgecolor="white")
+    start = 0
+    for colour, (name, records) in zip(itertools.cycle(COLOURS), stages):
+        records = [r for r in records if "noise_loss" in r]
+        seen = [start + r["step"] * batch_size for r in records]
+        losses = [r["noise_loss"] for r in records]
+        axes.plot(seen, losses, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(seen, _smooth(losses), color=colour, label=name)
+        validated = [(x, r["validation_loss"]) for x, r in zip(seen, records) if "validation_loss" in r]
+        if validated:
+            axes.plot(*zip(*validated), "o", color=colour, markeredgecolor="white")
+        start = seen[-1] if seen else start
     axes.set_yscale("log")
     axes.set_xlabel("images seen")
-    axes.set_ylabel("noise-prediction loss (dots: validation, EMA weights)" if validation else "noise-prediction loss")
+    axes.set_ylabel("noise-prediction loss")
     axes.set_title(title, loc="left")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, title="dots: validation, averaged weights", alignment="left")
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=120)
-
-
-def _cycle():
-    while True:
-        yield from COLOURS
 
 
 def _smooth(values, weight=0.9):

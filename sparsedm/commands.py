@@ -1,0 +1,201 @@
+"""What the commands of `sparsedm` do: models, data, training, sampling and evaluation brought together.
+
+Each function takes the parsed command line of `cli.py`. Bad input raises InputError.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from sparsedm import diffusion, evaluate, pictures
+from sparsedm.errors import InputError
+from sparsedm.files import cache_folder, write_json
+from sparsedm.inspection import inspect
+from sparsedm.layers import compress, sparsify
+from sparsedm.models import build_model
+from sparsedm.train import checkpoint, data
+from sparsedm.train.chain import parse_chain, plan, run_chain
+from sparsedm.train.loop import TrainOptions
+from sparsedm.train.methods import method_stages
+
+SCHEDULES = {"uvit": diffusion.VPSDE, "ddpm": diffusion.DDPMSchedule}  # what each kind of model was published with
+
+
+def train(options):
+    training = TrainOptions(
+        **{
+            name: getattr(options, name)
+            for name in ("steps", "batch_size", "lr", "warmup", "cosine", "ema", "seed", "compile", "log_every")
+        },
+        flip=not options.no_flip,
+        amp="bf16" if options.amp == "bf16" or (options.amp == "auto" and options.device.type == "cuda") else None,
+        save_every=options.save_every,
+        validate_every=options.save_every,
+    )
+    torch.manual_seed(options.seed)
+    if options.init:
+        start = checkpoint.load_model(options.init, build_model)
+        model, ema = checkpoint.load_model(options.init, build_model, which="model").model, start.model
+    else:
+        model = build_model(options.model, device="meta" if options.dry_run else None, **_overrides(options))
+        ema = None
+    stages = _stages(options, ema)
+    folder = Path(options.run or f"runs/{options.model}-{options.method or options.chain.replace(':', 'of')}")
+    if options.dry_run:
+        print(plan_table(plan(stages, training, model, folder, options.where)))
+        return
+    size = model.config.image_size
+    images = data.load(options.data, "train", size=size, limit=options.limit)
+    validation = data.load(options.data, "test", size=size, limit=2048)
+    results = run_chain(
+        model,
+        stages,
+        images,
+        schedule_of(model),
+        training,
+        folder,
+        ema=ema,
+        where=options.where,
+        build=lambda: build_model(options.model, **_overrides(options)),
+        validation=validation,
+        record={"data": options.data, "model": options.model, "init": options.init},
+        device=options.device,
+    )
+    curves = [(f"{r.stage.name} {r.stage.pattern}", r.metrics) for r in results]
+    pictures.plot_losses(folder / "loss.png", curves, training.batch_size, str(folder))
+    for result in results:
+        loss = result.result.validation_loss
+        print(f"{result.stage.name:<12} {result.stage.pattern:<6} validation loss {loss:.4f}   {result.folder}")
+    print(f"curves: {folder / 'loss.png'}   next: sparsedm sample {folder}")
+
+
+def _stages(options, ema):
+    if not options.method:
+        return parse_chain(options.chain, options.steps, options.split, w_kd=options.w_kd, decay=options.decay)
+    if options.split:
+        raise InputError("--split goes with --chain: a method divides the steps itself")
+    if ema is None and options.method not in ("dense", "random-init"):
+        raise InputError(f"--method {options.method} starts from a dense network: give its run folder with --init")
+    return method_stages(options.method, options.steps, options.pattern)
+
+
+def plan_table(rows):
+    lines = [
+        f"{r['name']:<12} {r['pattern']:<6} {r['steps']:>8,} steps ({r['steps_done']:,} done)  lr {r['lr']:g}  "
+        f"teacher {r['teacher']}  {r['images']:,} images  parameters {r['parameters_kept']:,} of {r['parameters']:,}  "
+        f"memory {r['memory_bytes'] / 2**20:,.0f} MiB + activations  "
+        f"checkpoints {r['checkpoint_bytes'] / 2**20:,.0f} MiB each  -> {r['folder']}"
+        for r in rows
+    ]
+    return "\n".join([*lines, "dry run: nothing was trained or written"])
+
+
+def sample(options):
+    loaded = checkpoint.load_model(options.run, build_model, which=options.which)
+    model = (compress(loaded.model) if options.compress else loaded.model).to(options.device)
+    images = evaluate.to_uint8(_draw(model, options))
+    out = Path(options.out or Path(options.run if Path(options.run).is_dir() else ".") / "samples.png")
+    columns = min(16, len(images))
+    pictures.save_grid(out, {" " * row: images[row * columns :][:columns] for row in range(len(images) // columns)})
+    print(
+        f"{len(images)} samples of the {'compressed' if options.compress else loaded.kind} model in {loaded.file}, "
+        f"{options.sampler} in {options.sampling_steps} steps, seed {options.seed}: {out}"
+    )
+
+
+def _draw(model, options):
+    """(count, C, H, W) floating point samples of `model`, as the command line asks."""
+    config = model.config
+    labels = None
+    if config.num_classes:
+        labels = torch.arange(options.count) % config.num_classes
+        if options.label is not None:
+            if not 0 <= options.label < config.num_classes:
+                raise InputError(f"--label {options.label}: the model has the classes 0 to {config.num_classes - 1}")
+            labels = torch.full_like(labels, options.label)
+    elif options.label is not None or options.guidance:
+        raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
+    return diffusion.sample(
+        model,
+        schedule_of(model),
+        options.count,
+        (config.channels, config.image_size, config.image_size),
+        sampler=options.sampler,
+        steps=options.sampling_steps,
+        seed=options.seed,
+        y=None if labels is None else labels.to(options.device),
+        guidance=options.guidance,
+        batch_size=options.batch_size,
+        progress=True,
+    ).cpu()
+
+
+def evaluate_samples(options):
+    loaded = checkpoint.load_model(options.run, build_model, which=options.which)
+    model = loaded.model.to(options.device)
+    reference = data.load(options.data, options.split, size=model.config.image_size)
+    features = evaluate.load_features(options.features, options.device)
+    summary = evaluate.summarize(
+        reference.images, features, f"{reference.source} {options.split}", cache=cache_folder(), progress=True
+    )
+    paired = None
+    if options.dense:
+        dense = checkpoint.load_model(options.dense, build_model, which=options.which).model.to(options.device)
+        paired = evaluate.to_uint8(_draw(dense, options))
+    images = evaluate.to_uint8(_draw(model, options))
+    report = evaluate.evaluate(images, summary, features, paired=paired, seed=options.seed, progress=True)
+    report |= {
+        "model": str(loaded.file),
+        "data": options.data,
+        "split": options.split,
+        "sampler": options.sampler,
+        "sampling_steps": options.sampling_steps,
+        "seed": options.seed,
+    }
+    out = Path(options.out or Path(options.run if Path(options.run).is_dir() else ".") / "evaluation.json")
+    write_json(out, report)
+    width = max(map(len, report))
+    print(
+        "\n".join(f"{k:<{width}}  {v:.5g}" if isinstance(v, float) else f"{k:<{width}}  {v}" for k, v in report.items())
+    )
+    print(f"written to {out}")
+
+
+def inspect_model(options):
+    if (options.run is None) == (options.model is None):
+        raise InputError("name one thing to inspect: a run folder or model file, or --model")
+    if options.run:
+        name, model = options.run, checkpoint.load_model(options.run, build_model).model
+    else:
+        name, model = options.model, build_model(options.model, device="meta", **_overrides(options))
+    if options.pattern:
+        sparsify(model, options.pattern, options.where)
+    table = inspect(model)
+    print(table)
+    title = f"{name} {options.pattern or ''}".strip()
+    if options.json:
+        write_json(options.json, table.to_dict())
+        print(f"numbers: {options.json}")
+    chart = options.plot or f"{Path(title.replace(':', 'of').replace(' ', '-')).name}-layers.png"
+    table.plot(chart, f"{title}: parameters per layer, before and after")
+    print(f"chart: {chart}")
+
+
+def schedule_of(model):
+    """The noise schedule that this kind of model was published with."""
+    return SCHEDULES[model.config.kind]()
+
+
+def _overrides(options):
+    """--set image_size=16 --set heads=4 -> {"image_size": 16, "heads": 4}; values are JSON, or else text."""
+    overrides = {}
+    for item in options.set:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--set {item!r}: write name=value, for example --set image_size=16")
+        try:
+            overrides[name] = json.loads(value)
+        except ValueError:
+            overrides[name] = value
+    return overrides

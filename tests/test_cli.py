@@ -1,0 +1,183 @@
+"""The commands as a user runs them, on the smallest possible jobs."""
+
+import json
+
+import pytest
+import torch
+
+from sparsedm.cli import main
+from sparsedm.models import build_model
+from sparsedm.train.checkpoint import save_model
+
+TINY = ["--set", "image_size=8", "--set", "dim=32", "--set", "depth=2", "--set", "heads=2", "--set", "num_classes=6"]
+
+
+def run(*arguments):
+    """The exit code of `sparsedm arguments`."""
+    try:
+        return main([str(a) for a in arguments])
+    except SystemExit as exit:  # argparse's own refusals
+        return exit.code
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "chain"
+    code = run(
+        *("train", "--model", "uvit-tiny", *TINY, "--data", "synthetic", "--limit", 64, "--batch-size", 8),
+        *("--steps", 6, "--save-every", 2, "--log-every", 1, "--run", folder),
+    )
+    assert code == 0
+    return folder
+
+
+def test_train_leaves_a_run_folder(trained):
+    assert [p.name for p in sorted(trained.glob("0*"))] == ["00-dense", "01-3of4", "02-2of4"]
+    assert (trained / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((trained / "options.json").read_text())["model"] == "uvit-tiny"
+
+
+def test_train_again_has_nothing_to_do_and_other_options_are_refused(trained, capsys):
+    same = ["train", "--model", "uvit-tiny", *TINY, "--data", "synthetic", "--limit", 64, "--batch-size", 8]
+    same += ["--steps", 6, "--save-every", 2, "--log-every", 1, "--run", trained]
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
+    assert run(*same) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
+    assert run(*same, "--lr", 1e-3) == 2
+    assert "lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [[], ["--compress"], ["--sampler", "ddim", "--label", "1"]], ids=str)
+def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
+    out = tmp_path / "samples.png"
+    assert run("sample", trained, "--count", 4, "--sampling-steps", 2, "--out", out, *extra) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    assert str(out) in capsys.readouterr().out
+
+
+def test_compressed_samples_are_those_of_the_masked_model(trained, tmp_path):
+    for name, extra in (("masked", []), ("compressed", ["--compress"])):
+        assert (
+            run("sample", trained, "--count", 4, "--sampling-steps", 2, "--out", tmp_path / f"{name}.png", *extra) == 0
+        )
+    assert (tmp_path / "masked.png").read_bytes() == (tmp_path / "compressed.png").read_bytes()
+
+
+def test_evaluate_writes_numbers(trained, tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    code = run(
+        *("evaluate", trained, "--data", "synthetic", "--count", 16, "--sampling-steps", 2),
+        *("--split", "test", "--dense", trained / "00-dense", "--out", out),
+    )
+    assert code == 0
+    numbers = json.loads(out.read_text())
+    assert numbers["frechet_distance"] > 0
+    assert -1 <= numbers["ssim"] <= 1
+    assert numbers["features"] in capsys.readouterr().out
+
+
+def test_labels_must_be_the_models_own(trained, tmp_path, capsys):
+    assert run("sample", trained, "--label", 6) == 2
+    assert "the classes 0 to 5" in capsys.readouterr().err
+    save_model(tmp_path / "plain.safetensors", build_model("uvit-tiny", image_size=8))
+    assert run("sample", tmp_path / "plain.safetensors", "--label", 1) == 2
+    assert "this one is unconditional" in capsys.readouterr().err
+
+
+def test_methods_start_from_a_dense_run(trained, tmp_path, capsys):
+    common = ["train", "--model", "uvit-tiny", *TINY, "--data", "synthetic", "--limit", 64, "--batch-size", 8]
+    common += ["--steps", 2, "--method", "sr-ste+kd", "--run", tmp_path / "method"]
+    assert run(*common) == 2
+    assert "--init" in capsys.readouterr().err
+    assert run(*common, "--init", trained / "00-dense") == 0
+    assert (tmp_path / "method" / "00-sr-ste+kd" / "checkpoints").is_dir()
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    folder = tmp_path / "nothing"
+    arguments = ["train", "--model", "uvit-cifar10-small", "--data", "nowhere", "--steps", 1000, "--run", folder]
+    assert run(*arguments, "--dry-run") == 0
+    assert not folder.exists()
+    text = capsys.readouterr().out
+    assert "44,255,328" in text
+    assert "500 steps" in text
+
+
+INSPECT_TOTALS = {
+    None: ("11.32 G ->       6.07 G", "12.20 G ->       6.95 G"),
+    "all": ("11.32 G ->       5.66 G", "12.20 G ->       6.54 G"),
+}
+
+
+@pytest.mark.parametrize("where", INSPECT_TOTALS)
+def test_inspect_prints_the_published_totals(where, tmp_path, capsys):
+    chart = tmp_path / "layers.png"
+    arguments = ["inspect", "--model", "uvit-cifar10-small", "--pattern", "2:4", "--plot", chart]
+    assert run(*arguments, *(["--where", where] if where else [])) == 0
+    text = capsys.readouterr().out
+    assert all(total in text for total in INSPECT_TOTALS[where])
+    assert chart.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_inspect_reads_a_run_folder(trained, tmp_path, capsys):
+    assert run("inspect", trained, "--plot", tmp_path / "a.png", "--json", tmp_path / "a.json") == 0
+    assert "2:4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["totals"]["parameters"] > 0
+
+
+def test_quickstart_dry_run_prints_the_plan(capsys):
+    assert run("quickstart", "--dry-run") == 0
+    assert "3:4" in capsys.readouterr().out
+
+
+def _not_an_image_archive(folder):
+    (folder / "x.zip").write_bytes(b"PK\x03\x04 cut short")
+    return folder / "x.zip"
+
+
+BAD = {
+    "unknown model": (["inspect", "--model", "uvit-giant"], "unknown model 'uvit-giant'"),
+    "unknown pattern": (["inspect", "--model", "uvit-tiny", "--pattern", "half"], "unknown pattern 'half'"),
+    "3:2": (["inspect", "--model", "uvit-tiny", "--pattern", "3:2"], "pattern 3:2"),
+    "0:4": (["inspect", "--model", "uvit-tiny", "--pattern", "0:4"], "pattern 0:4"),
+    "2:5": (["inspect", "--model", "uvit-tiny", "--pattern", "2:5"], "pattern 2:5"),
+    "unknown option": (["inspect", "--model", "uvit-tiny", "--set", "size=3"], "unknown model option 'size'"),
+    "--set without =": (["inspect", "--model", "uvit-tiny", "--set", "size"], "write name=value"),
+    "nothing to inspect": (["inspect"], "name one thing to inspect"),
+    "no data": (["quickstart", "--data", "{folder}/none", "--run", "{folder}/run"], "none"),
+    "empty data": (["quickstart", "--data", "{folder}", "--run", "{folder}/run"], "{folder}"),
+    "truncated zip": (["quickstart", "--data", "{zip}", "--run", "{folder}/run"], "x.zip"),
+    "no checkpoint": (["sample", "{folder}"], "holds no checkpoint"),
+    "foreign checkpoint": (["sample", "{zip}"], "x.zip"),
+    "no cuda": (["quickstart", "--device", "cuda:99"], "cuda:99 was asked for"),
+    "no such device": (["quickstart", "--device", "gpu"], "'gpu' is not a device"),
+    "unknown method": (["train", "--data", "synthetic", "--method", "magic"], "magic"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(name, tmp_path, capsys):
+    arguments, message = BAD[name]
+    places = {"folder": tmp_path / "data", "zip": tmp_path / "x.zip"}
+    places["folder"].mkdir()
+    _not_an_image_archive(tmp_path)
+    assert run(*(a.format(**places) for a in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message.format(**places) in error
+    assert "Traceback" not in error
+    assert not (places["folder"] / "run").exists(), "a refused command must leave nothing behind"
+
+
+@pytest.mark.parametrize("command", ["", "train", "sample", "evaluate", "inspect", "quickstart"])
+def test_help_teaches(command, capsys):
+    assert run(*filter(None, [command]), "--help") == 0
+    text = capsys.readouterr().out
+    assert "examples" in text or not command
+    assert "--seed" in text or not command
+
+
+def test_cuda_is_refused_where_there_is_none(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    assert run("quickstart", "--device", "cuda") == 2
+    assert "torch sees 0 CUDA devices" in capsys.readouterr().err
