@@ -1,0 +1,302 @@
+"""Checkpoints and model files: safetensors and JSON, written so that no crash, kill or full disk leaves half of one.
+
+A run folder:   options.json                    what made the run; the same command resumes it, another one is refused
+                metrics.jsonl                   one record per log
+                checkpoints/step-00001000/      model.safetensors  ema.safetensors  optimizer.safetensors  state.json
+A model file:   one safetensors file whose header says what model it is, so that `load_model` can build it again. The
+                network files inside a checkpoint are such files too.
+
+Nothing of ours is pickled. A foreign .pth is read by torch's restricted unpickler, which refuses code.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file, atomic_folder, write_json
+from sparsedm.layers import Conv2d24, Linear24, compress, masked_layers, sparsify
+
+# ---- a run folder ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_lock(folder):
+    """Hold a run folder for this process, and sweep what a killed run left half-written.
+
+    Raises: InputError if another process holds it, or if nothing can be written there.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is training in {folder}: wait for it or choose another folder") from None
+        for partial in (folder / "checkpoints").glob(".step-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def claim(folder, record, free=()):
+    """Store what makes a run (a dict of JSON values) as folder/options.json, or check that it was made by the same.
+
+    free: names, at any depth, that may differ, such as how often to log.
+    Raises: InputError listing the differences, so that a run is never continued as another one.
+    """
+    file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
+    if not file.exists():
+        write_json(file, record)
+        return
+    there, here = _flat(_read_json(file), free), _flat(record, free)
+    different = [
+        f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name, "not set") != here.get(name, "not set")
+    ]
+    if different:
+        more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
+        raise InputError(f"{folder} was made by other options, choose another: {'; '.join(different[:8])}{more}")
+
+
+def _flat(value, free, prefix=""):
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    items = [(f"{prefix}.{key}" if prefix else str(key), inner) for key, inner in value.items() if key not in free]
+    return {name: leaf for key, inner in items for name, leaf in _flat(inner, free, key).items()}
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save(folder, step, *, model, ema, optimizer, state, keep=2):
+    """Write checkpoints/step-<step>/ and, once it stands, remove all but the last `keep`; returns its path.
+
+    state: dict of JSON values, stored in state.json beside the step, the models' description and the versions.
+    A checkpoint of the same step is left as it is: a step has one outcome.
+    Raises: InputError if it cannot be written; what was saved before is then untouched.
+    """
+    path = Path(folder) / "checkpoints" / f"step-{step:08d}"
+    if path.exists():
+        return path
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{names[parameter]}/{key}": value for parameter, slot in optimizer.state.items() for key, value in slot.items()
+    }
+    with atomic_folder(path) as partial:
+        _write_model(partial / "model.safetensors", model)
+        _write_model(partial / "ema.safetensors", ema)
+        _write_tensors(partial / "optimizer.safetensors", moments, {})
+        versions = {"torch": torch.__version__}
+        write_json(partial / "state.json", {"step": step, **state, "model": describe(model), "versions": versions})
+    for old in _checkpoints(folder)[:-keep]:
+        hidden = old.with_name(f".{old.name}.partial")  # gone at once, even if the removal is cut short
+        old.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    return path
+
+
+def latest(folder):
+    """The newest checkpoint of a run folder, or None."""
+    return (_checkpoints(folder) or [None])[-1]
+
+
+def load(path, model, ema):
+    """Load the two networks of a checkpoint in place. Raises: InputError naming the file that is damaged or unfit."""
+    for name, network in (("model", model), ("ema", ema)):
+        file = Path(path) / f"{name}.safetensors"
+        _fill(network, _read_tensors(file)[0], file)
+
+
+def load_optimizer(path, model, optimizer):
+    """Load the optimizer of a checkpoint in place; returns the checkpoint's state (a dict with `step`).
+
+    optimizer: over `model.parameters()`, in that order. Raises: InputError naming the file that is damaged or unfit.
+    """
+    file = Path(path) / "optimizer.safetensors"
+    places = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+    slots = {}
+    for key, value in _read_tensors(file)[0].items():
+        name, _, moment = key.rpartition("/")
+        if name not in places:
+            raise InputError(f"{file} does not fit the model, which has no parameter {name}")
+        slots.setdefault(places[name], {})[moment] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+    return _read_json(Path(path) / "state.json")
+
+
+def _checkpoints(folder):
+    return sorted(Path(folder).glob("checkpoints/step-*"))
+
+
+# ---- model files -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What `load_model` found. model is in eval mode; kind: "dense", "masked" or "compressed"."""
+
+    model: nn.Module
+    kind: str
+    file: Path
+    state: dict  # a checkpoint's state.json: step and so on; empty for a single file
+
+
+def describe(model):
+    """{"kind", "config", "patterns"}: what `load_model` needs, beside the tensors, to build the model again."""
+    compressed = {name: "2:4" for name, m in model.named_modules() if isinstance(m, Linear24 | Conv2d24)}
+    masked = {name: str(layer.pattern) for name, layer in masked_layers(model)}
+    config = getattr(model, "config", None)
+    return {
+        "kind": "compressed" if compressed else "masked" if masked else "dense",
+        "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,
+        "patterns": compressed or masked,
+    }
+
+
+def save_model(file, model):
+    """Write a dense, masked or compressed model as one self-describing .safetensors file."""
+    with atomic_file(file) as partial:
+        _write_model(partial, model)
+
+
+def load_model(path, build, *, which="ema", config=None, convert=None):
+    """Build a model from a run folder, a checkpoint folder, a model file, or a foreign .safetensors / .pth / .pt file.
+
+    build: config -> model; called with the config that the file holds (a dict) or, for a foreign file, with `config`.
+    which: "ema" or "model", for the folders. Of a chain's folder the last stage that has a checkpoint is read.
+    convert: for foreign files, their state dict -> ours. Returns Loaded, on the CPU.
+    Raises: InputError: unreadable, truncated, holding code, or not fitting the model (keys and shapes are listed).
+    """
+    file, state = _find(Path(path), which)
+    tensors, header = _read_tensors(file)
+    try:
+        description = json.loads(header["sparsedm"]) if "sparsedm" in header else None
+        patterns = description["patterns"] if description else {}
+        config = description["config"] if description else config
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{file} has a damaged description in its header") from None
+    if config is None:
+        raise InputError(f"{file} does not say what model it holds: name one")
+    model = build(config)
+    if description:
+        model = _as_described(model, description["kind"], patterns, tensors)
+    elif convert:
+        tensors = convert(tensors)
+    _fill(model, tensors, file)
+    return Loaded(model.eval(), describe(model)["kind"], file, state)
+
+
+def _as_described(model, kind, patterns, tensors):
+    for pattern in dict.fromkeys(patterns.values()):  # makes every named layer one of ours
+        sparsify(model, pattern, [name for name in patterns if patterns[name] == pattern])
+    for name, pattern in patterns.items():
+        layer = model.get_submodule(name)
+        layer.set_pattern(pattern)
+        layer.freeze_mask(f"{name}.mask" in tensors)
+    return compress(model) if kind == "compressed" else model
+
+
+def _find(path, which):
+    if which not in ("ema", "model"):
+        raise InputError(f"which={which!r}: 'ema' or 'model'")
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if path.is_file():
+        return path, {}
+    runs = [path, *sorted(path.glob("[0-9][0-9]-*"), reverse=True)]
+    found = path if (path / "state.json").exists() else next(filter(None, map(latest, runs)), None)
+    if found is None:
+        raise InputError(f"{path} holds no checkpoint")
+    return found / f"{which}.safetensors", _read_json(found / "state.json")
+
+
+def _fill(model, tensors, file):
+    expected = model.state_dict()
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
+            for name, value in tensors.items()
+            if name in expected and value.shape != expected[name].shape
+        ],
+    }
+    listed = [
+        f"{len(names)} {problem} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})"
+        for problem, names in problems.items()
+        if names
+    ]
+    if listed:
+        raise InputError(f"{file} does not fit the model: {'; '.join(listed)}")
+    model.load_state_dict(tensors)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn the system's refusal to write (disk full, no permission) into an InputError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _write_model(file, model):
+    _write_tensors(file, model.state_dict(), {"sparsedm": json.dumps(describe(model))})
+
+
+def _write_tensors(file, tensors, header):
+    # the format has no strides: a channels-last weight is written in the usual order
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        save_file(tensors, file, metadata=header or None)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # it is one: the disk is full, or the like
+    file.chmod(mode)  # save_file leaves a file that only its owner can read
+
+
+def _read_tensors(file):
+    """(tensors by name, header) of a .safetensors file, or of a foreign .pth / .pt / .bin, whose header is empty."""
+    try:
+        if file.suffix not in (".pth", ".pt", ".bin"):
+            with safe_open(file, "pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or "it ends too early").splitlines()[0]
+        raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{file} is refused: it is damaged, or holds more than tensors and might run code") from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise InputError(f"{file} is not a state dict: it must map names to tensors")
+    return tensors, {}
+
+
+def _read_json(file):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is missing or damaged: {error}") from error

@@ -1,0 +1,92 @@
+"""metrics.jsonl: what a run logs, one JSON record per line, and the watch for losses that are no longer numbers.
+
+A record: step, lr, loss (total), noise_loss, transfer_loss and gradient_norm (means over the steps since the last
+record), density (of the masked layers), flip_rate (share of their mask entries that changed since the last record),
+seconds (of training, all sessions together), images_per_second, and validation_loss where it was measured.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.files import write_text
+from sparsedm.layers import masks
+from sparsedm.train import checkpoint
+
+
+class TrainingDiverged(InputError):
+    """The loss or a gradient became infinite or NaN. Nothing of it was saved: the last checkpoint is a good one."""
+
+
+def read_metrics(folder):
+    """The records of a run folder's metrics.jsonl, oldest first, up to one that was cut short; [] if there are none."""
+    file, records = Path(folder) / "metrics.jsonl", []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+class MetricsLog:
+    """metrics.jsonl, and the means since its last record, which stay on the device until they are asked for."""
+
+    def __init__(self, folder, model, step, device):
+        self.folder, self.file, self.model, self.device = folder, folder / "metrics.jsonl", model, device
+        self.looks_each_step = device.type == "cpu"  # where looking at a value makes nobody wait
+        if self.file.exists():  # steps after the checkpoint will be made, and logged, again
+            kept = [json.dumps(r) + "\n" for r in read_metrics(folder) if r["step"] <= step and "diverged" not in r]
+            write_text(self.file, "".join(kept))
+        self.masks = masks(model)
+        self.restart()
+
+    def restart(self):
+        self.sums, self.count, self.start = torch.zeros(4, device=self.device), 0, time.perf_counter()
+
+    def add(self, values, step):
+        self.sums += values
+        self.count += 1
+        if self.looks_each_step:
+            self.check(step)
+
+    def check(self, step):
+        """Raise TrainingDiverged if anything since the last record was not finite (a sum remembers that)."""
+        loss, _, _, norm = self.sums.tolist()
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"loss {loss}, gradient norm {norm}"
+        self.write({"step": step, "diverged": what})
+        since = "at step" if self.looks_each_step else f"in the {self.count} steps up to"
+        raise TrainingDiverged(
+            f"training diverged {since} {step} ({what}): the last good checkpoint is {checkpoint.latest(self.folder)}, "
+            "try a lower learning rate in another folder"
+        )
+
+    def close(self, step, batch_size):
+        """The record of the steps since the last one: means, speed, and what the masks did."""
+        self.check(step)
+        names = ("loss", "noise_loss", "transfer_loss", "gradient_norm")
+        seconds = time.perf_counter() - self.start
+        before, self.masks = self.masks, masks(self.model)
+        entries = sum(mask.numel() for mask in self.masks.values())
+        kept = sum(mask.sum() for mask in self.masks.values())
+        flipped = sum((mask != before[name]).sum() for name, mask in self.masks.items())
+        return {
+            **dict(zip(names, (self.sums / self.count).tolist())),
+            "seconds": seconds,
+            "images_per_second": self.count * batch_size / seconds,
+            "density": float(kept / entries) if entries else 1.0,  # of the masked layers
+            "flip_rate": float(flipped / entries)
+            if entries
+            else 0.0,  # share of mask entries changed since the last record
+        }
+
+    def write(self, record):
+        with checkpoint.writing(self.file), open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

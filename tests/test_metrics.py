@@ -1,0 +1,79 @@
+import json
+
+import pytest
+import torch
+
+from sparsedm.layers import set_masking, sparsify
+from sparsedm.train.metrics import MetricsLog, TrainingDiverged, read_metrics
+from tests.tiny import tiny
+
+CPU = torch.device("cpu")
+
+
+def write(folder, *lines):
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_reads_up_to_a_line_that_was_cut_short(tmp_path):
+    assert read_metrics(tmp_path) == []
+    write(tmp_path, '{"step": 1}\n', '{"step": 2}\n', '{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_forgets_what_the_resumed_run_will_log_again(tmp_path):
+    write(tmp_path, '{"step": 1}\n', '{"step": 2, "diverged": "loss nan"}\n', '{"step": 2}\n', '{"step": 3}\n', '{"st')
+    log = MetricsLog(tmp_path, tiny(), 2, CPU)
+    log.write({"step": 3, "again": True})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+
+
+def test_means_and_masks_since_the_last_record(tmp_path):
+    model = sparsify(tiny(), "3:4")
+    log = MetricsLog(tmp_path, model, 0, CPU)
+    log.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), 1)
+    log.add(torch.tensor([3.0, 4.0, 5.0, 6.0]), 2)
+    with torch.no_grad():  # one group of four now drops its last entry instead of another, or the same one
+        model.first.weight[0, :4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+        before = log.masks["first"][0, :4].clone()
+    record = log.close(2, batch_size=8)
+    means = [record[name] for name in ("loss", "noise_loss", "transfer_loss", "gradient_norm")]
+    assert means == [2, 3, 4, 5]
+    assert record["density"] == 0.75
+    flipped = int((before != torch.tensor([True, True, True, False])).sum())
+    assert flipped == 2  # seed 0 drops another one at first
+    assert record["flip_rate"] == (torch.tensor(flipped) / (64 * 32 + 64 * 64)).item()
+    assert record["images_per_second"] == 2 * 8 / record["seconds"]
+    log.restart()
+    log.add(torch.ones(4), 3)
+    assert log.close(3, 8)["flip_rate"] == 0
+    json.dumps(record, allow_nan=False)
+
+
+def test_dense_and_frozen_networks_have_no_flips(tmp_path):
+    for model in (tiny(), sparsify(tiny(), "2:4")):
+        set_masking(model, frozen=True)
+        log = MetricsLog(tmp_path, model, 0, CPU)
+        with torch.no_grad():
+            model.first.weight.copy_(model.first.weight.flip(1))
+        log.add(torch.ones(4), 1)
+        record = log.close(1, 8)
+        assert record["flip_rate"] == 0
+        assert record["density"] == (0.5 if model.first.pattern else 1)
+
+
+@pytest.mark.parametrize("place", [0, 3], ids=["loss", "gradient norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_divergence_is_remembered_until_somebody_looks(tmp_path, place, value):
+    log = MetricsLog(tmp_path, tiny(), 0, CPU)
+    bad = torch.ones(4)
+    bad[place] = value
+    with pytest.raises(TrainingDiverged, match=f"diverged at step 1 .*{value}"):
+        log.add(bad, 1)
+
+    log = MetricsLog(tmp_path, tiny(), 0, CPU)
+    log.looks_each_step = False
+    for step in range(1, 4):
+        log.add(bad if step == 1 else torch.ones(4), step)
+    with pytest.raises(TrainingDiverged, match=r"in the 3 steps up to 3 .*last good checkpoint is None"):
+        log.close(3, 8)
+    assert read_metrics(tmp_path)[-1]["diverged"]
