@@ -179,7 +179,7 @@ def save_model(file, model):
 def load_model(path, build, *, which="ema", config=None, convert=None):
     """Build a model from a run folder, a checkpoint folder, a model file, or a foreign .safetensors / .pth / .pt file.
 
-    build: config -> model; called with the config that the file holds (a dict) or, for a foreign file, with `config`.
+    build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
     which: "ema" or "model", for the folders. Of a chain's folder the last stage that has a checkpoint is read.
     convert: for foreign files, their state dict -> ours. Returns Loaded, on the CPU.
     Raises: InputError: unreadable, truncated, holding code, or not fitting the model (keys and shapes are listed).
@@ -189,7 +189,7 @@ def load_model(path, build, *, which="ema", config=None, convert=None):
     try:
         description = json.loads(header["sparsedm"]) if "sparsedm" in header else None
         patterns = description["patterns"] if description else {}
-        config = description["config"] if description else config
+        config = description["config"] if description and description["config"] is not None else config
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{file} has a damaged description in its header") from None
     if config is None:
