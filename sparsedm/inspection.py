@@ -106,6 +106,7 @@ class Inspection:
     def plot(self, path, title=""):
         """Write a bar chart of parameters per layer, before and after, to `path` (format by its suffix)."""
         from matplotlib.figure import Figure  # late: plotting must not slow down importing the package
+        from matplotlib.ticker import EngFormatter
 
         rows = self.rows
         figure = Figure(figsize=(9, max(3, 0.19 * len(rows) + 1.4)), layout="constrained")
@@ -114,11 +115,12 @@ class Inspection:
         axes.barh(where, [r.parameters for r in rows], color="#c8c8c8", label="dense")
         axes.barh(where, [r.parameters_after for r in rows], color="#0072b2", height=0.55, label="kept")
         axes.set_yticks(where, [f"{r.name}  {r.pattern}" for r in rows], fontsize=7)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.set_xlabel("weights and biases")
-        axes.set_title(title or "Parameters per layer, before and after", loc="left")
+        figure.suptitle(title or "Parameters per layer, before and after", x=0.01, ha="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
         with atomic_file(path) as partial:
             figure.savefig(partial, dpi=120)
 
