@@ -1,0 +1,261 @@
+"""The PTX instructions that the sparse tensor-core kernels need and Gluon does not have, as Gluon functions.
+
+Triton has no sparse dot. What makes it possible without changing the compiler: `inline_asm_elementwise` with `pack`
+equal to the registers that a thread holds of a tensor hands one assembly text *all* of them, and for wgmma they stand
+in the order of the accumulator fragment. Other operands are broadcast to the accumulator's layout, so they arrive as
+many equal registers, of which the text names the first; ptxas removes the copies.
+
+What the callers must keep to, because the compiler knows nothing of it:
+* Shared memory is addressed as `global_smem` + a constant, which holds for the largest allocation of a kernel (Triton
+  places allocations by size). Each kernel asserts that its ring is the largest.
+* Metadata registers are inputs of an asynchronous instruction: they may not be rewritten before a wait (else ptxas
+  serialises every wgmma and says C7513).
+* Assembly with side effects is `is_pure=False`; it keeps its order, but Triton inserts no barrier for it.
+
+The Gluon names that differ between Triton 3.6.0 and 3.7.1, both supported, are resolved here and nowhere else.
+Source: PTX ISA 8.5, sections on wgmma.mma_async.sp, mma.sp, mbarrier, cp.async.bulk.tensor, barrier.cluster.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # 3.6.0; 3.7.1
+
+
+@gluon.jit
+def effect(ASM: gl.constexpr):
+    """An instruction without operands. The unused output register is what the builder insists on."""
+    gl.inline_asm_elementwise(ASM + " // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# ------------------------------------------------------------------------------------------------ where am I
+@gluon.jit
+def shared_base():
+    return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def cluster_rank():
+    return gl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def warp_index():
+    """In a form that ptxas knows to be equal over the warp."""
+    asm: gl.constexpr = "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 5; shfl.sync.idx.b32 $0, t, 0, 0x1f, -1; }"
+    return gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+# ------------------------------------------------------------------------------------------------ barriers
+@gluon.jit
+def barrier_init(barrier, COUNT: gl.constexpr):
+    asm: gl.constexpr = (
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "@p mbarrier.init.shared::cta.b64 [$1], $2; mov.b32 $0, 0; }"
+    )
+    gl.inline_asm_elementwise(asm, "=r,r,r", [barrier, gl.to_tensor(COUNT)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def barrier_wait(barrier, parity):
+    """Until the phase of this parity is complete."""
+    asm: gl.constexpr = (
+        "{ .reg .pred p; LW: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra.uni LW; mov.b32 $0, 0; }"
+    )
+    gl.inline_asm_elementwise(asm, "=r,r,r", [barrier, parity], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def barrier_expect(barrier, BYTES: gl.constexpr):
+    """Arrives once (one lane of the warp) and announces BYTES that TMA will bring."""
+    asm: gl.constexpr = (
+        "{ .reg .pred p; elect.sync _|p, 0xffffffff; "
+        "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.b32 $0, 0; }"
+    )
+    gl.inline_asm_elementwise(asm, "=r,r,r", [barrier, gl.to_tensor(BYTES)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _arrive_asm(pair):
+    if pair:  # lane 0 arrives at block 0 of the cluster, lane 1 at block 1
+        return (
+            "{ .reg .pred p; .reg .b32 l, a, r; mov.u32 l, %laneid; setp.lt.u32 p, l, 2; and.b32 r, l, 1; "
+            "mapa.shared::cluster.u32 a, $1, r; @p mbarrier.arrive.shared::cluster.b64 _, [a]; mov.b32 $0, 0; }"
+        )
+    return (
+        "{ .reg .pred p; .reg .b32 l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; "
+        "@p mbarrier.arrive.shared::cta.b64 _, [$1]; mov.b32 $0, 0; }"
+    )
+
+
+@gluon.jit
+def barrier_arrive(barrier, PAIR: gl.constexpr):
+    """One arrival of this warp, at the barrier of both blocks of a cluster if PAIR.
+
+    Without `.release.cluster`, which would put a MEMBAR.ALL.GPU into the main loop: the arrival only says that this
+    warp no longer reads the slot, it publishes no data.
+    """
+    gl.inline_asm_elementwise(_arrive_asm(PAIR), "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def cluster_sync(PAIR: gl.constexpr):
+    """Every warp of both blocks has to come here, those of the idle partitions too."""
+    if PAIR:
+        effect("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
+
+
+# ------------------------------------------------------------------------------------------------ TMA
+@gluon.constexpr_function
+def _tma_asm(kernel, first, second, pair):
+    multicast = (".multicast::cluster", ", m") if pair else ("", "")
+    choose = f"setp.ne.u32 q, $5, 0; mov.b64 e, {kernel}_param_{second}; selp.b64 d, e, d, q; " if second >= 0 else ""
+    return (
+        "{ .reg .pred p, q; .reg .b64 d, e; .reg .b16 m; elect.sync _|p, 0xffffffff; mov.b16 m, 3; "
+        f"mov.b64 d, {kernel}_param_{first}; {choose}cvta.param.u64 d, d; "
+        "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        f"{multicast[0]} [$1], [d, {{$2, $3}}], [$4]{multicast[1]}; mov.b32 $0, 0; }}"
+    )
+
+
+@gluon.jit
+def tma_load(
+    target, column, row, barrier, other, KERNEL: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr,
+    PAIR: gl.constexpr,
+):  # fmt: skip
+    """One box of a tensor to shared memory, of both blocks if PAIR; `barrier` counts its bytes there.
+
+    The tensor map is the kernel parameter number FIRST of the kernel called KERNEL, or number SECOND (if not negative)
+    where `other` is not zero. Only Gluon's own TMA functions know map objects, and those cannot multicast in 3.6.
+    """
+    gl.inline_asm_elementwise(
+        _tma_asm(KERNEL, FIRST, SECOND, PAIR), "=r,r,r,r,r,r", [target, column, row, barrier, other],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ wgmma.sp
+@gluon.constexpr_function
+def _wgmma_asm(n, kind, selector):
+    r = n // 2
+    registers = ", ".join(f"${i}" for i in range(r))
+    return (
+        f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{kind}.{kind} {{{registers}}}, "
+        f"${2 * r}, ${3 * r}, ${4 * r}, {selector}, 1, 1, 1, 0, 0;"
+    )
+
+
+@gluon.constexpr_function
+def _wgmma_constraints(n):
+    r = n // 2
+    return ",".join(["=f"] * r + [str(i) for i in range(r)] + ["l"] * (2 * r) + ["r"] * r)
+
+
+@gluon.jit
+def wgmma_sp(acc, a, b, metadata, KIND: gl.constexpr, SELECTOR: gl.constexpr):
+    """acc (64 w, n) fp32 += A . B^T over 32 columns of K, w warpgroups; asynchronous.
+
+    a, b: int64 shared-memory descriptors of the compressed A (64, 16) and of B (n, 32), the same over a warpgroup.
+    metadata: int32 in acc's layout; of each 64-column step SELECTOR 0 and 1 take the first and second half.
+    """
+    N: gl.constexpr = acc.shape[1]
+    L: gl.constexpr = acc.type.layout
+    a_all = gl.full(acc.shape, a, gl.int64, layout=L)
+    b_all = gl.full(acc.shape, b, gl.int64, layout=L)
+    return gl.inline_asm_elementwise(
+        _wgmma_asm(N, KIND, SELECTOR), _wgmma_constraints(N), [acc, a_all, b_all, metadata],
+        dtype=gl.float32, is_pure=False, pack=N // 2,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _wait_asm(pending):
+    return f"wgmma.wait_group.sync.aligned {pending};"
+
+
+@gluon.constexpr_function
+def _wait_constraints(n):
+    return ",".join(["=f"] * (n // 2) + [str(i) for i in range(n // 2)])
+
+
+@gluon.jit
+def wgmma_wait(acc, PENDING: gl.constexpr):
+    """A tuple of equal accumulators, whose registers may be read only after this."""
+    N: gl.constexpr = acc[0].shape[1]
+    waited = ()
+    for i in gl.static_range(len(acc)):
+        done = gl.inline_asm_elementwise(
+            _wait_asm(PENDING), _wait_constraints(N), [acc[i]], dtype=gl.float32, is_pure=False, pack=N // 2
+        )
+        waited = waited + (done,)
+    return waited
+
+
+@gluon.jit
+def metadata_to_accumulator(words, ACC: gl.constexpr, B6: gl.constexpr, WARPS: gl.constexpr, N: gl.constexpr):
+    """One int32 of each thread -> that int32 in every register of its accumulator (16 WARPS, N). Moves no data.
+
+    `assert_trivial` is the proof: compilation fails where the layouts would need an exchange between threads.
+    """
+    words6 = gl.convert_layout(words.reshape([WARPS, 1, 8, 1, 4, 1]), B6)
+    words6 = gl.broadcast(words6, gl.full([WARPS, 2, 8, N // 8, 4, 2], 0, gl.int32, layout=B6))[0]
+    return gl.convert_layout(words6.reshape([16 * WARPS, N]), ACC, assert_trivial=True)
+
+
+@gluon.jit
+def load_shared(address):
+    return gl.inline_asm_elementwise(
+        "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+# ------------------------------------------------------------------------------------------------ mma.sp
+@gluon.constexpr_function
+def _mma_asm(kind, selector):
+    return (
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
+        f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, {{$12,$13,$14,$15}}, $16, {selector};"
+    )
+
+
+@gluon.jit
+def mma_sp(a, b, acc, metadata, KIND: gl.constexpr, SELECTOR: gl.constexpr):
+    """acc + A . B over 32 columns of K; all operands broadcast to (..., 4 registers, 32 lanes) of the fragments."""
+    constraints: gl.constexpr = "=f,=f,=f,=f,r,r,r,r,r,r,r,r,0,1,2,3,r,r,r,r"
+    return gl.inline_asm_elementwise(
+        _mma_asm(KIND, SELECTOR), constraints, [a, b, acc, metadata], dtype=gl.float32, is_pure=True, pack=4
+    )
+
+
+# ------------------------------------------------------------------------------------------------ epilogue
+@gluon.jit
+def _tanh(x):
+    """Relative error 2^-11: for results that are rounded to bf16."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _gelu_erf(y):
+    """y/2 (1 + erf(y / sqrt 2)) = max(y, 0) - |y|/2 erfc(|y| / sqrt 2), erfc to 1.5e-7 (Abramowitz and Stegun 7.1.26).
+
+    Not libdevice's erf: it branches, and a divergent branch in the epilogue costs thousands of bytes of spills.
+    """
+    a = gl.abs(y) * 0.7071067811865476
+    t = 1 / (1 + 0.3275911 * a)
+    p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return gl.maximum(y, 0.0) - 0.5 * gl.abs(y) * (p * gl.exp2(-1.4426950408889634 * (a * a)))
+
+
+@gluon.jit
+def activate(y, ACTIVATION: gl.constexpr, BF16: gl.constexpr):
+    """y fp32 -> act(y) fp32. BF16: the result will be rounded to bf16, so the hardware's tanh is exact enough."""
+    if ACTIVATION == "gelu":
+        y = _gelu_erf(y)
+    elif ACTIVATION == "gelu_tanh":
+        u = y * (0.7978845608028654 + 0.035677408136300125 * (y * y))
+        y = 0.5 * y + 0.5 * y * _tanh(u) if BF16 else y / (1 + gl.exp2(-2.885390081777927 * u))
+    elif ACTIVATION == "silu":
+        y = 0.5 * y + 0.5 * y * _tanh(0.5 * y) if BF16 else y / (1 + gl.exp2(-1.4426950408889634 * y))
+    else:
+        gl.static_assert(ACTIVATION is None, "unknown activation")
+    return y

@@ -1,0 +1,146 @@
+"""y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r on `wgmma.mma_async.sp` (sm_90a, Hopper): configurations, launch.
+
+The kernels are in sparse24_wgmma_kernels. NOT YET RUN ON A GPU: their compiled PTX is executed by the emulator of the
+tests. The order of CONFIGS is not the result of any measurement.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparsedm.kernels.sparse24_pipeline import boxes
+from sparsedm.kernels.sparse24_wgmma_kernels import linear_flat, linear_specialized
+
+
+@dataclass(frozen=True)
+class Config:
+    block_n: int  # features
+    block_m: int  # rows of x
+    block_k: int
+    stages: int
+    cluster: str = "none"  # "x", "w": what the two blocks of a cluster share
+    specialized: bool = True
+    group: int = 8  # tiles along M that are walked before the next along N, for L2
+
+
+# The first, without clusters, is the default until these are timed.
+CONFIGS = (
+    Config(256, 128, 64, 4),
+    Config(256, 128, 64, 4, specialized=False),
+    Config(256, 128, 64, 4, "w"),
+    Config(256, 128, 64, 4, "x"),
+    Config(128, 256, 64, 3, "x"),
+    Config(256, 128, 128, 2, "w"),
+    Config(256, 128, 64, 4, "w", specialized=False),
+    Config(128, 128, 64, 5),
+)
+
+
+def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
+    """y (M, N) of rows x (M, K), all on one sm_90a device. values (256 n, 64 k) and metadata as `arrange` made them.
+
+    bias (N,), residual (M, N), skip (M, K2), scale (G, N) or None; rows of x, skip and residual 16-byte aligned.
+    """
+    if skip is not None and x.shape[1] % config.block_k:
+        x, skip = torch.cat((x, skip), 1), None  # a TMA box may not straddle the two
+    M, N = y.shape
+    direct = y.dtype == torch.float32 or N % 8 != 0 or (residual is not None and residual.dtype != y.dtype)
+    kernel, constants = specialize(
+        config, x.dtype, activation, bias is not None, residual is not None, scale is not None, skip is not None, direct
+    )
+    stored = x if direct else y
+    sources = {"w_desc": values, "x_desc": x, "e_desc": metadata, "y_desc": stored}
+    sources["r_desc"] = stored if residual is None or direct else residual
+    sources["s_desc"] = x if skip is None else skip
+    arguments = {name: _descriptor(sources[name], *box) for name, box in maps(config).items()}
+    arguments |= {
+        "y_ptr": y,
+        "r_ptr": y if residual is None else residual,
+        "stride_r": N if residual is None else residual.stride(0),
+        "bias_ptr": y if bias is None else bias.contiguous(),
+        "scale_ptr": y if scale is None else scale.contiguous(),
+        "rows_per_scale": M if scale is None else M // scale.shape[0],
+        "split": ENDLESS if skip is None else x.shape[1] // config.block_k,
+        "M": M,
+        "N": N,
+        "K": 2 * values.shape[1],
+    }
+    options = {"num_warps": 4 if config.specialized else 8}
+    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
+    if config.cluster != "none":
+        blocks //= 2
+        _mark_as_cluster(kernel, arguments, constants, options)
+    grid = min(blocks, count_tiles(M, N, config))
+    kernel[(grid,)](**arguments, **constants, **options)
+
+
+ENDLESS = 1 << 30  # a first source of x that never ends: there is no second
+
+
+def count_tiles(M, N, config):
+    """Tiles, or pairs of tiles in a cluster."""
+    tiles_n, tiles_m = -(-N // config.block_n), -(-M // config.block_m)
+    if config.cluster == "x":
+        tiles_n = -(-tiles_n // 2)
+    if config.cluster == "w":
+        tiles_m = -(-tiles_m // 2)
+    return tiles_n * tiles_m
+
+
+def specialize(config, dtype, activation, bias, residual, scale, skip, direct):
+    """-> (kernel, its compile-time arguments)."""
+    return linear_specialized if config.specialized else linear_flat, {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "CLUSTER": config.cluster,
+        "STAGES": config.stages,
+        "GROUP": config.group,
+        "KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype],
+        "ACTIVATION": activation,
+        "BIAS": bias,
+        "RESIDUAL": residual,
+        "SCALE": scale,
+        "SKIP": skip,
+        "DIRECT": direct,
+    }
+
+
+def maps(config):
+    """Tensor map -> (box, swizzle in bytes), in the order of the kernel's arguments."""
+    rows_x, rows_w, words = boxes(config.block_n, config.block_m, config.block_k, config.cluster)
+    panel = ((config.block_m, 64 if config.specialized else 128), 128)
+    return {
+        "w_desc": ((rows_w, config.block_k // 2), config.block_k),
+        "x_desc": ((rows_x, 64), 128),
+        "e_desc": ((config.block_k // 64, words), 0),
+        "y_desc": panel,
+        "r_desc": panel,
+        "s_desc": ((rows_x, 64), 128),
+    }
+
+
+def _descriptor(tensor, box, swizzle):
+    layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size(), len(box))
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box), layout)
+
+
+_clusters = {}
+
+
+def _mark_as_cluster(kernel, arguments, constants, options):
+    """Makes the launcher start this compiled kernel as clusters of two blocks.
+
+    It is compiled for single blocks, whose layouts know nothing of clusters; the launcher takes the cluster size from
+    `packed_metadata`, so that grid (g,) becomes 2 g blocks. Integers and alignments are kept out of the specialisation
+    (see the decorators), so the key below is all that decides which compiled kernel runs.
+    """
+    types = tuple(arguments[name].dtype for name in ("y_ptr", "r_ptr", "bias_ptr", "scale_ptr"))
+    key = (kernel, tuple(constants.values()), types, arguments["y_ptr"].device)
+    if key not in _clusters:
+        compiled = kernel.warmup(**arguments, **constants, **options, grid=(1,))
+        warps, _, shared = compiled.packed_metadata
+        compiled.packed_metadata = (warps, 2, shared)
+        _clusters[key] = compiled
