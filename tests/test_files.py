@@ -33,12 +33,16 @@ def test_atomic_file_honours_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         write_text(tmp_path / "a", "")
-        with atomic_folder(tmp_path / "b"):
-            pass
+        with atomic_folder(tmp_path / "b") as one, atomic_file(tmp_path / "d") as other:
+            for path in (one / "c", other):  # as safetensors does: a private file takes the place of the one given
+                path.with_name("private").touch(mode=0o600)
+                path.with_name("private").rename(path)
     finally:
         os.umask(old)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "b" / "c").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])

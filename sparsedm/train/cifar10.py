@@ -5,6 +5,7 @@ dict with `data` (uint8, n x 3072, the same pixels) and `labels`. A pickle can r
 unpickler that knows no class at all but stand-ins for the few a batch is made of.
 """
 
+import gzip
 import io
 import os
 import pickle
@@ -44,7 +45,7 @@ def cifar10_folder(folder):
 
 
 def read_cifar10(path, progress=True):
-    """Read a folder (see cifar10_folder) or tar file. Returns Parts: train and test, uint8 (n, 3, 32, 32).
+    """Read a folder (see cifar10_folder) or tar.gz file. Returns Parts: train and test, uint8 (n, 3, 32, 32).
 
     InputError, naming the file: a batch missing, damaged or with anything else in its pickle.
     """
@@ -72,14 +73,15 @@ def _folder_batches(folder):
 def _tar_batches(path):
     """Read in memory what is needed, by the last part of its name: nothing is extracted, so no path can climb out."""
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
             for member in archive:
                 if member.size > MOST_BYTES:
                     raise InputError(f"{path} holds {member.name!r} of {member.size} bytes, which no CIFAR-10 batch is")
                 name = os.path.basename(member.name)
                 if member.isreg() and name.removesuffix(".bin") in TRAIN + TEST:
                     yield name.removesuffix(".bin"), _batch(f"{path}/{name}", archive.extractfile(member).read())
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+            file.read(MOST_BYTES)  # to the end, where gzip compares its checksum
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a readable tar.gz file, perhaps cut short ({error})") from error
 
 
@@ -102,7 +104,8 @@ def _binary(content):
 
 
 def _pickled(content):
-    batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in _unpickle(content).items()}
+    batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
     _, shape, dtype, fortran, raw = batch["data"].state
     if dtype.code not in ("u1", b"u1"):
         raise ValueError(f"pixels of type {dtype.code} instead of u1")
@@ -114,35 +117,35 @@ class _Foreign(Exception):
     """A pickle names something that is not in a batch."""
 
 
-def _unpickle(content):
-    """Read a pickle in which an array is an object with `state`, and a dtype one with `code`; nothing of numpy runs.
+class _Array:
+    """Stands for numpy.ndarray in a pickle: `state` is (version, shape, dtype, column-major, bytes)."""
 
-    The stand-ins are made anew for every pickle, because a pickle may set attributes of what it is given.
-    """
+    def __init__(self, *args):
+        pass
 
-    class Array:
-        def __init__(self, *args):
-            pass
+    def __setstate__(self, state):
+        self.state = state
 
-        def __setstate__(self, state):
-            self.state = state
 
-    class DType:
-        def __init__(self, code, *args):
-            self.code = code
+class _DType:
+    """Stands for numpy.dtype in a pickle."""
 
-        def __setstate__(self, state):
-            pass
+    def __init__(self, code, *args):
+        self.code = code
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            match module, name:
-                case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") | ("numpy", "ndarray"):
-                    return Array
-                case "numpy", "dtype":
-                    return DType
-                case "_codecs", "encode":  # how Python 3 writes bytes for Python 2
-                    return lambda text, encoding: text.encode("latin1")
-            raise _Foreign(f"{module}.{name}")
+    def __setstate__(self, state):
+        pass
 
-    return Unpickler(io.BytesIO(content), encoding="bytes").load()
+
+class _Unpickler(pickle.Unpickler):
+    """Nothing but the stand-ins can be named, so nothing of numpy or Python runs."""
+
+    def find_class(self, module, name):
+        match module, name:
+            case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") | ("numpy", "ndarray"):
+                return _Array
+            case "numpy", "dtype":
+                return _DType
+            case "_codecs", "encode":  # how Python 3 writes bytes for Python 2
+                return lambda text, encoding: text.encode("latin1")
+        raise _Foreign(f"{module}.{name}")

@@ -73,7 +73,7 @@ def load(source, split="train", *, size=None, limit=None, progress=True, cache=N
     size: side in pixels; other images are cropped to a centred square and resized. limit: at most so many images,
     evenly spaced through the split, so that all classes stay. cache: folder for downloads and decoded sets, default
     `sparsedm.files.cache_folder()`; what it holds is used only while the source is unchanged (the size and times of
-    every file, the ends of a zip or tar file). InputError: a source that is missing, empty, damaged or of mixed sizes.
+    every file, the ends of a zip or tar.gz). InputError: a source that is missing, empty, damaged or of mixed sizes.
     """
     source, cache = str(source), Path(cache or cache_folder())
     if split not in SPLITS:
@@ -169,7 +169,7 @@ def _read(source, split, size, progress, cache):
 
 
 def _decode(path, size, progress):
-    is_tar = path.name.lower().endswith((".tar.gz", ".tgz", ".tar"))
+    is_tar = path.name.lower().endswith((".tar.gz", ".tgz"))
     if cifar10 := cifar10_folder(path) if path.is_dir() else path if is_tar else None:
         return _resize(read_cifar10(cifar10, progress), size, progress)
     if path.is_dir() or path.suffix.lower() == ".zip":
@@ -229,7 +229,7 @@ def _as_images(path, array):
 
 
 def _signature(path, size):
-    """Changes whenever a file does: its name, size and times; of a zip or tar file also what its ends hold."""
+    """Changes whenever a file does: its name, size and times; of a zip or tar.gz file also what its ends hold."""
     facts = hashlib.sha256(f"1 {size}".encode())  # 1: what the readers make of a file; raise it when they change
     found = [path]
     if path.is_dir():
