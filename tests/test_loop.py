@@ -430,11 +430,15 @@ def test_refuses_options_out_of_range(name, value):
         TrainOptions(**{name: value})
 
 
-def test_warmups():
+def test_learning_rate_and_average():
     options = TrainOptions(steps=1000, lr=1.0)
-    assert [options.lr_at(u) for u in (0, 49, 99, 100, 999)] == [0.01, 0.5, 1, 1, 1]  # a tenth of the run
-    assert TrainOptions(lr=1.0).lr_at(1249) == 0.5  # at most 2500 steps
-    assert TrainOptions(lr=1.0, warmup=0).lr_at(0) == 1
+    assert [options.lr_at(u, u) for u in (0, 49, 99, 100, 999)] == [0.01, 0.5, 1, 1, 1]  # a tenth of the run
+    assert TrainOptions(lr=1.0).lr_at(1249, 1249) == 0.5  # at most 2500 steps
+    assert replace(options, warmup=0).lr_at(0, 0) == 1
+    cosine = replace(options, cosine=True)
+    assert [cosine.lr_at(u, u) for u in (49, 99, 100, 550)] == [0.5, 1, 1, (1 + math.cos(math.pi / 2)) / 2]
+    assert 0 < cosine.lr_at(999, 999) < 1e-5
+    assert [cosine.lr_at(step, 1000 + step) for step in (0, 500)] == [1, (1 + math.cos(math.pi / 2)) / 2]  # taken over
     assert [options.ema_at(u) for u in (0, 8, 10**6)] == [0.1, 0.5, 0.9999]
     assert replace(options, ema_warmup=1).ema_at(0) == 0.9999
 

@@ -60,6 +60,10 @@ class Stage:
         if self.inplace and self.init == "random":
             raise InputError(f"stage {self.name}: a stage in place cannot start at random")
 
+    @property
+    def learns_from(self):
+        return self.teacher if self.w_kd else "none"
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -130,7 +134,7 @@ def run_chain(
             replace(options, steps=stage.steps, lr=stage.lr or options.lr),
             path,
             ema=average,
-            teacher={"none": None, "dense": dense, "previous": previous}[stage.teacher],
+            teacher={"none": None, "dense": dense, "previous": previous}[stage.learns_from],
             w_kd=stage.w_kd,
             w_noise=stage.w_noise,
             validation=validation,
@@ -201,7 +205,7 @@ def plan(stages, options, model, folder, where=None):
                 "images": stage.steps * options.batch_size,
                 "parameters": parameters,
                 "parameters_kept": parameters - round(dropped),
-                "memory_bytes": weights * (5 + (stage.teacher != "none")),
+                "memory_bytes": weights * (5 + (stage.learns_from != "none")),
                 "checkpoint_bytes": weights * 4,
                 "folder": str(path),
                 "steps_done": int(reached.name.removeprefix("step-")) if reached else 0,
@@ -220,9 +224,10 @@ def _check(stages, ema, build):
         raise InputError("a chain needs at least one stage")
     dense = ema is not None and not masked_layers(ema)
     for index, stage in enumerate(stages):
-        if (stage.teacher == "dense" and not dense) or (stage.teacher == "previous" and not index and ema is None):
+        teacher = stage.learns_from
+        if (teacher == "dense" and not dense) or (teacher == "previous" and not index and ema is None):
             raise InputError(
-                f"stage {stage.name} needs a {stage.teacher} teacher, and nothing that could be one was trained: "
+                f"stage {stage.name} needs a {teacher} teacher, and nothing that could be one was trained: "
                 "begin with a dense stage or from a dense checkpoint"
             )
         if stage.init == "random" and build is None:

@@ -80,11 +80,15 @@ class TrainOptions:
         for name in (name for name, holds in rules.items() if not holds):
             raise InputError(f"training option {name}={getattr(self, name)!r} is out of its range")
 
-    def lr_at(self, updates):
+    def lr_at(self, step, updates):
+        """The learning rate. step: made in this run; updates: made by this optimizer, more if it was taken over."""
         warmup = min(2500, self.steps // 10) if self.warmup is None else self.warmup
-        if updates < warmup or not self.cosine:
-            return self.lr * min(1.0, (updates + 1) / max(warmup, 1))
-        return self.lr * (1 + math.cos(math.pi * (updates - warmup) / max(self.steps - warmup, 1))) / 2
+        if updates < warmup:
+            return self.lr * (updates + 1) / warmup
+        if not self.cosine:
+            return self.lr
+        begin = max(0, warmup - (updates - step))
+        return self.lr * (1 + math.cos(math.pi * (step - begin) / max(self.steps - begin, 1))) / 2
 
     def ema_at(self, updates):
         return min(self.ema, (1 + updates) / (self.ema_warmup + updates))
@@ -174,7 +178,7 @@ def train(
                 return diffusion.validation_loss(ema, x, schedule, y=y if _classes(model) else None).item()
 
         for step in range(state["step"] + 1, options.steps + 1):
-            lr = options.lr_at(state["updates"])
+            lr = options.lr_at(step - 1, state["updates"])
             try:
                 values = one_step(first_step + step - 1, lr, options.ema_at(state["updates"]))
             except InputError:  # a layer refuses NaN weights: say first what made them so
