@@ -1,0 +1,364 @@
+"""How close generated images are to a reference set, as distances between the features of a fixed network.
+
+A Fréchet distance is called FID only over the features of the original Inception network ("inception"). Over other
+features it is just as good for comparing models with one another, but only over the same features, reference and count.
+Images are uint8 (n, C, h, w), or floating point in [-1, 1]; features are float64 (n, d).
+"""
+
+import contextlib
+import hashlib
+import os
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.export.passes import move_to_device_pass
+from tqdm import tqdm
+
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file, cache_folder, download
+
+# ---- distances
+
+
+def moments(features):
+    """Mean (d,) and unbiased covariance (d, d) of features (n, d), float64."""
+    return features.mean(0, dtype=torch.float64), torch.atleast_2d(features.double().T.cov())
+
+
+def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
+    """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson and Landau 1982; FID, arXiv 1706.08500, eq. 6).
+
+    |μ_a - μ_b|² + tr(A + B - 2 (A B)^(1/2)), where tr (A B)^(1/2) is the sum of the roots of the eigenvalues of the
+    symmetric A^(1/2) B A^(1/2): stable for singular covariances, which few images give.
+    """
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    squared = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
+    return max(0.0, squared.item())
+
+
+def kernel_distance(a, b, *, subsets=100, subset_size=None, seed=0, progress=False):
+    """KID: unbiased squared MMD with the kernel (x·y / d + 1)³ over random subsets (arXiv 1801.01401, eq. 4).
+
+    Returns (mean, standard deviation) over the subsets. subset_size: None for 1000, or half of the smaller set where
+    that is less (equal subsets would have no spread to show).
+    """
+    subset_size = subset_size or default_subset_size(a, b)
+    if not 2 <= subset_size <= min(len(a), len(b)):
+        raise InputError(f"subset_size is {subset_size}, it must lie between 2 and the {min(len(a), len(b))} images")
+    generator = torch.Generator().manual_seed(seed)
+    bar = tqdm(range(subsets), desc="kernel distance", disable=None if progress else True)
+    pairs = ([_subset(x, subset_size, generator) for x in (a, b)] for _ in bar)
+    values = torch.stack([_squared_mmd(x, y) for x, y in pairs])
+    return values.mean().item(), values.std(correction=0).item()
+
+
+def default_subset_size(a, b):
+    return min(1000, max(2, min(len(a), len(b)) // 2))
+
+
+def _subset(features, size, generator):
+    return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
+
+
+def _squared_mmd(a, b):
+    m, d = a.shape
+    aa, bb, ab = ((x @ y.T / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
+    return within / (m * (m - 1)) - 2 * ab.mean()
+
+
+def precision_recall(generated, reference, *, neighbours=3):
+    """Improved precision and recall (arXiv 1904.06991, eq. 1-2): (share of generated inside the reference, and back).
+
+    Inside a set is who lies within the distance from any of its members to that member's k-th neighbour.
+    """
+    smaller = min(len(generated), len(reference))
+    if smaller <= neighbours:
+        raise InputError(f"neighbours is {neighbours}, it must be less than the {smaller} images")
+    return _share_inside(generated, reference, neighbours), _share_inside(reference, generated, neighbours)
+
+
+def _share_inside(points, members, k):
+    nearest = [_squared_distances(chunk, members).topk(k + 1, largest=False).values for chunk in members.split(1024)]
+    radii = torch.cat(nearest)[:, -1]  # the nearest member of all is the member itself
+    inside = [(_squared_distances(chunk, members) <= radii).any(1) for chunk in points.split(1024)]
+    return torch.cat(inside).double().mean().item()
+
+
+def _squared_distances(a, b):
+    lengths = a.square().sum(1)[:, None] + b.square().sum(1)
+    squared = lengths - 2 * (a @ b.T)
+    # what is left of two duplicates is rounding, which must not put one outside of the other
+    return squared.where(squared > 1e-12 * lengths, 0)
+
+
+def ssim(a, b):
+    """Structural similarity (n,) of the pairs a[i], b[i] (Wang et al. 2004, eq. 13; K1 = .01, K2 = .03, L = 255).
+
+    Gaussian window of ssim_window(...) pixels with σ = 1.5, inside the image only; each colour channel by itself, then
+    the mean over channels and places. float64.
+    """
+    if a.shape != b.shape:
+        raise InputError(f"SSIM compares pairs, but the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
+    size = ssim_window(a.shape)
+    offsets = torch.arange(size, dtype=torch.float64, device=a.device) - size // 2
+    weights = torch.softmax(-offsets.square() / (2 * 1.5**2), 0)
+    # the window at every place, as one row each of a matrix: (places, pixels), for both axes
+    rows, columns = (torch.stack([F.pad(weights, (i, n - size - i)) for i in range(n - size + 1)]) for n in a.shape[2:])
+
+    def blur(z):
+        return rows @ z @ columns.T
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    out = []
+    for x, y in zip(to_uint8(a).split(256), to_uint8(b).split(256)):
+        x, y = x.double(), y.double()
+        mean_x, mean_y = blur(x), blur(y)
+        var_x, var_y, covariance = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
+        luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+        structure = (2 * covariance + c2) / (var_x + var_y + c2)
+        out.append((luminance * structure).mean((1, 2, 3)))
+    return torch.cat(out)
+
+
+def ssim_window(shape):
+    """11 pixels, or the largest odd number that fits into an image smaller than that."""
+    smaller = min(*shape[-2:], 11)
+    return smaller - 1 + smaller % 2
+
+
+def to_uint8(images):
+    """uint8 images as they are, floating-point ones from [-1, 1] rounded and clamped; InputError for others and NaN."""
+    if images.ndim != 4:
+        raise InputError(f"images must be (n, C, h, w), not of shape {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise InputError(f"images must be uint8 or floating point in [-1, 1], not {images.dtype}")
+    bad = (~images.isfinite()).flatten(1).any(1).sum().item()
+    if bad:
+        raise InputError(f"{bad} of the {len(images)} images hold NaN or infinity")
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# ---- features
+
+INCEPTION_URL = (
+    "https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/inception-2015-12-05.pt"
+)
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+
+
+@dataclass(frozen=True)
+class Features:
+    """A fixed network; calling it turns images (n, 3 or 1, h, w) into float64 features (n, d) on the CPU.
+
+    The name stands for the exact network: two networks that can differ in their output have different names.
+    """
+
+    name: str
+    network: Callable[[torch.Tensor], torch.Tensor]  # uint8 (n, 3, h, w) -> (n, d)
+    device: torch.device
+
+    def __call__(self, images, *, batch_size=250, progress=False):
+        images = to_uint8(images)
+        if images.shape[1] not in (1, 3):
+            raise InputError(f"features {self.name} need images of 1 or 3 channels, not {images.shape[1]}")
+        images = images.expand(-1, 3, -1, -1)
+        out = []
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        bar = tqdm(images.split(batch_size), desc=self.name, disable=None if progress else True)
+        with torch.no_grad(), exact:
+            for batch in bar:
+                features = self.network(batch.contiguous().to(self.device))
+                if not (isinstance(features, torch.Tensor) and features.ndim == 2 and len(features) == len(batch)):
+                    found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+                    raise InputError(f"features {self.name} must give ({len(batch)}, d), but gave {found}")
+                out.append(features.double().cpu())
+        out = torch.cat(out)
+        if not out.isfinite().all():
+            raise InputError(f"features {self.name} gave NaN or infinity")
+        return out
+
+
+def load_features(spec="random-conv", device="cpu", *, weights=None, progress=True):
+    """The feature network named by `spec`.
+
+    "random-conv"  the default, which needs nothing: see RandomConv. It is not Inception, and its distance is not a FID.
+    "inception"    the Inception network of the original FID (2048 features), as NVIDIA's TorchScript file of 96 MB that
+                   resizes as the original does. weights: where it is, or is downloaded to; None for
+                   $SPARSEDM_INCEPTION, else the cache folder. Whatever lies there must have the right checksum.
+    a file         TorchScript (torch.jit.save) or torch.export (.pt2, with a dynamic batch axis): a module from uint8
+                   (n, 3, h, w) to (n, d), which does its own scaling. Loading it RUNS what the file holds: only load
+                   files you trust. Plain pickles (torch.save) are refused.
+    Raises InputError for a file that is missing or something else, and when the download fails.
+    """
+    device = torch.device(device)
+    if spec == "random-conv":
+        return Features("random-conv-1", RandomConv().to(device), device)
+    if spec == "inception":
+        path = Path(weights or os.environ.get("SPARSEDM_INCEPTION") or cache_folder() / "inception-2015-12-05.pt")
+        download(INCEPTION_URL, path, sha256=INCEPTION_SHA256, progress=progress)
+        network = _load_network(path, device)
+        return Features("inception", lambda images: network(images, return_features=True), device)
+    path = Path(spec)
+    if not path.is_file():
+        raise InputError(f"features {spec!r} are neither random-conv, nor inception, nor a file")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Features(f"{path.name}-{digest[:12]}", _load_network(path, device), device)
+
+
+def _load_network(path, device):
+    kind = f"{path} is not a TorchScript or torch.export file"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {name.partition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{kind} ({error})") from error
+    try:
+        if "models/model.json" in entries:
+            program = torch.export.load(path)
+            return move_to_device_pass(program, device).module()
+        if any(entry.startswith("code/") for entry in entries):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which this one format is for
+                return torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{kind} of this torch ({str(error).splitlines()[0]})") from error
+    raise InputError(f"{kind}: a plain pickle can run any code and is refused")
+
+
+class RandomConv(torch.nn.Module):
+    """144 statistics of a fixed random network at the image's own resolution (8 x 8 or more); no training, no download.
+
+    At each of three scales (every one the mean of 2 x 2 pixels of the one before): r = |16 random 3x3 filters|,
+    q = |16 random 3x3 filters over r|; the features are log(1/64 + mean over the image) of r and q: how much structure
+    of each kind there is. Then the mean colours of a 4 x 4 grid: where it is. The filters have mean zero over their
+    3 x 3 places, so that brightness does not drown everything else.
+
+    The weights come from the raw bits of numpy's PCG64, which are the same for every version of numpy and torch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        for scale in range(3):
+            self.register_buffer(f"first{scale}", _random_filters((16, 3, 3, 3), seed=2 * scale))
+            self.register_buffer(f"second{scale}", _random_filters((16, 16, 3, 3), seed=2 * scale + 1))
+
+    def forward(self, images):
+        if min(images.shape[2:]) < 8:
+            raise InputError(f"features random-conv need images of 8 x 8 pixels or more, not {tuple(images.shape[2:])}")
+        x = images.float() / 127.5 - 1
+        colours = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        out = []
+        for scale in range(3):
+            r = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), getattr(self, f"first{scale}")).abs()
+            q = F.conv2d(F.pad(r, (1, 1, 1, 1), mode="reflect"), getattr(self, f"second{scale}")).abs()
+            out += [(z.mean((2, 3)) + 1 / 64).log() for z in (r, q)]
+            x = F.avg_pool2d(x, 2)
+        return torch.cat([*out, colours], 1)
+
+
+def _random_filters(shape, seed):
+    """(out, in, 3, 3) float32, each filter of mean zero over its 3 x 3 places and of length one."""
+    raw = np.random.PCG64(seed).random_raw(int(np.prod(shape)))
+    uniform = (raw >> np.uint64(11)).reshape(shape) * 2.0**-52 - 1
+    centred = uniform - uniform.mean((2, 3), keepdims=True)
+    length = np.sqrt(np.square(centred).sum((1, 2, 3), keepdims=True))
+    return torch.tensor(centred / length, dtype=torch.float32)
+
+
+# ---- a reference set, and the whole comparison
+
+KEPT = 10_000  # features kept of a set, for the distances that need every single one
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is remembered of a set of images: mean and covariance over all, and the features of up to 10,000 of them."""
+
+    name: str
+    features: str
+    count: int
+    shape: tuple[int, ...]
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    kept: torch.Tensor
+
+
+def summarize(images, features, name, *, cache=None, batch_size=250, progress=False):
+    """Summary of a set. cache: a folder that keeps it, by the content of the images and the name of the features.
+
+    Raises InputError for fewer than 2 images, NaN, or images the features cannot read.
+    """
+    images = to_uint8(images)
+    if len(images) < 2:
+        raise InputError(f"{name} holds {len(images)} image{'s' * (len(images) != 1)}, at least 2 are needed")
+    facts = dict(name=name, features=features.name, count=len(images), shape=tuple(images.shape[1:]))
+    path = None
+    if cache is not None:
+        digest = hashlib.sha256(f"{features.name} {tuple(images.shape)} {KEPT} ".encode())
+        digest.update(images.cpu().contiguous().numpy())
+        path = Path(cache) / f"features-{digest.hexdigest()[:32]}.safetensors"
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    return Summary(**facts, **{key: file.get_tensor(key) for key in ("mean", "covariance", "kept")})
+            except SafetensorError as error:
+                warnings.warn(f"{path} cannot be read ({error}) and is computed anew", stacklevel=2)
+    every = features(images, batch_size=batch_size, progress=progress)
+    mean, covariance = moments(every)
+    kept = _subset(every, KEPT, torch.Generator().manual_seed(0))
+    if path is not None:
+        with atomic_file(path) as partial:
+            save_file(dict(mean=mean, covariance=covariance, kept=kept.contiguous()), partial)
+    return Summary(**facts, mean=mean, covariance=covariance, kept=kept)
+
+
+def evaluate(images, reference, features, *, paired=None, neighbours=3, seed=0, batch_size=250, progress=False):
+    """Compare images with a reference Summary made by the same features. Returns a dict that JSON can hold.
+
+    "rank_deficient" says that one of the two sets has no more images than features have dimensions, so that its
+    covariance is singular and the Fréchet distance too rough to compare between counts. "ssim" (with "ssim_window") is
+    the mean over pairs images[i], paired[i], where paired is given: the dense model's samples from the same noise.
+    """
+    if reference.features != features.name:
+        raise InputError(f"the reference {reference.name} holds features {reference.features}, not {features.name}")
+    if tuple(images.shape[1:]) != reference.shape:
+        raise InputError(
+            f"the images are {tuple(images.shape[1:])}, but those of the reference {reference.name} {reference.shape}"
+        )
+    own = summarize(images, features, "the generated set", batch_size=batch_size, progress=progress)
+    mean, covariance, kept, *theirs = (
+        tensor.to(features.device) for side in (own, reference) for tensor in (side.mean, side.covariance, side.kept)
+    )
+    kernel_mean, kernel_std = kernel_distance(kept, theirs[2], seed=seed, progress=progress)
+    precision, recall = precision_recall(kept, theirs[2], neighbours=neighbours)
+    result = dict(
+        features=features.name,
+        dimension=len(mean),
+        reference=reference.name,
+        reference_count=reference.count,
+        count=own.count,
+        rank_deficient=min(own.count, reference.count) <= len(mean),
+        frechet_distance=frechet_distance(mean, covariance, theirs[0], theirs[1]),
+        kernel_distance=kernel_mean,
+        kernel_distance_std=kernel_std,
+        kernel_subset_size=default_subset_size(kept, theirs[2]),
+        precision=precision,
+        recall=recall,
+        neighbours=neighbours,
+    )
+    if paired is not None:
+        result |= dict(ssim=ssim(images, paired).mean().item(), ssim_window=ssim_window(images.shape))
+    return result
