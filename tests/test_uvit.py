@@ -137,7 +137,8 @@ def test_timestep_embedding_by_hand():
     embedding = timestep_embedding(torch.tensor([2, 999]), 4)  # frequencies 1 and 1e-2; integers allowed
     expected = [[math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]]
     expected += [[math.cos(999), math.cos(9.99), math.sin(999), math.sin(9.99)]]
-    assert embedding.dtype == torch.float32
+    assert embedding.dtype == timestep_embedding(torch.tensor([2.0]).bfloat16(), 4).dtype == torch.float32
+    assert timestep_embedding(torch.tensor([2.0]).double(), 4).dtype == torch.float64
     high = torch.tensor(expected, dtype=torch.float64)
     angles = torch.tensor([2.0, 999.0])[:, None] * torch.tensor([1.0, 0.01])
     assert_as_good_as_torch(embedding, high, torch.cat([angles.cos(), angles.sin()], -1))

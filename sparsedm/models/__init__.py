@@ -42,13 +42,13 @@ def model_config(model, **overrides):
     if isinstance(model, dict):
         options = dict(model)
         kind = options.pop("kind", None)
-        if kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise InputError(f"unknown model kind {kind!r}: one of {', '.join(_KINDS)}")
         config_class = _KINDS[kind][0]
         config = config_class(**_checked(config_class, options))
     elif isinstance(model, UViTConfig | DDPMConfig):
         config = model
-    elif model in MODELS:
+    elif isinstance(model, str) and model in MODELS:
         config = MODELS[model]
     else:
         raise InputError(f"unknown model {model!r}: one of {', '.join(MODELS)}")

@@ -155,11 +155,8 @@ def _upsample(channels):
 
 
 class DDPM(nn.Module):
-    """Noise predictor; see `forward`.
-
-    `sparse_layers` are all convolutions and linear layers but the first, whose 3 input channels hold no group of 4: the
-    layers that SparseDM (arXiv 2404.10445) masks.
-    """
+    """Noise predictor; see `forward`. `sparse_layers` are all its convolutions and linear layers but the first, whose 3
+    input channels hold no group of 4: the layers that SparseDM (arXiv 2404.10445) masks."""
 
     sparse_layers = r"^(?!conv_in$)"
 

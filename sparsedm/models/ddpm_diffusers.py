@@ -161,7 +161,7 @@ def config_from_diffusers(options):
         groups=options["norm_num_groups"],
         dropout=options["dropout"],
         num_classes=options["num_class_embeds"] or 0,
-        null_label=False,
+        null_label=not options["num_class_embeds"],
     )
     ours = config_to_diffusers(config)
     for name, value in options.items():

@@ -1,0 +1,73 @@
+import json
+from dataclasses import FrozenInstanceError, asdict
+
+import pytest
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.models import MODELS, build_model, model_config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_keeps_the_contract(name):
+    model = build_model(name, device="meta").eval()
+    x = model.example_inputs(3)[0]
+    assert x.shape == (3, model.config.channels, model.config.image_size, model.config.image_size)
+    assert model(*model.example_inputs(3)).shape == x.shape
+    assert model.config.kind == name.split("-")[0]
+    assert model.config.num_classes >= 0
+    assert isinstance(model.sparse_layers, str)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_configuration_survives_json(name):
+    config = MODELS[name]
+    assert model_config(json.loads(json.dumps(asdict(config)))) == config
+    assert model_config(config) == model_config(name) == config
+
+
+def test_overrides_device_and_dtype():
+    model = build_model("uvit-tiny", image_size=16, patch_size=2, device="meta", dtype=torch.bfloat16)
+    assert (model.config.image_size, model.config.patch_size, model.config.dim) == (16, 2, 128)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert build_model("ddpm-tiny", multipliers=[1, 1, 2], device="meta").config.multipliers == (1, 1, 2)
+    assert build_model("ddpm-tiny", dropout=0, device="meta").config.dropout == 0
+
+
+def test_the_generator_decides_the_weights():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return torch.cat([p.flatten() for p in build_model("uvit-tiny", dim=16).parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        MODELS["uvit-tiny"].dim = 3
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "message"),
+    [
+        ("uvit-huge", {}, "unknown model 'uvit-huge': one of uvit-tiny, .*ddpm-cifar10"),
+        (None, {}, "unknown model None"),
+        (["uvit-tiny"], {}, r"unknown model \['uvit-tiny'\]"),
+        ({"kind": "dit"}, {}, "unknown model kind 'dit': one of uvit, ddpm"),
+        ({"kind": ["uvit"]}, {}, r"unknown model kind \['uvit'\]"),
+        ({}, {}, "unknown model kind None"),
+        ({"kind": "uvit", "width": 3}, {}, "unknown model option 'width': one of image_size, channels, patch_size"),
+        ("uvit-tiny", {"kind": "ddpm"}, "unknown model option 'kind'"),
+        ("uvit-tiny", {"dim": "128"}, "model option dim='128': must be of type int"),
+        ("uvit-tiny", {"dim": True}, "model option dim=True: must be of type int"),
+        ("uvit-tiny", {"final_conv": 1}, "model option final_conv=1: must be of type bool"),
+        ("ddpm-tiny", {"multipliers": 2}, "model option multipliers=2: must be of type tuple"),
+        ("ddpm-tiny", {"multipliers": [1, 2.0]}, r"model option multipliers=\(1, 2.0\): must be of type tuple"),
+        ("ddpm-tiny", {"dropout": None}, "model option dropout=None: must be of type float"),
+        ("uvit-tiny", {"image_size": 30}, "image_size=30: must be a multiple of patch_size=4"),
+    ],
+)
+def test_refusals(model, overrides, message):
+    with pytest.raises(InputError, match=message):
+        build_model(model, device="meta", **overrides)
