@@ -11,7 +11,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels import launch
 from sparsedm.kernels.launch import Autotuner
 
-CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 CANDIDATES = [{"BLOCK": 16}, {"BLOCK": 32}, {"BLOCK": 64}]
 
 
@@ -48,7 +48,7 @@ def tuner(timer, kernels=(kernel,), candidates=CANDIDATES):
 
 
 def best(tuned, **key):
-    return tuned.best(lambda candidate: candidate, CPU, **(key or {"dtype": "bf16", "m": 64}))
+    return tuned.best(lambda candidate: candidate, GPU, **(key or {"dtype": "bf16", "m": 64}))
 
 
 def table(tmp_path, folder="tuned"):
@@ -170,6 +170,10 @@ def test_backends(monkeypatch):
     assert not launch.uses_triton(torch.ones(1), None)
     with pytest.raises(InputError, match="one device, not on cpu and meta"):
         launch.uses_triton(torch.ones(1), torch.ones(1, device="meta"))
+
+
+def test_off_a_gpu_the_default_is_used_and_nothing_measured():
+    assert tuner(Timer({})).best(lambda candidate: candidate, torch.device("cpu"), m=64) == {"BLOCK": 16}
 
 
 def test_buckets():

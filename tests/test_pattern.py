@@ -9,12 +9,13 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import (
     GROUPS,
     Pattern,
-    choose,
     choose_mask,
     choose_mask_ref,
     group_view,
     holds,
+    pack_bits,
     ungroup,
+    unpack_bits,
 )
 
 PATTERNS = [Pattern(1, 2), Pattern(2, 4), Pattern(3, 4), Pattern(1, 8), Pattern(7, 16), Pattern(31, 32)]
@@ -50,10 +51,7 @@ def test_few_distinct_values_so_that_ties_are_everywhere(data):
     expected = mask_by_sorting(weight, pattern)
     assert torch.equal(choose_mask_ref(weight, pattern), expected)
     assert torch.equal(choose_mask(weight, pattern), expected)
-    masked, mask = choose(weight, pattern)
-    assert torch.equal(mask, expected)
-    assert torch.equal(masked, torch.where(expected, weight, 0))
-    assert holds(masked, pattern)
+    assert holds(torch.where(expected, weight, 0), pattern)
 
 
 def test_ties_go_to_the_lower_index_and_a_negative_zero_is_zero():
@@ -63,29 +61,22 @@ def test_ties_go_to_the_lower_index_and_a_negative_zero_is_zero():
     assert torch.equal(choose_mask(weight, Pattern(2, 4)), expected)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-def test_groups_of_a_conv_weight_never_straddle_taps_or_filters(memory_format):
-    weight = torch.randn(6, 8, 3, 2).to(memory_format=memory_format)
+def test_groups_of_a_conv_weight_never_straddle_taps_or_filters():
+    weight = torch.randn(6, 8, 3, 2)
     rows = group_view(weight)
     assert torch.equal(rows[3 * 2 * 4 + 2 * 2 + 1], weight[4, :, 2, 1])
     assert torch.equal(ungroup(rows, weight.shape), weight)
-    masked, mask = choose(weight, Pattern(2, 4))
-    for out in range(6):
-        for i in range(3):
-            for j in range(2):
-                kept = mask_by_sorting(weight[out, :, i, j][None], Pattern(2, 4))[0]
-                assert torch.equal(mask[out, :, i, j], kept)
-    assert masked.stride() == mask.stride() == weight.stride()
 
 
-def test_choose_casts_reads_any_strides_and_is_detached():
-    weight = torch.randn(16, 40, requires_grad=True)
-    for view in (weight[:, 8:40:2], weight.t()[8:], weight[::3]):
-        masked, mask = choose(view, Pattern(2, 4), torch.bfloat16)
-        assert torch.equal(mask, choose_mask_ref(view, Pattern(2, 4)))
-        assert torch.equal(masked, torch.where(mask, view, 0).bfloat16())
-        assert not masked.requires_grad
-        assert not mask.requires_grad
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64])
+def test_packed_bits(columns):
+    mask = torch.rand(3, columns) < 0.5
+    bits = pack_bits(mask)
+    assert bits.shape == (3, -(-columns // 32))
+    for row in range(3):
+        for k in range(32 * bits.shape[1]):
+            assert int(bits[row, k // 32]) >> (k % 32) & 1 == (k < columns and bool(mask[row, k]))
+    assert torch.equal(unpack_bits(bits, columns), mask)
 
 
 @pytest.mark.parametrize("text", ["3:2", "0:4", "4:4", "2:5", "1:64", "2-4", "", "half", "-1:4", 24])
@@ -94,33 +85,13 @@ def test_impossible_patterns_are_refused(text):
         Pattern.parse(text)
 
 
+def test_holds_counts_non_zeros():
+    assert holds(torch.tensor([[1.0, 0.0, -0.0, 2.0]]), Pattern(2, 4))
+    assert not holds(torch.tensor([[1.0, 0.0, 3.0, 2.0]]), Pattern(2, 4))
+
+
 def test_parse():
     assert Pattern.parse("2:4") == Pattern.parse(Pattern(2, 4)) == Pattern(keep=2, group=4)
     assert Pattern.parse("dense") is None
     assert str(Pattern(7, 8)) == "7:8"
     assert Pattern(2, 4).density == 0.5
-
-
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (torch.ones(4, 6), r"fc1: the input axis of shape \(4, 6\) must be a positive multiple of 4"),
-        (torch.ones(4, 0), r"fc1: the input axis of shape \(4, 0\) must be a positive multiple of 4"),
-        (torch.ones(8, 3, 3, 3), r"fc1: the input axis of shape \(8, 3, 3, 3\) must be a positive multiple of 4"),
-        (torch.ones(8), r"fc1: a masked weight has 2 .* dimensions, not shape \(8,\)"),
-        (torch.ones(4, 8, dtype=torch.int32), "fc1: .*floating-point weights, not torch.int32"),
-        (torch.tensor([[1.0, float("nan"), 0.0, float("nan")]]), "fc1: 2 weights are NaN"),
-        (torch.full((2, 4), float("nan")), "fc1: 8 weights are NaN"),
-    ],
-)
-def test_choose_refuses(weight, message):
-    with pytest.raises(InputError, match=message):
-        choose(weight, Pattern(2, 4), name="fc1")
-
-
-def test_choose_is_an_operator_without_graph_breaks():
-    weight = torch.randn(8, 16)
-    torch.library.opcheck(torch.ops.sparsedm.choose, (weight, 2, 4, torch.float16, "w"))
-    compiled = torch.compile(lambda w: choose(w, Pattern(2, 4)), fullgraph=True, backend="aot_eager")
-    for out, expected in zip(compiled(weight), choose(weight, Pattern(2, 4))):
-        assert torch.equal(out, expected)

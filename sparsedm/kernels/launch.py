@@ -30,7 +30,10 @@ try:
 
     jit = triton.jit
 except ImportError:
-    triton = tl = None
+    triton = None
+
+    class tl:
+        constexpr = None  # all that is looked up while a kernel is defined
 
     def jit(kernel):
         return kernel
@@ -92,7 +95,7 @@ class Autotuner:
 
     A candidate is looked up in memory, in the user's table, in the shipped table. If none has it, all candidates are
     timed once and the user's table gets the winner, or, under SPARSEDM_AUTOTUNE=off and while a CUDA graph is being
-    captured, the default is taken. Both are logged at level info.
+    captured, the default is taken. Both are logged at level info. Off a GPU it is the default, without a word.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
@@ -103,6 +106,8 @@ class Autotuner:
     def best(self, run, device, **key):
         """The candidate for `key` (dtype, sizes ...) on `device`. run(candidate) does the work, any number of times."""
         known = (device, *key.values())
+        if device.type != "cuda":
+            return self.candidates[0]
         if known not in self._chosen:
             shape = " ".join(f"{k}={v}" for k, v in key.items())
             found = self._find(run, device_name(device), shape)

@@ -11,7 +11,7 @@ learning and may come back. decay = 2e-4 is SR-STE (arXiv 2102.04010, eq. 6); dr
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import choose  # noqa: F401  (the other half of straight_through)
+from sparsedm.kernels.choose import choose  # noqa: F401  (the other half of straight_through)
 
 
 class _StraightThrough(torch.autograd.Function):

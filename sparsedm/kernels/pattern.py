@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 
@@ -115,37 +116,23 @@ def check_weight(weight, pattern, name="weight"):
         raise InputError(f"{name}: the input axis of shape {shape} must be a positive multiple of {pattern.group}")
 
 
-def choose(weight, pattern, dtype=None, name="weight"):
-    """The masked weight and its mask, for a layer to keep until its weight changes.
-
-    weight: (out, in) or (out, in, kh, kw), floating point. dtype: of the masked weight, default the weight's own.
-    Returns (masked, mask), detached, both of the weight's shape and strides; mask is bool.
-    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis or a weight is NaN.
-    """
-    check_weight(weight, pattern, name)
-    masked, mask = _choose(weight.detach(), pattern.keep, pattern.group, dtype or weight.dtype, name)
-    return masked, mask
-
-
-@torch.library.custom_op("sparsedm::choose", mutates_args=())
-def _choose(
-    weight: torch.Tensor, keep: int, group: int, dtype: torch.dtype, name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = ungroup(choose_mask(group_view(weight), Pattern(keep, group)), weight.shape)
-    mask = torch.empty_like(weight, dtype=torch.bool).copy_(chosen)
-    # if the sum is finite, every weight is: the cheapest look at all of them, and a product is cheaper than a choice
-    if torch.isfinite(weight.sum()):
-        return (weight * mask).to(dtype), mask
-    if nans := int(weight.isnan().sum()):
-        raise InputError(f"{name}: {nans} weights are NaN, which has no magnitude order")
-    return torch.where(mask, weight, 0).to(dtype), mask
-
-
-@_choose.register_fake
-def _(weight, keep, group, dtype, name):
-    return torch.empty_like(weight, dtype=dtype), torch.empty_like(weight, dtype=torch.bool)
-
-
 def holds(weight, pattern):
     """True if no group of weight (rows, K) has more than `keep` non-zeros."""
     return bool(((weight != 0).unflatten(-1, (-1, pattern.group)).sum(-1) <= pattern.keep).all())
+
+
+def pack_bits(mask):
+    """bool (rows, K) -> int32 (rows, ceil(K / 32)): bit k % 32 of word k // 32 is entry k; bits beyond K are 0."""
+    lanes = F.pad(mask, (0, -mask.shape[1] % 32)).unflatten(1, (-1, 32)).long()
+    return (lanes << torch.arange(32, device=mask.device)).sum(-1).to(torch.int32)
+
+
+def unpack_bits(bits, columns):
+    """The inverse of `pack_bits`: int32 (rows, words) -> bool (rows, columns)."""
+    return (bits[..., None] >> torch.arange(32, device=bits.device) & 1).bool().flatten(1)[:, :columns]
+
+
+def memory_format(weight):
+    """That of all that is made of a weight: channels_last if the weight is so, else contiguous."""
+    nhwc = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if nhwc and not weight.is_contiguous() else torch.contiguous_format
