@@ -24,7 +24,7 @@ from sparsedm.train import checkpoint, loop
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import Interrupted, TrainOptions, train
 from sparsedm.train.metrics import TrainingDiverged, read_metrics
-from tests.tiny import OPTIONS, same_state, tiny, tiny_images
+from tests.tiny import OPTIONS, python_signals, same_state, tiny, tiny_images
 
 IMAGES, HELD_OUT, SCHEDULE = tiny_images(), tiny_images(16, seed=1), VPSDE()
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -43,6 +43,12 @@ def run(folder, options=OPTIONS, model=None, **settings):
 
 def final_bits(folder, step=12):
     return [(Path(folder) / "checkpoints" / f"step-{step:08d}" / name).read_bytes() for name in FILES]
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    with python_signals():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +71,24 @@ def at_position(monkeypatch, position, action):
 # ---- what a step does ------------------------------------------------------------------------------------------------
 
 
-def test_is_the_plain_loop(tmp_path):
+@pytest.mark.parametrize(("amp", "flip", "clip"), [("bf16", True, 0.3), (None, False, 0.0)])
+def test_is_the_plain_loop(tmp_path, amp, flip, clip):
     """Against the loop written out: warm-up, clipping, dropped labels, transfer, weight decay, EMA and its warm-up."""
-    options = replace(OPTIONS, clip=0.3, amp="bf16")
+    options = replace(OPTIONS, clip=clip, amp=amp, flip=flip)
     model, teacher = masked(), tiny(5).eval()
     average, expected = copy.deepcopy(model), copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(expected.parameters(), betas=(0.99, 0.999), weight_decay=0.03, fused=True)
     for step in range(12):
         generator = torch.Generator().manual_seed(loop._seed(3, step, "data, times, noise"))
         torch.manual_seed(loop._seed(3, step, "dropout"))
-        x, y = batch(IMAGES, batch_indices(40, 8, step, 3), flip_generator=generator)
+        x, y = batch(IMAGES, batch_indices(40, 8, step, 3), flip_generator=generator if flip else None)
         y = torch.where(torch.rand(8, generator=generator) < 0.1, 3, y)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
             terms = diffusion.loss(expected, x, SCHEDULE, y=y, generator=generator, teacher=teacher, w_kd=0.1)
         optimizer.zero_grad()
         terms.total.backward()
-        nn.utils.clip_grad_norm_(expected.parameters(), 0.3)
+        if clip:
+            nn.utils.clip_grad_norm_(expected.parameters(), clip)
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 4)
         optimizer.step()
         decay = min(0.9, (1 + step) / (10 + step))
@@ -261,6 +269,13 @@ def test_second_interrupt_acts_at_once(tmp_path, monkeypatch, unbroken):
     monkeypatch.undo()
     run(tmp_path)
     assert final_bits(tmp_path) == final_bits(unbroken[0])
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a process that a shell started in the background
+    at_position(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert run(tmp_path).step == 12
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_trains_outside_the_main_thread(tmp_path, unbroken):
