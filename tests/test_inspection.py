@@ -38,6 +38,12 @@ def test_counts_are_those_by_hand(change):
     assert "VIOLATED" not in str(table)
 
 
+def test_a_compressed_convolution_is_counted():
+    conv = compress(sparsify(nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), "2:4"))
+    (row,) = inspect(conv, (torch.zeros(1, 16, 5, 5),)).rows
+    assert (row.macs, row.macs_after) == (25 * 8 * 9 * 16, 25 * 8 * 9 * 8)
+
+
 def test_inspecting_changes_nothing():
     model = sparsify(Model(), "2:4").train()
     x = torch.randn(1, 3, 4, 4)
