@@ -1,4 +1,4 @@
-"""y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r on `wgmma.mma_async.sp` (sm_90a, Hopper): configurations, launch.
+"""y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r by `wgmma.mma_async.sp` (sm_90a): configurations and launch.
 
 The kernels are in sparse24_wgmma_kernels. NOT YET RUN ON A GPU: their compiled PTX is executed by the emulator of the
 tests. The order of CONFIGS is not the result of any measurement.

@@ -1,0 +1,112 @@
+"""y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r for M up to 64 rows: `mma.sp` with K split over the grid.
+
+So few rows are bound by reading the weight once, 1.125 bytes per weight instead of 2. A tile of 64 features alone would
+give too few programs to keep that many bytes in flight, so every tile's K is divided among `splits` programs, which
+write fp32 partial sums (splits, M, N); a second kernel adds them, in a fixed order, and applies the epilogue. The sums
+therefore do not depend on the order in which programs run. NOT YET RUN ON A GPU.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from sparsedm.kernels.sparse24_mma import Config, finish, operands, output_layout, products, tile, to_rows
+
+BLOCK_N = 64
+CONFIGS = tuple(Config(BLOCK_N, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
+PROGRAMS_PER_MULTIPROCESSOR = 4
+REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
+
+
+@gluon.jit
+def linear_few(
+    w_ptr, e_ptr, x_ptr, s_ptr, part_ptr, stride_x, stride_s, chunks_x, chunks_s, split, M, N, steps, share,
+    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, WARPS_N: gl.constexpr, WARPS_M: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
+):  # fmt: skip
+    """Program (tile, i) multiplies the 64-column steps i share .. (i+1) share - 1; part_ptr fp32 (splits, M, N)."""
+    n, m = tile(gl.program_id(0), M, N, BLOCK_N, BLOCK_M, GROUP)
+    first = gl.program_id(1) * share
+    acc = products(
+        w_ptr, e_ptr, x_ptr, s_ptr, stride_x, stride_s, chunks_x, chunks_s, split, n, m, M,
+        first, gl.minimum(first + share, steps), steps, BLOCK_N, BLOCK_M, WARPS_N, WARPS_M, STAGES, KIND, SKIP,
+    )  # fmt: skip
+    LAYOUT: gl.constexpr = output_layout(BLOCK_N, WARPS_N * WARPS_M)
+    row = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+    feature = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+    part = part_ptr + gl.program_id(1).to(gl.int64) * (M * N) + (row[:, None] * N + feature[None, :])
+    inside = (row < M)[:, None] & (feature < N)[None, :]
+    gl.store(part, to_rows(acc, BLOCK_N, BLOCK_M, LAYOUT), mask=inside)
+
+
+@gluon.jit
+def reduce_few(
+    part_ptr, y_ptr, bias_ptr, scale_ptr, r_ptr, stride_r, rows_per_scale, M, N, splits,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, SCALE: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """Program (i, j) adds up the partial sums of ROWS x COLUMNS results and finishes them."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    DTYPE: gl.constexpr = y_ptr.dtype.element_ty
+    BF16: gl.constexpr = DTYPE == gl.bfloat16  # noqa: SIM300
+    m = gl.program_id(0) * ROWS
+    row = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    feature = gl.program_id(1) * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    inside = (row < M)[:, None] & (feature < N)[None, :]
+    offset = row[:, None] * N + feature[None, :]
+    y = gl.zeros([ROWS, COLUMNS], gl.float32, layout=LAYOUT)
+    for i in range(splits):
+        y += gl.load(part_ptr + i.to(gl.int64) * (M * N) + offset, mask=inside, other=0)
+    y = finish(
+        y, row, feature, M, N, bias_ptr, scale_ptr, rows_per_scale, r_ptr, stride_r, m, ROWS, ACTIVATION, BF16, BIAS,
+        SCALE, RESIDUAL,
+    )  # fmt: skip
+    gl.store(y_ptr + offset, y.to(DTYPE), mask=inside)
+
+
+def choose(M, N, steps, multiprocessors):
+    """-> (Config, share): the tile and how many 64-column steps of K one program multiplies, at least four."""
+    config = next(config for config in CONFIGS if config.block_m >= M or config is CONFIGS[-1])
+    tiles = -(-N // config.block_n) * -(-M // config.block_m)
+    wanted = -(-multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // tiles)
+    return config, min(max(4, -(-steps // wanted)), steps)
+
+
+def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale):
+    """As `sparse24_mma.launch`, meant for M up to 64."""
+    if skip is not None and x.shape[1] % 64:
+        x, skip = torch.cat((x, skip), 1), None
+    M, N = y.shape
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    config, share = choose(M, N, metadata.shape[1], multiprocessors)
+    parts = y.new_empty(-(-metadata.shape[1] // share), M, N, dtype=torch.float32)
+    product, constants, reduction, finishing = stages(
+        config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale
+    )
+    tiles = -(-N // config.block_n) * -(-M // config.block_m)
+    linear_few[(tiles, len(parts))](**product, **constants, num_warps=config.warps_n * config.warps_m)
+    reduce_few[(-(-M // REDUCE_ROWS), -(-N // REDUCE_COLUMNS))](**reduction, **finishing, num_warps=4)
+
+
+def stages(config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale):
+    """-> run-time and compile-time arguments of `linear_few`, then those of `reduce_few`."""
+    arguments, flags = operands(x, values, metadata, y, bias, residual, skip, scale)
+    arguments |= {"part_ptr": parts, "share": share, "splits": len(parts)}
+    product = (
+        "w_ptr", "e_ptr", "x_ptr", "s_ptr", "part_ptr", "stride_x", "stride_s", "chunks_x", "chunks_s", "split",
+        "M", "N", "steps", "share",
+    )  # fmt: skip
+    reduction = (
+        "part_ptr", "y_ptr", "bias_ptr", "scale_ptr", "r_ptr", "stride_r", "rows_per_scale", "M", "N", "splits",
+    )  # fmt: skip
+    constants = {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "WARPS_N": config.warps_n,
+        "WARPS_M": config.warps_m,
+        "STAGES": config.stages,
+        "GROUP": config.group,
+    } | {name: flags[name] for name in ("KIND", "SKIP")}
+    finishing = {"ROWS": REDUCE_ROWS, "COLUMNS": REDUCE_COLUMNS, "ACTIVATION": activation}
+    finishing |= {name: flags[name] for name in ("BIAS", "SCALE", "RESIDUAL")}
+    return {k: arguments[k] for k in product}, constants, {k: arguments[k] for k in reduction}, finishing
