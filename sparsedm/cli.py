@@ -171,6 +171,7 @@ def _add_sampling(sub, count):
     sub.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpm++2m", help="(default: dpm++2m)")
     sub.add_argument("--sampling-steps", type=int, default=50, help="(default: 50)")
     sub.add_argument("--guidance", type=float, help="classifier-free guidance weight, for class-conditional models")
+    sub.add_argument("--no-clip", action="store_true", help="let images leave [-1, 1] on the way (latents always may)")
     sub.add_argument("--label", type=int, help="draw only this class (default: all classes in turn)")
     sub.add_argument(
         "--batch-size", type=int, default=256, help="images at a time; changes nothing else (default: 256)"

@@ -126,6 +126,7 @@ def _draw(model, options):
         seed=options.seed,
         y=None if labels is None else labels.to(options.device),
         guidance=options.guidance,
+        clip=None if options.no_clip or config.channels > 3 else 1.0,
         batch_size=options.batch_size,
         progress=True,
     ).cpu()

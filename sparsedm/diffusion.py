@@ -276,11 +276,12 @@ def time_grid(schedule, steps, spacing):
     return times.clamp(schedule.first, schedule.last)
 
 
-def integrate(model, schedule, x, times, sampler, noise=None, bar=None):
+def integrate(model, schedule, x, times, sampler, noise=None, bar=None, clip=None):
     """Carry x (B, ...) at times[0] to a sample: `sampler` from times[0] to times[-1], then x̂_0 there.
 
     The last step is thus the same for all: DDPM's algorithm 2 adds no noise in it, EDM's Heun falls back to Euler and
     DPM-Solver++ to order 1. model: `model(x, t)`, or a list with one such per time. noise: callable, ε like x.
+    clip: the largest |x̂_0| that is believed, None for any; ε̂ is made to agree with it.
     """
     models = list(model) if isinstance(model, list | tuple) else [model] * len(times)
     if len(models) != len(times):
@@ -289,7 +290,12 @@ def integrate(model, schedule, x, times, sampler, noise=None, bar=None):
 
     def predict(step, x, t):
         eps = models[step](x, x.new_full((len(x),), schedule.model_time(t).item())).to(x.dtype)
-        return (x - schedule.sigma(t) * eps) / schedule.alpha(t), eps
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        x0 = (x - sigma * eps) / alpha
+        if clip is None:
+            return x0, eps
+        x0 = x0.clamp(-clip, clip)
+        return x0, (x - alpha * x0) / sigma
 
     def intervals():
         for step, (t, s) in enumerate(pairwise(times)):
@@ -318,6 +324,7 @@ def sample(
     y=None,
     guidance=None,
     null_label=None,
+    clip=None,
     batch_size=None,
     device=None,
     dtype=torch.float32,
@@ -329,7 +336,9 @@ def sample(
     drawn on the CPU so that a seed means the same picture on every device. (A network's own rounding may still depend
     on the batch size.) model: `model(x, t)` or `model(x, t, y)`, or a list of `steps` such, one per step, first the
     noisiest. steps: network evaluations, for heun 2 steps - 1. spacing: None for the sampler's own, see time_grid.
-    y (count,) int64; guidance as in `guided`; null_label: None for the model's config.num_classes.
+    y (count,) int64; guidance as in `guided`; null_label: None for the model's config.num_classes. clip: 1.0 for images
+    keeps every x̂_0 in [-1, 1] on the way (DDPM's code; "static thresholding", arXiv 2205.11487, section 2.3): a small
+    network's errors at high noise, where they are divided by α, would else carry the sample away.
     Raises InputError for an unknown sampler or spacing, and for counts and labels that do not fit together.
     """
     if sampler not in SAMPLERS:
@@ -353,7 +362,7 @@ def sample(
             labels = None if y is None else torch.as_tensor(y[first : first + size], device=device)
             batch_models = [guided(m, labels, guidance, null_label) for m in models]
             noise = functools.partial(_draw, streams, shape, device, dtype)
-            samples.append(integrate(batch_models, schedule, noise(), times, sampler, noise, bar))
+            samples.append(integrate(batch_models, schedule, noise(), times, sampler, noise, bar, clip))
     return torch.cat(samples)
 
 
@@ -365,8 +374,9 @@ def guided(model, y, guidance=None, null_label=None):
     """
     if not guidance:
         return lambda x, t: model(x, t, *_optional(y))
-    if null_label is None:
-        null_label = getattr(getattr(model, "config", None), "num_classes", 0) or None
+    config = getattr(model, "config", None)
+    if null_label is None and getattr(config, "null_label", True):
+        null_label = getattr(config, "num_classes", 0) or None
     if y is None or null_label is None:
         raise InputError(f"guidance {guidance} needs labels and a network with a null label")
     labels = torch.cat([y, torch.full_like(y, null_label)])

@@ -53,8 +53,8 @@ REAL = replace(
 )
 
 SYNTHETIC_NOTE = """\
-The images are drawn by a program: one shape on a gradient. A good sample has one closed outline, straight or round where
-it should be, in one flat colour."""
+The images are drawn by a program: one shape on a plain ground. A good sample has one closed outline, straight or round
+where it should be, in one flat colour."""
 REAL_NOTE = """\
 A few minutes of two CPU cores teach a network of a million parameters colour and layout, not objects: expect blurry
 colour fields. The distances still rank the networks. For pictures, train a preset on a GPU:
@@ -151,6 +151,7 @@ def _measure(networks, results, recipe, images, validation, options):
                 steps=recipe.sampling_steps,
                 seed=options.seed,
                 y=labels,
+                clip=1.0,
                 batch_size=128,
                 progress=True,
             ).cpu()
@@ -198,7 +199,7 @@ Against dense, the validation loss of the chain's 2:4 network is {against_dense(
 images: `sparsedm train --method dense` gives the control.)
 
 * Fréchet distance: {dense["count"]:,} samples against {dense["reference_count"]:,} real images, on
-  `{dense["features"]}` features: a fixed random convolution network. The number ranks networks here and is not an FID.
+  `{dense["features"]}` features: a fixed random convolution network. It ranks networks here and is not an FID.
 * density, parameters and MACs count the kept weights; MACs are those of linear and convolution layers for one image.
 * training: seconds spent on that network alone, on {report["device"]} ({report["torch"]}). Masks are applied by plain torch
   here: a CPU gains no speed from them.
@@ -212,5 +213,5 @@ images: `sparsedm train --method dense` gives the control.)
 | layers.png | parameters per layer of the 2:4 network, before and after |
 | report.json | all numbers |
 | 00-dense, 01-3of4, 02-2of4 | checkpoints and metrics of each stage |
-| one-shot-2of4.safetensors, chain-2of4-compressed.safetensors | model files for `sparsedm sample` and `inspect` |
+| one-shot-2of4.safetensors, chain-2of4-compressed.safetensors | for `sparsedm sample` and `inspect` |
 """

@@ -319,6 +319,36 @@ def test_guidance_is_the_formula():
     assert torch.equal(out, net(x, t, y) + 0.75 * (net(x, t, y) - other))
 
 
+def test_guidance_needs_a_null_label():
+    net, y = Elementwise(), torch.tensor([1])
+    net.config = types.SimpleNamespace(num_classes=1000, null_label=False)
+    with pytest.raises(InputError, match="needs labels and a network with a null label"):
+        diffusion.guided(net, y, 2.0)
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_clipping_keeps_the_data_prediction_in_range(sampler):
+    def exploding(x, t):  # sees no noise at all, so that x̂_0 = x / α
+        return torch.zeros_like(x)
+
+    schedule = VPSDE()
+    free = diffusion.sample(exploding, schedule, 4, (3, 4, 4), sampler=sampler, steps=10)
+    clipped = diffusion.sample(exploding, schedule, 4, (3, 4, 4), sampler=sampler, steps=10, clip=1.0)
+    assert free.abs().max() > 2
+    assert clipped.abs().max() <= 1
+
+
+def test_clipping_that_never_bites_changes_nothing_but_rounding():
+    def towards_zero(x, t):
+        return x / VPSDE().sigma(t / 999).view(-1, 1, 1, 1) * 0.5
+
+    free, clipped = (
+        diffusion.sample(towards_zero, VPSDE(), 4, (3, 4, 4), steps=10, clip=clip, dtype=torch.float64)
+        for clip in (None, 1e9)
+    )
+    assert_as_good_as_torch(clipped, free, free.float())
+
+
 class Small(torch.nn.Module):
     def __init__(self):
         super().__init__()
