@@ -1,0 +1,64 @@
+"""One sparse product, its inputs and what is right: shared by the tests of the sparse tensor-core kernels."""
+
+import torch
+
+from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.sparse24_format import pack
+from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
+from tests.tolerance import assert_as_good_as_torch
+
+POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+def pruned(rows, columns, dtype=torch.bfloat16, drop=0.1):
+    """A 2:4 weight, of which a part `drop` of the entries is zero besides: groups with fewer than two non-zeros."""
+    weight = torch.randn(rows, columns) / columns**0.5
+    keep = choose_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
+    return torch.where(keep, weight, 0).to(dtype)
+
+
+class Problem:
+    """M x N x K with the epilogue asked for. y is NaN until a kernel writes it.
+
+    skip: columns of the second source; groups: rows of the scale; out: dtype of y.
+    """
+
+    def __init__(
+        self, M, N, K, *, skip=0, groups=0, bias=False, activation=None, residual=False, dtype=torch.bfloat16, out=None
+    ):
+        torch.manual_seed(0)
+        self.values, self.metadata = pack(pruned(N, K + skip, dtype))
+        self.x = torch.randn(M, K).to(dtype)
+        self.skip = torch.randn(M, skip).to(dtype) if skip else None
+        self.scale = torch.randn(groups, N).to(dtype) if groups else None
+        self.bias = torch.randn(N).to(dtype) if bias else None
+        self.residual = torch.randn(M, N).to(dtype) if residual else None
+        self.activation = activation
+        self.y = torch.full((M, N), float("nan"), dtype=out or dtype)
+
+    def check(self):
+        """The kernel has written every element of y, as well as torch's dense product would have: that in x's dtype,
+        or for fp32 results that in fp32."""
+
+        def reference(convert):
+            x, values, bias, residual, skip, scale = (
+                None if tensor is None else convert(tensor)
+                for tensor in (self.x, self.values, self.bias, self.residual, self.skip, self.scale)
+            )
+            return sparse24_linear_ref(
+                x, values, self.metadata, bias, self.activation, residual, skip=skip, scale=scale
+            )
+
+        low = torch.Tensor.float if self.y.dtype == torch.float32 else lambda tensor: tensor
+        assert_as_good_as_torch(self.y, reference(torch.Tensor.double), reference(low))
+        self.y.fill_(float("nan"))
+
+
+def kinds(arguments):
+    """Run-time arguments -> Triton's signature."""
+    return {k: POINTER[v.dtype] if isinstance(v, torch.Tensor) else "i32" for k, v in arguments.items()}
+
+
+def divisible(arguments):
+    """The arguments that Triton's launcher would find divisible by 16."""
+    return tuple(k for k, v in arguments.items() if isinstance(v, torch.Tensor) or v % 16 == 0)

@@ -1,0 +1,228 @@
+"""wgmma.sp without a GPU: the compiled PTX is executed in the emulator, the SASS inspected, planted faults noticed."""
+
+import functools
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsedm.kernels import sparse24_pipeline as pipeline
+from sparsedm.kernels import sparse24_wgmma as wgmma
+from sparsedm.kernels.sparse24_matmul import arrange, sparse24_linear_ref
+from sparsedm.kernels.sparse24_wgmma import Config
+from tests.ptx.errors import EmulatorError
+from tests.ptx.launch import run
+from tests.ptx.memory import SHARED_BYTES
+from tests.sass import Build, compile_offline
+from tests.sparse24_problem import Problem, kinds
+
+EPILOGUE = {"bias": True, "activation": "gelu", "residual": True}
+
+# name -> (configuration, problem). The sizes are ragged in M and N, odd in tiles of each kind, and more than one tile
+# long for each block, so that the ring and its phases wrap.
+QUICK = {
+    # three tiles along N: the pair's second is computed twice; one cluster walks all of them
+    "specialized-x": (Config(256, 128, 64, 4, "x"), dict(M=136, N=520, K=320, **EPILOGUE)),
+    # two sources, gates of two images whose border lies inside a tile
+    "flat-w": (
+        Config(256, 128, 64, 4, "w", specialized=False),
+        dict(M=200, N=264, K=128, skip=136, groups=2, **EPILOGUE),
+    ),
+    # N that TMA cannot store, fp32 result, fp16 input
+    "specialized-direct": (
+        Config(128, 128, 64, 5),
+        dict(M=70, N=130, K=72, dtype=torch.float16, out=torch.float32, **EPILOGUE),
+    ),
+}  # fmt: skip
+SLOW = {
+    f"{i}-{activation}": (config, dict(M=264, N=392, K=264, bias=True, activation=activation))
+    for (i, config), activation in itertools.product(enumerate(wgmma.CONFIGS), (None, "gelu_tanh"))
+} | {
+    "fp16-silu": (wgmma.CONFIGS[0], dict(M=40, N=256, K=64, dtype=torch.float16, activation="silu", residual=True)),
+    "rows-of-scale": (wgmma.CONFIGS[1], dict(M=130, N=256, K=128, groups=13, activation="gelu")),
+    "skip-long-ring": (Config(128, 128, 64, 2, "w"), dict(M=300, N=128, K=320, skip=448)),
+    "flat-direct": (
+        Config(256, 128, 64, 4, "x", specialized=False),
+        dict(M=136, N=300, K=200, groups=4, out=torch.float32, **EPILOGUE),
+    ),
+    "straddling-skip": (wgmma.CONFIGS[0], dict(M=20, N=256, K=72, skip=56)),
+    "wide-steps": (Config(128, 256, 128, 2), dict(M=300, N=136, K=264, skip=0, **EPILOGUE)),
+}  # fmt: skip
+CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def arguments(config, problem):
+    values, metadata = arrange(problem.values, problem.metadata, "wgmma")
+    p = problem
+    return wgmma.operands(config, p.x, values, metadata, p.y, p.bias, p.activation, p.residual, p.skip, p.scale)
+
+
+def build(config, problem):
+    kernel, tensors, scalars, constants = arguments(config, problem)
+    names = {torch.bfloat16: ("bf16", 16), torch.float16: ("fp16", 16), torch.int32: ("i32", 32)}
+    signature = {}
+    for name, (box, swizzle) in wgmma.maps(config).items():
+        dtype, bits = names[tensors[name].dtype]
+        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank=2)"
+        signature[name] = f"tensordesc<{dtype}{list(box)},{layout}>"
+    types = kinds(scalars)
+    order = ("y_ptr", "r_ptr", "stride_r", "bias_ptr", "scale_ptr", "rows_per_scale", "split", "M", "N", "K")
+    return Build(
+        f"{kernel.fn.__module__}:{kernel.fn.__name__}",
+        signature | {name: types[name] for name in order},
+        constants,
+        {"num_warps": wgmma.warps(config)},
+    )
+
+
+@functools.cache
+def compiled(names):
+    cases = [(QUICK | SLOW)[name] for name in names]
+    builds = [build(config, Problem(**problem)) for config, problem in cases]
+    return dict(zip(names, zip(builds, compile_offline(builds))))
+
+
+def kernel(name):
+    """The quick ones in one go: starting the compiler costs more than most kernels."""
+    return compiled(tuple(QUICK) if name in QUICK else (name,))[name]
+
+
+def emulate(config, problem, offline, ptx, *, early, seed=0, clusters=1):
+    _, tensors, scalars, _ = arguments(config, problem)
+    size = 1 if config.cluster == "none" else 2
+    run(offline, ptx, tensors | scalars, (clusters * size,), early=early, cluster=size, seed=seed)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernel_is_right_in_the_emulator(name, early):
+    config, sizes = (QUICK | SLOW)[name]
+    problem = Problem(**sizes)
+    offline, built = kernel(name)
+    emulate(config, problem, offline, built.ptx, early=early)
+    problem.check()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sass(name):
+    config, _ = (QUICK | SLOW)[name]
+    _, built = kernel(name)
+    assert built.warnings == (), "C75xx means that ptxas serialises every wgmma"
+    assert built.shared <= SHARED_BYTES
+    # in the widest epilogues a few registers go to memory, never in a main loop (below)
+    assert built.spills <= 160
+    main = main_loops(built)
+    assert main, "no loop multiplies"
+    for histogram in main:
+        products = sum(n for op, n in histogram.items() if op.startswith("HGMMA.SP"))
+        assert products == sum(n for op, n in histogram.items() if op.startswith("HGMMA"))
+        assert sum(histogram.values()) <= (24 if config.specialized else 60) * products
+        assert not any(op.startswith(("LDL", "STL", "BAR", "MEMBAR", "ERRBAR", "MOV32I")) for op in histogram)
+
+
+def main_loops(built):
+    """Histograms of the loops around wgmma: for each of these instructions the smallest. (A wait that spins out of line
+    makes loops that overlap and do not nest.)"""
+    products = [address for address, op, _ in built.instructions() if op.startswith("HGMMA")]
+    around = [[(e - s, s, e) for s, e in built.loops() if s <= address <= e] for address in products]
+    return [built.histogram(start, end) for _, start, end in {min(loops) for loops in around}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["specialized-x", "flat-w"])
+def test_random_schedules(name, seed):
+    config, sizes = QUICK[name]
+    problem = Problem(**sizes)
+    emulate(config, problem, *((k := kernel(name))[0], k[1].ptx), early=False, seed=seed)
+    problem.check()
+
+
+def replaced(pattern, by):
+    return lambda ptx: re.sub(pattern, by, ptx)
+
+
+SWIZZLE_128 = 1 << 62 | 64 << 32 | 1 << 16  # the constant half of x's descriptor
+SWIZZLE_64 = SWIZZLE_128 + (1 << 62) - (1 << 64)
+
+
+FAULTS = {
+    "wait-for-nothing": ("flat-w", replaced(r"(wgmma\.wait_group\.sync\.aligned) [01]", r"\1 2")),
+    "selector": ("specialized-x", replaced(r"(%r\d+), 1, 1, 1, 1, 0, 0;", r"\1, 0, 1, 1, 1, 0, 0;")),
+    "short-expectation": ("specialized-x", replaced(r"34816", "33792")),
+    "half-the-arrivals": (
+        "specialized-x",
+        replaced(r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], |mov\.b32 \t%r\d+, )16;", r"\g<1>8;"),
+    ),
+    "no-cluster-barrier": ("specialized-x", replaced(r"barrier\.cluster\.\w+\.\w+\.aligned;", "")),
+    "one-block-multicast": ("specialized-x", replaced(r"mov\.b16 m, 3;", "mov.b16 m, 1;")),
+    "arrive-only-here": ("specialized-x", replaced(r"mapa\.shared::cluster\.u32 a, (%r\d+), r;", r"mov.u32 a, \1;")),
+    "no-proxy-fence": ("flat-w", replaced(r"fence\.proxy\.async\.shared::cta;", "")),
+    "wrong-swizzle": ("specialized-x", replaced(str(SWIZZLE_128), str(SWIZZLE_64))),
+    "other-source": ("flat-w", replaced(r"setp\.ne\.u32 q", "setp.eq.u32 q")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(fault):
+    name, plant = FAULTS[fault]
+    config, sizes = QUICK[name]
+    offline, built = kernel(name)
+    broken = plant(built.ptx)
+    assert broken != built.ptx, "the fault was not planted"
+    problem = Problem(**sizes)
+    noticed = []
+    for early in (False, True):
+        try:
+            emulate(config, problem, offline, broken, early=early)
+            problem.check()
+        except (EmulatorError, AssertionError) as error:
+            noticed.append(str(error))
+            break
+    assert noticed
+
+
+@pytest.mark.parametrize("config", wgmma.CONFIGS, ids=str)
+def test_every_configuration_fits_and_keeps_its_ring_the_largest(config):
+    x, w, e, slot = pipeline.stage_bytes(config.block_n, config.block_m, config.block_k)
+    ring, panels = config.stages * slot, config.block_n * config.block_m * 2
+    assert all(size % 1024 == 0 for size in (x, w, e))
+    assert ring >= panels
+    assert ring + 1024 + panels + 256 <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("cluster", ["none", "x", "w"])
+def test_count_of_tiles(cluster):
+    config = Config(256, 128, 64, 4, cluster)
+    assert wgmma.count_tiles(M=300, N=520, config=config) == {"none": 9, "x": 6, "w": 6}[cluster]
+
+
+GPU_CONFIGS = [replace(c, cluster=cluster) for c in wgmma.CONFIGS[:2] for cluster in ("none", "x", "w")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", GPU_CONFIGS, ids=str)
+@pytest.mark.parametrize("matrix", ["identity", "one-hot", "random"])
+def test_on_the_gpu(config, matrix):
+    """Hand-made matrices first: what they show is which element went where. Run under a timeout: a fault is a hang."""
+    problem = Problem(M=300, N=520, K=512, **(EPILOGUE if matrix == "random" else {}))
+    if matrix == "identity":
+        problem.x = torch.eye(512, dtype=torch.bfloat16)
+        problem.y = torch.full((512, 520), float("nan"), dtype=torch.bfloat16)
+    if matrix == "one-hot":
+        problem.x = torch.nn.functional.one_hot(torch.arange(300) * 37 % 512, 512).bfloat16()
+    expected = sparse24_linear_ref(problem.x, problem.values, problem.metadata)
+    values, metadata = (tensor.cuda() for tensor in arrange(problem.values, problem.metadata, "wgmma"))
+    move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
+    y = problem.y.cuda()
+    wgmma.launch(
+        problem.x.cuda(), values, metadata, y, bias=move(problem.bias), activation=problem.activation,
+        residual=move(problem.residual), skip=None, scale=None, config=config,
+    )  # fmt: skip
+    problem.y = y.cpu()
+    if matrix == "random":
+        problem.check()
+    else:
+        assert torch.equal(problem.y, expected)
