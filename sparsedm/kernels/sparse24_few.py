@@ -10,7 +10,16 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparsedm.kernels.sparse24_mma import Config, finish, operands, output_layout, products, tile, to_rows
+from sparsedm.kernels.sparse24_mma import (
+    Config,
+    finish,
+    operands,
+    output_layout,
+    products,
+    tile,
+    tile_constants,
+    to_rows,
+)
 
 BLOCK_N = 64
 CONFIGS = tuple(Config(BLOCK_N, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
@@ -69,13 +78,11 @@ def choose(M, N, steps, multiprocessors):
     config = next(config for config in CONFIGS if config.block_m >= M or config is CONFIGS[-1])
     tiles = -(-N // config.block_n) * -(-M // config.block_m)
     wanted = -(-multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // tiles)
-    return config, min(max(4, -(-steps // wanted)), steps)
+    return config, min(max(4, steps // wanted), steps)
 
 
 def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale):
     """As `sparse24_mma.launch`, meant for M up to 64."""
-    if skip is not None and x.shape[1] % 64:
-        x, skip = torch.cat((x, skip), 1), None
     M, N = y.shape
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     config, share = choose(M, N, metadata.shape[1], multiprocessors)
@@ -99,14 +106,7 @@ def stages(config, share, parts, x, values, metadata, y, bias, activation, resid
     reduction = (
         "part_ptr", "y_ptr", "bias_ptr", "scale_ptr", "r_ptr", "stride_r", "rows_per_scale", "M", "N", "splits",
     )  # fmt: skip
-    constants = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "WARPS_N": config.warps_n,
-        "WARPS_M": config.warps_m,
-        "STAGES": config.stages,
-        "GROUP": config.group,
-    } | {name: flags[name] for name in ("KIND", "SKIP")}
+    constants = tile_constants(config) | {name: flags[name] for name in ("KIND", "SKIP")}
     finishing = {"ROWS": REDUCE_ROWS, "COLUMNS": REDUCE_COLUMNS, "ACTIVATION": activation}
     finishing |= {name: flags[name] for name in ("BIAS", "SCALE", "RESIDUAL")}
     return {k: arguments[k] for k in product}, constants, {k: arguments[k] for k in reduction}, finishing
