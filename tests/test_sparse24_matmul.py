@@ -1,0 +1,239 @@
+"""The operator: reference against plain torch, dispatch, refusals, torch.compile and export, and the launch path."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsedm.errors import InputError
+from sparsedm.kernels import sparse24_matmul as sparse24
+from sparsedm.kernels.sparse24_format import ZERO_WORD, pack, unpack
+from sparsedm.kernels.sparse24_matmul import arrange, choose_backend, sparse24_linear
+from tests.sparse24_problem import Problem, pruned
+
+BF16 = torch.bfloat16
+
+
+def linear(problem, **other):
+    p = problem
+    arguments = dict(bias=p.bias, activation=p.activation, residual=p.residual, skip=p.skip, scale=p.scale) | other
+    return sparse24_linear(p.x, p.values, p.metadata, **arguments)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_equals_torch_on_the_decompressed_weight(activation, dtype):
+    torch.manual_seed(1)
+    weight, x, skip = pruned(24, 60, dtype), torch.randn(2, 6, 40).to(dtype), torch.randn(2, 6, 20).to(dtype)
+    bias, residual, gate = torch.randn(24).to(dtype), torch.randn(2, 6, 24).to(dtype), torch.randn(2, 24).to(dtype)
+    act = {None: lambda y: y, "gelu": F.gelu, "silu": F.silu}.get(activation, lambda y: F.gelu(y, approximate="tanh"))
+    expected = act(F.linear(torch.cat((x, skip), -1), weight, bias)) * gate[:, None] + residual
+    y = sparse24_linear(x, *pack(weight), bias, activation, residual, skip=skip, scale=gate)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+
+
+def test_a_scale_of_one_row_serves_all_rows():
+    p = Problem(M=6, N=16, K=32, dtype=torch.float32)
+    gate = torch.randn(16)
+    assert torch.equal(linear(p, scale=gate), linear(p) * gate)
+
+
+def test_no_rows():
+    p = Problem(M=3, N=16, K=32)
+    assert sparse24_linear(p.x[:0], p.values, p.metadata).shape == (0, 16)
+
+
+def test_out_dtype():
+    p = Problem(M=3, N=16, K=32)
+    assert linear(p, out_dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", sparse24.BACKENDS)
+def test_arrange_keeps_the_weight(backend):
+    """Whatever the order, it is the same weight: the arranged values hold the same numbers, padded with zeros."""
+    weight = pruned(24, 72)
+    values, metadata = pack(weight)
+    tensors = arrange(values, metadata, backend, 72)
+    assert len(tensors) == {"torch": 0, "dense": 1}.get(backend, 2)
+    if backend == "dense":
+        assert torch.equal(tensors[0], weight)
+    elif backend != "torch":
+        numbers = tensors[0].view(BF16).flatten().float().sort().values
+        expected = F.pad(weight[weight != 0].float(), (0, numbers.numel() - int((weight != 0).sum()))).sort().values
+        assert torch.equal(numbers, expected)
+    if backend == "wgmma":
+        assert tensors[0].shape == (256, 64)
+        assert tensors[1].shape == (2, 512)
+
+
+def test_arranged_tensors_are_kept_by_the_caller(monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    p, kept = Problem(M=3, N=16, K=32), {}
+    first = linear(p, arranged=kept)
+    assert list(kept) == ["dense"]
+    kept["dense"][0].zero_()
+    assert not linear(p, arranged=kept).any()
+    assert torch.equal(linear(p), first)
+
+
+DISPATCH = [
+    # capability, M, N, K, dtype -> back end, words of the reason
+    (None, 8192, 8192, 8192, BF16, "torch", "not a CUDA device"),
+    ((7, 5), 8192, 8192, 8192, BF16, "torch", "sm_75 has no sparse tensor cores"),
+    ((9, 0), 8192, 8192, 8192, torch.float32, "torch", "take bfloat16 and float16"),
+    ((9, 0), 8192, 8192, 8196, BF16, "torch", "K = 8196"),
+    ((9, 0), 1, 4096, 4096, BF16, "few", "1 rows"),
+    ((8, 0), 64, 4096, 4096, torch.float16, "few", "64 rows"),
+    ((9, 0), 65, 512, 512, BF16, "dense", "4 tiles"),
+    ((9, 0), 16448, 512, 512, BF16, "wgmma", "sm_90a"),
+    ((8, 0), 16448, 512, 512, BF16, "mma", "sm_80"),
+    ((8, 9), 16448, 512, 512, BF16, "mma", "sm_89"),
+    ((10, 0), 16448, 512, 512, BF16, "dense", "wgmma.sp needs sm_90a"),
+]
+
+
+@pytest.mark.parametrize(("capability", "M", "N", "K", "dtype", "backend", "words"), DISPATCH)
+def test_dispatch_says_what_runs_and_why(capability, M, N, K, dtype, backend, words, monkeypatch):
+    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
+    chosen, reason = choose_backend(capability, M, N, K, dtype)
+    assert chosen == backend
+    assert words in reason
+
+
+def test_dispatch_can_be_forced(monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", "mma")
+    assert choose_backend((9, 0), 8192, 8192, 8192, BF16) == ("mma", "SPARSEDM_BACKEND=mma")
+    name, reason = choose_backend(None, 8192, 8192, 8192, BF16)
+    assert name == "torch"
+    assert "SPARSEDM_BACKEND=mma cannot run: not a CUDA device" in reason
+    monkeypatch.setenv("SPARSEDM_BACKEND", "cublas")
+    with pytest.raises(InputError, match="'cublas' is unknown: it must be one of torch, dense, mma, few, wgmma"):
+        choose_backend(None, 1, 1, 1, BF16)
+
+
+REFUSED = {
+    "columns": (dict(x=torch.ones(3, 48)), "x has 48 columns and the weight 32"),
+    "dtype": (dict(x=torch.ones(3, 32, dtype=BF16)), "x is bfloat16 and the weight float32"),
+    "bias": (dict(bias=torch.ones(17)), r"bias \(17,\) float32 must have the shape \(16,\)"),
+    "residual": (dict(residual=torch.ones(3, 17)), r"residual \(3, 17\) float32 must have the shape of y, \(3, 16\)"),
+    "skip-rows": (dict(x=torch.ones(3, 16), skip=torch.ones(4, 16)), r"skip \(4, 16\) float32 must have the leading"),
+    "scale": (dict(scale=torch.ones(2, 16)), r"scale \(2, 16\) float32 must be .* G a divisor of the 3 rows"),
+    "activation": (dict(activation="relu"), "unknown activation 'relu'"),
+    "metadata": (dict(metadata=torch.full((16, 2), ZERO_WORD, dtype=torch.int32)), r"\(16, 2\) int32"),
+    "illegal-pair": (dict(metadata=torch.zeros(16, 2, dtype=torch.int16)), "row 0, group 0 keeps positions 0 and 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    p = Problem(M=3, N=16, K=32, dtype=torch.float32)
+    wrong, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        sparse24_linear(**(dict(x=p.x, values=p.values, metadata=p.metadata) | wrong))
+
+
+def test_operator_is_registered_correctly():
+    p = Problem(M=6, N=16, K=32, skip=16, groups=2, bias=True, activation="silu", residual=True, dtype=torch.float32)
+    arguments = (p.x, p.values, p.metadata, [], p.bias, p.activation, p.residual, p.skip, p.scale, torch.float32)
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_linear, (*arguments, "torch"))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, problem):
+        super().__init__()
+        self.register_buffer("values", problem.values)
+        self.register_buffer("metadata", problem.metadata)
+
+    def forward(self, x):
+        return sparse24_linear(x, self.values, self.metadata, activation="gelu") + 1
+
+
+def test_compiles_whole_and_exports():
+    p = Problem(M=6, N=16, K=32, dtype=torch.float32)
+    layer = Layer(p)
+    expected = layer(p.x)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(p.x), expected)
+    assert torch.equal(torch.export.export(layer, (p.x,)).module()(p.x), expected)
+
+
+def test_the_weight_takes_nine_sixteenths_of_its_bytes():
+    values, metadata = pack(pruned(64, 128))
+    assert values.nbytes + metadata.nbytes == 64 * 128 * 2 * 9 // 16
+    assert unpack(values, metadata).nbytes == 64 * 128 * 2
+
+
+def test_launches_reach_the_driver_with_the_right_grid():
+    """The whole launch path of Triton with a driver that records and does not launch: see __main__ below."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    child = subprocess.run([sys.executable, "-m", __name__], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    recorded = json.loads(child.stdout)
+    # (kernel, blocks or clusters along x, blocks in a cluster), for 1 x 3 tiles and then again from the cache
+    assert recorded["specialized"] == 2 * [["linear_specialized", 6, 1]]
+    assert recorded["cluster"] == 2 * [["linear_flat", 3, 2]]
+    assert recorded["mma"] == 2 * [["linear_mma", 10, 1]]
+    assert recorded["few"] == 2 * [["linear_few", 40, 1], ["reduce_few", 50, 1]]
+    assert recorded["maps"] == [0, 5, 10, 15, 20, 25]
+
+
+def _record_launches():
+    import re
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    class Recorder:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=0: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+        get_device_interface = staticmethod(lambda: None)
+
+    calls, texts = [], []
+
+    def handles(compiled):
+        def launch(*arguments):
+            packed = next(
+                a for a in arguments if isinstance(a, tuple) and len(a) == 3 and a == compiled.packed_metadata
+            )
+            calls.append((compiled.name, arguments[0], packed[1]))
+            texts.append(compiled.asm["ptx"])
+
+        compiled._run = launch
+
+    driver.set_active(Recorder())
+    CompiledKernel._init_handles = handles
+    torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
+
+    from sparsedm.kernels import sparse24_few, sparse24_mma, sparse24_wgmma
+
+    recorded = {}
+
+    def twice(name, launch, backend, **config):
+        p = Problem(M=200, N=600, K=256, bias=True, residual=True)
+        tensors = arrange(p.values, p.metadata, backend)
+        for _ in range(2):
+            launch(
+                p.x, *tensors, p.y, bias=p.bias, activation=None, residual=p.residual, skip=None, scale=None, **config
+            )
+        recorded[name] = calls.copy()
+        calls.clear()
+
+    twice("specialized", sparse24_wgmma.launch, "wgmma")
+    parameters = re.findall(r"linear_specialized_param_(\d+)\[128\]", texts[0])
+    recorded["maps"] = [int(number) for number in parameters]  # what fill_slot relies on
+    config = next(c for c in sparse24_wgmma.CONFIGS if c.cluster == "w" and not c.specialized)
+    twice("cluster", sparse24_wgmma.launch, "wgmma", config=config)
+    twice("mma", sparse24_mma.launch, "mma")
+    twice("few", sparse24_few.launch, "few")
+    print(json.dumps(recorded))
+
+
+if __name__ == "__main__":
+    _record_launches()
