@@ -184,7 +184,7 @@ class Features:
                 if not (isinstance(features, torch.Tensor) and features.ndim == 2 and len(features) == len(batch)):
                     found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
                     raise InputError(f"features {self.name} must give ({len(batch)}, d), but gave {found}")
-                out.append(features.double().cpu())
+                out.append(features.cpu().double())
         out = torch.cat(out)
         if not out.isfinite().all():
             raise InputError(f"features {self.name} gave NaN or infinity")

@@ -349,6 +349,19 @@ def test_clipping_that_never_bites_changes_nothing_but_rounding():
     assert_as_good_as_torch(clipped, free, free.float())
 
 
+def test_clip_bounds_the_data_prediction_and_keeps_the_noise_consistent():
+    """DDIM over one interval with x̂_0 clipped, written out: α_s x̂_0 + σ_s (x - α_t x̂_0) / σ_t, then x̂_0 again."""
+    schedule, times = VPSDE(), torch.tensor([0.5, 0.2], dtype=torch.float64)
+    x, wrong = torch.randn(2, 4, *SHAPE, dtype=torch.float64)
+    (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alpha(times), schedule.sigma(times)
+    first = ((x - sigma_t * wrong) / alpha_t).clamp(-1, 1)
+    middle = alpha_s * first + sigma_s * (x - alpha_t * first) / sigma_t
+    reference = ((middle - sigma_s * middle) / alpha_s).clamp(-1, 1)
+    assert 0 < (reference.abs() == 1).sum() < reference.numel()
+    out = diffusion.integrate(lambda x, t: wrong if t[0] > 300 else x, schedule, x, times, "ddim", clip=1.0)
+    assert_as_good_as_torch(out.float(), reference, reference.float())
+
+
 class Small(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.signal
 import torch
 
 from sparsedm import evaluate
@@ -168,6 +169,9 @@ def test_precision_and_recall_at_the_extremes():
     x = torch.randn(1100, 3, dtype=torch.float64)  # more than one block of rows
     assert evaluate.precision_recall(x, x.flip(0)) == (1, 1)
     assert evaluate.precision_recall(x, x + 1000) == (0, 0)
+    copies = (3 + torch.randn(30, 144, dtype=torch.float64)).repeat(5, 1)  # every ball has radius zero
+    assert evaluate._squared_distances(copies[:30], copies[30:60]).diagonal().count_nonzero() == 0
+    assert evaluate.precision_recall(copies[:61], copies) == (1, 1)
     collapsed = x[:1].expand(1100, -1)  # one image over and over: a good one, but only that one
     assert evaluate.precision_recall(collapsed, x) == (1, 1 / 1100)
 
@@ -251,6 +255,35 @@ def test_random_conv_weights_are_pinned():
         assert sums < 9 * torch.finfo(torch.float32).eps, name
 
 
+def test_random_conv_is_what_its_docstring_says():
+    """One image, convolved by scipy."""
+    image = images(1, size=16)
+    network = evaluate.load_features().network
+    results = []
+    for dtype in (np.float64, np.float32):
+
+        def response(planes, filters, dtype=dtype):
+            padded = np.pad(planes, ((0, 0), (1, 1), (1, 1)), mode="reflect")
+            filters = filters.numpy().astype(dtype)
+            maps = [[scipy.signal.correlate2d(p, w, mode="valid") for p, w in zip(padded, f)] for f in filters]
+            return np.abs(np.sum(maps, 1))
+
+        def halved(planes, block=2):
+            c, h, w = planes.shape
+            return planes.reshape(c, h // block, block, w // block, block).mean((2, 4))
+
+        x = image[0].numpy().astype(dtype) / dtype(127.5) - 1
+        colours, features = halved(x, 4).ravel(), []
+        for scale in "012":
+            r = response(x, network.get_buffer("first" + scale))
+            q = response(r, network.get_buffer("second" + scale))
+            features += [np.log(z.mean((1, 2)) + dtype(1 / 64)) for z in (r, q)]
+            x = halved(x)
+        results.append(torch.from_numpy(np.concatenate([*features, colours])))
+    high, low = results
+    assert_as_good_as_torch(network(image)[0], high, low)
+
+
 def test_random_conv_sees_what_it_should():
     """Between two halves of one set the distance is small; every kind of damage raises it well above that."""
     features = evaluate.load_features()
@@ -282,6 +315,17 @@ def test_features_do_not_depend_on_the_batch_and_take_floats_and_grey_images():
     assert_as_good_as_torch(parts.float(), whole, whole.float())
     assert torch.equal(features(x.float() / 127.5 - 1), whole)
     assert torch.equal(features(x[:, :1]), features(x[:, :1].repeat(1, 3, 1, 1)))
+
+
+def test_progress_bars_are_shown_only_when_asked(monkeypatch):
+    shown = []
+    monkeypatch.setattr(evaluate, "tqdm", lambda items, desc, disable: shown.append((desc, disable)) or items)
+    features = evaluate.load_features()
+    reference = evaluate.summarize(images(9), features, "set")
+    evaluate.evaluate(images(9), reference, features, progress=True)
+    evaluate.kernel_distance(reference.kept, reference.kept)
+    bars = [("random-conv-1", True), ("random-conv-1", None), ("kernel distance", None), ("kernel distance", True)]
+    assert shown == bars
 
 
 class Means(torch.nn.Module):
