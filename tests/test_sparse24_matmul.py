@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels import sparse24_matmul as sparse24
+from sparsedm.kernels.launch import BACKENDS
 from sparsedm.kernels.sparse24_format import ZERO_WORD, pack, unpack
 from sparsedm.kernels.sparse24_matmul import arrange, choose_backend, sparse24_linear
 from tests.sparse24_problem import Problem, pruned
@@ -53,7 +53,7 @@ def test_out_dtype():
     assert linear(p, out_dtype=torch.float32).dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", sparse24.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_arrange_keeps_the_weight(backend):
     """Whatever the order, it is the same weight: the arranged values hold the same numbers, padded with zeros."""
     weight = pruned(24, 72)

@@ -12,12 +12,11 @@ Back ends (`choose_backend` says which will run, and why):
     torch   decompressed at every call (`sparse24_linear_ref`): any device, any dtype, any size
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.launch import BACKENDS, forced_backend
 from sparsedm.kernels.sparse24_format import (
     check_metadata,
     check_shapes,
@@ -58,7 +57,6 @@ def _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype)
 
 FEW_TOKENS = 64
 SMALLEST_GRID = 32
-BACKENDS = ("torch", "dense", "mma", "few", "wgmma")
 
 
 def choose_backend(capability, M, N, K, dtype):
@@ -68,9 +66,7 @@ def choose_backend(capability, M, N, K, dtype):
     Returns (name, reason). The rules are arithmetic, not measurement: none of the kernels has been timed yet.
     SPARSEDM_BACKEND = torch | dense | mma | few | wgmma overrules them wherever the named kernel can run.
     """
-    forced = os.environ.get("SPARSEDM_BACKEND")
-    if forced and forced not in BACKENDS:
-        raise InputError(f"SPARSEDM_BACKEND={forced!r} is unknown: it must be one of {', '.join(BACKENDS)}")
+    forced = forced_backend()
     able, obstacle = _able(capability, K, dtype)
     if forced:
         if forced in able:
