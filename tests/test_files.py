@@ -7,6 +7,7 @@ import http.server
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -246,10 +247,8 @@ def test_two_downloads_of_one_file_wait_for_each_other(server, tmp_path, monkeyp
 
     monkeypatch.setattr(files, "_body", slow)
     download_it = functools.partial(download, server.url, tmp_path / "a", md5=server.md5)
-    runs = [threading.Thread(target=download_it) for _ in range(2)]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join()
+    with ThreadPoolExecutor(2) as pool:
+        for run in [pool.submit(download_it) for _ in range(2)]:
+            run.result()
     assert (tmp_path / "a").read_bytes() == server.content
     assert server.asked == [None]
