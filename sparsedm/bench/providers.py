@@ -1,0 +1,265 @@
+"""The implementations that are compared. One small class each:
+
+    supports(problem) -> None, or the reason why not, for the results file
+    prepare(problem)  -> what is made once of a weight (packing), timed apart
+    bind(problem, prepared) -> Bound: the call that is timed, and what was chosen for it
+
+`sparse` says which weight a provider multiplies with: the dense one, or the 2:4 one. The denominators of every speed-up
+are the providers in DENSE and nothing else. Other people's sparse products are in `rivals.py`.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsedm.bench.problems import TWO_FOUR
+from sparsedm.kernels.choose import choose, choose_packed
+from sparsedm.kernels.sparse24_format import pack
+from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, choose_backend, sparse24_linear
+from sparsedm.layers import Conv2d, Conv2d24, Linear
+
+DENSE = ("dense", "dense compiled")
+
+
+class Bound(NamedTuple):
+    run: Callable
+    detail: str = ""
+
+
+class Provider:
+    name = ""
+    sparse = True
+
+    def supports(self, problem):
+        if self.sparse and problem.masked is None:
+            return f"the input axis {problem.weight.shape[1]} is not a multiple of {TWO_FOUR.group}"
+        return None
+
+    def prepare(self, problem):
+        return None
+
+
+# ---- y = act(x W^T + b) + r
+
+
+def torch_linear(problem, weight):
+    """The product and its epilogue as torch computes them: what eager code and a compiler start from."""
+    activate, residual = ACTIVATIONS[problem.activation], problem.residual
+
+    def run():
+        y = activate(F.linear(problem.x, weight, problem.bias))
+        return y if residual is None else y + residual
+
+    return run
+
+
+class Dense(Provider):
+    name, sparse = "dense", False
+
+    def bind(self, problem, prepared):
+        return Bound(torch_linear(problem, problem.weight), "torch eager")
+
+
+class DenseCompiled(Provider):
+    name, sparse = "dense compiled", False
+
+    def supports(self, problem):
+        return None if problem.device.type == "cuda" else "max-autotune compares GPU kernels: there is none on a CPU"
+
+    def bind(self, problem, prepared):
+        run = torch_linear(problem, problem.weight)
+        return Bound(torch.compile(run, mode="max-autotune-no-cudagraphs"), "torch.compile max-autotune")
+
+
+class Masked(Provider):
+    """Ours without sparse tensor cores: the dense product with the masked weight, which training uses."""
+
+    name = "sparsedm masked"
+
+    def prepare(self, problem):
+        return choose(problem.weight, TWO_FOUR)[0]
+
+    def bind(self, problem, prepared):
+        return Bound(torch_linear(problem, prepared), "torch, pre-masked")
+
+
+class Sparse24(Provider):
+    """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else forced by SPARSEDM_BACKEND."""
+
+    def __init__(self, backend=None):
+        self.backend = backend
+        self.name = "sparsedm 2:4" + (f" {backend}" if backend else "")
+
+    def supports(self, problem):
+        if reason := super().supports(problem):
+            return reason
+        with self._forced():
+            chosen, why = self._choice(problem)
+        return None if self.backend in (None, chosen) else why
+
+    def prepare(self, problem):
+        return pack(problem.masked)
+
+    def bind(self, problem, prepared):
+        arranged = {}
+
+        def run():
+            with self._forced():
+                return sparse24_linear(problem.x, *prepared, problem.bias, **problem.epilogue, arranged=arranged)
+
+        with self._forced():
+            return Bound(run, "{}: {}".format(*self._choice(problem)))
+
+    def _choice(self, problem):
+        capability = torch.cuda.get_device_capability(problem.device) if problem.device.type == "cuda" else None
+        shape = problem.shape
+        return choose_backend(capability, shape.M, shape.N, shape.K, problem.dtype)
+
+    @contextlib.contextmanager
+    def _forced(self):
+        before = os.environ.get("SPARSEDM_BACKEND")
+        if self.backend:
+            os.environ["SPARSEDM_BACKEND"] = self.backend
+        try:
+            yield
+        finally:
+            if self.backend:
+                os.environ.pop("SPARSEDM_BACKEND")
+                if before is not None:
+                    os.environ["SPARSEDM_BACKEND"] = before
+
+
+# ---- convolutions
+
+
+class DenseConv(Provider):
+    name, sparse = "dense", False
+
+    def bind(self, problem, prepared):
+        shape = problem.shape
+        return Bound(
+            lambda: F.conv2d(problem.x, problem.weight, problem.bias, shape.stride, shape.padding), "torch eager"
+        )
+
+
+class DenseConvCompiled(DenseConv):
+    name = "dense compiled"
+    supports = DenseCompiled.supports
+
+    def bind(self, problem, prepared):
+        run = super().bind(problem, prepared).run
+        return Bound(torch.compile(run, mode="max-autotune-no-cudagraphs"), "torch.compile max-autotune")
+
+
+class SparseConv24(Provider):
+    name = "sparsedm 2:4"
+
+    def prepare(self, problem):
+        shape = problem.shape
+        layer = Conv2d(shape.channels, shape.filters, shape.kernel, shape.stride, shape.padding, pattern=TWO_FOUR)
+        layer = layer.to(problem.x)
+        with torch.no_grad():
+            layer.weight.copy_(problem.masked)
+            layer.bias.copy_(problem.bias)
+            return Conv2d24(layer)
+
+    def bind(self, problem, prepared):
+        return Bound(lambda: prepared(problem.x), "Conv2d24")
+
+
+# ---- masks
+
+
+class Cast(Provider):
+    name, sparse = "dense", False
+
+    def bind(self, problem, prepared):
+        return Bound(lambda: problem.weight.to(problem.dtype, copy=True), "cast without a mask")
+
+
+class TopK(Provider):
+    """How masks are usually made: indices of the two largest of each four, and a scatter."""
+
+    name = "torch topk"
+
+    def bind(self, problem, prepared):
+        def run():
+            groups = problem.weight.view(len(problem.weight), -1, TWO_FOUR.group)
+            keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
+            mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0)
+            return (groups * mask).view_as(problem.weight).to(problem.dtype)
+
+        return Bound(run, "topk + scatter")
+
+
+class Choose(Provider):
+    name = "sparsedm choose"
+
+    def bind(self, problem, prepared):
+        return Bound(lambda: choose(problem.weight, TWO_FOUR, problem.dtype)[0], "masked weight and mask")
+
+
+class ChoosePacked(Provider):
+    name = "sparsedm choose + pack"
+
+    def bind(self, problem, prepared):
+        def run():
+            return choose_packed(problem.weight, TWO_FOUR, problem.dtype, compressed=True).masked
+
+        return Bound(run, "masked weight, bits, values, metadata")
+
+
+# ---- one linear layer in training
+
+
+class TrainingProvider(Provider):
+    """A layer with the problem's weight; `layer(N, K)` makes it."""
+
+    def bind(self, problem, prepared):
+        layer = self.layer(problem.shape.K, problem.shape.N).to(problem.device)
+        with torch.no_grad():
+            layer.weight.copy_(problem.weight)
+            layer.bias.copy_(problem.bias)
+        return Bound(lambda: problem.run(layer), type(layer).__name__)
+
+
+class TrainDense(TrainingProvider):
+    name, sparse, layer = "dense", False, staticmethod(nn.Linear)
+
+
+class TrainMasked(TrainingProvider):
+    name = "sparsedm masked"
+
+    @staticmethod
+    def layer(inputs, outputs):
+        return Linear(inputs, outputs, pattern=TWO_FOUR)
+
+
+class TopKLinear(nn.Linear):
+    """Straight-through masking as it is usually written, in torch operations."""
+
+    def forward(self, x):
+        groups = self.weight.detach().view(len(self.weight), -1, TWO_FOUR.group)
+        keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
+        mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0).view_as(self.weight)
+        return F.linear(x, self.weight + (self.weight * mask - self.weight).detach(), self.bias)
+
+
+class TrainTopK(TrainingProvider):
+    name, layer = "torch topk", TopKLinear
+
+
+OURS_AND_DENSE = {  # kernel: implementations, the denominators first; `rivals.PROVIDERS` has everybody
+    "linear": (
+        *(Dense(), DenseCompiled(), Masked(), Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma")),
+        Sparse24("few"),
+    ),
+    "conv": (DenseConv(), DenseConvCompiled(), SparseConv24()),
+    "mask": (Cast(), TopK(), Choose(), ChoosePacked()),
+    "masked-train": (TrainDense(), TrainTopK(), TrainMasked()),
+}

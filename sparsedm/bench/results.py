@@ -1,0 +1,82 @@
+"""The results file: CSV, one row per measurement, whole at every moment (it is rewritten atomically as it grows).
+
+Times are microseconds of one call. TFLOP/s are dense-equivalent: the operations of the dense product, of which a 2:4
+product executes half, over the time. A row whose status is not "ok" has no times; its reason says why.
+"""
+
+import csv
+import io
+from pathlib import Path
+
+from sparsedm.errors import InputError
+from sparsedm.files import write_text
+
+COLUMNS = (
+    *("suite", "kernel", "model", "shape", "provider", "mode", "metric", "dtype", "M", "N", "K", "layers"),
+    *("status", "reason", "p20_us", "p50_us", "p80_us", "samples", "method", "value", "unit"),
+    *("error", "allowed", "dense_equivalent_tflops", "gbps", "detail"),
+    *("device", "capability", "threads", "sm_mhz", "memory_mhz", "power_w", "driver", "cuda", "torch", "triton"),
+    *("cusparselt", "sparsedm", "commit", "date", "command"),
+)
+NUMBERS = ("M", "N", "K", "layers", "p20_us", "p50_us", "p80_us", "samples", "value", "error", "allowed") + (
+    "dense_equivalent_tflops",
+    "gbps",
+)
+IDENTITY = ("suite", "shape", "mode", "dtype")  # of what `measure` does in one go
+
+
+class Results:
+    """Rows in memory and in the file `path`. resume: keep what the file already holds."""
+
+    def __init__(self, path, resume=False):
+        self.path = Path(path)
+        self.rows = read(self.path) if resume and self.path.exists() else []
+        if not resume and self.path.exists():
+            raise InputError(f"{self.path} exists: remove it, choose another --out, or continue it with --resume")
+
+    def add(self, rows):
+        unknown = {column for row in rows for column in row} - set(COLUMNS)
+        if unknown:
+            raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
+        self.rows += rows
+        write(self.path, self.rows)
+
+    def holds(self, **identity):
+        """True if a row with all these values (given as text or as numbers) is there."""
+        return any(all(str(row.get(k, "")) == str(v) for k, v in identity.items()) for row in self.rows)
+
+
+def write(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _cell(value):
+    if not isinstance(value, float):
+        return value
+    return f"{value:.0f}" if value.is_integer() else f"{value:.6g}"
+
+
+def read(*paths):
+    """The rows of CSV files, one after the other; numbers as float (None where the cell is empty), the rest as text."""
+    rows = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file)
+                if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+                    raise InputError(f"{path} is no results file: it has no column {', '.join(sorted(missing))}")
+                rows += [_parsed(row, path) for row in reader]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {path}: {error}") from None
+    return rows
+
+
+def _parsed(row, path):
+    try:
+        return row | {name: float(row[name]) if row[name] else None for name in NUMBERS}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: a row is broken or cut short ({error})") from None

@@ -1,0 +1,195 @@
+"""The suites, from the command line: `python -m sparsedm.bench.run --suite gemm --shapes square --out results.csv`.
+
+    mask          choosing masks and packing: bytes moved against a plain cast
+    masked-train  one masked linear layer, forward and forward with backward
+    gemm          the 2:4 product against dense and against other libraries, plain and with its epilogue
+    conv          the same for convolutions
+    end-to-end    one sampler step, and whole sampling, of whole networks
+    train         one training step of whole networks
+    table3        the grid of SparseDM's speed table (arXiv 2404.10445): patch 1, 2, 4 x MLP ratio 1, 2, 4, 8
+    ceiling       what the device can do at most: copies, dense products, tensor-core instructions
+
+Rows are written as soon as they are measured. --resume goes on with the file, and skips what it already holds.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from sparsedm.bench import ceilings, problems
+from sparsedm.bench.end_to_end import (
+    STEP_PROVIDERS,
+    TRAINING_PROVIDERS,
+    ModelShape,
+    NetworkProblem,
+    TrainingStepProblem,
+    table3_shapes,
+)
+from sparsedm.bench.measure import measure, release
+from sparsedm.bench.results import IDENTITY, Results
+from sparsedm.bench.rivals import PROVIDERS
+from sparsedm.bench.sampling import sampling_rows
+from sparsedm.bench.shapes import BATCHES, ConvShape, LinearShape, select
+from sparsedm.bench.timing import clock_for
+from sparsedm.errors import InputError
+from sparsedm.models import MODELS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by default with --quick)
+    "mask": (problems.MaskProblem, LinearShape, "square", "square"),
+    "masked-train": (problems.TrainingProblem, LinearShape, "models", "square,uvit-tiny@4"),
+    "gemm": (problems.LinearProblem, LinearShape, "square,m-sweep,grid,models", "square,m-sweep,grid,uvit-tiny@4"),
+    "conv": (problems.ConvProblem, ConvShape, "models", "ddpm-tiny@4"),
+}
+NETWORK_SUITES = ("end-to-end", "train", "table3")
+SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
+
+
+@dataclass
+class Session:
+    """What every suite is given. deadline: time.monotonic() after which nothing new is started."""
+
+    results: Results
+    device: torch.device
+    dtype: torch.dtype
+    quick: bool = False
+    shapes: str | None = None
+    providers: tuple | None = None
+    batches: tuple = BATCHES
+    deadline: float = float("inf")
+    cut: int = 0  # problems that were left out for lack of time
+    limits: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.clock = clock_for(self.device)
+        default = {"rounds": 3, "per_round": 2, "seconds": 0.5} if self.quick else {"rounds": 8, "per_round": 5}
+        self.limits = {"seconds": 10.0} | default | self.limits
+
+    def keep(self, providers):
+        return [p for p in providers if self.providers is None or p.name in self.providers]
+
+    def do(self, suite, shape, mode, rows):
+        """Add `rows()` to the results, unless they are there already or the time is up."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.results.holds(**dict(zip(IDENTITY, (suite, shape.name, mode, dtype)))):
+            return
+        if time.monotonic() >= self.deadline:
+            self.cut += 1
+            return
+        self.results.add(rows())
+        release(self.device)
+
+
+def run_suite(suite, session, progress=False):
+    """Measure one suite into session.results."""
+    if suite in LAYER_SUITES:
+        kind, shape_kind, full, quick = LAYER_SUITES[suite]
+        spec = session.shapes or (quick if session.quick else full)
+        shapes = select(spec, shape_kind, session.batches, session.quick)
+        work = [(shape, mode) for shape in shapes for mode in kind.modes]
+        for shape, mode in tqdm(work, desc=suite, disable=None if progress else True):
+            session.do(suite, shape, mode, lambda s=shape, m=mode: layer_rows(suite, kind, s, m, session))
+    elif suite in NETWORK_SUITES:
+        shapes = table3_shapes(session.quick) if suite == "table3" else network_shapes(session)
+        mode = (TrainingStepProblem if suite == "train" else NetworkProblem).modes[0]
+        for shape in tqdm(shapes, desc=suite, disable=None if progress else True):
+            session.do(suite, shape, mode, lambda s=shape: network_rows(suite, s, mode, session))
+    elif suite == "ceiling":
+        ceilings.run(session)
+    else:
+        raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
+
+
+def layer_rows(suite, kind, shape, mode, session):
+    problem = kind(shape, mode, session.dtype, session.device)
+    return measure(suite, problem, session.keep(PROVIDERS[kind.kernel]), session.clock, **session.limits)
+
+
+def network_shapes(session):
+    names = (session.shapes or ("uvit-tiny@4,ddpm-tiny@4" if session.quick else "models")).split(",")
+    if names == ["models"]:
+        names = [name for name in MODELS if not name.endswith("-tiny")]
+    shapes = []
+    for item in names:
+        name, _, batch = item.strip().partition("@")
+        if name not in MODELS or (batch and not batch.isdecimal()):
+            raise InputError(f"--shapes {item!r}: a whole network is model@batch, the model one of {', '.join(MODELS)}")
+        shapes += [ModelShape(name, b) for b in ([int(batch)] if batch else session.batches)]
+    return shapes
+
+
+def network_rows(suite, shape, mode, session):
+    kind, providers = (
+        (TrainingStepProblem, TRAINING_PROVIDERS) if suite == "train" else (NetworkProblem, STEP_PROVIDERS)
+    )
+    problem = kind(shape, mode, session.dtype, session.device)
+    providers = session.keep(providers)
+    rows = measure(suite, problem, providers, session.clock, packing=False, **session.limits)
+    if suite == "end-to-end":
+        right = {row["provider"] for row in rows if row["status"] == "ok"}
+        rows += sampling_rows(suite, problem, [p for p in providers if p.name in right], 4 if session.quick else 50)
+    return rows
+
+
+def main(arguments=None):
+    """Returns the exit code: 0 done, 2 bad input, 3 some of it left out because --seconds were over."""
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except InputError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options):
+    """Run the suites that the parsed command line asks for. Returns the exit code 0 or 3."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(0)
+    session = Session(
+        Results(options.out, resume=options.resume),
+        device,
+        DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")],
+        quick=options.quick,
+        shapes=options.shapes,
+        providers=tuple(options.providers.split(",")) if options.providers else None,
+        batches=tuple(options.batch or BATCHES),
+        deadline=time.monotonic() + options.seconds,
+    )
+    known = {p.name for kernel in PROVIDERS.values() for p in kernel}
+    known |= {p.name for p in STEP_PROVIDERS + TRAINING_PROVIDERS}
+    if unknown := set(session.providers or ()) - known:
+        raise InputError(f"unknown providers {', '.join(sorted(unknown))}: they are {', '.join(sorted(known))}")
+    for suite in options.suite.split(","):
+        run_suite(suite, session, progress=True)
+    statuses = [row["status"] for row in session.results.rows]
+    counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
+    print(f"{session.results.path}: {len(statuses)} rows ({counts}); {session.cut} problems left out for time")
+    return 3 if session.cut else 0
+
+
+def parser():
+    text = argparse.RawDescriptionHelpFormatter
+    parsed = argparse.ArgumentParser("python -m sparsedm.bench.run", description=__doc__, formatter_class=text)
+    add_arguments(parsed)
+    parsed.add_argument("--device", help="(default: cuda if there is one, else cpu)")
+    parsed.add_argument("--suite", required=True, help=f"one or several of {', '.join(SUITES)}")
+    return parsed
+
+
+def add_arguments(parsed):
+    parsed.add_argument("--shapes", help="square, m-sweep, grid, models, or model@batch; several with commas")
+    parsed.add_argument("--providers", help="measure only these, by the names in the results file, with commas")
+    parsed.add_argument("--batch", type=int, action="append", help="batch sizes of models (default: 1, 16 and 64)")
+    parsed.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on a GPU, fp32 on a CPU)")
+    parsed.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes on a CPU")
+    parsed.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after this long")
+    parsed.add_argument("--out", default="bench-results.csv", help="results file (default: %(default)s)")
+    parsed.add_argument("--resume", action="store_true", help="continue the results file, skipping what it holds")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
