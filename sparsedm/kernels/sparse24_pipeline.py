@@ -97,7 +97,7 @@ def tile_count(M, N, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, CLUSTER: gl.c
 @gluon.jit
 def allocate(
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, STAGES: gl.constexpr,
-    PANEL: gl.constexpr, PANEL_LAYOUT: gl.constexpr, DTYPE: gl.constexpr, DIRECT: gl.constexpr,
+    PANEL: gl.constexpr, DTYPE: gl.constexpr, DIRECT: gl.constexpr,
 ):  # fmt: skip
     """-> (ring with its barriers behind it, output panels (BLOCK_N / PANEL, BLOCK_M, PANEL), residual barriers)."""
     SLOT: gl.constexpr = stage_bytes(BLOCK_N, BLOCK_M, BLOCK_K)[3]
@@ -108,7 +108,7 @@ def allocate(
     ring = gl.allocate_shared_memory(
         gl.int8, [STAGES * (SLOT // 1024) + 1, 1024], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    panels = gl.allocate_shared_memory(DTYPE, [PANELS, BLOCK_M, PANEL], PANEL_LAYOUT)
+    panels = gl.allocate_shared_memory(DTYPE, [PANELS, BLOCK_M, PANEL], gl.NVMMASharedLayout(128, 16, rank=2))
     arrived = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     bars = shared_base() + STAGES * SLOT
     for s in gl.static_range(STAGES):

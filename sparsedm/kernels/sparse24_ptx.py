@@ -134,6 +134,25 @@ def tma_load(
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _tma_5d_asm(kernel, parameter):
+    return (
+        "{ .reg .pred p; .reg .b64 d; elect.sync _|p, 0xffffffff; "
+        f"mov.b64 d, {kernel}_param_{parameter}; cvta.param.u64 d, d; "
+        "@p cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[$1], [d, {$2, $3, $4, $5, $6}], [$7]; mov.b32 $0, 0; }"
+    )
+
+
+@gluon.jit
+def tma_load_5d(target, c0, c1, c2, c3, c4, barrier, KERNEL: gl.constexpr, PARAMETER: gl.constexpr):
+    """One box of a five-dimensional tensor; c0 is the innermost coordinate."""
+    gl.inline_asm_elementwise(
+        _tma_5d_asm(KERNEL, PARAMETER), "=r,r,r,r,r,r,r,r", [target, c0, c1, c2, c3, c4, barrier],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------ wgmma.sp
 @gluon.constexpr_function
 def _wgmma_asm(n, kind, selector):

@@ -138,7 +138,7 @@ def linear_specialized(
 ):  # fmt: skip
     """One consumer warpgroup per half of BLOCK_N, one TMA warp, three idle warps. K: padded to BLOCK_K."""
     PAIR: gl.constexpr = CLUSTER != "none"
-    ring, panels, arrived = allocate(BLOCK_N, BLOCK_M, BLOCK_K, PAIR, STAGES, 64, y_desc.layout, y_desc.dtype, DIRECT)
+    ring, panels, arrived = allocate(BLOCK_N, BLOCK_M, BLOCK_K, PAIR, STAGES, 64, y_desc.dtype, DIRECT)
     consume: gl.constexpr = (
         BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER, STAGES, GROUP, KIND, ACTIVATION, BIAS, RESIDUAL, SCALE, DIRECT,
     )  # fmt: skip
@@ -191,7 +191,7 @@ def linear_flat(
     SIZE: gl.constexpr = stage_bytes(BLOCK_N, BLOCK_M, BLOCK_K)
     PAIR: gl.constexpr = CLUSTER != "none"
     BLOCKS: gl.constexpr = 2 if PAIR else 1
-    ring, panels, arrived = allocate(BLOCK_N, BLOCK_M, BLOCK_K, PAIR, STAGES, 128, y_desc.layout, y_desc.dtype, DIRECT)
+    ring, panels, arrived = allocate(BLOCK_N, BLOCK_M, BLOCK_K, PAIR, STAGES, 128, y_desc.dtype, DIRECT)
     effect("bar.sync 0;")
     cluster_sync(PAIR)
     base = shared_base()

@@ -1,0 +1,195 @@
+"""y = act(conv2d(x, W) + b) + r with a 2:4 compressed W: reference, dispatch and the operator `sparse24_conv2d`.
+
+W (N, C, kh, kw) is kept as rows (N, kh kw C), groups of four along C: values (N, kh kw C / 2) and metadata
+(N, kh kw C / 16) of `sparse24_format.pack(group_view(W).reshape(N, -1))`. Images are (B, C, H, W) as in torch; the
+kernels read and write them in channels_last. Inference only: nothing here has a gradient.
+
+Back ends (`choose_conv_backend` says which will run, and why):
+    wgmma   implicit product on `wgmma.mma_async.sp` (sm_90a)       sparse24_conv_wgmma.py
+    linear  1 x 1 kernels are `sparse24_linear` on the pixels
+    dense   the decompressed weight, kept, and torch's conv2d
+    torch   decompressed at every call (`sparse24_conv2d_ref`): any device, any geometry
+"""
+
+import torch
+import torch.nn.functional as F
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.launch import forced_backend
+from sparsedm.kernels.sparse24_format import check_shapes, unpack
+from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, arrange, sparse24_linear
+
+
+def sparse24_conv2d_ref(
+    x, values, metadata, kernel_size, bias=None, activation=None, residual=None, *, stride=1, padding=0, dilation=1
+):
+    """The specification: decompress, then torch. Arguments as `sparse24_conv2d`."""
+    weight = _weight(values, metadata, x.shape[1], kernel_size)
+    y = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
+    return y if residual is None else y + residual
+
+
+def _weight(values, metadata, channels, kernel_size):
+    """The dense weight (N, C, kh, kw), in channels_last."""
+    rows = unpack(values, metadata, channels * kernel_size[0] * kernel_size[1])
+    return rows.view(-1, *kernel_size, channels).permute(0, 3, 1, 2)
+
+
+def choose_conv_backend(capability, channels, kernel_size, stride, padding, dilation, size, features, dtype):
+    """Which back end serves a convolution of images of `size` (H, W), and why: (name, reason).
+
+    Rules, not measurement: none of the kernels has been timed yet. SPARSEDM_BACKEND=torch | dense | wgmma overrules
+    them wherever the named one can run; 1 x 1 kernels obey it as products.
+    """
+    if kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0):
+        return "linear", "a 1 x 1 kernel is a product over the pixels"
+    forced = forced_backend()
+    if forced in ("torch", "dense"):
+        return forced, f"SPARSEDM_BACKEND={forced}"
+    if capability is None:
+        return "torch", "not a CUDA device"
+    obstacle = _obstacle(capability, channels, stride, dilation, size, features, dtype)
+    if obstacle:
+        return "dense", obstacle
+    return "wgmma", "sm_90a, implicit product" if forced is None else f"SPARSEDM_BACKEND={forced}"
+
+
+def _obstacle(capability, channels, stride, dilation, size, features, dtype):
+    """Why the wgmma kernel cannot run, or None."""
+    if capability != (9, 0):
+        return f"sm_{capability[0]}{capability[1]} has no wgmma (sm_90a has), and there is no mma.sp convolution"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{str(dtype)[6:]}: the kernel takes bfloat16 and float16"
+    if channels % 64:
+        return f"{channels} input channels: the kernel needs a multiple of 64"
+    if features % 8:
+        return f"{features} output channels: the kernel needs a multiple of 8"
+    if stride not in ((1, 1), (2, 2)) or dilation != (1, 1):
+        return f"stride {stride}, dilation {dilation}: the kernel has strides 1 and 2 and no dilation"
+    if stride == (2, 2) and (size[0] % 2 or size[1] % 2):
+        return f"images of {size[0]} x {size[1]} pixels: with stride 2 the kernel needs even sides"
+    return None
+
+
+def sparse24_conv2d(
+    x,
+    values,
+    metadata,
+    kernel_size,
+    bias=None,
+    activation=None,
+    residual=None,
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    arranged=None,
+):
+    """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual, W the 2:4 weight that values and metadata hold.
+
+    x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair. bias: (N,). activation: None, "gelu"
+    (erf), "gelu_tanh" or "silu". residual: as y. arranged: a dict that the caller keeps with the weight (start with
+    {}), as in `sparse24_linear`. y has the dtype of x, in channels_last.
+
+    Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
+    dtypes that do not belong together.
+    """
+    kernel_size, stride, padding, dilation = map(_pair, (kernel_size, stride, padding, dilation))
+    size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation)
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    features, channels = values.shape[0], x.shape[1]
+    backend, _ = choose_conv_backend(
+        capability, channels, kernel_size, stride, padding, dilation, tuple(x.shape[2:]), features, x.dtype
+    )
+    if backend == "linear":
+        pixels = lambda image: None if image is None else image.permute(0, 2, 3, 1)  # noqa: E731
+        y = sparse24_linear(pixels(x), values, metadata, bias, activation, pixels(residual), arranged=arranged)
+        return y.permute(0, 3, 1, 2)
+    tensors = (arranged or {}).get(backend)
+    if tensors is None:
+        tensors = arrange(values, metadata, backend, channels * kernel_size[0] * kernel_size[1])
+        if arranged is not None:
+            arranged[backend] = tensors
+    return _conv(
+        x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend
+    )
+
+
+@torch.library.custom_op("sparsedm::sparse24_conv2d", mutates_args=())
+def _conv(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    arranged: list[torch.Tensor],
+    kernel_size: list[int],
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    size: list[int],
+    backend: str,
+) -> torch.Tensor:
+    y = _conv_fake(
+        x, values, metadata, arranged, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend
+    )
+    if not y.numel():
+        return y
+    if backend == "wgmma":
+        from sparsedm.kernels.sparse24_conv_wgmma import launch  # here: the package must import where Triton is missing
+
+        pixels = lambda image: image.permute(0, 2, 3, 1).contiguous()  # noqa: E731
+        launch(
+            pixels(x), *arranged, y.permute(0, 2, 3, 1), kernel_size=kernel_size, stride=stride[0], padding=padding,
+            bias=bias, activation=activation, residual=None if residual is None else pixels(residual).to(y.dtype),
+        )  # fmt: skip
+        return y
+    if backend == "dense":
+        weight = arranged[0].view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)
+    else:
+        weight = _weight(values, metadata, x.shape[1], kernel_size)
+    result = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
+    return y.copy_(result if residual is None else result + residual)
+
+
+@_conv.register_fake
+def _conv_fake(
+    x, values, metadata, arranged, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend
+):
+    shape = (x.shape[0], values.shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation):
+    """-> (H', W')."""
+    check_shapes(values, metadata)
+    features, words = metadata.shape
+    if activation not in ACTIVATIONS:
+        raise InputError(f"unknown activation {activation!r}: it must be one of {', '.join(map(str, ACTIVATIONS))}")
+    if x.dim() != 4:
+        raise InputError(f"x of shape {tuple(x.shape)}: images are (B, C, H, W)")
+    columns = x.shape[1] * kernel_size[0] * kernel_size[1]
+    if words != -(-columns // 16):
+        raise InputError(
+            f"{x.shape[1]} channels and a {kernel_size[0]} x {kernel_size[1]} kernel make {columns} columns, and the "
+            f"weight has {16 * words} (rounded up to a multiple of 16)"
+        )
+    if values.dtype != x.dtype:
+        raise InputError(f"x is {str(x.dtype)[6:]} and the weight {str(values.dtype)[6:]}: they must have one dtype")
+    if bias is not None and bias.shape != (features,):
+        raise InputError(f"bias of shape {tuple(bias.shape)} must have the shape ({features},)")
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+    if min(size) < 1:
+        raise InputError(f"images of {x.shape[2]} x {x.shape[3]} pixels are smaller than the kernel")
+    if residual is not None and tuple(residual.shape) != (x.shape[0], features, *size):
+        raise InputError(
+            f"residual of shape {tuple(residual.shape)} must have the shape of y, {(x.shape[0], features, *size)}"
+        )
+    return size

@@ -1,0 +1,209 @@
+"""The 2:4 convolution: reference against torch, dispatch and refusals, and the wgmma.sp kernel in the emulator."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsedm.errors import InputError
+from sparsedm.kernels import sparse24_conv_wgmma as kernel
+from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
+from sparsedm.kernels.sparse24_conv import choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
+from sparsedm.kernels.sparse24_format import pack
+from sparsedm.kernels.sparse24_matmul import arrange
+from tests.ptx.launch import run
+from tests.ptx.memory import SHARED_BYTES
+from tests.sass import Build, compile_offline
+from tests.sparse24_problem import kinds
+from tests.tolerance import assert_as_good_as_torch
+
+BF16 = torch.bfloat16
+
+
+class Convolution:
+    """B images of C x H x W, a 2:4 weight, and what torch makes of them."""
+
+    def __init__(
+        self, B, C, H, W, N, *, kernel=3, stride=1, padding=1, bias=False, activation=None, residual=False, dtype=BF16
+    ):
+        torch.manual_seed(0)
+        weight = torch.randn(N, C, kernel, kernel) / (C * kernel * kernel) ** 0.5
+        rows = group_view(weight)
+        self.weight = ungroup(torch.where(choose_mask_ref(rows, Pattern(2, 4)), rows, 0), weight.shape).to(dtype)
+        self.values, self.metadata = pack(group_view(self.weight).reshape(N, -1))
+        self.x = torch.randn(B, C, H, W).to(dtype)
+        self.bias = torch.randn(N).to(dtype) if bias else None
+        self.geometry = {"stride": stride, "padding": padding}
+        self.kernel_size, self.activation = (kernel, kernel), activation
+        size = self.reference(torch.Tensor.float, residual=False).shape
+        self.residual = torch.randn(size).to(dtype) if residual else None
+        self.y = torch.full(size, float("nan"), dtype=dtype).to(memory_format=torch.channels_last)
+
+    def reference(self, convert, residual=True):
+        bias = None if self.bias is None else convert(self.bias)
+        y = F.conv2d(convert(self.x), convert(self.weight), bias, **self.geometry)
+        y = {None: lambda y: y, "gelu": F.gelu, "silu": F.silu}[self.activation](y)
+        return y if not residual or self.residual is None else y + convert(self.residual)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [32, 20], ids=["whole-words", "padded"])
+def test_equals_torch_on_the_decompressed_weight(kernel, stride, channels):
+    c = Convolution(
+        2, channels, 8, 6, 24, kernel=kernel, stride=stride, padding=kernel // 2, bias=True, activation="silu",
+        residual=True, dtype=torch.float32,
+    )  # fmt: skip
+    arguments = (c.x, c.values, c.metadata, c.kernel_size, c.bias, c.activation, c.residual)
+    expected = c.reference(lambda tensor: tensor)
+    assert torch.equal(sparse24_conv2d_ref(*arguments, **c.geometry), expected)
+    double = c.reference(torch.Tensor.double)
+    assert_as_good_as_torch(sparse24_conv2d(*arguments, **c.geometry), double, expected)
+
+
+# name -> arguments of Convolution. Ragged images, several images in a patch, more features than one tile.
+QUICK = {
+    "3x3": dict(B=1, C=64, H=11, W=20, N=136, bias=True, activation="silu", residual=True),
+    "stride-2": dict(B=3, C=128, H=12, W=8, N=72, stride=2, bias=True),
+}
+SLOW = {
+    "small-images": dict(B=9, C=64, H=4, W=4, N=264, residual=True),
+    "stride-2-asymmetric": dict(B=1, C=64, H=18, W=34, N=128, stride=2, padding=0, activation="gelu"),
+    "fp16-5x5": dict(B=1, C=64, H=16, W=16, N=64, kernel=5, padding=2, dtype=torch.float16),
+}
+CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def nhwc(tensor):
+    return None if tensor is None else tensor.permute(0, 2, 3, 1).contiguous()
+
+
+def operands(c):
+    values, metadata = arrange(c.values, c.metadata, "wgmma")
+    y = c.y.permute(0, 2, 3, 1)
+    padding = (c.geometry["padding"],) * 2
+    return kernel.operands(
+        nhwc(c.x), values, metadata, y, c.kernel_size, c.geometry["stride"], padding, c.bias, c.activation,
+        nhwc(c.residual),
+    )  # fmt: skip
+
+
+def build(c):
+    tensors, scalars, constants = operands(c)
+    signature = {}
+    for name, (tensor, box, swizzle) in tensors.items():
+        dtype, bits = {BF16: ("bf16", 16), torch.float16: ("fp16", 16), torch.int32: ("i32", 32)}[tensor.dtype]
+        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={len(box)})"
+        signature[name] = f"tensordesc<{dtype}{list(box)},{layout}>"
+    return Build(
+        "sparsedm.kernels.sparse24_conv_wgmma:conv_specialized", signature | kinds(scalars), constants, {"num_warps": 4}
+    )
+
+
+@functools.cache
+def compiled(names):
+    builds = [build(Convolution(**(QUICK | SLOW)[name])) for name in names]
+    return dict(zip(names, zip(builds, compile_offline(builds))))
+
+
+def built(name):
+    return compiled(tuple(QUICK) if name in QUICK else (name,))[name]
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernel_is_right_in_the_emulator(name, early):
+    c = Convolution(**(QUICK | SLOW)[name])
+    offline, result = built(name)
+    tensors, scalars, _ = operands(c)
+    run(offline, result.ptx, {k: v[0] for k, v in tensors.items()} | scalars, (1,), early=early)
+    assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sass(name):
+    _, result = built(name)
+    assert result.warnings == ()
+    assert result.spills == 0
+    assert result.shared <= SHARED_BYTES
+    assert result.count("HGMMA.SP") > 0
+    assert result.count("HGMMA") == result.count("HGMMA.SP")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 16), (8, 8), (4, 4), (1, 1), (5, 100)])
+@pytest.mark.parametrize("pixels", [128, 256])
+def test_patches(pixels, rows, columns):
+    images, height, width = kernel.choose_patch(pixels, rows, columns)
+    assert images * height * width == pixels
+    assert width <= 2 * columns
+    assert height <= 2 * rows
+
+
+DISPATCH = [
+    # capability, channels, kernel, stride, dilation, size, features, dtype -> back end, words of the reason
+    (None, 64, 3, 1, 1, (32, 32), 64, BF16, "torch", "not a CUDA device"),
+    ((9, 0), 64, 1, 1, 1, (32, 32), 64, BF16, "linear", "over the pixels"),
+    ((9, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "wgmma", "sm_90a"),
+    ((9, 0), 64, 3, 2, 1, (32, 32), 64, BF16, "wgmma", "sm_90a"),
+    ((9, 0), 96, 3, 1, 1, (32, 32), 64, BF16, "dense", "96 input channels"),
+    ((9, 0), 64, 3, 1, 1, (32, 32), 3, BF16, "dense", "3 output channels"),
+    ((9, 0), 64, 3, 2, 1, (33, 32), 64, BF16, "dense", "33 x 32 pixels"),
+    ((9, 0), 64, 3, 1, 2, (32, 32), 64, BF16, "dense", "no dilation"),
+    ((9, 0), 64, 3, 1, 1, (32, 32), 64, torch.float32, "dense", "float32"),
+    ((8, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "dense", "no mma.sp convolution"),
+]
+
+
+@pytest.mark.parametrize(
+    ("capability", "channels", "size", "stride", "dilation", "image", "features", "dtype", "backend", "words"), DISPATCH
+)
+def test_dispatch_says_what_runs_and_why(
+    capability, channels, size, stride, dilation, image, features, dtype, backend, words, monkeypatch
+):
+    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
+    geometry = ((size, size), (stride, stride), (size // 2, size // 2), (dilation, dilation))
+    chosen, reason = choose_conv_backend(capability, channels, *geometry, image, features, dtype)
+    assert chosen == backend
+    assert words in reason
+
+
+REFUSED = {
+    "channels": (dict(x=torch.ones(1, 16, 8, 8)), "16 channels and a 3 x 3 kernel make 144 columns"),
+    "dtype": (dict(x=torch.ones(1, 32, 8, 8, dtype=BF16)), "x is bfloat16 and the weight float32"),
+    "dimensions": (dict(x=torch.ones(32, 8, 8)), r"images are \(B, C, H, W\)"),
+    "bias": (dict(bias=torch.ones(9)), r"bias of shape \(9,\)"),
+    "residual": (dict(residual=torch.ones(1, 8, 8, 8)), r"must have the shape of y, \(1, 8, 6, 6\)"),
+    "activation": (dict(activation="relu"), "unknown activation 'relu'"),
+    "too-small": (dict(x=torch.ones(1, 32, 2, 8)), "smaller than the kernel"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    c = Convolution(1, 32, 8, 8, 8, dtype=torch.float32)
+    wrong, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        sparse24_conv2d(
+            **(dict(x=c.x, values=c.values, metadata=c.metadata, kernel_size=3, stride=1, padding=0) | wrong)
+        )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_operator_is_registered_correctly(memory_format):
+    c = Convolution(2, 32, 8, 8, 8, bias=True, activation="silu", residual=True, dtype=torch.float32)
+    x = c.x.to(memory_format=memory_format)
+    arguments = (x, c.values, c.metadata, [], [3, 3], c.bias, "silu", c.residual, [1, 1], [1, 1], [1, 1], [8, 8])
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_conv2d, (*arguments, "torch"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_on_the_gpu(name):
+    c = Convolution(**(QUICK | SLOW)[name])
+    move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
+    c.y = sparse24_conv2d(
+        c.x.cuda(), c.values.cuda(), c.metadata.cuda(), c.kernel_size, move(c.bias), c.activation, move(c.residual),
+        **c.geometry,
+    ).cpu()  # fmt: skip
+    assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))
