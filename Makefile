@@ -1,15 +1,19 @@
 # Everything sets itself up: only python3 and pip are assumed.
 PYTHON ?= python3
 DATA ?=
+SUITES ?= ceiling,mask,masked-train,gemm,conv,end-to-end,train,table3
+MINUTES ?= 9
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help test test-slow lint quickstart bench clean
+.PHONY: help test test-slow lint quickstart bench gpu clean
 help:
 	@echo "make quickstart [DATA=path]   train dense -> 3:4 -> 2:4, sample, measure; leaves pictures in runs/quickstart*"
 	@echo "make test                     lint and the whole default test suite"
 	@echo "make test-slow                the tests that take minutes"
+	@echo "make bench                    measure small shapes here (a CPU will do), draw every chart: runs/bench"
+	@echo "make gpu [MINUTES=9]          everything that needs a GPU: tests, ceilings, benchmarks: runs/gpu"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +29,14 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+
+bench: $(STAMP)
+	rm -rf runs/bench
+	$(BIN)/python -m sparsedm.bench.run --quick --suite $(SUITES) --out runs/bench/results.csv
+	$(BIN)/python -m sparsedm.bench.plot runs/bench/results.csv --out runs/bench/plots
+
+gpu: $(STAMP)
+	$(BIN)/python -m sparsedm.bench.campaign --minutes $(MINUTES) --out runs/gpu $(GPU_OPTIONS)
 
 quickstart: $(STAMP)
 	$(BIN)/sparsedm quickstart $(if $(DATA),--data '$(DATA)')

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from sparsedm import __version__, commands, diffusion
+from sparsedm.bench import advice
 from sparsedm.errors import InputError
 from sparsedm.models import MODELS
 from sparsedm.quickstart import quickstart
@@ -148,6 +149,14 @@ def _parser():
     inspection.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
     inspection.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
     inspection.add_argument("--json", metavar="FILE", help="also write the numbers")
+
+    bench = command(
+        "bench",
+        advice.advise,
+        "measure whether 2:4 would make the layers of a model faster on this device",
+        ["--model uvit-tiny --batch 4", "--model uvit-imagenet256-large --batch 64 --out layers.csv"],
+    )
+    advice.add_arguments(bench)
 
     quick = command(
         "quickstart",

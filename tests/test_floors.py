@@ -14,17 +14,18 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.kernels", 0),
     ("sparsedm.layers", 1),
     ("sparsedm.inspection", 1.5),
-    ("sparsedm.diffusion", 2),
+    ("sparsedm.diffusion", 1.8),
     ("sparsedm.models", 2),
     ("sparsedm.train", 3),
     ("sparsedm.stepaware", 3),
     ("sparsedm.evaluate", 3),
     ("sparsedm.pictures", 3),
+    ("sparsedm.bench", 3.5),
     ("sparsedm.commands", 4),
     ("sparsedm.quickstart", 4.3),
     ("sparsedm.cli", 4.6),
 )
-ROOMS = ("sparsedm.kernels", "sparsedm.models", "sparsedm.train")  # may import inside themselves
+ROOMS = ("sparsedm.kernels", "sparsedm.models", "sparsedm.train", "sparsedm.bench")  # may import inside themselves
 FILES = sorted(p for p in (ROOT / "sparsedm").rglob("*.py") if p.name != "__init__.py" or p.parent.name != "sparsedm")
 
 

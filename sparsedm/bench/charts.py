@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from sparsedm.bench.shapes import SWEEPS
 from sparsedm.bench.speedups import speedups, timed
@@ -59,7 +59,7 @@ def sweep(figure, rows, name):
             axes.fill_between(x, [s.low for s in line], [s.high for s in line], color=colour, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter("{x:g}")
         plain_log(axes.xaxis, sorted({_rows(s) for s in found}))
         losing_region(axes)
         axes.set_ylim(min(0.4, *(s.p50 / 1.3 for s in found)), max(2.2, *(s.p50 * 1.3 for s in found)))
@@ -126,7 +126,7 @@ def heat(figure, rows):
 
 
 def _table(axes, cells, x_name, y_name):
-    """A heat map of speed-ups with the numbers in its cells: orange loses, blue wins, white is 1."""
+    """A heat map of speed-ups with the numbers in its cells: orange loses, purple wins, white is 1."""
     ys, xs = (sorted({cell[i] for cell in cells}) for i in (0, 1))
     grid = np.array([[cells.get((y, x), np.nan) for x in xs] for y in ys])
     # logarithmic, so that half as fast is as dark as twice as fast

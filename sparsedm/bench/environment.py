@@ -30,7 +30,7 @@ def _fixed(device):
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU: {cpu_name()}",
         "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)) if cuda else "",
         "threads": torch.get_num_threads(),
-        "driver": _nvidia_smi("driver_version")[0] if cuda else "",
+        "driver": _nvidia_smi(device, "driver_version")[0] if cuda else "",
         "cuda": (torch.version.cuda or "") if cuda else "",
         "torch": torch.__version__,
         "triton": _installed("triton"),
@@ -43,12 +43,13 @@ def _fixed(device):
 
 def sensors(device):
     """SM clock and memory clock in MHz and power in W, as nvidia-smi reads them now."""
-    values = _nvidia_smi(*SENSORS) if torch.device(device).type == "cuda" else [""] * len(SENSORS)
+    values = _nvidia_smi(device, *SENSORS) if torch.device(device).type == "cuda" else [""] * len(SENSORS)
     return dict(zip(("sm_mhz", "memory_mhz", "power_w"), values))
 
 
-def _nvidia_smi(*fields):
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+def _nvidia_smi(device, *fields):
+    number = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"  # nvidia-smi does not count as torch does
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", number]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,7 @@
 """Every chart from results files alone: `python -m sparsedm.bench.plot results.csv --out plots`.
 
-Each chart is written twice, for light and for dark pages (NAME.png, NAME-dark.png). The caption says which device, when,
-and with which versions; on a CPU the chart says so in large letters, because its ratios mean nothing for a GPU.
+Each chart is written twice, for light and for dark pages (NAME.png, NAME-dark.png). The caption says which device,
+when, and with which versions; on a CPU the chart says so in large letters, because its ratios mean nothing for a GPU.
 """
 
 import argparse

@@ -66,7 +66,7 @@ class Session:
 
     def __post_init__(self):
         self.clock = clock_for(self.device)
-        default = {"rounds": 3, "per_round": 2, "seconds": 0.5} if self.quick else {"rounds": 8, "per_round": 5}
+        default = {"rounds": 5, "per_round": 3, "seconds": 0.5} if self.quick else {"rounds": 8, "per_round": 5}
         self.limits = {"seconds": 10.0} | default | self.limits
 
     def keep(self, providers):

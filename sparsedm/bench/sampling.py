@@ -1,7 +1,7 @@
-"""Whole sampling by every provider of a network: time, images/s, memory, and how far the images of a sparse one are off.
+"""Whole sampling by every provider of a network: time, images/s, memory, and how far a sparse one's images are off.
 
-On a GPU every step replays one CUDA graph of the network, dense and sparse alike; the clock runs around the whole of it,
-until the images are on the host.
+On a GPU every step replays one CUDA graph of the network, dense and sparse alike; the clock runs around the whole of
+it, until the images are on the host.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""From measured rows to ratios: each provider against the fastest dense one at the same shape, mode, dtype and device."""
+"""From measured rows to ratios: each provider against the fastest dense one at the same shape, mode, dtype, device."""
 
 from typing import NamedTuple
 

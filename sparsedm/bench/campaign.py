@@ -1,0 +1,202 @@
+"""All that needs a GPU, in one command and within so many minutes: `python -m sparsedm.bench.campaign --out DIR`.
+
+The suites run in order of importance, each in a process of its own: a crash, a hang or a GPU error ends that suite and
+not the campaign. Each has at most the time that is left; whatever it has measured when it is cut stays in results.csv.
+
+DIR holds at most eight files: index.json (what ran, failed, was cut, was skipped for time), results.csv (all suites),
+log.txt (their output, shortened), tuned.json (configurations found), plots.zip. The same command with --resume runs
+what did not finish, and goes on inside a suite that was cut.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsedm.bench.environment import stamp
+from sparsedm.bench.plot import draw_all
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file, cache_folder, write_json, write_text
+
+LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
+CUT = 3  # exit code of `sparsedm.bench.run` when it left something out for time
+RESERVE = 20  # seconds kept for the pictures
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One process. In `command`, {csv} and {seconds} stand for the results file and the time it may take.
+
+    share: the part of the time left that it may use at most, so that one suite cannot starve the rest.
+    """
+
+    name: str
+    command: tuple
+    share: float = 1.0
+
+
+def bench(suites, *arguments):
+    """The command line that measures these suites."""
+    fixed = ("-m", "sparsedm.bench.run", "--resume", "--out", "{csv}", "--seconds", "{seconds}", "--suite", suites)
+    return (sys.executable, *fixed, *arguments)
+
+
+def gpu_suites():
+    """In order of importance: a number is worth nothing before the tests, and little without its ceiling."""
+    wanted = "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,dit-xl-2@64,uvit-cifar10-small@64"
+    networks = "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,uvit-cifar10-small@64"
+    tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--color=no", str(Path(__file__).parents[2] / "tests"))
+    return (
+        Suite("tests", tests, 0.3),
+        Suite("ceiling", bench("ceiling"), 0.2),
+        Suite("gemm: square", bench("gemm", "--shapes", "square"), 0.35),
+        Suite("gemm: models", bench("gemm", "--shapes", wanted), 0.4),
+        Suite("end-to-end", bench("end-to-end", "--shapes", networks), 0.4),
+        Suite("mask", bench("mask"), 0.2),
+        Suite("masked-train", bench("masked-train", "--shapes", wanted), 0.3),
+        Suite("train", bench("train", "--shapes", "uvit-cifar10-small@128"), 0.4),
+        Suite("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep"), 0.5),
+        Suite("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16"), 0.5),
+        Suite("table3", bench("table3")),
+        Suite("gemm: all", bench("gemm")),
+    )
+
+
+def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, device="cpu"):
+    """Run `suites` into `folder` within `minutes`. Returns the index, which is also written after every suite.
+
+    Raises: InputError if the folder holds a campaign already and resume is not asked for.
+    """
+    folder, start = Path(folder), now()
+    entries = {e["name"]: e for e in _index(folder)["suites"]} if resume else {}
+    if not resume and (folder / "index.json").exists():
+        raise InputError(f"{folder} holds a campaign: choose another --out, or go on with --resume")
+    index = {"environment": stamp(device), "minutes": minutes, "suites": []}
+
+    def left():
+        return 60 * minutes - RESERVE - (now() - start)
+
+    for suite in suites:
+        before = entries.get(suite.name)
+        if before and before["status"] == "ran":
+            entry = before
+        elif left() <= 0:
+            entry = {"name": suite.name, "status": "skipped", "reason": "no time was left"}
+        else:
+            entry = _run(suite, folder, suite.share * left(), now)
+        entries[suite.name] = entry
+        write_json(folder / "index.json", index | {"suites": list(entries.values())})
+    _pictures(folder)
+    _tuned(folder)
+    return _index(folder)
+
+
+def _index(folder):
+    try:
+        return json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"suites": []}
+
+
+def _run(suite, folder, seconds, now):
+    """Run one suite; a process that outlives its time by a tenth and five seconds is ended, with all its children."""
+    places = {"csv": str(folder / "results.csv"), "seconds": f"{seconds:.0f}"}
+    command = [part.format(**places) if "{" in part else part for part in suite.command]
+    began = now()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    try:
+        output, status, reason = process.communicate(timeout=1.1 * seconds + 5)[0], None, ""
+    except subprocess.TimeoutExpired:
+        output, status, reason = _end(process), "cut", f"ended after {seconds:.0f} s without an answer: a hang, or slow"
+    if status is None:
+        status = {0: "ran", CUT: "cut"}.get(process.returncode, "failed")
+        reason = {"ran": "", "cut": "its time was up"}.get(status, _reason(process.returncode, output))
+    _log(folder, suite.name, output)
+    return {
+        "name": suite.name,
+        "status": status,
+        "reason": reason,
+        "seconds": round(now() - began, 1),
+        "command": shlex.join([Path(command[0]).name, *command[1:]]),
+    }
+
+
+def _end(process):
+    """Ask the whole process group to stop, then make it; what it has printed."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=5)[0]
+    return "it could not be ended: the device does not answer\n"
+
+
+def _reason(code, output):
+    lines = [line for line in output.splitlines() if line.strip()]
+    return f"exit code {code}: {lines[-1].strip()[:300] if lines else 'no output'}"
+
+
+def _log(folder, name, output):
+    path = folder / "log.txt"
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    # progress bars redraw their line: the last state of each is enough
+    lines = [line.rsplit("\r", 1)[-1] for line in output.split("\n")]
+    write_text(path, f"{before}==== {name}\n" + "\n".join(lines)[-LOG_LIMIT:] + "\n")
+
+
+def _pictures(folder):
+    """plots.zip from results.csv, if anything was measured."""
+    if not (folder / "results.csv").exists():
+        return
+    with atomic_file(folder / "plots.zip") as partial, zipfile.ZipFile(partial, "w") as archive:
+        for path in draw_all([folder / "results.csv"], folder / ".plots"):
+            archive.write(path, path.name)
+            path.unlink()
+    (folder / ".plots").rmdir()
+
+
+def _tuned(folder):
+    """tuned.json: the tables of configurations that were found on this machine, by their file name."""
+    tables = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in (cache_folder() / "tuned").glob("*.json")}
+    if tables:
+        write_json(folder / "tuned.json", tables)
+
+
+def main(arguments=None):
+    """Returns the exit code: 0 if every suite ran, 1 if one failed, 3 if time was short, 2 for bad input."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m sparsedm.bench.campaign", description=__doc__, formatter_class=text)
+    names = [suite.name for suite in gpu_suites()]
+    parser.add_argument("--out", default="bench-campaign", help="folder (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9, help="for everything together (default: %(default)s)")
+    parser.add_argument("--only", action="append", choices=names, help="run only this suite (may be repeated)")
+    parser.add_argument("--resume", action="store_true", help="run what an earlier campaign in this folder left")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench: a campaign measures a GPU, and torch sees none: use `make bench` on a CPU", file=sys.stderr)
+        return 2
+    suites = [suite for suite in gpu_suites() if not options.only or suite.name in options.only]
+    try:
+        index = run_campaign(suites, options.out, options.minutes, resume=options.resume, device="cuda")
+    except InputError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    for entry in index["suites"]:
+        print(f"{entry['status']:<8} {entry['name']:<14} {entry.get('seconds', ''):>6}  {entry['reason']}")
+    statuses = {entry["status"] for entry in index["suites"]}
+    return 1 if "failed" in statuses else 3 if statuses - {"ran"} else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
