@@ -92,6 +92,12 @@ def _parser():
     )
     train.add_argument("--w-kd", type=float, default=0.1, help="weight of the transfer loss in a chain (default: 0.1)")
     train.add_argument("--decay", type=float, default=2e-4, help="SR-STE decay in a chain (default: 2e-4)")
+    train.add_argument(
+        "--weighting",
+        choices=diffusion.WEIGHTINGS,
+        default="noise",
+        help="of the loss over noise levels; velocity, with --set velocity=true, suits short runs (default: noise)",
+    )
     train.add_argument("--no-flip", action="store_true", help="do not mirror images at random")
     train.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="bf16 products (auto: on a GPU)")
     train.add_argument("--compile", action="store_true", help="torch.compile the network")

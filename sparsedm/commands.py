@@ -26,7 +26,18 @@ def train(options):
     training = TrainOptions(
         **{
             name: getattr(options, name)
-            for name in ("steps", "batch_size", "lr", "warmup", "cosine", "ema", "seed", "compile", "log_every")
+            for name in (
+                "steps",
+                "batch_size",
+                "lr",
+                "warmup",
+                "cosine",
+                "ema",
+                "weighting",
+                "seed",
+                "compile",
+                "log_every",
+            )
         },
         flip=not options.no_flip,
         amp="bf16" if options.amp == "bf16" or (options.amp == "auto" and options.device.type == "cuda") else None,

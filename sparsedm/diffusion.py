@@ -129,14 +129,21 @@ def diffuse(x0, t, noise, schedule):
     return schedule.alpha(t) * x0 + schedule.sigma(t) * noise
 
 
-def loss(model, x0, schedule, *, y=None, generator=None, teacher=None, w_kd=0.0, w_noise=1.0):
+WEIGHTINGS = ("noise", "velocity")
+
+
+def loss(model, x0, schedule, *, y=None, generator=None, teacher=None, w_kd=0.0, w_noise=1.0, weighting="noise"):
     """w_noise mse(ε, model(x_t, t)) + w_kd mse(teacher(x_t, t), model(x_t, t)), one random t and ε per image.
 
     The first term is DDPM's eq. 14, the second SparseDM's transfer from a dense teacher (arXiv 2404.10445, eq. 11; its
     runs used w_kd = 0.1). The teacher sees the same x_t and t, gets no gradient, and should be in eval mode.
     x0 (B, C, H, W); y (B,) int64 or None. `generator` may live on another device than x0: a CPU generator gives the
-    same t and ε on every device. Returns LossTerms. Raises InputError when w_kd asks for a teacher that is not there.
+    same t and ε on every device. weighting: "velocity" divides the squared errors by α(t)², which makes them those of
+    the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training.
+    Returns LossTerms. Raises InputError for another weighting, or when w_kd asks for a teacher that is not there.
     """
+    if weighting not in WEIGHTINGS:
+        raise InputError(f"unknown weighting {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
     if w_kd and teacher is None:
         raise InputError(f"w_kd is {w_kd}, which needs a teacher, but none was given")
     where = generator.device if generator is not None else x0.device
@@ -146,13 +153,20 @@ def loss(model, x0, schedule, *, y=None, generator=None, teacher=None, w_kd=0.0,
     inputs = (diffuse(x0, t, noise, schedule), schedule.model_time(t), *_optional(y))
 
     predicted = model(*inputs).to(noise.dtype)
-    noise_term = F.mse_loss(predicted, noise)
-    transfer_term = torch.zeros_like(noise_term)
+    noise_errors = _squared_errors(predicted, noise)
+    transfer_errors = torch.zeros_like(noise_errors)
     if w_kd:
         with torch.no_grad():
             target = teacher(*inputs).to(noise.dtype)
-        transfer_term = F.mse_loss(predicted, target)
-    return LossTerms(w_noise * noise_term + w_kd * transfer_term, noise_term.detach(), transfer_term.detach())
+        transfer_errors = _squared_errors(predicted, target)
+    errors = w_noise * noise_errors + w_kd * transfer_errors
+    if weighting == "velocity":
+        errors = errors / schedule.alpha(t) ** 2
+    return LossTerms(errors.mean(), noise_errors.detach().mean(), transfer_errors.detach().mean())
+
+
+def _squared_errors(a, b):
+    return (a - b).square().flatten(1).mean(1)  # (B,)
 
 
 def validation_loss(model, x0, schedule, *, y=None, times=None, seed=0, batch_size=256, progress=False):
@@ -176,7 +190,7 @@ def validation_loss(model, x0, schedule, *, y=None, times=None, seed=0, batch_si
             for row, row_errors in zip(rows[:, here].to(x0), errors[:, here]):
                 x = diffuse(x0[here], row, noise, schedule)
                 predicted = model(x, schedule.model_time(row), *_optional(None if y is None else y[here]))
-                row_errors.copy_((predicted.double() - noise).square().flatten(1).mean(1))
+                row_errors.copy_(_squared_errors(predicted.double(), noise))
                 bar.update()
     return errors.mean() if times is None else errors.mean(1)
 

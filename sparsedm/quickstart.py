@@ -201,8 +201,8 @@ images: `sparsedm train --method dense` gives the control.)
 * Fréchet distance: {dense["count"]:,} samples against {dense["reference_count"]:,} real images, on
   `{dense["features"]}` features: a fixed random convolution network. It ranks networks here and is not an FID.
 * density, parameters and MACs count the kept weights; MACs are those of linear and convolution layers for one image.
-* training: seconds spent on that network alone, on {report["device"]} ({report["torch"]}). Masks are applied by plain torch
-  here: a CPU gains no speed from them.
+* training: seconds spent on that network alone, on {report["device"]} (torch {report["torch"]}). Masks are applied by
+  plain torch here: a CPU gains no speed from them.
 
 {note}
 

@@ -319,6 +319,30 @@ def test_guidance_is_the_formula():
     assert torch.equal(out, net(x, t, y) + 0.75 * (net(x, t, y) - other))
 
 
+def test_velocity_weighting_is_the_error_of_the_velocity():
+    schedule, x0 = VPSDE(), torch.randn(4, 3, 2, 2, dtype=torch.float64)
+
+    def velocity(x, eps, t):
+        """v = α ε - σ x0, with x0 = (x - σ ε) / α."""
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return alpha * eps - sigma * (x - sigma * eps) / alpha
+
+    seen = []
+
+    def network(x, t):
+        seen.append((x, t.view(-1, 1, 1, 1) / 999))
+        return 0.9 * x
+
+    terms = diffusion.loss(network, x0, schedule, generator=torch.Generator().manual_seed(1), weighting="velocity")
+    ((x, t),) = seen
+    noise = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
+    by_hand = (velocity(x, 0.9 * x, t) - velocity(x, noise, t)).square().mean()
+    assert_as_good_as_torch(terms.total, by_hand, by_hand.float())
+    assert_as_good_as_torch(terms.noise, (0.9 * x - noise).square().mean(), by_hand.float())
+    with pytest.raises(InputError, match="unknown weighting 'snr'"):
+        diffusion.loss(network, x0, schedule, weighting="snr")
+
+
 def test_guidance_needs_a_null_label():
     net, y = Elementwise(), torch.tensor([1])
     net.config = types.SimpleNamespace(num_classes=1000, null_label=False)

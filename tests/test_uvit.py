@@ -305,3 +305,13 @@ def test_wrong_inputs_are_refused(variant, change, message):
     inputs = {"x": torch.zeros(2, model.config.channels, 8, 8), "t": torch.zeros(2)} | change
     with pytest.raises(InputError, match=message):
         model(**inputs)
+
+
+def test_velocity_turns_what_the_layers_compute_into_noise():
+    plain, model = (build_model("uvit-tiny", image_size=8, velocity=velocity).double() for velocity in (False, True))
+    model.load_state_dict(plain.state_dict())
+    x, t = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([10.0, 500.0, 990.0], dtype=torch.float64)
+    log_alpha = -0.25 * 19.9 * (t / 999) ** 2 - 0.05 * t / 999
+    alpha, sigma = log_alpha.exp().view(-1, 1, 1, 1), (1 - (2 * log_alpha).exp()).sqrt().view(-1, 1, 1, 1)
+    expected = sigma * x + alpha * plain(x, t)
+    assert_as_good_as_torch(model(x, t), expected, expected.float())

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.layers import Conv2d, Linear
 
@@ -28,6 +29,9 @@ class UViTConfig:
     there is one middle block more. num_classes counts the real classes, 0 = unconditional. With null_label the label
     table has one row more, index num_classes, for "no class" in guidance: where the official ImageNet 256 configuration
     says 1001 classes, ours says 1000. context_tokens > 0 conditions on that many vectors of context_dim numbers.
+    velocity: the layers compute v, and the predicted noise is σ(t) x + α(t) v with the VP-SDE's α and σ (arXiv
+    2202.00512, appendix D). Errors at high noise then stay small, so that a short training shows something; the
+    published networks compute the noise itself.
     """
 
     kind: str = "uvit"
@@ -43,6 +47,7 @@ class UViTConfig:
     context_tokens: int = 0
     context_dim: int = 768
     final_conv: bool = True
+    velocity: bool = False
 
     def __post_init__(self):
         sizes = ("image_size", "channels", "patch_size", "dim", "heads", "mlp_ratio", "context_dim")
@@ -191,7 +196,7 @@ class UViT(nn.Module):
             tokens.insert(0, self.label_emb(y)[:, None])
         if context is not None:
             tokens.insert(-1, self.context_embed(context))
-        x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra_tokens + patches, dim)
+        noisy, x = x, torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra_tokens + patches, dim)
 
         skips = []
         for block in self.in_blocks:
@@ -204,7 +209,11 @@ class UViT(nn.Module):
         x = self.decoder_pred(self.norm(x[:, config.extra_tokens :]))  # (B, patches, patch_size**2 * channels)
         side, patch = config.image_size // config.patch_size, config.patch_size
         x = rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, p1=patch, p2=patch)
-        return self.final_layer(x)
+        x = self.final_layer(x)
+        if not config.velocity:
+            return x
+        time = t.view(-1, 1, 1, 1) / 999
+        return (VPSDE().sigma(time) * noisy + VPSDE().alpha(time) * x).to(x.dtype)
 
     def _check_shapes(self, x, t, y, context):
         config, batch = self.config, x.shape[0]

@@ -51,6 +51,7 @@ class TrainOptions:
     ema_warmup: int = 10  # after u updates the decay is at most (1 + u) / (ema_warmup + u); 1: no warm-up
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     flip: bool = True
+    weighting: str = "noise"  # of the loss over noise levels, see `diffusion.loss`
     label_dropout: float = 0.1  # how often a class-conditional network sees the null label (for guidance)
     seed: int = 0
     amp: str | None = None  # None or "bf16"
@@ -72,6 +73,7 @@ class TrainOptions:
             "ema_warmup": self.ema_warmup >= 1,
             "clip": self.clip >= 0,
             "label_dropout": 0 <= self.label_dropout <= 1,
+            "weighting": self.weighting in diffusion.WEIGHTINGS,
             "amp": self.amp in (None, "bf16"),
             "log_every": self.log_every >= 1,
             "save_every": self.save_every >= 1,
@@ -228,7 +230,7 @@ class _Step:
         self.model, self.ema, self.images, self.schedule, self.options = model, ema, images, schedule, options
         self.network = torch.compile(model) if options.compile else model
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
-        self.transfer = {"teacher": teacher, "w_kd": w_kd, "w_noise": w_noise}
+        self.loss = {"teacher": teacher, "w_kd": w_kd, "w_noise": w_noise, "weighting": options.weighting}
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, options.lr, options.betas, weight_decay=options.weight_decay, fused=True
@@ -247,7 +249,7 @@ class _Step:
         x, y = batch(images, indices, flip_generator=self.generator if options.flip else None)
         y = self._drop_labels(y)
         with self.autocast:
-            terms = diffusion.loss(self.network, x, self.schedule, y=y, generator=self.generator, **self.transfer)
+            terms = diffusion.loss(self.network, x, self.schedule, y=y, generator=self.generator, **self.loss)
         self.optimizer.zero_grad()
         terms.total.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, options.clip or math.inf)
