@@ -167,7 +167,8 @@ def _body(url, start):
             raise ConnectionError(f"HTTP {error.code} {error.reason}") from error
         yield from _body(url, 0)  # nothing lies beyond `start`, so what we have is not the beginning of this file
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(getattr(error, "reason", None) or error) from error
+        reason = getattr(error, "reason", error)
+        raise ConnectionError(getattr(reason, "strerror", None) or reason) from error
 
 
 def _digest(path, kind):
