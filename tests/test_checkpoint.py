@@ -77,6 +77,16 @@ def test_keeps_the_last_two(tmp_path):
     assert checkpoint.latest(tmp_path / "nothing") is None
 
 
+def test_an_old_checkpoint_goes_at_once(tmp_path, monkeypatch):
+    """A reader never meets one that is half removed: it loses its name first."""
+    removed = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **settings: removed.append(path.name))
+    for step in (1, 2, 3):
+        saved(tmp_path, step)
+    assert removed == [".step-00000001.partial"]
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+
+
 def test_a_saved_step_is_left_as_it_is(tmp_path):
     path = saved(tmp_path)
     before = (path / "model.safetensors").read_bytes()

@@ -16,7 +16,7 @@ def write(folder, *lines):
 
 def test_reads_up_to_a_line_that_was_cut_short(tmp_path):
     assert read_metrics(tmp_path) == []
-    write(tmp_path, '{"step": 1}\n', '{"step": 2}\n', '{"st')
+    write(tmp_path, '{"step": 1}\n', '{"step": 2}\n', '{"st\n', '{"step": 4}\n')
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 

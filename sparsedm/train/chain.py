@@ -239,7 +239,4 @@ def _set_pattern(student, average, stage, where):
     for network in (student, average):
         sparsify(network, stage.pattern, where)
     set_masking(student, decay=stage.decay, dropped=stage.dropped, frozen=stage.frozen_mask)
-    set_masking(average, frozen=stage.frozen_mask)
-    for (_, layer), (_, averaged) in zip(masked_layers(student), masked_layers(average)):
-        if stage.frozen_mask:  # the average of weights under one mask has that mask
-            averaged.mask.copy_(layer.mask)
+    set_masking(average, frozen=stage.frozen_mask)  # its own mask until the first step, then it follows the student's

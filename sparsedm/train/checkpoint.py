@@ -267,13 +267,10 @@ def _write_model(file, model):
 def _write_tensors(file, tensors, header):
     # the format has no strides: a channels-last weight is written in the usual order
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    file.touch()
-    mode = file.stat().st_mode
     try:
         save_file(tensors, file, metadata=header or None)
     except SafetensorError as error:
         raise OSError(str(error)) from error  # it is one: the disk is full, or the like
-    file.chmod(mode)  # save_file leaves a file that only its owner can read
 
 
 def _read_tensors(file):
