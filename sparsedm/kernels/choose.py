@@ -52,14 +52,7 @@ def _choose_kernel(
     number = w.to(tl.float32)
     tl.store(nan_ptr + w_offs * 0, 1, mask=number != number)
 
-    if w.dtype == tl.float32:
-        magnitude = (w.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
-    else:
-        magnitude = w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
-    place = tl.arange(0, GROUP)[None, :]
-    key = magnitude.reshape(BLOCK_R * BLOCK_K // GROUP, GROUP) * GROUP + (GROUP - 1 - place)
-    last_kept = tl.sum(tl.where(place == GROUP - KEEP, tl.sort(key), 0), 1)
-    kept = key >= last_kept[:, None]
+    kept = keep_largest(w, KEEP, GROUP)
     mask = kept.reshape(BLOCK_R, BLOCK_K) & inside
 
     m_offs = (out * stride_mo + tap * stride_mt)[:, None] + (k * stride_mk)[None, :]
@@ -78,6 +71,7 @@ def _choose_kernel(
             tl.atomic_add(flips_ptr, tl.sum(flipped))
         tl.store(bits_ptr + b_offs, bits, mask=b_inside)
     if values_ptr is not None:
+        place = tl.arange(0, GROUP)[None, :]
         code = tl.sum(kept.to(tl.int32) << place, 1)  # two of the four bits are set
         first = tl.where(code & 1 != 0, 0, tl.where(code & 2 != 0, 1, 2))
         second = tl.where(code & 8 != 0, 3, tl.where(code & 4 != 0, 2, 1))
@@ -99,6 +93,19 @@ def _choose_kernel(
 
 
 @jit
+def keep_largest(w, KEEP: tl.constexpr, GROUP: tl.constexpr):
+    """w: a tile whose last axis is whole groups -> (groups, GROUP) of bool."""
+    if w.dtype == tl.float32:
+        magnitude = (w.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    else:
+        magnitude = w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    place = tl.arange(0, GROUP)[None, :]
+    key = magnitude.reshape(w.numel // GROUP, GROUP) * GROUP + (GROUP - 1 - place)
+    last_kept = tl.sum(tl.where(place == GROUP - KEEP, tl.sort(key), 0), 1)
+    return key >= last_kept[:, None]
+
+
+@jit
 def _popcount(x):
     x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
@@ -107,7 +114,7 @@ def _popcount(x):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
-_tuner = Autotuner("choose", CONFIGS, [_choose_kernel])
+_tuner = Autotuner("choose", CONFIGS, [_choose_kernel, keep_largest])
 _nan_flags = {}
 
 
@@ -131,6 +138,7 @@ def _launch(weight, pattern, previous, outputs, name):
             rows, taps, K, *w.stride(), *m.stride(),
             KEEP=pattern.keep, GROUP=pattern.group, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=config["num_warps"],
         )  # fmt: skip
+        return outputs
 
     names = ("masked", "mask", "bits", "flips", "values", "metadata")
     wanted = "+".join(n for n, t in zip(names, outputs) if t.numel())
