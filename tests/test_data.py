@@ -40,7 +40,7 @@ def image_rows(images):
 # ---- sources
 
 
-SIDES = [("synthetic", None, 16), ("synthetic", 20, 20), ("synthetic:32", None, 32)]
+SIDES = [("synthetic", None, 12), ("synthetic", 20, 20), ("synthetic:32", None, 32)]
 
 
 @pytest.mark.parametrize(("source", "size", "side"), SIDES)

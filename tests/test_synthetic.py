@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.train.synthetic import CLASSES, COLOURS, SHIFT, synthetic
+from sparsedm.train.synthetic import CLASSES, COLOURS, GROUNDS, SHIFT, synthetic
 
 
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("size", [12, 32])
 def test_shapes_and_types(size):
     images, labels, names = synthetic(700, size)
     assert images.shape == (700, 3, size, size)
@@ -19,9 +19,9 @@ def test_shapes_and_types(size):
 
 def test_the_bytes_are_the_same_on_every_machine():
     """Recorded once. If it changes, so do all numbers that were ever reported on this set: say so in NOTES.md."""
-    images, labels, _ = synthetic(1000, 16, seed=0)
+    images, labels, _ = synthetic(1000, 12, seed=0)
     digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-    assert digest == "6eba8e95b303a00a9480befd15870c5b0a6e515c2047943c833f27d0c1095d5f"
+    assert digest == "b0abde5e9038f112212ac0190ca356e6cf68420422eaba109088167e0b1a6437"
 
 
 def test_a_smaller_set_is_a_prefix_of_a_larger_one():
@@ -52,18 +52,17 @@ def test_each_class_is_the_shape_it_names(name):
         centre = one[int((y.max() + y.min()) / 2 + 0.5), int((x.max() + x.min()) / 2 + 0.5)]
         low, high, centred = BOUNDS[name]
         assert low < fill < high, (name, fill)
-        assert centre == centred or centred is None
+        assert centre == centred
 
 
 # share of the bounding box: pi/4 = .785 for a disk, pi (1.04^2 - .56^2) / (4 x 1.04^2) = .56 for a ring, 1/2 for a
-# triangle, 1 for a square, 1 / (cos + sin)^2 = .61 for one tilted by 20 degrees
+# triangle, 1 for a square
 BOUNDS = {
     "disk": (0.70, 0.88, True),
     "ring": (0.45, 0.66, False),
-    "square": (0.58, 1.01, True),
+    "square": (0.95, 1.01, True),
     "triangle": (0.40, 0.66, True),
     "cross": (0.35, 0.66, True),
-    "crescent": (0.25, 0.60, None),
 }
 
 
@@ -77,12 +76,11 @@ def test_every_shape_has_one_colour_of_the_palette_and_is_whole():
     assert not mask[:, :, [0, -1]].any()
 
 
-def test_the_background_is_dark_and_smooth():
+def test_the_ground_is_one_dark_colour():
     images, _, _ = synthetic(500, 32)
-    corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].float()
-    assert corners.max() < 130
-    rows = images[:, :, 0].float()
-    assert (rows[..., 1:] - rows[..., :-1]).abs().max() <= 4
+    assert (images[:, :, 0, :] == images[:, :, 0, :1]).all()
+    assert len(images[:, :, 0, 0].unique(dim=0)) == len(GROUNDS)
+    assert images[:, :, 0, 0].max() < 60
 
 
 def test_mirrored_images_are_as_likely():

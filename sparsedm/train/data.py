@@ -5,7 +5,7 @@ where a batch is an index and a scale. Which images are in a batch is a function
 no state.
 
     source             what it is
-    synthetic          shapes of sparsedm.train.synthetic; synthetic:32 for 32x32 instead of 16x16
+    synthetic          shapes of sparsedm.train.synthetic; synthetic:32 for 32x32 instead of 12x12
     cifar10            downloaded
     folder, .zip       images in class folders (see sparsedm.train.image_files)
     folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.cifar10)
@@ -142,7 +142,7 @@ def _held_out(source, images, labels, split):
 
 
 def _synthetic_size(source, size):
-    given = source.partition(":")[2] or str(size or 16)
+    given = source.partition(":")[2] or str(size or 12)
     if not given.isdecimal() or size not in (None, int(given)):
         raise InputError(f"{source!r} with size {size}: write synthetic or synthetic:SIZE")
     return int(given)
