@@ -1,5 +1,9 @@
 """One sparse product, its inputs and what is right: shared by the tests of the sparse tensor-core kernels."""
 
+import contextlib
+import faulthandler
+import sys
+
 import torch
 
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref
@@ -20,19 +24,22 @@ def pruned(rows, columns, dtype=torch.bfloat16, drop=0.1):
 class Problem:
     """M x N x K with the epilogue asked for. y is NaN until a kernel writes it.
 
-    skip: columns of the second source; groups: rows of the scale; out: dtype of y.
+    skip: columns of the second source; groups: rows of the scale; out: dtype of y; strided: the sources and the
+    residual are columns of wider tensors.
     """
 
     def __init__(
-        self, M, N, K, *, skip=0, groups=0, bias=False, activation=None, residual=False, dtype=torch.bfloat16, out=None
-    ):
+        self, M, N, K, *, skip=0, groups=0, bias=False, activation=None, residual=False, dtype=torch.bfloat16, out=None,
+        strided=False,
+    ):  # fmt: skip
         torch.manual_seed(0)
         self.values, self.metadata = pack(pruned(N, K + skip, dtype))
-        self.x = torch.randn(M, K).to(dtype)
-        self.skip = torch.randn(M, skip).to(dtype) if skip else None
+        rows = lambda columns: torch.randn(M, columns + 8 * strided).to(dtype)[:, :columns]  # noqa: E731
+        self.x = rows(K)
+        self.skip = rows(skip) if skip else None
         self.scale = torch.randn(groups, N).to(dtype) if groups else None
         self.bias = torch.randn(N).to(dtype) if bias else None
-        self.residual = torch.randn(M, N).to(dtype) if residual else None
+        self.residual = rows(N) if residual else None
         self.activation = activation
         self.y = torch.full((M, N), float("nan"), dtype=out or dtype)
 
@@ -62,3 +69,13 @@ def kinds(arguments):
 def divisible(arguments):
     """The arguments that Triton's launcher would find divisible by 16."""
     return tuple(k for k, v in arguments.items() if isinstance(v, torch.Tensor) or v % 16 == 0)
+
+
+@contextlib.contextmanager
+def hang_guard(seconds=90):
+    """A protocol fault on real hardware is a hang inside the driver, which only the end of the process ends."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

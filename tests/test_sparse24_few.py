@@ -9,7 +9,7 @@ from sparsedm.kernels import sparse24_few as few
 from sparsedm.kernels.sparse24_matmul import arrange, sparse24_linear_ref
 from tests.ptx.launch import run
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import Problem, divisible, kinds
+from tests.sparse24_problem import Problem, divisible, hang_guard, kinds
 
 # name -> (share: steps of K for one program, problem). 72 rows are more than the kernel is meant for.
 CASES = {
@@ -93,12 +93,13 @@ def test_on_the_gpu(M):
     values, metadata = (tensor.cuda() for tensor in arrange(problem.values, problem.metadata, "few"))
     y = problem.y.cuda()
     results = []
-    for _ in range(2):
-        few.launch(
-            problem.x.cuda(), values, metadata, y, bias=problem.bias.cuda(), activation="gelu",
-            residual=problem.residual.cuda(), skip=None, scale=None,
-        )  # fmt: skip
-        results.append(y.cpu())
+    with hang_guard():
+        for _ in range(2):
+            few.launch(
+                problem.x.cuda(), values, metadata, y, bias=problem.bias.cuda(), activation="gelu",
+                residual=problem.residual.cuda(), skip=None, scale=None,
+            )  # fmt: skip
+            results.append(y.cpu())
     assert torch.equal(*results), "split K must not make the sum depend on the order of programs"
     problem.y = results[0]
     problem.check()

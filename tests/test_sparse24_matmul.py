@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import BACKENDS
 from sparsedm.kernels.sparse24_format import ZERO_WORD, pack, unpack
-from sparsedm.kernels.sparse24_matmul import arrange, choose_backend, sparse24_linear
+from sparsedm.kernels.sparse24_matmul import _rows, arrange, choose_backend, sparse24_linear
 from tests.sparse24_problem import Problem, pruned
 
 BF16 = torch.bfloat16
@@ -161,6 +161,16 @@ def test_compiles_whole_and_exports():
     assert torch.equal(torch.export.export(layer, (p.x,)).module()(p.x), expected)
 
 
+def test_rows_are_copied_only_where_the_kernels_cannot_read_them():
+    wide = torch.zeros(2, 6, 48, dtype=BF16)
+    strided = wide[..., 8:40]
+    assert _rows(strided).data_ptr() == strided.data_ptr()
+    assert _rows(strided).shape == (12, 32)
+    for unaligned in (wide[..., 4:36], wide[..., ::2], torch.zeros(4, 36, dtype=BF16)[:, :32]):
+        assert _rows(unaligned).is_contiguous()
+        assert _rows(unaligned).data_ptr() % 16 == 0
+
+
 def test_the_weight_takes_nine_sixteenths_of_its_bytes():
     values, metadata = pack(pruned(64, 128))
     assert values.nbytes + metadata.nbytes == 64 * 128 * 2 * 9 // 16
@@ -178,7 +188,10 @@ def test_launches_reach_the_driver_with_the_right_grid():
     assert recorded["cluster"] == 2 * [["linear_flat", 3, 2]]
     assert recorded["mma"] == 2 * [["linear_mma", 10, 1]]
     assert recorded["few"] == 2 * [["linear_few", 40, 1], ["reduce_few", 50, 1]]
+    assert recorded["conv"] == 2 * [["conv_specialized", 8, 1]]
+    # numbers of the tensor maps among the PTX parameters, which fill_slot and the convolution's producer rely on
     assert recorded["maps"] == [0, 5, 10, 15, 20, 25]
+    assert recorded["conv-maps"] == [0, 5, 10, 21, 30]
 
 
 def _record_launches():
@@ -211,7 +224,8 @@ def _record_launches():
     CompiledKernel._init_handles = handles
     torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
 
-    from sparsedm.kernels import sparse24_few, sparse24_mma, sparse24_wgmma
+    from sparsedm.kernels import sparse24_conv_wgmma, sparse24_few, sparse24_mma, sparse24_wgmma
+    from tests.test_sparse24_conv import Convolution, nhwc
 
     recorded = {}
 
@@ -226,12 +240,19 @@ def _record_launches():
         calls.clear()
 
     twice("specialized", sparse24_wgmma.launch, "wgmma")
-    parameters = re.findall(r"linear_specialized_param_(\d+)\[128\]", texts[0])
-    recorded["maps"] = [int(number) for number in parameters]  # what fill_slot relies on
+    recorded["maps"] = [int(number) for number in re.findall(r"linear_specialized_param_(\d+)\[128\]", texts[0])]
     config = next(c for c in sparse24_wgmma.CONFIGS if c.cluster == "w" and not c.specialized)
     twice("cluster", sparse24_wgmma.launch, "wgmma", config=config)
     twice("mma", sparse24_mma.launch, "mma")
     twice("few", sparse24_few.launch, "few")
+    c = Convolution(B=2, C=64, H=32, W=32, N=64, bias=True, residual=True)
+    for _ in range(2):
+        sparse24_conv_wgmma.launch(
+            nhwc(c.x), *arrange(c.values, c.metadata, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
+            padding=(1, 1), bias=c.bias, activation="silu", residual=nhwc(c.residual),
+        )  # fmt: skip
+    recorded["conv"] = calls
+    recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-1])]
     print(json.dumps(recorded))
 
 

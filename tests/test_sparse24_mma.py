@@ -11,14 +11,14 @@ from sparsedm.kernels.sparse24_matmul import arrange, sparse24_linear_ref
 from tests.ptx.errors import EmulatorError
 from tests.ptx.launch import run
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import Problem, divisible, kinds
+from tests.sparse24_problem import Problem, divisible, hang_guard, kinds
 
 EPILOGUE = {"bias": True, "activation": "gelu", "residual": True}
 
 # name -> (configuration, capability, problem). Ragged everywhere; K runs past the ring of four steps.
 QUICK = {
     # two sources, of which the second ends inside a step, gates whose border lies inside a tile
-    "everything": (mma.CONFIGS[2], 80, dict(M=100, N=136, K=256, skip=72, groups=4, **EPILOGUE)),
+    "everything": (mma.CONFIGS[2], 80, dict(M=100, N=136, K=256, skip=72, groups=4, strided=True, **EPILOGUE)),
     "fp16-to-fp32": (mma.CONFIGS[0], 90, dict(M=60, N=130, K=328, dtype=torch.float16, out=torch.float32, bias=True)),
 }
 SLOW = {
@@ -127,11 +127,12 @@ def test_on_the_gpu(config, matrix):
     values, metadata = (tensor.cuda() for tensor in arrange(problem.values, problem.metadata, "mma"))
     move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
     y = problem.y.cuda()
-    mma.launch(
-        problem.x.cuda(), values, metadata, y, bias=move(problem.bias), activation=problem.activation,
-        residual=move(problem.residual), skip=None, scale=None, config=config,
-    )  # fmt: skip
-    problem.y = y.cpu()
+    with hang_guard():
+        mma.launch(
+            problem.x.cuda(), values, metadata, y, bias=move(problem.bias), activation=problem.activation,
+            residual=move(problem.residual), skip=None, scale=None, config=config,
+        )  # fmt: skip
+        problem.y = y.cpu()
     if matrix == "random":
         problem.check()
     else:

@@ -14,7 +14,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsedm.kernels.sparse24_pipeline import (
     accumulator_layout,
@@ -36,6 +35,7 @@ from sparsedm.kernels.sparse24_ptx import (
     tma_load_5d,
     wgmma_wait,
 )
+from sparsedm.kernels.sparse24_wgmma import descriptor
 
 WIDE, NARROW = (256, 128, 4), (128, 256, 3)  # BLOCK_N, BLOCK_M, STAGES for more and for up to 128 features; not tuned
 
@@ -168,14 +168,9 @@ def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activa
     tensors, arguments, constants = operands(
         x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
     )
-    maps = {name: TensorDescriptor(t, *geometry(t, box, swizzle)) for name, (t, box, swizzle) in tensors.items()}
+    maps = {name: descriptor(*map_) for name, map_ in tensors.items()}
     blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
     conv_specialized[(min(blocks, arguments["tiles"]),)](**maps, **arguments, **constants, num_warps=4)
-
-
-def geometry(tensor, box, swizzle):
-    layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size(), len(box))
-    return list(tensor.shape), list(tensor.stride()), list(box), layout
 
 
 def operands(x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):

@@ -209,6 +209,9 @@ def _(x, values, metadata, arranged, bias, activation, residual, skip, scale, ou
 
 def _check(x, values, metadata, bias, activation, residual, skip, scale):
     check_shapes(values, metadata)
+    devices = {t.device for t in (x, values, metadata, bias, residual, skip, scale) if t is not None}
+    if len(devices) > 1:
+        raise InputError(f"all tensors must be on one device, not on {' and '.join(sorted(map(str, devices)))}")
     N, words = metadata.shape
     K = x.shape[-1] + (0 if skip is None else skip.shape[-1])
     if activation not in ACTIVATIONS:

@@ -237,18 +237,28 @@ def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, c
 
     bias (N,), residual (M, N), skip (M, K2), scale (G, N) or None; rows of x, skip and residual 16-byte aligned.
     """
-    if skip is not None and x.shape[1] % 64:
-        x, skip = torch.cat((x, skip), 1), None  # a 64-column step may not straddle the two
     M, N = y.shape
     arguments, constants = operands(x, values, metadata, y, bias, residual, skip, scale)
-    constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "GROUP": config.group}
-    constants |= {"WARPS_N": config.warps_n, "WARPS_M": config.warps_m, "STAGES": config.stages}
+    constants |= tile_constants(config)
     grid = -(-N // config.block_n) * -(-M // config.block_m)
     linear_mma[(grid,)](**arguments, **constants, ACTIVATION=activation, num_warps=config.warps_n * config.warps_m)
 
 
+def tile_constants(config):
+    return {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "WARPS_N": config.warps_n,
+        "WARPS_M": config.warps_m,
+        "STAGES": config.stages,
+        "GROUP": config.group,
+    }
+
+
 def operands(x, values, metadata, y, bias, residual, skip, scale):
     """-> (run-time, compile-time) arguments that the mma.sp kernels share."""
+    if skip is not None and x.shape[1] % 64:
+        x, skip = torch.cat((x, skip), 1), None  # a 64-column step may not straddle the two
     M, N = y.shape
     other = x if skip is None else skip
     return {

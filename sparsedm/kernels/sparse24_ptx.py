@@ -272,7 +272,7 @@ def _gelu_erf(y):
 
     Not libdevice's erf: it branches, and a divergent branch in the epilogue costs thousands of bytes of spills.
     """
-    half = 0.5 * gl.abs(y)
+    half = gl.minimum(0.5 * gl.abs(y), 1e30)  # infinity times erfc = 0 would be NaN
     t = _reciprocal(1 + 0.46328377653 * half)
     p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     return gl.maximum(y, 0.0) - half * (p * _exp2(-0.7213475204444817 * (y * y)))

@@ -4,6 +4,7 @@ The kernels are in sparse24_wgmma_kernels. NOT YET RUN ON A GPU: their compiled 
 tests. The order of CONFIGS is not the result of any measurement.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -38,24 +39,42 @@ CONFIGS = (
 )
 
 
+ENDLESS = 1 << 30  # steps of a first source of x that has no second
+
+
 def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
     """y (M, N) of rows x (M, K), all on one sm_90a device. values (256 n, 64 k) and metadata as `arrange` made them.
 
     bias (N,), residual (M, N), skip (M, K2), scale (G, N) or None; rows of x, skip and residual 16-byte aligned.
     """
+    kernel, tensors, arguments, constants = operands(
+        config, x, values, metadata, y, bias, activation, residual, skip, scale
+    )
+    arguments |= {name: descriptor(tensors[name], *box) for name, box in maps(config).items()}
+    options = {"num_warps": warps(config)}
+    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
+    if config.cluster != "none":
+        blocks //= 2
+        _mark_as_cluster(kernel, arguments, constants, options)
+    kernel[(min(blocks, count_tiles(*y.shape, config)),)](**arguments, **constants, **options)
+
+
+def operands(config, x, values, metadata, y, bias, activation, residual, skip, scale):
+    """-> (kernel, the tensor of each tensor map, the other run-time arguments, the compile-time ones)."""
     if skip is not None and x.shape[1] % config.block_k:
         x, skip = torch.cat((x, skip), 1), None  # a TMA box may not straddle the two
     M, N = y.shape
     direct = y.dtype == torch.float32 or N % 8 != 0 or (residual is not None and residual.dtype != y.dtype)
-    kernel, constants = specialize(
-        config, x.dtype, activation, bias is not None, residual is not None, scale is not None, skip is not None, direct
-    )
     stored = x if direct else y
-    sources = {"w_desc": values, "x_desc": x, "e_desc": metadata, "y_desc": stored}
-    sources["r_desc"] = stored if residual is None or direct else residual
-    sources["s_desc"] = x if skip is None else skip
-    arguments = {name: _descriptor(sources[name], *box) for name, box in maps(config).items()}
-    arguments |= {
+    tensors = {
+        "w_desc": values,
+        "x_desc": x,
+        "e_desc": metadata,
+        "y_desc": stored,
+        "r_desc": stored if residual is None or direct else residual,
+        "s_desc": x if skip is None else skip,
+    }
+    arguments = {
         "y_ptr": y,
         "r_ptr": y if residual is None else residual,
         "stride_r": N if residual is None else residual.stride(0),
@@ -67,16 +86,27 @@ def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, c
         "N": N,
         "K": 2 * values.shape[1],
     }
-    options = {"num_warps": 4 if config.specialized else 8}
-    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    if config.cluster != "none":
-        blocks //= 2
-        _mark_as_cluster(kernel, arguments, constants, options)
-    grid = min(blocks, count_tiles(M, N, config))
-    kernel[(grid,)](**arguments, **constants, **options)
+    constants = {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "CLUSTER": config.cluster,
+        "STAGES": config.stages,
+        "GROUP": config.group,
+        "KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[x.dtype],
+        "ACTIVATION": activation,
+        "BIAS": bias is not None,
+        "RESIDUAL": residual is not None,
+        "SCALE": scale is not None,
+        "SKIP": skip is not None,
+        "DIRECT": direct,
+    }
+    return linear_specialized if config.specialized else linear_flat, tensors, arguments, constants
 
 
-ENDLESS = 1 << 30  # a first source of x that never ends: there is no second
+def warps(config):
+    """Of the launch; warp specialisation adds its own."""
+    return 4 if config.specialized else 8
 
 
 def count_tiles(M, N, config):
@@ -87,25 +117,6 @@ def count_tiles(M, N, config):
     if config.cluster == "w":
         tiles_m = -(-tiles_m // 2)
     return tiles_n * tiles_m
-
-
-def specialize(config, dtype, activation, bias, residual, scale, skip, direct):
-    """-> (kernel, its compile-time arguments)."""
-    return linear_specialized if config.specialized else linear_flat, {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "BLOCK_K": config.block_k,
-        "CLUSTER": config.cluster,
-        "STAGES": config.stages,
-        "GROUP": config.group,
-        "KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype],
-        "ACTIVATION": activation,
-        "BIAS": bias,
-        "RESIDUAL": residual,
-        "SCALE": scale,
-        "SKIP": skip,
-        "DIRECT": direct,
-    }
 
 
 def maps(config):
@@ -122,9 +133,14 @@ def maps(config):
     }
 
 
-def _descriptor(tensor, box, swizzle):
-    layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size(), len(box))
+def descriptor(tensor, box, swizzle):
+    layout = _layout(swizzle, 8 * tensor.element_size(), len(box))
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box), layout)
+
+
+@functools.cache  # building one costs more than everything else about a descriptor
+def _layout(swizzle, bits, rank):
+    return gl.NVMMASharedLayout(swizzle, bits, rank)
 
 
 _clusters = {}

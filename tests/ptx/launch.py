@@ -24,7 +24,7 @@ def run(build, ptx, arguments, grid, *, early=True, cluster=1, seed=0):
             parameters.append(16)
         elif isinstance(value, torch.Tensor):
             assert value.dtype == TORCH[kind[1:]], (name, kind, value.dtype)
-            parameters.append(memory.add(numpy_view(value)))
+            parameters.append(memory.add(numpy_view(_whole(value))))
         else:
             parameters.append(value)
     parameters += [0, 0]  # Triton's scratch pointers
@@ -49,3 +49,11 @@ def numpy_view(tensor):
     if tensor.element_size() == 2:
         tensor = tensor.view(torch.int16)
     return tensor.numpy()
+
+
+def _whole(tensor):
+    """What a pointer to a strided tensor leads to: everything from its first to its last element."""
+    if tensor.is_contiguous():
+        return tensor
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.as_strided((span,), (1,))
