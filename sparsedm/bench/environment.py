@@ -75,11 +75,11 @@ def commit():
     try:
         git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=20, check=True)
         head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        tracked = git(["git", "ls-files", "--error-unmatch", Path(__file__).name]).stdout
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])  # fails in somebody else's repository
         changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-    return head + ("+dirty" if changed or not tracked else "")
+    return head + ("+dirty" if changed else "")
 
 
 def _installed(package):

@@ -76,7 +76,9 @@ def read(*paths):
 
 
 def _parsed(row, path):
+    if None in row or None in row.values():
+        raise InputError(f"{path}: a row is broken or cut short: it has not {len(COLUMNS)} cells")
     try:
         return row | {name: float(row[name]) if row[name] else None for name in NUMBERS}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: a row is broken or cut short ({error})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: a row is broken or cut short: {error}") from None

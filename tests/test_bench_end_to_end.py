@@ -1,0 +1,125 @@
+import pytest
+import torch
+from torch import nn
+
+from sparsedm.bench.end_to_end import (
+    STEP_PROVIDERS,
+    TRAINING_PROVIDERS,
+    ModelShape,
+    NetworkProblem,
+    TrainingStepProblem,
+    baked,
+    table3_shapes,
+    with_cusparselt,
+)
+from sparsedm.bench.results import Results, read
+from sparsedm.bench.run import Session, run_suite
+from sparsedm.bench.sampling import draw, sampling_rows
+from sparsedm.layers import Linear24, masked_layers
+from sparsedm.models import build_model
+
+SHAPE = ModelShape("uvit-tiny", 2, (("depth", 2), ("dim", 32), ("heads", 2)), "small")
+
+
+@pytest.fixture(scope="module")
+def step():
+    return NetworkProblem(SHAPE, "step", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_way_to_compute_a_step_is_right(dtype):
+    problem = NetworkProblem(SHAPE, "step", dtype, "cpu")
+    names = set()
+    for provider in STEP_PROVIDERS:
+        if provider.supports(problem) is None:
+            out = provider.bind(problem, None).run()
+            assert problem.check(out, provider.sparse).right
+            assert not problem.check(out, not provider.sparse).right
+            names.add(provider.name)
+    assert names == {"dense", "sparsedm masked", "sparsedm 2:4"}
+
+
+def test_the_sparse_network_holds_the_masked_dense_weights(step):
+    plain = baked(step.masked)
+    assert not masked_layers(plain)
+    for name, layer in masked_layers(step.masked):
+        dense = step.weight.get_submodule(name).weight
+        assert torch.equal(plain.get_submodule(name).weight, dense * layer.current_mask())
+        assert torch.equal(layer.weight, dense)
+
+
+def test_where_selects_the_sparse_layers():
+    problem = NetworkProblem(SHAPE, "step", torch.float32, "cpu", where=r"mlp\.fc1$")
+    assert {name.rpartition(".")[2] for name, _ in masked_layers(problem.masked)} == {"fc1"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_training_steps_are_right_and_start_from_the_same_weights(dtype):
+    problem = TrainingStepProblem(SHAPE, "training step", dtype, "cpu")
+    for provider in TRAINING_PROVIDERS:
+        if provider.supports(problem) is None:
+            run = provider.bind(problem, None).run
+            for _ in range(2):
+                assert problem.check(run(), provider.sparse).right, provider.name
+
+
+def test_cusparselt_takes_the_place_of_our_linear_layers(step, monkeypatch):
+    """The library is played by torch; what it would be given is the masked weight and the columns of x."""
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone())
+    monkeypatch.setattr(
+        torch, "_cslt_sparse_mm", lambda w, x, bias, transpose_result: (w @ x).t() + (0 if bias is None else bias)
+    )
+    network = with_cusparselt(step)
+    assert step.check(step.outputs(network, step.inputs), sparse=True).right
+    left = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | Linear24)}
+    assert not left & {name for name, _ in masked_layers(step.masked)}
+
+
+def test_sampling_compares_images_and_counts_bytes(step):
+    able = [p for p in STEP_PROVIDERS if p.name in ("dense", "sparsedm 2:4", "cuSPARSELt")]
+    rows = sampling_rows("end-to-end", step, able, steps=2, rounds=1)
+    values = {(r["provider"], r["metric"]): r for r in rows}
+    assert {name for name, _ in values} == {"dense", "sparsedm 2:4"}, "cuSPARSELt does not run here"
+    assert values["sparsedm 2:4", "image difference"]["value"] < 1e-3
+    assert ("dense", "image difference") not in values
+    bytes_of = {name: values[name, "weights"]["value"] for name in ("dense", "sparsedm 2:4")}
+    parameters = sum(p.numel() for p in build_model("uvit-tiny", **dict(SHAPE.options)).parameters())
+    sparse = sum(layer.weight.numel() for _, layer in masked_layers(step.masked))
+    assert bytes_of == {"dense": 4 * parameters, "sparsedm 2:4": 4 * parameters - sparse * (4 - 2 - 1 / 8)}
+    time = values["dense", "time"]["p50_us"]
+    assert values["dense", "images per second"]["value"] == pytest.approx(2 / time * 1e6)
+
+
+def test_images_of_a_wrong_network_differ(step):
+    right = draw(baked(step.masked), step, 2)
+    assert (draw(step.weight, step, 2) - right).abs().max() > 0.01
+
+
+def test_table3_is_the_published_grid():
+    shapes = table3_shapes()
+    options = [dict(s.options) for s in shapes]
+    assert len(shapes) == 24
+    assert {(o["patch_size"], o["mlp_ratio"]) for o in options} == {(p, r) for p in (1, 2, 4) for r in (1, 2, 4, 8)}
+    assert {(o["dim"], o["depth"]) for o in options} == {(8192, 0), (512, 12)}
+    assert build_model("uvit-cifar10-small", device="meta", **options[0]).config.dim == 8192
+
+
+def test_network_suites_write_their_rows_and_resume(tmp_path):
+    def session(resume):
+        results = Results(tmp_path / "r.csv", resume)
+        limits = {"rounds": 1, "per_round": 1}
+        return Session(results, torch.device("cpu"), torch.float32, True, "uvit-tiny@1", limits=limits)
+
+    first = session(False)
+    for suite in ("end-to-end", "train"):
+        run_suite(suite, first)
+    rows = read(tmp_path / "r.csv")
+    assert {(r["suite"], r["mode"]) for r in rows} == {
+        ("end-to-end", "step"),
+        ("end-to-end", "sampling, 4 steps"),
+        ("train", "training step"),
+    }
+    again = session(True)
+    for suite in ("end-to-end", "train"):
+        run_suite(suite, again)
+    assert len(read(tmp_path / "r.csv")) == len(rows), "what is there is not measured again"

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from sparsedm.bench.problems import ConvProblem, LinearProblem, MaskProblem, TrainingProblem, masked
+from sparsedm.bench.providers import OURS_AND_DENSE
+from sparsedm.bench.rivals import PROVIDERS
+from sparsedm.bench.shapes import ConvShape, LinearShape
+from sparsedm.kernels.pattern import Pattern, group_view, holds
+
+LINEAR = LinearShape("m@1", "l", 40, 24, 36, "silu", residual=True)  # K is no multiple of 16
+CONV = ConvShape("m@1", "l", 2, 8, 6, 5, 12, kernel=3, stride=2, padding=1)
+CASES = {
+    "linear-plain": (LinearProblem, LINEAR, "plain"),
+    "linear-epilogue": (LinearProblem, LINEAR, "epilogue"),
+    "conv": (ConvProblem, CONV, "plain"),
+    "mask": (MaskProblem, LINEAR, "choose"),
+    "forward": (TrainingProblem, LINEAR, "forward"),
+    "forward+backward": (TrainingProblem, LINEAR, "forward+backward"),
+}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_provider_that_runs_here_is_right(case, dtype):
+    kind, shape, mode = CASES[case]
+    problem = kind(shape, mode, dtype, "cpu")
+    ran = 0
+    for provider in OURS_AND_DENSE[problem.kernel]:
+        if provider.supports(problem) is None:
+            verdict = problem.check(provider.bind(problem, provider.prepare(problem)).run(), provider.sparse)
+            assert verdict.right, (provider.name, verdict)
+            ran += 1
+    assert ran >= 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sparse_and_dense_answers_are_not_taken_for_each_other(case):
+    kind, shape, mode = CASES[case]
+    problem = kind(shape, mode, torch.float32, "cpu")
+    provider = OURS_AND_DENSE[problem.kernel][0]
+    assert not problem.check(provider.bind(problem, provider.prepare(problem)).run(), not provider.sparse).right
+
+
+def test_each_gradient_is_checked():
+    problem = TrainingProblem(LINEAR, "forward+backward", torch.float32, "cpu")
+    provider = PROVIDERS["masked-train"][-1]
+    right = provider.bind(problem, None).run()
+    for i in range(4):
+        wrong = tuple(out * 1.001 if j == i else out for j, out in enumerate(right))
+        assert not problem.check(wrong, sparse=True).right, i
+    with pytest.raises(ValueError, match="is longer than argument 1"):
+        problem.check(right[:3], sparse=True)
+
+
+def test_a_training_call_chooses_its_masks_anew():
+    problem = TrainingProblem(LINEAR, "forward", torch.float32, "cpu")
+    provider = PROVIDERS["masked-train"][-1]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run = provider.bind(problem, None).run
+        for _ in range(3):
+            run()
+    assert sum(event.name == "sparsedm::choose" for event in profile.events()) >= 3
+
+
+@pytest.mark.parametrize("case", ["linear-plain", "conv"])
+def test_data_are_random_without_zeros_and_the_mask_is_2_4(case):
+    kind, shape, mode = CASES[case]
+    problem = kind(shape, mode, torch.float32, "cpu", seed=1)
+    assert (problem.x != 0).all()
+    assert (problem.weight != 0).all()
+    assert torch.equal(problem.masked, masked(problem.weight))
+    assert holds(group_view(problem.masked), Pattern(2, 4))
+    assert (problem.masked != 0).float().mean() == 0.5
+    again = kind(shape, mode, torch.float32, "cpu", seed=1)
+    assert torch.equal(problem.weight, again.weight)
+    assert not torch.equal(problem.weight, kind(shape, mode, torch.float32, "cpu", seed=2).weight)
+
+
+def test_an_input_axis_without_groups_leaves_only_the_dense():
+    problem = ConvProblem(ConvShape("m@1", "l", 1, 3, 6, 6, 8), "plain", torch.float32, "cpu")
+    reasons = {p.name: p.supports(problem) for p in PROVIDERS["conv"]}
+    assert reasons["dense"] is None
+    assert reasons["sparsedm 2:4"] == "the input axis 3 is not a multiple of 4"
+
+
+def test_operations_and_bytes():
+    problem = LinearProblem(LINEAR, "plain", torch.bfloat16, "cpu")
+    assert problem.operations == 2 * 40 * 24 * 36
+    assert problem.traffic(False) == 2 * (40 * 36 + 24 * 36 + 40 * 24)
+    assert problem.traffic(True) == 2 * (40 * 36 + 40 * 24) + 24 * 36 * 1.125, "1.125 bytes for each weight"
+    assert TrainingProblem(LINEAR, "forward+backward", torch.float32, "cpu").operations == 3 * problem.operations

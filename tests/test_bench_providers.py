@@ -1,0 +1,112 @@
+import os
+
+import pytest
+import torch
+
+from sparsedm.bench.problems import ConvProblem, LinearProblem
+from sparsedm.bench.providers import DENSE, Sparse24
+from sparsedm.bench.rivals import PROVIDERS, CuSparseLt, CuSparseLtTuned, Cutlass, Rival
+from sparsedm.bench.shapes import ConvShape, LinearShape
+
+SHAPE = LinearShape("square", "64", 64, 64, 64, "gelu")
+
+
+def test_everything_that_needs_a_gpu_says_so_on_a_cpu():
+    problem = LinearProblem(SHAPE, "plain", torch.float32, "cpu")
+    reasons = {p.name: p.supports(problem) for p in PROVIDERS["linear"]}
+    able = {name for name, reason in reasons.items() if reason is None}
+    assert able == {"dense", "sparsedm masked", "sparsedm 2:4", "sparsedm 2:4 dense"}
+    assert reasons["cuSPARSELt"] == reasons["cuSPARSELt tuned"] == reasons["CUTLASS"] == "needs a CUDA device"
+    assert reasons["dense compiled"] == "max-autotune compares GPU kernels: there is none on a CPU"
+    assert reasons["sparsedm 2:4 mma"] == "SPARSEDM_BACKEND=mma cannot run: not a CUDA device"
+
+
+def test_names_are_unique_and_the_denominators_are_there():
+    for kernel, providers in PROVIDERS.items():
+        names = [p.name for p in providers]
+        assert len(names) == len(set(names)), kernel
+        assert names[0] == "dense"
+        assert all(not p.sparse for p in providers if p.name in DENSE)
+
+
+def test_a_forced_back_end_runs_and_the_environment_is_put_back(monkeypatch):
+    problem = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu")
+    monkeypatch.setenv("SPARSEDM_BACKEND", "torch")
+    provider = Sparse24("dense")
+    assert provider.supports(problem) is None
+    bound = provider.bind(problem, provider.prepare(problem))
+    assert bound.detail == "dense: SPARSEDM_BACKEND=dense"
+    assert problem.check(bound.run(), sparse=True).right
+    assert os.environ["SPARSEDM_BACKEND"] == "torch"
+    monkeypatch.delenv("SPARSEDM_BACKEND")
+    bound.run()
+    assert "SPARSEDM_BACKEND" not in os.environ
+
+
+class OnPaper:
+    """A problem on a GPU that is not there: only what `supports` looks at."""
+
+    def __init__(self, dtype=torch.bfloat16, M=64, N=64, K=64):
+        self.shape, self.dtype, self.device = LinearShape("m", "l", M, N, K), dtype, torch.device("cuda")
+        self.weight = self.masked = torch.zeros(N, K)
+
+
+@pytest.mark.parametrize(
+    ("provider", "problem", "reason"),
+    [
+        (Rival(), OnPaper(), None),
+        (Rival(), OnPaper(dtype=torch.float32), "takes bfloat16 and float16, not float32"),
+        (Rival(), OnPaper(M=60), "N, K, M = 64, 64, 60 are not multiples of 16, 16, 8"),
+        (Rival(), OnPaper(N=72), "N, K, M = 72, 64, 64 are not multiples of 16, 16, 8"),
+        (Cutlass(), OnPaper(K=96), "N, K, M = 64, 96, 64 are not multiples of 32, 64, 8"),
+    ],
+)
+def test_rules_of_the_rivals(provider, problem, reason):
+    assert provider.supports(problem) == reason
+
+
+def test_a_torch_without_cusparselt_is_recorded(monkeypatch):
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert CuSparseLt().supports(OnPaper()) == "this torch has no cuSPARSELt"
+
+
+def test_wrong_algorithms_are_left_out_of_the_tuning(monkeypatch):
+    """The library is played by torch: algorithm 1 is wrong, 4 does not exist."""
+    problem = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu")
+
+    def library(compressed, columns, bias, transpose_result, alg_id):
+        assert transpose_result
+        if alg_id == 4:
+            raise RuntimeError("no such algorithm")
+        return (columns.t() @ compressed.t() + bias) * (1.01 if alg_id == 1 else 1)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", library)
+    tuned = CuSparseLtTuned()
+    right, wrong = tuned.algorithms(problem, problem.masked)
+    assert (list(right), wrong) == ([0, 2, 3], [1])
+    bound = tuned.bind(problem, problem.masked)
+    assert bound.detail.endswith("of 4; wrong results: 1")
+    assert problem.check(bound.run(), sparse=True).right
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, alg_id, **k: library(*a, alg_id=min(alg_id + 1, 4), **k))
+    assert tuned.algorithms(problem, problem.masked)[1] == [0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["plain", "epilogue"])
+@pytest.mark.parametrize(
+    "name", ["dense compiled", "sparsedm 2:4", "sparsedm 2:4 mma", "cuSPARSELt", "cuSPARSELt tuned"]
+)
+def test_on_a_gpu_linear_providers_are_right(name, mode):
+    provider = next(p for p in PROVIDERS["linear"] if p.name == name)
+    problem = LinearProblem(LinearShape("m", "l", 512, 768, 512, "gelu", True), mode, torch.bfloat16, "cuda")
+    if reason := provider.supports(problem):
+        pytest.skip(reason)
+    bound = provider.bind(problem, provider.prepare(problem))
+    assert problem.check(bound.run(), provider.sparse).right, bound.detail
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_conv_provider_is_right():
+    problem = ConvProblem(ConvShape("m", "l", 4, 64, 16, 16, 128), "plain", torch.bfloat16, "cuda")
+    for provider in PROVIDERS["conv"]:
+        assert problem.check(provider.bind(problem, provider.prepare(problem)).run(), provider.sparse).right
