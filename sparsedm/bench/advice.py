@@ -102,7 +102,8 @@ def network_rows(model, batch, dtype, device, chosen, limits):
 
 def where(chosen, every):
     """A regular expression for `sparsify` that selects exactly the names `chosen` among `every`, or their list."""
-    forms = dict.fromkeys(re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")) for name in chosen)
+    parts = [[r"\d+" if part.isdecimal() else re.escape(part) for part in name.split(".")] for name in chosen]
+    forms = dict.fromkeys(r"\.".join(form) for form in parts)
     expression = f"^({'|'.join(forms)})$"
     return expression if {name for name in every if re.search(expression, name)} == set(chosen) else list(chosen)
 

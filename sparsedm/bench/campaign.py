@@ -31,6 +31,7 @@ from sparsedm.files import atomic_file, cache_folder, write_json, write_text
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
 CUT = 3  # exit code of `sparsedm.bench.run` when it left something out for time
 RESERVE = 20  # seconds kept for the pictures
+GRACE = 5  # seconds that a suite may take beyond its time before it is ended
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, d
     entries = {e["name"]: e for e in _index(folder)["suites"]} if resume else {}
     if not resume and (folder / "index.json").exists():
         raise InputError(f"{folder} holds a campaign: choose another --out, or go on with --resume")
+    folder.mkdir(parents=True, exist_ok=True)
     index = {"environment": stamp(device), "minutes": minutes, "suites": []}
 
     def left():
@@ -109,14 +111,14 @@ def _index(folder):
 
 
 def _run(suite, folder, seconds, now):
-    """Run one suite; a process that outlives its time by a tenth and five seconds is ended, with all its children."""
+    """Run one suite; a process that outlives its time by GRACE is ended, with all its children."""
     places = {"csv": str(folder / "results.csv"), "seconds": f"{seconds:.0f}"}
     command = [part.format(**places) if "{" in part else part for part in suite.command]
     began = now()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
     try:
-        output, status, reason = process.communicate(timeout=1.1 * seconds + 5)[0], None, ""
+        output, status, reason = process.communicate(timeout=seconds + GRACE)[0], None, ""
     except subprocess.TimeoutExpired:
         output, status, reason = _end(process), "cut", f"ended after {seconds:.0f} s without an answer: a hang, or slow"
     if status is None:

@@ -17,6 +17,7 @@ from sparsedm.bench.results import read
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
 
+DPI = 110
 THEMES = {"": ("#ffffff", "#222222", "#d9d9d9"), "-dark": ("#0d1117", "#e6edf3", "#30363d")}  # paper, ink, grid
 
 
@@ -80,7 +81,7 @@ def save(path, title, draw, size, rows, theme):
         if on_cpu:
             figure.text(0.5, 0.5, "CPU", fontsize=140, weight="bold", alpha=0.10, ha="center", va="center", rotation=25)
         with atomic_file(path) as partial:
-            figure.savefig(partial, dpi=110)
+            figure.savefig(partial, dpi=DPI)
     return True
 
 

@@ -1,0 +1,151 @@
+"""The campaign with suites of its own kind: small processes that write, fail, hang and run out of time."""
+
+import json
+import os
+import sys
+import time
+import zipfile
+
+import pytest
+
+from sparsedm.bench import campaign, plot
+from sparsedm.bench.campaign import CUT, LOG_LIMIT, Suite, gpu_suites, run_campaign
+from sparsedm.bench.results import write
+from sparsedm.errors import InputError
+from tests.test_bench_plot import made_up
+
+
+def script(code, *arguments):
+    return (sys.executable, "-c", code, *arguments)
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch, tmp_path):
+    monkeypatch.setattr(campaign, "RESERVE", 0)
+    monkeypatch.setattr(campaign, "GRACE", 1)
+    monkeypatch.setattr(plot, "DPI", 20)
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "cache"))
+
+
+def states(index):
+    return {entry["name"]: entry["status"] for entry in index["suites"]}
+
+
+def test_a_failure_does_not_stop_the_others(tmp_path):
+    suites = [
+        Suite("good", script("print('hello')")),
+        Suite("bad", script("import sys; print('the reason'); sys.exit(7)")),
+        Suite("killed", script("import os; os.abort()")),
+        Suite("short of time", script(f"import sys; sys.exit({CUT})")),
+        Suite("last", script("print('still here')")),
+    ]
+    index = run_campaign(suites, tmp_path / "out", minutes=1)
+    wanted = {"good": "ran", "bad": "failed", "killed": "failed", "short of time": "cut", "last": "ran"}
+    assert states(index) == wanted
+    assert index["suites"][1]["reason"] == "exit code 7: the reason"
+    assert index == json.loads((tmp_path / "out/index.json").read_text())
+    assert index["environment"]["device"].startswith("CPU")
+    log = (tmp_path / "out/log.txt").read_text()
+    assert log.index("==== good\nhello") < log.index("==== bad\nthe reason") < log.index("still here")
+
+
+def test_a_hang_is_ended_with_its_children(tmp_path):
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
+    began = time.monotonic()
+    index = run_campaign([Suite("hangs", script(child), share=0.01)], tmp_path, minutes=1)
+    assert time.monotonic() - began < 30
+    assert states(index) == {"hangs": "cut"}
+    assert index["suites"][0]["reason"].startswith("ended after 1 s without an answer")
+    pid = int((tmp_path / "log.txt").read_text().splitlines()[1])
+    for _ in range(50):
+        if not alive(pid):
+            break
+        time.sleep(0.1)
+    assert not alive(pid), "the child of the suite lives on"
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_has_no_time_left_is_skipped_and_resumed(tmp_path):
+    mark = tmp_path / "ran-once"
+    once = f"import os; os.mkdir({str(mark)!r})"
+    suites = [Suite("first", script(once)), Suite("second", script("print('second')"))]
+    seconds = iter([0.0] * 5)  # plenty, until the first suite is over
+    index = run_campaign(suites, tmp_path / "out", minutes=1, now=lambda: next(seconds, 1000.0))
+    assert states(index) == {"first": "ran", "second": "skipped"}
+    resumed = run_campaign(suites, tmp_path / "out", minutes=1, resume=True)
+    assert states(resumed) == {"first": "ran", "second": "ran"}, "the first would fail if it ran again"
+
+
+def test_resume_runs_the_failed_and_the_cut_again(tmp_path):
+    code = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); n = p.exists(); p.touch(); sys.exit(0 if n else {})"
+    suites = [Suite(f"leaves {c}", script(code.format(c), str(tmp_path / f"mark{c}"))) for c in (1, CUT)]
+    assert states(run_campaign(suites, tmp_path / "out", 1)) == {"leaves 1": "failed", f"leaves {CUT}": "cut"}
+    again = run_campaign(suites, tmp_path / "out", 1, resume=True)
+    assert set(states(again).values()) == {"ran"}
+
+
+def test_only_some_suites_keep_the_entries_of_the_others(tmp_path):
+    a, b = Suite("a", script("")), Suite("b", script(""))
+    run_campaign([a, b], tmp_path, 1)
+    index = run_campaign([b], tmp_path, 1, resume=True)
+    assert states(index) == {"a": "ran", "b": "ran"}
+
+
+def test_a_folder_is_not_used_twice_by_accident(tmp_path):
+    run_campaign([Suite("a", script(""))], tmp_path, 1)
+    with pytest.raises(InputError, match="holds a campaign: choose another --out, or go on with --resume"):
+        run_campaign([Suite("a", script(""))], tmp_path, 1)
+
+
+def test_the_folder_is_small_and_holds_results_plots_and_tuned_tables(tmp_path):
+    rows = str(tmp_path / "rows.csv")
+    write(rows, made_up())
+    (tmp_path / "cache/tuned").mkdir(parents=True)
+    (tmp_path / "cache/tuned/some-gpu.json").write_text('{"operation": {}}')
+    suites = [
+        Suite("measures", script("import shutil, sys; shutil.copy(*sys.argv[1:])", rows, "{csv}")),
+        Suite("talks", script(f"print('x' * 200 + '\\n', end='') or [print(i) for i in range({LOG_LIMIT})]")),
+    ]
+    out = tmp_path / "out"
+    assert set(states(run_campaign(suites, out, 2)).values()) == {"ran"}
+    assert {p.name for p in out.iterdir()} == {"index.json", "results.csv", "log.txt", "tuned.json", "plots.zip"}
+    assert sum(p.stat().st_size for p in out.iterdir()) < 16 << 20
+    assert json.loads((out / "tuned.json").read_text()) == {"some-gpu.json": {"operation": {}}}
+    names = zipfile.ZipFile(out / "plots.zip").namelist()
+    assert "roofline.png" in names
+    assert len((out / "log.txt").read_text()) < 1.1 * LOG_LIMIT
+
+
+def test_a_suite_learns_its_time_and_its_file(tmp_path):
+    suite = Suite("asks", script("import sys; print(sys.argv[1:])", "{csv}", "{seconds}"), share=0.5)
+    run_campaign([suite], tmp_path, minutes=2)
+    assert (tmp_path / "log.txt").read_text().splitlines()[1] == str([str(tmp_path / "results.csv"), "60"])
+
+
+def test_the_gpu_suites_begin_with_the_tests_and_parse():
+    from sparsedm.bench.run import SUITES, parser
+
+    suites = gpu_suites()
+    assert [s.name for s in suites][:2] == ["tests", "ceiling"]
+    assert len({s.name for s in suites}) == len(suites)
+    measured = set()
+    for suite in suites[1:]:
+        options = parser().parse_args([part.format(csv="x.csv", seconds="9") for part in suite.command[3:]])
+        assert options.resume
+        measured |= set(options.suite.split(","))
+    assert measured == set(SUITES), "every suite is in the campaign"
+
+
+def test_without_a_gpu_nothing_is_claimed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert campaign.main(["--out", str(tmp_path / "out")]) == 2
+    assert "torch sees none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

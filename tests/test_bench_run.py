@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from sparsedm.bench import run
+from sparsedm.bench.results import Results, read
+from sparsedm.bench.run import LAYER_SUITES, SUITES, Session, main, run_suite
+from sparsedm.errors import InputError
+
+FAST = {"rounds": 1, "per_round": 1}
+
+
+def session(path, shapes=None, resume=False, **options):
+    return Session(
+        Results(path, resume), torch.device("cpu"), torch.float32, quick=True, shapes=shapes, limits=FAST, **options
+    )
+
+
+@pytest.mark.parametrize("suite", LAYER_SUITES)
+def test_layer_suites_measure_each_shape_in_each_mode(suite, tmp_path):
+    shapes = "ddpm-tiny@1" if suite == "conv" else "uvit-tiny@1"
+    run_suite(suite, session(tmp_path / "r.csv", shapes))
+    rows = read(tmp_path / "r.csv")
+    kind = LAYER_SUITES[suite][0]
+    assert {r["mode"] for r in rows} == set(kind.modes)
+    assert {r["kernel"] for r in rows} == {kind.kernel}
+    assert {r["status"] for r in rows} <= {"ok", "unsupported"}
+    assert {r["provider"] for r in rows if r["status"] == "ok"} >= {"dense"}
+    assert all(r["p20_us"] <= r["p50_us"] <= r["p80_us"] for r in rows if r["metric"] == "time" and r["status"] == "ok")
+
+
+def test_rows_are_in_the_file_before_the_next_shape_begins(tmp_path, monkeypatch):
+    seen = []
+
+    def measure(suite, problem, *rest, **limits):
+        path = tmp_path / "r.csv"
+        seen.append(len(read(path)) if path.exists() else 0)
+        return [{"suite": suite, **problem.columns()}]
+
+    monkeypatch.setattr(run, "measure", measure)
+    run_suite("mask", session(tmp_path / "r.csv", "square"))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_deadline_leaves_out_and_resume_goes_on(tmp_path):
+    first = session(tmp_path / "r.csv", "square", deadline=-1.0)
+    run_suite("mask", first)
+    assert first.cut == 4
+    assert not first.results.rows
+    run_suite("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
+    count = len(read(tmp_path / "r.csv"))
+    again = session(tmp_path / "r.csv", "square", resume=True, deadline=-1.0)
+    run_suite("mask", again)
+    assert (again.cut, len(again.results.rows)) == (0, count)
+
+
+def test_ceilings_of_a_cpu(tmp_path):
+    small = session(tmp_path / "r.csv")
+    run_suite("ceiling", small)
+    run_suite("ceiling", small)
+    rows = read(tmp_path / "r.csv")
+    assert [r["kernel"] for r in rows if r["kernel"] == "copy"] == ["copy"], "once, not once for each call"
+    assert all(r["value"] > 0 for r in rows if r["status"] == "ok")
+    assert {r["status"] for r in rows if r["kernel"] not in ("copy", "dense")} == {"unsupported"}
+
+
+def test_the_command_line(tmp_path, capsys):
+    out = tmp_path / "r.csv"
+    arguments = ["--suite", "mask", "--quick", "--shapes", "uvit-tiny@1", "--providers", "dense", "--out", str(out)]
+    assert main(arguments) == 0
+    assert "rows (" in capsys.readouterr().out
+    assert {r["provider"] for r in read(out)} == {"dense"}
+    assert main([*arguments, "--resume", "--shapes", "square", "--seconds", "0"]) == 3, "3: left out for time"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "speed"], f"unknown suite 'speed': one of {', '.join(SUITES)}"),
+        (["--suite", "gemm", "--providers", "cublas"], "unknown providers cublas: they are CUTLASS"),
+        (["--suite", "train", "--shapes", "dit-xl-2@1"], "a whole network is model@batch"),
+        (["--suite", "conv", "--shapes", "dit-xl-2@1"], "hold no convolution layer"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "r.csv")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_existing_file_is_refused(tmp_path):
+    Results(tmp_path / "r.csv").add([])
+    with pytest.raises(InputError, match="exists"):
+        session(tmp_path / "r.csv")
