@@ -107,8 +107,7 @@ def sample(options):
     model = (compress(loaded.model) if options.compress else loaded.model).to(options.device)
     images = evaluate.to_uint8(_draw(model, options))
     out = Path(options.out or Path(options.run if Path(options.run).is_dir() else ".") / "samples.png")
-    columns = min(16, len(images))
-    pictures.save_grid(out, {" " * row: images[row * columns :][:columns] for row in range(len(images) // columns)})
+    pictures.save_grid(out, [("", row) for row in images.split(16)])
     print(
         f"{len(images)} samples of the {'compressed' if options.compress else loaded.kind} model in {loaded.file}, "
         f"{options.sampler} in {options.sampling_steps} steps, seed {options.seed}: {out}"

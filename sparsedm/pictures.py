@@ -21,26 +21,25 @@ COLOURS = (
 )  # Okabe and Ito: colour-blind safe
 
 
-def save_grid(path, rows, columns=None):
-    """Write images as one PNG, a labelled row of tiles per entry of `rows`; small images are enlarged by whole factors.
+def save_grid(path, rows):
+    """Write images as one PNG, a row of tiles per entry of `rows`; small images are enlarged by whole factors.
 
-    rows: {label: uint8 (n, 3 or 1, h, w)}. columns: how many tiles of each row to show, by default all every row has.
+    rows: [(label, uint8 (n, 3 or 1, h, w))], all of one size; shorter rows leave white space at their end.
+    Raises: InputError for a row without images.
     """
-    rows = {label: images.cpu().numpy() for label, images in rows.items()}
-    columns = columns or min(len(images) for images in rows.values())
-    if not columns:
-        raise InputError(f"a grid needs at least one image in each row: {', '.join(rows)}")
-    height, width = next(iter(rows.values())).shape[-2:]
-    scale = max(1, round(64 / max(height, width)))
-    strips = [np.concatenate([_tile(image, scale) for image in images[:columns]], axis=1) for images in rows.values()]
+    empty = [label for label, images in rows if not len(images)]
+    if empty or not rows:
+        raise InputError(f"a grid needs at least one image in each row, and there is none in: {', '.join(empty)}")
+    scale = max(1, round(64 / max(rows[0][1].shape[-2:])))
+    strips = [np.concatenate([_tile(image, scale) for image in images.cpu().numpy()], axis=1) for _, images in rows]
     font = ImageFont.load_default(size=15)
-    margin = 12 + max(int(font.getlength(label)) for label in rows) if any(rows) else 0
-    canvas = Image.new("RGB", (margin + strips[0].shape[1], sum(s.shape[0] for s in strips)), PAPER)
-    draw, y = ImageDraw.Draw(canvas), 0
-    for label, strip in zip(rows, strips):
-        canvas.paste(Image.fromarray(strip), (margin, y))
-        draw.text((4, y + strip.shape[0] // 2), label, fill=INK, font=font, anchor="lm")
-        y += strip.shape[0]
+    margin = max(12 + int(font.getlength(label)) if label else 0 for label, _ in rows)
+    height = strips[0].shape[0]
+    canvas = Image.new("RGB", (margin + max(s.shape[1] for s in strips), height * len(strips)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for index, ((label, _), strip) in enumerate(zip(rows, strips)):
+        canvas.paste(Image.fromarray(strip), (margin, index * height))
+        draw.text((4, (index + 0.5) * height), label, fill=INK, font=font, anchor="lm")
     with atomic_file(path) as partial:
         canvas.save(partial)
 

@@ -33,24 +33,41 @@ class Recipe:
 
 
 SYNTHETIC = Recipe(
-    model={"image_size": 16},
+    model={"image_size": 12, "patch_size": 3, "velocity": True},
     stages=(
-        Stage("dense", 1400),
-        Stage("3of4", 250, "3:4", **TRANSFER),
-        Stage("2of4", 450, "2:4", **TRANSFER),
+        Stage("dense", 2000),
+        Stage("3of4", 300, "3:4", **TRANSFER),
+        Stage("2of4", 600, "2:4", **TRANSFER),
     ),
     options=TrainOptions(
-        batch_size=32, lr=2e-3, ema=0.99, flip=False, save_every=500, validate_every=500, log_every=25
+        batch_size=32,
+        lr=2e-3,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        cosine=True,
+        ema=0.99,
+        weighting="velocity",
+        flip=False,
+        log_every=20,
+        save_every=500,
+        validate_every=200,
     ),
     samples=500,
     sampling_steps=25,
 )
 REAL = replace(
     SYNTHETIC,
-    model={},
+    model={"velocity": True},
+    stages=(
+        Stage("dense", 1100),
+        Stage("3of4", 200, "3:4", **TRANSFER),
+        Stage("2of4", 400, "2:4", **TRANSFER),
+    ),
     options=replace(SYNTHETIC.options, flip=True),
     samples=256,
 )
+
+SHOWN = 20  # images of each network in the picture
 
 SYNTHETIC_NOTE = """\
 The images are drawn by a program: one shape on a plain ground. A good sample has one closed outline, straight or round
@@ -99,8 +116,8 @@ def quickstart(options):
     checkpoint.save_model(folder / "chain-2of4-compressed.safetensors", compress(networks["chain 2:4"]))
     rows, samples = _measure(networks, results, recipe, images, validation, options)
 
-    shown = {"real": images.images[:16]} | {name: samples[name][:16] for name in samples if name != "chain 3:4"}
-    pictures.save_grid(folder / "samples.png", shown)
+    shown = {"real": images.images} | {name: samples[name] for name in ("dense", "one-shot 2:4", "chain 2:4")}
+    pictures.save_grid(folder / "samples.png", [(name, shown[name][:SHOWN]) for name in shown])
     curves = [(r.stage.pattern, r.metrics) for r in results]
     pictures.plot_losses(folder / "loss.png", curves, training.batch_size, f"quickstart on {images.source}")
     inspect(networks["chain 2:4"]).plot(folder / "layers.png", "chain 2:4: parameters per layer, before and after")

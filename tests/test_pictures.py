@@ -9,25 +9,26 @@ from sparsedm.pictures import plot_losses, save_grid
 
 def test_grid_shows_every_pixel_enlarged(tmp_path):
     image = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16)
-    save_grid(tmp_path / "grid.png", {"": image})
+    save_grid(tmp_path / "grid.png", [("", image)])
     shown = np.asarray(Image.open(tmp_path / "grid.png"))
     assert np.array_equal(shown[2:64:4, 2:64:4], image[0].permute(1, 2, 0).numpy())
 
 
 def test_rows_stand_below_each_other_with_room_for_their_labels(tmp_path):
-    black, white = torch.zeros(5, 1, 64, 64, dtype=torch.uint8), torch.full((3, 1, 64, 64), 255, dtype=torch.uint8)
-    save_grid(tmp_path / "grid.png", {"black": black, "white": white})
+    black, white = torch.zeros(3, 1, 64, 64, dtype=torch.uint8), torch.full((2, 1, 64, 64), 255, dtype=torch.uint8)
+    save_grid(tmp_path / "grid.png", [("black", black), ("white", white)])
     shown = np.asarray(Image.open(tmp_path / "grid.png"))
     tiles = shown[:, -3 * 66 :]
     assert shown.shape[0] == 2 * 66
     assert tiles[:64, :64].max() == 0
-    assert tiles[66:130, :64].min() == 255
+    assert tiles[:64, 2 * 66 : 2 * 66 + 64].max() == 0
+    assert tiles[66:130].min() == 255, "the third place of the shorter row stays white"
     assert shown[:, : -3 * 66].min() < 128, "the labels are written in ink"
 
 
 def test_an_empty_row_is_refused(tmp_path):
-    with pytest.raises(InputError, match="at least one image in each row: real, none"):
-        save_grid(tmp_path / "x.png", {"real": torch.zeros(1, 3, 8, 8), "none": torch.zeros(0, 3, 8, 8)})
+    with pytest.raises(InputError, match="there is none in: none"):
+        save_grid(tmp_path / "x.png", [("real", torch.zeros(1, 3, 8, 8)), ("none", torch.zeros(0, 3, 8, 8))])
 
 
 def test_losses_are_drawn_one_stage_after_the_other(tmp_path, monkeypatch):
