@@ -202,10 +202,11 @@ def test_a_truncated_tar_is_refused(tmp_path, keep):
         read_cifar10(path)
 
 
-def test_a_damaged_gzip_is_refused(tmp_path):
+@pytest.mark.parametrize("place", [slice(-6, -5), slice(40, 140)], ids=["checksum", "stream"])
+def test_a_damaged_gzip_is_refused(tmp_path, place):
     path = tar_of(tmp_path / "a.tar.gz", batches())
     content = bytearray(path.read_bytes())
-    content[-6] ^= 1  # of its checksum
+    content[place] = bytes(255 - byte for byte in content[place])
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.tar\.gz is not a readable tar\.gz file"):
         read_cifar10(path)
