@@ -115,6 +115,8 @@ def test_a_missing_wait_shows_when_copies_are_late():
 
 REFUSED = {
     "out-of-bounds": ("st.global.b32 [%rd3+4], %r0;", "out of bounds"),
+    "below-shared-memory": ("mul.lo.u32 %r1, %r0, 4; ld.shared.b32 %r9, [%r1];", "shared memory has no bytes -1024"),
+    "beyond-shared-memory": ("mov.b32 %r1, global_smem; st.shared.b32 [%r1+232448], %r0;", "no bytes 232448 to 232451"),
     "misaligned": ("st.global.b32 [%rd3+2], %r0;", "misaligned"),
     "divergent-branch": ("setp.lt.u32 %p1, %r0, 9; @%p1 bra L; L:", "divergent"),
     "unknown-instruction": ("frobnicate.b32 %r1, %r0;", "unknown instruction"),

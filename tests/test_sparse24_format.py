@@ -156,6 +156,8 @@ def test_an_illegal_pair_is_refused_with_its_place(nibble):
     metadata[2, 1] = (0x4404 | nibble << 4) - (1 << 16 if 0x4404 | nibble << 4 > 0x7FFF else 0)
     with pytest.raises(InputError, match=rf"row 2, group 5 keeps positions {nibble & 3} and {nibble >> 2}"):
         fmt.check_metadata(metadata)
+    with pytest.raises(InputError, match="row 2, group 5"):
+        fmt.unpack(torch.zeros(3, 32), metadata)
 
 
 def test_legal_metadata_passes():

@@ -48,7 +48,7 @@ SLOW = {
         dict(M=136, N=300, K=200, groups=4, out=torch.float32, **EPILOGUE),
     ),
     "straddling-skip": (wgmma.CONFIGS[0], dict(M=20, N=256, K=72, skip=56)),
-    "wide-steps": (Config(128, 256, 128, 2), dict(M=300, N=136, K=264, skip=0, **EPILOGUE)),
+    "wide-steps": (Config(128, 128, 128, 3), dict(M=140, N=136, K=264, **EPILOGUE)),
 }  # fmt: skip
 CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 

@@ -141,7 +141,7 @@ def _tensor_store(ins):
             block.shared.async_read(indices)  # refuses now what the engine may read at once
 
             def store(tensor=tensor, coordinates=coordinates, indices=indices):
-                tensor.write(coordinates, np.ascontiguousarray(block.shared.data[indices]))
+                tensor.write(coordinates, np.ascontiguousarray(block.shared.read(indices)))
 
             warp.bulk.issue(store, block.early)
 
@@ -163,7 +163,7 @@ def _copy_async(ins):
             for row, size, start in zip(data, sizes, sources):
                 if size:
                     row[:size] = block.memory.bytes(int(start), int(size))
-            block.shared.generic_write(targets[:, None] + np.arange(count), data, warp.index)
+            block.shared.write(targets[:, None] + np.arange(count), data, warp.index)
 
         if (targets % count).any() or (sources[sizes > 0] % count).any():
             raise EmulatorError(f"misaligned: {ins.text}")

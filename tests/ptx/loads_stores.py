@@ -47,7 +47,7 @@ def _store(ins):
         stored = np.stack([read(warp) for read in reads], 1)[lanes].view(np.uint8)
         data, indices = _locate(block, ins, where(warp)[lanes], size * len(reads), shared)
         if shared:
-            block.shared.generic_write(indices, stored, warp.index)
+            block.shared.write(indices, stored, warp.index)
         else:
             data[indices] = stored
 
@@ -64,7 +64,7 @@ def _locate(block, ins, addresses, count, shared):
     if (addresses % count).any():
         raise EmulatorError(f"misaligned by {int((addresses % count).max())}: {ins.text}")
     if shared:
-        return block.shared.data, addresses[:, None] + np.arange(count)
+        return block.shared.data, block.shared.inside(addresses[:, None] + np.arange(count))
     return block.memory.indices(addresses, count)
 
 
@@ -75,7 +75,7 @@ def _load_matrix(ins):
 
     def run(block, warp, mask):
         rows = where(warp)[: 8 * count, None] + np.arange(16)
-        matrices = block.shared.data[rows].view(np.uint16).reshape(count, 8, 8)
+        matrices = block.shared.read(rows).view(np.uint16).reshape(count, 8, 8)
         if transposed:
             matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
         for matrix, write in zip(matrices, writes):
@@ -98,7 +98,7 @@ def _store_matrix(ins):
             if (rows % 16).any():
                 raise EmulatorError(f"misaligned: {ins.text}")
             stored = np.ascontiguousarray(halves.T if transposed else halves).view(np.uint8)
-            block.shared.generic_write(rows[:, None] + np.arange(16), stored, warp.index)
+            block.shared.write(rows[:, None] + np.arange(16), stored, warp.index)
 
     return run
 

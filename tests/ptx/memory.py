@@ -117,20 +117,31 @@ class SharedMemory:
         self.unfenced = np.zeros(len(self.data), np.int8)  # 1 + the warp that wrote, 0 = visible
         self.barriers = {}
 
-    def generic_write(self, indices, data, warp):
-        self.data[indices] = data
+    def inside(self, indices):
+        """The indices, if all of them are bytes that a block may have."""
+        if indices.min() < SHARED_BASE or indices.max() >= len(self.data):
+            raise EmulatorError(
+                f"shared memory has no bytes {indices.min() - SHARED_BASE} to {indices.max() - SHARED_BASE}"
+            )
+        return indices
+
+    def read(self, indices):
+        return self.data[self.inside(indices)]
+
+    def write(self, indices, data, warp):
+        self.data[self.inside(indices)] = data
         self.unfenced[indices] = 1 + warp
 
     def fence(self, warp):
         self.unfenced[self.unfenced == 1 + warp] = 0
 
     def async_read(self, indices):
-        if self.unfenced[indices].any():
+        if self.unfenced[self.inside(indices)].any():
             raise EmulatorError("TMA or wgmma reads shared memory written without fence.proxy.async")
         return self.data[indices]
 
     def async_write(self, indices, data):
-        self.data[indices] = data
+        self.data[self.inside(indices)] = data
         self.unfenced[indices] = 0
 
     def barrier(self, address):
