@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from sparsedm import __version__, commands, diffusion
+from sparsedm import __version__, commands, diffusion, samplers
 from sparsedm.bench import advice
 from sparsedm.errors import InputError
 from sparsedm.models import MODELS
@@ -183,7 +183,7 @@ def _add_model(sub, default="uvit-tiny"):
 
 def _add_sampling(sub, count):
     sub.add_argument("--count", type=int, default=count, help="how many images (default: %(default)s)")
-    sub.add_argument("--sampler", choices=diffusion.SAMPLERS, default="dpm++2m", help="(default: dpm++2m)")
+    sub.add_argument("--sampler", choices=samplers.SAMPLERS, default="dpm++2m", help="(default: dpm++2m)")
     sub.add_argument("--sampling-steps", type=int, default=50, help="(default: 50)")
     sub.add_argument("--guidance", type=float, help="classifier-free guidance weight, for class-conditional models")
     sub.add_argument("--no-clip", action="store_true", help="let images leave [-1, 1] on the way (latents always may)")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from sparsedm import diffusion, evaluate, pictures
+from sparsedm import evaluate, pictures, samplers
+from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
+from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, write_json
 from sparsedm.inspection import inspect
 from sparsedm.layers import compress, sparsify
@@ -18,8 +20,6 @@ from sparsedm.train import checkpoint, data
 from sparsedm.train.chain import parse_chain, plan, run_chain
 from sparsedm.train.loop import TrainOptions
 from sparsedm.train.methods import method_stages
-
-SCHEDULES = {"uvit": diffusion.VPSDE, "ddpm": diffusion.DDPMSchedule}  # what each kind of model was published with
 
 
 def train(options):
@@ -105,7 +105,7 @@ def plan_table(rows):
 def sample(options):
     loaded = checkpoint.load_model(options.run, build_model, which=options.which)
     model = (compress(loaded.model) if options.compress else loaded.model).to(options.device)
-    images = evaluate.to_uint8(_draw(model, options))
+    images = to_uint8(_draw(model, options))
     out = Path(options.out or Path(options.run if Path(options.run).is_dir() else ".") / "samples.png")
     pictures.save_grid(out, [("", row) for row in images.split(16)])
     print(
@@ -126,7 +126,7 @@ def _draw(model, options):
             labels = torch.full_like(labels, options.label)
     elif options.label is not None or options.guidance:
         raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
-    return diffusion.sample(
+    return samplers.sample(
         model,
         schedule_of(model),
         options.count,
@@ -146,15 +146,15 @@ def evaluate_samples(options):
     loaded = checkpoint.load_model(options.run, build_model, which=options.which)
     model = loaded.model.to(options.device)
     reference = data.load(options.data, options.split, size=model.config.image_size)
-    features = evaluate.load_features(options.features, options.device)
+    features = load_features(options.features, options.device)
     summary = evaluate.summarize(
         reference.images, features, f"{reference.source} {options.split}", cache=cache_folder(), progress=True
     )
     paired = None
     if options.dense:
         dense = checkpoint.load_model(options.dense, build_model, which=options.which).model.to(options.device)
-        paired = evaluate.to_uint8(_draw(dense, options))
-    images = evaluate.to_uint8(_draw(model, options))
+        paired = to_uint8(_draw(dense, options))
+    images = to_uint8(_draw(model, options))
     report = evaluate.evaluate(images, summary, features, paired=paired, seed=options.seed, progress=True)
     report |= {
         "model": str(loaded.file),
@@ -191,11 +191,6 @@ def inspect_model(options):
     chart = options.plot or f"{Path(title.replace(':', 'of').replace(' ', '-')).name}-layers.png"
     table.plot(chart, f"{title}: parameters per layer, before and after")
     print(f"chart: {chart}")
-
-
-def schedule_of(model):
-    """The noise schedule that this kind of model was published with."""
-    return SCHEDULES[model.config.kind]()
 
 
 def _overrides(options):

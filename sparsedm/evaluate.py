@@ -7,23 +7,19 @@ Images are uint8 (n, C, h, w), or floating point in [-1, 1]; features are float6
 
 import contextlib
 import hashlib
-import os
 import warnings
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, cache_folder, download
+from sparsedm.features import to_uint8
+from sparsedm.files import atomic_file
 
 # ---- distances
 
@@ -135,147 +131,6 @@ def ssim_window(shape):
     """11 pixels, or the largest odd number that fits into an image smaller than that."""
     smaller = min(*shape[-2:], 11)
     return smaller - 1 + smaller % 2
-
-
-def to_uint8(images):
-    """uint8 images as they are, floating-point ones from [-1, 1] rounded and clamped; InputError for others and NaN."""
-    if images.ndim != 4:
-        raise InputError(f"images must be (n, C, h, w), not of shape {tuple(images.shape)}")
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise InputError(f"images must be uint8 or floating point in [-1, 1], not {images.dtype}")
-    bad = (~images.isfinite()).flatten(1).any(1).sum().item()
-    if bad:
-        raise InputError(f"{bad} of the {len(images)} images hold NaN or infinity")
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-# ---- features
-
-INCEPTION_URL = (
-    "https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/inception-2015-12-05.pt"
-)
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-
-
-@dataclass(frozen=True)
-class Features:
-    """A fixed network; calling it turns images (n, 3 or 1, h, w) into float64 features (n, d) on the CPU.
-
-    The name stands for the exact network: two networks that can differ in their output have different names.
-    """
-
-    name: str
-    network: Callable[[torch.Tensor], torch.Tensor]  # uint8 (n, 3, h, w) -> (n, d)
-    device: torch.device
-
-    def __call__(self, images, *, batch_size=250, progress=False):
-        images = to_uint8(images)
-        if images.shape[1] not in (1, 3):
-            raise InputError(f"features {self.name} need images of 1 or 3 channels, not {images.shape[1]}")
-        images = images.expand(-1, 3, -1, -1)
-        out = []
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        bar = tqdm(images.split(batch_size), desc=self.name, disable=None if progress else True)
-        with torch.no_grad(), exact:
-            for batch in bar:
-                features = self.network(batch.contiguous().to(self.device))
-                if not (isinstance(features, torch.Tensor) and features.ndim == 2 and len(features) == len(batch)):
-                    found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-                    raise InputError(f"features {self.name} must give ({len(batch)}, d), but gave {found}")
-                out.append(features.cpu().double())
-        out = torch.cat(out)
-        if not out.isfinite().all():
-            raise InputError(f"features {self.name} gave NaN or infinity")
-        return out
-
-
-def load_features(spec="random-conv", device="cpu", *, weights=None, progress=True):
-    """The feature network named by `spec`.
-
-    "random-conv"  the default, which needs nothing: see RandomConv. It is not Inception, and its distance is not a FID.
-    "inception"    the Inception network of the original FID (2048 features), as NVIDIA's TorchScript file of 96 MB that
-                   resizes as the original does. weights: where it is, or is downloaded to; None for
-                   $SPARSEDM_INCEPTION, else the cache folder. Whatever lies there must have the right checksum.
-    a file         TorchScript (torch.jit.save) or torch.export (.pt2, with a dynamic batch axis): a module from uint8
-                   (n, 3, h, w) to (n, d), which does its own scaling. Loading it RUNS what the file holds: only load
-                   files you trust. Plain pickles (torch.save) are refused.
-    Raises InputError for a file that is missing or something else, and when the download fails.
-    """
-    device = torch.device(device)
-    if spec == "random-conv":
-        return Features("random-conv-1", RandomConv().to(device), device)
-    if spec == "inception":
-        path = Path(weights or os.environ.get("SPARSEDM_INCEPTION") or cache_folder() / "inception-2015-12-05.pt")
-        download(INCEPTION_URL, path, sha256=INCEPTION_SHA256, progress=progress)
-        network = _load_network(path, device)
-        return Features("inception", lambda images: network(images, return_features=True), device)
-    path = Path(spec)
-    if not path.is_file():
-        raise InputError(f"features {spec!r} are neither random-conv, nor inception, nor a file")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Features(f"{path.name}-{digest[:12]}", _load_network(path, device), device)
-
-
-def _load_network(path, device):
-    kind = f"{path} is not a TorchScript or torch.export file"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {name.partition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{kind} ({error})") from error
-    try:
-        if "models/model.json" in entries:
-            program = torch.export.load(path)
-            return move_to_device_pass(program, device).module()
-        if any(entry.startswith("code/") for entry in entries):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which this one format is for
-                return torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"{kind} of this torch ({str(error).splitlines()[0]})") from error
-    raise InputError(f"{kind}: a plain pickle can run any code and is refused")
-
-
-class RandomConv(torch.nn.Module):
-    """144 statistics of a fixed random network at the image's own resolution (8 x 8 or more); no training, no download.
-
-    At each of three scales (every one the mean of 2 x 2 pixels of the one before): r = |16 random 3x3 filters|,
-    q = |16 random 3x3 filters over r|; the features are log(1/64 + mean over the image) of r and q: how much structure
-    of each kind there is. Then the mean colours of a 4 x 4 grid: where it is. The filters have mean zero over their
-    3 x 3 places, so that brightness does not drown everything else.
-
-    The weights come from the raw bits of numpy's PCG64, which are the same for every version of numpy and torch.
-    """
-
-    def __init__(self):
-        super().__init__()
-        for scale in range(3):
-            self.register_buffer(f"first{scale}", _random_filters((16, 3, 3, 3), seed=2 * scale))
-            self.register_buffer(f"second{scale}", _random_filters((16, 16, 3, 3), seed=2 * scale + 1))
-
-    def forward(self, images):
-        if min(images.shape[2:]) < 8:
-            raise InputError(f"features random-conv need images of 8 x 8 pixels or more, not {tuple(images.shape[2:])}")
-        x = images.float() / 127.5 - 1
-        colours = F.adaptive_avg_pool2d(x, 4).flatten(1)
-        out = []
-        for scale in range(3):
-            r = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), getattr(self, f"first{scale}")).abs()
-            q = F.conv2d(F.pad(r, (1, 1, 1, 1), mode="reflect"), getattr(self, f"second{scale}")).abs()
-            out += [(z.mean((2, 3)) + 1 / 64).log() for z in (r, q)]
-            x = F.avg_pool2d(x, 2)
-        return torch.cat([*out, colours], 1)
-
-
-def _random_filters(shape, seed):
-    """(out, in, 3, 3) float32, each filter of mean zero over its 3 x 3 places and of length one."""
-    raw = np.random.PCG64(seed).random_raw(int(np.prod(shape)))
-    uniform = (raw >> np.uint64(11)).reshape(shape) * 2.0**-52 - 1
-    centred = uniform - uniform.mean((2, 3), keepdims=True)
-    length = np.sqrt(np.square(centred).sum((1, 2, 3), keepdims=True))
-    return torch.tensor(centred / length, dtype=torch.float32)
 
 
 # ---- a reference set, and the whole comparison

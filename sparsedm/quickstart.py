@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from sparsedm import diffusion, evaluate, pictures
-from sparsedm.commands import plan_table, schedule_of
+from sparsedm import diffusion, evaluate, pictures, samplers
+from sparsedm.commands import plan_table
+from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
 from sparsedm.inspection import inspect
 from sparsedm.layers import compress, sparsify
@@ -104,7 +105,7 @@ def quickstart(options):
         model,
         recipe.stages,
         images,
-        schedule_of(model),
+        diffusion.schedule_of(model),
         training,
         folder,
         validation=validation,
@@ -148,7 +149,7 @@ def _networks(results):
 def _measure(networks, results, recipe, images, validation, options):
     """A row of numbers per network, and its samples: {name: uint8 (n, C, H, W)}, all from the same noise and labels."""
     config = networks["dense"].config
-    features = evaluate.load_features("random-conv", options.device)
+    features = load_features("random-conv", options.device)
     reference = evaluate.summarize(images.images, features, f"{images.source} train", progress=True)
     shape = (config.channels, config.image_size, config.image_size)
     labels = torch.arange(recipe.samples) % config.num_classes if config.num_classes else None
@@ -157,10 +158,10 @@ def _measure(networks, results, recipe, images, validation, options):
     seconds["dense"] = results[0].result.seconds
     rows, samples = [], {}
     for name, network in networks.items():
-        schedule = schedule_of(network)
+        schedule = diffusion.schedule_of(network)
         print(f"sampling and measuring: {name}", flush=True)
-        samples[name] = evaluate.to_uint8(
-            diffusion.sample(
+        samples[name] = to_uint8(
+            samplers.sample(
                 network,
                 schedule,
                 recipe.samples,

@@ -6,14 +6,13 @@ it, until the images are on the host.
 
 import torch
 
-from sparsedm import diffusion
+from sparsedm import diffusion, samplers
 from sparsedm.bench.end_to_end import baked
 from sparsedm.bench.environment import stamp
 from sparsedm.bench.measure import time_columns
 from sparsedm.bench.timing import CpuClock, interleaved
 
 SAMPLER = "dpm++2m"
-SCHEDULES = {"uvit": diffusion.VPSDE, "ddpm": diffusion.DDPMSchedule}
 
 
 def sampling_rows(suite, problem, providers, steps, rounds=3):
@@ -52,11 +51,11 @@ def sampling_rows(suite, problem, providers, steps, rounds=3):
 
 
 def draw(call, problem, steps):
-    shape, schedule = problem.inputs[0].shape, SCHEDULES[problem.weight.config.kind]()
+    shape, schedule = problem.inputs[0].shape, diffusion.schedule_of(problem.weight)
     with torch.no_grad():
         noise = diffusion.initial_noise(shape[0], shape[1:], seed=0).to(problem.device)
-        times = diffusion.time_grid(schedule, steps, diffusion.SAMPLERS[SAMPLER][1])
-        return diffusion.integrate(lambda x, t: predict(call, problem, x, t), schedule, noise, times, SAMPLER).cpu()
+        times = samplers.time_grid(schedule, steps, samplers.SAMPLERS[SAMPLER][1])
+        return samplers.integrate(lambda x, t: predict(call, problem, x, t), schedule, noise, times, SAMPLER).cpu()
 
 
 def predict(call, problem, x, t):
