@@ -30,10 +30,20 @@ def test_the_file_is_whole_after_every_addition(tmp_path):
 def test_resume_keeps_what_is_there_and_knows_it(tmp_path):
     Results(tmp_path / "a.csv").add([ROW | {"M": 8, "value": 0.5}])
     resumed = Results(tmp_path / "a.csv", resume=True)
-    assert resumed.holds(suite="gemm", shape="square 8", mode="plain", dtype="float32")
-    assert not resumed.holds(suite="gemm", shape="square 8", mode="epilogue", dtype="float32")
+    identity = {"suite": "gemm", "shape": "square 8", "mode": "plain", "dtype": "float32"}
+    assert [row["provider"] for row in resumed.matching(identity)] == ["dense"]
+    assert not resumed.matching(identity | {"mode": "epilogue"})
     resumed.add([ROW | {"mode": "epilogue"}])
     assert [(r["mode"], r["M"]) for r in read(tmp_path / "a.csv")] == [("plain", 8.0), ("epilogue", None)]
+
+
+def test_what_was_begun_and_never_finished_is_a_failure(tmp_path):
+    results, identity = Results(tmp_path / "a.csv"), {name: ROW[name] for name in ("suite", "shape", "mode", "dtype")}
+    results.begin(identity)
+    (row,) = Results(tmp_path / "a.csv", resume=True).rows
+    assert (row["status"], row["reason"]) == ("failed", "the process ended in the middle of this: a crash, or a hang")
+    results.add([ROW])
+    assert [row["status"] for row in read(tmp_path / "a.csv")] == ["ok"], "finished: the note is gone"
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path):

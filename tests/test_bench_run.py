@@ -34,11 +34,40 @@ def test_rows_are_in_the_file_before_the_next_shape_begins(tmp_path, monkeypatch
     def measure(suite, problem, *rest, **limits):
         path = tmp_path / "r.csv"
         seen.append(len(read(path)) if path.exists() else 0)
-        return [{"suite": suite, **problem.columns()}]
+        return [{"suite": suite, "provider": "dense", "status": "ok", **problem.columns()}]
 
     monkeypatch.setattr(run, "measure", measure)
     run_suite("mask", session(tmp_path / "r.csv", "square"))
-    assert seen == [0, 1, 2, 3]
+    assert seen == [1, 2, 3, 4], "the rows of those before, and the note that this one is under way"
+    assert {r["status"] for r in read(tmp_path / "r.csv")} == {"ok"}
+
+
+def test_a_crash_is_recorded_and_passed_over_by_resume(tmp_path, monkeypatch):
+    real = run.measure
+
+    def measure(suite, problem, *rest, **limits):
+        if problem.shape.N == 256:
+            raise MemoryError("as if the process had been killed")
+        return real(suite, problem, *rest, **limits)
+
+    monkeypatch.setattr(run, "measure", measure)
+    with pytest.raises(MemoryError):
+        run_suite("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
+    run_suite("mask", session(tmp_path / "r.csv", "square", resume=True, providers=("dense",)))
+    states = {r["shape"]: r["status"] for r in read(tmp_path / "r.csv")}
+    assert states == {"square 128": "ok", "square 256": "failed", "square 512": "ok", "square 1024": "ok"}
+
+
+def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
+    run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
+    run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=("dense", "torch topk")))
+    names = [r["provider"] for r in read(tmp_path / "r.csv")]
+    assert names.count("dense") == names.count("torch topk") > 0
+
+
+def test_without_compilation_its_providers_are_left_out(tmp_path):
+    run_suite("conv", session(tmp_path / "r.csv", "ddpm-tiny@1", compiled=False))
+    assert {r["provider"] for r in read(tmp_path / "r.csv")} == {"dense", "sparsedm 2:4"}
 
 
 def test_a_deadline_leaves_out_and_resume_goes_on(tmp_path):
@@ -48,7 +77,7 @@ def test_a_deadline_leaves_out_and_resume_goes_on(tmp_path):
     assert not first.results.rows
     run_suite("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
     count = len(read(tmp_path / "r.csv"))
-    again = session(tmp_path / "r.csv", "square", resume=True, deadline=-1.0)
+    again = session(tmp_path / "r.csv", "square", resume=True, providers=("dense",), deadline=-1.0)
     run_suite("mask", again)
     assert (again.cut, len(again.results.rows)) == (0, count)
 
@@ -79,6 +108,7 @@ def test_the_command_line(tmp_path, capsys):
         (["--suite", "gemm", "--providers", "cublas"], "unknown providers cublas: they are CUTLASS"),
         (["--suite", "train", "--shapes", "dit-xl-2@1"], "a whole network is model@batch"),
         (["--suite", "conv", "--shapes", "dit-xl-2@1"], "hold no convolution layer"),
+        (["--suite", "gemm", "--shapes", "sqare"], "unknown shapes 'sqare'"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):

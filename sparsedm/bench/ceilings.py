@@ -23,7 +23,7 @@ SIDES, SIDES_QUICK = (4096, 8192, 12288), (512, 1024)
 def run(session):
     """Measure all ceilings of the session's device into its results, unless they are there already."""
     dtype = str(session.dtype).removeprefix("torch.")
-    if session.results.holds(suite=SUITE, dtype=dtype):
+    if session.results.matching({"suite": SUITE, "dtype": dtype}):
         return
     rows = [copy_row(session), *dense_rows(session), *instruction_rows(session)]
     now = stamp(session.device)

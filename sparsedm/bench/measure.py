@@ -13,8 +13,9 @@ def measure(suite, problem, providers, clock, *, rounds=8, per_round=5, seconds=
     """Rows for the results file, one per provider and metric.
 
     A provider that cannot run (status "unsupported"), raises ("failed") or returns a wrong result ("wrong") gets one
-    row that says so, and is not timed. seconds: roughly how long the rounds may take, after the first. packing: also
-    time `prepare`, and say after how many calls it has paid against the fastest dense provider ("break-even").
+    row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it;
+    with packing=True also "packing", the time of `prepare`, and "break-even", after how many calls that has paid
+    against the fastest dense provider. seconds: roughly how long the rounds may take, after the first.
     """
     common = {"suite": suite, **problem.columns()}
     rows, ready = [], {}
@@ -47,6 +48,8 @@ def measure(suite, problem, providers, clock, *, rounds=8, per_round=5, seconds=
             continue
         rows.append(row | {"status": "ok", **time_columns(times[provider], timed.method)})
         rows[-1] |= rates(problem, times[provider].p50, provider.sparse)
+        if host := clock.host(bound.run):
+            rows.append(row | {"metric": "host", "status": "ok", **time_columns(host, "perf_counter")})
         if packing and packed:
             rows += packing_rows(row, provider, problem, clock, limits, dense, times[provider].p50)
     order = [provider.name for provider in providers]

@@ -26,24 +26,35 @@ IDENTITY = ("suite", "shape", "mode", "dtype")  # of what `measure` does in one 
 
 
 class Results:
-    """Rows in memory and in the file `path`. resume: keep what the file already holds."""
+    """Rows in memory and in the file `path`. resume: keep what the file already holds.
+
+    What was begun and never finished, because its process crashed or was ended, is found as a failure on resuming.
+    """
 
     def __init__(self, path, resume=False):
         self.path = Path(path)
         self.rows = read(self.path) if resume and self.path.exists() else []
         if not resume and self.path.exists():
             raise InputError(f"{self.path} exists: remove it, choose another --out, or continue it with --resume")
+        for row in self.rows:
+            if row["status"] == "started":
+                row |= {"status": "failed", "reason": "the process ended in the middle of this: a crash, or a hang"}
+
+    def begin(self, identity):
+        """Note in the file that the measurement with this identity is under way, until `add` brings its rows."""
+        self.rows.append(identity | {"status": "started"})
+        write(self.path, self.rows)
 
     def add(self, rows):
         unknown = {column for row in rows for column in row} - set(COLUMNS)
         if unknown:
             raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
-        self.rows += rows
+        self.rows = [row for row in self.rows if row["status"] != "started"] + rows
         write(self.path, self.rows)
 
-    def holds(self, **identity):
-        """True if a row with all these values (given as text or as numbers) is there."""
-        return any(all(str(row.get(k, "")) == str(v) for k, v in identity.items()) for row in self.rows)
+    def matching(self, identity):
+        """The rows that have all these values."""
+        return [row for row in self.rows if all(row.get(name, "") == value for name, value in identity.items())]
 
 
 def write(path, rows):

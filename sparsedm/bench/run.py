@@ -13,6 +13,7 @@ Rows are written as soon as they are measured. --resume goes on with the file, a
 """
 
 import argparse
+import functools
 import sys
 import time
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Session:
     quick: bool = False
     shapes: str | None = None
     providers: tuple | None = None
+    compiled: bool = True
     batches: tuple = BATCHES
     deadline: float = float("inf")
     cut: int = 0  # problems that were left out for lack of time
@@ -70,17 +72,23 @@ class Session:
         self.limits = {"seconds": 10.0} | default | self.limits
 
     def keep(self, providers):
-        return [p for p in providers if self.providers is None or p.name in self.providers]
+        """Those that were asked for."""
+        wanted = [p for p in providers if self.providers is None or p.name in self.providers]
+        return [p for p in wanted if self.compiled or not p.name.endswith("compiled")]
 
-    def do(self, suite, shape, mode, rows):
-        """Add `rows()` to the results, unless they are there already or the time is up."""
+    def do(self, suite, shape, mode, providers, rows):
+        """Add `rows(missing)` to the results, for those providers that they do not hold yet, unless the time is up."""
         dtype = str(self.dtype).removeprefix("torch.")
-        if self.results.holds(**dict(zip(IDENTITY, (suite, shape.name, mode, dtype)))):
+        identity = dict(zip(IDENTITY, (suite, shape.name, mode, dtype)))
+        held = {row.get("provider", "") for row in self.results.matching(identity)}
+        missing = [p for p in self.keep(providers) if p.name not in held]
+        if not missing or "" in held:  # a row without a provider: the process ended here before
             return
         if time.monotonic() >= self.deadline:
             self.cut += 1
             return
-        self.results.add(rows())
+        self.results.begin(identity)
+        self.results.add(rows(missing))
         release(self.device)
 
 
@@ -92,21 +100,25 @@ def run_suite(suite, session, progress=False):
         shapes = select(spec, shape_kind, session.batches, session.quick)
         work = [(shape, mode) for shape in shapes for mode in kind.modes]
         for shape, mode in tqdm(work, desc=suite, disable=None if progress else True):
-            session.do(suite, shape, mode, lambda s=shape, m=mode: layer_rows(suite, kind, s, m, session))
+            measured = functools.partial(layer_rows, suite, kind, shape, mode, session)
+            session.do(suite, shape, mode, PROVIDERS[kind.kernel], measured)
     elif suite in NETWORK_SUITES:
         shapes = table3_shapes(session.quick) if suite == "table3" else network_shapes(session)
-        mode = (TrainingStepProblem if suite == "train" else NetworkProblem).modes[0]
+        kind, providers = NetworkProblem, STEP_PROVIDERS
+        if suite == "train":
+            kind, providers = TrainingStepProblem, TRAINING_PROVIDERS
         for shape in tqdm(shapes, desc=suite, disable=None if progress else True):
-            session.do(suite, shape, mode, lambda s=shape: network_rows(suite, s, mode, session))
+            measured = functools.partial(network_rows, suite, kind, shape, kind.modes[0], session)
+            session.do(suite, shape, kind.modes[0], providers, measured)
     elif suite == "ceiling":
         ceilings.run(session)
     else:
         raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
 
 
-def layer_rows(suite, kind, shape, mode, session):
+def layer_rows(suite, kind, shape, mode, session, providers):
     problem = kind(shape, mode, session.dtype, session.device)
-    return measure(suite, problem, session.keep(PROVIDERS[kind.kernel]), session.clock, **session.limits)
+    return measure(suite, problem, providers, session.clock, **session.limits)
 
 
 def network_shapes(session):
@@ -122,12 +134,8 @@ def network_shapes(session):
     return shapes
 
 
-def network_rows(suite, shape, mode, session):
-    kind, providers = (
-        (TrainingStepProblem, TRAINING_PROVIDERS) if suite == "train" else (NetworkProblem, STEP_PROVIDERS)
-    )
+def network_rows(suite, kind, shape, mode, session, providers):
     problem = kind(shape, mode, session.dtype, session.device)
-    providers = session.keep(providers)
     rows = measure(suite, problem, providers, session.clock, packing=False, **session.limits)
     if suite == "end-to-end":
         right = {row["provider"] for row in rows if row["status"] == "ok"}
@@ -156,6 +164,7 @@ def run(options):
         quick=options.quick,
         shapes=options.shapes,
         providers=tuple(options.providers.split(",")) if options.providers else None,
+        compiled=not options.no_compile,
         batches=tuple(options.batch or BATCHES),
         deadline=time.monotonic() + options.seconds,
     )
@@ -183,6 +192,7 @@ def parser():
 def add_arguments(parsed):
     parsed.add_argument("--shapes", help="square, m-sweep, grid, models, or model@batch; several with commas")
     parsed.add_argument("--providers", help="measure only these, by the names in the results file, with commas")
+    parsed.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to tune")
     parsed.add_argument("--batch", type=int, action="append", help="batch sizes of models (default: 1, 16 and 64)")
     parsed.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on a GPU, fp32 on a CPU)")
     parsed.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes on a CPU")

@@ -44,6 +44,9 @@ class CpuClock:
         calls = max(1, math.ceil(SHORTEST / max(self._seconds(run, 1), 1e-9)))
         return Timed(lambda n: [self._seconds(run, calls) / calls * 1e6 for _ in range(n)], "perf_counter")
 
+    def host(self, run):
+        """None: on a CPU the time of a call is its host cost."""
+
     def _seconds(self, run, calls):
         start = self.now()
         for _ in range(calls):
@@ -67,6 +70,18 @@ class CudaClock:
         return Timed(
             lambda n: self._samples(graph.replay if graph else run, n), "cuda graph" if graph else "cuda events"
         )
+
+    def host(self, run, calls=20, samples=5):
+        """What a call costs the CPU that launches it: calls in a row without waiting for the device."""
+        times = []
+        for _ in range(samples):
+            torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            times.append((time.perf_counter() - start) / calls * 1e6)
+        torch.cuda.synchronize(self.device)
+        return percentiles(times)
 
     def _captured(self, run):
         graph = torch.cuda.CUDAGraph()
