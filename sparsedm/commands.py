@@ -3,6 +3,7 @@
 Each function takes the parsed command line of `cli.py`. Bad input raises InputError.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def train(options):
     stages = _stages(options, ema)
     folder = Path(options.run or f"runs/{options.model}-{options.method or options.chain.replace(':', 'of')}")
     if options.dry_run:
-        print(plan_table(plan(stages, training, model, folder, options.where)))
+        show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size
     images = data.load(options.data, "train", size=size, limit=options.limit)
@@ -91,15 +92,50 @@ def _stages(options, ema):
     return method_stages(options.method, options.steps, options.pattern)
 
 
-def plan_table(rows):
-    lines = [
-        f"{r['name']:<12} {r['pattern']:<6} {r['steps']:>8,} steps ({r['steps_done']:,} done)  lr {r['lr']:g}  "
-        f"teacher {r['teacher']}  {r['images']:,} images  parameters {r['parameters_kept']:,} of {r['parameters']:,}  "
-        f"memory {r['memory_bytes'] / 2**20:,.0f} MiB + activations  "
-        f"checkpoints {r['checkpoint_bytes'] / 2**20:,.0f} MiB each  -> {r['folder']}"
-        for r in rows
-    ]
-    return "\n".join([*lines, "dry run: nothing was trained or written"])
+def show_plan(stages, training, model, folder, where=None):
+    """Print what training would do, stage by stage; writes nothing. model: may live on the meta device."""
+    head = (
+        "stage",
+        "pattern",
+        "steps",
+        "done",
+        "lr",
+        "teacher",
+        "images",
+        "parameters",
+        "MACs",
+        "memory",
+        "checkpoints",
+    )
+    rows = []
+    for row in plan(stages, training, model, folder, where):
+        macs = inspect(sparsify(copy.deepcopy(model), row["pattern"], where)).totals()["macs_after"]
+        rows.append(
+            (
+                row["name"],
+                row["pattern"],
+                f"{row['steps']:,}",
+                f"{row['steps_done']:,}",
+                f"{row['lr']:g}",
+                row["teacher"],
+                f"{row['images']:,}",
+                f"{row['parameters_kept']:,}",
+                f"{macs / 1e6:,.1f} M",
+                f"{row['memory_bytes'] / 2**20:,.0f} MiB",
+                f"{row['checkpoint_bytes'] / 2**20:,.0f} MiB",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for row in [head, *rows]:
+        print(
+            "  ".join(
+                cell.rjust(width) if i > 1 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            )
+        )
+    print(
+        "parameters and MACs count kept weights; memory is without activations; the last two checkpoints of a stage are kept"
+    )
+    print(f"run folder: {folder}   (dry run: nothing was trained or written)")
 
 
 def sample(options):

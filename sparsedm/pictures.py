@@ -81,7 +81,7 @@ def plot_losses(path, stages, batch_size, title=""):
         figure.savefig(partial, dpi=120)
 
 
-def _smooth(values, weight=0.9):
+def _smooth(values, weight=0.7):
     """Exponential moving average, corrected for its start."""
     values = np.asarray(values, dtype=float)
     smooth, mass, out = 0.0, 0.0, []

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from sparsedm import diffusion, evaluate, pictures, samplers
-from sparsedm.commands import plan_table
+from sparsedm.commands import show_plan
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
 from sparsedm.inspection import inspect
 from sparsedm.layers import compress, sparsify
 from sparsedm.models import build_model
 from sparsedm.train import checkpoint, data
-from sparsedm.train.chain import Stage, plan, run_chain
+from sparsedm.train.chain import Stage, run_chain
 from sparsedm.train.loop import TrainOptions
 
 TRANSFER = {"teacher": "dense", "w_kd": 0.1, "decay": 2e-4}
@@ -94,7 +94,7 @@ def quickstart(options):
     config = build_model("uvit-tiny", device="meta", **recipe.model).config
     if options.dry_run:
         network = build_model("uvit-tiny", device="meta", **recipe.model)
-        print(plan_table(plan(recipe.stages, training, network, folder)))
+        show_plan(recipe.stages, training, network, folder)
         return
     images = data.load(options.data, "train", size=config.image_size)
     validation = data.load(options.data, "test", size=config.image_size, limit=1024)

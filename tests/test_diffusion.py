@@ -106,6 +106,14 @@ def test_ddpm_log_alpha_is_continuous_and_linear_between_the_integers():
     assert right < left
 
 
+def test_each_kind_of_model_has_the_schedule_it_was_published_with():
+    kinds = {kind: types.SimpleNamespace(config=types.SimpleNamespace(kind=kind)) for kind in ("uvit", "ddpm")}
+    assert {kind: diffusion.schedule_of(model) for kind, model in kinds.items()} == {
+        "uvit": VPSDE(),
+        "ddpm": DDPMSchedule(),
+    }
+
+
 def test_model_time_is_in_units_of_0_to_999():
     ends = torch.tensor([0.0, 1.0])
     assert VPSDE().model_time(ends).tolist() == [0, 999]
