@@ -202,7 +202,7 @@ def test_a_truncated_tar_is_refused(tmp_path, keep):
         read_cifar10(path)
 
 
-@pytest.mark.parametrize("place", [slice(-6, -5), slice(40, 140)], ids=["checksum", "stream"])
+@pytest.mark.parametrize("place", [slice(-6, -5), slice(20_000, 60_000)], ids=["checksum", "stream"])
 def test_a_damaged_gzip_is_refused(tmp_path, place):
     path = tar_of(tmp_path / "a.tar.gz", batches())
     content = bytearray(path.read_bytes())
