@@ -1,8 +1,8 @@
 """A data set that needs no download: one bright shape on a dark ground, the shape is the class.
 
 It is small enough to be learnt by a 1M-parameter network in about a minute on two cores, and plain enough to judge by
-eye: a good sample has one closed outline, straight or round where it should be, and one flat colour of the palette. Every
-image is as likely as its mirror image, so flipping is harmless.
+eye: a good sample has one closed outline, straight or round where it should be, and one flat colour of the palette.
+Every image is as likely as its mirror image, so flipping is harmless.
 
 Image i is a function of (seed, i) alone, the same on every machine: the randomness is the raw output of PCG64 (which
 numpy keeps stable), and the rest is + - * / and square root, which IEEE 754 rounds exactly.
