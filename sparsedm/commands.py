@@ -127,13 +127,9 @@ def show_plan(stages, training, model, folder, where=None):
         )
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     for row in [head, *rows]:
-        print(
-            "  ".join(
-                cell.rjust(width) if i > 1 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
-            )
-        )
+        print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
     print(
-        "parameters and MACs count kept weights; memory is without activations; the last two checkpoints of a stage are kept"
+        "parameters and MACs count kept weights; memory is without activations; two checkpoints of each stage are kept"
     )
     print(f"run folder: {folder}   (dry run: nothing was trained or written)")
 

@@ -10,6 +10,7 @@ import torch
 
 from sparsedm import diffusion, evaluate, pictures, samplers
 from sparsedm.commands import show_plan
+from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
 from sparsedm.inspection import inspect
@@ -98,8 +99,11 @@ def quickstart(options):
         return
     images = data.load(options.data, "train", size=config.image_size)
     validation = data.load(options.data, "test", size=config.image_size, limit=1024)
+    if images.is_latent:
+        raise InputError(f"data {options.data} holds latents, of which no picture can be shown: use sparsedm train")
     torch.manual_seed(options.seed)
-    model = build_model("uvit-tiny", **recipe.model, num_classes=len(images.class_names))
+    channels, classes = images.images.shape[1], len(images.class_names)
+    model = build_model("uvit-tiny", **recipe.model, channels=channels, num_classes=classes)
     print(f"training {' -> '.join(s.pattern for s in recipe.stages)} on {len(images):,} images of {images.source}")
     results = run_chain(
         model,

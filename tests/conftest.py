@@ -1,4 +1,4 @@
-"""Before anything else: without a GPU, Triton kernels run in its interpreter, which is chosen when they are decorated."""
+"""Before anything else: without a GPU, Triton kernels run in its interpreter, chosen when they are decorated."""
 
 import os
 
@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import pytest  # noqa: E402
+import pytest
 
 
 def pytest_collection_modifyitems(items):

@@ -100,7 +100,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert not folder.exists()
     text = capsys.readouterr().out
     assert "44,255,328" in text
-    assert "500 steps" in text
+    assert "11,321.6 M" in text
+    assert "8,694.1 M" in text
 
 
 INSPECT_TOTALS = {

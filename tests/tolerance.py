@@ -6,9 +6,9 @@ import torch
 def assert_as_good_as_torch(out, ref_high, torch_low, eps=None):
     """max|out - ref_high| <= 2 max|torch_low - ref_high| + eps.
 
-    out: what is tested. ref_high: the same quantity in higher precision (normally fp64). torch_low: torch's own result in
-    the precision of `out`. eps defaults to one unit in the last place of out's dtype at the magnitude of the reference:
-    it only matters where torch happens to be exact.
+    out: what is tested. ref_high: the same quantity in higher precision (normally fp64). torch_low: torch's own result
+    in the precision of `out`. eps defaults to one unit in the last place of out's dtype at the magnitude of the
+    reference: it matters only where torch happens to be exact.
     """
     assert out.shape == ref_high.shape == torch_low.shape, (out.shape, ref_high.shape, torch_low.shape)
     out, ref, low = out.detach().double(), ref_high.detach().double(), torch_low.detach().double()
