@@ -10,7 +10,7 @@ import pytest
 
 from sparsedm.bench import campaign, plot
 from sparsedm.bench.campaign import CUT, LOG_LIMIT, Suite, gpu_suites, run_campaign
-from sparsedm.bench.results import write
+from sparsedm.bench.results import read, write
 from sparsedm.errors import InputError
 from tests.test_bench_plot import made_up
 
@@ -121,7 +121,22 @@ def test_the_folder_is_small_and_holds_results_plots_and_tuned_tables(tmp_path):
     assert json.loads((out / "tuned.json").read_text()) == {"some-gpu.json": {"operation": {}}}
     names = zipfile.ZipFile(out / "plots.zip").namelist()
     assert "roofline.png" in names
+    assert json.loads((out / "index.json").read_text())["plots"] == f"{len(names)} pictures"
     assert len((out / "log.txt").read_text()) < 1.1 * LOG_LIMIT
+
+
+def test_without_a_measurement_there_are_no_plots_and_a_reason(tmp_path):
+    index = run_campaign([Suite("measures nothing", script(""))], tmp_path, minutes=1)
+    assert index["plots"].startswith("none: cannot read ")
+    assert {p.name for p in tmp_path.iterdir()} == {"index.json", "log.txt"}
+
+
+def test_a_real_suite_measures_into_the_folder(tmp_path):
+    small = ("--quick", "--device", "cpu", "--shapes", "uvit-tiny@1", "--providers", "dense,sparsedm choose")
+    index = run_campaign([Suite("mask", campaign.bench("mask", *small))], tmp_path, minutes=5)
+    assert states(index) == {"mask": "ran"}
+    assert {row["provider"] for row in read(tmp_path / "results.csv")} == {"dense", "sparsedm choose"}
+    assert index["plots"] == "2 pictures", "the masks, for light and dark pages"
 
 
 def test_a_suite_learns_its_time_and_its_file(tmp_path):

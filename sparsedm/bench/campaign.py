@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,10 +104,12 @@ def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, d
         else:
             entry = _run(suite, folder, suite.share * left(), now)
         entries[suite.name] = entry
-        write_json(folder / "index.json", index | {"suites": list(entries.values())})
-    _pictures(folder)
+        index["suites"] = list(entries.values())
+        write_json(folder / "index.json", index)
     _tuned(folder)
-    return _index(folder)
+    index["plots"] = _pictures(folder)
+    write_json(folder / "index.json", index)
+    return index
 
 
 def _index(folder):
@@ -164,14 +167,17 @@ def _log(folder, name, output):
 
 
 def _pictures(folder):
-    """plots.zip from results.csv, if anything was measured."""
-    if not (folder / "results.csv").exists():
-        return
-    with atomic_file(folder / "plots.zip") as partial, zipfile.ZipFile(partial, "w") as archive:
-        for path in draw_all([folder / "results.csv"], folder / ".plots"):
-            archive.write(path, path.name)
-            path.unlink()
-    (folder / ".plots").rmdir()
+    """Draw plots.zip from results.csv. Returns how many pictures it holds, or why there are none."""
+    try:
+        paths = draw_all([folder / "results.csv"], folder / ".plots")
+        with atomic_file(folder / "plots.zip") as partial, zipfile.ZipFile(partial, "w") as archive:
+            for path in paths:
+                archive.write(path, path.name)
+        return f"{len(paths)} pictures"
+    except InputError as error:
+        return f"none: {error}"
+    finally:
+        shutil.rmtree(folder / ".plots", ignore_errors=True)
 
 
 def _tuned(folder):

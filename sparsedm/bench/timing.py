@@ -63,13 +63,16 @@ class CudaClock:
         self.flushed = torch.empty(max(4 * cache, 1 << 26), dtype=torch.int8, device=self.device)
 
     def ready(self, run):
-        for _ in range(3):  # compilation, autotuning, lazy initialisation
-            run()
+        stream = torch.cuda.Stream(self.device)  # backward passes run on the stream that first used the parameters
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compilation, autotuning, lazy initialisation
+                run()
         torch.cuda.synchronize(self.device)
-        graph = self._captured(run) if self.graphs else None
-        return Timed(
-            lambda n: self._samples(graph.replay if graph else run, n), "cuda graph" if graph else "cuda events"
-        )
+        graph = self._captured(run, stream) if self.graphs else None
+        if graph is None:
+            return Timed(lambda n: self._samples(run, n), "cuda events")
+        return Timed(lambda n: self._samples(graph.replay, n), "cuda graph")
 
     def host(self, run, calls=20, samples=5):
         """What a call costs the CPU that launches it: calls in a row without waiting for the device."""
@@ -83,10 +86,10 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
         return percentiles(times)
 
-    def _captured(self, run):
+    def _captured(self, run, stream):
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 run()
         except RuntimeError:  # host synchronisation, autograd on another stream: some calls cannot be captured
             torch.cuda.synchronize(self.device)
