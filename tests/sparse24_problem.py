@@ -8,7 +8,7 @@ import torch
 
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref
 from sparsedm.kernels.sparse24_format import pack
-from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
+from sparsedm.kernels.sparse24_matmul import arrange, kernel_tensors, sparse24_linear_ref
 from tests.tolerance import assert_as_good_as_torch
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
@@ -38,7 +38,7 @@ class Problem:
         self.x = rows(K)
         self.skip = rows(skip) if skip else None
         self.scale = torch.randn(groups, N).to(dtype) if groups else None
-        self.bias = torch.randn(N).to(dtype) if bias else None
+        self.bias = 4 * torch.randn(N).to(dtype) if bias else None  # reaches the tails of the activations
         self.residual = rows(N) if residual else None
         self.activation = activation
         self.y = torch.full((M, N), float("nan"), dtype=out or dtype)
@@ -59,6 +59,12 @@ class Problem:
         low = torch.Tensor.float if self.y.dtype == torch.float32 else lambda tensor: tensor
         assert_as_good_as_torch(self.y, reference(torch.Tensor.double), reference(low))
         self.y.fill_(float("nan"))
+
+
+def arranged(problem, backend):
+    """Its weight as the kernels of `backend` take it."""
+    values, metadata = problem.values, problem.metadata
+    return kernel_tensors(values, arrange(values, metadata, backend, 2 * values.shape[1]))
 
 
 def kinds(arguments):

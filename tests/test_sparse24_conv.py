@@ -11,11 +11,10 @@ from sparsedm.kernels import sparse24_conv_wgmma as kernel
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
 from sparsedm.kernels.sparse24_conv import choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
 from sparsedm.kernels.sparse24_format import pack
-from sparsedm.kernels.sparse24_matmul import arrange
 from tests.ptx.launch import run
 from tests.ptx.memory import SHARED_BYTES
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import hang_guard, kinds
+from tests.sparse24_problem import arranged, hang_guard, kinds
 from tests.tolerance import assert_as_good_as_torch
 
 BF16 = torch.bfloat16
@@ -80,7 +79,7 @@ def nhwc(tensor):
 
 
 def operands(c):
-    values, metadata = arrange(c.values, c.metadata, "wgmma")
+    values, metadata = arranged(c, "wgmma")
     y = c.y.permute(0, 2, 3, 1)
     padding = (c.geometry["padding"],) * 2
     return kernel.operands(

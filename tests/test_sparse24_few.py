@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sparsedm.kernels import sparse24_few as few
-from sparsedm.kernels.sparse24_matmul import arrange, sparse24_linear_ref
+from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
 from tests.ptx.launch import run
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import Problem, divisible, hang_guard, kinds
+from tests.sparse24_problem import Problem, arranged, divisible, hang_guard, kinds
 
 # name -> (share: steps of K for one program, problem). 72 rows are more than the kernel is meant for.
 CASES = {
@@ -26,7 +26,7 @@ NAMES = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 def prepare(name):
     share, sizes = (CASES | SLOW)[name]
     p = Problem(**sizes)
-    values, metadata = arrange(p.values, p.metadata, "few")
+    values, metadata = arranged(p, "few")
     config, _ = few.choose(*p.y.shape, metadata.shape[1], 132)
     parts = torch.full((-(-metadata.shape[1] // share), *p.y.shape), float("nan"))
     stages = few.stages(
@@ -90,7 +90,7 @@ def test_the_split_covers_k_and_fills_the_gpu(M, N, steps):
 @pytest.mark.parametrize("M", [1, 16, 29, 64])
 def test_on_the_gpu(M):
     problem = Problem(M=M, N=520, K=1032, bias=True, activation="gelu", residual=True)
-    values, metadata = (tensor.cuda() for tensor in arrange(problem.values, problem.metadata, "few"))
+    values, metadata = (tensor.cuda() for tensor in arranged(problem, "few"))
     y = problem.y.cuda()
     results = []
     with hang_guard():
@@ -109,7 +109,7 @@ def test_on_the_gpu(M):
 def test_identity_on_the_gpu():
     problem = Problem(M=64, N=136, K=64)
     problem.x = torch.eye(64, dtype=torch.bfloat16)
-    values, metadata = (tensor.cuda() for tensor in arrange(problem.values, problem.metadata, "few"))
+    values, metadata = (tensor.cuda() for tensor in arranged(problem, "few"))
     y = problem.y.cuda()
     few.launch(problem.x.cuda(), values, metadata, y, bias=None, activation=None, residual=None, skip=None, scale=None)
     assert torch.equal(y.cpu(), sparse24_linear_ref(problem.x, problem.values, problem.metadata))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import BACKENDS
 from sparsedm.kernels.sparse24_format import ZERO_WORD, pack, unpack
-from sparsedm.kernels.sparse24_matmul import _rows, arrange, choose_backend, sparse24_linear
-from tests.sparse24_problem import Problem, pruned
+from sparsedm.kernels.sparse24_matmul import _rows, arrange, choose_backend, kernel_tensors, sparse24_linear
+from tests.sparse24_problem import Problem, arranged, pruned
 
 BF16 = torch.bfloat16
 
@@ -71,14 +71,34 @@ def test_arrange_keeps_the_weight(backend):
         assert tensors[1].shape == (2, 512)
 
 
-def test_arranged_tensors_are_kept_by_the_caller(monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(24, 72), (256, 128)], ids=["padded", "as-it-is"])
+def test_arrange_is_registered_correctly(backend, shape):
+    values, metadata = pack(pruned(*shape))
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_arrange, (values, metadata, backend, shape[1]))
+
+
+def test_values_that_need_no_padding_are_not_copied():
+    values, metadata = pack(pruned(256, 128))
+    arranged = arrange(values, metadata, "wgmma", 128)
+    assert len(arranged) == 1
+    assert kernel_tensors(values, arranged) == [values, *arranged]
+
+
+def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
     monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
     p, kept = Problem(M=3, N=16, K=32), {}
     first = linear(p, arranged=kept)
-    assert list(kept) == ["dense"]
-    kept["dense"][0].zero_()
-    assert not linear(p, arranged=kept).any()
     assert torch.equal(linear(p), first)
+    _, (dense,) = kept["dense"]
+    assert torch.equal(dense, unpack(p.values, p.metadata))
+    dense.zero_()
+    assert not linear(p, arranged=kept).any(), "what was kept is used"
+    p.values.mul_(2)
+    assert torch.equal(linear(p, arranged=kept), 2 * first)
+    p.values = p.values.clone()
+    kept["dense"][1][0].zero_()
+    assert torch.equal(linear(p, arranged=kept), 2 * first)
 
 
 DISPATCH = [
@@ -146,18 +166,22 @@ def test_operator_is_registered_correctly():
 class Layer(torch.nn.Module):
     def __init__(self, problem):
         super().__init__()
+        self.arranged = {}
         self.register_buffer("values", problem.values)
         self.register_buffer("metadata", problem.metadata)
 
     def forward(self, x):
-        return sparse24_linear(x, self.values, self.metadata, activation="gelu") + 1
+        return sparse24_linear(x, self.values, self.metadata, activation="gelu", arranged=self.arranged) + 1
 
 
-def test_compiles_whole_and_exports():
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_compiles_whole_and_exports(backend, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", backend)
     p = Problem(M=6, N=16, K=32, dtype=torch.float32)
+    expected = Layer(p)(p.x)
+    assert torch.equal(torch.compile(Layer(p), fullgraph=True, backend="aot_eager")(p.x), expected)
     layer = Layer(p)
-    expected = layer(p.x)
-    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(p.x), expected)
+    layer(p.x)
     assert torch.equal(torch.export.export(layer, (p.x,)).module()(p.x), expected)
 
 
@@ -231,7 +255,7 @@ def _record_launches():
 
     def twice(name, launch, backend, **config):
         p = Problem(M=200, N=600, K=256, bias=True, residual=True)
-        tensors = arrange(p.values, p.metadata, backend)
+        tensors = arranged(p, backend)
         for _ in range(2):
             launch(
                 p.x, *tensors, p.y, bias=p.bias, activation=None, residual=p.residual, skip=None, scale=None, **config
@@ -248,7 +272,7 @@ def _record_launches():
     c = Convolution(B=2, C=64, H=32, W=32, N=64, bias=True, residual=True)
     for _ in range(2):
         sparse24_conv_wgmma.launch(
-            nhwc(c.x), *arrange(c.values, c.metadata, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
+            nhwc(c.x), *arranged(c, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
             padding=(1, 1), bias=c.bias, activation="silu", residual=nhwc(c.residual),
         )  # fmt: skip
     recorded["conv"] = calls

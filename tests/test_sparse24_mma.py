@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sparsedm.kernels import sparse24_mma as mma
-from sparsedm.kernels.sparse24_matmul import arrange, sparse24_linear_ref
+from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
 from tests.ptx.errors import EmulatorError
 from tests.ptx.launch import run
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import Problem, divisible, hang_guard, kinds
+from tests.sparse24_problem import Problem, arranged, divisible, hang_guard, kinds
 
 EPILOGUE = {"bias": True, "activation": "gelu", "residual": True}
 
@@ -35,7 +35,7 @@ CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 def arguments(config, problem):
     p = problem
-    values, metadata = arrange(p.values, p.metadata, "mma")
+    values, metadata = arranged(p, "mma")
     scalars, constants = mma.operands(p.x, values, metadata, p.y, p.bias, p.residual, p.skip, p.scale)
     return scalars, constants | mma.tile_constants(config) | {"ACTIVATION": p.activation}
 
@@ -124,7 +124,7 @@ def test_on_the_gpu(config, matrix):
         problem.x = torch.eye(328, dtype=torch.bfloat16)
         problem.y = torch.full((328, 520), float("nan"), dtype=torch.bfloat16)
     expected = sparse24_linear_ref(problem.x, problem.values, problem.metadata)
-    values, metadata = (tensor.cuda() for tensor in arrange(problem.values, problem.metadata, "mma"))
+    values, metadata = (tensor.cuda() for tensor in arranged(problem, "mma"))
     move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
     y = problem.y.cuda()
     with hang_guard():

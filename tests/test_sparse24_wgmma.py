@@ -10,13 +10,13 @@ import torch
 
 from sparsedm.kernels import sparse24_pipeline as pipeline
 from sparsedm.kernels import sparse24_wgmma as wgmma
-from sparsedm.kernels.sparse24_matmul import arrange, sparse24_linear_ref
+from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
 from sparsedm.kernels.sparse24_wgmma import Config
 from tests.ptx.errors import EmulatorError
 from tests.ptx.launch import run
 from tests.ptx.memory import SHARED_BYTES
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import Problem, hang_guard, kinds
+from tests.sparse24_problem import Problem, arranged, hang_guard, kinds
 
 EPILOGUE = {"bias": True, "activation": "gelu", "residual": True}
 
@@ -54,7 +54,7 @@ CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def arguments(config, problem):
-    values, metadata = arrange(problem.values, problem.metadata, "wgmma")
+    values, metadata = arranged(problem, "wgmma")
     p = problem
     return wgmma.operands(config, p.x, values, metadata, p.y, p.bias, p.activation, p.residual, p.skip, p.scale)
 
@@ -214,7 +214,7 @@ def test_on_the_gpu(config, matrix):
     if matrix == "one-hot":
         problem.x = torch.nn.functional.one_hot(torch.arange(300) * 37 % 512, 512).bfloat16()
     expected = sparse24_linear_ref(problem.x, problem.values, problem.metadata)
-    values, metadata = (tensor.cuda() for tensor in arrange(problem.values, problem.metadata, "wgmma"))
+    values, metadata = (tensor.cuda() for tensor in arranged(problem, "wgmma"))
     move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
     y = problem.y.cuda()
     with hang_guard():

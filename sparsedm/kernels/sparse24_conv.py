@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import forced_backend
 from sparsedm.kernels.sparse24_format import check_shapes, unpack
-from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, arrange, sparse24_linear
+from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, arrange_once, kernel_tensors, sparse24_linear
 
 
 def sparse24_conv2d_ref(
@@ -105,11 +105,8 @@ def sparse24_conv2d(
         pixels = lambda image: None if image is None else image.permute(0, 2, 3, 1)  # noqa: E731
         y = sparse24_linear(pixels(x), values, metadata, bias, activation, pixels(residual), arranged=arranged)
         return y.permute(0, 3, 1, 2)
-    tensors = (arranged or {}).get(backend)
-    if tensors is None:
-        tensors = arrange(values, metadata, backend, channels * kernel_size[0] * kernel_size[1])
-        if arranged is not None:
-            arranged[backend] = tensors
+    columns = channels * kernel_size[0] * kernel_size[1]
+    tensors = arrange_once(values, metadata, backend, columns, arranged)
     return _conv(
         x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend
     )
@@ -140,10 +137,12 @@ def _conv(
         from sparsedm.kernels.sparse24_conv_wgmma import launch  # here: the package must import where Triton is missing
 
         pixels = lambda image: image.permute(0, 2, 3, 1).contiguous()  # noqa: E731
-        launch(
-            pixels(x), *arranged, y.permute(0, 2, 3, 1), kernel_size=kernel_size, stride=stride[0], padding=padding,
-            bias=bias, activation=activation, residual=None if residual is None else pixels(residual).to(y.dtype),
-        )  # fmt: skip
+        with torch.cuda.device(x.device):
+            launch(
+                pixels(x), *kernel_tensors(values, arranged), y.permute(0, 2, 3, 1), kernel_size=kernel_size,
+                stride=stride[0], padding=padding, bias=bias, activation=activation,
+                residual=None if residual is None else pixels(residual).to(y.dtype),
+            )  # fmt: skip
         return y
     if backend == "dense":
         weight = arranged[0].view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)

@@ -102,22 +102,65 @@ def _able(capability, K, dtype):
     return BACKENDS, ""
 
 
-def arrange(values, metadata, backend, columns=None):
-    """The tensors that `backend` reads instead of values and metadata, made once when a layer is loaded.
+@torch.library.custom_op("sparsedm::sparse24_arrange", mutates_args=())
+def arrange(values: torch.Tensor, metadata: torch.Tensor, backend: str, columns: int) -> list[torch.Tensor]:
+    """The tensors that `backend` reads instead of values and metadata; for wgmma, where no padding is needed, instead
+    of the metadata alone. columns: K.
 
-    columns: K, where it is not 16 times the metadata's columns. Returns a list, empty for "torch".
+    An operator, because it looks at the metadata and refuses illegal pairs, which torch.compile could not follow.
     """
-    if backend == "dense":
-        return [unpack(values, metadata, columns).contiguous()]
-    if backend == "torch":
-        return []
     check_shapes(values, metadata)
     check_metadata(metadata)
+    if backend == "torch":
+        return []
+    if backend == "dense":
+        return [unpack(values, metadata, columns).contiguous()]
     if backend == "wgmma":
-        values, metadata = pad(values, metadata, 256, 128)
-        return [values.contiguous(), tma_metadata(metadata)]
-    values, metadata = pad(values, metadata, 128, 64)
+        padded, metadata = pad(values, metadata, *PADDING[backend])
+        return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
+    values, metadata = pad(values, metadata, *PADDING[backend])
     return [fragment_values(values), fragment_metadata(metadata)]
+
+
+PADDING = {"wgmma": (256, 128), "mma": (128, 64), "few": (128, 64)}  # multiples of rows and columns: the largest tiles
+
+
+@arrange.register_fake
+def _(values, metadata, backend, columns):
+    if backend == "torch":
+        return []
+    if backend == "dense":
+        return [values.new_empty(values.shape[0], columns)]
+    multiple_n, multiple_k = PADDING[backend]
+    N, K = values.shape[0], 2 * values.shape[1]
+    n, k = N + -N % multiple_n, K + -K % multiple_k
+    words = lambda *shape: values.new_empty(shape, dtype=torch.int32)  # noqa: E731
+    if backend == "wgmma":
+        same = (n, k) == (N, K) and values.is_contiguous()
+        return ([] if same else [values.new_empty(n, k // 2)]) + [words(k // 64, 2 * n)]
+    return [words(n // 16, k // 32, 32, 4), words(n // 16, k // 64, 32)]
+
+
+def kernel_tensors(values, arranged):
+    """What the launchers take: the values, those of `arrange` if it made any, and the metadata."""
+    return arranged if len(arranged) == 2 else [values, *arranged]
+
+
+def arrange_once(values, metadata, backend, columns, kept):
+    """`arrange`, unless `kept`, the caller's dict or None, still holds what it gave for these very values."""
+    if kept is None:
+        return arrange(values, metadata, backend, columns)
+    family = "fragments" if backend in ("mma", "few") else backend
+    # while tracing there are no addresses, and then the weight cannot change either
+    stamp = None if torch.compiler.is_compiling() else [_stamp(values), _stamp(metadata)]
+    if family not in kept or (stamp is not None and kept[family][0] != stamp):
+        kept[family] = stamp, arrange(values, metadata, backend, columns)
+    return kept[family][1]
+
+
+def _stamp(tensor):
+    """Changes when the tensor is moved, replaced or written to."""
+    return tensor.device, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 def sparse24_linear(
@@ -139,8 +182,8 @@ def sparse24_linear(
     of x, or None; then W is (N, K + K2). bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     scale: (N,), or (G, N) whose row g scales rows g M/G .. (g+1) M/G of y: the gate of each image in an adaLN block.
     residual: (..., N) as y. out_dtype: dtype of y, that of x by default; fp32 keeps the accumulator.
-    arranged: a dict that the caller keeps with the weight (start with {}); what `arrange` makes is kept in it, and made
-    anew at every call without it.
+    arranged: a dict that the caller keeps with the weight (start with {}); what `arrange` makes is kept in it until the
+    weight changes. Without it, it is made at every call.
 
     The back end is the choice of `choose_backend`. Accumulates in fp32. No gradient. Works under torch.compile and
     torch.export. Raises: InputError for shapes or dtypes that do not belong together.
@@ -149,12 +192,7 @@ def sparse24_linear(
     M, K = x.shape[:-1].numel(), x.shape[-1] + (0 if skip is None else skip.shape[-1])
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     backend, _ = choose_backend(capability, M, values.shape[0], K, x.dtype)
-    family = "fragments" if backend in ("mma", "few") else backend
-    tensors = (arranged or {}).get(family)
-    if tensors is None:
-        tensors = arrange(values, metadata, backend, K)
-        if arranged is not None:
-            arranged[family] = tensors
+    tensors = arrange_once(values, metadata, backend, K, arranged)
     return _linear(x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype or x.dtype, backend)
 
 
@@ -189,16 +227,17 @@ def _linear(
     M, N = rows.shape[0], values.shape[0]
     y = x.new_empty(M, N, dtype=out_dtype)
     if M:
-        launch(
-            rows,
-            *arranged,
-            y,
-            bias=bias,
-            activation=activation,
-            residual=None if residual is None else _rows(residual),
-            skip=None if skip is None else _rows(skip),
-            scale=None if scale is None else scale.view(-1, N),
-        )
+        with torch.cuda.device(x.device):
+            launch(
+                rows,
+                *kernel_tensors(values, arranged),
+                y,
+                bias=bias,
+                activation=activation,
+                residual=None if residual is None else _rows(residual),
+                skip=None if skip is None else _rows(skip),
+                scale=None if scale is None else scale.reshape(-1, N),
+            )
     return y.view(*x.shape[:-1], N)
 
 
