@@ -61,6 +61,15 @@ def test_equals_torch_on_the_decompressed_weight(kernel, stride, channels):
     assert_as_good_as_torch(sparse24_conv2d(*arguments, **c.geometry), double, expected)
 
 
+@pytest.mark.parametrize(("padding", "same_as"), [("same", 1), ("valid", 0)])
+def test_padding_in_torch_s_words(padding, same_as):
+    c = Convolution(1, 32, 6, 6, 8, dtype=torch.float32)
+    y = sparse24_conv2d(c.x, c.values, c.metadata, 3, padding=padding)
+    assert torch.equal(y, sparse24_conv2d(c.x, c.values, c.metadata, 3, padding=same_as))
+    with pytest.raises(InputError, match="'same' of a 2 x 4 kernel"):
+        sparse24_conv2d(c.x, c.values, c.metadata, (2, 4), padding="same")
+
+
 # name -> arguments of Convolution. Ragged images, several images in a patch, more features than one tile.
 QUICK = {
     "3x3": dict(B=1, C=64, H=11, W=20, N=136, bias=True, activation="silu", residual=True),

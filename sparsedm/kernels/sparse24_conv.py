@@ -87,14 +87,15 @@ def sparse24_conv2d(
 ):
     """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual, W the 2:4 weight that values and metadata hold.
 
-    x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair. bias: (N,). activation: None, "gelu"
-    (erf), "gelu_tanh" or "silu". residual: as y. arranged: a dict that the caller keeps with the weight (start with
-    {}), as in `sparse24_linear`. y has the dtype of x, in channels_last.
+    x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair; padding also "same" or "valid".
+    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. arranged: a dict that the caller
+    keeps with the weight (start with {}), as in `sparse24_linear`. y has the dtype of x, in channels_last.
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
     dtypes that do not belong together.
     """
-    kernel_size, stride, padding, dilation = map(_pair, (kernel_size, stride, padding, dilation))
+    kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
+    padding = _padding(padding, kernel_size, dilation)
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation)
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     features, channels = values.shape[0], x.shape[1]
@@ -162,6 +163,20 @@ def _conv_fake(
 
 def _pair(value):
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _padding(padding, kernel_size, dilation):
+    """Torch's words for it as a pair."""
+    if padding == "valid":
+        return 0, 0
+    if padding != "same":
+        return _pair(padding)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel_size)]
+    if any(r % 2 for r in reach):
+        raise InputError(
+            f"padding 'same' of a {kernel_size[0]} x {kernel_size[1]} kernel differs between the two sides"
+        )
+    return reach[0] // 2, reach[1] // 2
 
 
 def _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation):
