@@ -113,7 +113,7 @@ def test_every_activation_and_its_gradient(kernels, activation):
 @pytest.mark.parametrize("way", ["bits", "choose"])
 def test_every_rate_in_the_epilogue_and_after_partial_sums(kernels, monkeypatch, way, split, rates):
     monkeypatch.setattr(masked_matmul_kernels, "WEIGHT_GRAD", [{"way": "fused", "SPLIT": split, **SMALL}])
-    tensors = inputs(70, 32, 32)
+    tensors = inputs(70, 48, 32)
     assert_right(result(masked_linear, *tensors, HALF, way=way, **rates), *tensors, HALF, None, rates)
 
 
@@ -214,13 +214,13 @@ def test_export(request, by):
 
 
 def test_the_operators_are_registered_fully(kernels):
-    x, weight, bias, dz = inputs(16, 32, 32)
-    masked, bits, *_ = choose_packed(weight, HALF)
-    rates = [0.25, 1.0, 1.0]
-    for way, want_z in (("library", True), ("bits", True), ("masked", False)):
+    x, weight, bias, dz = inputs(16, 32, 32, torch.float16)
+    weight = weight.float()
+    masked, bits, *_ = choose_packed(weight, HALF, torch.float16)
+    for way, want_z, decay in (("library", True, 0.0), ("library", False, 0.25), ("bits", True, 0.25)):
         arguments = (x, weight, masked, bits, bias, [2, 4], "gelu" if want_z else None, want_z, way)
         torch.library.opcheck(torch.ops.sparsedm.masked_linear, arguments)
-        arguments = (dz, x, weight, masked, bits, [2, 4], rates, True, not want_z, way)
+        arguments = (dz, x, weight, masked, bits, [2, 4], [decay, 1.0, 1.0], True, True, way)
         torch.library.opcheck(torch.ops.sparsedm.masked_linear_grads, arguments)
 
 
@@ -235,16 +235,18 @@ def test_gradcheck():
     assert torch.equal(dw, torch.autograd.grad(F.gelu(F.linear(x, masked, bias)), masked, dy)[0])
 
 
-@pytest.mark.parametrize("by", ["torch", "library"])
-def test_autocast_computes_in_bf16_and_keeps_the_weights_gradient_in_its_dtype(request, by):
+@pytest.mark.parametrize(
+    ("by", "dtype"), [("torch", torch.bfloat16), ("library", torch.bfloat16), ("bits", torch.float16)], ids=str
+)
+def test_autocast_keeps_the_weights_gradient_in_the_weights_dtype(request, by, dtype):
     if by != "torch":
         request.getfixturevalue("kernels")
     x, weight, bias, dy = inputs(16, 32, 32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         y, dx, dw, db = result(masked_linear, x, weight, bias, dy, HALF, "gelu", way=None if by == "torch" else by)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == dtype
     assert dx.dtype == dw.dtype == db.dtype == torch.float32
-    low = result(masked_linear_ref, x.bfloat16(), weight.bfloat16(), bias.bfloat16(), dy, HALF, "gelu")
+    low = result(masked_linear_ref, *(t.to(dtype) for t in (x, weight, bias)), dy, HALF, "gelu")
     high = result(masked_linear_ref, *(t.double() for t in (x, weight, bias, dy)), HALF, "gelu")
     for out, ref, torchs in zip((y, dx, dw, db), high, low):
         assert_as_good_as_torch(out, ref, torchs)

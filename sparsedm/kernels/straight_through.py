@@ -38,7 +38,7 @@ class _StraightThrough(torch.autograd.Function):
 def apply_rates(g, weight, mask, decay, kept, dropped):
     """dw by the formula above; all tensors of one shape, g in the dtype of the weight."""
     if kept != 1.0 or dropped != 1.0:
-        g = g * torch.where(mask, kept, dropped).to(g.dtype)
+        g = torch.where(mask, kept * g, dropped * g)
     return torch.add(g, weight.masked_fill(mask, 0), alpha=decay) if decay else g
 
 
@@ -59,4 +59,4 @@ def straight_through(weight, masked, mask, *, decay=0.0, kept=1.0, dropped=1.0):
         raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
     if mask.dtype != torch.bool:
         raise InputError(f"the mask must be bool, not {mask.dtype}")
-    return _StraightThrough.apply(weight, masked.detach(), mask, float(decay), float(kept), float(dropped))
+    return _StraightThrough.apply(weight, masked, mask, float(decay), float(kept), float(dropped))
