@@ -22,15 +22,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparsedm.errors import InputError
 from sparsedm.kernels.masked_matmul import choose, straight_through
 from sparsedm.kernels.pattern import Pattern, group_view, holds, ungroup
+from sparsedm.kernels.sparse24_conv import sparse24_conv2d
 from sparsedm.kernels.sparse24_format import pack, unpack
-from sparsedm.kernels.sparse24_matmul import sparse24_linear
-
-ACTIVATIONS = {
-    None: lambda y: y,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
+from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
 
 
 def _count_fused_step_as_a_change(optimizer, args, kwargs):
@@ -140,7 +134,7 @@ class _Masked:
 
 
 class Linear(_Masked, nn.Linear):
-    """y = act(x (w * m)^T + b) + r: `nn.Linear` with a pattern and a fused epilogue; same state_dict keys.
+    """y = act([x | skip] (w * m)^T + b) + r: `nn.Linear` with a pattern and a fused epilogue; same state_dict keys.
 
     pattern: "2:4", Pattern or None (dense). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     """
@@ -149,7 +143,10 @@ class Linear(_Masked, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._start_masking(pattern, activation)
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, skip=None):
+        """x (..., K); residual (..., N) or None; skip (..., K2) or None: a second source, K + K2 inputs in all."""
+        if skip is not None:
+            x = torch.cat((x, skip), -1)
         return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual)
 
 
@@ -167,53 +164,70 @@ class Conv2d(_Masked, nn.Conv2d):
 # ---- compressed layers -----------------------------------------------------------------------------------------------
 
 
-class Linear24(nn.Module):
-    """A Linear whose weight (N, K) is kept as values (N, K/2) and int16 metadata (N, K/16); inference only."""
+class _Compressed(nn.Module):
+    """What Linear24 and Conv2d24 share: the weight as rows of values and int16 metadata (see `sparse24_format`).
 
-    def __init__(self, layer):
-        """layer: a Linear whose effective weight is 2:4. Raises InputError if it is not, saying where."""
+    weight_shape: of the dense weight. Its rows are (out, in), or (out, kh * kw * in) of a convolution.
+    """
+
+    def __init__(self, layer, rows):
+        """layer: what to replace; rows: its weight. Raises InputError where that is not 2:4 along the rows."""
         super().__init__()
         self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
-        values, metadata = pack(layer.effective_weight().detach())
+        values, metadata = pack(rows)
         self.register_buffer("values", values)
         self.register_buffer("metadata", metadata)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self._arranged = {}  # the same weight in the order a kernel reads it, made at the first call
 
-    def forward(self, x, residual=None):
-        return sparse24_linear(x, self.values, self.metadata, self.bias, activation=self.activation, residual=residual)
+    def __getstate__(self):
+        return {**self.__dict__, "_arranged": {}}
+
+    def extra_repr(self):
+        return f"weight {self.weight_shape}, pattern=2:4 compressed, activation={self.activation}"
+
+
+class Linear24(_Compressed):
+    """y = act([x | skip] w^T + b) + r from values (N, K/2) and metadata (N, K/16); inference only."""
+
+    def __init__(self, layer):
+        super().__init__(layer, layer.effective_weight().detach())
+
+    def forward(self, x, residual=None, skip=None):
+        return sparse24_linear(
+            x, self.values, self.metadata, self.bias, self.activation, residual, skip=skip, arranged=self._arranged
+        )
 
     def dense_weight(self):
         """The weight (N, K) that values and metadata stand for, bit for bit."""
         return unpack(self.values, self.metadata, self.weight_shape[1])
 
-    def extra_repr(self):
-        return f"weight {self.weight_shape}, pattern=2:4 compressed"
 
-
-class Conv2d24(nn.Module):
-    """A Conv2d whose weight, as rows (out, kh * kw * in), is kept as values and metadata; inference only."""
+class Conv2d24(_Compressed):
+    """y = act(conv2d(x, w) + b) + r from values and metadata of the rows (out, kh * kw * in); inference only."""
 
     def __init__(self, layer):
-        super().__init__()
-        self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
+        super().__init__(layer, group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1))
         self.geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        rows = group_view(layer.effective_weight().detach())
-        values, metadata = pack(rows.reshape(layer.out_channels, -1))
-        self.register_buffer("values", values)
-        self.register_buffer("metadata", metadata)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x, residual=None):
-        y = F.conv2d(x, self.dense_weight(), self.bias, **self.geometry)
-        return _epilogue(y, self.activation, residual)
+        return sparse24_conv2d(
+            x,
+            self.values,
+            self.metadata,
+            self.weight_shape[2:],
+            self.bias,
+            self.activation,
+            residual,
+            arranged=self._arranged,
+            **self.geometry,
+        )
 
     def dense_weight(self):
+        """The weight (out, in, kh, kw) that values and metadata stand for, bit for bit."""
         out, cin, kh, kw = self.weight_shape
         rows = unpack(self.values, self.metadata, cin * kh * kw)
         return ungroup(rows.reshape(out * kh * kw, cin), self.weight_shape).contiguous()
-
-    def extra_repr(self):
-        return f"weight {self.weight_shape}, pattern=2:4 compressed"
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------
@@ -355,8 +369,10 @@ def _compress_layer(layer):
 
 def uncompressed_because(layer):
     """None if a masked layer can be held as 2:4 values + metadata, else the reason as a short phrase."""
-    if isinstance(layer, Conv2d) and layer.groups > 1:
-        return "grouped convolutions have no compressed form"
+    if isinstance(layer, Conv2d) and (
+        layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
+        return "convolutions with groups, or padded other than by a number of zeros, have no compressed form"
     reason = invalid_because(layer.weight, Pattern(2, 4))
     if not reason and not holds(group_view(layer.effective_weight()), Pattern(2, 4)):
         reason = f"{layer.pattern} keeps more than 2 of every 4 somewhere"

@@ -176,6 +176,14 @@ def test_a_frozen_mask_stays_and_travels_with_the_weights():
     assert torch.equal(layer.current_mask(), reference_mask(layer.weight, layer.pattern))
 
 
+def test_a_second_source_is_a_concatenation():
+    layer = Linear(64, 32, pattern="2:4")
+    x, residual = torch.randn(5, 64), torch.randn(5, 32)
+    for form in (layer, compress(layer)):
+        with torch.no_grad():
+            assert torch.equal(form(x[:, :24], residual, skip=x[:, 24:]), form(x, residual))
+
+
 def test_inference_mode_works():
     layer = Linear(64, 32, pattern="2:4")
     expected = layer(torch.eye(64))
@@ -286,14 +294,21 @@ def test_bad_input_is_refused_with_the_rule(call, message):
 # ---- compress --------------------------------------------------------------------------------------------------------
 
 
-def test_compressed_model_is_the_masked_model_bit_for_bit():
+def assert_same_network(compressed, model, x):
+    """Weights are the same bit for bit; a convolution may round differently, in the other memory format."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_as_good_as_torch(compressed(x), exact, model(x))
+
+
+def test_compressed_model_is_the_masked_model():
     model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
     small = compress(model)
     assert isinstance(small.head, Linear24)
     assert isinstance(small.conv, Conv2d24)
     assert torch.equal(small.head.dense_weight(), model.head.effective_weight())
     assert torch.equal(small.conv.dense_weight(), model.conv.effective_weight())
-    assert torch.equal(small(x), model(x))
+    assert_same_network(small, model, x)
     assert isinstance(model.head, Linear), "compress must not touch the model it is given"
     state = small.state_dict()
     assert state["head.values"].shape == (30, 16)
@@ -307,7 +322,7 @@ def test_compress_keeps_denser_patterns_dense_and_says_so():
     assert type(small.head) is Linear
     assert small.head.pattern is None
     assert "keeps more than 2 of every 4" in small.head.dense_reason
-    assert torch.equal(small(x), model(x))
+    assert_same_network(small, model, x)
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "1:4", "1:16"])
@@ -316,6 +331,30 @@ def test_compress_holds_sparser_patterns_as_2_of_4(pattern):
     small = compress(model)
     assert isinstance(small.head, Linear24)
     assert holds(small.head.dense_weight(), Pattern.parse(pattern))
+    assert_same_network(small, model, x)
+
+
+def test_a_compressed_model_can_be_copied_moved_pickled_and_loaded():
+    model, x = compress(sparsify(Small(), "2:4")), torch.randn(2, 3, 8, 8)
+    y = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    other = compress(sparsify(Small(), "2:4"))
+    other(x)
+    other.load_state_dict(model.state_dict())
+    for same in (copy.deepcopy(model), torch.load(file, weights_only=False), other):
+        assert torch.equal(same(x), y)
+    assert copy.deepcopy(model).double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "conv", [{"groups": 2}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}], ids=str
+)
+def test_convolutions_without_a_compressed_form_stay_dense(conv):
+    model, x = sparsify(nn.Sequential(nn.Conv2d(16, 8, 3, **conv)), "2:4"), torch.randn(2, 16, 6, 6)
+    small = compress(model)
+    assert "no compressed form" in small[0].dense_reason
     assert torch.equal(small(x), model(x))
 
 

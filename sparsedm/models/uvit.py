@@ -141,7 +141,7 @@ class Block(nn.Module):
 
     def forward(self, x, skip=None):
         if skip is not None:
-            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+            x = self.skip_linear(x, skip=skip)
         x = self.attn(self.norm1(x), residual=x)
         return self.mlp(self.norm2(x), residual=x)
 
