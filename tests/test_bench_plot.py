@@ -118,6 +118,13 @@ def test_heat_shows_each_ratio_in_its_cell():
     assert [t.get_text() for t in figure.axes[0].texts] == ["2.00", "2.00"]
 
 
+def test_heat_leaves_cells_empty_that_were_not_measured():
+    corner = {"model": "grid", "shape": "grid corner", "M": 128, "N": 512}
+    figure = Figure()
+    assert charts.heat(figure, [*made_up(), row("dense", 10, **corner), row(charts.OURS, 40, **corner)])
+    assert [t.get_text() for t in figure.axes[0].texts] == ["2.00", "0.25", "2.00"], "three of four cells"
+
+
 def test_the_roofline_draws_the_measured_ceilings():
     figure = Figure()
     assert charts.roofline(figure, made_up())

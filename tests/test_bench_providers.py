@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsedm.bench.problems import ConvProblem, LinearProblem
-from sparsedm.bench.providers import DENSE, Sparse24
+from sparsedm.bench.providers import DENSE, DenseCompiled, Sparse24
 from sparsedm.bench.rivals import PROVIDERS, CuSparseLt, CuSparseLtTuned, Cutlass, Rival
 from sparsedm.bench.shapes import ConvShape, LinearShape
 
@@ -41,6 +41,22 @@ def test_a_forced_back_end_runs_and_the_environment_is_put_back(monkeypatch):
     monkeypatch.delenv("SPARSEDM_BACKEND")
     bound.run()
     assert "SPARSEDM_BACKEND" not in os.environ
+
+
+def test_compilation_is_for_each_shape_and_never_gives_up(monkeypatch):
+    """The compiler is replaced by one that only counts, because the real one needs a GPU to choose for."""
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append([tuple(t.shape) for t in inputs if isinstance(t, torch.Tensor)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda call, mode, **options: real(call, backend=backend, **options))
+    for rows in range(1, 13):
+        problem = LinearProblem(LinearShape("m", "l", rows, 8, 8), "plain", torch.float32, "cpu")
+        out = DenseCompiled().bind(problem, None).run()
+        assert problem.check(out, sparse=False).right
+    assert len(graphs) == 12, "one for each shape"
 
 
 class OnPaper:

@@ -132,6 +132,8 @@ def _table(axes, cells, x_name, y_name):
     # logarithmic, so that half as fast is as dark as twice as fast
     image = axes.imshow(np.log2(grid), cmap="PuOr", norm=TwoSlopeNorm(0, -1, 1), origin="lower", aspect="auto")
     for (y, x), value in np.ndenumerate(grid):
+        if np.isnan(value):  # not measured
+            continue
         ink = "#000000" if abs(np.log2(value)) < 0.7 else "#ffffff"
         axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=9, color=ink)
     axes.set_xticks(range(len(xs)), [f"{v:g}" for v in xs])

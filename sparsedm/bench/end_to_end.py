@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsedm.bench.problems import Problem
-from sparsedm.bench.providers import Bound, Provider
+from sparsedm.bench.providers import Bound, Provider, max_autotune
 from sparsedm.inspection import inspect
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 from sparsedm.layers import compress, masked_layers, sparsify
@@ -138,7 +138,7 @@ class NetworkProvider(Provider):
 
     def built(self, problem):
         network = self.network(problem)
-        return torch.compile(network, mode="max-autotune-no-cudagraphs") if self.compiled else network
+        return max_autotune(network) if self.compiled else network
 
     def bind(self, problem, prepared):
         network = self.built(problem)
