@@ -86,7 +86,7 @@ def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, d
     Raises: InputError if the folder holds a campaign already and resume is not asked for.
     """
     folder, start = Path(folder), now()
-    entries = {e["name"]: e for e in _index(folder)["suites"]} if resume else {}
+    entries = {e["name"]: e for e in _index(folder)["suites"]}
     if not resume and (folder / "index.json").exists():
         raise InputError(f"{folder} holds a campaign: choose another --out, or go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)

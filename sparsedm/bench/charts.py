@@ -184,7 +184,8 @@ def _bars(figure, entries, labels):
         axes.barh(y, [s.p50 for _, s in mine], height * 0.92, label=provider, **style)
         axes.errorbar([s.p50 for _, s in mine], y, xerr=whiskers, fmt="none", ecolor="#808080", elinewidth=1)
         for at, (_, s) in zip(y, mine):
-            axes.text(min(s.high, right * 0.93), at, f" {s.p50:.2f}", va="center", fontsize=8)
+            behind = dict(facecolor=axes.get_facecolor(), edgecolor="none", pad=0.5, alpha=0.8)  # whiskers may cross it
+            axes.text(min(s.high, right * 0.93), at, f" {s.p50:.2f}", va="center", fontsize=8, bbox=behind)
     losing_region(axes, vertical=True)
     axes.set_xlim(0, right)
     axes.set_ylim(len(labels) - 0.5, -0.5)
