@@ -61,9 +61,9 @@ REAL = replace(
     SYNTHETIC,
     model={"velocity": True},
     stages=(
-        Stage("dense", 1100),
-        Stage("3of4", 200, "3:4", **TRANSFER),
-        Stage("2of4", 400, "2:4", **TRANSFER),
+        Stage("dense", 900),
+        Stage("3of4", 150, "3:4", **TRANSFER),
+        Stage("2of4", 300, "2:4", **TRANSFER),
     ),
     options=replace(SYNTHETIC.options, flip=True),
     samples=256,
