@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 bad input, one sentence on stderr; 128 + signal when train
 
 import argparse
 import logging
+import os
 import sys
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from sparsedm import __version__, commands, diffusion, samplers
 from sparsedm.bench import advice
 from sparsedm.errors import InputError
+from sparsedm.inspection import ARCHS
 from sparsedm.models import MODELS
 from sparsedm.quickstart import quickstart
 from sparsedm.train.loop import Interrupted
@@ -30,6 +32,8 @@ def main(arguments=None):
     except Interrupted as interruption:
         print(f"sparsedm: {interruption}", file=sys.stderr)
         return interruption.exit_code
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -147,12 +151,17 @@ def _parser():
             "--model uvit-cifar10-small --pattern 2:4",
             "--model uvit-cifar10-small --pattern 2:4 --where all",
             "runs/quickstart",
+            "--model uvit-imagenet256-large --pattern 2:4 --arch sm_90a --batch 64",
         ],
     )
     inspection.add_argument("run", nargs="?", help="run folder, stage folder or model file")
     _add_model(inspection, default=None)
     inspection.add_argument("--pattern", help="N:M to apply, for example 2:4")
     inspection.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
+    inspection.add_argument(
+        "--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16"
+    )
+    inspection.add_argument("--batch", type=int, default=1, help="images at a time, for --arch (default: 1)")
     inspection.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
     inspection.add_argument("--json", metavar="FILE", help="also write the numbers")
 

@@ -214,7 +214,7 @@ def inspect_model(options):
         name, model = options.model, build_model(options.model, device="meta", **_overrides(options))
     if options.pattern:
         sparsify(model, options.pattern, options.where)
-    table = inspect(model)
+    table = inspect(model, arch=options.arch, batch=options.batch)
     print(table)
     title = f"{name} {options.pattern or ''}".strip()
     if options.json:

@@ -11,8 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
 from sparsedm.kernels.pattern import Pattern, group_view, holds
-from sparsedm.layers import Conv2d24, Linear24
+from sparsedm.kernels.sparse24_conv import choose_conv_backend
+from sparsedm.kernels.sparse24_matmul import choose_backend
+from sparsedm.layers import Conv2d24, Linear, Linear24
 
+ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
+GEOMETRY = ("stride", "padding", "dilation")
 LAYERS = (nn.Linear, nn.Conv2d, Linear24, Conv2d24)
 
 
@@ -30,7 +34,7 @@ class LayerRow:
     macs: int
     macs_after: int
     backend: str  # what computes it
-    dense_because: str  # empty if the layer is sparse
+    why: str  # why this back end, or why the layer is dense
 
     @property
     def density(self):
@@ -61,7 +65,7 @@ class Inspection:
         return {"layers": [asdict(r) | {"density": r.density} for r in self.rows], "totals": self.totals()}
 
     def __str__(self):
-        head = ("layer", "weight", "pattern", "parameters", "after", "MMACs", "after", "back end", "dense because")
+        head = ("layer", "weight", "pattern", "parameters", "after", "MMACs", "after", "back end", "why")
         body = [
             (
                 r.name,
@@ -72,7 +76,7 @@ class Inspection:
                 f"{r.macs / 1e6:,.2f}",
                 f"{r.macs_after / 1e6:,.2f}",
                 r.backend,
-                r.dense_because,
+                r.why,
             )
             for r in self.rows
         ]
@@ -125,24 +129,29 @@ class Inspection:
             figure.savefig(partial, dpi=120)
 
 
-def inspect(model, example_inputs=None):
+def inspect(model, example_inputs=None, *, arch=None, batch=1):
     """Inspect a model: its linear and convolution layers, what each holds and costs. Computes nothing (meta tensors).
 
     example_inputs: a tuple for `model(*example_inputs)` at batch 1; by default the model's own `example_inputs()`.
-    Raises: InputError if the model has no example_inputs and none are given.
+    arch: None: the back ends that run now. One of ARCHS: those that the compressed model would use there, in bf16.
+    batch: the number of images the back ends are chosen for.
+    Raises: InputError if the model has no example_inputs and none are given, or for an unknown arch.
     """
     if example_inputs is None:
         if not hasattr(model, "example_inputs"):
             raise InputError(f"{type(model).__name__} has no example_inputs(): pass example_inputs=(x, t, ...)")
         example_inputs = model.example_inputs()
-    macs, attention = _count_macs(model, example_inputs)
+    if arch not in (None, *ARCHS):
+        raise InputError(f"unknown arch {arch!r}: one of {', '.join(ARCHS)}")
+    calls, attention = _count(model, example_inputs)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LAYERS)]
     inside = {id(p) for _, m in layers for p in m.parameters()}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    return Inspection(tuple(_row(name, layer, macs.get(layer, 0)) for name, layer in layers), other, attention)
+    rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
+    return Inspection(rows, other, attention)
 
 
-def _row(name, layer, macs):
+def _row(name, layer, calls, arch, batch):
     compressed = isinstance(layer, Linear24 | Conv2d24)
     pattern = Pattern(2, 4) if compressed else getattr(layer, "pattern", None)
     with torch.no_grad():
@@ -154,6 +163,11 @@ def _row(name, layer, macs):
             kept //= pattern.group if pattern else 1
             held = not pattern or weight.is_meta or holds(group_view(weight), pattern)
     dense, bias = math.prod(shape), 0 if layer.bias is None else layer.bias.numel()
+    if compressed or (arch and pattern and pattern.keep <= 2):  # at most 2 of every 4: can be compressed
+        backend, why = _sparse_backend(layer, shape, calls, arch, batch)
+    else:
+        backend = "torch, masked weight" if pattern else "torch"
+        why = "" if pattern else getattr(layer, "dense_reason", None) or "no pattern was set"
     return LayerRow(
         name=name or "(the model itself)",
         kind=type(layer).__name__,
@@ -162,19 +176,41 @@ def _row(name, layer, macs):
         holds=held,
         parameters=dense + bias,
         parameters_after=kept + bias,
-        macs=macs,
-        macs_after=round(macs * kept / dense),
-        backend="torch, unpacked" if compressed else "torch, pre-masked" if pattern else "torch",
-        dense_because="" if pattern else getattr(layer, "dense_reason", None) or "no pattern was set",
+        macs=calls.macs,
+        macs_after=round(calls.macs * kept / dense),
+        backend=backend,
+        why=why,
     )
 
 
-def _count_macs(model, example_inputs):
-    """({layer: MACs}, MACs of the attention products), from one forward on meta tensors at batch 1.
+def _sparse_backend(layer, shape, calls, arch, batch):
+    """(name, reason) of what computes the layer in compressed form."""
+    held = layer.values if isinstance(layer, Linear24 | Conv2d24) else layer.weight
+    capability = torch.cuda.get_device_capability(held.device) if held.is_cuda else None
+    dtype = held.dtype
+    if arch:
+        capability, dtype = ARCHS[arch], torch.bfloat16
+    if isinstance(layer, Linear | Linear24):
+        return choose_backend(capability, batch * calls.rows, *shape, dtype)
+    geometry = [layer.geometry[k] if isinstance(layer, Conv2d24) else getattr(layer, k) for k in GEOMETRY]
+    return choose_conv_backend(capability, shape[1], shape[2:], *geometry, calls.image, shape[0], dtype)
+
+
+@dataclass
+class _Calls:
+    """What one forward at batch 1 showed of a layer: MACs, rows of a Linear's input, image size of a Conv2d's."""
+
+    macs: int = 0
+    rows: int = 0
+    image: tuple = (0, 0)
+
+
+def _count(model, example_inputs):
+    """({layer: _Calls}, MACs of the attention products), from one forward on meta tensors at batch 1.
 
     The attention products are every product that torch's counter sees outside of the layers.
     """
-    macs, counter = {}, FlopCounterMode(display=False)
+    calls, counter = {}, FlopCounterMode(display=False)
     started, inside = [], []
 
     def enter(layer, inputs):
@@ -183,7 +219,12 @@ def _count_macs(model, example_inputs):
     def leave(layer, inputs, output):
         inside.append(counter.get_total_flops() - started.pop())
         shape = layer.weight_shape if isinstance(layer, Linear24 | Conv2d24) else layer.weight.shape
-        macs[layer] = macs.get(layer, 0) + output.numel() * math.prod(shape[1:])
+        call = calls.setdefault(layer, _Calls())
+        call.macs += output.numel() * math.prod(shape[1:])
+        if len(shape) == 2:
+            call.rows = max(call.rows, output.numel() // shape[0])
+        else:
+            call.image = tuple(inputs[0].shape[-2:])
 
     state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
     inputs = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in example_inputs)
@@ -198,4 +239,4 @@ def _count_macs(model, example_inputs):
             hook.remove()
         for module in training:
             module.training = True
-    return macs, (counter.get_total_flops() - sum(inside)) // 2
+    return calls, (counter.get_total_flops() - sum(inside)) // 2

@@ -28,8 +28,8 @@ STEM, MIX = 16 * 32 * 27, 16 * 32 * 32
 def test_counts_are_those_by_hand(change):
     table = inspect(change(Model()))
     stem, mix = table.rows
-    assert (stem.macs, stem.macs_after, stem.dense_because) == (STEM, STEM, "the input axis 3 is not a multiple of 4")
-    assert (mix.macs, mix.macs_after, mix.dense_because, mix.pattern) == (MIX, MIX // 2, "", "2:4")
+    assert (stem.macs, stem.macs_after, stem.why) == (STEM, STEM, "the input axis 3 is not a multiple of 4")
+    assert (mix.macs, mix.macs_after, mix.pattern) == (MIX, MIX // 2, "2:4")
     assert (mix.parameters, mix.parameters_after) == (32 * 32 + 32, 32 * 16 + 32)
     assert mix.holds
     totals = table.totals()
@@ -63,3 +63,33 @@ def test_a_model_without_example_inputs_needs_them():
     with pytest.raises(InputError, match="pass example_inputs"):
         inspect(nn.Linear(4, 4))
     assert inspect(nn.Linear(4, 4), (torch.zeros(1, 4),)).totals()["macs"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arch", "batch", "backend"),
+    [
+        ("cpu", 64, "torch"),
+        ("sm_80", 2, "few"),
+        ("sm_80", 512, "mma"),
+        ("sm_90a", 512, "wgmma"),
+        ("sm_90a", 16, "dense"),
+    ],
+)
+def test_arch_shows_the_kernel_the_compressed_model_would_use(arch, batch, backend):
+    model = sparsify(nn.Sequential(nn.Linear(64, 64)), "2:4")
+    for form in (model, compress(model)):
+        (row,) = inspect(form, (torch.zeros(1, 16, 64),), arch=arch, batch=batch).rows
+        assert row.backend == backend
+        assert row.why
+
+
+def test_arch_of_a_convolution():
+    model = sparsify(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)), "2:4")
+    for form in (model, compress(model)):
+        (row,) = inspect(form, (torch.zeros(1, 64, 8, 8),), arch="sm_90a").rows
+        assert row.backend == "wgmma"
+
+
+def test_an_unknown_arch_is_refused():
+    with pytest.raises(InputError, match="unknown arch 'sm_1': one of cpu, sm_80"):
+        inspect(Model(), arch="sm_1")
