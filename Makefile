@@ -25,7 +25,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
@@ -38,6 +38,8 @@ bench: $(STAMP)
 gpu: $(STAMP)
 	$(BIN)/python -m sparsedm.bench.campaign --minutes $(MINUTES) --out runs/gpu $(GPU_OPTIONS)
 
+# threads that wait by sleeping: by spinning, two of them slow down to a crawl as soon as another process is busy
+quickstart: export OMP_WAIT_POLICY = PASSIVE
 quickstart: $(STAMP)
 	$(BIN)/sparsedm quickstart $(if $(DATA),--data '$(DATA)')
 

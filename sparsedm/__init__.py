@@ -12,7 +12,7 @@ _HOME = {
     "Conv2d24": "sparsedm.layers",
     "sparsify": "sparsedm.layers",
     "compress": "sparsedm.layers",
-    "inspect": "sparsedm.layers",
+    "inspect": "sparsedm.inspection",
     "build_model": "sparsedm.models",
     "InputError": "sparsedm.errors",
 }

@@ -32,13 +32,22 @@ def main(arguments=None):
     except Interrupted as interruption:
         print(f"sparsedm: {interruption}", file=sys.stderr)
         return interruption.exit_code
+    except KeyboardInterrupt:
+        print("sparsedm: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One sentence on stderr, like every other refusal, and not the whole usage before it."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "sparsedm",
         description="Train, run and measure 2:4 (and N:M) sparse diffusion models. Start with: sparsedm quickstart",
     )
@@ -54,7 +63,7 @@ def _parser():
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run_command=function)
-        sub.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+        sub.add_argument("--seed", type=_seed, default=0, help="of all random numbers (default: 0)")
         sub.add_argument(
             "--device", type=_device, default=_device("auto"), help="auto, cpu, cuda, cuda:1 (default: auto)"
         )
@@ -70,7 +79,7 @@ def _parser():
             "--init runs/dense --model uvit-tiny --data cifar10 --method sr-ste+kd --pattern 2:4 --steps 10000",
         ],
     )
-    _add_model(train)
+    _add_model(train, " (default: uvit-tiny, or what --init holds)")
     train.add_argument(
         "--data", required=True, help="synthetic, cifar10, a folder, a zip or tar.gz of images, or an .npz"
     )
@@ -117,9 +126,10 @@ def _parser():
         ["runs/quickstart", "runs/quickstart --count 64 --sampler ddim --sampling-steps 100 --compress"],
     )
     sample.add_argument("run", help="run folder (its last stage), stage folder, or model file")
+    _add_model(sample, ": what a foreign file holds")
     _add_sampling(sample, count=64)
     sample.add_argument("--compress", action="store_true", help="hold and compute 2:4 weights in compressed form")
-    sample.add_argument("--out", help="the picture (default: samples.png in the run folder)")
+    sample.add_argument("--out", help="the picture (default: drawn.png in the run folder)")
 
     evaluation = command(
         "evaluate",
@@ -128,6 +138,7 @@ def _parser():
         ["runs/quickstart --data synthetic", "runs/mine --data cifar10 --features inception --count 50000"],
     )
     evaluation.add_argument("run", help="run folder (its last stage), stage folder, or model file")
+    _add_model(evaluation, ": what a foreign file holds")
     evaluation.add_argument("--data", required=True, help="the real images, as for train")
     evaluation.add_argument(
         "--split", choices=("train", "test"), default="train", help="part of --data (default: train)"
@@ -155,7 +166,7 @@ def _parser():
         ],
     )
     inspection.add_argument("run", nargs="?", help="run folder, stage folder or model file")
-    _add_model(inspection, default=None)
+    _add_model(inspection)
     inspection.add_argument("--pattern", help="N:M to apply, for example 2:4")
     inspection.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
     inspection.add_argument(
@@ -185,8 +196,8 @@ def _parser():
     return parser
 
 
-def _add_model(sub, default="uvit-tiny"):
-    sub.add_argument("--model", default=default, metavar="NAME", help=f"one of {', '.join(MODELS)}")
+def _add_model(sub, note=""):
+    sub.add_argument("--model", metavar="NAME", help=f"one of {', '.join(MODELS)}{note}")
     sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change an option of the model")
 
 
@@ -198,9 +209,15 @@ def _add_sampling(sub, count):
     sub.add_argument("--no-clip", action="store_true", help="let images leave [-1, 1] on the way (latents always may)")
     sub.add_argument("--label", type=int, help="draw only this class (default: all classes in turn)")
     sub.add_argument(
-        "--batch-size", type=int, default=256, help="images at a time; changes nothing else (default: 256)"
+        "--batch-size", type=int, default=256, help="images at a time; changes nothing but rounding (default: 256)"
     )
     sub.add_argument("--which", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)")
+
+
+def _seed(text):
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
 
 
 def _device(text):
@@ -210,6 +227,8 @@ def _device(text):
         device = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a device, such as cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not served: cpu and cuda are")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
             f"{text} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices"

@@ -16,44 +16,35 @@ from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, write_json
 from sparsedm.inspection import inspect
 from sparsedm.layers import compress, sparsify
-from sparsedm.models import build_model
+from sparsedm.models import build_model, model_config
+from sparsedm.models.ddpm_diffusers import from_diffusers
 from sparsedm.train import checkpoint, data
 from sparsedm.train.chain import parse_chain, plan, run_chain
 from sparsedm.train.loop import TrainOptions
-from sparsedm.train.methods import method_stages
+from sparsedm.train.methods import METHODS, method_stages
+
+TRAINING = ("steps", "batch_size", "lr", "warmup", "cosine", "ema", "weighting", "seed", "compile", "log_every")
 
 
 def train(options):
     training = TrainOptions(
-        **{
-            name: getattr(options, name)
-            for name in (
-                "steps",
-                "batch_size",
-                "lr",
-                "warmup",
-                "cosine",
-                "ema",
-                "weighting",
-                "seed",
-                "compile",
-                "log_every",
-            )
-        },
+        **{name: getattr(options, name) for name in TRAINING},
         flip=not options.no_flip,
-        amp="bf16" if options.amp == "bf16" or (options.amp == "auto" and options.device.type == "cuda") else None,
+        amp=amp_of(options.device) if options.amp == "auto" else None if options.amp == "off" else options.amp,
         save_every=options.save_every,
         validate_every=options.save_every,
     )
     torch.manual_seed(options.seed)
     if options.init:
-        start = checkpoint.load_model(options.init, build_model)
-        model, ema = checkpoint.load_model(options.init, build_model, which="model").model, start.model
+        model, ema = _dense_start(options)
     else:
-        model = build_model(options.model, device="meta" if options.dry_run else None, **_overrides(options))
+        model = build_model(
+            options.model or "uvit-tiny", device="meta" if options.dry_run else None, **_overrides(options)
+        )
         ema = None
     stages = _stages(options, ema)
-    folder = Path(options.run or f"runs/{options.model}-{options.method or options.chain.replace(':', 'of')}")
+    name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
+    folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     if options.dry_run:
         show_plan(stages, training, model, folder, options.where)
         return
@@ -69,9 +60,9 @@ def train(options):
         folder,
         ema=ema,
         where=options.where,
-        build=lambda: build_model(options.model, **_overrides(options)),
+        build=lambda: build_model(model.config),
         validation=validation,
-        record={"data": options.data, "model": options.model, "init": options.init},
+        record={"data": options.data, "init": options.init},
         device=options.device,
     )
     curves = [(f"{r.stage.name} {r.stage.pattern}", r.metrics) for r in results]
@@ -82,7 +73,36 @@ def train(options):
     print(f"curves: {folder / 'loss.png'}   next: sparsedm sample {folder}")
 
 
+def amp_of(device):
+    """Products in bf16 on a GPU, in fp32 elsewhere."""
+    return "bf16" if device.type == "cuda" else None
+
+
+def _dense_start(options):
+    """The dense network and its average that --init names: of a chain's folder, those of its first stage."""
+    stages = sorted(Path(options.init).glob("[0-9][0-9]-*"))
+    path = stages[0] if stages else options.init
+    loaded = _load(options, path)
+    if loaded.kind != "dense":
+        raise InputError(f"--init {options.init}: {loaded.file} holds a {loaded.kind} network, not a dense one")
+    return _load(options, path, which="model").model, loaded.model
+
+
+def _load(options, path=None, which="ema"):
+    """The model file or run folder that the command line names; --model and --set say what a foreign file holds."""
+    path = Path(path or options.run)
+    named = options.model or options.set
+    config = model_config(options.model or "uvit-tiny", **_overrides(options)) if named else None
+    convert = from_diffusers if config and config.kind == "ddpm" else None
+    loaded = checkpoint.load_model(path, build_model, which=which, config=config, convert=convert)
+    if config and config != loaded.model.config:
+        raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")
+    return loaded
+
+
 def _stages(options, ema):
+    if options.method and options.method not in METHODS:
+        raise InputError(f"unknown method {options.method!r}: one of {', '.join(METHODS)}")
     if not options.method:
         return parse_chain(options.chain, options.steps, options.split, w_kd=options.w_kd, decay=options.decay)
     if options.split:
@@ -135,15 +155,29 @@ def show_plan(stages, training, model, folder, where=None):
 
 
 def sample(options):
-    loaded = checkpoint.load_model(options.run, build_model, which=options.which)
+    loaded = _load(options, which=options.which)
     model = (compress(loaded.model) if options.compress else loaded.model).to(options.device)
+    out = _picture(options.out or _beside(options.run) / "drawn.png")
+    if model.config.channels not in (1, 3):
+        raise InputError(f"{loaded.file} makes latents of {model.config.channels} channels, which are no picture")
     images = to_uint8(_draw(model, options))
-    out = Path(options.out or Path(options.run if Path(options.run).is_dir() else ".") / "samples.png")
     pictures.save_grid(out, [("", row) for row in images.split(16)])
     print(
         f"{len(images)} samples of the {'compressed' if options.compress else loaded.kind} model in {loaded.file}, "
         f"{options.sampler} in {options.sampling_steps} steps, seed {options.seed}: {out}"
     )
+
+
+def _beside(run):
+    """The folder for what is made from a run folder; the current one if `run` is a file."""
+    return Path(run) if Path(run).is_dir() else Path()
+
+
+def _picture(path):
+    """`path`, once it is known to be a name that a picture can have: refused before hours of sampling, not after."""
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"{path} must end in .png, .jpg or .webp")
+    return Path(path)
 
 
 def _draw(model, options):
@@ -175,7 +209,7 @@ def _draw(model, options):
 
 
 def evaluate_samples(options):
-    loaded = checkpoint.load_model(options.run, build_model, which=options.which)
+    loaded = _load(options, which=options.which)
     model = loaded.model.to(options.device)
     reference = data.load(options.data, options.split, size=model.config.image_size)
     features = load_features(options.features, options.device)
@@ -196,7 +230,7 @@ def evaluate_samples(options):
         "sampling_steps": options.sampling_steps,
         "seed": options.seed,
     }
-    out = Path(options.out or Path(options.run if Path(options.run).is_dir() else ".") / "evaluation.json")
+    out = Path(options.out or _beside(options.run) / "evaluation.json")
     write_json(out, report)
     width = max(map(len, report))
     print(
@@ -206,10 +240,12 @@ def evaluate_samples(options):
 
 
 def inspect_model(options):
-    if (options.run is None) == (options.model is None):
-        raise InputError("name one thing to inspect: a run folder or model file, or --model")
+    if options.run is None and options.model is None:
+        raise InputError("name something to inspect: a run folder or model file, or --model")
+    if options.where and not options.pattern:
+        raise InputError(f"--where {options.where} says where a pattern goes: give one with --pattern")
     if options.run:
-        name, model = options.run, checkpoint.load_model(options.run, build_model).model
+        name, model = options.run, _load(options).model
     else:
         name, model = options.model, build_model(options.model, device="meta", **_overrides(options))
     if options.pattern:
@@ -220,7 +256,11 @@ def inspect_model(options):
     if options.json:
         write_json(options.json, table.to_dict())
         print(f"numbers: {options.json}")
-    chart = options.plot or f"{Path(title.replace(':', 'of').replace(' ', '-')).name}-layers.png"
+    chart = (
+        _picture(options.plot)
+        if options.plot
+        else f"{Path(title.replace(':', 'of').replace(' ', '-')).name}-layers.png"
+    )
     table.plot(chart, f"{title}: parameters per layer, before and after")
     print(f"chart: {chart}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparsedm import diffusion, evaluate, pictures, samplers
-from sparsedm.commands import show_plan
+from sparsedm.commands import amp_of, show_plan
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
@@ -32,14 +32,15 @@ class Recipe:
     options: TrainOptions
     samples: int  # for the distances, per network
     sampling_steps: int
+    threads: int  # on a CPU; on tensors this small a second one mostly waits, and for ages if another process is busy
 
 
 SYNTHETIC = Recipe(
     model={"image_size": 12, "patch_size": 3, "velocity": True},
     stages=(
-        Stage("dense", 2000),
-        Stage("3of4", 300, "3:4", **TRANSFER),
-        Stage("2of4", 600, "2:4", **TRANSFER),
+        Stage("dense", 1600),
+        Stage("3of4", 200, "3:4", **TRANSFER),
+        Stage("2of4", 450, "2:4", **TRANSFER),
     ),
     options=TrainOptions(
         batch_size=32,
@@ -56,17 +57,19 @@ SYNTHETIC = Recipe(
     ),
     samples=500,
     sampling_steps=25,
+    threads=1,
 )
 REAL = replace(
     SYNTHETIC,
     model={"velocity": True},
     stages=(
-        Stage("dense", 900),
-        Stage("3of4", 150, "3:4", **TRANSFER),
-        Stage("2of4", 300, "2:4", **TRANSFER),
+        Stage("dense", 800),
+        Stage("3of4", 120, "3:4", **TRANSFER),
+        Stage("2of4", 260, "2:4", **TRANSFER),
     ),
     options=replace(SYNTHETIC.options, flip=True),
     samples=256,
+    threads=2,
 )
 
 SHOWN = 20  # images of each network in the picture
@@ -91,7 +94,7 @@ def quickstart(options):
     folder = Path(
         options.run or "runs/quickstart" + ("" if options.data == "synthetic" else f"-{Path(options.data).stem}")
     )
-    training = replace(recipe.options, seed=options.seed)
+    training = replace(recipe.options, seed=options.seed, amp=amp_of(options.device))
     config = build_model("uvit-tiny", device="meta", **recipe.model).config
     if options.dry_run:
         network = build_model("uvit-tiny", device="meta", **recipe.model)
@@ -101,6 +104,7 @@ def quickstart(options):
     validation = data.load(options.data, "test", size=config.image_size, limit=1024)
     if images.is_latent:
         raise InputError(f"data {options.data} holds latents, of which no picture can be shown: use sparsedm train")
+    torch.set_num_threads(min(recipe.threads, torch.get_num_threads()))
     torch.manual_seed(options.seed)
     channels, classes = images.images.shape[1], len(images.class_names)
     model = build_model("uvit-tiny", **recipe.model, channels=channels, num_classes=classes)
@@ -121,7 +125,9 @@ def quickstart(options):
     checkpoint.save_model(folder / "chain-2of4-compressed.safetensors", compress(networks["chain 2:4"]))
     rows, samples = _measure(networks, results, recipe, images, validation, options)
 
-    shown = {"real": images.images} | {name: samples[name] for name in ("dense", "one-shot 2:4", "chain 2:4")}
+    shown = {"real": images.images[:: max(1, len(images) // SHOWN)]} | {
+        name: samples[name] for name in ("dense", "one-shot 2:4", "chain 2:4")
+    }
     pictures.save_grid(folder / "samples.png", [(name, shown[name][:SHOWN]) for name in shown])
     curves = [(r.stage.pattern, r.metrics) for r in results]
     pictures.plot_losses(folder / "loss.png", curves, training.batch_size, f"quickstart on {images.source}")
@@ -157,7 +163,7 @@ def _measure(networks, results, recipe, images, validation, options):
     reference = evaluate.summarize(images.images, features, f"{images.source} train", progress=True)
     shape = (config.channels, config.image_size, config.image_size)
     labels = torch.arange(recipe.samples) % config.num_classes if config.num_classes else None
-    x, y = data.batch(validation, torch.arange(len(validation)))
+    x, y = data.batch(validation.to(options.device), torch.arange(len(validation)))
     seconds = {f"chain {result.stage.pattern}": result.result.seconds for result in results[1:]}
     seconds["dense"] = results[0].result.seconds
     rows, samples = [], {}
@@ -186,6 +192,7 @@ def _measure(networks, results, recipe, images, validation, options):
                 "validation_loss": float(diffusion.validation_loss(network, x, schedule, y=y)),
                 **distances,
                 **totals,
+                "density": totals["macs_after"] / totals["macs"],
                 "training_seconds": seconds.get(name, 0.0),
             }
         )
@@ -196,7 +203,7 @@ def _table(rows):
     head = f"{'model':<14}{'val. loss':>10}{'Fréchet':>9}{'density':>9}{'parameters':>12}{'MACs':>10}{'training':>10}"
     lines = [
         f"{r['model']:<14}{r['validation_loss']:>10.4f}{r['frechet_distance']:>9.2f}"
-        f"{r['macs_after'] / r['macs']:>9.2f}{r['parameters_after']:>12,}{r['macs_after'] / 1e6:>8.1f} M"
+        f"{r['density']:>9.2f}{r['parameters_after']:>12,}{r['macs_after'] / 1e6:>8.1f} M"
         f"{r['training_seconds']:>8.0f} s"
         for r in rows
     ]
@@ -222,7 +229,8 @@ images: `sparsedm train --method dense` gives the control.)
 
 * Fréchet distance: {dense["count"]:,} samples against {dense["reference_count"]:,} real images, on
   `{dense["features"]}` features: a fixed random convolution network. It ranks networks here and is not an FID.
-* density, parameters and MACs count the kept weights; MACs are those of linear and convolution layers for one image.
+* parameters and MACs count the kept weights, MACs those of linear and convolution layers for one image; density is
+  their share of the dense MACs.
 * training: seconds spent on that network alone, on {report["device"]} (torch {report["torch"]}). Masks are applied by
   plain torch here: a CPU gains no speed from them.
 

@@ -69,7 +69,7 @@ class Compiled:
 
 
 def compile_offline(builds):
-    """[Build] -> [Compiled] in the same order. Raises RuntimeError with the compiler's words if one does not compile."""
+    """[Build] -> [Compiled] in the same order. RuntimeError with the compiler's words if one does not compile."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[1])
     env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])

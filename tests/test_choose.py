@@ -132,6 +132,7 @@ def test_the_result_is_detached(way):
         (torch.ones(8), r"fc1: a masked weight has 2 .* dimensions, not shape \(8,\)"),
         (torch.ones(4, 8, dtype=torch.int32), "fc1: .*floating-point weights, not torch.int32"),
         (torch.tensor([[1.0, float("nan"), 0.0, float("nan")]]), "fc1: .* of its weights are NaN"),
+        (torch.tensor([[float("nan"), 1.0, 2.0, 3.0], [0.0] * 4]), "fc1: .* of its weights are NaN"),
         (torch.full((2, 4), -float("nan")), "fc1: .* of its weights are NaN"),
         (torch.full((2, 4), float("nan"), dtype=torch.bfloat16), "fc1: .* of its weights are NaN"),
     ],
@@ -156,7 +157,7 @@ def test_it_is_an_operator_without_graph_breaks():
         (None, 2, 4, torch.float16, True, False, False),
         (previous, 2, 4, torch.float32, False, True, True),
     ):
-        torch.library.opcheck(torch.ops.sparsedm.choose, (weight, *arguments, "w"))
+        torch.library.opcheck(torch.ops.sparsedm.choose.default, (weight, *arguments, "w"))
     compiled = torch.compile(lambda w: choose(w, Pattern(2, 4)), fullgraph=True, backend="aot_eager")
     for out, expected in zip(compiled(weight), choose(weight, Pattern(2, 4))):
         assert torch.equal(out, expected)

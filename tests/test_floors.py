@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import sparsedm
+
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.errors", -2),
@@ -75,6 +77,14 @@ def test_a_wrong_import_is_noticed():
     assert list(violations("sparsedm.evaluate", "import sparsedm.train.loop"))
     assert list(violations("sparsedm.train.loop", "import triton"))
     assert not list(violations("sparsedm.train.chain", "from sparsedm.train.loop import train"))
+
+
+def test_every_public_name_is_there():
+    assert sparsedm.__all__
+    for name in sparsedm.__all__:
+        assert callable(getattr(sparsedm, name))
+    with pytest.raises(AttributeError, match="no attribute 'sparsity'"):
+        _ = sparsedm.sparsity
 
 
 def test_import_is_lazy_and_needs_no_triton():

@@ -9,8 +9,8 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import (
     GROUPS,
     Pattern,
-    choose_mask,
     choose_mask_ref,
+    choose_untied_mask,
     group_view,
     holds,
     pack_bits,
@@ -32,7 +32,7 @@ def mask_by_sorting(weight, pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("chooser", [choose_mask_ref, choose_mask])
+@pytest.mark.parametrize("chooser", [choose_mask_ref, choose_untied_mask])
 def test_the_largest_are_kept(chooser, pattern):
     weight = torch.randn(5, 64)
     assert torch.equal(chooser(weight, pattern), mask_by_sorting(weight, pattern))
@@ -50,7 +50,8 @@ def test_few_distinct_values_so_that_ties_are_everywhere(data):
     weight = torch.tensor(numbers, dtype=dtype).view(shape)
     expected = mask_by_sorting(weight, pattern)
     assert torch.equal(choose_mask_ref(weight, pattern), expected)
-    assert torch.equal(choose_mask(weight, pattern), expected)
+    untied = choose_untied_mask(weight, pattern)
+    assert untied is None or torch.equal(untied, expected)
     assert holds(torch.where(expected, weight, 0), pattern)
 
 
@@ -58,7 +59,20 @@ def test_ties_go_to_the_lower_index_and_a_negative_zero_is_zero():
     weight = torch.tensor([[1.0, -1.0, 1.0, -1.0], [-0.0, 0.0, -0.0, 0.0], [0.0, -0.0, 3.0, -0.0]])
     expected = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)
     assert torch.equal(choose_mask_ref(weight, Pattern(2, 4)), expected)
-    assert torch.equal(choose_mask(weight, Pattern(2, 4)), expected)
+
+
+def test_the_quick_way_gives_up_on_ties_for_the_last_place_and_on_nan_only():
+    half, nan = Pattern(2, 4), float("nan")
+    for row in (
+        [1.0, 2.0, 1.0, 0.5],
+        [0.0, 0.0, 0.0, 0.0],
+        [float("inf"), 1.0, -float("inf"), float("inf")],
+        [nan, 1, 2, 3],
+    ):
+        assert choose_untied_mask(torch.tensor([row]), half) is None
+    assert choose_untied_mask(torch.tensor([[nan, 1, 2, 3], [0, 0, 0, 0]]), half) is None  # as many too few as too many
+    for row in ([2.0, 2.0, 1.0, 1.0], [0.0, 1.0, 0.0, -2.0], [float("inf"), 1.0, -float("inf"), 2.0]):
+        assert choose_untied_mask(torch.tensor([row]), half) is not None
 
 
 def test_groups_of_a_conv_weight_never_straddle_taps_or_filters():

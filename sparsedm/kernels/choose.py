@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import Autotuner, bucket, jit, tl, triton, uses_triton
+from sparsedm.kernels.launch import Autotuner, bucket, jit, operator, tl, triton, uses_triton
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
-    choose_mask,
+    choose_mask_ref,
+    choose_untied_mask,
     group_view,
     memory_format,
     pack_bits,
@@ -158,15 +159,15 @@ def _nan_flag(name, pinned):
 
 def _choose_in_torch(weight, pattern, dtype, name):
     """-> (masked, mask)"""
-    mask = torch.empty_like(weight, dtype=torch.bool, memory_format=memory_format(weight))
-    mask.copy_(ungroup(choose_mask(group_view(weight), pattern), weight.shape))
-    # if the sum is finite, every weight is: the cheapest look at all of them, and a product is cheaper than a choice
-    if torch.isfinite(weight.sum()):
-        masked = mask * weight
-    elif nans := int(weight.isnan().sum()):
-        raise InputError(f"{name}: {nans} of its weights are NaN, which has no magnitude order")
-    else:
-        masked = torch.where(mask, weight, 0)
+    rows = choose_untied_mask(group_view(weight), pattern)
+    untied = rows is not None
+    if not untied:
+        if nans := int(weight.isnan().sum()):
+            raise InputError(f"{name}: {nans} of its weights are NaN, which has no magnitude order")
+        rows = choose_mask_ref(group_view(weight), pattern)
+    mask = ungroup(rows, weight.shape).contiguous(memory_format=memory_format(weight))
+    # a product is cheaper than a choice, and right where every pruned weight is finite: an infinite one would have tied
+    masked = mask * weight if untied else torch.where(mask, weight, 0)
     return masked.to(dtype, memory_format=memory_format(weight)), mask
 
 
@@ -185,7 +186,6 @@ def _outputs(weight, dtype, want_mask, want_bits, want_flips, want_compressed):
     )
 
 
-@torch.library.custom_op("sparsedm::choose", mutates_args=())
 def _choose(
     weight: torch.Tensor,
     previous: torch.Tensor | None,
@@ -198,12 +198,12 @@ def _choose(
     name: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     pattern = Pattern(keep, group)
-    outputs = _outputs(weight, dtype, want_mask, want_bits, previous is not None, want_compressed)
     if uses_triton(weight, previous) and {weight.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
+        outputs = _outputs(weight, dtype, want_mask, want_bits, previous is not None, want_compressed)
         _launch(weight, pattern, previous, outputs, name)
         return outputs
     masked, mask = _choose_in_torch(weight, pattern, dtype, name)
-    _, no_mask, bits, flips, values, metadata = outputs
+    _, no_mask, bits, flips, values, metadata = _outputs(weight[:0], dtype, False, False, False, False)
     if want_bits:
         bits = pack_bits(group_view(mask))
     if previous is not None:
@@ -213,9 +213,11 @@ def _choose(
     return masked, mask if want_mask else no_mask, bits, flips, values, metadata
 
 
-@_choose.register_fake
-def _(weight, previous, keep, group, dtype, want_mask, want_bits, want_compressed, name):
+def _choose_fake(weight, previous, keep, group, dtype, want_mask, want_bits, want_compressed, name):
     return _outputs(weight, dtype, want_mask, want_bits, previous is not None, want_compressed)
+
+
+_operator = operator("sparsedm::choose", _choose, _choose_fake)
 
 
 def choose(weight, pattern, dtype=None, name="weight"):
@@ -228,7 +230,7 @@ def choose(weight, pattern, dtype=None, name="weight"):
     """
     check_weight(weight, pattern, name)
     keep, group = pattern.keep, pattern.group
-    return _choose(weight.detach(), None, keep, group, dtype or weight.dtype, True, False, False, name)[:2]
+    return _operator(weight.detach(), None, keep, group, dtype or weight.dtype, True, False, False, name)[:2]
 
 
 class Choice(NamedTuple):
@@ -254,7 +256,7 @@ def choose_packed(weight, pattern, dtype=None, name="weight", *, previous=None, 
         raise InputError(f"{name}: the previous mask's bits must be ({rows}, {words}) torch.int32, not {found}")
     if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):
         raise InputError(f"{name}: only a 2:4 Linear has values and metadata, not {pattern} of {tuple(weight.shape)}")
-    masked, _, bits, flips, values, metadata = _choose(
+    masked, _, bits, flips, values, metadata = _operator(
         weight.detach(), previous, pattern.keep, pattern.group, dtype or weight.dtype, False, True, compressed, name
     )
     compressed_form = (values, metadata) if compressed else (None, None)

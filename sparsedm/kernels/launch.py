@@ -77,6 +77,19 @@ def device_name(device):
     return f"{torch.cuda.get_device_name(device)} sm_{''.join(map(str, capability(device)))}"
 
 
+def operator(name, function, fake):
+    """Register `function`, whose annotations give the schema, as a torch operator without autograd; returns it.
+
+    fake: the same signature, returns empty tensors of the right shapes. Like `torch.library.custom_op`, but without its
+    checks at every call, which cost as much as a small layer's whole mask.
+    """
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "CompositeExplicitAutograd")(function)
+    torch.library.register_fake(name)(fake)
+    namespace, _, name = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
 def bucket(size):
     """The power of two, at least 16, that stands for all sizes up to it and above its half: tokens are tuned by it."""
     return max(16, 1 << (size - 1).bit_length()) if size else 16

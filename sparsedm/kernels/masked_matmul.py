@@ -20,7 +20,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
 from sparsedm.kernels.choose import choose, choose_packed
 from sparsedm.kernels.launch import Autotuner, bucket, forced_backend, uses_triton
-from sparsedm.kernels.pattern import Pattern, check_weight, choose_mask, choose_mask_ref, unpack_bits
+from sparsedm.kernels.pattern import Pattern, check_weight, choose_mask_ref, unpack_bits
 from sparsedm.kernels.straight_through import apply_rates, straight_through
 
 __all__ = ["choose", "masked_linear", "masked_linear_ref", "straight_through"]
@@ -137,7 +137,7 @@ def _masked_linear_grads(
             g = partial.sum(0).to(weight.dtype)
         if plain:
             return g
-        mask = choose_mask(weight, pattern) if bits is None else unpack_bits(bits, K)
+        mask = choose_mask_ref(weight, pattern) if bits is None else unpack_bits(bits, K)
         return apply_rates(g, weight, mask, *rates)
 
     dx, dw = x.new_empty(0), weight.new_empty(0)

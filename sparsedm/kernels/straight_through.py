@@ -39,7 +39,7 @@ def apply_rates(g, weight, mask, decay, kept, dropped):
     """dw by the formula above; all tensors of one shape, g in the dtype of the weight."""
     if kept != 1.0 or dropped != 1.0:
         g = torch.where(mask, kept * g, dropped * g)
-    return torch.add(g, weight.masked_fill(mask, 0), alpha=decay) if decay else g
+    return torch.addcmul(g, weight, (~mask).to(weight.dtype), value=decay) if decay else g
 
 
 def straight_through(weight, masked, mask, *, decay=0.0, kept=1.0, dropped=1.0):
