@@ -49,8 +49,8 @@ def train(options):
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size
-    images = data.load(options.data, "train", size=size, limit=options.limit)
-    validation = data.load(options.data, "test", size=size, limit=2048)
+    images = load_images(options.data, "train", size, limit=options.limit)
+    validation = load_images(options.data, "test", size, limit=2048)
     results = run_chain(
         model,
         stages,
@@ -71,6 +71,18 @@ def train(options):
         loss = result.result.validation_loss
         print(f"{result.stage.name:<12} {result.stage.pattern:<6} validation loss {loss:.4f}   {result.folder}")
     print(f"curves: {folder / 'loss.png'}   next: sparsedm sample {folder}")
+
+
+def load_images(source, split, size, limit=None):
+    """Images of the size the network takes. Mixed sizes are refused; one other size is fitted, and it is said."""
+    if source.partition(":")[0] == "synthetic":  # drawn at any size
+        return data.load(source, split, size=size, limit=limit)
+    found = data.load(source, split, limit=limit)
+    height, width = found.images.shape[2:]
+    if found.is_latent or (height, width) == (size, size):
+        return found
+    print(f"the {split} images of {width}x{height} pixels are cropped to squares and resized to {size}x{size}")
+    return data.load(source, split, size=size, limit=limit)
 
 
 def amp_of(device):
@@ -211,7 +223,7 @@ def _draw(model, options):
 def evaluate_samples(options):
     loaded = _load(options, which=options.which)
     model = loaded.model.to(options.device)
-    reference = data.load(options.data, options.split, size=model.config.image_size)
+    reference = load_images(options.data, options.split, model.config.image_size)
     features = load_features(options.features, options.device)
     summary = evaluate.summarize(
         reference.images, features, f"{reference.source} {options.split}", cache=cache_folder(), progress=True

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparsedm import diffusion, evaluate, pictures, samplers
-from sparsedm.commands import amp_of, show_plan
+from sparsedm.commands import amp_of, load_images, show_plan
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
@@ -100,8 +100,8 @@ def quickstart(options):
         network = build_model("uvit-tiny", device="meta", **recipe.model)
         show_plan(recipe.stages, training, network, folder)
         return
-    images = data.load(options.data, "train", size=config.image_size)
-    validation = data.load(options.data, "test", size=config.image_size, limit=1024)
+    images = load_images(options.data, "train", config.image_size)
+    validation = load_images(options.data, "test", config.image_size, limit=1024)
     if images.is_latent:
         raise InputError(f"data {options.data} holds latents, of which no picture can be shown: use sparsedm train")
     torch.set_num_threads(min(recipe.threads, torch.get_num_threads()))

@@ -1,4 +1,5 @@
 import copy
+import math
 import os
 import signal
 from dataclasses import replace
@@ -296,7 +297,10 @@ def test_plan_writes_nothing_and_matches_the_run(tmp_path, unbroken):
         ({"name": "a/b"}, "stage name 'a/b' must be letters"),
         ({"teacher": "parent"}, "teacher='parent' must be one of none, dense, previous"),
         ({"init": "zero"}, "init='zero' must be one of previous, random"),
-        ({"steps": -1}, "steps=-1 must not be negative"),
+        ({"steps": -1}, "steps=-1 must be 0 or more"),
+        ({"w_kd": math.nan, "teacher": "dense"}, "w_kd=nan must be 0 or more, and finite"),
+        ({"decay": -1.0}, "decay=-1.0 must be 0 or more"),
+        ({"lr": 0.0}, "lr=0.0 must be more than 0"),
         ({"w_kd": 0.1}, "w_kd=0.1 needs a teacher"),
         ({"inplace": True, "init": "random"}, "in place cannot start at random"),
     ],

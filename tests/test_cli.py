@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from sparsedm.cli import main
 from sparsedm.models import build_model
@@ -123,6 +124,33 @@ def test_a_foreign_file_is_read_as_the_named_model(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "missing" in error
     assert "of another shape" in error or "for" in error
+
+
+def test_mixed_sizes_are_refused_and_another_size_is_fitted(tmp_path, capsys):
+    common = ["train", *TINY[:-2], "--set", "image_size=8", "--data", tmp_path / "images", "--batch-size", 4]
+    common += ["--steps", 4, "--run", tmp_path / "run"]
+    for index in range(6):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "images" / "odd.png")
+    assert run(*common) == 2
+    assert "all need one size" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "images" / "odd.png").unlink()
+    assert run(*common) == 0
+    assert "of 16x16 pixels are cropped to squares and resized to 8x8" in capsys.readouterr().out
+
+
+def test_a_refused_run_leaves_no_folder_and_the_corrected_one_starts(tmp_path, capsys):
+    common = ["train", "--data", "synthetic", "--limit", 64, "--batch-size", 8, "--steps", 4, "--run", tmp_path / "run"]
+    tiny = TINY[:-2]
+    assert run(*common, *tiny, "--set", "num_classes=2") == 2
+    assert "expects labels 0..1" in capsys.readouterr().err
+    assert run(*common, *tiny, "--w-kd", "nan") == 2
+    assert "w_kd=nan must be 0 or more, and finite" in capsys.readouterr().err
+    assert run(*common, *tiny, "--decay", "-1") == 2
+    assert not (tmp_path / "run").exists()
+    assert run(*common, *tiny) == 0
 
 
 def test_a_picture_needs_a_picture_name(trained, tmp_path, capsys):

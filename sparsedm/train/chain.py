@@ -10,6 +10,7 @@ budget of steps from the same start sees the same images.
 
 import copy
 import itertools
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.layers import masked_layers, set_masking, sparsify
 from sparsedm.train import checkpoint
-from sparsedm.train.loop import MAY_CHANGE, TrainResult, train
+from sparsedm.train.loop import MAY_CHANGE, TrainResult, check_data, train
 from sparsedm.train.metrics import read_metrics
 
 TEACHERS = ("none", "dense", "previous")
@@ -53,8 +54,11 @@ class Stage:
                 raise InputError(
                     f"stage {self.name}: {name}={getattr(self, name)!r} must be one of {', '.join(allowed)}"
                 )
-        if self.steps < 0:
-            raise InputError(f"stage {self.name}: steps={self.steps} must not be negative")
+        for name in ("steps", "w_kd", "w_noise", "decay", "dropped"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"stage {self.name}: {name}={getattr(self, name)} must be 0 or more, and finite")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"stage {self.name}: lr={self.lr} must be more than 0, and finite")
         if self.w_kd and self.teacher == "none":
             raise InputError(f"stage {self.name}: w_kd={self.w_kd} needs a teacher")
         if self.inplace and self.init == "random":
@@ -111,7 +115,8 @@ def run_chain(
     """
     folder = Path(folder)
     options = replace(options, steps=sum(stage.steps for stage in stages))
-    _check(stages, ema, build)
+    check_stages(stages, ema, build)
+    check_data(model, images, validation)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE)
@@ -218,7 +223,7 @@ def _folders(stages, folder):
     return [Path(folder) / f"{index:02d}-{stage.name}" for index, stage in enumerate(stages)]
 
 
-def _check(stages, ema, build):
+def check_stages(stages, ema, build):
     """Refuse before anything is trained what could not be trained to the end."""
     if not stages:
         raise InputError("a chain needs at least one stage")

@@ -165,7 +165,7 @@ def _decode(path, names, read, size, progress):
             image = _image(path, names[i], read, size)
             if image.shape != first.shape:
                 sizes = f"{names[0]} is {_format(first)} and {names[i]} is {_format(image)}"
-                raise InputError(f"{path}: {sizes} pixels, but all need one size (size= crops and resizes them)")
+                raise InputError(f"{path}: {sizes} pixels, but all need one size")
             pixels[i] = image
         return len(indices)
 

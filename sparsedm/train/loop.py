@@ -72,6 +72,7 @@ class TrainOptions:
             "ema": 0 <= self.ema < 1,
             "ema_warmup": self.ema_warmup >= 1,
             "clip": self.clip >= 0,
+            "seed": 0 <= self.seed < 2**63,
             "label_dropout": 0 <= self.label_dropout <= 1,
             "weighting": self.weighting in diffusion.WEIGHTINGS,
             "amp": self.amp in (None, "bf16"),
@@ -140,7 +141,7 @@ def train(
     TrainingDiverged, InputError (other options, not writable, labels that do not fit the network).
     """
     device, folder = torch.device(device), Path(folder)
-    _check(model, images, validation)
+    check_data(model, images, validation)
     model.to(device).train()
     ema = copy.deepcopy(model if ema is None else ema).to(device).eval().requires_grad_(False)
     if teacher is not None:
@@ -279,7 +280,7 @@ class _Step:
                 averaged.copy_(current)
 
 
-def _check(model, images, validation):
+def check_data(model, images, validation):
     """Raise InputError where the network and the images do not fit each other."""
     if checkpoint.describe(model)["kind"] == "compressed":
         raise InputError("a compressed model is for inference: train the masked model it was made from")
