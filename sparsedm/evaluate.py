@@ -175,8 +175,11 @@ def summarize(images, features, name, *, cache=None, batch_size=250, progress=Fa
     mean, covariance = moments(every)
     kept = _subset(every, KEPT, torch.Generator().manual_seed(0))
     if path is not None:
-        with atomic_file(path) as partial:
-            save_file(dict(mean=mean, covariance=covariance, kept=kept.contiguous()), partial)
+        try:
+            with atomic_file(path) as partial:
+                save_file(dict(mean=mean, covariance=covariance, kept=kept.contiguous()), partial)
+        except (InputError, SafetensorError) as error:  # a full disk, for instance
+            warnings.warn(f"the features of {name} are not kept for the next run: {error}", stacklevel=2)
     return Summary(**facts, mean=mean, covariance=covariance, kept=kept)
 
 

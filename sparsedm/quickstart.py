@@ -78,8 +78,8 @@ SYNTHETIC_NOTE = """\
 The images are drawn by a program: one shape on a plain ground. A good sample has one closed outline, straight or round
 where it should be, in one flat colour."""
 REAL_NOTE = """\
-A few minutes of two CPU cores teach a network of a million parameters colour and layout, not objects: expect blurry
-colour fields. The distances still rank the networks. For pictures, train a preset on a GPU:
+A few minutes of two CPU cores teach a network of a million parameters which colours there are, but no objects: expect
+patches of colour. The numbers still rank the networks. For pictures, train a preset on a GPU:
   sparsedm train --model uvit-cifar10-small --data cifar10 --chain dense,3:4,2:4 --steps 500000"""
 
 

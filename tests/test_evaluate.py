@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from safetensors import SafetensorError
 
 from sparsedm import evaluate
 from sparsedm.errors import InputError
@@ -246,6 +247,18 @@ def test_summary_is_cached_by_content(tmp_path):
     evaluate.summarize(images(20), features, "train")
     assert len(calls) == 5
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_only_a_warning(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(evaluate, "save_file", full_disk)
+    features = load_features("random-conv")
+    with pytest.warns(UserWarning, match="are not kept for the next run: No space left"):
+        kept = evaluate.summarize(images(20), features, "set", cache=tmp_path)
+    assert torch.equal(kept.mean, evaluate.summarize(images(20), features, "set").mean)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_broken_cache_is_computed_anew(tmp_path):
