@@ -19,7 +19,7 @@ from sparsedm.layers import compress, sparsify
 from sparsedm.models import build_model, model_config
 from sparsedm.models.ddpm_diffusers import from_diffusers
 from sparsedm.train import checkpoint, data
-from sparsedm.train.chain import parse_chain, plan, run_chain
+from sparsedm.train.chain import check_stages, parse_chain, plan, run_chain
 from sparsedm.train.loop import TrainOptions
 from sparsedm.train.methods import METHODS, method_stages
 
@@ -46,6 +46,7 @@ def train(options):
     name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     if options.dry_run:
+        check_stages(stages, ema, build_model)
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size

@@ -169,6 +169,11 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert "8,694.1 M" in text
 
 
+def test_dry_run_refuses_what_the_run_would_refuse(capsys):
+    assert run("train", "--data", "synthetic", "--chain", "2:4", "--dry-run") == 2
+    assert "begin with a dense stage" in capsys.readouterr().err
+
+
 INSPECT_TOTALS = {
     None: ("11.32 G ->       6.07 G", "12.20 G ->       6.95 G"),
     "all": ("11.32 G ->       5.66 G", "12.20 G ->       6.54 G"),
