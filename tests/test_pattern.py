@@ -62,16 +62,16 @@ def test_ties_go_to_the_lower_index_and_a_negative_zero_is_zero():
 
 
 def test_the_quick_way_gives_up_on_ties_for_the_last_place_and_on_nan_only():
-    half, nan = Pattern(2, 4), float("nan")
+    half, nan, infinite = Pattern(2, 4), float("nan"), float("inf")
     for row in (
         [1.0, 2.0, 1.0, 0.5],
         [0.0, 0.0, 0.0, 0.0],
-        [float("inf"), 1.0, -float("inf"), float("inf")],
+        [infinite, 1.0, -infinite, infinite],
         [nan, 1, 2, 3],
     ):
         assert choose_untied_mask(torch.tensor([row]), half) is None
     assert choose_untied_mask(torch.tensor([[nan, 1, 2, 3], [0, 0, 0, 0]]), half) is None  # as many too few as too many
-    for row in ([2.0, 2.0, 1.0, 1.0], [0.0, 1.0, 0.0, -2.0], [float("inf"), 1.0, -float("inf"), 2.0]):
+    for row in ([2.0, 2.0, 1.0, 1.0], [0.0, 1.0, 0.0, -2.0], [infinite, 1.0, -infinite, 2.0]):
         assert choose_untied_mask(torch.tensor([row]), half) is not None
 
 
