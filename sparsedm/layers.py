@@ -104,9 +104,7 @@ class _Masked:
 
     def _masked_and_mask(self, dtype):
         weight = self.weight.detach()
-        if (
-            torch.compiler.is_compiling()
-        ):  # inside a graph the choice is part of it: a cached tensor would go stale there
+        if torch.compiler.is_compiling():  # inside a graph the choice is a part of it: a cached one would go stale
             return self._choose(weight, dtype)
         key = (weight._version, weight.data_ptr(), weight.device, dtype) if not weight.is_inference() else None
         cached = self._choice
@@ -120,10 +118,7 @@ class _Masked:
     def _choose(self, weight, dtype):
         if self.mask is not None:
             return (weight * self.mask).to(dtype), self.mask
-        masked, mask = choose(group_view(weight), self.pattern, dtype)
-        masked, mask = ungroup(masked, weight.shape), ungroup(mask, weight.shape)
-        # in the weight's own memory format: a convolution chooses its algorithm and its output's format by it
-        return (masked.contiguous(), mask.contiguous()) if weight.is_contiguous() else (masked, mask)
+        return choose(weight, self.pattern, dtype)
 
     def __getstate__(self):
         return {**self.__dict__, "_choice": None}  # a weak reference cannot be copied or pickled

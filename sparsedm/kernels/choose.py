@@ -229,8 +229,10 @@ def choose(weight, pattern, dtype=None, name="weight"):
     on a GPU shows at one of the next calls, because nothing here waits for the GPU).
     """
     check_weight(weight, pattern, name)
-    keep, group = pattern.keep, pattern.group
-    return _operator(weight.detach(), None, keep, group, dtype or weight.dtype, True, False, False, name)[:2]
+    weight, dtype = weight.detach(), dtype or weight.dtype
+    if type(weight) is torch.Tensor and not (torch.compiler.is_compiling() or uses_triton(weight)):
+        return _choose_in_torch(weight, pattern, dtype, name)  # where nothing traces, the operator would only cost time
+    return _operator(weight, None, pattern.keep, pattern.group, dtype, True, False, False, name)[:2]
 
 
 class Choice(NamedTuple):

@@ -103,12 +103,13 @@ def choose_untied_mask(weight, pattern):
             ranked[i] = torch.minimum(low, high)
         if keeps_larger:
             ranked[j] = torch.maximum(low, high)
-    last_kept = ranked[group - pattern.keep]  # NaN if any of its group is
-    mask = torch.empty(len(last_kept), group, dtype=torch.bool, device=weight.device)
-    for place, out in zip(places, mask.unbind(1)):
-        torch.ge(place, last_kept, out=out)
-    certain = mask.count_nonzero() == len(mask) * pattern.keep and not last_kept.sum().isnan()
-    return mask.view(weight.shape) if certain else None
+    last_kept = ranked[group - pattern.keep]  # NaN if any of its group is, and then nothing is smaller
+    dropped = torch.empty(len(last_kept), group, dtype=torch.bool, device=weight.device)
+    for place, out in zip(places, dropped.unbind(1)):
+        torch.lt(place, last_kept, out=out)
+    if dropped.count_nonzero() != len(dropped) * (group - pattern.keep):  # a tie drops fewer, and nothing drops more
+        return None
+    return dropped.logical_not_().view(weight.shape)
 
 
 @functools.cache

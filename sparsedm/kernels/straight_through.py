@@ -14,6 +14,8 @@ from sparsedm.errors import InputError
 
 
 class _StraightThrough(torch.autograd.Function):
+    """In the form that torch.func and torch.compile can transform."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -33,6 +35,17 @@ class _StraightThrough(torch.autograd.Function):
         if ctx.rates != [0.0, 1.0, 1.0]:
             g = apply_rates(g, *ctx.saved_tensors, *ctx.rates)
         return g, None, None, None, None, None
+
+
+class _EagerStraightThrough(torch.autograd.Function):
+    """The same in the form whose call costs a quarter of that, which counts in small layers."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _StraightThrough.setup_context(ctx, inputs, None)
+        return _StraightThrough.forward(*inputs)
+
+    backward = _StraightThrough.backward
 
 
 def apply_rates(g, weight, mask, decay, kept, dropped):
@@ -59,4 +72,10 @@ def straight_through(weight, masked, mask, *, decay=0.0, kept=1.0, dropped=1.0):
         raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
     if mask.dtype != torch.bool:
         raise InputError(f"the mask must be bool, not {mask.dtype}")
-    return _StraightThrough.apply(weight, masked, mask, float(decay), float(kept), float(dropped))
+    inputs = (weight, masked, mask, float(decay), float(kept), float(dropped))
+    if not torch.compiler.is_compiling():
+        try:
+            return _EagerStraightThrough.apply(*inputs)
+        except RuntimeError:  # a transformation of torch.func is active
+            pass
+    return _StraightThrough.apply(*inputs)
