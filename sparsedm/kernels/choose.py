@@ -230,7 +230,7 @@ def choose(weight, pattern, dtype=None, name="weight"):
     """
     check_weight(weight, pattern, name)
     weight, dtype = weight.detach(), dtype or weight.dtype
-    if type(weight) is torch.Tensor and not (torch.compiler.is_compiling() or uses_triton(weight)):
+    if type(weight) is torch.Tensor and weight.device.type == "cpu" and not torch.compiler.is_compiling():
         return _choose_in_torch(weight, pattern, dtype, name)  # where nothing traces, the operator would only cost time
     return _operator(weight, None, pattern.keep, pattern.group, dtype, True, False, False, name)[:2]
 
