@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.bench import rivals
 from sparsedm.bench.end_to_end import (
     STEP_PROVIDERS,
     TRAINING_PROVIDERS,
@@ -67,9 +68,8 @@ def test_training_steps_are_right_and_start_from_the_same_weights(dtype):
 def test_cusparselt_takes_the_place_of_our_linear_layers(step, monkeypatch):
     """The library is played by torch; what it would be given is the masked weight and the columns of x."""
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone())
-    monkeypatch.setattr(
-        torch, "_cslt_sparse_mm", lambda w, x, bias, transpose_result: (w @ x).t() + (0 if bias is None else bias)
-    )
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda w, x, bias, **how: (w @ x).t() + (0 if bias is None else bias))
+    monkeypatch.setattr(rivals, "tuned_algorithm", lambda *shape: rivals.Algorithm(0))
     network = with_cusparselt(step)
     assert step.check(step.outputs(network, step.inputs), sparse=True).right
     left = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | Linear24)}

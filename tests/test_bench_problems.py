@@ -3,7 +3,7 @@ import torch
 
 from sparsedm import layers
 from sparsedm.bench.problems import ConvProblem, LinearProblem, MaskProblem, TrainingProblem, masked
-from sparsedm.bench.providers import OURS_AND_DENSE
+from sparsedm.bench.providers import OURS_AND_DENSE, TrainMasked
 from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.shapes import ConvShape, LinearShape
 from sparsedm.kernels.choose import choose
@@ -46,7 +46,7 @@ def test_sparse_and_dense_answers_are_not_taken_for_each_other(case):
 
 def test_each_gradient_is_checked():
     problem = TrainingProblem(LINEAR, "forward+backward", torch.float32, "cpu")
-    provider = PROVIDERS["masked-train"][-1]
+    provider = TrainMasked()
     right = provider.bind(problem, None).run()
     for i in range(4):
         wrong = tuple(out * 1.001 if j == i else out for j, out in enumerate(right))
@@ -58,7 +58,7 @@ def test_each_gradient_is_checked():
 def test_a_training_call_chooses_its_masks_anew(monkeypatch):
     chosen = []
     monkeypatch.setattr(layers, "choose", lambda *arguments: chosen.append(arguments) or choose(*arguments))
-    run = PROVIDERS["masked-train"][-1].bind(TrainingProblem(LINEAR, "forward", torch.float32, "cpu"), None).run
+    run = TrainMasked().bind(TrainingProblem(LINEAR, "forward", torch.float32, "cpu"), None).run
     before = len(chosen)
     for _ in range(3):
         run()

@@ -2,11 +2,23 @@ import os
 
 import pytest
 import torch
+from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 
-from sparsedm.bench.problems import ConvProblem, LinearProblem
+from sparsedm.bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
 from sparsedm.bench.providers import DENSE, DenseCompiled, Sparse24
-from sparsedm.bench.rivals import PROVIDERS, CuSparseLt, CuSparseLtTuned, Cutlass, Rival
+from sparsedm.bench.rivals import (
+    PROVIDERS,
+    Algorithm,
+    CuSparseLt,
+    CuSparseLtTuned,
+    Cutlass,
+    Rival,
+    TorchAo,
+    TrainTile,
+    TrainXFormers,
+)
 from sparsedm.bench.shapes import ConvShape, LinearShape
+from sparsedm.kernels.pattern import holds
 
 SHAPE = LinearShape("square", "64", 64, 64, 64, "gelu")
 
@@ -90,21 +102,53 @@ def test_wrong_algorithms_are_left_out_of_the_tuning(monkeypatch):
     """The library is played by torch: algorithm 1 is wrong, 4 does not exist."""
     problem = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu")
 
-    def library(compressed, columns, bias, transpose_result, alg_id):
+    def library(compressed, columns, bias, transpose_result, alg_id, split_k, split_k_mode):
         assert transpose_result
-        if alg_id == 4:
+        assert (split_k == 1) == (split_k_mode == -1)
+        if alg_id == 4 or split_k == 4:
             raise RuntimeError("no such algorithm")
-        return (columns.t() @ compressed.t() + bias) * (1.01 if alg_id == 1 else 1)
+        wrong = alg_id == 1 or (split_k, split_k_mode) == (2, 1)
+        return (columns.t() @ compressed.t() + bias) * (1.01 if wrong else 1)
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", library)
     tuned = CuSparseLtTuned()
-    right, wrong = tuned.algorithms(problem, problem.masked)
-    assert (list(right), wrong) == ([0, 2, 3], [1])
+    best, right, wrong = tuned.search(problem, problem.masked)
+    whole = best.number
+    assert list(right) == [Algorithm(0), Algorithm(2), Algorithm(3), Algorithm(whole, 2, 0)]
+    assert wrong == [Algorithm(1), Algorithm(whole, 2, 1)]
     bound = tuned.bind(problem, problem.masked)
-    assert bound.detail.endswith("of 4; wrong results: 1")
+    assert "of 6; wrong results: 1, " in bound.detail
     assert problem.check(bound.run(), sparse=True).right
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, alg_id, **k: library(*a, alg_id=min(alg_id + 1, 4), **k))
-    assert tuned.algorithms(problem, problem.masked)[1] == [0]
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **k: library(*a, **k) + 1)
+    with pytest.raises(RuntimeError, match="none of its 4 algorithms gives a right result"):
+        tuned.search(problem, problem.masked)
+
+
+def test_a_rival_with_masks_of_its_own_is_checked_against_them(monkeypatch):
+    """torch's reference of its tile kernel plays the kernel, and dense tensors its sparse ones."""
+    monkeypatch.setattr(TrainTile, "pruned", staticmethod(lambda w: _sparse_semi_structured_tile(w.clone())))
+    problem = TrainingProblem(LinearShape("m", "l", 16, 24, 32), "forward+backward", torch.float32, "cpu")
+    bound = TrainTile().bind(problem, None)
+    assert problem.check(bound.run(), True, bound.weight).right
+    assert not problem.check(bound.run(), True).right
+    assert holds(bound.weight, TWO_FOUR)
+    assert holds(bound.weight.t(), TWO_FOUR)
+
+
+def test_rivals_that_are_not_installed_say_so():
+    reasons = {p.name: p.supports(OnPaper()) for p in (TorchAo(), TrainXFormers())}
+    assert reasons == {"torchao": "torchao is not installed", "xFormers": "xFormers is not installed"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", PROVIDERS["masked-train"], ids=lambda p: p.name)
+def test_on_a_gpu_training_providers_are_right(provider):
+    shape = LinearShape("m", "l", 512, 768, 512)
+    problem = TrainingProblem(shape, "forward+backward", torch.bfloat16, "cuda")
+    if reason := provider.supports(problem):
+        pytest.skip(reason)
+    bound = provider.bind(problem, provider.prepare(problem))
+    assert problem.check(bound.run(), provider.sparse, bound.weight).right, bound.detail
 
 
 @pytest.mark.gpu

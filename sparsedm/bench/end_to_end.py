@@ -13,8 +13,8 @@ from torch import nn
 
 from sparsedm.bench.problems import Problem
 from sparsedm.bench.providers import Bound, Provider, max_autotune
+from sparsedm.bench.rivals import CuSparseLtLinear
 from sparsedm.inspection import inspect
-from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 from sparsedm.layers import compress, masked_layers, sparsify
 from sparsedm.models import build_model
 
@@ -182,19 +182,6 @@ def with_cusparselt(problem):
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, CuSparseLtLinear(layer))
     return network
-
-
-class CuSparseLtLinear(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.register_buffer("packed", torch._cslt_compress(layer.effective_weight().detach()))
-        self.bias, self.activation = layer.bias, layer.activation
-
-    def forward(self, x, residual=None):
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch._cslt_sparse_mm(self.packed, rows.t(), bias=self.bias, transpose_result=True)
-        y = ACTIVATIONS[self.activation](y.view(*x.shape[:-1], -1))
-        return y if residual is None else y + residual
 
 
 STEP_PROVIDERS = (

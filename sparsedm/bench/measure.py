@@ -58,7 +58,7 @@ def measure(suite, problem, providers, clock, *, rounds=8, per_round=5, seconds=
 
 def checked(problem, bound, provider):
     problem.poison(provider.sparse)
-    return problem.check(bound.run(), provider.sparse)
+    return problem.check(bound.run(), provider.sparse, bound.weight)
 
 
 def wrong(verdict):

@@ -38,11 +38,15 @@ class Problem:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._known = {}
 
-    def check(self, outputs, sparse):
-        """Whether `outputs`, a tensor or a tuple of them, are as good as torch's."""
+    def check(self, outputs, sparse, weight=None):
+        """Whether `outputs`, a tensor or a tuple of them, are as good as torch's.
+
+        weight: what the outputs were computed from, if it is not the problem's own (sparse: masked, else dense) one.
+        """
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        expected = self._expected(sparse) if weight is None else self._references(weight)
         worst = Verdict(True, 0.0, 0.0)
-        for out, (reference, allowed) in zip(outputs, self._expected(sparse), strict=True):
+        for out, (reference, allowed) in zip(outputs, expected, strict=True):
             if out.shape != reference.shape:
                 return Verdict(False, float("inf"), allowed)
             difference = (out.detach().to(reference.dtype) - reference).abs().max().item() if out.numel() else 0.0

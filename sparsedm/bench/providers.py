@@ -27,8 +27,11 @@ DENSE = ("dense", "dense compiled")
 
 
 class Bound(NamedTuple):
+    """weight: the one that `run` multiplies with, where that is neither the problem's dense nor its masked weight."""
+
     run: Callable
     detail: str = ""
+    weight: torch.Tensor | None = None
 
 
 class Provider:

@@ -3,28 +3,36 @@
     cuSPARSELt   through torch, with its default algorithm and with the best of its algorithms
     CUTLASS      through torch; it refuses what is not compute capability 8.x, which is recorded like any other result
     torchao      where it can be imported: its tensor subclass on top of the above, up to release 0.18
+    2:4 tile     training with masks that are 2:4 along rows and columns, so that dx is sparse too: torch's, xFormers'
 
-Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it.
+Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it. xFormers' products for
+inference are torch's (its 2:4 tensors are the same classes). TileLang has a 2:4 product too, but no stable interface.
 """
 
 import functools
 import importlib.util
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from sparsedm.bench.providers import OURS_AND_DENSE, Bound, Provider
+from sparsedm.bench.problems import LinearProblem
+from sparsedm.bench.providers import OURS_AND_DENSE, Bound, Provider, TrainingProvider
+from sparsedm.bench.shapes import LinearShape
 from sparsedm.bench.timing import clock_for, fastest
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 
 HALF = (torch.bfloat16, torch.float16)
 MOST_ALGORITHMS = 64
+SPLITS = (2, 4, 8)  # parts of K
 
 
 class Rival(Provider):
     """Rules that all of them share: a CUDA device, 16-bit types, sizes in multiples of `rows`, `columns`, `tokens`."""
 
     rows, columns, tokens = 16, 16, 8
+    cusparselt = False  # whether it stands on that library
 
     def supports(self, problem):
         shape = problem.shape
@@ -32,6 +40,8 @@ class Rival(Provider):
             return "needs a CUDA device"
         if problem.dtype not in HALF:
             return f"takes bfloat16 and float16, not {str(problem.dtype)[6:]}"
+        if self.cusparselt and not torch.backends.cusparselt.is_available():
+            return "this torch has no cuSPARSELt"
         if shape.N % self.rows or shape.K % self.columns or shape.M % self.tokens:
             sizes = f"N, K, M = {shape.N}, {shape.K}, {shape.M}"
             return f"{sizes} are not multiples of {self.rows}, {self.columns}, {self.tokens}"
@@ -49,24 +59,31 @@ def with_epilogue(problem, product):
 
 
 class CuSparseLt(Rival):
-    name = "cuSPARSELt"
-
-    def supports(self, problem):
-        if problem.device.type == "cuda" and not torch.backends.cusparselt.is_available():
-            return "this torch has no cuSPARSELt"
-        return super().supports(problem)
+    name, cusparselt = "cuSPARSELt", True
 
     def prepare(self, problem):
         return torch._cslt_compress(problem.masked)
 
     def bind(self, problem, prepared):
-        return Bound(with_epilogue(problem, self.product(problem, prepared, 0)), "algorithm 0")
+        run = functools.partial(cusparselt_product, prepared, problem.x, problem.bias, Algorithm(0))
+        return Bound(with_epilogue(problem, run), "algorithm 0")
 
-    @staticmethod
-    def product(problem, prepared, algorithm):
-        # the result is (tokens, features), row-major, because the library is told to write it transposed
-        multiply = functools.partial(torch._cslt_sparse_mm, prepared, problem.x.t(), bias=problem.bias)
-        return functools.partial(multiply, transpose_result=True, alg_id=algorithm)
+
+class Algorithm(NamedTuple):
+    """How cuSPARSELt multiplies. mode: of a product split along K, 0 in one kernel, 1 in two."""
+
+    number: int
+    split_k: int = 1
+    mode: int = -1
+
+    def __str__(self):
+        return f"{self.number}" if self.split_k == 1 else f"{self.number} split {self.split_k} mode {self.mode}"
+
+
+def cusparselt_product(packed, x, bias, algorithm):
+    # the result is (tokens, features), row-major, because the library is told to write it transposed
+    how = dict(alg_id=algorithm.number, split_k=algorithm.split_k, split_k_mode=algorithm.mode)
+    return torch._cslt_sparse_mm(packed, x.t(), bias=bias, transpose_result=True, **how)
 
 
 class CuSparseLtTuned(CuSparseLt):
@@ -75,28 +92,63 @@ class CuSparseLtTuned(CuSparseLt):
     name = "cuSPARSELt tuned"
 
     def bind(self, problem, prepared):
-        right, wrong = self.algorithms(problem, prepared)
-        if not right:
-            raise RuntimeError(f"none of its {len(wrong)} algorithms gives a right result")
-        best = fastest(right, clock_for(problem.device))
+        best, right, wrong = self.search(problem, prepared)
         detail = f"algorithm {best} of {len(right) + len(wrong)}"
         return Bound(right[best], detail + (f"; wrong results: {', '.join(map(str, wrong))}" if wrong else ""))
 
-    def algorithms(self, problem, prepared):
-        """({number: call} with right results, [number] with wrong ones); the numbers end where the library says so."""
+    def search(self, problem, prepared):
+        """(the fastest Algorithm, {Algorithm: call} with right results, [Algorithm] with wrong ones).
+
+        All numbers without split-K, up to the one that the library does not know, then split-K of the fastest.
+        """
+        clock = clock_for(problem.device)
+        right, wrong = self.tried(problem, prepared, map(Algorithm, range(MOST_ALGORITHMS)))
+        if not right:
+            raise RuntimeError(f"none of its {len(wrong)} algorithms gives a right result")
+        whole = fastest(right, clock)
+        for mode in (0, 1):
+            split = (Algorithm(whole.number, parts, mode) for parts in SPLITS)
+            more = self.tried(problem, prepared, split)
+            right, wrong = right | more[0], wrong + more[1]
+        return fastest({a: right[a] for a in right if a.number == whole.number}, clock), right, wrong
+
+    def tried(self, problem, prepared, algorithms):
         right, wrong = {}, []
-        for algorithm in range(MOST_ALGORITHMS):
-            run = with_epilogue(problem, self.product(problem, prepared, algorithm))
+        for algorithm in algorithms:
+            product = functools.partial(cusparselt_product, prepared, problem.x, problem.bias, algorithm)
+            run = with_epilogue(problem, product)
             problem.poison(sparse=True)
             try:
                 out = run()
-            except RuntimeError:
+            except RuntimeError:  # the numbers, and the parts of K, end where the library says so
                 break
             if problem.check(out, sparse=True).right:
                 right[algorithm] = run
             else:
                 wrong.append(algorithm)
         return right, wrong
+
+
+class CuSparseLtLinear(nn.Module):
+    """A layer of a whole network, `layer` with its masks, on the algorithm that is fastest for its first input."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.register_buffer("packed", torch._cslt_compress(layer.effective_weight().detach()))
+        self.bias, self.activation, self.features = layer.bias, layer.activation, layer.out_features
+
+    def forward(self, x, residual=None):
+        rows = x.reshape(-1, x.shape[-1])
+        algorithm = tuned_algorithm(*rows.shape[:1], self.features, rows.shape[1], rows.dtype, rows.device)
+        y = ACTIVATIONS[self.activation](cusparselt_product(self.packed, rows, self.bias, algorithm))
+        y = y.view(*x.shape[:-1], self.features)
+        return y if residual is None else y + residual
+
+
+@functools.cache
+def tuned_algorithm(M, N, K, dtype, device):
+    problem, provider = LinearProblem(LinearShape("", "", M, N, K), "plain", dtype, device), CuSparseLtTuned()
+    return provider.search(problem, provider.prepare(problem))[0]
 
 
 class Cutlass(Rival):
@@ -133,6 +185,60 @@ class TorchAo(Rival):
         return Bound(with_epilogue(problem, lambda: prepared(problem.x)), "sparsify_(semi_sparse_weight())")
 
 
+class TrainTile(Rival, TrainingProvider):
+    """Masks from 4x4 tiles: 2:4 along both axes, so that y and dx are sparse products. Checked with its own masks."""
+
+    name, cusparselt = "torch 2:4 tile", True
+    rows, columns = 128, 128  # of cuSPARSELt's layout as torch writes it
+
+    def bind(self, problem, prepared):
+        weight = self.pruned(problem.weight.to(problem.dtype))
+        identity = torch.eye(problem.shape.K, dtype=problem.dtype, device=problem.device)
+        return super().bind(problem, prepared)._replace(weight=(weight @ identity).to(problem.weight.dtype))
+
+    def layer(self, inputs, outputs):
+        return TileLinear(inputs, outputs, self.pruned)
+
+    @staticmethod
+    def pruned(weight):
+        return torch.sparse.SparseSemiStructuredTensorCUSPARSELT.prune_dense_static_sort(weight)
+
+
+class TileLinear(nn.Linear):
+    def __init__(self, inputs, outputs, pruned):
+        super().__init__(inputs, outputs)
+        self.pruned = pruned
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):  # which does not know the sparse tensor
+            weight = _StraightThroughTile.apply(self.weight.to(x.dtype), self.pruned)
+            return F.linear(x, weight, self.bias.to(x.dtype))
+
+
+class _StraightThroughTile(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, pruned):
+        return pruned(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+class TrainXFormers(TrainTile):
+    name = "xFormers"
+
+    def supports(self, problem):
+        return super().supports(problem) if importlib.util.find_spec("xformers") else "xFormers is not installed"
+
+    @staticmethod
+    def pruned(weight):
+        from xformers.ops import sparsify24
+
+        return sparsify24(weight, backend="cusparselt")
+
+
 PROVIDERS = OURS_AND_DENSE | {
-    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TorchAo())
+    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TorchAo()),
+    "masked-train": (*OURS_AND_DENSE["masked-train"], TrainTile(), TrainXFormers()),
 }
