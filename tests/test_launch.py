@@ -116,6 +116,15 @@ def test_off_takes_the_default_without_measuring(tmp_path, monkeypatch, caplog):
     assert not table(tmp_path).exists()
 
 
+def test_a_rule_may_give_another_default_which_no_measurement_follows(monkeypatch):
+    tuned = tuner(Timer({16: 4.0, 32: 9.0, 64: 5.0}))
+    assert tuned.best(work, torch.device("cpu"), default={"BLOCK": 64}, m=8) == {"BLOCK": 64}
+    monkeypatch.setattr(launch, "_capturing", lambda: True)
+    assert tuned.best(work, GPU, default={"BLOCK": 64}, m=8) == {"BLOCK": 64}
+    monkeypatch.setattr(launch, "_capturing", lambda: False)
+    assert tuned.best(work, GPU, default={"BLOCK": 64}, m=8) == {"BLOCK": 16}
+
+
 def test_nothing_is_timed_or_remembered_while_a_cuda_graph_is_captured(monkeypatch):
     tuned = tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))
     monkeypatch.setattr(launch, "_capturing", lambda: True)

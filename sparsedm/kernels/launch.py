@@ -103,7 +103,7 @@ class Autotuner:
     """Remembers, per GPU, dtype and shape, which candidate of one operation is fastest.
 
     name: of the operation. candidates: at most about eight JSON-able dicts; the first is the safe default.
-    kernels: the functions whose source the measurements belong to; when it changes they are forgotten.
+    kernels: the functions or modules whose source the measurements belong to; when it changes they are forgotten.
     timer: run -> microseconds.
 
     A candidate is looked up in memory, in the user's table, in the shipped table. If none has it, all candidates are
@@ -118,17 +118,19 @@ class Autotuner:
         self._kernels = kernels
         self._chosen = {}
 
-    def best(self, run, device, **key):
+    def best(self, run, device, *, default=None, **key):
         """The candidate for `key` (dtype, sizes ...) on `device`.
 
-        run(candidate) does the work, any number of times, and returns the result: a tensor or several.
+        run(candidate) does the work, any number of times, and returns the result: a tensor or several. default: the
+        candidate to take where nothing may be measured, if a rule knows better than the first.
         """
         known = (device, *key.values())
+        default = default or self.candidates[0]
         if device.type != "cuda":
-            return self.candidates[0]
+            return default
         if known not in self._chosen:
             shape = " ".join(f"{k}={v}" for k, v in key.items())
-            found = self._find(run, device_name(device), shape)
+            found = self._find(run, device_name(device), shape, default)
             if _capturing():
                 return found
             self._chosen[known] = found
@@ -141,19 +143,19 @@ class Autotuner:
         version = getattr(triton, "__version__", "none")
         return f"{self.name}, triton {version}, source {hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
-    def _find(self, run, gpu, shape):
+    def _find(self, run, gpu, shape, default):
         for folder in (cache_folder() / "tuned", SHIPPED):
             entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
             if entry.get("config") in self.candidates:
                 return entry["config"]
         if _setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "off" or _capturing():
-            log.info("%s: %s is not tuned for %s; the default %s is used", gpu, self.name, shape, self.candidates[0])
-            return self.candidates[0]
+            log.info("%s: %s is not tuned for %s; the default %s is used", gpu, self.name, shape, default)
+            return default
         log.info("%s: tuning %s for %s, once", gpu, self.name, shape)
         times = self._measure(run)
         if not times:
-            log.warning("%s: nothing could be timed for %s; the default %s is used", gpu, shape, self.candidates[0])
-            return self.candidates[0]
+            log.warning("%s: nothing could be timed for %s; the default %s is used", gpu, shape, default)
+            return default
         best = min(times, key=times.get)
         entry = {"config": self.candidates[best], "microseconds": round(times[best], 3), "measured": len(times)}
         merge_table(table_path(cache_folder() / "tuned", gpu), self.section, shape, entry)
