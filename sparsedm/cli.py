@@ -54,7 +54,7 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"sparsedm {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name, function, summary, examples):
+    def command(name, function, summary, examples, computes=True):
         sub = subparsers.add_parser(
             name,
             help=summary,
@@ -63,6 +63,8 @@ def _parser():
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run_command=function)
+        if not computes:
+            return sub
         sub.add_argument("--seed", type=_seed, default=0, help="of all random numbers (default: 0)")
         sub.add_argument(
             "--device", type=_device, default=_device("auto"), help="auto, cpu, cuda, cuda:1 (default: auto)"
@@ -164,6 +166,7 @@ def _parser():
             "runs/quickstart",
             "--model uvit-imagenet256-large --pattern 2:4 --arch sm_90a --batch 64",
         ],
+        computes=False,
     )
     inspection.add_argument("run", nargs="?", help="run folder, stage folder or model file")
     _add_model(inspection)

@@ -16,6 +16,17 @@ from sparsedm.errors import InputError
 
 
 @contextlib.contextmanager
+def writing(path):
+    """Turn the system's refusal to write (disk full, no permission) into an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        elsewhere = error.filename and Path(error.filename).parent != path.parent
+        culprit = f" ({error.filename})" if elsewhere else ""
+        raise InputError(f"cannot write {path}: {error.strerror or error}{culprit}") from error
+
+
+@contextlib.contextmanager
 def atomic_file(path):
     """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
 
@@ -25,7 +36,7 @@ def atomic_file(path):
     path = Path(path)
     # the suffix is kept because writers such as matplotlib choose the format by it
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
-    with _refusals(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
@@ -50,7 +61,7 @@ def atomic_folder(path):
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with _refusals(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         try:
@@ -99,14 +110,19 @@ def download(url, path, *, md5=None, sha256=None, progress=True):
     path, kind, expected = Path(path), "sha256" if md5 is None else "md5", md5 or sha256
     partial = path.with_name(f"{path.name}.partial")
     if not path.exists():
-        with _refusals(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "ab") as file:
                 # two runs may want the same file; where a file system has no locks, the checksum still finds the mix-up
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
                 if not path.exists():
-                    _fetch(url, file, path, kind, expected, progress)
+                    try:
+                        _fetch(url, file, path, kind, expected, progress)
+                    except InputError:
+                        if not file.tell():  # nothing that a next call could continue
+                            partial.unlink(missing_ok=True)
+                        raise
                     os.fsync(file.fileno())
                     os.replace(partial, path)
             _flush(path.parent)
@@ -174,17 +190,6 @@ def _body(url, start):
 def _digest(path, kind):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
-
-
-@contextlib.contextmanager
-def _refusals(path):
-    """The system's refusal to write becomes one sentence about `path`."""
-    try:
-        yield
-    except OSError as error:
-        elsewhere = error.filename and Path(error.filename).parent != path.parent
-        culprit = f" ({error.filename})" if elsewhere else ""
-        raise InputError(f"cannot write {path}: {error.strerror or error}{culprit}") from error
 
 
 def _flush(path):

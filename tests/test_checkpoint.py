@@ -130,6 +130,19 @@ def test_a_truncated_file_is_named(tmp_path, name, length):
         load()
 
 
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
+    saved(tmp_path, 1)
+    path = saved(tmp_path, 2)
+    (path / "ema.safetensors").unlink()
+    (path / "state.json").write_text("{")
+    model = sparsify(tiny(), "2:4")
+    hint = r"; to go on from step-00000001 instead, delete .*step-00000002"
+    with pytest.raises(InputError, match=r"ema.safetensors is missing.*" + hint):
+        checkpoint.load(path, model, sparsify(tiny(), "2:4"))
+    with pytest.raises(InputError, match=r"state.json is missing or damaged.*" + hint):
+        checkpoint.load_optimizer(path, model, torch.optim.AdamW(model.parameters()))
+
+
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     path = saved(tmp_path)
     other = nn.Linear(3, 3)
@@ -312,8 +325,10 @@ def test_a_file_that_holds_code_is_refused_and_not_run(tmp_path, form):
         file.write_bytes(pickle.dumps({"a": payload}))
     else:
         torch.save({"a": payload}, file, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(InputError, match=r"evil.pth is refused: it is damaged, or holds more than tensors"):
-        load_model(file, tiny_from, config={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=r"evil.pth is refused: it is damaged, or holds more than tensors"):
+            load_model(file, tiny_from, config={})
     assert not (tmp_path / "executed").exists()
 
 

@@ -225,6 +225,7 @@ def test_download_refuses_a_wrong_checksum(server, tmp_path):
 def test_download_offline_says_what_to_do(tmp_path):
     with pytest.raises(InputError, match=r"http://127.0.0.1:9/a \(.*refused.*\): .*put the file at .*/a by hand"):
         download("http://127.0.0.1:9/a", tmp_path / "a", md5="0")
+    assert not list(tmp_path.iterdir())
 
 
 def test_download_of_a_missing_page(server, tmp_path):

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, atomic_folder, write_json
+from sparsedm.files import atomic_file, atomic_folder, write_json, writing
 from sparsedm.layers import Conv2d24, Linear24, compress, masked_layers, sparsify
 
 # ---- a run folder ----------------------------------------------------------------------------------------------------
@@ -121,7 +122,9 @@ def load(path, model, ema):
     """Load the two networks of a checkpoint in place. Raises: InputError naming the file that is damaged or unfit."""
     for name, network in (("model", model), ("ema", ema)):
         file = Path(path) / f"{name}.safetensors"
-        _fill(network, _read_tensors(file)[0], file)
+        with _or_the_one_before(path):
+            tensors = _read_tensors(file)[0]
+        _fill(network, tensors, file)
 
 
 def load_optimizer(path, model, optimizer):
@@ -132,13 +135,27 @@ def load_optimizer(path, model, optimizer):
     file = Path(path) / "optimizer.safetensors"
     places = {name: place for place, (name, _) in enumerate(model.named_parameters())}
     slots = {}
-    for key, value in _read_tensors(file)[0].items():
+    with _or_the_one_before(path):
+        state, moments = _read_json(Path(path) / "state.json"), _read_tensors(file)[0]
+    for key, value in moments.items():
         name, _, moment = key.rpartition("/")
         if name not in places:
             raise InputError(f"{file} does not fit the model, which has no parameter {name}")
         slots.setdefault(places[name], {})[moment] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    return _read_json(Path(path) / "state.json")
+    return state
+
+
+@contextlib.contextmanager
+def _or_the_one_before(path):
+    """Say of a damaged checkpoint how to go on from an older one, which is not done unasked: it repeats work."""
+    try:
+        yield
+    except InputError as error:
+        older = [other for other in _checkpoints(Path(path).parents[1]) if other.name < Path(path).name]
+        if not older:
+            raise
+        raise InputError(f"{error}; to go on from {older[-1].name} instead, delete {path}") from error
 
 
 def _checkpoints(folder):
@@ -251,15 +268,6 @@ def _fill(model, tensors, file):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Turn the system's refusal to write (disk full, no permission) into an InputError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def _write_model(file, model):
     _write_tensors(file, model.state_dict(), {"sparsedm": json.dumps(describe(model))})
 
@@ -279,7 +287,8 @@ def _read_tensors(file):
         if file.suffix not in (".pth", ".pt", ".bin"):
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickle's protocols, which nobody can act on
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.files import write_text
+from sparsedm.files import write_text, writing
 from sparsedm.layers import masks
 from sparsedm.train import checkpoint
 
@@ -88,5 +88,5 @@ class MetricsLog:
         }
 
     def write(self, record):
-        with checkpoint.writing(self.file), open(self.file, "a", encoding="utf-8") as file:
+        with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
