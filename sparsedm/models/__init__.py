@@ -16,11 +16,13 @@ import torch
 from sparsedm.errors import InputError
 from sparsedm.models.ddpm import DDPM, DDPMConfig
 from sparsedm.models.ddpm import PRESETS as DDPM_PRESETS
+from sparsedm.models.slimmable import PRESETS as SLIMMABLE_PRESETS
+from sparsedm.models.slimmable import SlimmableConfig, SlimmableDDPM
 from sparsedm.models.uvit import PRESETS as UVIT_PRESETS
 from sparsedm.models.uvit import UViT, UViTConfig
 
-MODELS = {**UVIT_PRESETS, **DDPM_PRESETS}
-_KINDS = {"uvit": (UViTConfig, UViT), "ddpm": (DDPMConfig, DDPM)}
+MODELS = {**UVIT_PRESETS, **DDPM_PRESETS, **SLIMMABLE_PRESETS}
+_KINDS = {"uvit": (UViTConfig, UViT), "ddpm": (DDPMConfig, DDPM), "slimmable": (SlimmableConfig, SlimmableDDPM)}
 
 
 def build_model(model, *, device=None, dtype=None, **overrides):
