@@ -7,8 +7,9 @@ import sys
 import torch
 
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.sparse24_arrange import arrange, kernel_tensors
 from sparsedm.kernels.sparse24_format import pack
-from sparsedm.kernels.sparse24_matmul import arrange, kernel_tensors, sparse24_linear_ref
+from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
 from tests.tolerance import assert_as_good_as_torch
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}

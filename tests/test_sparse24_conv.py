@@ -91,8 +91,9 @@ def operands(c):
     values, metadata = arranged(c, "wgmma")
     y = c.y.permute(0, 2, 3, 1)
     padding = (c.geometry["padding"],) * 2
+    config = kernel.CONFIGS[c.y.shape[1] <= 128]
     return kernel.operands(
-        nhwc(c.x), values, metadata, y, c.kernel_size, c.geometry["stride"], padding, c.bias, c.activation,
+        config, nhwc(c.x), values, metadata, y, c.kernel_size, c.geometry["stride"], padding, c.bias, c.activation,
         nhwc(c.residual),
     )  # fmt: skip
 
@@ -202,7 +203,7 @@ def test_operator_is_registered_correctly(memory_format):
     c = Convolution(2, 32, 8, 8, 8, bias=True, activation="silu", residual=True, dtype=torch.float32)
     x = c.x.to(memory_format=memory_format)
     arguments = (x, c.values, c.metadata, [], [3, 3], c.bias, "silu", c.residual, [1, 1], [1, 1], [1, 1], [8, 8])
-    torch.library.opcheck(torch.ops.sparsedm.sparse24_conv2d, (*arguments, "torch"))
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_conv2d, (*arguments, "torch", 0))
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ def prepare(name):
     share, sizes = (CASES | SLOW)[name]
     p = Problem(**sizes)
     values, metadata = arranged(p, "few")
-    config, _ = few.choose(*p.y.shape, metadata.shape[1], 132)
+    config, _ = few.choose(*p.y.shape, metadata.shape[1], 4 * 132)
     parts = torch.full((-(-metadata.shape[1] // share), *p.y.shape), float("nan"))
     stages = few.stages(
         config, share, parts, p.x, values, metadata, p.y, p.bias, p.activation, p.residual, p.skip, p.scale
@@ -79,7 +79,7 @@ def test_sass(name):
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 100])
 @pytest.mark.parametrize(("N", "steps"), [(512, 8), (4096, 64), (64, 3)])
 def test_the_split_covers_k_and_fills_the_gpu(M, N, steps):
-    config, share = few.choose(M, N, steps, multiprocessors=132)
+    config, share = few.choose(M, N, steps, programs=4 * 132)
     programs = -(-N // 64) * -(-M // config.block_m) * -(-steps // share)
     assert 1 <= share <= steps
     assert config.block_m >= min(M, 64)

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import BACKENDS
 from sparsedm.kernels.sparse24_format import ZERO_WORD, pack, unpack
-from sparsedm.kernels.sparse24_matmul import _rows, arrange, choose_backend, kernel_tensors, sparse24_linear
+from sparsedm.kernels.sparse24_matmul import _rows, sparse24_linear
 from tests.sparse24_problem import Problem, arranged, pruned
 
 BF16 = torch.bfloat16
@@ -53,38 +52,6 @@ def test_out_dtype():
     assert linear(p, out_dtype=torch.float32).dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_arrange_keeps_the_weight(backend):
-    """Whatever the order, it is the same weight: the arranged values hold the same numbers, padded with zeros."""
-    weight = pruned(24, 72)
-    values, metadata = pack(weight)
-    tensors = arrange(values, metadata, backend, 72)
-    assert len(tensors) == {"torch": 0, "dense": 1}.get(backend, 2)
-    if backend == "dense":
-        assert torch.equal(tensors[0], weight)
-    elif backend != "torch":
-        numbers = tensors[0].view(BF16).flatten().float().sort().values
-        expected = F.pad(weight[weight != 0].float(), (0, numbers.numel() - int((weight != 0).sum()))).sort().values
-        assert torch.equal(numbers, expected)
-    if backend == "wgmma":
-        assert tensors[0].shape == (256, 64)
-        assert tensors[1].shape == (2, 512)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(24, 72), (256, 128)], ids=["padded", "as-it-is"])
-def test_arrange_is_registered_correctly(backend, shape):
-    values, metadata = pack(pruned(*shape))
-    torch.library.opcheck(torch.ops.sparsedm.sparse24_arrange, (values, metadata, backend, shape[1]))
-
-
-def test_values_that_need_no_padding_are_not_copied():
-    values, metadata = pack(pruned(256, 128))
-    arranged = arrange(values, metadata, "wgmma", 128)
-    assert len(arranged) == 1
-    assert kernel_tensors(values, arranged) == [values, *arranged]
-
-
 def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
     monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
     p, kept = Problem(M=3, N=16, K=32), {}
@@ -99,41 +66,6 @@ def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
     p.values = p.values.clone()
     kept["dense"][1][0].zero_()
     assert torch.equal(linear(p, arranged=kept), 2 * first)
-
-
-DISPATCH = [
-    # capability, M, N, K, dtype -> back end, words of the reason
-    (None, 8192, 8192, 8192, BF16, "torch", "not a CUDA device"),
-    ((7, 5), 8192, 8192, 8192, BF16, "torch", "sm_75 has no sparse tensor cores"),
-    ((9, 0), 8192, 8192, 8192, torch.float32, "torch", "take bfloat16 and float16"),
-    ((9, 0), 8192, 8192, 8196, BF16, "torch", "K = 8196"),
-    ((9, 0), 1, 4096, 4096, BF16, "few", "1 rows"),
-    ((8, 0), 64, 4096, 4096, torch.float16, "few", "64 rows"),
-    ((9, 0), 65, 512, 512, BF16, "dense", "4 tiles"),
-    ((9, 0), 16448, 512, 512, BF16, "wgmma", "sm_90a"),
-    ((8, 0), 16448, 512, 512, BF16, "mma", "sm_80"),
-    ((8, 9), 16448, 512, 512, BF16, "mma", "sm_89"),
-    ((10, 0), 16448, 512, 512, BF16, "dense", "wgmma.sp needs sm_90a"),
-]
-
-
-@pytest.mark.parametrize(("capability", "M", "N", "K", "dtype", "backend", "words"), DISPATCH)
-def test_dispatch_says_what_runs_and_why(capability, M, N, K, dtype, backend, words, monkeypatch):
-    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
-    chosen, reason = choose_backend(capability, M, N, K, dtype)
-    assert chosen == backend
-    assert words in reason
-
-
-def test_dispatch_can_be_forced(monkeypatch):
-    monkeypatch.setenv("SPARSEDM_BACKEND", "mma")
-    assert choose_backend((9, 0), 8192, 8192, 8192, BF16) == ("mma", "SPARSEDM_BACKEND=mma")
-    name, reason = choose_backend(None, 8192, 8192, 8192, BF16)
-    assert name == "torch"
-    assert "SPARSEDM_BACKEND=mma cannot run: not a CUDA device" in reason
-    monkeypatch.setenv("SPARSEDM_BACKEND", "cublas")
-    with pytest.raises(InputError, match="'cublas' is unknown: it must be one of torch, dense, mma, few, wgmma"):
-        choose_backend(None, 1, 1, 1, BF16)
 
 
 REFUSED = {
@@ -160,7 +92,7 @@ def test_refusals(case):
 def test_operator_is_registered_correctly():
     p = Problem(M=6, N=16, K=32, skip=16, groups=2, bias=True, activation="silu", residual=True, dtype=torch.float32)
     arguments = (p.x, p.values, p.metadata, [], p.bias, p.activation, p.residual, p.skip, p.scale, torch.float32)
-    torch.library.opcheck(torch.ops.sparsedm.sparse24_linear, (*arguments, "torch"))
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_linear, (*arguments, "torch", 0))
 
 
 class Layer(torch.nn.Module):
@@ -274,6 +206,7 @@ def _record_launches():
         sparse24_conv_wgmma.launch(
             nhwc(c.x), *arranged(c, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
             padding=(1, 1), bias=c.bias, activation="silu", residual=nhwc(c.residual),
+            config=sparse24_conv_wgmma.CONFIGS[1],
         )  # fmt: skip
     recorded["conv"] = calls
     recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-1])]

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import forced_backend
+from sparsedm.kernels.sparse24_arrange import arrange_once, kernel_tensors
+from sparsedm.kernels.sparse24_dispatch import CONV, Choice, configs, every, module, pick
 from sparsedm.kernels.sparse24_format import check_shapes, unpack
-from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, arrange_once, kernel_tensors, sparse24_linear
+from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
 
 
 def sparse24_conv2d_ref(
@@ -38,8 +40,9 @@ def _weight(values, metadata, channels, kernel_size):
 def choose_conv_backend(capability, channels, kernel_size, stride, padding, dilation, size, features, dtype):
     """Which back end serves a convolution of images of `size` (H, W), and why: (name, reason).
 
-    Rules, not measurement: none of the kernels has been timed yet. SPARSEDM_BACKEND=torch | dense | wgmma overrules
-    them wherever the named one can run; 1 x 1 kernels obey it as products.
+    Rules, not measurement: where this says wgmma, `pick` of sparse24_dispatch times dense beside it.
+    SPARSEDM_BACKEND=torch | dense | wgmma overrules them wherever the named one can run; 1 x 1 kernels obey it as
+    products.
     """
     if kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0):
         return "linear", "a 1 x 1 kernel is a product over the pixels"
@@ -106,11 +109,28 @@ def sparse24_conv2d(
         pixels = lambda image: None if image is None else image.permute(0, 2, 3, 1)  # noqa: E731
         y = sparse24_linear(pixels(x), values, metadata, bias, activation, pixels(residual), arranged=arranged)
         return y.permute(0, 3, 1, 2)
-    columns = channels * kernel_size[0] * kernel_size[1]
-    tensors = arrange_once(values, metadata, backend, columns, arranged)
-    return _conv(
-        x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend
-    )
+    kept = {} if arranged is None else arranged
+
+    def run(choice, kept):
+        columns = channels * kernel_size[0] * kernel_size[1]
+        tensors = arrange_once(values, metadata, choice.backend, columns, kept)
+        return _conv(
+            x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size,
+            *choice,
+        )  # fmt: skip
+
+    choice = Choice(backend, int(backend == "wgmma" and features <= 128))
+    if backend == "wgmma" and x.shape[0] and type(x) is torch.Tensor:
+        for_timing = {}  # what the losers read is not kept
+        offered = every(CONV, "wgmma") if forced_backend() else (Choice("dense"), *every(CONV, "wgmma"))
+        choice = pick(
+            CONV, lambda: offered, choice, lambda other: run(other, for_timing), x.device,
+            x.shape[0] * size[0] * size[1], kept.setdefault("choices", {}),
+            dtype=x.dtype, activation=activation, bias=bias is not None,
+            residual=residual is not None, kernel=kernel_size, stride=stride[0], image=tuple(size), n=features,
+            c=channels,
+        )  # fmt: skip
+    return run(choice, kept)
 
 
 @torch.library.custom_op("sparsedm::sparse24_conv2d", mutates_args=())
@@ -128,21 +148,22 @@ def _conv(
     dilation: list[int],
     size: list[int],
     backend: str,
+    config: int,
 ) -> torch.Tensor:
     y = _conv_fake(
-        x, values, metadata, arranged, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend
-    )
+        x, values, metadata, arranged, kernel_size, bias, activation, residual, stride, padding, dilation, size,
+        backend, config,
+    )  # fmt: skip
     if not y.numel():
         return y
     if backend == "wgmma":
-        from sparsedm.kernels.sparse24_conv_wgmma import launch  # here: the package must import where Triton is missing
-
         pixels = lambda image: image.permute(0, 2, 3, 1).contiguous()  # noqa: E731
         with torch.cuda.device(x.device):
-            launch(
+            module(CONV, backend).launch(
                 pixels(x), *kernel_tensors(values, arranged), y.permute(0, 2, 3, 1), kernel_size=kernel_size,
                 stride=stride[0], padding=padding, bias=bias, activation=activation,
                 residual=None if residual is None else pixels(residual).to(y.dtype),
+                config=configs(CONV, backend)[config],
             )  # fmt: skip
         return y
     if backend == "dense":
@@ -155,8 +176,9 @@ def _conv(
 
 @_conv.register_fake
 def _conv_fake(
-    x, values, metadata, arranged, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend
-):
+    x, values, metadata, arranged, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend,
+    config,
+):  # fmt: skip
     shape = (x.shape[0], values.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 

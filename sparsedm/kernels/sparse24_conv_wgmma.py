@@ -10,6 +10,8 @@ Outside the image TMA fills with zeros, and that is the padding. Everything else
 YET RUN ON A GPU: the compiled PTX is executed by the emulator of the tests.
 """
 
+from dataclasses import dataclass
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,7 +39,16 @@ from sparsedm.kernels.sparse24_ptx import (
 )
 from sparsedm.kernels.sparse24_wgmma import descriptor
 
-WIDE, NARROW = (256, 128, 4), (128, 256, 3)  # BLOCK_N, BLOCK_M, STAGES for more and for up to 128 features; not tuned
+
+@dataclass(frozen=True)
+class Config:
+    block_n: int  # features
+    block_m: int  # pixels
+    stages: int
+
+
+# The default for more than 128 features, that for up to 128, and one with more tiles: tuned on no GPU yet.
+CONFIGS = (Config(256, 128, 4), Config(128, 256, 3), Config(128, 128, 5))
 
 
 @gluon.jit
@@ -163,21 +174,21 @@ def conv_specialized(
     ring._keep_alive()
 
 
-def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual):
+def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
     """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `arrange` made them for wgmma."""
     tensors, arguments, constants = operands(
-        x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
+        config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
     )
     maps = {name: descriptor(*map_) for name, map_ in tensors.items()}
     blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
     conv_specialized[(min(blocks, arguments["tiles"]),)](**maps, **arguments, **constants, num_warps=4)
 
 
-def operands(x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):
+def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):
     """-> ({tensor map: (tensor, box, swizzle)}, run-time arguments, compile-time arguments)."""
     images, height, width, channels = x.shape
     _, rows, columns, features = y.shape
-    block_n, block_m, stages = NARROW if features <= 128 else WIDE
+    block_n, block_m = config.block_n, config.block_m
     patch = choose_patch(block_m, rows, columns)
     split = x.view(images, height // stride, stride, width // stride, stride * channels)
     words = boxes(block_n, block_m, 64, "none")[2]
@@ -201,7 +212,7 @@ def operands(x, values, metadata, y, kernel_size, stride, padding, bias, activat
         "tiles": patches * -(-features // block_n),
     }
     constants = {"BLOCK_N": block_n, "TB": patch[0], "TH": patch[1], "TW": patch[2]}
-    constants |= {"KH": kernel_size[0], "KW": kernel_size[1], "STRIDE": stride, "STAGES": stages}
+    constants |= {"KH": kernel_size[0], "KW": kernel_size[1], "STRIDE": stride, "STAGES": config.stages}
     constants |= {"KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[x.dtype], "ACTIVATION": activation}
     return tensors, arguments, constants | {"BIAS": bias is not None, "RESIDUAL": residual is not None}
 

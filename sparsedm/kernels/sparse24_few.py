@@ -6,12 +6,14 @@ write fp32 partial sums (splits, M, N); a second kernel adds them, in a fixed or
 therefore do not depend on the order in which programs run. NOT YET RUN ON A GPU.
 """
 
+from dataclasses import dataclass
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from sparsedm.kernels import sparse24_mma
 from sparsedm.kernels.sparse24_mma import (
-    Config,
     finish,
     operands,
     output_layout,
@@ -21,9 +23,14 @@ from sparsedm.kernels.sparse24_mma import (
     to_rows,
 )
 
-BLOCK_N = 64
-CONFIGS = tuple(Config(BLOCK_N, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
-PROGRAMS_PER_MULTIPROCESSOR = 4
+
+@dataclass(frozen=True)
+class Config:
+    programs: int  # wanted on every multiprocessor: more keep more bytes in flight, and write more partial sums
+
+
+CONFIGS = (Config(4), Config(2), Config(8))  # the first is the default until these are timed
+TILES = tuple(sparse24_mma.Config(64, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
 REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
 
 
@@ -73,19 +80,18 @@ def reduce_few(
     gl.store(y_ptr + offset, y.to(DTYPE), mask=inside)
 
 
-def choose(M, N, steps, multiprocessors):
-    """-> (Config, share): the tile and how many 64-column steps of K one program multiplies, at least four."""
-    config = next(config for config in CONFIGS if config.block_m >= M or config is CONFIGS[-1])
+def choose(M, N, steps, programs):
+    """-> (tile, share): the mma.sp tile and how many 64-column steps of K one of `programs` multiplies, at least 4."""
+    config = next(tile for tile in TILES if tile.block_m >= M or tile is TILES[-1])
     tiles = -(-N // config.block_n) * -(-M // config.block_m)
-    wanted = -(-multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // tiles)
-    return config, min(max(4, steps // wanted), steps)
+    return config, min(max(4, steps // -(-programs // tiles)), steps)
 
 
-def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale):
+def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
     """As `sparse24_mma.launch`, meant for M up to 64."""
     M, N = y.shape
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config, share = choose(M, N, metadata.shape[1], multiprocessors)
+    config, share = choose(M, N, metadata.shape[1], multiprocessors * config.programs)
     parts = y.new_empty(-(-metadata.shape[1] // share), M, N, dtype=torch.float32)
     product, constants, reduction, finishing = stages(
         config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale

@@ -4,7 +4,7 @@ Shapes: x (..., K), W (N, K) as values (N, 8c) and metadata (N, c) int16 of `spa
 the number of rows of x. `[x | skip]` is the concatenation along K that U-ViT's `skip_linear` multiplies; the kernels
 read the two tensors in turn and never make it. Inference only: nothing here has a gradient.
 
-Back ends (`choose_backend` says which will run, and why):
+Back ends (sparse24_dispatch.py: which will run, and why):
     wgmma   `wgmma.mma_async.sp` on sm_90a                       sparse24_wgmma.py
     mma     `mma.sp` on sm_80 and later                          sparse24_mma.py
     few     `mma.sp` with K split over the grid, M up to 64      sparse24_few.py
@@ -16,16 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import BACKENDS, forced_backend
-from sparsedm.kernels.sparse24_format import (
-    check_metadata,
-    check_shapes,
-    fragment_metadata,
-    fragment_values,
-    pad,
-    tma_metadata,
-    unpack,
-)
+from sparsedm.kernels import sparse24_dispatch as dispatch
+from sparsedm.kernels.launch import forced_backend
+from sparsedm.kernels.sparse24_arrange import arrange_once, kernel_tensors
+from sparsedm.kernels.sparse24_dispatch import FEW_TOKENS, LINEAR, choose_backend
+from sparsedm.kernels.sparse24_format import check_shapes, unpack
 
 ACTIVATIONS = {
     None: lambda y: y,
@@ -55,114 +50,6 @@ def _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype)
     return y.to(out_dtype)
 
 
-FEW_TOKENS = 64
-SMALLEST_GRID = 32
-
-
-def choose_backend(capability, M, N, K, dtype):
-    """Which back end serves y (M, N) = x (M, K) @ W^T, and why.
-
-    capability: the device's compute capability as (major, minor), None for anything that is not a CUDA device.
-    Returns (name, reason). The rules are arithmetic, not measurement: none of the kernels has been timed yet.
-    SPARSEDM_BACKEND = torch | dense | mma | few | wgmma overrules them wherever the named kernel can run.
-    """
-    forced = forced_backend()
-    able, obstacle = _able(capability, K, dtype)
-    if forced:
-        if forced in able:
-            return forced, f"SPARSEDM_BACKEND={forced}"
-        return "torch", f"SPARSEDM_BACKEND={forced} cannot run: {obstacle}"
-    if "mma" not in able:
-        return "torch", obstacle
-    if M <= FEW_TOKENS:
-        return "few", f"{M} rows: bound by reading the weight, 1.125 bytes instead of 2"
-    tiles = -(-M // 128) * -(-N // 128)
-    if tiles < SMALLEST_GRID:
-        return "dense", f"{tiles} tiles of 128 x 128 leave most of the GPU idle: the launch decides, not the arithmetic"
-    if "wgmma" in able:
-        return "wgmma", f"sm_90a, {tiles} tiles of 128 x 128"
-    if capability >= (9, 0):
-        return "dense", "mma.sp reaches about 0.9 of dense wgmma here, and wgmma.sp needs sm_90a"
-    return "mma", f"sm_{capability[0]}{capability[1]}, {tiles} tiles of 128 x 128"
-
-
-def _able(capability, K, dtype):
-    """The back ends that can run at all, and the sentence about those that cannot."""
-    if capability is None:
-        return ("torch", "dense"), "not a CUDA device"
-    name = f"sm_{capability[0]}{capability[1]}"
-    if capability < (8, 0):
-        return ("torch", "dense"), f"{name} has no sparse tensor cores (sm_80 and later have)"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return ("torch", "dense"), f"{str(dtype)[6:]}: the sparse tensor-core kernels take bfloat16 and float16"
-    if K % 8:
-        return ("torch", "dense"), f"K = {K}: rows must be multiples of 16 bytes, K a multiple of 8"
-    if capability != (9, 0):
-        return ("torch", "dense", "mma", "few"), f"{name} has no wgmma (sm_90a has)"
-    return BACKENDS, ""
-
-
-@torch.library.custom_op("sparsedm::sparse24_arrange", mutates_args=())
-def arrange(values: torch.Tensor, metadata: torch.Tensor, backend: str, columns: int) -> list[torch.Tensor]:
-    """The tensors that `backend` reads instead of values and metadata; for wgmma, where no padding is needed, instead
-    of the metadata alone. columns: K.
-
-    An operator, because it looks at the metadata and refuses illegal pairs, which torch.compile could not follow.
-    """
-    check_shapes(values, metadata)
-    check_metadata(metadata)
-    if backend == "torch":
-        return []
-    if backend == "dense":
-        return [unpack(values, metadata, columns).contiguous()]
-    if backend == "wgmma":
-        padded, metadata = pad(values, metadata, *PADDING[backend])
-        return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
-    values, metadata = pad(values, metadata, *PADDING[backend])
-    return [fragment_values(values), fragment_metadata(metadata)]
-
-
-PADDING = {"wgmma": (256, 128), "mma": (128, 64), "few": (128, 64)}  # multiples of rows and columns: the largest tiles
-
-
-@arrange.register_fake
-def _(values, metadata, backend, columns):
-    if backend == "torch":
-        return []
-    if backend == "dense":
-        return [values.new_empty(values.shape[0], columns)]
-    multiple_n, multiple_k = PADDING[backend]
-    N, K = values.shape[0], 2 * values.shape[1]
-    n, k = N + -N % multiple_n, K + -K % multiple_k
-    words = lambda *shape: values.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    if backend == "wgmma":
-        same = (n, k) == (N, K) and values.is_contiguous()
-        return ([] if same else [values.new_empty(n, k // 2)]) + [words(k // 64, 2 * n)]
-    return [words(n // 16, k // 32, 32, 4), words(n // 16, k // 64, 32)]
-
-
-def kernel_tensors(values, arranged):
-    """What the launchers take: the values, those of `arrange` if it made any, and the metadata."""
-    return arranged if len(arranged) == 2 else [values, *arranged]
-
-
-def arrange_once(values, metadata, backend, columns, kept):
-    """`arrange`, unless `kept`, the caller's dict or None, still holds what it gave for these very values."""
-    if kept is None:
-        return arrange(values, metadata, backend, columns)
-    family = "fragments" if backend in ("mma", "few") else backend
-    # while tracing there are no addresses, and then the weight cannot change either
-    stamp = None if torch.compiler.is_compiling() else [_stamp(values), _stamp(metadata)]
-    if family not in kept or (stamp is not None and kept[family][0] != stamp):
-        kept[family] = stamp, arrange(values, metadata, backend, columns)
-    return kept[family][1]
-
-
-def _stamp(tensor):
-    """Changes when the tensor is moved, replaced or written to."""
-    return tensor.device, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-
-
 def sparse24_linear(
     x,
     values,
@@ -185,15 +72,32 @@ def sparse24_linear(
     arranged: a dict that the caller keeps with the weight (start with {}); what `arrange` makes is kept in it until the
     weight changes. Without it, it is made at every call.
 
-    The back end is the choice of `choose_backend`. Accumulates in fp32. No gradient. Works under torch.compile and
-    torch.export. Raises: InputError for shapes or dtypes that do not belong together.
+    The back end is what sparse24_dispatch knows to be quickest, on a GPU by timing each new size once. Accumulates in
+    fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or dtypes that do not
+    belong together.
     """
     _check(x, values, metadata, bias, activation, residual, skip, scale)
-    M, K = x.shape[:-1].numel(), x.shape[-1] + (0 if skip is None else skip.shape[-1])
+    M, N, K = x.shape[:-1].numel(), values.shape[0], x.shape[-1] + (0 if skip is None else skip.shape[-1])
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-    backend, _ = choose_backend(capability, M, values.shape[0], K, x.dtype)
-    tensors = arrange_once(values, metadata, backend, K, arranged)
-    return _linear(x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype or x.dtype, backend)
+    out_dtype = out_dtype or x.dtype
+    kept = {} if arranged is None else arranged
+
+    def run(choice, kept):
+        tensors = arrange_once(values, metadata, choice.backend, K, kept)
+        return _linear(x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice)
+
+    directly = dispatch.stores_directly(N, out_dtype, residual)
+    choice = dispatch.rule_of_thumb(choose_backend(capability, M, N, K, x.dtype)[0], directly)
+    if choice.backend != "torch" and M and type(x) is torch.Tensor:  # not a fake one, which has nothing to time
+        for_timing = {}  # what the losers read is not kept
+        choice = dispatch.pick(
+            LINEAR,
+            lambda: dispatch.choices(capability, M <= FEW_TOKENS, directly, K, x.dtype, forced_backend()),
+            choice, lambda other: run(other, for_timing), x.device, M, kept.setdefault("choices", {}),
+            dtype=x.dtype, out=out_dtype, activation=activation, bias=bias is not None, scale=scale is not None,
+            residual=residual is not None, skip=0 if skip is None else skip.shape[-1], n=N, k=K,
+        )  # fmt: skip
+    return run(choice, kept)
 
 
 @torch.library.custom_op("sparsedm::sparse24_linear", mutates_args=())
@@ -209,6 +113,7 @@ def _linear(
     scale: torch.Tensor | None,
     out_dtype: torch.dtype,
     backend: str,
+    config: int,
 ) -> torch.Tensor:
     if backend == "torch":
         return sparse24_linear_ref(
@@ -216,19 +121,12 @@ def _linear(
         )
     if backend == "dense":
         return _linear_dense(x, arranged[0], bias, activation, residual, skip, scale, out_dtype)
-    # Here and not above: the package must import where Triton is missing.
-    if backend == "wgmma":
-        from sparsedm.kernels.sparse24_wgmma import launch
-    elif backend == "mma":
-        from sparsedm.kernels.sparse24_mma import launch
-    else:
-        from sparsedm.kernels.sparse24_few import launch
     rows = _rows(x)
     M, N = rows.shape[0], values.shape[0]
     y = x.new_empty(M, N, dtype=out_dtype)
     if M:
         with torch.cuda.device(x.device):
-            launch(
+            dispatch.module(LINEAR, backend).launch(
                 rows,
                 *kernel_tensors(values, arranged),
                 y,
@@ -237,12 +135,13 @@ def _linear(
                 residual=None if residual is None else _rows(residual),
                 skip=None if skip is None else _rows(skip),
                 scale=None if scale is None else scale.reshape(-1, N),
+                config=dispatch.configs(LINEAR, backend)[config],
             )
     return y.view(*x.shape[:-1], N)
 
 
 @_linear.register_fake
-def _(x, values, metadata, arranged, bias, activation, residual, skip, scale, out_dtype, backend):
+def _(x, values, metadata, arranged, bias, activation, residual, skip, scale, out_dtype, backend, config):
     return x.new_empty(*x.shape[:-1], values.shape[0], dtype=out_dtype)
 
 
