@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
+from sparsedm.cuda_graph import graphed
 from sparsedm.diffusion import draw_noise, evaluating, noise_streams
 from sparsedm.errors import InputError
 
@@ -159,6 +160,7 @@ def sample(
     device=None,
     dtype=torch.float32,
     progress=False,
+    cuda_graph=False,
 ):
     """Draw `count` samples (count, *shape) of `dtype`, images in about [-1, 1], on the device (None: the model's).
 
@@ -168,8 +170,10 @@ def sample(
     noisiest. steps: network evaluations, for heun 2 steps - 1. spacing: None for the sampler's own, see time_grid.
     y (count,) int64; guidance as in `guided`; null_label: None for the model's config.num_classes. clip: 1.0 for images
     keeps every x̂_0 in [-1, 1] on the way (DDPM's code; "static thresholding", arXiv 2205.11487, section 2.3): a small
-    network's errors at high noise, where they are divided by α, would else carry the sample away.
-    Raises InputError for an unknown sampler or spacing, and for counts and labels that do not fit together.
+    network's errors at high noise, where they are divided by α, would else carry the sample away. cuda_graph: replay
+    the network's evaluations as a CUDA graph (cuda_graph.py); the few operations of a step around them run ahead of it.
+    Raises InputError for an unknown sampler or spacing, for counts and labels that do not fit together, and for a graph
+    off a GPU.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}, expected one of {', '.join(SAMPLERS)}")
@@ -183,6 +187,7 @@ def sample(
     if device is None:
         device = next((p.device for m in models if isinstance(m, torch.nn.Module) for p in m.parameters()), "cpu")
 
+    networks = graphed(models, device) if cuda_graph else models
     samples = []
     starts = range(0, count, batch_size)
     hidden = None if progress else True  # None: unless stderr is a terminal
@@ -191,7 +196,7 @@ def sample(
             size = min(batch_size, count - first)
             streams = noise_streams(size, seed, start + first)
             labels = None if y is None else torch.as_tensor(y[first : first + size], device=device)
-            batch_models = [guided(m, labels, guidance, null_label) for m in models]
+            batch_models = [guided(m, labels, guidance, null_label) for m in networks]
             noise = functools.partial(draw_noise, streams, shape, device, dtype)
             samples.append(integrate(batch_models, schedule, noise(), times, sampler, noise, bar, clip))
     return torch.cat(samples)

@@ -16,6 +16,7 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.kernels", 0),
     ("sparsedm.layers", 1),
     ("sparsedm.inspection", 1.5),
+    ("sparsedm.cuda_graph", 1.8),
     ("sparsedm.diffusion", 1.8),
     ("sparsedm.samplers", 2),
     ("sparsedm.models", 2),
