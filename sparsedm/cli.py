@@ -215,6 +215,7 @@ def _add_sampling(sub, count):
         "--batch-size", type=int, default=256, help="images at a time; changes nothing but rounding (default: 256)"
     )
     sub.add_argument("--which", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)")
+    sub.add_argument("--cuda-graph", action="store_true", help="replay the network as a CUDA graph: less host time")
 
 
 def _seed(text):

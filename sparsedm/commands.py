@@ -218,6 +218,7 @@ def _draw(model, options):
         clip=None if options.no_clip or config.channels > 3 else 1.0,
         batch_size=options.batch_size,
         progress=True,
+        cuda_graph=options.cuda_graph,
     ).cpu()
 
 

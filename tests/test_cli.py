@@ -56,6 +56,13 @@ def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
     assert str(out) in capsys.readouterr().out
 
 
+def test_a_cuda_graph_off_a_gpu_is_refused(trained, tmp_path, capsys):
+    out = tmp_path / "samples.png"
+    assert run("sample", trained, "--count", 4, "--cuda-graph", "--device", "cpu", "--out", out) == 2
+    assert "a CUDA graph needs a CUDA device, and the network is on cpu" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_compressed_samples_are_those_of_the_masked_model(trained, tmp_path):
     for name, extra in (("masked", []), ("compressed", ["--compress"])):
         assert (
