@@ -83,6 +83,16 @@ SAMPLERS = {  # name: (function, the spacing of times that suits it)
 SPACINGS = ("time", "logsnr", "edm")
 
 
+def evaluations(sampler, steps):
+    """How often a sampler of that name calls the network of each of its steps: [2, ..., 2, 1] for heun, else [1, ...].
+
+    Raises InputError below 1 step.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}, it must be at least 1")
+    return [2 if SAMPLERS[sampler][0] is heun else 1] * (steps - 1) + [1]
+
+
 def time_grid(schedule, steps, spacing):
     """(steps,) float64 from schedule.last down to schedule.first: the times at which a sampler asks the network.
 

@@ -320,3 +320,21 @@ def test_sample_refuses(options, message):
     options = dict(model=Elementwise(), schedule=DDPMSchedule(), count=2, shape=SHAPE) | options
     with pytest.raises(InputError, match=message):
         samplers.sample(**options)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_evaluations_are_those_that_happen(sampler, steps):
+    calls = [0] * steps
+
+    def network(step):
+        def predict(x, t):
+            calls[step] += 1
+            return x
+
+        return predict
+
+    samplers.sample([network(step) for step in range(steps)], VPSDE(), 2, SHAPE, sampler=sampler, steps=steps)
+    assert samplers.evaluations(sampler, steps) == calls
+    with pytest.raises(InputError, match="steps is 0"):
+        samplers.evaluations(sampler, 0)

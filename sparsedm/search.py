@@ -1,0 +1,202 @@
+"""The search for strategies: which network at which step (see `stepaware.py`), by evolution.
+
+    DDSM       minimise quality + weight * cost                     (DDSM, arXiv 2310.03337; `weight` is a number)
+    NSGA-II    find the whole front of (quality, cost) at once      (Deb et al. 2002; `weight` is None)
+
+quality is any function of a strategy, less being better, such as a sampled Fréchet distance. Both start from all
+uniform strategies, given ones, and random ones; both cross two strategies at one point and set single steps anew at
+random. The machinery is pymoo's. Everything that was ever evaluated is kept: the front is drawn from all of it.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sparsedm.errors import InputError
+from sparsedm.files import writing
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search. The defaults are DDSM's; its weight was 0.1 per GFLOP on CIFAR-10."""
+
+    population: int = 50
+    generations: int = 10  # with the first
+    mutation: float | None = None  # probability per step; None: one step of each strategy on average
+    weight: float | None = None  # of the cost, for DDSM; None: NSGA-II
+    seed: int = 0
+
+    def __post_init__(self):
+        rules = {
+            "population": self.population >= 2,
+            "generations": self.generations >= 1,
+            "mutation": self.mutation is None or 0 <= self.mutation <= 1,
+            "weight": self.weight is None or 0 <= self.weight < math.inf,
+            "seed": 0 <= self.seed < 2**32,
+        }
+        for name in (name for name, holds in rules.items() if not holds):
+            raise InputError(f"search option {name}={getattr(self, name)!r} is out of its range")
+
+
+@dataclass(frozen=True, order=True)
+class Evaluation:
+    """A strategy that was tried: its cost, its quality (less is better), and the network of each step."""
+
+    cost: float
+    quality: float
+    indices: tuple
+
+
+class Evaluations:
+    """What `measure(indices) -> quality` said, remembered in a file, one JSON record per line; never asked twice.
+
+    So a search that was interrupted goes on when the same call is made again: it runs through what it knows already.
+    cost: indices -> number. file: None to remember in memory only. A last line that was cut short is dropped.
+    """
+
+    def __init__(self, measure, cost, file=None):
+        self.measure, self.cost, self.file, self.known, self.asked = measure, cost, file and Path(file), {}, 0
+        if self.file and self.file.exists():
+            text = self.file.read_text(encoding="utf-8")
+            lines = text.splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):
+                with writing(self.file), open(self.file, "rb+") as opened:
+                    opened.truncate(len("".join(lines[:-1]).encode()))
+                del lines[-1]
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    self.known[tuple(record["indices"])] = float(record["quality"])
+                except (ValueError, TypeError, KeyError) as error:
+                    raise InputError(f"{self.file} is damaged in line {number}: {error}") from error
+
+    def __call__(self, indices):
+        """The Evaluation of a strategy. Raises InputError if its quality is not a finite number."""
+        indices = tuple(int(index) for index in indices)
+        if indices not in self.known:
+            quality = float(self.measure(indices))
+            if not math.isfinite(quality):
+                raise InputError(f"the strategy {indices} has the quality {quality}: that is not a finite number")
+            self.asked += 1
+            self.known[indices] = quality
+            if self.file:
+                record = json.dumps({"indices": indices, "quality": quality, "cost": self.cost(indices)})
+                with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
+                    file.write(record + "\n")
+        return Evaluation(self.cost(indices), self.known[indices], indices)
+
+    def all(self):
+        """Every Evaluation known, in the order in which they were made."""
+        return [self(indices) for indices in self.known]
+
+
+def search(evaluate, networks, steps, options, *, start=(), progress=False):
+    """Evolve strategies of `steps` indices below `networks`. Returns the Evaluations made or looked up, each once.
+
+    evaluate: indices -> Evaluation, an `Evaluations`. start: strategies that belong to the first generation, beside the
+    uniform ones; random ones fill it up.
+    Raises: InputError for a population that is too small for these or larger than there are strategies, and where pymoo
+    is not installed.
+    """
+    first = first_generation(networks, steps, options, start)
+    try:
+        from pymoo.algorithms.moo.nsga2 import NSGA2
+        from pymoo.algorithms.soo.nonconvex.ga import GA
+        from pymoo.core.mutation import Mutation
+        from pymoo.core.problem import Problem
+        from pymoo.operators.crossover.pntx import SinglePointCrossover
+        from pymoo.optimize import minimize
+    except ImportError as error:
+        raise InputError("the search needs pymoo: pip install 'sparsedm[search]'") from error
+
+    tried, rate = {}, options.mutation if options.mutation is not None else 1 / steps
+    bar = tqdm(total=options.population * options.generations, desc="search", disable=None if progress else True)
+
+    class Strategies(Problem):
+        def __init__(self):
+            super().__init__(n_var=steps, n_obj=2 if options.weight is None else 1, xl=0, xu=networks - 1, vtype=int)
+
+        def _evaluate(self, strategies, out, *args, **kwargs):
+            found = []
+            for indices in strategies:
+                found.append(evaluate(indices))
+                tried[found[-1].indices] = found[-1]
+                bar.update()
+                bar.set_postfix_str(best_so_far(tried.values(), options.weight), refresh=False)
+            pairs = np.array([(e.quality, e.cost) for e in found])
+            out["F"] = pairs if options.weight is None else pairs @ [1, options.weight]
+
+    class ResetSteps(Mutation):
+        def _do(self, problem, strategies, random_state=None, **kwargs):
+            anew = random_state.integers(networks, size=strategies.shape)
+            return np.where(random_state.random(strategies.shape) < rate, anew, strategies)
+
+    algorithm = (NSGA2 if options.weight is None else GA)(
+        pop_size=options.population, sampling=first, crossover=SinglePointCrossover(), mutation=ResetSteps()
+    )
+    with bar:
+        minimize(Strategies(), algorithm, ("n_gen", options.generations), seed=options.seed)
+    return list(tried.values())
+
+
+def first_generation(networks, steps, options, start=()):
+    """int (population, steps): the uniform strategies, those of `start`, and random ones, all different."""
+    if networks < 2 or steps < 2:
+        raise InputError(f"with {networks} network and {steps} steps there is nothing to search: 2 of each are needed")
+    given = dict.fromkeys([(index,) * steps for index in range(networks)] + [tuple(s) for s in start])
+    if options.population < len(given):
+        raise InputError(
+            f"a population of {options.population} is too small: the {networks} uniform strategies and "
+            f"{len(given) - networks} given ones belong to the first generation"
+        )
+    if options.population > networks**steps:
+        raise InputError(
+            f"a population of {options.population} is more than the {networks**steps} strategies there are"
+        )
+    random = np.random.default_rng(options.seed)
+    while len(given) < options.population:
+        given.setdefault(tuple(random.integers(networks, size=steps).tolist()))
+    return np.array(list(given))
+
+
+def front(evaluations):
+    """The Evaluations that no other one beats in both quality and cost, the cheapest first; of equals the first."""
+    best, found = math.inf, []
+    for evaluation in sorted(evaluations, key=lambda e: (e.cost, e.quality)):
+        if evaluation.quality < best:
+            best = evaluation.quality
+            found.append(evaluation)
+    return found
+
+
+def best_so_far(evaluations, weight):
+    """A few words for the progress bar."""
+    if weight is None:
+        found = front(evaluations)
+        return f"front of {len(found)}, quality {found[-1].quality:.4g} to {found[0].quality:.4g}"
+    best = min(evaluations, key=lambda e: e.quality + weight * e.cost)
+    return f"best quality {best.quality:.4g} at cost {best.cost:.4g}"
+
+
+def proxy_optima(table, costs):
+    """The strategies that minimise Σ table[index, step] + λ costs[index, step] for some λ >= 0, the costliest first.
+
+    table, costs (networks, steps). The sum is additive, so each step decides for itself: this is the convex hull of the
+    proxy's front, exactly and at once, which makes good strategies for a search by a better measure to start from.
+    """
+    table, costs = np.asarray(table, dtype=float), np.asarray(costs, dtype=float)
+    gain, saving = table[:, None] - table[None], costs[None] - costs[:, None]  # of choosing b (axis 1) over a (axis 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        prices = np.unique((gain / saving)[(saving > 0) & (gain > 0)])
+    between = np.concatenate([[0.0], (prices[1:] + prices[:-1]) / 2, prices[-1:] * 2])
+    return list(dict.fromkeys(tuple(np.argmin(table + price * costs, 0).tolist()) for price in between))
+
+
+def rank_correlation(a, b):
+    """Spearman's ρ of two lists of numbers, equal ones sharing their mean rank; NaN if all of one list are equal."""
+    ranks = [np.searchsorted(np.sort(v), v, "left") + np.searchsorted(np.sort(v), v, "right") for v in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(rank) for rank in ranks) else math.nan

@@ -1,0 +1,228 @@
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sparsedm import diffusion, samplers, stepaware
+from sparsedm.errors import InputError
+from sparsedm.inspection import inspect
+from sparsedm.layers import sparsify
+from sparsedm.models import build_model
+from sparsedm.stepaware import Family, Strategy, load_strategy, sample
+
+TINY = {"image_size": 8, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
+STEPS = 4
+
+
+def student(pattern="dense", **overrides):
+    model = build_model("uvit-tiny", **TINY | overrides)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return sparsify(model, pattern).eval()
+
+
+@pytest.fixture(scope="module")
+def chain():
+    torch.manual_seed(0)
+    return stepaware.family("chain", {p: student(p) for p in ("dense", "2:4", "1:4")})
+
+
+def strategy(indices, sampler="ddim", **overrides):
+    return Strategy(
+        **{"family": "chain", "networks": ("dense", "2:4", "1:4"), "sampler": sampler} | overrides, indices=indices
+    )
+
+
+# ---- families and costs ----------------------------------------------------------------------------------------------
+
+
+def test_a_chain_costs_its_kept_weights(chain):
+    assert chain.names == ("dense", "2:4", "1:4")
+    assert chain.costs == tuple(inspect(network).totals()["macs_after"] for network in chain.networks)
+    assert chain.costs[0] > chain.costs[1] > chain.costs[2]
+    assert chain.unit == "MACs"
+    assert chain.shape == (3, 8, 8)
+
+
+def test_widths_of_a_slimmable_network_are_a_family():
+    model = build_model("slimmable-tiny", image_size=8, multipliers=(1, 1), attention=(), groups=4)
+    family = stepaware.family("widths", stepaware.widths(model))
+    assert family.names == ("8/8", "6/8", "4/8", "2/8")
+    assert list(family.costs) == sorted(family.costs, reverse=True)
+    both = stepaware.widths(sparsify(model, "2:4"))
+    assert inspect(both["4/8"]).totals()["macs_after"] < 0.6 * family.costs[2]
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_cost_is_additive_and_counts_every_call(chain, sampler):
+    calls = []
+    hooks = [n.register_forward_hook(lambda n, *_: calls.append(n)) for n in chain.networks]
+    indices = (2, 0, 1, 1)
+    sample(chain, strategy(indices, sampler), 2)
+    for hook in hooks:
+        hook.remove()
+    happened = sum(chain.costs[chain.networks.index(network)] for network in calls)
+    assert chain.cost(sampler, indices) == happened
+    alone = [chain.cost(sampler, (index,) * 4) for index in range(3)]
+    per_step = [samplers.evaluations(sampler, 4)[i] * chain.costs[index] for i, index in enumerate(indices)]
+    assert sum(per_step) == happened
+    assert alone[2] < happened < alone[0]
+
+
+def test_measured_costs_are_seconds(chain):
+    class Slow(nn.Module):
+        config = chain.networks[0].config
+
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def example_inputs(self, batch):
+            return torch.zeros(batch, 3, 8, 8), torch.zeros(batch)
+
+        def forward(self, x, t, y=None):
+            time.sleep(self.seconds)
+            return x
+
+    family = stepaware.family("slow", {"a": Slow(0.02), "b": Slow(0.004)}, unit="seconds", batch=4)
+    assert family.unit == "seconds"
+    assert family.costs[0] >= 0.02 / 4
+    assert 0.004 / 4 <= family.costs[1] < family.costs[0]
+
+
+def test_families_that_are_none(chain):
+    with pytest.raises(InputError, match="family nothing is empty"):
+        stepaware.family("nothing", {})
+    with pytest.raises(InputError, match="one cost and one name of its own per network"):
+        replace(chain, names=("a", "a", "b"))
+    with pytest.raises(InputError, match="one cost and one name"):
+        replace(chain, costs=(1, 2))
+    with pytest.raises(InputError, match="each must be more than 0"):
+        replace(chain, costs=(1, 0, 2))
+    with pytest.raises(InputError, match="unknown unit 'joules': one of MACs, seconds"):
+        stepaware.family("chain", {"a": chain.networks[0]}, unit="joules")
+    other = build_model("ddpm-tiny", image_size=8, attention=())
+    with pytest.raises(InputError, match="networks of mixed differ in schedule"):
+        Family("mixed", (chain.networks[0], other), ("a", "b"), (2, 1))
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_strategy_of_one_network_is_its_plain_sampler(chain, sampler, index):
+    plain = samplers.sample(chain.networks[index], chain.schedule, 3, (3, 8, 8), sampler=sampler, steps=STEPS, seed=5)
+    assert torch.equal(sample(chain, strategy((index,) * STEPS, sampler), 3, seed=5), plain)
+
+
+def test_each_step_is_done_by_its_network(chain):
+    order = []
+    hooks = [
+        network.register_forward_hook(lambda *_, name=name: order.append(name))
+        for network, name in zip(chain.networks, chain.names)
+    ]
+    sample(chain, strategy((2, 0, 1, 1)), 2)
+    for hook in hooks:
+        hook.remove()
+    assert order == ["1:4", "dense", "2:4", "2:4"]
+
+
+def test_a_strategy_survives_its_file(tmp_path):
+    found = strategy((2, 0, 1), data="synthetic")
+    found.save(tmp_path / "s.json")
+    assert load_strategy(tmp_path / "s.json") == found
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written == {
+        "family": "chain",
+        "networks": ["dense", "2:4", "1:4"],
+        "sampler": "ddim",
+        "indices": [2, 0, 1],
+        "data": "synthetic",
+        "steps": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": (0, 3)}, "step 1 asks for network 3: the family has 0 to 2"),
+        ({"indices": (-1, 0)}, "step 0 asks for network -1"),
+        ({"indices": (0, True)}, "step 1 asks for network True"),
+        ({"indices": (0, 1.0)}, "step 1 asks for network 1.0"),
+        ({"indices": ()}, "needs at least one step"),
+        ({"sampler": "dpm3"}, "unknown sampler 'dpm3'"),
+    ],
+)
+def test_strategies_that_are_none(change, message):
+    with pytest.raises(InputError, match=message):
+        replace(strategy((0, 1)), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "message"),
+    [
+        ({"family": "other"}, {}, "the strategy is for family other, not chain"),
+        ({"networks": ("dense", "3:4", "1:4")}, {}, "for networks dense, 3:4, 1:4, not dense, 2:4, 1:4"),
+        ({}, {"steps": 25}, "for steps 2, not 25"),
+        ({}, {"sampler": "heun"}, "for sampler ddim, not heun"),
+    ],
+)
+def test_strategies_for_another_case_are_refused(chain, change, asked, message):
+    with pytest.raises(InputError, match=message):
+        replace(strategy((0, 1)), **change).models(chain, **asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "holds no strategy"),
+        ("[1]", "holds no strategy"),
+        ('{"family": "chain"}', "holds no strategy"),
+        (
+            '{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [1], "steps": 1}',
+            "s.json: step 0 asks for",
+        ),
+        ('{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [0], "steps": 2}', "says 2 steps and has 1"),
+        (
+            '{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [0], "steps": 1, "x": 0}',
+            "holds no strategy",
+        ),
+    ],
+)
+def test_files_that_hold_no_strategy(tmp_path, text, message):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_strategy(tmp_path / "s.json")
+    with pytest.raises(InputError, match="is missing"):
+        load_strategy(tmp_path / "none.json")
+
+
+# ---- the proxy -------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_table_is_the_validation_loss_of_each_network_at_each_step(chain):
+    x = torch.linspace(-1, 1, 6 * 192).view(6, 3, 8, 8)
+    table = stepaware.loss_table(chain, x, "dpm++2m", 5, seed=2)
+    assert table.shape == (3, 5)
+    times = samplers.time_grid(chain.schedule, 5, "logsnr")
+    for index, step in ((0, 0), (2, 3)):
+        alone = diffusion.validation_loss(
+            chain.networks[index], x, chain.schedule, times=times[step : step + 1], seed=2
+        )
+        assert torch.equal(table[index, step], alone[0])
+
+
+def test_latents_of_any_shape_have_strategies_too():
+    """A three-level U-Net on 4-channel latents: a family of its widths, a table, a strategy, samples."""
+    model = build_model("slimmable-tiny", image_size=16, channels=4, multipliers=(1, 1, 2), attention=(4,)).eval()
+    family = stepaware.family("latents", stepaware.widths(model))
+    found = Strategy("latents", family.names, "ddpm", (3, 1, 0))
+    latents = torch.randn(4, 4, 16, 16)
+    assert stepaware.loss_table(family, latents, "ddpm", 3).isfinite().all()
+    samples = sample(family, found, 2, clip=None)
+    assert samples.shape == (2, 4, 16, 16)
+    assert samples.isfinite().all()
