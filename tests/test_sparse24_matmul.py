@@ -145,6 +145,7 @@ def test_launches_reach_the_driver_with_the_right_grid():
     assert recorded["mma"] == 2 * [["linear_mma", 10, 1]]
     assert recorded["few"] == 2 * [["linear_few", 40, 1], ["reduce_few", 50, 1]]
     assert recorded["conv"] == 2 * [["conv_specialized", 8, 1]]
+    assert recorded["compiled"] == [1, 2]
     # numbers of the tensor maps among the PTX parameters, which fill_slot and the convolution's producer rely on
     assert recorded["maps"] == [0, 5, 10, 15, 20, 25]
     assert recorded["conv-maps"] == [0, 5, 10, 21, 30]
@@ -196,8 +197,18 @@ def _record_launches():
         calls.clear()
 
     twice("specialized", sparse24_wgmma.launch, "wgmma")
+    p = Problem(M=520, N=600, K=256, bias=True, residual=True)
+    other = Problem(M=520, N=600, K=256, bias=True, residual=True)
+    other.bias = other.bias.float()
+    for problem in (p, other):  # other sizes run the same compiled kernel, another dtype of the bias does not
+        sparse24_wgmma.launch(
+            problem.x, *arranged(problem, "wgmma"), problem.y, bias=problem.bias, activation=None,
+            residual=problem.residual, skip=None, scale=None,
+        )  # fmt: skip
+        recorded.setdefault("compiled", []).append(len(sparse24_wgmma._compiled))
     recorded["maps"] = [int(number) for number in re.findall(r"linear_specialized_param_(\d+)\[128\]", texts[0])]
     config = next(c for c in sparse24_wgmma.CONFIGS if c.cluster == "w" and not c.specialized)
+    calls.clear()
     twice("cluster", sparse24_wgmma.launch, "wgmma", config=config)
     twice("mma", sparse24_mma.launch, "mma")
     twice("few", sparse24_few.launch, "few")

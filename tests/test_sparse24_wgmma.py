@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsedm.kernels import sparse24_pipeline as pipeline
 from sparsedm.kernels import sparse24_wgmma as wgmma
@@ -200,6 +202,19 @@ def test_every_configuration_fits_and_keeps_its_ring_the_largest(config):
     assert all(size % 1024 == 0 for size in (x, w, e))
     assert ring >= panels
     assert ring + 1024 + panels + 256 <= SHARED_BYTES
+
+
+def test_a_descriptor_is_triton_s_own_and_remembers_no_address():
+    x, box = torch.zeros(256, 128, dtype=torch.bfloat16), (64, 64)
+    layout = gl.NVMMASharedLayout(128, 16, 2)
+    for tensor in (x, x.clone(), x[:, 64:], x[:, 64:].clone()):
+        made = wgmma.descriptor(tensor, box, 128)
+        assert made.base is tensor
+        del made.base
+        expected = vars(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box), layout))
+        assert vars(made) == {name: value for name, value in expected.items() if name != "base"}
+    with pytest.raises(AssertionError, match="16-byte aligned"):
+        wgmma.descriptor(torch.zeros(64, 68, dtype=torch.bfloat16)[:, :64], box, 128)
 
 
 @pytest.mark.parametrize("cluster", ["none", "x", "w"])

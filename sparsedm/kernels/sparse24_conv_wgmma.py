@@ -37,7 +37,7 @@ from sparsedm.kernels.sparse24_ptx import (
     tma_load_5d,
     wgmma_wait,
 )
-from sparsedm.kernels.sparse24_wgmma import descriptor
+from sparsedm.kernels.sparse24_wgmma import descriptor, start
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,9 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=("N", "HO", "WO", "CIN", "PAD_H", "PAD_W", "tiles"), do_not_specialize_on_alignment=("bias_ptr",)
+)
 def conv_specialized(
     w_desc, e_desc, x_desc, y_desc, r_desc, bias_ptr, N, HO, WO, CIN, PAD_H, PAD_W, tiles,
     BLOCK_N: gl.constexpr, TB: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
@@ -179,9 +181,10 @@ def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activa
     tensors, arguments, constants = operands(
         config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
     )
-    maps = {name: descriptor(*map_) for name, map_ in tensors.items()}
     blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    conv_specialized[(min(blocks, arguments["tiles"]),)](**maps, **arguments, **constants, num_warps=4)
+    grid = min(blocks, arguments["tiles"])
+    arguments |= {name: descriptor(*map_) for name, map_ in tensors.items()}
+    start(conv_specialized, grid, arguments, constants, num_warps=4)
 
 
 def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):

@@ -129,6 +129,7 @@ def module(operation, backend):
     return _module(KERNELS[operation, backend][0])
 
 
+@functools.cache
 def _module(name):
     return importlib.import_module(f"sparsedm.kernels.sparse24_{name}")
 

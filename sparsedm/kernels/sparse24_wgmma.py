@@ -53,12 +53,10 @@ def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, c
         config, x, values, metadata, y, bias, activation, residual, skip, scale
     )
     arguments |= {name: descriptor(tensors[name], *box) for name, box in maps(config).items()}
-    options = {"num_warps": warps(config)}
     blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    if config.cluster != "none":
-        blocks //= 2
-        _mark_as_cluster(kernel, arguments, constants, options)
-    kernel[(min(blocks, count_tiles(*y.shape, config)),)](**arguments, **constants, **options)
+    cluster = 1 if config.cluster == "none" else 2
+    grid = min(blocks // cluster, count_tiles(*y.shape, config))
+    start(kernel, grid, arguments, constants, num_warps=warps(config), cluster=cluster)
 
 
 def operands(config, x, values, metadata, y, bias, activation, residual, skip, scale):
@@ -121,6 +119,7 @@ def count_tiles(M, N, config):
     return tiles_n * tiles_m
 
 
+@functools.cache
 def maps(config):
     """Tensor map -> (box, swizzle in bytes), in the order of the kernel's arguments."""
     rows_x, rows_w, words = boxes(config.block_n, config.block_m, config.block_k, config.cluster)
@@ -136,29 +135,41 @@ def maps(config):
 
 
 def descriptor(tensor, box, swizzle):
-    layout = _layout(swizzle, 8 * tensor.element_size(), len(box))
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box), layout)
+    """The tensor map's description of a tensor, of which all but the address is remembered.
 
-
-@functools.cache  # building one costs more than everything else about a descriptor
-def _layout(swizzle, bits, rank):
-    return gl.NVMMASharedLayout(swizzle, bits, rank)
-
-
-_clusters = {}
-
-
-def _mark_as_cluster(kernel, arguments, constants, options):
-    """Makes the launcher start this compiled kernel as clusters of two blocks.
-
-    It is compiled for single blocks, whose layouts know nothing of clusters; the launcher takes the cluster size from
-    `packed_metadata`, so that grid (g,) becomes 2 g blocks. Integers and alignments are kept out of the specialisation
-    (see the decorators), so the key below is all that decides which compiled kernel runs.
+    No address is kept anywhere, so that nothing is stale after a model was moved, copied or loaded, or while the
+    allocator hands out the same memory again.
     """
-    types = tuple(arguments[name].dtype for name in ("y_ptr", "r_ptr", "bias_ptr", "scale_ptr"))
-    key = (kernel, tuple(constants.values()), types, arguments["y_ptr"].device)
-    if key not in _clusters:
-        compiled = kernel.warmup(**arguments, **constants, **options, grid=(1,))
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.__dict__.update(_checked_fields(tensor.shape, tensor.stride(), tensor.dtype, box, swizzle), base=tensor)
+    return made
+
+
+@functools.lru_cache(4096)
+def _checked_fields(shape, stride, dtype, box, swizzle):
+    """Of a descriptor, built once on any 16-byte aligned address: its checks cost more than all else about it."""
+    base = torch.empty(16, dtype=dtype)
+    layout = gl.NVMMASharedLayout(swizzle, 8 * base.element_size(), len(box))
+    return vars(TensorDescriptor(base, list(shape), list(stride), list(box), layout))
+
+
+_compiled = {}
+
+
+def start(kernel, grid, arguments, constants, *, num_warps, cluster=1):
+    """kernel[(grid,)](...) in a tenth of the time, as `grid` clusters of blocks.
+
+    Integers and alignments are kept out of the specialisation of these kernels (see their decorators), so that the key
+    below is all that decides which compiled kernel runs, and Triton need not look at every argument again. A kernel is
+    compiled for single blocks, whose layouts know nothing of clusters; the launcher takes the cluster size from
+    `packed_metadata`, so that grid (g,) becomes `cluster` g blocks.
+    """
+    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    key = (kernel, *constants.values(), *(tensor.dtype for tensor in tensors), tensors[0].device)
+    if key not in _compiled:
+        compiled = kernel.warmup(**arguments, **constants, num_warps=num_warps, grid=(1,))
         warps, _, shared = compiled.packed_metadata
-        compiled.packed_metadata = (warps, 2, shared)
-        _clusters[key] = compiled
+        compiled.packed_metadata = (warps, cluster, shared)
+        _compiled[key] = compiled
+    values = constants | arguments
+    _compiled[key][grid, 1, 1](*[values[name] for name in kernel.arg_names])
