@@ -176,8 +176,8 @@ def test_what_is_kept_serves_nothing_else(gpu, key):
 def test_a_forced_back_end_leaves_the_other_verdict_alone(gpu, monkeypatch):
     work, kept = Work(dense=5.0), {}
     assert gpu(work, kept) == Choice("dense")
-    monkeypatch.setenv("SPARSEDM_BACKEND", "mma")
-    assert gpu(work, kept, rule=Choice("mma")) == Choice("mma")
+    monkeypatch.setenv("SPARSEDM_BACKEND", "wgmma")
+    assert gpu(work, kept) == WGMMA
     monkeypatch.delenv("SPARSEDM_BACKEND")
     dispatch._tuner.cache_clear()
     assert gpu(Work(wgmma=1.0), {}) == Choice("dense")
