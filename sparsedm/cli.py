@@ -10,12 +10,13 @@ import sys
 
 import torch
 
-from sparsedm import __version__, commands, diffusion, samplers
+from sparsedm import __version__, commands, diffusion, samplers, search_command
 from sparsedm.bench import advice
 from sparsedm.errors import InputError
 from sparsedm.inspection import ARCHS
 from sparsedm.models import MODELS
 from sparsedm.quickstart import quickstart
+from sparsedm.train.distributed import local_device
 from sparsedm.train.loop import Interrupted
 from sparsedm.train.methods import METHODS
 
@@ -97,6 +98,9 @@ def _parser():
     train.add_argument("--steps", type=int, default=20_000, help="of all stages together (default: %(default)s)")
     train.add_argument("--split", help="shares of the steps, for example 2,1,1 (default: half for the dense stage)")
     train.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
+    train.add_argument(
+        "--accumulate", type=int, default=1, help="parts of a batch, one after the other: less memory (default: 1)"
+    )
     train.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (default: 2e-4)")
     train.add_argument(
         "--warmup", type=int, help="steps of linear warm-up (default: a tenth of the stage, at most 2500)"
@@ -187,6 +191,14 @@ def _parser():
     )
     advice.add_arguments(bench)
 
+    searching = command(
+        "search",
+        search_command.run_search,
+        "find which network of a family to use at which step: N:M students, widths of a slimmable network, or both",
+        ["--scale smoke", "--scale smoke --family widths", "runs/quickstart", "--scale lite --family both --dry-run"],
+    )
+    search_command.add_arguments(searching)
+
     quick = command(
         "quickstart",
         quickstart,
@@ -226,7 +238,7 @@ def _seed(text):
 
 def _device(text):
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device()
     try:
         device = torch.device(text)
     except RuntimeError:

@@ -18,12 +18,13 @@ from sparsedm.inspection import inspect
 from sparsedm.layers import compress, sparsify
 from sparsedm.models import build_model, model_config
 from sparsedm.models.ddpm_diffusers import from_diffusers
-from sparsedm.train import checkpoint, data
+from sparsedm.train import checkpoint, data, distributed
 from sparsedm.train.chain import check_stages, parse_chain, plan, run_chain
 from sparsedm.train.loop import TrainOptions
 from sparsedm.train.methods import METHODS, method_stages
 
-TRAINING = ("steps", "batch_size", "lr", "warmup", "cosine", "ema", "weighting", "seed", "compile", "log_every")
+TRAINING = ("steps", "batch_size", "accumulate", "lr", "warmup", "cosine", "ema")
+TRAINING += ("weighting", "seed", "compile", "log_every")
 
 
 def train(options):
@@ -52,20 +53,23 @@ def train(options):
     size = model.config.image_size
     images = load_images(options.data, "train", size, limit=options.limit)
     validation = load_images(options.data, "test", size, limit=2048)
-    results = run_chain(
-        model,
-        stages,
-        images,
-        schedule_of(model),
-        training,
-        folder,
-        ema=ema,
-        where=options.where,
-        build=lambda: build_model(model.config),
-        validation=validation,
-        record={"data": options.data, "init": options.init},
-        device=options.device,
-    )
+    with distributed.process_group(options.device):
+        results = run_chain(
+            model,
+            stages,
+            images,
+            schedule_of(model),
+            training,
+            folder,
+            ema=ema,
+            where=options.where,
+            build=lambda: build_model(model.config),
+            validation=validation,
+            record={"data": options.data, "init": options.init},
+            device=options.device,
+        )
+        if not distributed.first():
+            return
     curves = [(f"{r.stage.name} {r.stage.pattern}", r.metrics) for r in results]
     pictures.plot_losses(folder / "loss.png", curves, training.batch_size, str(folder))
     for result in results:

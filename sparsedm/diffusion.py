@@ -136,14 +136,27 @@ def diffuse(x0, t, noise, schedule):
 WEIGHTINGS = ("noise", "velocity")
 
 
-def loss(model, x0, schedule, *, y=None, generator=None, teacher=None, w_kd=0.0, w_noise=1.0, weighting="noise"):
+def loss(
+    model,
+    x0,
+    schedule,
+    *,
+    y=None,
+    generator=None,
+    teacher=None,
+    w_kd=0.0,
+    w_noise=1.0,
+    weighting="noise",
+    rows=slice(None),
+):
     """w_noise mse(ε, model(x_t, t)) + w_kd mse(teacher(x_t, t), model(x_t, t)), one random t and ε per image.
 
     The first term is DDPM's eq. 14, the second SparseDM's transfer from a dense teacher (arXiv 2404.10445, eq. 11; its
     runs used w_kd = 0.1). The teacher sees the same x_t and t, gets no gradient, and should be in eval mode.
     x0 (B, C, H, W); y (B,) int64 or None. `generator` may live on another device than x0: a CPU generator gives the
     same t and ε on every device. weighting: "velocity" divides the squared errors by α(t)², which makes them those of
-    the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training.
+    the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training. rows: a slice of the
+    batch; the others are only drawn for, so that the parts of a batch, computed apart, average to its loss.
     Returns LossTerms. Raises InputError for another weighting, or when w_kd asks for a teacher that is not there.
     """
     if weighting not in WEIGHTINGS:
@@ -153,6 +166,7 @@ def loss(model, x0, schedule, *, y=None, generator=None, teacher=None, w_kd=0.0,
     where = generator.device if generator is not None else x0.device
     u = torch.rand(len(x0), generator=generator, device=where).to(x0)
     noise = torch.randn(x0.shape, generator=generator, device=where).to(x0)
+    x0, u, noise, y = x0[rows], u[rows], noise[rows], None if y is None else y[rows]
     t = schedule.training_time(u)
     inputs = (diffuse(x0, t, noise, schedule), schedule.model_time(t), *_optional(y))
 

@@ -324,7 +324,8 @@ def set_masking(model, *, decay=0.0, kept=1.0, dropped=1.0, frozen=False):
     """Gradient settings of every layer that has a pattern.
 
     dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
-    frozen=True is ASP. frozen=True keeps today's masks for good (they are then saved with the weights).
+    frozen=True is ASP. frozen=True keeps today's masks for good (they are then saved with the weights). Every backward
+    adds the decay: to accumulate gradients over n parts of a batch, divide the gradients by n, not the losses.
     """
     for _, layer in masked_layers(model):
         layer.decay, layer.kept, layer.dropped = float(decay), float(kept), float(dropped)

@@ -185,7 +185,7 @@ def test_loss_passes_labels_to_student_and_teacher():
 
     diffusion.loss(network, torch.zeros(2, 3, 2, 2), VPSDE(), y=y, teacher=network, w_kd=1.0)
     assert len(seen) == 2
-    assert all(labels is y for labels in seen)
+    assert all(torch.equal(labels, y) for labels in seen)
 
 
 def test_loss_covers_all_times():

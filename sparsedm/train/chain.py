@@ -20,7 +20,7 @@ import torch
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.layers import masked_layers, set_masking, sparsify
-from sparsedm.train import checkpoint
+from sparsedm.train import checkpoint, distributed
 from sparsedm.train.loop import MAY_CHANGE, TrainResult, check_data, train
 from sparsedm.train.metrics import read_metrics
 
@@ -119,7 +119,9 @@ def run_chain(
     check_data(model, images, validation)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
-    checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE)
+    if distributed.first():
+        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE)
+    distributed.wait()
 
     dense = previous = ema
     results, first_step = [], 0

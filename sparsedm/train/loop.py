@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from sparsedm import diffusion
 from sparsedm.errors import InputError
-from sparsedm.train import checkpoint
+from sparsedm.train import checkpoint, distributed
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.metrics import MetricsLog
 
-MAY_CHANGE = ("log_every", "save_every", "validate_every")  # options that leave the weights as they are
+MAY_CHANGE = ("accumulate", "log_every", "save_every", "validate_every")  # options that leave the weights as they are
 
 
 class Interrupted(Exception):
@@ -41,7 +41,8 @@ class TrainOptions:
     """How to train. The defaults are U-ViT's CIFAR-10 run (arXiv 2209.12152), with gradient clipping."""
 
     steps: int = 500_000
-    batch_size: int = 128
+    batch_size: int = 128  # of one step, by all processes together
+    accumulate: int = 1  # parts in which each process computes its share of a batch: less memory, more time
     lr: float = 2e-4
     betas: tuple = (0.99, 0.999)
     weight_decay: float = 0.03
@@ -65,6 +66,7 @@ class TrainOptions:
         rules = {
             "steps": self.steps >= 0,
             "batch_size": self.batch_size >= 1,
+            "accumulate": self.accumulate >= 1,
             "lr": 0 < self.lr < math.inf,
             "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             "weight_decay": self.weight_decay >= 0,
@@ -152,8 +154,10 @@ def train(
     state = {"step": 0, "updates": 0, "seconds": 0.0, "loss": None, "validation_loss": None}
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(checkpoint.run_lock(folder))
-        checkpoint.claim(folder, facts, MAY_CHANGE)
+        if distributed.first():
+            stack.enter_context(checkpoint.run_lock(folder))
+            checkpoint.claim(folder, facts, MAY_CHANGE)
+        distributed.wait()
         one_step = _Step(model, ema, images, schedule, options, teacher, w_kd, w_noise, device)
         if continue_from is not None:
             state["updates"] = checkpoint.load_optimizer(continue_from, model, one_step.optimizer)["updates"]
@@ -165,13 +169,20 @@ def train(
         stop = stack.enter_context(_signals())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         bar = stack.enter_context(
-            tqdm(desc=folder.name, initial=state["step"], total=options.steps, disable=None if progress else True)
+            tqdm(
+                desc=folder.name,
+                initial=state["step"],
+                total=options.steps,
+                disable=None if progress and distributed.first() else True,
+            )
         )
 
         def keep():
-            return checkpoint.save(
-                folder, state["step"], model=model, ema=ema, optimizer=one_step.optimizer, state=state
-            )
+            distributed.check_masks(model)
+            if distributed.first():
+                checkpoint.save(folder, state["step"], model=model, ema=ema, optimizer=one_step.optimizer, state=state)
+            distributed.wait()
+            return checkpoint.latest(folder)
 
         def validate():
             if validation is None:
@@ -191,7 +202,7 @@ def train(
             state["step"], state["updates"] = step, state["updates"] + 1
             bar.update()
 
-            stopping, last = bool(stop), step == options.steps
+            stopping, last = distributed.anywhere(stop), step == options.steps
             due_save = stopping or last or step % options.save_every == 0
             due_validation = validation is not None and (last or step % options.validate_every == 0)
             if due_save or due_validation or step % options.log_every == 0:
@@ -210,8 +221,8 @@ def train(
         if saved is None:  # a run of no steps: the networks as they came
             state["validation_loss"] = validate()
             saved = keep()
-        if stop:
-            raise Interrupted(stop[0], state["step"], folder)
+        if distributed.anywhere(stop):
+            raise Interrupted(stop[0] if stop else signal.SIGTERM, state["step"], folder)
     return TrainResult(
         model.eval(),
         ema,
@@ -229,7 +240,8 @@ class _Step:
 
     def __init__(self, model, ema, images, schedule, options, teacher, w_kd, w_noise, device):
         self.model, self.ema, self.images, self.schedule, self.options = model, ema, images, schedule, options
-        self.network = torch.compile(model) if options.compile else model
+        self.shares = distributed.shares(options.batch_size, options.accumulate)
+        self.network = distributed.parallel(torch.compile(model) if options.compile else model)
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
         self.loss = {"teacher": teacher, "w_kd": w_kd, "w_noise": w_noise, "weighting": options.weighting}
         self.parameters = list(model.parameters())
@@ -243,22 +255,36 @@ class _Step:
         """position: which batch and noise. Returns (4,): total, noise and transfer loss, gradient norm."""
         options, images = self.options, self.images
         self.generator.manual_seed(_seed(options.seed, position, "data, times, noise"))
-        torch.manual_seed(_seed(options.seed, position, "dropout"))
         indices = batch_indices(len(images), options.batch_size, position, options.seed)
         if self.generator.device.type == "cuda":  # from pinned memory, so that the copy does not wait either
             indices = indices.pin_memory().to(self.generator.device, non_blocking=True)
         x, y = batch(images, indices, flip_generator=self.generator if options.flip else None)
         y = self._drop_labels(y)
-        with self.autocast:
-            terms = diffusion.loss(self.network, x, self.schedule, y=y, generator=self.generator, **self.loss)
         self.optimizer.zero_grad()
-        terms.total.backward()
+        losses = torch.zeros(3, device=x.device)
+        draws = self.generator.get_state()
+        for number, rows in self.shares:
+            self.generator.set_state(draws)
+            torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))
+            with self._averages_gradients(number == self.shares[-1][0]):
+                with self.autocast:
+                    terms = diffusion.loss(
+                        self.network, x, self.schedule, y=y, generator=self.generator, rows=rows, **self.loss
+                    )
+                terms.total.backward()
+            losses += torch.stack((terms.total.detach(), terms.noise, terms.transfer)) / len(self.shares)
+        if len(self.shares) > 1:  # not the losses: every backward adds the decay of the pruned weights, undivided
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], len(self.shares))
         norm = nn.utils.clip_grad_norm_(self.parameters, options.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self._update_ema(decay)
-        return torch.stack((terms.total.detach(), terms.noise, terms.transfer, norm))
+        return torch.cat((distributed.mean(losses), norm[None]))
+
+    def _averages_gradients(self, last):
+        """Processes average their gradients once per step: in the backward of the last part of the batch."""
+        return contextlib.nullcontext() if last or distributed.world() == 1 else self.network.no_sync()
 
     def _drop_labels(self, y):
         classes = _classes(self.model)

@@ -15,7 +15,7 @@ import torch
 from sparsedm.errors import InputError
 from sparsedm.files import write_text, writing
 from sparsedm.layers import masks
-from sparsedm.train import checkpoint
+from sparsedm.train import checkpoint, distributed
 
 
 class TrainingDiverged(InputError):
@@ -40,7 +40,7 @@ class MetricsLog:
     def __init__(self, folder, model, step, device):
         self.folder, self.file, self.model, self.device = folder, folder / "metrics.jsonl", model, device
         self.looks_each_step = device.type == "cpu"  # where looking at a value makes nobody wait
-        if self.file.exists():  # steps after the checkpoint will be made, and logged, again
+        if distributed.first() and self.file.exists():  # steps after the checkpoint will be made, and logged, again
             kept = [json.dumps(r) + "\n" for r in read_metrics(folder) if r["step"] <= step and "diverged" not in r]
             write_text(self.file, "".join(kept))
         self.masks = masks(model)
@@ -88,5 +88,7 @@ class MetricsLog:
         }
 
     def write(self, record):
+        if not distributed.first():
+            return
         with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
