@@ -10,6 +10,7 @@ random. The machinery is pymoo's. Everything that was ever evaluated is kept: th
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,8 @@ class Evaluations:
     """
 
     def __init__(self, measure, cost, file=None):
-        self.measure, self.cost, self.file, self.known, self.asked = measure, cost, file and Path(file), {}, 0
+        self.measure, self.cost, self.file, self.known = measure, cost, file and Path(file), {}
+        self.asked, self.seconds = 0, 0.0  # of this session; spent measuring, all sessions together
         if self.file and self.file.exists():
             text = self.file.read_text(encoding="utf-8")
             lines = text.splitlines(keepends=True)
@@ -71,6 +73,7 @@ class Evaluations:
                 try:
                     record = json.loads(line)
                     self.known[tuple(record["indices"])] = float(record["quality"])
+                    self.seconds += record["seconds"]
                 except (ValueError, TypeError, KeyError) as error:
                     raise InputError(f"{self.file} is damaged in line {number}: {error}") from error
 
@@ -78,15 +81,17 @@ class Evaluations:
         """The Evaluation of a strategy. Raises InputError if its quality is not a finite number."""
         indices = tuple(int(index) for index in indices)
         if indices not in self.known:
+            start = time.perf_counter()
             quality = float(self.measure(indices))
+            seconds = time.perf_counter() - start
             if not math.isfinite(quality):
                 raise InputError(f"the strategy {indices} has the quality {quality}: that is not a finite number")
-            self.asked += 1
+            self.asked, self.seconds = self.asked + 1, self.seconds + seconds
             self.known[indices] = quality
             if self.file:
-                record = json.dumps({"indices": indices, "quality": quality, "cost": self.cost(indices)})
+                record = {"indices": indices, "quality": quality, "cost": self.cost(indices), "seconds": seconds}
                 with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
-                    file.write(record + "\n")
+                    file.write(json.dumps(record) + "\n")
         return Evaluation(self.cost(indices), self.known[indices], indices)
 
     def all(self):

@@ -24,6 +24,8 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.stepaware", 3),
     ("sparsedm.search", 3),
     ("sparsedm.search_pictures", 3),
+    ("sparsedm.search_report", 3.5),
+    ("sparsedm.search_study", 4.2),
     ("sparsedm.search_command", 4.4),
     ("sparsedm.features", 2.9),
     ("sparsedm.evaluate", 3),

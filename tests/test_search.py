@@ -137,7 +137,7 @@ def test_what_cannot_be_believed_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"\(0, 1\) has the quality nan"):
         Evaluations(lambda indices: math.nan, cost, file)((0, 1))
     assert not file.exists()
-    file.write_text('{"indices": [0, 1], "quality": 1.0}\nnonsense\n')
+    file.write_text('{"indices": [0, 1], "quality": 1.0, "seconds": 0.5}\nnonsense\n')
     with pytest.raises(InputError, match="damaged in line 2"):
         Evaluations(measure, cost, file)
 
