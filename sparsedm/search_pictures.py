@@ -31,7 +31,7 @@ def plot_front(path, groups, cloud, dearest, quality, title=""):
             line = "-" if name in ("uniform", "found") else ""
             pairs = [(cost, value) for cost, value, _ in points]
             axes.plot(*_shares(pairs, dearest), mark + line, color=colour, linewidth=1.2, label=name, zorder=2)
-        if name != "found":
+        if name in ("uniform", "by hand"):
             for cost, value, label in points:
                 place = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8, "color": colour}
                 axes.annotate(label, (cost / dearest, value), **place)

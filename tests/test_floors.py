@@ -23,7 +23,7 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.train", 3),
     ("sparsedm.stepaware", 3),
     ("sparsedm.search", 3),
-    ("sparsedm.search_pictures", 3),
+    ("sparsedm.search_pictures", 3.2),
     ("sparsedm.search_report", 3.5),
     ("sparsedm.search_study", 4.2),
     ("sparsedm.search_command", 4.4),
