@@ -1,24 +1,28 @@
 import os
+import sys
+import types
 
 import pytest
 import torch
 from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 
+from sparsedm.bench import rival_tilelang
 from sparsedm.bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
-from sparsedm.bench.providers import DENSE, DenseCompiled, Sparse24
+from sparsedm.bench.providers import DENSE, DenseCompiled, Rival, Sparse24
+from sparsedm.bench.rival_tilelang import TILES, TileLang
 from sparsedm.bench.rivals import (
     PROVIDERS,
     Algorithm,
     CuSparseLt,
     CuSparseLtTuned,
     Cutlass,
-    Rival,
     TorchAo,
     TrainTile,
     TrainXFormers,
 )
 from sparsedm.bench.shapes import ConvShape, LinearShape
 from sparsedm.kernels.pattern import holds
+from sparsedm.kernels.sparse24_format import unpack
 
 SHAPE = LinearShape("square", "64", 64, 64, 64, "gelu")
 
@@ -136,8 +140,25 @@ def test_a_rival_with_masks_of_its_own_is_checked_against_them(monkeypatch):
 
 
 def test_rivals_that_are_not_installed_say_so():
-    reasons = {p.name: p.supports(OnPaper()) for p in (TorchAo(), TrainXFormers())}
-    assert reasons == {"torchao": "torchao is not installed", "xFormers": "xFormers is not installed"}
+    for provider in (TorchAo(), TrainXFormers(), TileLang()):
+        assert provider.supports(OnPaper()) == f"{provider.name} is not installed"
+
+
+def test_tilelang_gets_the_weight_and_the_wrong_blocks_are_left_out(monkeypatch):
+    """The compiler is played by torch, from values and metadata; the first block is wrong, the second does not fit."""
+    problem = LinearProblem(LinearShape("m", "l", 64, 64, 128, "gelu"), "epilogue", torch.float32, "cpu")
+
+    def compiled(tile, out_idx):
+        if tile == TILES[1]:
+            raise ValueError("does not fit")
+        wrong = 1.01 if tile == TILES[0] else 1
+        return lambda values, metadata, x: (unpack(values, metadata.view(torch.int16), 128) @ x.t()) * wrong
+
+    monkeypatch.setitem(sys.modules, "tilelang", types.SimpleNamespace(compile=compiled))
+    monkeypatch.setattr(rival_tilelang, "product", lambda shape, tile, dtype: tile)
+    bound = TileLang().bind(problem, TileLang().prepare(problem))
+    assert problem.check(bound.run(), sparse=True).right
+    assert bound.detail.endswith(f"{len(TILES) - 2} of {len(TILES)} blocks right")
 
 
 @pytest.mark.gpu
@@ -154,7 +175,7 @@ def test_on_a_gpu_training_providers_are_right(provider):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["plain", "epilogue"])
 @pytest.mark.parametrize(
-    "name", ["dense compiled", "sparsedm 2:4", "sparsedm 2:4 mma", "cuSPARSELt", "cuSPARSELt tuned"]
+    "name", ["dense compiled", "sparsedm 2:4", "sparsedm 2:4 mma", "cuSPARSELt", "cuSPARSELt tuned", "TileLang"]
 )
 def test_on_a_gpu_linear_providers_are_right(name, mode):
     provider = next(p for p in PROVIDERS["linear"] if p.name == name)

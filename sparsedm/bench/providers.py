@@ -24,6 +24,7 @@ from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, choose_backend, sparse
 from sparsedm.layers import Conv2d, Conv2d24, Linear
 
 DENSE = ("dense", "dense compiled")
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Bound(NamedTuple):
@@ -144,6 +145,39 @@ class Sparse24(Provider):
                 os.environ.pop("SPARSEDM_BACKEND")
                 if before is not None:
                     os.environ["SPARSEDM_BACKEND"] = before
+
+
+# ---- what the products of other libraries have in common (they are in `rivals.py`)
+
+
+class Rival(Provider):
+    """Rules that all of them share: a CUDA device, 16-bit types, sizes in multiples of `rows`, `columns`, `tokens`."""
+
+    rows, columns, tokens = 16, 16, 8
+    cusparselt = False  # whether it stands on that library
+
+    def supports(self, problem):
+        shape = problem.shape
+        if problem.device.type != "cuda":
+            return "needs a CUDA device"
+        if problem.dtype not in HALF:
+            return f"takes bfloat16 and float16, not {str(problem.dtype)[6:]}"
+        if self.cusparselt and not torch.backends.cusparselt.is_available():
+            return "this torch has no cuSPARSELt"
+        if shape.N % self.rows or shape.K % self.columns or shape.M % self.tokens:
+            sizes = f"N, K, M = {shape.N}, {shape.K}, {shape.M}"
+            return f"{sizes} are not multiples of {self.rows}, {self.columns}, {self.tokens}"
+        return super().supports(problem)
+
+
+def with_epilogue(problem, product):
+    activate, residual = ACTIVATIONS[problem.activation], problem.residual
+
+    def run():
+        y = activate(product())
+        return y if residual is None else y + residual
+
+    return run
 
 
 # ---- convolutions

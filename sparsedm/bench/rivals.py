@@ -6,7 +6,7 @@
     2:4 tile     training with masks that are 2:4 along rows and columns, so that dx is sparse too: torch's, xFormers'
 
 Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it. xFormers' products for
-inference are torch's (its 2:4 tensors are the same classes). TileLang has a 2:4 product too, but no stable interface.
+inference are torch's (its 2:4 tensors are the same classes). TileLang has a file of its own.
 """
 
 import functools
@@ -18,44 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsedm.bench.problems import LinearProblem
-from sparsedm.bench.providers import OURS_AND_DENSE, Bound, Provider, TrainingProvider
+from sparsedm.bench.providers import OURS_AND_DENSE, Bound, Rival, TrainingProvider, with_epilogue
+from sparsedm.bench.rival_tilelang import TileLang
 from sparsedm.bench.shapes import LinearShape
 from sparsedm.bench.timing import clock_for, fastest
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 
-HALF = (torch.bfloat16, torch.float16)
 MOST_ALGORITHMS = 64
 SPLITS = (2, 4, 8)  # parts of K
-
-
-class Rival(Provider):
-    """Rules that all of them share: a CUDA device, 16-bit types, sizes in multiples of `rows`, `columns`, `tokens`."""
-
-    rows, columns, tokens = 16, 16, 8
-    cusparselt = False  # whether it stands on that library
-
-    def supports(self, problem):
-        shape = problem.shape
-        if problem.device.type != "cuda":
-            return "needs a CUDA device"
-        if problem.dtype not in HALF:
-            return f"takes bfloat16 and float16, not {str(problem.dtype)[6:]}"
-        if self.cusparselt and not torch.backends.cusparselt.is_available():
-            return "this torch has no cuSPARSELt"
-        if shape.N % self.rows or shape.K % self.columns or shape.M % self.tokens:
-            sizes = f"N, K, M = {shape.N}, {shape.K}, {shape.M}"
-            return f"{sizes} are not multiples of {self.rows}, {self.columns}, {self.tokens}"
-        return super().supports(problem)
-
-
-def with_epilogue(problem, product):
-    activate, residual = ACTIVATIONS[problem.activation], problem.residual
-
-    def run():
-        y = activate(product())
-        return y if residual is None else y + residual
-
-    return run
 
 
 class CuSparseLt(Rival):
@@ -239,6 +209,6 @@ class TrainXFormers(TrainTile):
 
 
 PROVIDERS = OURS_AND_DENSE | {
-    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TorchAo()),
+    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TorchAo(), TileLang()),
     "masked-train": (*OURS_AND_DENSE["masked-train"], TrainTile(), TrainXFormers()),
 }
