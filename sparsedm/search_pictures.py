@@ -2,8 +2,10 @@
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 
 from sparsedm.files import atomic_file
 from sparsedm.pictures import COLOURS
@@ -38,7 +40,9 @@ def plot_front(path, groups, cloud, dearest, quality, title=""):
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("cost of one image, as a share of the costliest network at every step")
     axes.set_ylabel(quality)
-    _finish(figure, axes, title, path)
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False)
+    _save(figure, path, axes)
 
 
 def plot_strategies(path, rows, names, times, title=""):
@@ -46,22 +50,19 @@ def plot_strategies(path, rows, names, times, title=""):
     figure = Figure(figsize=(9, 1.7 + 0.42 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     colours = shades(len(names))
-    for place, (_, indices) in enumerate(rows):
-        for step, index in enumerate(indices):
-            axes.barh(place, 0.96, left=step - 0.48, height=0.8, color=colours[index])
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=9)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    steps = sorted({round(step) for step in np.linspace(0, len(times) - 1, min(len(times), 12))})
-    axes.set_xticks(steps, [f"{times[step]:.2g}" for step in steps])
-    axes.set_xlim(-0.6, len(times) - 0.4)
-    axes.set_xlabel("time of the step, from noise (left) to image (right)")
-    handles = [axes.barh(-9, 0, color=colour, label=name) for colour, name in zip(colours, names)]
+    bands, line = np.array([indices for _, indices in rows]), {"edgecolors": "white", "linewidth": 2}
+    cells = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(names) - 0.5}
+    axes.pcolormesh(bands, **cells, **(line if len(times) <= 60 else {}))
+    axes.hlines(range(1, len(rows)), 0, len(times), color="white", linewidth=6)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [label for label, _ in rows], fontsize=9)
+    axes.invert_yaxis()
+    _mark_times(axes, times, 12, 0.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, loc="left")
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=120)
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours, names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 8), frameon=False)
+    _save(figure, path)
 
 
 def plot_proxy(path, table, names, times, pairs, correlation, quality):
@@ -70,22 +71,21 @@ def plot_proxy(path, table, names, times, pairs, correlation, quality):
     left, right = figure.subplots(1, 2)
     for colour, name, row in zip(shades(len(names)), names, np.asarray(table)):
         left.plot(range(len(times)), row / np.asarray(table)[0], "o-", color=colour, markersize=4, label=name)
-    steps = sorted({round(step) for step in np.linspace(0, len(times) - 1, min(len(times), 7))})
-    left.set_xticks(steps, [f"{times[step]:.2g}" for step in steps])
-    left.xaxis.set_minor_locator(NullLocator())
-    left.set_xlabel("time of the step, from noise (left) to image (right)")
+    _mark_times(left, times, 7)
     left.set_ylabel(f"validation loss, relative to {names[0]}")
     left.legend(frameon=False)
     right.plot(*zip(*pairs), ".", color=COLOURS[0])
     right.set_xlabel("proxy: sum of the logarithms of the losses")
     right.set_ylabel(quality)
     right.set_title(f"rank correlation {correlation:.2f} over {len(pairs)} strategies", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     left.set_title("what the cheap networks lack, and where", loc="left", fontsize=10)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=120)
+    _save(figure, path, left, right)
+
+
+def _mark_times(axes, times, most, offset=0.0):
+    steps = sorted({round(step) for step in np.linspace(0, len(times) - 1, min(len(times), most))})
+    axes.set_xticks([step + offset for step in steps], [f"{times[step]:.2g}" for step in steps])
+    axes.set_xlabel("time of the step, from noise (left) to image (right)")
 
 
 def _shares(pairs, dearest):
@@ -93,10 +93,9 @@ def _shares(pairs, dearest):
     return [cost / dearest for cost in costs], values
 
 
-def _finish(figure, axes, title, path):
-    axes.set_title(title, loc="left")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+def _save(figure, path, *graphs):
+    for axes in graphs:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=120)

@@ -21,7 +21,7 @@ def write_report(folder, report):
         groups.setdefault(row["group"], []).append((row["strategy"], row["cost"], row["quality"]))
     cloud = [(e["cost"], e["quality"]) for e in report["tried"]] if report["count"] == report["final_count"] else []
     search_pictures.plot_front(folder / "front.png", groups, cloud, report["dearest"], quality, title)
-    bands = [(_band(row, report), row["indices"]) for row in report["rows"] if row["group"] == "found"]
+    bands = [(_band(row, report), row["indices"]) for row in report["rows"] if row["group"] in ("found", "by hand")]
     search_pictures.plot_strategies(folder / "strategies.png", bands, report["names"], report["times"], title)
     pairs = [(e["proxy"], e["quality"]) for e in report["tried"]]
     correlation = report["rank_correlation"]["logarithms"]
