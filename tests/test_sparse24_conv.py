@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import sparse24_conv_wgmma as kernel
+from sparsedm.kernels import sparse24_pipeline as pipeline
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
-from sparsedm.kernels.sparse24_conv import choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
+from sparsedm.kernels.sparse24_conv import _pixels, choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
 from sparsedm.kernels.sparse24_format import pack
+from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 from tests.ptx.launch import run
 from tests.ptx.memory import SHARED_BYTES
 from tests.sass import Build, compile_offline
@@ -21,11 +23,12 @@ BF16 = torch.bfloat16
 
 
 class Convolution:
-    """B images of C x H x W, a 2:4 weight, and what torch makes of them."""
+    """B images of C x H x W, a 2:4 weight, and what torch makes of them. config: number of the kernel's, or None."""
 
     def __init__(
-        self, B, C, H, W, N, *, kernel=3, stride=1, padding=1, bias=False, activation=None, residual=False, dtype=BF16
-    ):
+        self, B, C, H, W, N, *, kernel=3, stride=1, padding=1, bias=False, activation=None, residual=False, dtype=BF16,
+        config=None,
+    ):  # fmt: skip
         torch.manual_seed(0)
         weight = torch.randn(N, C, kernel, kernel) / (C * kernel * kernel) ** 0.5
         rows = group_view(weight)
@@ -33,6 +36,7 @@ class Convolution:
         self.values, self.metadata = pack(group_view(self.weight).reshape(N, -1))
         self.x = torch.randn(B, C, H, W).to(dtype)
         self.bias = torch.randn(N).to(dtype) if bias else None
+        self.config = config
         self.geometry = {"stride": stride, "padding": padding}
         self.kernel_size, self.activation = (kernel, kernel), activation
         size = self.reference(torch.Tensor.float, residual=False).shape
@@ -42,7 +46,7 @@ class Convolution:
     def reference(self, convert, residual=True):
         bias = None if self.bias is None else convert(self.bias)
         y = F.conv2d(convert(self.x), convert(self.weight), bias, **self.geometry)
-        y = {None: lambda y: y, "gelu": F.gelu, "silu": F.silu}[self.activation](y)
+        y = ACTIVATIONS[self.activation](y)
         return y if not residual or self.residual is None else y + convert(self.residual)
 
 
@@ -76,6 +80,14 @@ QUICK = {
     "stride-2": dict(B=3, C=128, H=12, W=8, N=72, stride=2, bias=True),
 }
 SLOW = {
+    **{
+        f"{i}-{activation}": dict(
+            config=i, B=2, C=64, H=9, W=12, N=136, bias=True, activation=activation, residual=True
+        )
+        for i in range(len(kernel.CONFIGS))
+        for activation in (None, "gelu", "gelu_tanh", "silu")
+    },
+    "one-pixel": dict(B=130, C=64, H=1, W=1, N=64, bias=True),
     "small-images": dict(B=9, C=64, H=4, W=4, N=264, residual=True),
     "stride-2-asymmetric": dict(B=1, C=64, H=18, W=34, N=128, stride=2, padding=0, activation="gelu"),
     "fp16-5x5": dict(B=1, C=64, H=16, W=16, N=64, kernel=5, padding=2, dtype=torch.float16),
@@ -84,14 +96,14 @@ CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def nhwc(tensor):
-    return None if tensor is None else tensor.permute(0, 2, 3, 1).contiguous()
+    return None if tensor is None else _pixels(tensor)
 
 
 def operands(c):
     values, metadata = arranged(c, "wgmma")
     y = c.y.permute(0, 2, 3, 1)
     padding = (c.geometry["padding"],) * 2
-    config = kernel.CONFIGS[c.y.shape[1] <= 128]
+    config = kernel.CONFIGS[c.y.shape[1] <= 128 if c.config is None else c.config]
     return kernel.operands(
         config, nhwc(c.x), values, metadata, y, c.kernel_size, c.geometry["stride"], padding, c.bias, c.activation,
         nhwc(c.residual),
@@ -140,6 +152,14 @@ def test_sass(name):
     assert result.count("HGMMA") == result.count("HGMMA.SP")
 
 
+@pytest.mark.parametrize("config", kernel.CONFIGS, ids=str)
+def test_every_configuration_fits_and_keeps_its_ring_the_largest(config):
+    ring = config.stages * pipeline.stage_bytes(config.block_n, config.block_m, 64)[3]
+    panels = config.block_n * config.block_m * 2
+    assert ring >= panels
+    assert ring + 1024 + panels + 256 <= SHARED_BYTES
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 16), (8, 8), (4, 4), (1, 1), (5, 100)])
 @pytest.mark.parametrize("pixels", [128, 256])
 def test_patches(pixels, rows, columns):
@@ -160,7 +180,12 @@ DISPATCH = [
     ((9, 0), 64, 3, 2, 1, (33, 32), 64, BF16, "dense", "33 x 32 pixels"),
     ((9, 0), 64, 3, 1, 2, (32, 32), 64, BF16, "dense", "no dilation"),
     ((9, 0), 64, 3, 1, 1, (32, 32), 64, torch.float32, "dense", "float32"),
-    ((8, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "dense", "no mma.sp convolution"),
+    ((9, 0), 64, 3, 3, 1, (32, 32), 64, BF16, "dense", "strides 1, and 2"),
+    ((8, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "mma", "sm_80"),
+    ((8, 9), 64, 3, 2, 1, (33, 32), 3, BF16, "mma", "sm_89"),
+    ((8, 0), 96, 3, 1, 1, (32, 32), 64, BF16, "dense", "96 input channels"),
+    ((7, 5), 64, 3, 1, 1, (32, 32), 64, BF16, "dense", "sm_75 has no sparse tensor cores"),
+    ((10, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "dense", "wgmma.sp needs sm_90a"),
 ]
 
 
@@ -175,6 +200,16 @@ def test_dispatch_says_what_runs_and_why(
     chosen, reason = choose_conv_backend(capability, channels, *geometry, image, features, dtype)
     assert chosen == backend
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("forced", "capability", "expected"),
+    [("mma", (9, 0), "mma"), ("wgmma", (9, 0), "wgmma"), ("wgmma", (8, 0), "dense"), ("few", (8, 0), "mma")],
+)
+def test_dispatch_can_be_forced(forced, capability, expected, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", forced)
+    pair = (1, 1)
+    assert choose_conv_backend(capability, 64, (3, 3), pair, pair, pair, (8, 8), 64, BF16)[0] == expected
 
 
 REFUSED = {

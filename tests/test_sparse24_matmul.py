@@ -146,6 +146,7 @@ def test_launches_reach_the_driver_with_the_right_grid():
     assert recorded["few"] == 2 * [["linear_few", 40, 1], ["reduce_few", 50, 1]]
     assert recorded["conv"] == 2 * [["conv_specialized", 8, 1]]
     assert recorded["compiled"] == [1, 2]
+    assert recorded["conv-mma"] == 2 * [["conv_mma", 16, 1]]
     # numbers of the tensor maps among the PTX parameters, which fill_slot and the convolution's producer rely on
     assert recorded["maps"] == [0, 5, 10, 15, 20, 25]
     assert recorded["conv-maps"] == [0, 5, 10, 21, 30]
@@ -181,7 +182,7 @@ def _record_launches():
     CompiledKernel._init_handles = handles
     torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
 
-    from sparsedm.kernels import sparse24_conv_wgmma, sparse24_few, sparse24_mma, sparse24_wgmma
+    from sparsedm.kernels import sparse24_conv_mma, sparse24_conv_wgmma, sparse24_few, sparse24_mma, sparse24_wgmma
     from tests.test_sparse24_conv import Convolution, nhwc
 
     recorded = {}
@@ -219,8 +220,15 @@ def _record_launches():
             padding=(1, 1), bias=c.bias, activation="silu", residual=nhwc(c.residual),
             config=sparse24_conv_wgmma.CONFIGS[1],
         )  # fmt: skip
-    recorded["conv"] = calls
-    recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-1])]
+    recorded["conv"] = calls.copy()
+    calls.clear()
+    for _ in range(2):
+        sparse24_conv_mma.launch(
+            nhwc(c.x), *arranged(c, "mma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1, padding=(1, 1),
+            bias=c.bias, activation="silu", residual=nhwc(c.residual),
+        )  # fmt: skip
+    recorded["conv-mma"] = calls
+    recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-3])]
     print(json.dumps(recorded))
 
 

@@ -204,6 +204,11 @@ def test_every_configuration_fits_and_keeps_its_ring_the_largest(config):
     assert ring + 1024 + panels + 256 <= SHARED_BYTES
 
 
+def test_a_ring_that_is_not_the_largest_allocation_does_not_compile():
+    with pytest.raises(RuntimeError, match="the ring must be the largest allocation"):
+        compile_offline([build(Config(128, 256, 64, 1), Problem(M=8, N=128, K=64))])
+
+
 def test_a_descriptor_is_triton_s_own_and_remembers_no_address():
     x, box = torch.zeros(256, 128, dtype=torch.bfloat16), (64, 64)
     layout = gl.NVMMASharedLayout(128, 16, 2)

@@ -6,6 +6,7 @@ kernels read and write them in channels_last. Inference only: nothing here has a
 
 Back ends (`choose_conv_backend` says which will run, and why):
     wgmma   implicit product on `wgmma.mma_async.sp` (sm_90a)       sparse24_conv_wgmma.py
+    mma     implicit product on `mma.sp` (sm_80, 86, 89)            sparse24_conv_mma.py
     linear  1 x 1 kernels are `sparse24_linear` on the pixels
     dense   the decompressed weight, kept, and torch's conv2d
     torch   decompressed at every call (`sparse24_conv2d_ref`): any device, any geometry
@@ -40,8 +41,8 @@ def _weight(values, metadata, channels, kernel_size):
 def choose_conv_backend(capability, channels, kernel_size, stride, padding, dilation, size, features, dtype):
     """Which back end serves a convolution of images of `size` (H, W), and why: (name, reason).
 
-    Rules, not measurement: where this says wgmma, `pick` of sparse24_dispatch times dense beside it.
-    SPARSEDM_BACKEND=torch | dense | wgmma overrules them wherever the named one can run; 1 x 1 kernels obey it as
+    Rules, not measurement: where this names a kernel, `pick` of sparse24_dispatch times dense beside it.
+    SPARSEDM_BACKEND=torch | dense | mma | wgmma overrules them wherever the named one can run; 1 x 1 kernels obey it as
     products.
     """
     if kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0):
@@ -51,26 +52,36 @@ def choose_conv_backend(capability, channels, kernel_size, stride, padding, dila
         return forced, f"SPARSEDM_BACKEND={forced}"
     if capability is None:
         return "torch", "not a CUDA device"
-    obstacle = _obstacle(capability, channels, stride, dilation, size, features, dtype)
+    name = f"sm_{capability[0]}{capability[1]}"
+    kernel = forced if forced in ("mma", "wgmma") else "wgmma" if capability == (9, 0) else "mma"
+    obstacle = _obstacle(kernel, capability, channels, stride, dilation, size, features, dtype)
     if obstacle:
         return "dense", obstacle
-    return "wgmma", "sm_90a, implicit product" if forced is None else f"SPARSEDM_BACKEND={forced}"
+    if kernel == forced:
+        return kernel, f"SPARSEDM_BACKEND={forced}"
+    if kernel == "mma" and capability >= (9, 0):
+        return "dense", f"mma.sp is no quicker than {name}'s dense tensor cores, and wgmma.sp needs sm_90a"
+    return kernel, f"{name + 'a' if kernel == 'wgmma' else name}, implicit product"
 
 
-def _obstacle(capability, channels, stride, dilation, size, features, dtype):
-    """Why the wgmma kernel cannot run, or None."""
-    if capability != (9, 0):
-        return f"sm_{capability[0]}{capability[1]} has no wgmma (sm_90a has), and there is no mma.sp convolution"
+def _obstacle(kernel, capability, channels, stride, dilation, size, features, dtype):
+    """Why the kernel, mma or wgmma, cannot run, or None."""
+    if capability < (8, 0):
+        return f"sm_{capability[0]}{capability[1]} has no sparse tensor cores (sm_80 and later have)"
+    if kernel == "wgmma" and capability != (9, 0):
+        return f"sm_{capability[0]}{capability[1]} has no wgmma (sm_90a has)"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"{str(dtype)[6:]}: the kernel takes bfloat16 and float16"
+        return f"{str(dtype)[6:]}: the kernels take bfloat16 and float16"
     if channels % 64:
-        return f"{channels} input channels: the kernel needs a multiple of 64"
+        return f"{channels} input channels: the kernels need a multiple of 64"
+    if stride[0] != stride[1] or dilation != (1, 1):
+        return f"stride {stride}, dilation {dilation}: the kernels have one stride for both axes and no dilation"
+    if kernel == "mma":
+        return None
     if features % 8:
-        return f"{features} output channels: the kernel needs a multiple of 8"
-    if stride not in ((1, 1), (2, 2)) or dilation != (1, 1):
-        return f"stride {stride}, dilation {dilation}: the kernel has strides 1 and 2 and no dilation"
-    if stride == (2, 2) and (size[0] % 2 or size[1] % 2):
-        return f"images of {size[0]} x {size[1]} pixels: with stride 2 the kernel needs even sides"
+        return f"{features} output channels: the wgmma kernel needs a multiple of 8"
+    if stride[0] > 2 or (stride[0] == 2 and (size[0] % 2 or size[1] % 2)):
+        return f"stride {stride[0]}, {size[0]} x {size[1]} pixels: the wgmma kernel has strides 1, and 2 for even sides"
     return None
 
 
@@ -120,11 +131,12 @@ def sparse24_conv2d(
         )  # fmt: skip
 
     choice = Choice(backend, int(backend == "wgmma" and features <= 128))
-    if backend == "wgmma" and x.shape[0] and type(x) is torch.Tensor:
+    if backend in ("mma", "wgmma") and x.shape[0] and type(x) is torch.Tensor:
         for_timing = {}  # what the losers read is not kept
-        offered = every(CONV, "wgmma") if forced_backend() else (Choice("dense"), *every(CONV, "wgmma"))
         choice = pick(
-            CONV, lambda: offered, choice, lambda other: run(other, for_timing), x.device,
+            CONV,
+            lambda: every(CONV, backend) if forced_backend() else (Choice("dense"), *every(CONV, backend)),
+            choice, lambda other: run(other, for_timing), x.device,
             x.shape[0] * size[0] * size[1], kept.setdefault("choices", {}),
             dtype=x.dtype, activation=activation, bias=bias is not None,
             residual=residual is not None, kernel=kernel_size, stride=stride[0], image=tuple(size), n=features,
@@ -156,13 +168,12 @@ def _conv(
     )  # fmt: skip
     if not y.numel():
         return y
-    if backend == "wgmma":
-        pixels = lambda image: image.permute(0, 2, 3, 1).contiguous()  # noqa: E731
+    if backend in ("mma", "wgmma"):
         with torch.cuda.device(x.device):
             module(CONV, backend).launch(
-                pixels(x), *kernel_tensors(values, arranged), y.permute(0, 2, 3, 1), kernel_size=kernel_size,
+                _pixels(x), *kernel_tensors(values, arranged), y.permute(0, 2, 3, 1), kernel_size=kernel_size,
                 stride=stride[0], padding=padding, bias=bias, activation=activation,
-                residual=None if residual is None else pixels(residual).to(y.dtype),
+                residual=None if residual is None else _pixels(residual).to(y.dtype),
                 config=configs(CONV, backend)[config],
             )  # fmt: skip
         return y
@@ -181,6 +192,12 @@ def _conv_fake(
 ):  # fmt: skip
     shape = (x.shape[0], values.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _pixels(image):
+    """(B, C, H, W) -> (B, H, W, C), contiguous and with the strides of it also where an axis has one entry."""
+    image = image.permute(0, 2, 3, 1)
+    return image.reshape(-1).view(image.shape)
 
 
 def _pair(value):

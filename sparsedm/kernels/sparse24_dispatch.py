@@ -20,9 +20,10 @@ FEW_TOKENS = 64
 SMALLEST_GRID = 32
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
 KERNELS = {  # operation and back end: the module with `launch` and CONFIGS, then the others that hold its code
-    (LINEAR, "mma"): ("mma", "ptx"),
-    (LINEAR, "few"): ("few", "mma", "ptx"),
+    (LINEAR, "mma"): ("mma", "fragments", "ptx"),
+    (LINEAR, "few"): ("few", "fragments", "ptx"),
     (LINEAR, "wgmma"): ("wgmma", "wgmma_kernels", "pipeline", "ptx"),
+    (CONV, "mma"): ("conv_mma", "fragments", "ptx"),
     (CONV, "wgmma"): ("conv_wgmma", "pipeline", "ptx"),
 }
 

@@ -13,15 +13,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparsedm.kernels import sparse24_mma
-from sparsedm.kernels.sparse24_mma import (
+from sparsedm.kernels.sparse24_fragments import (
     finish,
-    operands,
+    joined_addresses,
     output_layout,
     products,
+    row_addresses,
+    rows_of,
     tile,
-    tile_constants,
     to_rows,
 )
+from sparsedm.kernels.sparse24_mma import operands, tile_constants
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,12 @@ def linear_few(
     """Program (tile, i) multiplies the 64-column steps i share .. (i+1) share - 1; part_ptr fp32 (splits, M, N)."""
     n, m = tile(gl.program_id(0), M, N, BLOCK_N, BLOCK_M, GROUP)
     first = gl.program_id(1) * share
+    source = rows_of(x_ptr, stride_x, chunks_x, m, M, BLOCK_M, WARPS_N * WARPS_M)
+    if SKIP:
+        source = (source, rows_of(s_ptr, stride_s, chunks_s, m, M, BLOCK_M, WARPS_N * WARPS_M), split)
     acc = products(
-        w_ptr, e_ptr, x_ptr, s_ptr, stride_x, stride_s, chunks_x, chunks_s, split, n, m, M,
-        first, gl.minimum(first + share, steps), steps, BLOCK_N, BLOCK_M, WARPS_N, WARPS_M, STAGES, KIND, SKIP,
+        w_ptr, e_ptr, source, n, first, gl.minimum(first + share, steps), steps,
+        BLOCK_N, BLOCK_M, WARPS_N, WARPS_M, STAGES, KIND, joined_addresses if SKIP else row_addresses,
     )  # fmt: skip
     LAYOUT: gl.constexpr = output_layout(BLOCK_N, WARPS_N * WARPS_M)
     row = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))

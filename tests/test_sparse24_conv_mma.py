@@ -1,0 +1,117 @@
+"""The mma.sp convolution: its compiled PTX executed in the emulator, its SASS inspected, for sm_80 and sm_89."""
+
+import functools
+import re
+
+import pytest
+import torch
+
+from sparsedm.kernels import sparse24_conv_mma as kernel
+from sparsedm.kernels.sparse24_conv import sparse24_conv2d
+from tests.ptx.errors import EmulatorError
+from tests.ptx.launch import run
+from tests.sass import Build, compile_offline
+from tests.sparse24_problem import arranged, divisible, hang_guard, kinds
+from tests.test_sparse24_conv import Convolution, nhwc
+from tests.tolerance import assert_as_good_as_torch
+
+FULL = dict(bias=True, activation="silu", residual=True)
+
+# name -> (configuration, capability, arguments of Convolution). Ragged images, several images in a tile.
+QUICK = {
+    "3x3": (kernel.CONFIGS[1], 80, dict(B=2, C=64, H=7, W=9, N=72, **FULL)),
+    "stride-2": (kernel.CONFIGS[2], 89, dict(B=3, C=128, H=7, W=10, N=20, stride=2, bias=True)),
+}
+SLOW = {
+    **{
+        f"{i}-{activation}": (config, 80, dict(B=5, C=64, H=6, W=8, N=136, **FULL | {"activation": activation}))
+        for i, config in enumerate(kernel.CONFIGS)
+        for activation in (None, "gelu", "gelu_tanh")
+    },
+    "asymmetric": (kernel.CONFIGS[0], 86, dict(B=1, C=64, H=18, W=34, N=128, stride=2, padding=0)),
+    "fp16-5x5": (kernel.CONFIGS[0], 90, dict(B=1, C=64, H=16, W=16, N=64, kernel=5, padding=2, dtype=torch.float16)),
+    "stride-3": (kernel.CONFIGS[2], 80, dict(B=2, C=64, H=10, W=11, N=64, stride=3, padding=1)),
+    "one-pixel": (kernel.CONFIGS[2], 80, dict(B=70, C=64, H=1, W=1, N=64)),
+}
+CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def operands(config, c):
+    values, metadata = arranged(c, "mma")
+    padding = (c.geometry["padding"],) * 2
+    return kernel.operands(
+        config, nhwc(c.x), values, metadata, c.y.permute(0, 2, 3, 1), c.kernel_size, c.geometry["stride"], padding,
+        c.bias, c.activation, nhwc(c.residual),
+    )  # fmt: skip
+
+
+def build(config, capability, c):
+    scalars, constants = operands(config, c)
+    options = {"num_warps": config.warps_n * config.warps_m}
+    name = "sparsedm.kernels.sparse24_conv_mma:conv_mma"
+    return Build(name, kinds(scalars), constants, options, divisible(scalars), capability)
+
+
+@functools.cache
+def compiled(names):
+    cases = [(QUICK | SLOW)[name] for name in names]
+    builds = [build(config, capability, Convolution(**sizes)) for config, capability, sizes in cases]
+    return dict(zip(names, zip(builds, compile_offline(builds))))
+
+
+def built(name):
+    return compiled(tuple(QUICK) if name in QUICK else (name,))[name]
+
+
+def emulate_and_check(name, ptx, early):
+    config, _, sizes = (QUICK | SLOW)[name]
+    c = Convolution(**sizes)
+    offline, _ = built(name)
+    scalars, _ = operands(config, c)
+    grid = -(-scalars["N"] // config.block_n) * -(-scalars["M"] // config.block_m)
+    run(offline, ptx, scalars, (grid,), early=early)
+    assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernel_is_right_in_the_emulator(name, early):
+    emulate_and_check(name, built(name)[1].ptx, early)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sass(name):
+    config, _, _ = (QUICK | SLOW)[name]
+    _, result = built(name)
+    assert result.spills == 0
+    loops = [result.histogram(*loop) for loop in result.loops()]
+    (main,) = [loop for loop in loops if any(op.startswith("HMMA") for op in loop)]
+    products = sum(n for op, n in main.items() if op.startswith("HMMA.SP.16832"))
+    per_warp = 2 * (config.block_n // (16 * config.warps_n)) * (config.block_m // (8 * config.warps_m))
+    assert products == per_warp == sum(n for op, n in main.items() if op.startswith("HMMA"))
+    # what the linear kernel's loop has, and the kernel position with the tests for the borders of the image
+    assert sum(main.values()) <= 2 * products + 200
+    assert not any(op.startswith(("LDL", "STL", "SHFL", "STS")) for op in main)
+
+
+@pytest.mark.parametrize("pattern", [r"cp\.async\.wait_group\s+\d+", r"setp\.lt\.s32", r"(, %r\d+), 1;"])
+def test_planted_faults_are_noticed(pattern):
+    by = {"c": "cp.async.wait_group 8", "s": "setp.le.s32", "(": r"\1, 0;"}[pattern[0]]
+    broken = re.sub(pattern, by, built("3x3")[1].ptx)
+    assert broken != built("3x3")[1].ptx, "the fault was not planted"
+    with pytest.raises((EmulatorError, AssertionError)):
+        emulate_and_check("3x3", broken, early=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_on_the_gpu(name, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", "mma")
+    c = Convolution(**(QUICK | SLOW)[name][2])
+    move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
+    with hang_guard():
+        c.y = sparse24_conv2d(
+            c.x.cuda(), c.values.cuda(), c.metadata.cuda(), c.kernel_size, move(c.bias), c.activation, move(c.residual),
+            **c.geometry,
+        ).cpu()  # fmt: skip
+    assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))
