@@ -334,7 +334,10 @@ def test_compress_holds_sparser_patterns_as_2_of_4(pattern):
     assert_same_network(small, model, x)
 
 
-def test_a_compressed_model_can_be_copied_moved_pickled_and_loaded():
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_a_compressed_model_can_be_copied_moved_pickled_and_loaded(backend, monkeypatch):
+    """Also with "dense", whose decompressed weights the layers keep."""
+    monkeypatch.setenv("SPARSEDM_BACKEND", backend)
     model, x = compress(sparsify(Small(), "2:4")), torch.randn(2, 3, 8, 8)
     y = model(x)
     file = io.BytesIO()

@@ -12,6 +12,8 @@ from sparsedm.kernels import launch
 from sparsedm.kernels import sparse24_dispatch as dispatch
 from sparsedm.kernels.launch import Autotuner
 from sparsedm.kernels.sparse24_dispatch import CONV, LINEAR, Choice, choices, choose_backend, configs, pick
+from sparsedm.kernels.sparse24_matmul import sparse24_linear
+from tests.sparse24_problem import Problem, hang_guard
 
 BF16 = torch.bfloat16
 
@@ -230,3 +232,42 @@ def test_convolutions_are_described_by_their_own_configurations():
         "block_m": 256,
         "stages": 3,
     }
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_first_call_inside_a_capture_is_refused():
+    p = Problem(M=64, N=64, K=64)
+    x, values, metadata = (t.cuda() for t in (p.x, p.values, p.metadata))
+    with (
+        pytest.raises(InputError, match="must be called once before a CUDA graph of it is captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        sparse24_linear(x, values, metadata, arranged={})
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_size_is_timed_once_and_a_capture_times_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    dispatch._tuner.cache_clear()
+    p, kept = Problem(M=1024, N=1024, K=512, bias=True, activation="gelu", residual=True), {}
+    x, values, metadata, bias, residual = (t.cuda() for t in (p.x, p.values, p.metadata, p.bias, p.residual))
+    call = lambda rows: sparse24_linear(x[:rows], values, metadata, bias, "gelu", residual[:rows], arranged=kept)  # noqa: E731
+    with hang_guard(300):
+        p.y = call(1024).cpu()
+    p.check()
+    ((_, entries),) = json.loads(next((tmp_path / "tuned").glob("*.json")).read_text()).items()
+    (entry,) = entries.values()
+    assert entry["measured"] == len(choices(torch.cuda.get_device_capability(), False, False, 512, BF16, None))
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
+    expected = call(200)  # another size, and the rule's back end for it
+    monkeypatch.delenv("SPARSEDM_AUTOTUNE")
+    kept["choices"].clear()
+    dispatch._tuner.cache_clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(200)
+    assert kept["choices"] == {}
+    graph.replay()
+    assert torch.equal(y, expected)

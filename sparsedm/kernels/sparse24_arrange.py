@@ -2,6 +2,7 @@
 
 import torch
 
+from sparsedm.errors import InputError
 from sparsedm.kernels.sparse24_format import (
     check_metadata,
     check_shapes,
@@ -64,6 +65,8 @@ def arrange_once(values, metadata, backend, columns, kept):
     # while tracing there are no addresses, and then the weight cannot change either
     stamp = None if torch.compiler.is_compiling() else [_stamp(values), _stamp(metadata)]
     if family not in kept or (stamp is not None and kept[family][0] != stamp):
+        if stamp and values.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise InputError("a layer with a 2:4 weight must be called once before a CUDA graph of it is captured")
         kept[family] = stamp, arrange(values, metadata, backend, columns)
     return kept[family][1]
 
