@@ -38,8 +38,8 @@ class Scale:
     threads: int | None = None  # on a CPU; None: as torch likes
 
 
-_NET = {"image_size": 12, "multipliers": (1, 2, 2), "attention": (6,)}
-_TRAINING = replace(SYNTHETIC.options, weighting="noise", batch_size=48, lr=1e-3)
+_NET = {"image_size": 12, "multipliers": (1, 2), "attention": (6,)}
+_TRAINING = replace(SYNTHETIC.options, weighting="noise", lr=1e-3)
 _STUDENTS = [Stage(p.replace(":", "of"), 150, p, lr=1e-3, **TRANSFER) for p in ("2:4", "1:4", "1:8")]
 _LARGE = TrainOptions(steps=1)
 _LARGE_STUDENTS = [Stage(p.replace(":", "of"), 50_000, p, **TRANSFER) for p in ("3:4", "2:4", "1:4")]
@@ -50,11 +50,11 @@ SCALES = {
         data="synthetic",
         families={
             "chain": ("uvit-tiny", SYNTHETIC.model, [Stage("dense", 1600), *_STUDENTS], SYNTHETIC.options),
-            "widths": ("slimmable-tiny", _NET, [Stage("dense", 1200)], _TRAINING),
-            "both": ("slimmable-tiny", _NET, [Stage("dense", 1000), replace(_STUDENTS[0], steps=300)], _TRAINING),
+            "widths": ("slimmable-tiny", _NET, [Stage("dense", 1000)], _TRAINING),
+            "both": ("slimmable-tiny", _NET, [Stage("dense", 800), replace(_STUDENTS[0], steps=200)], _TRAINING),
         },
-        count=320,
-        final_count=320,
+        count=256,
+        final_count=256,
         validation=256,
         steps=12,
         population=16,

@@ -55,6 +55,12 @@ def test_widths_differ_and_are_given_back():
     assert model.width == 4
 
 
+def test_widths_are_rounded_to_multiples_of_8():
+    config = model_config("slimmable-tiny", width=40)  # 10, 20, 30 and 40
+    assert [config.at(k).width for k in config.eighths] == [8, 16, 32, 40]
+    assert config.at(2).groups == config.groups == 8
+
+
 def test_one_width_is_the_plain_network_with_its_gradients():
     model, inputs = make(eighths=(8,))
     plain = DDPM(model.config.at(8)).eval()
