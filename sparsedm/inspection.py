@@ -190,6 +190,10 @@ def _sparse_backend(layer, shape, calls, arch, batch):
     dtype = held.dtype
     if arch:
         capability, dtype = ARCHS[arch], torch.bfloat16
+    elif isinstance(layer, Linear24 | Conv2d24):
+        measured = layer.measured_backend(batch * calls.rows if isinstance(layer, Linear24) else None)
+        if measured:
+            return measured, "what its call of this size took: see the tuned table of the GPU"
     if isinstance(layer, Linear | Linear24):
         return choose_backend(capability, batch * calls.rows, *shape, dtype)
     geometry = [layer.geometry[k] if isinstance(layer, Conv2d24) else getattr(layer, k) for k in GEOMETRY]

@@ -23,6 +23,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.masked_matmul import choose, straight_through
 from sparsedm.kernels.pattern import Pattern, group_view, holds, ungroup
 from sparsedm.kernels.sparse24_conv import sparse24_conv2d
+from sparsedm.kernels.sparse24_dispatch import last_choice
 from sparsedm.kernels.sparse24_format import pack, unpack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
 
@@ -174,6 +175,11 @@ class _Compressed(nn.Module):
         self.register_buffer("metadata", metadata)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self._arranged = {}  # the same weight in the order a kernel reads it, made at the first call
+
+    def measured_backend(self, rows=None):
+        """The back end the GPU's tables gave the latest new size, or to `rows` rows; None before a call there."""
+        choice = last_choice(self._arranged.get("choices", {}), rows)
+        return choice and choice.backend
 
     def __getstate__(self):
         return {**self.__dict__, "_arranged": {}}

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
+from sparsedm.kernels.sparse24_dispatch import Choice
 from sparsedm.layers import compress, sparsify
 
 
@@ -88,6 +91,18 @@ def test_arch_of_a_convolution():
     for form in (model, compress(model)):
         (row,) = inspect(form, (torch.zeros(1, 64, 8, 8),), arch="sm_90a").rows
         assert row.backend == "wgmma"
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(64, 64, 3, padding=1)], ids=["linear", "conv"])
+def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
+    model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
+    x = torch.zeros(1, 512, 64) if isinstance(layer, nn.Linear) else torch.zeros(1, 64, 8, 8)
+    model[0]._arranged["choices"] = {(512, "", "cuda:0"): Choice("wgmma", 2)}
+    assert inspect(model, (x,)).rows[0].backend == "wgmma"
+    assert "tuned table" in inspect(model, (x,)).rows[0].why
+    assert inspect(model, (x,), arch="cpu").rows[0].backend == "torch"
+    if isinstance(layer, nn.Linear):
+        assert inspect(model, (x,), batch=2).rows[0].backend == "torch", "never called with so many rows"
 
 
 def test_an_unknown_arch_is_refused():

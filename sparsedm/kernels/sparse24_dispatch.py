@@ -168,6 +168,12 @@ def pick(operation, offered, rule, run, device, rows, kept, **key):
     return described[_text(best)]
 
 
+def last_choice(kept, rows=None):
+    """What `pick` took for the latest new size, or for that of `rows` rows; None where it was never asked."""
+    sizes = [known for known in kept if rows is None or known[0] == bucket(rows)]
+    return kept[sizes[-1]] if sizes else None
+
+
 @functools.cache
 def _tuner(operation, offered, forced):
     """-> (Autotuner, {description as text: choice})."""
