@@ -13,6 +13,7 @@ import torch
 from sparsedm import __version__, commands, diffusion, samplers, search_command
 from sparsedm.bench import advice
 from sparsedm.errors import InputError
+from sparsedm.experiments import runner
 from sparsedm.inspection import ARCHS
 from sparsedm.models import MODELS
 from sparsedm.quickstart import quickstart
@@ -198,6 +199,14 @@ def _parser():
         ["--scale smoke", "--scale smoke --family widths", "runs/quickstart", "--scale lite --family both --dry-run"],
     )
     search_command.add_arguments(searching)
+
+    compare = command(
+        "experiment",
+        runner.experiment,
+        "compare methods on equal terms, with several seeds: tables and pictures",
+        ["arms", "arms --scale lite --seeds 3", "fixed-vs-inplace-vs-chain", "ratio --dry-run"],
+    )
+    runner.add_arguments(compare)
 
     quick = command(
         "quickstart",

@@ -33,9 +33,16 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.bench", 3.5),
     ("sparsedm.commands", 4),
     ("sparsedm.quickstart", 4.3),
+    ("sparsedm.experiments", 4.4),
     ("sparsedm.cli", 4.6),
 )
-ROOMS = ("sparsedm.kernels", "sparsedm.models", "sparsedm.train", "sparsedm.bench")  # may import inside themselves
+ROOMS = (
+    "sparsedm.kernels",
+    "sparsedm.models",
+    "sparsedm.train",
+    "sparsedm.bench",
+    "sparsedm.experiments",
+)  # may import inside themselves
 FILES = sorted(p for p in (ROOT / "sparsedm").rglob("*.py") if p.name != "__init__.py" or p.parent.name != "sparsedm")
 
 

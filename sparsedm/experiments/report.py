@@ -1,0 +1,187 @@
+"""From the rows of results.csv alone: report.md with the table, and the pictures. Bars and bands: every seed's value.
+
+compare.png       Fréchet distance and validation loss of each run, dense marked
+ratio.png         the same over the axis of the experiment, where it has one
+training.png      validation loss over the images seen
+noise-levels.png  validation loss over t, relative to the dense control: where sparsity hurts
+health.png        flip rate and density over training
+"""
+
+import itertools
+import statistics
+
+from matplotlib.figure import Figure
+
+from sparsedm.files import atomic_file, write_text
+from sparsedm.pictures import COLOURS
+
+CONTROL = "dense"
+TABLE = ("validation loss", "Fréchet distance", "distance to dense weights", "MACs", "parameters", "images", "seconds")
+
+
+def write(folder, rows, plan):
+    """Leave report.md and the pictures in `folder`; returns the table as Markdown. plan: an `Experiment`."""
+    values = _values(rows)
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    title = f"{rows[0]['experiment']} ({rows[0]['scale']}): {plan.summary}" if rows else ""
+    text = markdown(rows, values, runs)
+    pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
+    if any(measure == "axis" for _, measure in values):
+        pictures["ratio.png"] = lambda figure, values, runs: _axis(figure, values, runs, plan.axis)
+    drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, runs, title)]
+    shown = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in drawn)
+    write_text(folder / "report.md", f"# {title}\n\n{text}\n\n{shown}\n")
+    return text
+
+
+def _values(rows):
+    """{(run, measure): {seed: [(x, value)]}}"""
+    values = {}
+    for row in rows:
+        seeds = values.setdefault((row["run"], row["measure"]), {})
+        seeds.setdefault(row["seed"], []).append((row["x"], row["value"]))
+    return values
+
+
+def _single(values, run, measure):
+    """One number per seed; [] where it was not measured."""
+    return [points[0][1] for points in values.get((run, measure), {}).values()]
+
+
+def markdown(rows, values, runs):
+    lines = ["| run | " + " | ".join(TABLE) + " |", "|---" * (len(TABLE) + 1) + "|"]
+    for run in runs:
+        cells = [_cell(_single(values, run, measure), measure) for measure in TABLE]
+        lines.append(f"| {run} | " + " | ".join(cells) + " |")
+    last = rows[-1]
+    seeds = sorted({row["seed"] for row in rows})
+    counts = {measure: _single(values, runs[0], measure)[0] for measure in ("samples", "reference images")}
+    commits = ", ".join(dict.fromkeys(row["commit"] or row["sparsedm"] for row in rows))
+    where = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, commit {commits}"
+    note = f"""Mean of {len(seeds)} seeds ± half the range between them. Fréchet distance on {last["features"]} features,
+of {counts["samples"]:,.0f} samples against {counts["reference images"]:,.0f} real images ({last["data"]}). {where}.
+`{last["command"]}`"""
+    return "\n".join([*lines, "", note])
+
+
+def _cell(numbers, measure):
+    numbers = [n for n in numbers if n == n]
+    if not numbers:
+        return "-"
+    mean = statistics.fmean(numbers)
+    if measure in ("MACs", "parameters"):
+        return f"{mean / 1e6:.2f} M"
+    if measure in ("images", "seconds"):
+        return f"{mean:,.0f}"
+    half = (max(numbers) - min(numbers)) / 2
+    digits = 2 if measure == "Fréchet distance" else 4
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(numbers) > 1 else "")
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _save(path, draw, values, runs, title):
+    figure = Figure(layout="constrained")
+    if not draw(figure, values, runs):
+        return False
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+    return True
+
+
+def _styled(axes, x="", y=""):
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _compare(figure, values, runs):
+    """Dots: seeds. Bars: means, from the best. The line: the mean of the dense control."""
+    figure.set_size_inches(11, 1.6 + 0.32 * len(runs))
+    for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
+        found = {run: _single(values, run, measure) for run in runs}
+        order = sorted((run for run in runs if found[run]), key=lambda run: -statistics.fmean(found[run]))
+        for place, run in enumerate(order):
+            colour = COLOURS[1] if run == CONTROL else COLOURS[0]
+            axes.barh(place, statistics.fmean(found[run]), color=colour, alpha=0.55, height=0.7)
+            axes.plot(found[run], [place] * len(found[run]), "o", color=colour, markeredgecolor="white", markersize=6)
+        if found.get(CONTROL):
+            axes.axvline(statistics.fmean(found[CONTROL]), color=COLOURS[1], linewidth=1, linestyle="--")
+        axes.set_yticks(range(len(order)), order)
+        _styled(axes, f"{measure} (less is better; dots: seeds)")
+    return True
+
+
+def _axis(figure, values, runs, name):
+    figure.set_size_inches(10, 4.2)
+    for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
+        placed = sorted((_single(values, r, "axis")[0], r) for r in runs if _single(values, r, "axis"))
+        seeds = [_single(values, run, measure) for _, run in placed]
+        axes.plot([x for x, _ in placed], [statistics.fmean(s) for s in seeds], color=COLOURS[0])
+        for (x, _), numbers in zip(placed, seeds):
+            axes.plot([x] * len(numbers), numbers, "o", color=COLOURS[0], markeredgecolor="white")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([x for x, _ in placed], [run for _, run in placed], rotation=60, fontsize=8)
+        axes.minorticks_off()
+        _styled(axes, name, measure)
+    return True
+
+
+def _curves(axes, values, runs, measure, against=None):
+    """One line a run: the mean over seeds, in a band from the least to the greatest. Returns whether there was any."""
+    drawn = False
+    styles = itertools.product(("-", "--"), COLOURS)
+    for run in runs:
+        seeds = [dict(points) for points in values.get((run, measure), {}).values()]
+        xs = sorted(set.intersection(*(set(points) for points in seeds))) if seeds else []
+        if not xs:
+            continue
+        style, colour = next(styles)
+        columns = [[points[x] / (against[x] if against else 1) for points in seeds] for x in xs]
+        axes.plot(xs, [statistics.fmean(c) for c in columns], style, color=colour, label=run)
+        axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
+        drawn = True
+    return drawn
+
+
+def _legend(figure, axes):
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+
+
+def _training(figure, values, runs):
+    figure.set_size_inches(9, 4.5)
+    axes = figure.subplots()
+    drawn = _curves(axes, values, runs, "validation over training")
+    _styled(axes, "images seen after the dense start", "validation loss (band: seeds)")
+    axes.set_yscale("log")
+    _legend(figure, axes)
+    return drawn
+
+
+def _levels(figure, values, runs):
+    figure.set_size_inches(9, 4.5)
+    axes, measure = figure.subplots(), "loss at noise level"
+    control = [dict(points) for points in values.get((CONTROL, measure), {}).values()]
+    against = {x: statistics.fmean(points[x] for points in control) for x in control[0]} if control else None
+    drawn = _curves(axes, values, [run for run in runs if run != CONTROL or not control], measure, against)
+    if control:
+        axes.axhline(1, color=COLOURS[1], linewidth=1, linestyle="--")
+    _styled(axes, "t: 0 image, 1 noise", "validation loss" + (" / that of the dense control" if control else ""))
+    axes.set_yscale("log")
+    _legend(figure, axes)
+    return drawn
+
+
+def _health(figure, values, runs):
+    figure.set_size_inches(11, 4.5)
+    sparse = [run for run in runs if any(v < 1 for s in values.get((run, "density"), {}).values() for _, v in s)]
+    left, right = figure.subplots(1, 2)
+    drawn = _curves(left, values, sparse, "flip rate")
+    _curves(right, values, sparse, "density")
+    _styled(left, "images seen after the dense start", "share of masks that changed since the last log")
+    _styled(right, "images seen after the dense start", "density of the masked layers")
+    _legend(figure, left)
+    return drawn

@@ -1,0 +1,291 @@
+"""`sparsedm experiment NAME`: train and measure every run of a plan that the folder does not hold yet, then draw it.
+
+    OUT/results.csv                     every measurement, one a row; the tables and pictures are made of it alone
+    OUT/seed-0/base/                    the dense network that all runs of this seed start from
+    OUT/seed-0/RUN/                     a chain's folder: stages with checkpoints and metrics
+    OUT/report.md  *.png                see `report.py`
+
+To resume, run the same command again: finished runs are read from results.csv, a run that was cut goes on.
+"""
+
+import csv
+import io
+import math
+import re
+import resource
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sparsedm import diffusion, evaluate, samplers
+from sparsedm.bench.environment import stamp
+from sparsedm.commands import amp_of, load_images
+from sparsedm.errors import InputError
+from sparsedm.experiments import report
+from sparsedm.experiments.plans import EXPERIMENTS, SCALES, planned
+from sparsedm.features import load_features, to_uint8
+from sparsedm.files import cache_folder, write_text
+from sparsedm.inspection import inspect
+from sparsedm.layers import masked_layers, sparsify
+from sparsedm.models import build_model, model_config
+from sparsedm.train import checkpoint, data
+from sparsedm.train.chain import Stage, StageResult, run_chain
+from sparsedm.train.loop import train
+from sparsedm.train.metrics import read_metrics
+
+LEVELS = 12  # noise levels of the validation curve
+POINTS = 12  # of the validation loss over a run, at least
+STAMPED = ("device", "threads", "torch", "sparsedm", "commit", "date", "command")
+COLUMNS = ("experiment", "scale", "data", "features", "group", "run", "seed", "measure", "x", "value", *STAMPED)
+
+
+def add_arguments(parser):
+    names = "; ".join(f"{name}: {experiment.summary}" for name, experiment in EXPERIMENTS.items())
+    parser.add_argument("name", metavar="NAME", help=names)
+    scales = "; ".join(f"{name}: {scale.summary}" for name, scale in SCALES.items())
+    parser.add_argument("--scale", default="smoke", help=f"{scales} (default: smoke)")
+    parser.add_argument("--seeds", type=int, help="how many, from --seed on (default: the scale's, 2)")
+    parser.add_argument("--only", action="append", metavar="RUN", help="only this run (may be repeated)")
+    parser.add_argument("--data", help="other data than the scale's, as for train")
+    parser.add_argument("--features", help="other features than the scale's, as for evaluate")
+    parser.add_argument("--out", metavar="DIR", help="(default: runs/experiment-NAME-SCALE)")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
+    parser.add_argument("--report-only", action="store_true", help="only make tables and pictures of results.csv anew")
+
+
+def experiment(options):
+    plan, scale, runs = planned(options.name, options.scale)
+    scale = replace(scale, data=options.data or scale.data, features=options.features or scale.features)
+    folder = Path(options.out or f"runs/experiment-{options.name}-{options.scale}")
+    if unknown := set(options.only or ()) - {run.name for run in runs}:
+        raise InputError(f"unknown run {', '.join(sorted(unknown))}: they are {', '.join(run.name for run in runs)}")
+    runs = [run for run in runs if not options.only or run.name in options.only]
+    count = scale.seeds if options.seeds is None else options.seeds
+    if count < 1:
+        raise InputError(f"--seeds {count}: at least one is needed")
+    if options.dry_run:
+        _show(scale, runs, count, folder)
+        return
+    if not options.report_only:
+        if scale.threads and options.device.type == "cpu":
+            torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
+        work = _Work(options.name, options.scale, scale, folder, options.device)
+        todo = [(seed, run) for seed in range(options.seed, options.seed + count) for run in runs]
+        bar = tqdm(todo, desc=options.name, disable=None)
+        for seed, run in bar:
+            bar.set_postfix_str(f"seed {seed}, {run.name}")
+            work.do(seed, run)
+    print(report.write(folder, read(folder / "results.csv"), plan))
+    print(f"\ntables and pictures: {folder / 'report.md'}")
+
+
+def _show(scale, runs, seeds, folder):
+    print(f"{scale.model} on {scale.data}: {scale.base_steps:,} dense steps for each of {seeds} seeds, then each run:")
+    for run in runs:
+        stages = " -> ".join(f"{s.pattern} ({s.steps:,})" for s in run.stages)
+        print(f"  {run.group + ': ' if run.group else ''}{run.name:<18} {stages}")
+    steps = seeds * (scale.base_steps + sum(stage.steps for run in runs for stage in run.stages))
+    print(
+        f"{steps:,} steps of {scale.options.batch_size} images in all; {scale.samples:,} samples per run; into {folder}"
+    )
+
+
+class _Work:
+    """The runs of one experiment in one folder."""
+
+    def __init__(self, name, scale_name, scale, folder, device):
+        self.scale, self.folder, self.device = scale, folder, device
+        self.labels = {"experiment": name, "scale": scale_name, "data": scale.data, "features": scale.features}
+        size = model_config(scale.model, **scale.overrides).image_size
+        self.images = load_images(scale.data, "train", size)
+        self.validation = load_images(scale.data, "test", size, limit=scale.validation)
+        classes = len(self.images.class_names) if scale.conditional else 0
+        fitting = {"channels": self.images.images.shape[1], "num_classes": classes}
+        self.config = asdict(model_config(scale.model, **scale.overrides, **fitting))
+        self.rows = read(folder / "results.csv") if (folder / "results.csv").exists() else []
+        checkpoint.claim(folder, {**self.labels, "settings": asdict(scale)}, free=("seeds", "threads", "summary"))
+        self.features = load_features(scale.features, device)
+        self.reference = evaluate.summarize(
+            self.images.images, self.features, f"{self.images.source} train", cache=cache_folder(), progress=True
+        )
+        self.bases = {}
+
+    def do(self, seed, run):
+        """Train and measure one run, unless its rows are there."""
+        if any(row["run"] == run.name and row["seed"] == seed for row in self.rows):
+            return
+        base, began = self.base(seed), time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        results = self.train(seed, run, base)
+        seconds = sum(result.result.seconds for result in results)
+        measured = self.measure(seed, results[-1].ema, base)
+        measured["images"] = [(None, sum(s.steps for s in run.stages) * self.scale.options.batch_size)]
+        measured["seconds"] = [(None, seconds)]
+        measured["seconds with measuring"] = [(None, time.perf_counter() - began)]
+        measured["peak memory"] = [(None, self._peak_memory())]
+        if run.x is not None:
+            measured["axis"] = [(None, run.x)]
+        measured |= self._logged(results)
+        now = stamp(self.device)
+        common = {**self.labels, "group": run.group, "run": run.name, "seed": seed}
+        common |= {name: str(now[name]) for name in STAMPED}
+        self.rows += [
+            common | {"measure": measure, "x": x, "value": float(value)}
+            for measure, values in measured.items()
+            for x, value in values
+        ]
+        write(self.folder / "results.csv", self.rows)
+
+    def base(self, seed):
+        """(network, average) of the dense training that all runs of this seed start from."""
+        if seed not in self.bases:
+            torch.manual_seed(seed)
+            dense = [Stage("dense", self.scale.base_steps)]
+            self.bases = {seed: self._chain(seed, "base", self.build(), dense)[-1].result}
+        return self.bases[seed]
+
+    def train(self, seed, run, base):
+        """[StageResult] of one run."""
+        if not run.small:
+            return self._chain(seed, run.name, base.model, run.stages, ema=base.ema, where=run.where, build=self.build)
+        torch.manual_seed(seed)
+        small, (stage,) = build_model(small_config(self.config)), run.stages
+        result = train(
+            small,
+            self.images,
+            diffusion.schedule_of(small),
+            self._options(seed, stage.steps),
+            self._folder(seed, run.name),
+            teacher=base.ema,
+            w_kd=stage.w_kd,
+            validation=self.validation,
+            record=self._record(),
+            device=self.device,
+        )
+        return [StageResult(stage, self._folder(seed, run.name), result)]
+
+    def build(self):
+        return build_model(self.config)
+
+    def _chain(self, seed, name, model, stages, **settings):
+        return run_chain(
+            model,
+            stages,
+            self.images,
+            diffusion.schedule_of(model),
+            self._options(seed, sum(stage.steps for stage in stages)),
+            self._folder(seed, name),
+            validation=self.validation,
+            record=self._record(),
+            device=self.device,
+            **settings,
+        )
+
+    def _options(self, seed, steps):
+        options = replace(self.scale.options, steps=steps, seed=seed, amp=amp_of(self.device))
+        return replace(options, validate_every=max(1, min(options.validate_every, steps // POINTS)))
+
+    def _folder(self, seed, name):
+        return self.folder / f"seed-{seed}" / re.sub(r"[^\w.=+-]+", "-", name)
+
+    def _record(self):
+        return {"data": self.scale.data}
+
+    def measure(self, seed, network, base):
+        """{measure: [(x, value)]} of a finished network; x is None where there is no axis."""
+        config, schedule = network.config, diffusion.schedule_of(network)
+        x, y = data.batch(self.validation.to(self.device), torch.arange(len(self.validation)))
+        y = y if config.num_classes else None
+        times = schedule.training_time((torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS)
+        curve = diffusion.validation_loss(network, x, schedule, y=y, times=times)
+        labels = torch.arange(self.scale.samples) % config.num_classes if config.num_classes else None
+        shape = (config.channels, config.image_size, config.image_size)
+        images = samplers.sample(
+            network,
+            schedule,
+            self.scale.samples,
+            shape,
+            steps=self.scale.sampling_steps,
+            seed=seed,
+            y=labels,
+            clip=1.0,
+        )
+        distances = evaluate.evaluate(to_uint8(images.cpu()), self.reference, self.features)
+        totals = inspect(network).totals()
+        return {
+            "validation loss": [(None, diffusion.validation_loss(network, x, schedule, y=y))],
+            "loss at noise level": list(zip((times / schedule.last).tolist(), curve.tolist())),
+            "Fréchet distance": [(None, distances["frechet_distance"])],
+            "samples": [(None, distances["count"])],
+            "reference images": [(None, distances["reference_count"])],
+            "parameters": [(None, totals["parameters_after"])],
+            "MACs": [(None, totals["macs_after"])],
+            "distance to dense weights": [(None, weight_distance(network, base.ema))],
+        }
+
+    def _logged(self, results):
+        """Curves over the images seen, from the logs of the run's stages."""
+        names = {"validation_loss": "validation over training", "flip_rate": "flip rate", "density": "density"}
+        curves, start = {measure: [] for measure in names.values()}, 0
+        for result in results:
+            for record in read_metrics(result.folder):
+                seen = start + record["step"] * self.scale.options.batch_size
+                for name, measure in names.items():
+                    if record.get(name) is not None:
+                        curves[measure].append((seen, record[name]))
+            start += result.stage.steps * self.scale.options.batch_size
+        return curves
+
+    def _peak_memory(self):
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, so far
+
+
+def small_config(config):
+    """`config` narrowed until its dense MACs are nearest to those of `config` at 2:4; its heads stay as many."""
+
+    def totals(network):
+        return inspect(network).totals()
+
+    target = totals(sparsify(build_model(config, device="meta"), "2:4"))["macs_after"]
+    widths = range(config["heads"], config["dim"], config["heads"])
+    distance = {dim: abs(totals(build_model({**config, "dim": dim}, device="meta"))["macs"] - target) for dim in widths}
+    return {**config, "dim": min(distance, key=distance.get)}
+
+
+def weight_distance(network, dense):
+    """||w_effective - w_dense|| / ||w_dense|| over the masked layers (all weights if none is); NaN if shapes differ."""
+    theirs = dict(dense.named_parameters())
+    masked = {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network)}
+    mine = masked or dict(network.named_parameters())
+    if any(name not in theirs or theirs[name].shape != weight.shape for name, weight in mine.items()):
+        return math.nan
+    with torch.no_grad():
+        moved = sum((weight - theirs[name]).double().square().sum() for name, weight in mine.items())
+        return (moved / sum(theirs[name].double().square().sum() for name in mine)).sqrt().item()
+
+
+def read(file):
+    """The rows of a results.csv. Raises: InputError if it is missing or is none."""
+    try:
+        with open(file, encoding="utf-8", newline="") as opened:
+            rows = list(csv.DictReader(opened))
+        return [
+            row | {"seed": int(row["seed"]), "x": float(row["x"]) if row["x"] else None, "value": float(row["value"])}
+            for row in rows
+        ]
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as the results of an experiment: {error}") from None
+
+
+def write(file, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | {"x": "" if row["x"] is None else row["x"]} for row in rows)
+    write_text(file, text.getvalue())

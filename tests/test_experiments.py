@@ -1,0 +1,213 @@
+"""Plans are equal terms by construction; a run is made once; tables and pictures come from the results file alone."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+
+from sparsedm import cli
+from sparsedm.diffusion import schedule_of, validation_loss
+from sparsedm.errors import InputError
+from sparsedm.experiments import plans, report, runner
+from sparsedm.experiments.plans import EXPERIMENTS, SCALES, Scale, planned
+from sparsedm.inspection import inspect
+from sparsedm.layers import sparsify
+from sparsedm.models import build_model, model_config
+from sparsedm.quickstart import SYNTHETIC
+from sparsedm.train import data
+
+TINY = Scale(
+    summary="for the tests",
+    model="uvit-tiny",
+    overrides={**SYNTHETIC.model, "dim": 32, "depth": 2, "heads": 2},
+    conditional=True,
+    data="synthetic",
+    base_steps=6,
+    steps=4,
+    ladder=("3:4",),
+    seeds=2,
+    samples=16,
+    sampling_steps=2,
+    options=SYNTHETIC.options,
+    validation=16,
+)
+RUNS = ("dense", "oneshot", "chain", "small-dense")
+
+
+def command(folder, *more):
+    only = itertools.chain.from_iterable(("--only", run) for run in RUNS)
+    return cli.main(["experiment", "arms", "--scale", "tiny", "--out", str(folder), *only, *more])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(SCALES, "tiny", TINY)
+    monkeypatch.setattr(runner, "load_images", lambda *a, limit=None: data.load("synthetic", a[1], size=a[2], limit=64))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arms")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.__wrapped__(patch)
+        assert command(folder) == 0
+    return folder
+
+
+def numbers(folder, run, measure, seed=0):
+    rows = runner.read(folder / "results.csv")
+    return [(r["x"], r["value"]) for r in rows if (r["run"], r["measure"], r["seed"]) == (run, measure, seed)]
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["smoke", "lite", "full"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_runs_of_a_plan_are_distinct_and_spend_the_same(name, scale):
+    _, scale, runs = planned(name, scale)
+    assert len({run.name for run in runs}) == len(runs)
+    spent = {run.name: sum(stage.steps for stage in run.stages) for run in runs}
+    exceptions = {"oneshot": 0, "small-dense": scale.base_steps + scale.steps}
+    assert spent == {name: exceptions.get(name, scale.steps) for name in spent}
+
+
+def test_what_the_plans_vary():
+    def stages(experiment):
+        return {run.name: run.stages for run in planned(experiment, "lite")[2]}
+
+    assert [s.pattern for s in stages("arms")["chain"]] == ["31:32", "15:16", "7:8", "3:4", "2:4"]
+    assert [run.x for run in planned("ratio", "lite")[2]][:3] == [1.0, 31 / 32, 15 / 16]
+    ablate = stages("ablate")
+    assert [ablate[f"w_kd={w}"][0].w_kd for w in ("0", "0.03", "0.1", "0.3", "1")] == [0, 0.03, 0.1, 0.3, 1]
+    assert ablate["teacher alone"][0].w_noise == 0
+    assert [len(ablate[f"{n} students"]) for n in (1, 3, 5)] == [1, 3, 5]
+    assert all(stage.inplace for stage in stages("fixed-vs-inplace-vs-chain")["inplace"])
+
+
+@pytest.mark.parametrize("model", ["uvit-tiny", "uvit-cifar10-small"])
+def test_the_small_dense_network_has_the_macs_of_the_sparse_one(model):
+    config = runner.asdict(model_config(model))
+    target = inspect(sparsify(build_model(config, device="meta"), "2:4")).totals()["macs_after"]
+    small = runner.small_config(config)
+    macs = inspect(build_model(small, device="meta")).totals()["macs"]
+    assert small["dim"] < config["dim"]
+    assert abs(macs / target - 1) < 0.05
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_everything(done):
+    text = (done / "report.md").read_text()
+    assert all(f"| {run} |" in text for run in RUNS)
+    assert "Mean of 2 seeds" in text
+    for picture in ("compare.png", "training.png", "noise-levels.png", "health.png"):
+        assert (done / picture).stat().st_size > 5000
+        assert picture in text
+    for run in RUNS:
+        assert len(numbers(done, run, "validation loss")) == len(numbers(done, run, "validation loss", 1)) == 1
+        assert len(numbers(done, run, "loss at noise level")) == runner.LEVELS
+    assert numbers(done, "dense", "validation loss") != numbers(done, "dense", "validation loss", 1)
+    assert numbers(done, "chain", "density")[-1][1] == 0.5
+    assert numbers(done, "chain", "validation over training")[-1][0] == 4 * TINY.options.batch_size
+    assert numbers(done, "small-dense", "images") == [(None, 10 * TINY.options.batch_size)]
+
+
+def test_every_run_starts_from_the_base_of_its_seed(done, tiny):
+    """Pruning in one shot is the base with its masks and nothing else."""
+    base = runner._Work("arms", "tiny", TINY, done, torch.device("cpu")).base(1).ema
+    pruned = sparsify(base, "2:4")
+    x, y = data.batch(data.load("synthetic", "test", size=12, limit=64), torch.arange(64))
+    expected = float(validation_loss(pruned, x, schedule_of(pruned), y=y))
+    assert numbers(done, "oneshot", "validation loss", 1) == [(None, expected)]
+
+
+def test_what_is_finished_is_not_repeated(done, tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "again"
+    shutil.copytree(done, folder)
+    before = (folder / "results.csv").read_text()
+    kept = [row for row in runner.read(folder / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    runner.write(folder / "results.csv", kept)
+    measured, train = [], runner._Work.train
+    monkeypatch.setattr(runner._Work, "train", lambda *a: measured.append((a[1], a[2].name)) or train(*a))
+    monkeypatch.setattr("sparsedm.train.loop._Step.__call__", lambda *a: pytest.fail("trained again"))
+    assert command(folder) == 0
+    assert measured == [(1, "chain")]
+    fresh = {(r["run"], r["seed"], r["measure"], r["x"]): r["value"] for r in runner.read(folder / "results.csv")}
+    (tmp_path / "before.csv").write_text(before)
+    for row in runner.read(tmp_path / "before.csv"):
+        if "seconds" not in row["measure"] and row["measure"] != "peak memory":
+            key = (row["run"], row["seed"], row["measure"], row["x"])
+            assert fresh[key] == row["value"] or row["value"] != row["value"], key
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_needs_the_results_file_alone(done, tiny, tmp_path, capsys):
+    shutil.copy(done / "results.csv", tmp_path)
+    assert command(tmp_path, "--report-only") == 0
+    assert (tmp_path / "report.md").read_text() == (done / "report.md").read_text()
+    assert (tmp_path / "compare.png").read_bytes() == (done / "compare.png").read_bytes()
+    assert "| chain |" in capsys.readouterr().out
+
+
+def test_the_table_is_the_mean_and_half_the_range():
+    assert report._cell([0.02, 0.04], "validation loss") == "0.0300 ± 0.0100"
+    assert report._cell([3.0], "Fréchet distance") == "3.00"
+    assert report._cell([float("nan")], "distance to dense weights") == "-"
+
+
+def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
+    rows = runner.read(done / "results.csv")
+    for run, x in (("dense", 1.0), ("chain", 0.5)):
+        rows += [{**rows[0], "run": run, "seed": seed, "measure": "axis", "x": None, "value": x} for seed in (0, 1)]
+    report.write(tmp_path, rows, EXPERIMENTS["ratio"])
+    assert (tmp_path / "ratio.png").stat().st_size > 5000
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["arm"], "unknown experiment 'arm': one of arms, ratio"),
+        (["arms", "--scale", "huge"], "unknown scale 'huge': one of smoke, lite, full"),
+        (["arms", "--only", "sgd"], "unknown run sgd: they are dense, oneshot"),
+        (["arms", "--seeds", "0"], "--seeds 0: at least one is needed"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert cli.main(["experiment", *arguments, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_another_experiment_is_refused(done, tiny, capsys):
+    assert command(done, "--data", "cifar10") == 2
+    assert "was made by other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "run,seed\nx,1\n", "seed,x,value\n1,,much\n"])
+def test_a_damaged_results_file_is_refused(tmp_path, content):
+    (tmp_path / "results.csv").write_text(content)
+    if not content:
+        (tmp_path / "results.csv").unlink()
+    with pytest.raises(InputError, match="cannot be read as the results of an experiment"):
+        runner.read(tmp_path / "results.csv")
+
+
+def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
+    assert cli.main(["experiment", "arms", "--scale", "full", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in plans.METHODS)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_smoke_ranks_dense_above_pruning_in_one_shot(tmp_path):
+    assert cli.main(["experiment", "arms", "--out", str(tmp_path), "--seeds", "1"]) == 0
+    losses = {run: numbers(tmp_path, run, "validation loss")[0][1] for run in ("dense", "sr-ste+kd", "oneshot")}
+    assert losses["dense"] < losses["sr-ste+kd"] < losses["oneshot"]
