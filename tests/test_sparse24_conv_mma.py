@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from sparsedm.kernels import sparse24_conv_mma as kernel
-from sparsedm.kernels.sparse24_conv import sparse24_conv2d
 from tests.ptx.errors import EmulatorError
 from tests.ptx.launch import run
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import arranged, divisible, hang_guard, kinds
-from tests.test_sparse24_conv import Convolution, nhwc
+from tests.sparse24_problem import arranged, divisible, kinds
+from tests.test_sparse24_conv import Convolution, launched_on_the_gpu, nhwc
 from tests.tolerance import assert_as_good_as_torch
 
 FULL = dict(bias=True, activation="silu", residual=True)
@@ -105,13 +104,8 @@ def test_planted_faults_are_noticed(pattern):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_on_the_gpu(name, monkeypatch):
-    monkeypatch.setenv("SPARSEDM_BACKEND", "mma")
-    c = Convolution(**(QUICK | SLOW)[name][2])
-    move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
-    with hang_guard():
-        c.y = sparse24_conv2d(
-            c.x.cuda(), c.values.cuda(), c.metadata.cuda(), c.kernel_size, move(c.bias), c.activation, move(c.residual),
-            **c.geometry,
-        ).cpu()  # fmt: skip
+def test_on_the_gpu(name):
+    config, _, sizes = (QUICK | SLOW)[name]
+    c = Convolution(**sizes)
+    c.y = launched_on_the_gpu(kernel, "mma", c, config)
     assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))

@@ -79,6 +79,13 @@ def test_a_forced_kernel_is_timed_alone():
     assert choices((9, 0), False, True, 512, BF16, "wgmma") == (Choice("wgmma", -1),)
 
 
+def test_few_rows_are_also_timed_in_the_smallest_tile():
+    last = choices((8, 0), True, False, 512, BF16, None)[-1]
+    assert last.backend == "mma"
+    tile = configs(LINEAR, "mma")[last.config]
+    assert (tile.block_n, tile.block_m) == (64, 64)
+
+
 def test_every_configuration_is_offered_somewhere():
     for (operation, backend), offered in {
         (LINEAR, "few"): choices((8, 0), True, False, 512, BF16, None),

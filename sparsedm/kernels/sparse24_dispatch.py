@@ -105,7 +105,8 @@ def choices(capability, few, directly, K, dtype, forced):
     if "mma" not in able:
         return ()
     if few:
-        smallest = min(every(LINEAR, "mma"), key=lambda choice: configs(LINEAR, "mma")[choice.config].block_m)
+        area = lambda tile: tile.block_n * tile.block_m  # noqa: E731
+        smallest = min(every(LINEAR, "mma"), key=lambda choice: area(configs(LINEAR, "mma")[choice.config]))
         return Choice("dense"), *every(LINEAR, "few"), smallest
     return Choice("dense"), *_every("wgmma" if "wgmma" in able else "mma", directly)
 
