@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels import sparse24_conv as conv
 from sparsedm.kernels import sparse24_conv_wgmma as kernel
 from sparsedm.kernels import sparse24_pipeline as pipeline
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
 from sparsedm.kernels.sparse24_conv import _pixels, choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
+from sparsedm.kernels.sparse24_dispatch import Choice
 from sparsedm.kernels.sparse24_format import pack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 from tests.ptx.launch import run
@@ -203,6 +205,29 @@ def test_dispatch_says_what_runs_and_why(
     chosen, reason = choose_conv_backend(capability, channels, *geometry, image, features, dtype)
     assert chosen == backend
     assert words in reason
+
+
+def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch):
+    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
+    c, kept = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
+    call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, arranged=kept)  # noqa: E731
+    expected = call()
+    kept.clear()
+
+    def pick(operation, offered, rule, run, device, rows, kept, **key):
+        assert (operation, rule, device, rows) == ("sparse24_conv2d", ("wgmma", 1), c.x.device, 2 * 4 * 3)
+        assert [choice.backend for choice in offered()] == ["dense"] + ["wgmma"] * len(kernel.CONFIGS)
+        assert key == dict(
+            dtype=torch.float32, activation=None, bias=True, residual=False, kernel=(3, 3), stride=2, image=(4, 3),
+            n=16, c=64,
+        )  # fmt: skip
+        assert torch.equal(run(Choice("dense")), expected)
+        return Choice("torch")
+
+    monkeypatch.setattr(conv, "choose_conv_backend", lambda *geometry: ("wgmma", ""))
+    monkeypatch.setattr(conv, "pick", pick)
+    assert torch.equal(call(), expected)
+    assert set(kept) == {"choices", "torch"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels import sparse24_dispatch as dispatch
+from sparsedm.kernels.sparse24_dispatch import Choice
 from sparsedm.kernels.sparse24_format import ZERO_WORD, pack, unpack
 from sparsedm.kernels.sparse24_matmul import _rows, sparse24_linear
 from tests.sparse24_problem import Problem, arranged, pruned
@@ -66,6 +68,26 @@ def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
     p.values = p.values.clone()
     kept["dense"][1][0].zero_()
     assert torch.equal(linear(p, arranged=kept), 2 * first)
+
+
+def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    p, kept = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu", dtype=torch.float32), {}
+    expected = linear(p)
+
+    def pick(operation, offered, rule, run, device, rows, kept, **key):
+        assert (operation, rule, device, rows) == ("sparse24_linear", Choice("dense"), p.x.device, 3)
+        assert key == dict(
+            dtype=torch.float32, out=torch.float32, activation="gelu", bias=True, scale=False, residual=False, skip=16,
+            n=16, k=48,
+        )  # fmt: skip
+        for choice in (Choice("dense"), Choice("torch")):
+            assert torch.equal(run(choice), expected)
+        return Choice("torch")
+
+    monkeypatch.setattr(dispatch, "pick", pick)
+    assert torch.equal(linear(p, arranged=kept), expected)
+    assert set(kept) == {"choices", "torch"}
 
 
 REFUSED = {
