@@ -129,7 +129,7 @@ class _Work:
         measured["peak memory"] = [(None, self._peak_memory())]
         if run.x is not None:
             measured["axis"] = [(None, run.x)]
-        measured |= self._logged(results)
+        measured |= self._logged(results, before=self.scale.base_steps if run.small else 0)
         now = stamp(self.device)
         common = {**self.labels, "group": run.group, "run": run.name, "seed": seed}
         common |= {name: str(now[name]) for name in STAMPED}
@@ -227,10 +227,10 @@ class _Work:
             "distance to dense weights": [(None, weight_distance(network, base.ema))],
         }
 
-    def _logged(self, results):
-        """Curves over the images seen, from the logs of the run's stages."""
+    def _logged(self, results, before):
+        """Curves over the images seen since the dense start, which was `before` steps into the run, from its logs."""
         names = {"validation_loss": "validation over training", "flip_rate": "flip rate", "density": "density"}
-        curves, start = {measure: [] for measure in names.values()}, 0
+        curves, start = {measure: [] for measure in names.values()}, -before * self.scale.options.batch_size
         for result in results:
             for record in read_metrics(result.folder):
                 seen = start + record["step"] * self.scale.options.batch_size

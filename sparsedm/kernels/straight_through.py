@@ -73,9 +73,5 @@ def straight_through(weight, masked, mask, *, decay=0.0, kept=1.0, dropped=1.0):
     if mask.dtype != torch.bool:
         raise InputError(f"the mask must be bool, not {mask.dtype}")
     inputs = (weight, masked, mask, float(decay), float(kept), float(dropped))
-    if not torch.compiler.is_compiling():
-        try:
-            return _EagerStraightThrough.apply(*inputs)
-        except RuntimeError:  # a transformation of torch.func is active
-            pass
-    return _StraightThrough.apply(*inputs)
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (_StraightThrough if transformed else _EagerStraightThrough).apply(*inputs)
