@@ -44,12 +44,18 @@ def table(report):
             *lines,
             "",
             "networks: " + ", ".join(f"{index} = {name}" for index, name in enumerate(report["names"])),
-            f"distance: {report['quality']} of {report['final_count']:,} images; cost: {report['unit']} of one image",
+            f"distance: {_distance(report)}; cost: {report['unit']} of one image",
             f"rank correlation of the proxy with {report['quality']}, over {len(report['tried'])} strategies: "
             f"{correlation['logarithms']:.2f} (plain sum of the losses: {correlation['losses']:.2f})",
             f"spent: {spent}",
         ]
     )
+
+
+def _distance(report):
+    if report["quality"] == "proxy":
+        return "the proxy (sum of the logarithms of the validation losses), nothing was sampled for it"
+    return f"Fréchet ({report['features']}) of {report['final_count']:,} images"
 
 
 def _cost(row, report):

@@ -53,6 +53,15 @@ def test_ddsm_finds_the_planted_optimum():
     assert len(tried) == len({e.indices for e in tried}) <= 40 * 30
 
 
+def test_the_weight_decides_what_survives():
+    light, heavy = (
+        search(Evaluations(measure, cost), NETWORKS, STEPS, SearchOptions(12, 8, weight=weight, seed=1))
+        for weight in (0.0, 100.0)
+    )
+    assert {e.indices for e in light[:12]} == {e.indices for e in heavy[:12]}
+    assert np.mean([e.cost for e in heavy[-12:]]) < np.mean([e.cost for e in light[-12:]])
+
+
 def test_nsga2_finds_the_planted_front():
     """Every strategy of the true front, by trying all 3^8, is matched within 2 % of the front's own extent."""
     tried = search(Evaluations(measure, cost), NETWORKS, STEPS, SearchOptions(population=40, generations=25))
