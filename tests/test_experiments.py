@@ -103,7 +103,7 @@ def test_a_folder_holds_everything(done):
     text = (done / "report.md").read_text()
     assert all(f"| {run} |" in text for run in RUNS)
     assert "Mean of 2 seeds" in text
-    for picture in ("compare.png", "training.png", "noise-levels.png", "health.png"):
+    for picture in ("compare.png", "training.png", "noise-levels.png", "health.png", "flips.png"):
         assert (done / picture).stat().st_size > 5000
         assert picture in text
     for run in RUNS:
@@ -111,6 +111,8 @@ def test_a_folder_holds_everything(done):
         assert len(numbers(done, run, "loss at noise level")) == runner.LEVELS
     assert numbers(done, "dense", "validation loss") != numbers(done, "dense", "validation loss", 1)
     assert numbers(done, "chain", "density")[-1][1] == 0.5
+    assert numbers(done, "chain", "distance over training")[-1][1] > 0.1
+    assert len(numbers(done, "chain", "flip rate of in_blocks.0.attn.qkv")) == len(numbers(done, "chain", "flip rate"))
     assert numbers(done, "chain", "validation over training")[-1][0] == 4 * TINY.options.batch_size
     assert numbers(done, "small-dense", "images") == [(None, 10 * TINY.options.batch_size)]
 

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from sparsedm.layers import set_masking, sparsify
-from sparsedm.train.metrics import MetricsLog, TrainingDiverged, read_metrics
+from sparsedm.layers import masks, set_masking, sparsify
+from sparsedm.train.metrics import MetricsLog, TrainingDiverged, read_metrics, weight_distance
 from tests.tiny import tiny
+from tests.tolerance import assert_as_good_as_torch
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,8 @@ def test_means_and_masks_since_the_last_record(tmp_path):
     assert record["density"] == 0.75
     flipped = int((before != torch.tensor([True, True, True, False])).sum())
     assert flipped == 2  # seed 0 drops another one at first
-    assert record["flip_rate"] == (torch.tensor(flipped) / (64 * 32 + 64 * 64)).item()
+    assert record["flip_rate"] == flipped / (64 * 32 + 64 * 64)
+    assert record["flip_rates"] == {"first": flipped / (64 * 32), "second": 0}
     assert record["images_per_second"] == 2 * 8 / record["seconds"]
     log.restart()
     log.add(torch.ones(4), 3)
@@ -77,3 +79,21 @@ def test_divergence_is_remembered_until_somebody_looks(tmp_path, place, value):
     with pytest.raises(TrainingDiverged, match=r"in the 3 steps up to 3 .*last good checkpoint is None"):
         log.close(3, 8)
     assert read_metrics(tmp_path)[-1]["diverged"]
+
+
+def test_the_distance_to_the_dense_weights(tmp_path):
+    """Of what multiplies x, over the masked layers alone; none where the networks have different shapes."""
+    dense = tiny()
+    model = sparsify(tiny(), "2:4")
+    log = MetricsLog(tmp_path, model, 0, CPU, dense)
+    log.add(torch.ones(4), 1)
+    weights = [dense.first.weight, dense.second.weight]
+    dropped = torch.cat([weight[~mask] for weight, mask in zip(weights, masks(model).values())])
+    whole = torch.cat([weight.flatten() for weight in weights])
+    low, high = dropped.norm() / whole.norm(), dropped.double().norm() / whole.double().norm()
+    assert_as_good_as_torch(torch.tensor(log.close(1, 8)["distance"]), high, low)
+    assert weight_distance(dense, tiny()) == 0
+    assert weight_distance(tiny(width=32), dense) is None
+    alone = MetricsLog(tmp_path, model, 0, CPU)
+    alone.add(torch.ones(4), 1)
+    assert "distance" not in alone.close(1, 8)

@@ -16,6 +16,7 @@ from sparsedm.files import atomic_file, write_text
 from sparsedm.pictures import COLOURS
 
 CONTROL = "dense"
+FLIPS = "flip rate of "  # and a layer's name: a measure
 TABLE = ("validation loss", "Fréchet distance", "distance to dense weights", "MACs", "parameters", "images", "seconds")
 
 
@@ -26,6 +27,7 @@ def write(folder, rows, plan):
     title = f"{rows[0]['experiment']} ({rows[0]['scale']}): {plan.summary}" if rows else ""
     text = markdown(rows, values, runs)
     pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
+    pictures["flips.png"] = _flips
     if any(measure == "axis" for _, measure in values):
         pictures["ratio.png"] = lambda figure, values, runs: _axis(figure, values, runs, plan.axis)
     drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, runs, title)]
@@ -176,12 +178,52 @@ def _levels(figure, values, runs):
 
 
 def _health(figure, values, runs):
-    figure.set_size_inches(11, 4.5)
-    sparse = [run for run in runs if any(v < 1 for s in values.get((run, "density"), {}).values() for _, v in s)]
-    left, right = figure.subplots(1, 2)
-    drawn = _curves(left, values, sparse, "flip rate")
-    _curves(right, values, sparse, "density")
-    _styled(left, "images seen after the dense start", "share of masks that changed since the last log")
-    _styled(right, "images seen after the dense start", "density of the masked layers")
-    _legend(figure, left)
-    return drawn
+    figure.set_size_inches(13, 4.2)
+    sparse = _sparse(values, runs)
+    panels = figure.subplots(1, 3)
+    measures = {
+        "flip rate": "share of mask entries changed since the last log",
+        "density": "density of the masked layers",
+        "distance over training": "distance to the dense weights, as a share of them",
+    }
+    drawn = [_curves(axes, values, sparse, measure) for axes, measure in zip(panels, measures)]
+    for axes, label in zip(panels, measures.values()):
+        _styled(axes, "images seen after the dense start", label)
+    _legend(figure, panels[0])
+    return any(drawn)
+
+
+def _flips(figure, values, runs):
+    """A map for each run whose masks move: layers from the first to the last, over the images seen."""
+    maps = {run: _flip_map(values, run) for run in _sparse(values, runs)}
+    maps = {run: found for run, found in maps.items() if found and any(max(row) > 0 for row in found[2])}
+    if not maps:
+        return False
+    columns = min(4, len(maps))
+    lines = -(-len(maps) // columns)
+    figure.set_size_inches(3.4 * columns + 1.2, 3.4 * lines)
+    top = max(max(row) for _, _, rates in maps.values() for row in rates)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, (run, (layers, seen, rates)) in zip(grid.flat, maps.items()):
+        image = axes.pcolormesh(seen, range(len(layers)), rates, vmin=0, vmax=top, cmap="viridis", shading="nearest")
+        axes.invert_yaxis()
+        axes.set(title=run, xlabel="images seen", ylabel="layer, from the first to the last")
+    for axes in list(grid.flat)[len(maps) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=grid, label="share of mask entries changed since the last log")
+    return True
+
+
+def _flip_map(values, run):
+    """(layers, images seen, [rates of a layer]), means over seeds; None without logs."""
+    layers = [measure for name, measure in values if name == run and measure.startswith(FLIPS)]
+    curves = {layer: [dict(points) for points in values[run, layer].values()] for layer in layers}
+    if not layers:
+        return None
+    seen = sorted(set.intersection(*(set(points) for seeds in curves.values() for points in seeds)))
+    rates = [[statistics.fmean(points[x] for points in seeds) for x in seen] for seeds in curves.values()]
+    return (layers, seen, rates) if seen else None
+
+
+def _sparse(values, runs):
+    return [run for run in runs if any(v < 1 for s in values.get((run, "density"), {}).values() for _, v in s)]

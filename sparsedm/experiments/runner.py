@@ -26,18 +26,25 @@ from sparsedm.commands import amp_of, load_images
 from sparsedm.errors import InputError
 from sparsedm.experiments import report
 from sparsedm.experiments.plans import EXPERIMENTS, SCALES, planned
+from sparsedm.experiments.report import FLIPS
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, write_text
 from sparsedm.inspection import inspect
-from sparsedm.layers import masked_layers, sparsify
+from sparsedm.layers import sparsify
 from sparsedm.models import build_model, model_config
 from sparsedm.train import checkpoint, data
 from sparsedm.train.chain import Stage, StageResult, run_chain
 from sparsedm.train.loop import train
-from sparsedm.train.metrics import read_metrics
+from sparsedm.train.metrics import read_metrics, weight_distance
 
 LEVELS = 12  # noise levels of the validation curve
 POINTS = 12  # of the validation loss over a run, at least
+LOGGED = {  # a log's record: what it is called in the results
+    "validation_loss": "validation over training",
+    "flip_rate": "flip rate",
+    "density": "density",
+    "distance": "distance over training",
+}
 STAMPED = ("device", "threads", "torch", "sparsedm", "commit", "date", "command")
 COLUMNS = ("experiment", "scale", "data", "features", "group", "run", "seed", "measure", "x", "value", *STAMPED)
 
@@ -215,7 +222,7 @@ class _Work:
             clip=1.0,
         )
         distances = evaluate.evaluate(to_uint8(images.cpu()), self.reference, self.features)
-        totals = inspect(network).totals()
+        totals, distance = inspect(network).totals(), weight_distance(network, base.ema)
         return {
             "validation loss": [(None, diffusion.validation_loss(network, x, schedule, y=y))],
             "loss at noise level": list(zip((times / schedule.last).tolist(), curve.tolist())),
@@ -224,19 +231,20 @@ class _Work:
             "reference images": [(None, distances["reference_count"])],
             "parameters": [(None, totals["parameters_after"])],
             "MACs": [(None, totals["macs_after"])],
-            "distance to dense weights": [(None, weight_distance(network, base.ema))],
+            "distance to dense weights": [(None, math.nan if distance is None else distance)],
         }
 
     def _logged(self, results, before):
         """Curves over the images seen since the dense start, which was `before` steps into the run, from its logs."""
-        names = {"validation_loss": "validation over training", "flip_rate": "flip rate", "density": "density"}
-        curves, start = {measure: [] for measure in names.values()}, -before * self.scale.options.batch_size
+        curves, start = {}, -before * self.scale.options.batch_size
         for result in results:
             for record in read_metrics(result.folder):
                 seen = start + record["step"] * self.scale.options.batch_size
-                for name, measure in names.items():
-                    if record.get(name) is not None:
-                        curves[measure].append((seen, record[name]))
+                logged = {measure: record.get(name) for name, measure in LOGGED.items()}
+                logged |= {f"{FLIPS}{layer}": rate for layer, rate in record.get("flip_rates", {}).items()}
+                for measure, value in logged.items():
+                    if value is not None:
+                        curves.setdefault(measure, []).append((seen, value))
             start += result.stage.steps * self.scale.options.batch_size
         return curves
 
@@ -256,18 +264,6 @@ def small_config(config):
     widths = range(config["heads"], config["dim"], config["heads"])
     distance = {dim: abs(totals(build_model({**config, "dim": dim}, device="meta"))["macs"] - target) for dim in widths}
     return {**config, "dim": min(distance, key=distance.get)}
-
-
-def weight_distance(network, dense):
-    """||w_effective - w_dense|| / ||w_dense|| over the masked layers (all weights if none is); NaN if shapes differ."""
-    theirs = dict(dense.named_parameters())
-    masked = {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network)}
-    mine = masked or dict(network.named_parameters())
-    if any(name not in theirs or theirs[name].shape != weight.shape for name, weight in mine.items()):
-        return math.nan
-    with torch.no_grad():
-        moved = sum((weight - theirs[name]).double().square().sum() for name, weight in mine.items())
-        return (moved / sum(theirs[name].double().square().sum() for name in mine)).sqrt().item()
 
 
 def read(file):

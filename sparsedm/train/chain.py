@@ -144,6 +144,7 @@ def run_chain(
             teacher={"none": None, "dense": dense, "previous": previous}[stage.learns_from],
             w_kd=stage.w_kd,
             w_noise=stage.w_noise,
+            dense=dense,
             validation=validation,
             first_step=first_step,
             continue_from=results[-1].result.checkpoint if continued else None,

@@ -124,6 +124,7 @@ def train(
     teacher=None,
     w_kd=0.0,
     w_noise=1.0,
+    dense=None,
     validation=None,
     first_step=0,
     continue_from=None,
@@ -134,7 +135,7 @@ def train(
     """Train `model` in place for options.steps steps, or go on where `folder` stopped.
 
     images, validation: ImageSet. ema: the average to start from (default: the model); it is copied.
-    teacher, w_kd, w_noise: see `diffusion.loss`.
+    teacher, w_kd, w_noise: see `diffusion.loss`. dense: the network whose distance to this one is logged.
     first_step: where the random streams start, so that the stages of a chain see different batches.
     continue_from: a checkpoint whose optimizer and update count are taken over (the same network under a new pattern).
     record: dict of JSON values that, beside the options, make this run what it is; stored in options.json.
@@ -165,7 +166,7 @@ def train(
         if saved:
             checkpoint.load(saved, model, ema)
             state = checkpoint.load_optimizer(saved, model, one_step.optimizer)
-        log = MetricsLog(folder, model, state["step"], device)
+        log = MetricsLog(folder, model, state["step"], device, dense and dense.to(device))
         stop = stack.enter_context(_signals())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         bar = stack.enter_context(

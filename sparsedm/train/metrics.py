@@ -1,8 +1,9 @@
 """metrics.jsonl: what a run logs, one JSON record per line, and the watch for losses that are no longer numbers.
 
 A record: step, lr, loss (total), noise_loss, transfer_loss and gradient_norm (means over the steps since the last
-record), density (of the masked layers), flip_rate (share of their mask entries that changed since the last record),
-seconds (of training, all sessions together), images_per_second, and validation_loss where it was measured.
+record), density (of the masked layers), flip_rate (share of their mask entries that changed since the last record) and
+flip_rates (the same of each layer), distance (to the dense weights, see `weight_distance`), seconds (of training, all
+sessions together), images_per_second, and validation_loss where it was measured.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.files import write_text, writing
-from sparsedm.layers import masks
+from sparsedm.layers import masked_layers, masks
 from sparsedm.train import checkpoint, distributed
 
 
@@ -37,8 +38,9 @@ def read_metrics(folder):
 class MetricsLog:
     """metrics.jsonl, and the means since its last record, which stay on the device until they are asked for."""
 
-    def __init__(self, folder, model, step, device):
+    def __init__(self, folder, model, step, device, dense=None):
         self.folder, self.file, self.model, self.device = folder, folder / "metrics.jsonl", model, device
+        self.dense = dense
         self.looks_each_step = device.type == "cpu"  # where looking at a value makes nobody wait
         if distributed.first() and self.file.exists():  # steps after the checkpoint will be made, and logged, again
             kept = [json.dumps(r) + "\n" for r in read_metrics(folder) if r["step"] <= step and "diverged" not in r]
@@ -74,21 +76,39 @@ class MetricsLog:
         names = ("loss", "noise_loss", "transfer_loss", "gradient_norm")
         seconds = time.perf_counter() - self.start
         before, self.masks = self.masks, masks(self.model)
-        entries = sum(mask.numel() for mask in self.masks.values())
+        sizes = {name: mask.numel() for name, mask in self.masks.items()}
         kept = sum(mask.sum() for mask in self.masks.values())
-        flipped = sum((mask != before[name]).sum() for name, mask in self.masks.items())
-        return {
+        flipped = {name: (mask != before[name]).sum() for name, mask in self.masks.items()}
+        entries, flips = sum(sizes.values()), [count.item() for count in flipped.values()]
+        record = {
             **dict(zip(names, (self.sums / self.count).tolist())),
             "seconds": seconds,
             "images_per_second": self.count * batch_size / seconds,
             "density": float(kept / entries) if entries else 1.0,  # of the masked layers
-            "flip_rate": float(flipped / entries)
-            if entries
-            else 0.0,  # share of mask entries changed since the last record
+            "flip_rate": sum(flips) / entries if entries else 0.0,  # of their mask entries
+            "flip_rates": {name: count / sizes[name] for name, count in zip(sizes, flips)},
         }
+        if self.dense is not None:
+            record["distance"] = weight_distance(self.model, self.dense)
+        return record
 
     def write(self, record):
         if not distributed.first():
             return
         with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def weight_distance(network, dense):
+    """||w_effective - w_dense|| / ||w_dense|| over the masked layers, over all weights where no layer is masked.
+
+    None if the dense network has other shapes, so that there is no such distance.
+    """
+    theirs = dict(dense.named_parameters())
+    masked = {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network)}
+    mine = masked or dict(network.named_parameters())
+    if any(name not in theirs or theirs[name].shape != weight.shape for name, weight in mine.items()):
+        return None
+    with torch.no_grad():
+        moved = sum((weight.detach() - theirs[name]).square().sum() for name, weight in mine.items())
+        return (moved / sum(theirs[name].square().sum() for name in mine)).sqrt().item()
