@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 
-from sparsedm.bench import rival_tilelang
+from sparsedm.bench import providers, rival_tilelang
 from sparsedm.bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
 from sparsedm.bench.providers import DENSE, DenseCompiled, Rival, Sparse24
 from sparsedm.bench.rival_tilelang import TILES, TileLang
@@ -22,6 +22,7 @@ from sparsedm.bench.rivals import (
 )
 from sparsedm.bench.shapes import ConvShape, LinearShape
 from sparsedm.kernels.pattern import holds
+from sparsedm.kernels.sparse24_dispatch import Choice
 from sparsedm.kernels.sparse24_format import unpack
 
 SHAPE = LinearShape("square", "64", 64, 64, 64, "gelu")
@@ -73,6 +74,15 @@ def test_compilation_is_for_each_shape_and_never_gives_up(monkeypatch):
         out = DenseCompiled().bind(problem, None).run()
         assert problem.check(out, sparse=False).right
     assert len(graphs) == 12, "one for each shape"
+
+
+def test_what_ran_is_what_was_measured_not_what_the_rule_says(monkeypatch):
+    problem, provider = LinearProblem(SHAPE, "plain", torch.float32, "cpu"), Sparse24()
+    assert provider.bind(problem, provider.prepare(problem)).detail.startswith("torch: ")
+    monkeypatch.setattr(
+        providers, "last_choice", lambda kept, rows: Choice("mma", 2) if rows == problem.shape.M else None
+    )
+    assert provider.bind(problem, provider.prepare(problem)).detail == "mma: measured, configuration 2"
 
 
 class OnPaper:

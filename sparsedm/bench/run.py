@@ -34,7 +34,7 @@ from sparsedm.bench.measure import measure, release
 from sparsedm.bench.results import IDENTITY, Results
 from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.sampling import sampling_rows
-from sparsedm.bench.shapes import BATCHES, ConvShape, LinearShape, select
+from sparsedm.bench.shapes import BATCHES, MEASURED_MODELS, ConvShape, LinearShape, select
 from sparsedm.bench.timing import clock_for
 from sparsedm.errors import InputError
 from sparsedm.models import MODELS
@@ -124,7 +124,7 @@ def layer_rows(suite, kind, shape, mode, session, providers):
 def network_shapes(session):
     names = (session.shapes or ("uvit-tiny@4,ddpm-tiny@4" if session.quick else "models")).split(",")
     if names == ["models"]:
-        names = [name for name in MODELS if not name.endswith("-tiny")]
+        names = list(MEASURED_MODELS)
     shapes = []
     for item in names:
         name, _, batch = item.strip().partition("@")

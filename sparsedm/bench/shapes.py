@@ -21,6 +21,7 @@ BATCHES = (1, 16, 64)
 SQUARES = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 GRID = (1024, 2048, 4096, 8192, 16384)
+MEASURED_MODELS = [n for n in MODELS if not n.endswith("-tiny") and not n.startswith("slimmable-")]  # distinct, real
 SWEEPS = ("square", "m-sweep", "grid")
 
 
@@ -86,8 +87,7 @@ def select(spec, kind, batches=BATCHES, quick=False):
         if name in SWEEPS:
             found += sweep(name, quick) if kind is LinearShape else []
         elif name == "models":
-            every = [n for n in [*MODELS, *PUBLISHED] if not n.endswith("-tiny")]
-            found += [shape for n in every for b in chosen for shape in of_model(n, b)]
+            found += [shape for n in (*MEASURED_MODELS, *PUBLISHED) for b in chosen for shape in of_model(n, b)]
         else:
             found += [shape for b in chosen for shape in of_model(name, b)]
     found = [shape for shape in dict.fromkeys(found) if isinstance(shape, kind)]
