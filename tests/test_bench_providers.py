@@ -39,8 +39,8 @@ def test_everything_that_needs_a_gpu_says_so_on_a_cpu():
 
 
 def test_names_are_unique_and_the_denominators_are_there():
-    for kernel, providers in PROVIDERS.items():
-        names = [p.name for p in providers]
+    for kernel, every in PROVIDERS.items():
+        names = [p.name for p in every]
         assert len(names) == len(set(names)), kernel
         assert names[0] == "dense"
         assert all(not p.sparse for p in providers if p.name in DENSE)
