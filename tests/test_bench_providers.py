@@ -43,7 +43,7 @@ def test_names_are_unique_and_the_denominators_are_there():
         names = [p.name for p in every]
         assert len(names) == len(set(names)), kernel
         assert names[0] == "dense"
-        assert all(not p.sparse for p in providers if p.name in DENSE)
+        assert all(not p.sparse for p in every if p.name in DENSE)
 
 
 def test_a_forced_back_end_runs_and_the_environment_is_put_back(monkeypatch):

@@ -207,6 +207,7 @@ def _flips(figure, values, runs):
     for axes, (run, (layers, seen, rates)) in zip(grid.flat, maps.items()):
         image = axes.pcolormesh(seen, range(len(layers)), rates, vmin=0, vmax=top, cmap="viridis", shading="nearest")
         axes.invert_yaxis()
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set(title=run, xlabel="images seen", ylabel="layer, from the first to the last")
     for axes in list(grid.flat)[len(maps) :]:
         axes.set_visible(False)
