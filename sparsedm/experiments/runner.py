@@ -271,6 +271,8 @@ def read(file):
     try:
         with open(file, encoding="utf-8", newline="") as opened:
             rows = list(csv.DictReader(opened))
+        if not rows:
+            raise ValueError("it holds no measurement")
         return [
             row | {"seed": int(row["seed"]), "x": float(row["x"]) if row["x"] else None, "value": float(row["value"])}
             for row in rows
