@@ -192,7 +192,9 @@ def test_a_folder_of_another_experiment_is_refused(done, tiny, capsys):
     assert "was made by other options" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "seed,x,value\n", "run,seed\nx,1\n", "seed,x,value\n1,,much\n"])
+@pytest.mark.parametrize(
+    "content", ["", "seed,x,value\n", "run,seed\nx,1\n", "seed,x,value\n1,,much\n", "seed,value,x\n1,2\n"]
+)
 def test_a_damaged_results_file_is_refused(tmp_path, content):
     (tmp_path / "results.csv").write_text(content)
     if not content:

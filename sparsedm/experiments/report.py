@@ -60,7 +60,8 @@ def markdown(rows, values, runs):
     counts = {measure: _single(values, runs[0], measure)[0] for measure in ("samples", "reference images")}
     commits = ", ".join(dict.fromkeys(row["commit"] or row["sparsedm"] for row in rows))
     where = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, commit {commits}"
-    note = f"""Mean of {len(seeds)} seeds ± half their range. Fréchet distance on {last["features"]} features,
+    spread = f"Mean of {len(seeds)} seeds ± half their range." if len(seeds) > 1 else "One seed."
+    note = f"""{spread} Fréchet distance on {last["features"]} features,
 of {counts["samples"]:,.0f} samples against {counts["reference images"]:,.0f} real images ({last["data"]}). {where}.
 `{last["command"]}`"""
     return "\n".join([*lines, "", note])

@@ -273,6 +273,8 @@ def read(file):
             rows = list(csv.DictReader(opened))
         if not rows:
             raise ValueError("it holds no measurement")
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError("a row is cut short")
         return [
             row | {"seed": int(row["seed"]), "x": float(row["x"]) if row["x"] else None, "value": float(row["value"])}
             for row in rows
