@@ -15,9 +15,9 @@ from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, write_json
 from sparsedm.inspection import inspect
-from sparsedm.layers import compress, sparsify
 from sparsedm.models import build_model, model_config
 from sparsedm.models.ddpm_diffusers import from_diffusers
+from sparsedm.sparsity import compress, sparsify
 from sparsedm.train import checkpoint, data, distributed
 from sparsedm.train.chain import check_stages, parse_chain, plan, run_chain
 from sparsedm.train.loop import TrainOptions

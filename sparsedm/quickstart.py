@@ -14,8 +14,8 @@ from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
 from sparsedm.inspection import inspect
-from sparsedm.layers import compress, sparsify
 from sparsedm.models import build_model
+from sparsedm.sparsity import compress, sparsify
 from sparsedm.train import checkpoint, data
 from sparsedm.train.chain import Stage, run_chain
 from sparsedm.train.loop import TrainOptions

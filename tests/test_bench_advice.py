@@ -8,8 +8,8 @@ from sparsedm.bench import advice
 from sparsedm.bench.advice import Layer, recommended, report, where
 from sparsedm.bench.results import read
 from sparsedm.bench.shapes import LinearShape
-from sparsedm.layers import masked_layers, sparsify
 from sparsedm.models import build_model
+from sparsedm.sparsity import masked_layers, sparsify
 
 
 def layer(names, dense, ours, reason=""):

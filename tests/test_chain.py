@@ -11,7 +11,7 @@ import torch
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
-from sparsedm.layers import masked_layers, masks, sparsify
+from sparsedm.sparsity import masked_layers, masks, sparsify
 from sparsedm.train import checkpoint, loop
 from sparsedm.train.chain import Stage, divide, parse_chain, plan, run_chain
 from sparsedm.train.data import batch_indices

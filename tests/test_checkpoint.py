@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.layers import Linear24, compress, masks, set_masking, sparsify
+from sparsedm.layers import Linear24
+from sparsedm.sparsity import compress, masks, set_masking, sparsify
 from sparsedm.train import checkpoint
 from sparsedm.train.checkpoint import load_model, save_model
 from tests.tiny import TinyConfig, same_state, tiny, tiny_from

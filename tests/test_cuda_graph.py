@@ -7,9 +7,9 @@ from sparsedm import cuda_graph, samplers
 from sparsedm.cuda_graph import graphed
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
-from sparsedm.layers import compress, sparsify
 from sparsedm.models import build_model
 from sparsedm.samplers import SAMPLERS, sample
+from sparsedm.sparsity import compress, sparsify
 
 
 class Recorder:

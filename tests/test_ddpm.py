@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.errors import InputError
-from sparsedm.layers import masks, sparsify
 from sparsedm.models import build_model
 from sparsedm.models.ddpm import PRESETS, timestep_embedding
+from sparsedm.sparsity import masks, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 # two resolutions up and down, unequal widths, attention at one of them, odd numbers of groups and channels

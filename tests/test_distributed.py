@@ -15,8 +15,8 @@ import torch.multiprocessing
 from sparsedm import cli
 from sparsedm.diffusion import VPSDE, loss
 from sparsedm.errors import InputError
-from sparsedm.layers import set_masking, sparsify
 from sparsedm.models import build_model
+from sparsedm.sparsity import set_masking, sparsify
 from sparsedm.train import distributed, loop
 from sparsedm.train.checkpoint import latest
 from sparsedm.train.data import batch_indices

@@ -12,9 +12,9 @@ from sparsedm.errors import InputError
 from sparsedm.experiments import plans, report, runner
 from sparsedm.experiments.plans import EXPERIMENTS, SCALES, Scale, planned
 from sparsedm.inspection import inspect
-from sparsedm.layers import sparsify
 from sparsedm.models import build_model, model_config
 from sparsedm.quickstart import SYNTHETIC
+from sparsedm.sparsity import sparsify
 from sparsedm.train import data
 
 TINY = Scale(

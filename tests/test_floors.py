@@ -15,6 +15,7 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.files", -1),
     ("sparsedm.kernels", 0),
     ("sparsedm.layers", 1),
+    ("sparsedm.sparsity", 1.2),
     ("sparsedm.inspection", 1.5),
     ("sparsedm.cuda_graph", 1.8),
     ("sparsedm.diffusion", 1.8),
@@ -96,8 +97,8 @@ def test_every_public_name_is_there():
     assert sparsedm.__all__
     for name in sparsedm.__all__:
         assert callable(getattr(sparsedm, name))
-    with pytest.raises(AttributeError, match="no attribute 'sparsity'"):
-        _ = sparsedm.sparsity
+    with pytest.raises(AttributeError, match="no attribute 'pruning'"):
+        _ = sparsedm.pruning
 
 
 def test_import_is_lazy_and_needs_no_triton():

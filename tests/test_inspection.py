@@ -7,7 +7,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.sparse24_dispatch import Choice
-from sparsedm.layers import compress, sparsify
+from sparsedm.sparsity import compress, sparsify
 
 
 class Model(nn.Module):

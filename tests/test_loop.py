@@ -19,7 +19,7 @@ from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE, DDPMSchedule
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref
-from sparsedm.layers import masks, set_masking, sparsify
+from sparsedm.sparsity import masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import Interrupted, TrainOptions, train

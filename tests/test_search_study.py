@@ -10,10 +10,10 @@ import torch
 from sparsedm import evaluate, search_study
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
-from sparsedm.layers import sparsify
 from sparsedm.models import build_model
 from sparsedm.search import SearchOptions
 from sparsedm.search_study import Plan, family_of, study
+from sparsedm.sparsity import sparsify
 from sparsedm.stepaware import Strategy, load_strategy, sample
 from sparsedm.train import checkpoint
 

@@ -9,8 +9,8 @@ from torch import nn
 from sparsedm import diffusion, samplers, stepaware
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
-from sparsedm.layers import sparsify
 from sparsedm.models import build_model
+from sparsedm.sparsity import sparsify
 from sparsedm.stepaware import Family, Strategy, load_strategy, sample
 
 TINY = {"image_size": 8, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.errors import InputError
-from sparsedm.layers import masks, sparsify
 from sparsedm.models import build_model
 from sparsedm.models.uvit import PRESETS, timestep_embedding
+from sparsedm.sparsity import masks, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 SMALL = {"image_size": 8, "patch_size": 2, "dim": 24, "depth": 4, "heads": 3}

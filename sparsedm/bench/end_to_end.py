@@ -15,8 +15,8 @@ from sparsedm.bench.problems import Problem
 from sparsedm.bench.providers import Bound, Provider, max_autotune
 from sparsedm.bench.rivals import CuSparseLtLinear
 from sparsedm.inspection import inspect
-from sparsedm.layers import compress, masked_layers, sparsify
 from sparsedm.models import build_model
+from sparsedm.sparsity import compress, masked_layers, sparsify
 
 
 @dataclass(frozen=True)

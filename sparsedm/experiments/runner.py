@@ -30,8 +30,8 @@ from sparsedm.experiments.report import FLIPS
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, write_text
 from sparsedm.inspection import inspect
-from sparsedm.layers import sparsify
 from sparsedm.models import build_model, model_config
+from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data
 from sparsedm.train.chain import Stage, StageResult, run_chain
 from sparsedm.train.loop import train

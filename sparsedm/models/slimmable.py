@@ -17,8 +17,9 @@ from torch.func import functional_call
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
-from sparsedm.layers import invalid_because, masked_layers
+from sparsedm.layers import invalid_because
 from sparsedm.models.ddpm import DDPM, DDPMConfig
+from sparsedm.sparsity import masked_layers
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, atomic_folder, write_json, writing
-from sparsedm.layers import Conv2d24, Linear24, compress, masked_layers, sparsify
+from sparsedm.layers import Conv2d24, Linear24
+from sparsedm.sparsity import compress, masked_layers, sparsify
 
 # ---- a run folder ----------------------------------------------------------------------------------------------------
 

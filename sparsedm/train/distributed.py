@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.layers import masks
+from sparsedm.sparsity import masks
 
 
 @contextlib.contextmanager

@@ -1,0 +1,195 @@
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.pattern import Pattern, holds
+from sparsedm.layers import Conv2d24, Linear, Linear24
+from sparsedm.sparsity import compress, masks, sparsify
+from tests.tolerance import assert_as_good_as_torch
+
+
+class Small(nn.Module):
+    """A convolution with 3 input channels (never 2:4), one with 32, and two linears, one of them narrow."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, stride=2, padding=1)
+        self.head, self.narrow = nn.Linear(32, 30), nn.Linear(30, 5)
+
+    def forward(self, x):
+        return self.narrow(F.gelu(self.head(self.conv(F.silu(self.stem(x))).mean((2, 3)))))
+
+
+# ---- sparsify --------------------------------------------------------------------------------------------------------
+
+
+def test_sparsify_swaps_plain_layers_and_keeps_everything_they_hold():
+    model, x = Small(), torch.randn(2, 3, 8, 8)
+    keys, before = list(model.state_dict()), dict(model.named_parameters())
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    dense = model(x)
+    assert sparsify(model, "2:4") is model
+    assert list(model.state_dict()) == keys
+    assert all(p is before[n] for n, p in model.named_parameters())
+    assert {n: str(m.pattern) for n, m in model.named_modules() if getattr(m, "pattern", None)} == {
+        "conv": "2:4",
+        "head": "2:4",
+    }
+    assert model.stem.dense_reason == "the input axis 3 is not a multiple of 4"
+    assert model.narrow.dense_reason == "the input axis 30 is not a multiple of 4"
+    y = model(x)
+    assert not torch.equal(y, dense)
+    assert len(calls) == 2
+    y.sum().backward()
+    weight = model.head.weight.clone()
+    optimizer.step()
+    assert not torch.equal(weight, model.head.weight)
+    sparsify(model, "dense")
+    assert masks(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("all", {"conv", "head"}),
+        (r"hea", {"head"}),
+        (["conv"], {"conv"}),
+        (lambda name, module: isinstance(module, nn.Conv2d), {"conv"}),
+    ],
+    ids=["all", "regex", "list", "predicate"],
+)
+def test_where_selects(where, expected):
+    model = sparsify(Small(), "2:4", where)
+    assert set(masks(model)) == expected
+
+
+def test_a_model_names_its_own_sparse_layers():
+    model = Small()
+    model.sparse_layers = r"^conv$"
+    assert set(masks(sparsify(model, "2:4"))) == {"conv"}
+    assert model.head.dense_reason == "not selected"
+    assert set(masks(sparsify(model, "2:4", "all"))) == {"conv", "head"}
+
+
+def test_shared_and_special_layers():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2)})
+    model["b"] = model["a"]
+    sparsify(model, "2:4")
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], Linear)
+    out = model["attention"].out_proj
+    assert type(out) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    assert "special kind" in out.dense_reason
+
+
+def test_a_bare_layer_is_sparsified_too():
+    layer = sparsify(nn.Linear(8, 8), "2:4")
+    assert str(layer.pattern) == "2:4"
+
+
+def test_saving_copying_and_pickling_a_masked_model():
+    model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), y)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sparsify(Small(), "2:4", "nothing"), "where='nothing' selects none of the 4"),
+        (lambda: sparsify(Small(), "2:4", "("), "not a regular expression"),
+        (lambda: sparsify(Small(), "2:4", ["conv", "tail"]), "does not have: tail"),
+        (lambda: sparsify(Small(), "2:4", "narrow"), "no selected layer can hold 2:4: the input axis 30"),
+        (lambda: compress(Small()), "holds no masked layer"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+# ---- compress --------------------------------------------------------------------------------------------------------
+
+
+def assert_same_network(compressed, model, x):
+    """Weights are the same bit for bit; a convolution may round differently, in the other memory format."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_as_good_as_torch(compressed(x), exact, model(x))
+
+
+def test_compressed_model_is_the_masked_model():
+    model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
+    small = compress(model)
+    assert isinstance(small.head, Linear24)
+    assert isinstance(small.conv, Conv2d24)
+    assert torch.equal(small.head.dense_weight(), model.head.effective_weight())
+    assert torch.equal(small.conv.dense_weight(), model.conv.effective_weight())
+    assert_same_network(small, model, x)
+    assert isinstance(model.head, Linear), "compress must not touch the model it is given"
+    state = small.state_dict()
+    assert state["head.values"].shape == (30, 16)
+    assert state["head.metadata"].shape == (30, 2)
+    assert state["head.metadata"].dtype == torch.int16
+
+
+def test_compress_keeps_denser_patterns_dense_and_says_so():
+    model, x = sparsify(Small(), "3:4"), torch.randn(2, 3, 8, 8)
+    small = compress(model)
+    assert type(small.head) is Linear
+    assert small.head.pattern is None
+    assert "keeps more than 2 of every 4" in small.head.dense_reason
+    assert_same_network(small, model, x)
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "1:16"])
+def test_compress_holds_sparser_patterns_as_2_of_4(pattern):
+    model, x = sparsify(Small(), pattern, "head|conv"), torch.randn(2, 3, 8, 8)
+    small = compress(model)
+    assert isinstance(small.head, Linear24)
+    assert holds(small.head.dense_weight(), Pattern.parse(pattern))
+    assert_same_network(small, model, x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_a_compressed_model_can_be_copied_moved_pickled_and_loaded(backend, monkeypatch):
+    """Also with "dense", whose decompressed weights the layers keep."""
+    monkeypatch.setenv("SPARSEDM_BACKEND", backend)
+    model, x = compress(sparsify(Small(), "2:4")), torch.randn(2, 3, 8, 8)
+    y = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    other = compress(sparsify(Small(), "2:4"))
+    other(x)
+    other.load_state_dict(model.state_dict())
+    for same in (copy.deepcopy(model), torch.load(file, weights_only=False), other):
+        assert torch.equal(same(x), y)
+    assert copy.deepcopy(model).double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "conv", [{"groups": 2}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}], ids=str
+)
+def test_convolutions_without_a_compressed_form_stay_dense(conv):
+    model, x = sparsify(nn.Sequential(nn.Conv2d(16, 8, 3, **conv)), "2:4"), torch.randn(2, 16, 6, 6)
+    small = compress(model)
+    assert "no compressed form" in small[0].dense_reason
+    assert torch.equal(small(x), model(x))
+
+
+def test_a_compressed_bf16_weight_takes_9_16ths():
+    layer = compress(sparsify(nn.Linear(256, 64, bias=False, dtype=torch.bfloat16), "2:4"))
+    held = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+    assert held * 16 == 9 * 256 * 64 * 2
