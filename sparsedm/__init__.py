@@ -12,6 +12,7 @@ _HOME = {
     "Conv2d24": "sparsedm.layers",
     "sparsify": "sparsedm.sparsity",
     "compress": "sparsedm.sparsity",
+    "decompress": "sparsedm.sparsity",
     "inspect": "sparsedm.inspection",
     "build_model": "sparsedm.models",
     "InputError": "sparsedm.errors",

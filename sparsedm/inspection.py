@@ -196,7 +196,7 @@ def _sparse_backend(layer, shape, calls, arch, batch):
             return measured, "what its call of this size took: see the tuned table of the GPU"
     if isinstance(layer, Linear | Linear24):
         return choose_backend(capability, batch * calls.rows, *shape, dtype)
-    geometry = [layer.geometry[k] if isinstance(layer, Conv2d24) else getattr(layer, k) for k in GEOMETRY]
+    geometry = [getattr(layer, k) for k in GEOMETRY]
     return choose_conv_backend(capability, shape[1], shape[2:], *geometry, calls.image, shape[0], dtype)
 
 

@@ -188,6 +188,18 @@ class Compressed(nn.Module):
         choice = last_choice(self._arranged.get("choices", {}), rows)
         return choice and choice.backend
 
+    @property
+    def weight(self):
+        """`dense_weight()`, made at every access: for code that asks a layer for its weight, or for its dtype."""
+        return self.dense_weight()
+
+    def masked(self):
+        """A layer with the dense weight and the pattern 2:4, to be trained on."""
+        layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
+        layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
+        layer.set_pattern("2:4")
+        return layer
+
     def __getstate__(self):
         return {**self.__dict__, "_arranged": {}}
 
@@ -198,8 +210,12 @@ class Compressed(nn.Module):
 class Linear24(Compressed):
     """y = act([x | skip] w^T + b) + r from values (N, K/2) and metadata (N, K/16); inference only."""
 
-    def __init__(self, layer):
-        super().__init__(layer, layer.effective_weight().detach())
+    def __init__(self, layer, rows=None):
+        super().__init__(layer, layer.effective_weight().detach() if rows is None else rows)
+        self.out_features, self.in_features = self.weight_shape
+
+    def _dense_twin(self, **options):
+        return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
     def forward(self, x, residual=None, skip=None):
         return sparse24_linear(
@@ -208,7 +224,7 @@ class Linear24(Compressed):
 
     def dense_weight(self):
         """The weight (N, K) that values and metadata stand for, bit for bit."""
-        return unpack(self.values, self.metadata, self.weight_shape[1])
+        return unpack(self.values, self.metadata, self.in_features)
 
 
 class Conv2d24(Compressed):
@@ -216,19 +232,28 @@ class Conv2d24(Compressed):
 
     def __init__(self, layer):
         super().__init__(layer, group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1))
-        self.geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        self.out_channels, self.in_channels, *kernel_size = self.weight_shape
+        self.kernel_size, self.groups = tuple(kernel_size), 1
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+
+    def _dense_twin(self, **options):
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        sizes = self.in_channels, self.out_channels, self.kernel_size
+        return Conv2d(*sizes, **geometry, activation=self.activation, **options)
 
     def forward(self, x, residual=None):
         return sparse24_conv2d(
             x,
             self.values,
             self.metadata,
-            self.weight_shape[2:],
+            self.kernel_size,
             self.bias,
             self.activation,
             residual,
             arranged=self._arranged,
-            **self.geometry,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
         )
 
     def dense_weight(self):

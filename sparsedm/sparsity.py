@@ -8,51 +8,47 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, group_view, holds
-from sparsedm.layers import Conv2d, Conv2d24, Linear, Linear24, Masked, invalid_because
+from sparsedm.kernels.sparse24_torch import TORCH_TENSORS, to_torch
+from sparsedm.layers import Compressed, Conv2d, Conv2d24, Linear, Linear24, Masked, invalid_because
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+_TRANSFORMER = (
+    r"blocks\.\d+\.(attn\d?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
+    r"|ff(_context)?\.net\.(0\.proj|2)|proj_(mlp|out))$"
+)
+_SMALL = "an embedding, a modulation or an end layer: few MACs, and every token depends on it"
+FAMILIES = {  # class of the model: (the layers to make sparse unless told otherwise, why the others stay dense)
+    "UNet2DModel": (r"^(?!conv_in$)", "the first convolution, of few channels"),  # the layers of our own DDPM
+    "UNet2DConditionModel": (r"(down|mid|up)_blocks?\.(?!.*time_emb_proj$)", _SMALL),
+    "DiTTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "PixArtTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "SD3Transformer2DModel": (_TRANSFORMER, _SMALL),
+    "FluxTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "VisionTransformer": (r"\.(attn\.(qkv|proj)|mlp\.(fc[12]|[03]))$", _SMALL),  # timm's and torchvision's
+}
 
 
-def sparsify(model, pattern, where=None):
-    """Give the layers of `model` a pattern, in place, and return the model.
+def _selection(model, where):
+    """((name, module) -> whether it is selected, why the others stay dense)."""
+    reason = "not selected"
+    if where is None:
+        where, reason = _default_layers(model)
+    return _selector(model, where), reason
 
-    Plain `nn.Linear` and `nn.Conv2d` modules of any model are swapped for ours; parameters, hooks and optimizer state
-    stay as they are. Layers that cannot hold the pattern, or are not selected, stay dense, and `inspect` says why.
 
-    pattern: "2:4", Pattern, or None / "dense" to take patterns away.
-    where: None (the model's own `sparse_layers` if it has one, else all), "all", a regular expression searched for in
-        the dotted names, a list of names, or a predicate (name, module) -> bool.
-    Raises: InputError if nothing was selected or no selected layer can hold the pattern.
-    """
-    pattern = Pattern.parse(pattern)
-    selected = _selector(model, where)
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    chosen = {n for n, m in found if selected(n, m)}
-    if not chosen:
-        raise InputError(f"where={where!r} selects none of the {len(found)} linear and convolution layers")
-    fitting = 0
-    swapped = {}
-    for name, module in found:
-        reason = _dense_reason(module, pattern) if name in chosen else "not selected"
-        if not reason and not isinstance(module, Masked):
-            swapped[module] = module = _adopt(module)
-        if isinstance(module, Masked):
-            module.set_pattern(None if reason else pattern)
-        if reason:
-            module.dense_reason = reason
-        else:
-            fitting += 1
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():  # named_children() passes over a module that stands in two places
-            if child in swapped:
-                setattr(parent, key, swapped[child])
-    if pattern and not fitting:
-        first = next(module for name, module in found if name in chosen)
-        raise InputError(f"no selected layer can hold {pattern}: {_dense_reason(first, pattern)}")
-    return swapped.get(model, model)
+def _default_layers(model):
+    """(where, why the others stay dense) for the model, or for the one inside a wrapper such as DDP or PEFT."""
+    for module in model.modules():
+        if getattr(module, "sparse_layers", None):
+            return module.sparse_layers, "not selected"
+        for kind in type(module).__mro__:
+            if kind.__name__ in FAMILIES:
+                return FAMILIES[kind.__name__]
+    return "all", ""
 
 
 def _selector(model, where):
-    if where is None:
-        where = getattr(model, "sparse_layers", "all")
     if where == "all":
         return lambda name, module: True
     if callable(where):
@@ -70,12 +66,63 @@ def _selector(model, where):
     return lambda name, module: name in names
 
 
-def _dense_reason(module, pattern):
+def _dense_reason(name, module, parent, pattern):
+    """None if `module` can take `pattern`, else why it stays dense."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other tensors (parametrize, weight_norm and the like)"
+    if type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__}"
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        return f"{type(parent).__name__} reads its weight without calling it"
     if not isinstance(module, Masked) and type(module) not in (nn.Linear, nn.Conv2d):
         return f"{type(module).__name__} is a special kind of {type(module).__mro__[1].__name__}"
+    if "lora_" in name:
+        return "a LoRA factor: merge it into its layer first"
     if pattern is None:
         return "no pattern was set"
     return invalid_because(module.weight, pattern)
+
+
+# ---- masked models ---------------------------------------------------------------------------------------------------
+
+
+def sparsify(model, pattern, where=None):
+    """Give the layers of `model` a pattern, in place, and return the model.
+
+    Plain `nn.Linear` and `nn.Conv2d` modules of any model are swapped for ours; parameters, hooks and optimizer state
+    stay as they are. Layers that cannot hold the pattern, or are not selected, stay dense, and `inspect` says why.
+
+    pattern: "2:4", Pattern, or None / "dense" to take patterns away.
+    where: None (the model's own `sparse_layers` if it has one, else what FAMILIES says of its class, else all), "all",
+        a regular expression searched for in the dotted names, a list of names, or a predicate (name, module) -> bool.
+    Raises: InputError if nothing was selected or no selected layer can hold the pattern.
+    """
+    pattern = Pattern.parse(pattern)
+    selected, unselected = _selection(model, where)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    parents = {child: parent for parent in model.modules() for child in parent._modules.values()}
+    reasons = {n: _dense_reason(n, m, parents.get(m), pattern) if selected(n, m) else unselected for n, m in found}
+    chosen = [n for n, m in found if selected(n, m)]
+    if not chosen:
+        if any(isinstance(m, Compressed) for m in model.modules()):
+            raise InputError("the model is compressed and has no weights to mask: decompress(model) gives them back")
+        raise InputError(f"where={where!r} selects none of the {len(found)} linear and convolution layers")
+    if pattern and all(reasons.values()):
+        raise InputError(f"no selected layer can hold {pattern}: {reasons[chosen[0]]}")
+    swapped = {}
+    for name, module in found:
+        if not reasons[name] and not isinstance(module, Masked):
+            swapped[module] = module = _adopt(module)
+        if isinstance(module, Masked):
+            module.set_pattern(None if reasons[name] else pattern)
+        if reasons[name]:
+            module.dense_reason = reasons[name]
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():  # named_children() passes over a module that stands in two places
+            if child in swapped:
+                setattr(parent, key, swapped[child])
+    return swapped.get(model, model)
 
 
 def _adopt(module):
@@ -110,21 +157,60 @@ def masks(model):
     return {name: layer.current_mask() for name, layer in masked_layers(model)}
 
 
+# ---- compressed models -----------------------------------------------------------------------------------------------
+
+
 def compress(model):
     """A new model whose layers hold only what they multiply with: 2:4 weights as values + metadata, others as they are.
 
-    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes Linear24 / Conv2d24; one
-    that is denser, such as 3:4, becomes a dense layer with its mask applied. The input model is not touched.
+    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes Linear24 / Conv2d24, and so
+    does a linear layer whose weight is torch's SparseSemiStructuredTensor; a masked layer that is denser, such as 3:4,
+    becomes a dense layer with its mask applied. The input model is not touched.
     """
-    if not masked_layers(model):
+    layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
+    if not layers:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
-    compressed = {layer: _compress_layer(layer) for _, layer in masked_layers(model)}
-    memo = {id(layer): new for layer, new in compressed.items()}  # deepcopy puts these in the layers' places
-    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+    compressed = {layer: _compress_layer(layer) for layer in layers}
+    return _with_layers(model, compressed).eval().requires_grad_(False)
+
+
+def decompress(model, form="masked"):
+    """A new model with a dense weight, bit for bit, in place of every compressed one.
+
+    form: "masked": layers of the pattern 2:4, to be trained on. "cutlass" or "cusparselt": the linear layers hold
+    torch's SparseSemiStructuredTensor for that library, and run only on a GPU; the convolutions are dense.
+    Raises: InputError if no layer is compressed, or the library cannot hold a layer.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
+    if form not in ("masked", *TORCH_TENSORS):
+        raise InputError(f"form={form!r}: one of masked, {', '.join(TORCH_TENSORS)}")
+    if not layers:
+        raise InputError("the model holds no compressed layer")
+    dense = _with_layers(model, {layer: layer.masked() for layer in layers.values()})
+    if form == "masked":
+        return dense.requires_grad_(True)
+    for name in layers:
+        layer = dense.get_submodule(name)
+        layer.set_pattern(None)
+        if isinstance(layer, Linear):
+            layer.weight = nn.Parameter(to_torch(layer.weight.detach(), form), requires_grad=False)
+    return dense
+
+
+def _with_layers(model, replacements):
+    return copy.deepcopy(
+        model, {id(old): new for old, new in replacements.items()}
+    )  # puts these in the old ones' places
+
+
+def _is_torch_sparse(module):
+    return isinstance(module, nn.Linear) and isinstance(module.weight, tuple(TORCH_TENSORS.values()))
 
 
 def _compress_layer(layer):
     with torch.no_grad():
+        if _is_torch_sparse(layer):
+            return Linear24(_adopt(layer), layer.weight.to_dense())
         reason = uncompressed_because(layer)
         if not reason:
             return Linear24(layer) if isinstance(layer, Linear) else Conv2d24(layer)

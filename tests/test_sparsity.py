@@ -8,8 +8,9 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, holds
+from sparsedm.kernels.sparse24_torch import TORCH_TENSORS
 from sparsedm.layers import Conv2d24, Linear, Linear24
-from sparsedm.sparsity import compress, masks, sparsify
+from sparsedm.sparsity import compress, decompress, masked_layers, masks, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 
@@ -86,7 +87,56 @@ def test_shared_and_special_layers():
     assert isinstance(model["a"], Linear)
     out = model["attention"].out_proj
     assert type(out) is nn.modules.linear.NonDynamicallyQuantizableLinear
-    assert "special kind" in out.dense_reason
+    assert out.dense_reason == "MultiheadAttention reads its weight without calling it"
+
+
+def quantised(layer):
+    """A linear layer with an int8 weight: the tensor subclass that quantisation libraries leave behind."""
+
+    class Int8Tensor(torch.Tensor):
+        pass
+
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Int8Tensor))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "computed from other tensors"),
+        (nn.utils.spectral_norm(nn.Linear(8, 8)), "computed from other tensors"),
+        (quantised(nn.Linear(8, 8)), "its weight is a Int8Tensor"),
+        (type("LoRALinear", (nn.Linear,), {})(8, 8), "LoRALinear is a special kind of Linear"),
+        (nn.ModuleDict({"lora_A": nn.Linear(8, 4, bias=False)}), "a LoRA factor"),
+        (nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), "TransformerEncoderLayer reads its weight"),
+    ],
+    ids=["weight_norm", "spectral_norm", "quantised", "subclass", "lora", "encoder layer"],
+)
+def test_what_cannot_be_masked_stays_as_it_is_and_says_why(layer, reason):
+    model = sparsify(nn.Sequential(nn.Linear(8, 8), layer), "2:4")
+    assert list(masks(model)) == ["0"]
+    reasons = [m.dense_reason for n, m in model.named_modules() if n.startswith("1") and hasattr(m, "dense_reason")]
+    assert any(reason in r for r in reasons)
+
+
+def test_an_encoder_layer_computes_the_same_on_its_fast_path():
+    """In eval mode TransformerEncoderLayer multiplies its layers' weights itself: a mask there would be passed over."""
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+    model, x = sparsify(nn.Sequential(layer, nn.Linear(8, 8)), "2:4"), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        y = model.train()(x)
+        assert_as_good_as_torch(model.eval()(x), copy.deepcopy(model).double().train()(x.double()), y)
+
+
+def test_a_tied_weight_has_one_mask_and_stays_tied():
+    table, head = nn.Embedding(32, 8), nn.Linear(8, 32, bias=False)
+    head.weight = table.weight
+    model = sparsify(nn.Sequential(table, nn.Linear(8, 8), head), "2:4")
+    assert model[2].weight is table.weight
+    small, ids = compress(model), torch.arange(5)
+    with torch.no_grad():
+        assert torch.equal(small[0](ids), table(ids)), "the embedding is not pruned by the layer it shares with"
+        assert_as_good_as_torch(small(ids), copy.deepcopy(model).double()(ids), model(ids))
 
 
 def test_a_bare_layer_is_sparsified_too():
@@ -193,3 +243,56 @@ def test_a_compressed_bf16_weight_takes_9_16ths():
     layer = compress(sparsify(nn.Linear(256, 64, bias=False, dtype=torch.bfloat16), "2:4"))
     held = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
     assert held * 16 == 9 * 256 * 64 * 2
+
+
+# ---- decompress ------------------------------------------------------------------------------------------------------
+
+
+def test_decompressed_weights_are_the_masked_ones_bit_for_bit_and_can_be_trained():
+    model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
+    small = compress(model)
+    again = decompress(small)
+    assert {n: str(m.pattern) for n, m in masked_layers(again)} == {"conv": "2:4", "head": "2:4"}
+    for name, layer in masked_layers(model):
+        assert torch.equal(again.get_submodule(name).weight, layer.effective_weight())
+        assert torch.equal(again.get_submodule(name).bias, layer.bias)
+    with torch.no_grad():
+        assert torch.equal(again(x), model.eval()(x))
+    assert all(torch.equal(a, b) for a, b in zip(compress(again).state_dict().values(), small.state_dict().values()))
+    again(x).sum().backward()
+    assert all(p.grad is not None for p in again.parameters())
+    assert isinstance(small.head, Linear24), "decompress must not touch the model it is given"
+
+
+def test_a_compressed_layer_shows_what_a_dense_one_would():
+    small = compress(sparsify(nn.Sequential(nn.Linear(16, 8), nn.Conv2d(16, 8, 3, stride=2, padding=1)), "2:4"))
+    assert (small[0].in_features, small[0].out_features, small[0].weight.shape) == (16, 8, (8, 16))
+    assert (small[1].in_channels, small[1].out_channels, small[1].kernel_size) == (16, 8, (3, 3))
+    assert (small[1].stride, small[1].padding, small[1].weight.shape) == ((2, 2), (1, 1), (8, 16, 3, 3))
+
+
+def test_layers_move_to_torchs_sparse_tensors_and_back():
+    model = sparsify(nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 4)).bfloat16(), "2:4", ["0"])
+    small = compress(model)
+    held = decompress(small, "cutlass")
+    assert isinstance(held[0].weight, TORCH_TENSORS["cutlass"])
+    assert torch.equal(held[0].weight.to_dense(), model[0].effective_weight())
+    back = compress(held)
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), small.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: decompress(Small()), "holds no compressed layer"),
+        (
+            lambda: decompress(compress(sparsify(Small(), "2:4")), "csr"),
+            "form='csr': one of masked, cutlass, cusparselt",
+        ),
+        (lambda: decompress(compress(sparsify(Small().half(), "2:4")), "cutlass"), "and 64 columns, not 30 x 32"),
+        (lambda: sparsify(compress(sparsify(Small(), "2:4")), "2:4", "head"), "decompress"),
+    ],
+)
+def test_what_cannot_be_decompressed_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
