@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.errors import InputError
@@ -13,11 +14,12 @@ from sparsedm.files import atomic_file
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24_conv import choose_conv_backend
 from sparsedm.kernels.sparse24_matmul import choose_backend
-from sparsedm.layers import Conv2d24, Linear, Linear24
+from sparsedm.layers import Compressed, Linear, Linear24
 
 ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
 GEOMETRY = ("stride", "padding", "dilation")
-LAYERS = (nn.Linear, nn.Conv2d, Linear24, Conv2d24)
+LAYERS = (nn.Linear, nn.Conv2d, Compressed)
+FOREIGN = (nn.MultiheadAttention, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)  # never a pattern
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Inspection:
         t = self.totals()
 
         def line(name, before, after, form):
-            return f"{name:<28}{form(before):>14} -> {form(after):>12}  ({after / before - 1:+.1%})"
+            return f"{name:<28}{form(before):>14} -> {form(after):>12}  ({after / before - 1 if before else 0:+.1%})"
 
         def giga(n):
             return f"{n / 1e9:.2f} G" if n >= 1e8 else f"{n / 1e6:.2f} M"
@@ -130,9 +132,12 @@ class Inspection:
 
 
 def inspect(model, example_inputs=None, *, arch=None, batch=1):
-    """Inspect a model: its linear and convolution layers, what each holds and costs. Computes nothing (meta tensors).
+    """Inspect a model: its linear and convolution layers, what each holds and costs.
 
-    example_inputs: a tuple for `model(*example_inputs)` at batch 1; by default the model's own `example_inputs()`.
+    Computes nothing (meta tensors), unless the model cannot run so; then it runs once, as it is.
+
+    example_inputs: arguments at batch 1: a tuple for `model(*example_inputs)` or a dict for `model(**example_inputs)`;
+        by default the model's own `example_inputs()`.
     arch: None: the back ends that run now. One of ARCHS: those that the compressed model would use there, in bf16.
     batch: the number of images the back ends are chosen for.
     Raises: InputError if the model has no example_inputs and none are given, or for an unknown arch.
@@ -143,31 +148,62 @@ def inspect(model, example_inputs=None, *, arch=None, batch=1):
         example_inputs = model.example_inputs()
     if arch not in (None, *ARCHS):
         raise InputError(f"unknown arch {arch!r}: one of {', '.join(ARCHS)}")
-    calls, attention = _count(model, example_inputs)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LAYERS)]
-    inside = {id(p) for _, m in layers for p in m.parameters()}
+    try:
+        calls, attention = _count(model, example_inputs, on_meta=True)
+    except (NotImplementedError, RuntimeError):  # a kernel without a meta form, or a value read on the way
+        calls, attention = _count(model, example_inputs, on_meta=False)
+    layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
+    inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
     return Inspection(rows, other, attention)
 
 
+def _is_layer(module):
+    """One of torch's layers or ours, or another library's linear layer (a quantised one, say), which has its sizes."""
+    sized = isinstance(getattr(module, "in_features", None), int)
+    wraps = any(isinstance(m, LAYERS) for m in module.modules())
+    return isinstance(module, LAYERS + FOREIGN) or (sized and not wraps)
+
+
+def _own_parameters(layer):
+    return layer.parameters(recurse=not isinstance(layer, nn.MultiheadAttention))  # that contains a layer
+
+
+def _weight_shape(layer):
+    if isinstance(layer, Compressed):
+        return layer.weight_shape
+    if isinstance(layer, nn.MultiheadAttention):  # the projections of q, k and v; that of the output is its own layer
+        return 3 * layer.embed_dim, layer.embed_dim
+    if isinstance(layer, LAYERS + FOREIGN):
+        return tuple(layer.weight.shape)
+    return layer.out_features, layer.in_features
+
+
 def _row(name, layer, calls, arch, batch):
-    compressed = isinstance(layer, Linear24 | Conv2d24)
+    compressed = isinstance(layer, Compressed)
     pattern = Pattern(2, 4) if compressed else getattr(layer, "pattern", None)
+    shape = _weight_shape(layer)
     with torch.no_grad():
         if compressed:
-            shape, kept, held = layer.weight_shape, layer.values.numel(), True
+            kept, held = layer.values.numel(), True
+        elif not isinstance(layer, LAYERS):
+            kept, held = math.prod(shape), True
         else:
             weight = layer.effective_weight() if pattern else layer.weight
-            shape, kept = tuple(weight.shape), weight.numel() * (pattern.keep if pattern else 1)
+            kept = weight.numel() * (pattern.keep if pattern else 1)
             kept //= pattern.group if pattern else 1
             held = not pattern or weight.is_meta or holds(group_view(weight), pattern)
-    dense, bias = math.prod(shape), 0 if layer.bias is None else layer.bias.numel()
+    dense = math.prod(shape)
+    bias = getattr(layer, "in_proj_bias" if isinstance(layer, nn.MultiheadAttention) else "bias", None)
+    bias = bias.numel() if isinstance(bias, torch.Tensor) else 0
     if compressed or (arch and pattern and pattern.keep <= 2):  # at most 2 of every 4: can be compressed
         backend, why = _sparse_backend(layer, shape, calls, arch, batch)
     else:
         backend = "torch, masked weight" if pattern else "torch"
-        why = "" if pattern else getattr(layer, "dense_reason", None) or "no pattern was set"
+        why = "" if pattern else getattr(layer, "dense_reason", None) or _foreign_reason(layer)
+        if pattern and not calls.macs:
+            why = "not called in a forward: whatever reads its weight elsewhere passes over the mask"
     return LayerRow(
         name=name or "(the model itself)",
         kind=type(layer).__name__,
@@ -183,14 +219,22 @@ def _row(name, layer, calls, arch, batch):
     )
 
 
+def _foreign_reason(layer):
+    if isinstance(layer, nn.MultiheadAttention):
+        return "MultiheadAttention multiplies its in_proj_weight itself"
+    if not isinstance(layer, LAYERS):
+        return f"{type(layer).__module__}.{type(layer).__name__} is not torch's own Linear or Conv2d"
+    return "no pattern was set"
+
+
 def _sparse_backend(layer, shape, calls, arch, batch):
     """(name, reason) of what computes the layer in compressed form."""
-    held = layer.values if isinstance(layer, Linear24 | Conv2d24) else layer.weight
+    held = layer.values if isinstance(layer, Compressed) else layer.weight
     capability = torch.cuda.get_device_capability(held.device) if held.is_cuda else None
     dtype = held.dtype
     if arch:
         capability, dtype = ARCHS[arch], torch.bfloat16
-    elif isinstance(layer, Linear24 | Conv2d24):
+    elif isinstance(layer, Compressed):
         measured = layer.measured_backend(batch * calls.rows if isinstance(layer, Linear24) else None)
         if measured:
             return measured, "what its call of this size took: see the tuned table of the GPU"
@@ -209,8 +253,8 @@ class _Calls:
     image: tuple = (0, 0)
 
 
-def _count(model, example_inputs):
-    """({layer: _Calls}, MACs of the attention products), from one forward on meta tensors at batch 1.
+def _count(model, example_inputs, on_meta):
+    """({layer: _Calls}, MACs of the attention products), from one forward at batch 1.
 
     The attention products are every product that torch's counter sees outside of the layers.
     """
@@ -221,23 +265,36 @@ def _count(model, example_inputs):
         started.append(counter.get_total_flops())
 
     def leave(layer, inputs, output):
-        inside.append(counter.get_total_flops() - started.pop())
-        shape = layer.weight_shape if isinstance(layer, Linear24 | Conv2d24) else layer.weight.shape
+        counted = counter.get_total_flops() - started.pop()
+        shape = _weight_shape(layer)
         call = calls.setdefault(layer, _Calls())
-        call.macs += output.numel() * math.prod(shape[1:])
+        if isinstance(layer, nn.MultiheadAttention):
+            rows = [x.numel() // x.shape[-1] for x in inputs[:3]]  # of q, k, v
+            call.macs += sum(rows) * layer.embed_dim**2
+            out = calls.setdefault(layer.out_proj, _Calls())
+            out.macs, out.rows = out.macs + rows[0] * layer.embed_dim**2, max(out.rows, rows[0])
+            counted = 2 * (sum(rows) + rows[0]) * layer.embed_dim**2
+        elif isinstance(layer, FOREIGN):
+            call.macs += counted // 2
+        else:
+            call.macs += output.numel() * math.prod(shape[1:])
+        inside.append(counted)
         if len(shape) == 2:
-            call.rows = max(call.rows, output.numel() // shape[0])
+            call.rows = max(call.rows, call.macs // math.prod(shape))
         else:
             call.image = tuple(inputs[0].shape[-2:])
 
-    state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    inputs = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in example_inputs)
-    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
+    state, inputs = {}, example_inputs
+    if on_meta:
+        state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, inputs)
+    arguments = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    layers = [m for m in model.modules() if _is_layer(m)]
     hooks = [h for m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     training = [m for m in model.modules() if m.training]
     try:
         with torch.no_grad(), counter:
-            functional_call(model.eval(), state, inputs)
+            functional_call(model.eval(), state, *arguments)
     finally:
         for hook in hooks:
             hook.remove()

@@ -108,3 +108,58 @@ def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
 def test_an_unknown_arch_is_refused():
     with pytest.raises(InputError, match="unknown arch 'sm_1': one of cpu, sm_80"):
         inspect(Model(), arch="sm_1")
+
+
+# ---- models of other people ------------------------------------------------------------------------------------------
+
+
+def test_attention_that_multiplies_its_own_weights_is_counted_by_hand():
+    model = sparsify(nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)), "2:4")
+    table = inspect(model, (torch.zeros(1, 5, 8),))
+    rows = {row.name: row for row in table.rows}
+    assert rows["1.self_attn"].macs == 5 * 16 * 48
+    assert rows["1.self_attn.out_proj"].macs == 5 * 16 * 16
+    assert rows["1.linear1"].macs == 5 * 16 * 32, "the fast path does not hide a layer"
+    assert rows["1.self_attn"].why == "MultiheadAttention multiplies its in_proj_weight itself"
+    totals = table.totals()
+    assert totals["macs"] == 5 * (8 * 16 + 16 * 48 + 16 * 16 + 2 * 16 * 32)
+    assert totals["macs_with_attention"] - totals["macs"] == 2 * 5 * 5 * 16
+    assert totals["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_layers_that_are_not_ours_to_mask_are_listed_with_the_reason():
+    class Quantised(nn.Module):  # as quantisation libraries write them: sizes, and no weight of their own
+        in_features, out_features = 8, 4
+
+        def forward(self, x):
+            return x[..., :4] * 1.0
+
+    model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(4, 4, 3, padding=1), Quantised()), "2:4")
+    _, conv, quantised = inspect(model, (torch.zeros(1, 4, 8),)).rows
+    assert (conv.shape, conv.macs, conv.pattern) == ((4, 4, 3), 8 * 4 * 4 * 3, "dense")
+    assert conv.why == "torch.nn.modules.conv.Conv1d is not torch's own Linear or Conv2d"
+    assert (quantised.shape, quantised.macs) == ((4, 8), 4 * 4 * 8)
+
+
+def test_a_mask_that_is_passed_over_is_noticed():
+    class ReadsTheWeight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.layer.weight)
+
+    (row,) = inspect(sparsify(ReadsTheWeight(), "2:4"), (torch.zeros(1, 8),)).rows
+    assert "not called" in row.why
+
+
+def test_a_model_that_looks_at_values_is_run_as_it_is_with_named_inputs():
+    class Looks(Model):
+        def forward(self, x, flags):
+            return super().forward(x) if flags["on"].item() else x
+
+    model = Looks()
+    stem, mix = inspect(model, {"x": torch.zeros(1, 3, 4, 4), "flags": {"on": torch.tensor(True)}}).rows
+    assert (stem.macs, mix.macs) == (STEM, MIX)
+    assert not model.mix._forward_hooks
