@@ -26,7 +26,7 @@ def arrange(values: torch.Tensor, metadata: torch.Tensor, backend: str, columns:
     check_shapes(values, metadata)
     check_metadata(metadata)
     if backend == "torch":
-        return []
+        return [metadata.new_empty(0)]  # AOTInductor cannot hand an empty list to an operator
     if backend == "dense":
         return [unpack(values, metadata, columns).contiguous()]
     if backend == "wgmma":
@@ -39,7 +39,7 @@ def arrange(values: torch.Tensor, metadata: torch.Tensor, backend: str, columns:
 @arrange.register_fake
 def _(values, metadata, backend, columns):
     if backend == "torch":
-        return []
+        return [metadata.new_empty(0)]
     if backend == "dense":
         return [values.new_empty(values.shape[0], columns)]
     multiple_n, multiple_k = PADDING[backend]

@@ -12,6 +12,8 @@ Back ends (sparse24_dispatch.py: which will run, and why):
     torch   decompressed at every call (`sparse24_linear_ref`): any device, any dtype, any size
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -77,7 +79,7 @@ def sparse24_linear(
     belong together.
     """
     _check(x, values, metadata, bias, activation, residual, skip, scale)
-    M, N, K = x.shape[:-1].numel(), values.shape[0], x.shape[-1] + (0 if skip is None else skip.shape[-1])
+    M, N, K = math.prod(x.shape[:-1]), values.shape[0], x.shape[-1] + (0 if skip is None else skip.shape[-1])
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     out_dtype = out_dtype or x.dtype
     kept = {} if arranged is None else arranged
@@ -165,7 +167,7 @@ def _check(x, values, metadata, bias, activation, residual, skip, scale):
     if residual is not None and residual.shape != (*x.shape[:-1], N):
         raise InputError(f"residual {_describe(residual)} must have the shape of y, {(*x.shape[:-1], N)}")
     if scale is not None:
-        M, groups = x.shape[:-1].numel(), scale.shape[:-1].numel()
+        M, groups = math.prod(x.shape[:-1]), math.prod(scale.shape[:-1])
         if scale.shape[-1] != N or scale.dim() > 2 or M % max(groups, 1):
             raise InputError(f"scale {_describe(scale)} must be ({N},) or (G, {N}) with G a divisor of the {M} rows")
 
