@@ -1,6 +1,6 @@
 """Linear and Conv2d with an N:M pattern, and their 2:4-compressed forms. For whole models see `sparsity.py`.
 
-Masked layer:      y = act(x (w * m)^T + b) + r, with m = the pattern's choice from w; w is the dense master weight.
+Masked layer:      y = act(x (w * m)^T + b) * s + r, with m = the pattern's choice from w; w is the dense master weight.
 Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through), plus decay * (1 - m) * w (SR-STE,
                    arXiv 2102.04010); `sparsity.set_masking` sets the decay, and multipliers for kept and dropped.
 Compressed layer:  the same y from values + metadata alone; inference only.
@@ -47,8 +47,10 @@ def _product_dtype(weight):
     return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
-def _epilogue(y, activation, residual):
+def _epilogue(y, activation, residual, scale=None):
     y = ACTIVATIONS[activation](y)
+    if scale is not None:
+        y = y * (scale if scale.dim() == 1 else scale.view(len(scale), *[1] * (y.dim() - 2), -1))
     return y if residual is None else y + residual
 
 
@@ -137,7 +139,7 @@ class Masked:
 
 
 class Linear(Masked, nn.Linear):
-    """y = act([x | skip] (w * m)^T + b) + r: `nn.Linear` with a pattern and a fused epilogue; same state_dict keys.
+    """y = act([x | skip] (w * m)^T + b) * s + r: `nn.Linear` with a pattern and a fused epilogue; same state_dict keys.
 
     pattern: "2:4", Pattern or None (dense). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     """
@@ -146,11 +148,14 @@ class Linear(Masked, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._start_masking(pattern, activation)
 
-    def forward(self, x, residual=None, skip=None):
-        """x (..., K); residual (..., N) or None; skip (..., K2) or None: a second source, K + K2 inputs in all."""
+    def forward(self, x, residual=None, skip=None, scale=None):
+        """x (..., K); skip (..., K2) or None: a second source, K + K2 inputs in all; residual (..., N) or None.
+
+        scale: (N,), or (B, N) with B the first of x's dimensions: the gate of each image; or None.
+        """
         if skip is not None:
             x = torch.cat((x, skip), -1)
-        return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual)
+        return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual, scale)
 
 
 class Conv2d(Masked, nn.Conv2d):
@@ -208,7 +213,7 @@ class Compressed(nn.Module):
 
 
 class Linear24(Compressed):
-    """y = act([x | skip] w^T + b) + r from values (N, K/2) and metadata (N, K/16); inference only."""
+    """y = act([x | skip] w^T + b) * s + r from values (N, K/2) and metadata (N, K/16); inference only."""
 
     def __init__(self, layer, rows=None):
         super().__init__(layer, layer.effective_weight().detach() if rows is None else rows)
@@ -217,10 +222,9 @@ class Linear24(Compressed):
     def _dense_twin(self, **options):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
-    def forward(self, x, residual=None, skip=None):
-        return sparse24_linear(
-            x, self.values, self.metadata, self.bias, self.activation, residual, skip=skip, arranged=self._arranged
-        )
+    def forward(self, x, residual=None, skip=None, scale=None):
+        rest = {"skip": skip, "scale": scale, "arranged": self._arranged}
+        return sparse24_linear(x, self.values, self.metadata, self.bias, self.activation, residual, **rest)
 
     def dense_weight(self):
         """The weight (N, K) that values and metadata stand for, bit for bit."""

@@ -193,3 +193,14 @@ def test_inference_mode_works():
 def test_bad_input_is_refused_with_the_rule(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_a_scale_gates_each_image_between_activation_and_residual():
+    for form in (Linear(16, 8, activation="silu", pattern="2:4"), Linear(16, 8, activation="silu")):
+        x, residual, gate = torch.randn(3, 5, 16), torch.randn(3, 5, 8), torch.randn(3, 8)
+        plain = form(x)
+        assert torch.equal(form(x, residual, scale=gate), plain * gate[:, None] + residual)
+        assert torch.equal(form(x, scale=gate[0]), plain * gate[0])
+        if form.pattern:
+            with torch.no_grad():
+                assert torch.equal(compress(form)(x, residual, scale=gate), form(x, residual, scale=gate))

@@ -54,7 +54,7 @@ def test_configurations_are_frozen():
         ("uvit-huge", {}, "unknown model 'uvit-huge': one of uvit-tiny, .*ddpm-cifar10"),
         (None, {}, "unknown model None"),
         (["uvit-tiny"], {}, r"unknown model \['uvit-tiny'\]"),
-        ({"kind": "dit"}, {}, "unknown model kind 'dit': one of uvit, ddpm, slimmable"),
+        ({"kind": "mixer"}, {}, "unknown model kind 'mixer': one of uvit, dit, ddpm, slimmable"),
         ({"kind": ["uvit"]}, {}, r"unknown model kind \['uvit'\]"),
         ({}, {}, "unknown model kind None"),
         ({"kind": "uvit", "width": 3}, {}, "unknown model option 'width': one of image_size, channels, patch_size"),

@@ -16,13 +16,20 @@ import torch
 from sparsedm.errors import InputError
 from sparsedm.models.ddpm import DDPM, DDPMConfig
 from sparsedm.models.ddpm import PRESETS as DDPM_PRESETS
+from sparsedm.models.dit import PRESETS as DIT_PRESETS
+from sparsedm.models.dit import DiT, DiTConfig
 from sparsedm.models.slimmable import PRESETS as SLIMMABLE_PRESETS
 from sparsedm.models.slimmable import SlimmableConfig, SlimmableDDPM
 from sparsedm.models.uvit import PRESETS as UVIT_PRESETS
 from sparsedm.models.uvit import UViT, UViTConfig
 
-MODELS = {**UVIT_PRESETS, **DDPM_PRESETS, **SLIMMABLE_PRESETS}
-_KINDS = {"uvit": (UViTConfig, UViT), "ddpm": (DDPMConfig, DDPM), "slimmable": (SlimmableConfig, SlimmableDDPM)}
+MODELS = {**UVIT_PRESETS, **DIT_PRESETS, **DDPM_PRESETS, **SLIMMABLE_PRESETS}
+_KINDS = {
+    "uvit": (UViTConfig, UViT),
+    "dit": (DiTConfig, DiT),
+    "ddpm": (DDPMConfig, DDPM),
+    "slimmable": (SlimmableConfig, SlimmableDDPM),
+}
 
 
 def build_model(model, *, device=None, dtype=None, **overrides):
@@ -48,7 +55,7 @@ def model_config(model, **overrides):
             raise InputError(f"unknown model kind {kind!r}: one of {', '.join(_KINDS)}")
         config_class = _KINDS[kind][0]
         config = config_class(**_checked(config_class, options))
-    elif isinstance(model, UViTConfig | DDPMConfig):
+    elif isinstance(model, tuple(config_class for config_class, _ in _KINDS.values())):
         config = model
     elif isinstance(model, str) and model in MODELS:
         config = MODELS[model]

@@ -1,0 +1,253 @@
+"""DiT: a transformer whose blocks are modulated by time and class, and which predicts the noise (arXiv 2212.09748).
+
+condition: c = t_embedder(t) + y_embedder(y); six vectors of each block, and two of the last layer, linear in silu(c)
+block:     x = x + gate_1 * attention((1 + scale_1) norm1(x) + shift_1)
+           x = x + gate_2 * fc2(gelu(fc1((1 + scale_2) norm2(x) + shift_2)))
+output:    linear((1 + scale) norm_final(x) + shift) as pixels of their patch
+
+Module names are those of the official checkpoints (github.com/facebookresearch/DiT), which therefore load with
+strict=True. Those networks were trained on the "ddpm" schedule of `diffusion.py`. Official guidance extrapolates only
+the first three of the four channels, for historical reasons; ours, as the paper's formula, all of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.layers import Conv2d, Linear
+
+_TIME_FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT; the defaults are the paper's XL/2 for 256x256 images as latents of 32x32x4.
+
+    image_size and patch_size are in pixels of the input. num_classes counts the real classes, 0 = unconditional; with
+    null_label the table has one row more, index num_classes, for "no class" in guidance. learn_sigma: the network has
+    twice the channels at its end, the second half for the variance, which the samplers here do not use: `forward`
+    leaves it out.
+    """
+
+    kind: str = "dit"
+    image_size: int = 32
+    channels: int = 4
+    patch_size: int = 2
+    dim: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: int = 4
+    num_classes: int = 1000
+    null_label: bool = True
+    learn_sigma: bool = True
+
+    def __post_init__(self):
+        for name in ("image_size", "channels", "patch_size", "dim", "depth", "heads", "mlp_ratio", "num_classes"):
+            least = 0 if name == "num_classes" else 1
+            if getattr(self, name) < least:
+                raise InputError(f"DiT {name}={getattr(self, name)}: must be at least {least}")
+        if self.image_size % self.patch_size:
+            raise InputError(f"DiT image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
+        if self.dim % self.heads or self.dim % 4:
+            raise InputError(f"DiT dim={self.dim}: must be a multiple of 4 and of heads={self.heads}")
+
+    @property
+    def label_rows(self):
+        return self.num_classes + self.null_label if self.num_classes else 0
+
+    @property
+    def out_channels(self):
+        return self.channels * (2 if self.learn_sigma else 1)
+
+
+PRESETS = {
+    "dit-tiny": DiTConfig(channels=3, patch_size=4, dim=128, depth=4, heads=4, num_classes=0, learn_sigma=False),
+    "dit-imagenet256-small": DiTConfig(dim=384, depth=12, heads=6),
+    "dit-imagenet256-base": DiTConfig(dim=768, depth=12, heads=12),
+    "dit-imagenet256-large": DiTConfig(dim=1024, depth=24, heads=16),
+    "dit-imagenet256-xlarge": DiTConfig(),
+}
+
+
+def position_embedding(dim, side):
+    """(1, side², dim): sines and cosines of each patch's column, then of its row, at dim/4 frequencies each."""
+    frequencies = 1e4 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, dim/4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim/2)
+    columns, rows = waves.repeat(side, 1), waves.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], dim=1)[None].float()
+
+
+def modulate(x, shift, scale):
+    """x (B, L, D); shift and scale (B, D)."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
+
+    def forward(self, x):
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        # the activation is the first layer's; its place in the official Sequential stays empty
+        self.mlp = nn.Sequential(Linear(_TIME_FREQUENCIES, dim, activation="silu"), nn.Identity(), Linear(dim, dim))
+
+    def forward(self, t, dtype):
+        half = _TIME_FREQUENCIES // 2
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device, dtype=t.dtype))
+        angles = t[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.label_rows, config.dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x, gate, residual):
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h l d -> b l (h d)"), residual, scale=gate)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden, activation="gelu_tanh")
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x, gate, residual):
+        return self.fc2(self.fc1(x), residual, scale=gate)
+
+
+def _norm(dim):
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.norm2 = _norm(config.dim), _norm(config.dim)
+        self.attn = Attention(config.dim, config.heads)
+        self.mlp = MLP(config.dim, config.mlp_ratio * config.dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.dim, 6 * config.dim))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = self.attn(modulate(self.norm1(x), shift1, scale1), gate1, residual=x)
+        return self.mlp(modulate(self.norm2(x), shift2, scale2), gate2, residual=x)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm_final = _norm(config.dim)
+        self.linear = Linear(config.dim, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.dim, 2 * config.dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Noise predictor; see `forward`.
+
+    `sparse_layers` are the products over all tokens. A third of the parameters stand in the modulations, which are
+    computed once per image, cost next to nothing, and stay dense.
+    """
+
+    sparse_layers = r"^blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])$"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimeEmbedder(config.dim)
+        if config.num_classes:
+            self.y_embedder = LabelEmbedder(config)
+        side = config.image_size // config.patch_size
+        self.pos_embed = nn.Parameter(position_embedding(config.dim, side), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self._initialise()
+
+    def _initialise(self):
+        """Every block starts as the identity and the whole as zero (adaLN-Zero, section 3.2)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                nn.init.zeros_(module.bias)
+        small = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        for module in small + ([self.y_embedder.embedding_table] if self.config.num_classes else []):
+            nn.init.normal_(module.weight, std=0.02)
+        zero = [block.adaLN_modulation[1] for block in self.blocks]
+        for module in [*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(module.weight)
+
+    def forward(self, x, t, y=None):
+        """The noise in x.
+
+        x: images (B, channels, image_size, image_size), in the dtype of the weights (any float under autocast).
+        t: timesteps (B,) in units 0..999, fractions allowed.
+        y: class labels (B,) int64 in 0..num_classes; None means the null label. Only for class-conditional models.
+        Returns: noise, shape of x.
+        Raises: InputError if a shape differs from the above or a label is missing or not asked for.
+        """
+        config = self.config
+        if y is None and config.num_classes and config.null_label:
+            y = torch.full(x.shape[:1], config.num_classes, device=x.device)
+        self._check_shapes(x, t, y)
+        c = self.t_embedder(t, self.pos_embed.dtype)
+        if y is not None:
+            c = c + self.y_embedder(y)
+        x = self.x_embedder(x) + self.pos_embed  # (B, patches, dim)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.final_layer(x, c)  # (B, patches, patch_size² * out_channels)
+        side, patch = config.image_size // config.patch_size, config.patch_size
+        x = rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, p1=patch, p2=patch)
+        return x[:, : config.channels]
+
+    def _check_shapes(self, x, t, y):
+        config, batch = self.config, x.shape[0]
+        for name, value, shape in (
+            ("x", x, (batch, config.channels, config.image_size, config.image_size)),
+            ("t", t, (batch,)),
+            ("y", y, (batch,) if config.num_classes else None),
+        ):
+            given = None if value is None else tuple(value.shape)
+            if given != shape:
+                raise InputError(f"DiT input {name} has shape {given}: this model takes {shape}")
+
+    def example_inputs(self, batch=1):
+        """Deterministic (x, t, y) for `forward`, on the model's device and in its dtype."""
+        config, like = self.config, self.pos_embed
+        shape = (batch, config.channels, config.image_size, config.image_size)
+        x = torch.linspace(-1, 1, math.prod(shape), device=like.device, dtype=like.dtype).view(shape)
+        t = torch.linspace(0, 999, batch, device=like.device)
+        y = torch.zeros(batch, dtype=torch.int64, device=like.device) if config.num_classes else None
+        return x, t, y
