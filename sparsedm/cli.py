@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from sparsedm import __version__, commands, diffusion, samplers, search_command
+from sparsedm import __version__, commands, diffusion, importing, samplers, search_command
 from sparsedm.bench import advice
 from sparsedm.errors import InputError
 from sparsedm.experiments import runner
@@ -136,7 +136,7 @@ def _parser():
     _add_model(sample, ": what a foreign file holds")
     _add_sampling(sample, count=64)
     sample.add_argument("--compress", action="store_true", help="hold and compute 2:4 weights in compressed form")
-    sample.add_argument("--out", help="the picture (default: drawn.png in the run folder)")
+    sample.add_argument("--out", help="the picture, or FILE.npz for numbers (default: drawn.png in the run folder)")
 
     evaluation = command(
         "evaluate",
@@ -183,6 +183,15 @@ def _parser():
     inspection.add_argument("--batch", type=int, default=1, help="images at a time, for --arch (default: 1)")
     inspection.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
     inspection.add_argument("--json", metavar="FILE", help="also write the numbers")
+
+    take = command(
+        "import",
+        importing.run_import,
+        "make an official U-ViT or DiT checkpoint, or a diffusers DDPM folder, a model file of this package",
+        ["cifar10_uvit_small.pth", "DiT-XL-2-256x256.pt", "ddpm-cifar10-32 --out ddpm.safetensors"],
+        computes=False,
+    )
+    importing.add_arguments(take)
 
     bench = command(
         "bench",

@@ -4,18 +4,18 @@ Each function takes the parsed command line of `cli.py`. Bad input raises InputE
 """
 
 import copy
-import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sparsedm import evaluate, pictures, samplers
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
-from sparsedm.files import cache_folder, write_json
+from sparsedm.files import atomic_file, cache_folder, write_json
 from sparsedm.inspection import inspect
-from sparsedm.models import build_model, model_config
+from sparsedm.models import build_model, model_config, parse_overrides
 from sparsedm.models.ddpm_diffusers import from_diffusers
 from sparsedm.sparsity import compress, sparsify
 from sparsedm.train import checkpoint, data, distributed
@@ -40,7 +40,7 @@ def train(options):
         model, ema = _dense_start(options)
     else:
         model = build_model(
-            options.model or "uvit-tiny", device="meta" if options.dry_run else None, **_overrides(options)
+            options.model or "uvit-tiny", device="meta" if options.dry_run else None, **parse_overrides(options.set)
         )
         ema = None
     stages = _stages(options, ema)
@@ -109,7 +109,7 @@ def _load(options, path=None, which="ema"):
     """The model file or run folder that the command line names; --model and --set say what a foreign file holds."""
     path = Path(path or options.run)
     named = options.model or options.set
-    config = model_config(options.model or "uvit-tiny", **_overrides(options)) if named else None
+    config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None
     convert = from_diffusers if config and config.kind == "ddpm" else None
     loaded = checkpoint.load_model(path, build_model, which=which, config=config, convert=convert)
     if config and config != loaded.model.config:
@@ -174,11 +174,22 @@ def show_plan(stages, training, model, folder, where=None):
 def sample(options):
     loaded = _load(options, which=options.which)
     model = (compress(loaded.model) if options.compress else loaded.model).to(options.device)
-    out = _picture(options.out or _beside(options.run) / "drawn.png")
-    if model.config.channels not in (1, 3):
-        raise InputError(f"{loaded.file} makes latents of {model.config.channels} channels, which are no picture")
-    images = to_uint8(_draw(model, options))
-    pictures.save_grid(out, [("", row) for row in images.split(16)])
+    out = Path(options.out or _beside(options.run) / "drawn.png")
+    latents = model.config.channels not in (1, 3)
+    if out.suffix != ".npz":
+        _picture(out)
+        if latents:
+            raise InputError(
+                f"{loaded.file} makes latents of {model.config.channels} channels, which are no picture: "
+                "write the numbers with --out FILE.npz"
+            )
+    images = _draw(model, options)
+    images = images.float() if latents else to_uint8(images)
+    if out.suffix == ".npz":
+        with atomic_file(out) as partial:
+            np.savez(partial, images=images.numpy())
+    else:
+        pictures.save_grid(out, [("", row) for row in images.split(16)])
     print(
         f"{len(images)} samples of the {'compressed' if options.compress else loaded.kind} model in {loaded.file}, "
         f"{options.sampler} in {options.sampling_steps} steps, seed {options.seed}: {out}"
@@ -265,7 +276,7 @@ def inspect_model(options):
     if options.run:
         name, model = options.run, _load(options).model
     else:
-        name, model = options.model, build_model(options.model, device="meta", **_overrides(options))
+        name, model = options.model, build_model(options.model, device="meta", **parse_overrides(options.set))
     if options.pattern:
         sparsify(model, options.pattern, options.where)
     table = inspect(model, arch=options.arch, batch=options.batch)
@@ -281,17 +292,3 @@ def inspect_model(options):
     )
     table.plot(chart, f"{title}: parameters per layer, before and after")
     print(f"chart: {chart}")
-
-
-def _overrides(options):
-    """--set image_size=16 --set heads=4 -> {"image_size": 16, "heads": 4}; values are JSON, or else text."""
-    overrides = {}
-    for item in options.set:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"--set {item!r}: write name=value, for example --set image_size=16")
-        try:
-            overrides[name] = json.loads(value)
-        except ValueError:
-            overrides[name] = value
-    return overrides

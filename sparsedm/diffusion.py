@@ -108,7 +108,7 @@ def _log_alpha_table(schedule, device, dtype):
     return (0.5 * torch.log1p(-beta).cumsum(0)).to(device, dtype)
 
 
-SCHEDULES = {"uvit": VPSDE, "ddpm": DDPMSchedule, "slimmable": DDPMSchedule}
+SCHEDULES = {"uvit": VPSDE, "dit": DDPMSchedule, "ddpm": DDPMSchedule, "slimmable": DDPMSchedule}
 
 
 def schedule_of(model):

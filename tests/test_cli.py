@@ -8,6 +8,7 @@ from PIL import Image
 
 from sparsedm.cli import main
 from sparsedm.models import build_model
+from sparsedm.train import data
 from sparsedm.train.checkpoint import load_model, save_model
 
 TINY = ["--set", "image_size=8", "--set", "dim=32", "--set", "depth=2", "--set", "heads=2", "--set", "num_classes=6"]
@@ -131,6 +132,18 @@ def test_a_foreign_file_is_read_as_the_named_model(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "missing" in error
     assert "of another shape" in error or "for" in error
+
+
+def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
+    file, out = tmp_path / "dit.safetensors", tmp_path / "latents.npz"
+    config = {"kind": "dit", "image_size": 8, "dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
+    save_model(file, build_model(config))
+    assert run("sample", file, "--count", 3, "--sampling-steps", 2) == 2
+    assert "latents of 4 channels, which are no picture: write the numbers with --out" in capsys.readouterr().err
+    assert run("sample", file, "--count", 3, "--sampling-steps", 2, "--guidance", 0.5, "--out", out) == 0
+    latents = data.load(out, "train")
+    assert latents.is_latent
+    assert latents.images.shape[1:] == (4, 8, 8)
 
 
 def test_mixed_sizes_are_refused_and_another_size_is_fitted(tmp_path, capsys):

@@ -13,6 +13,7 @@ import torch
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE, DDPMSchedule
 from sparsedm.errors import InputError
+from sparsedm.models import MODELS
 from tests.tolerance import assert_as_good_as_torch
 
 SHAPE = (3, 1, 1)
@@ -107,11 +108,14 @@ def test_ddpm_log_alpha_is_continuous_and_linear_between_the_integers():
 
 
 def test_each_kind_of_model_has_the_schedule_it_was_published_with():
-    kinds = {kind: types.SimpleNamespace(config=types.SimpleNamespace(kind=kind)) for kind in ("uvit", "ddpm")}
+    kinds = {kind: types.SimpleNamespace(config=types.SimpleNamespace(kind=kind)) for kind in diffusion.SCHEDULES}
     assert {kind: diffusion.schedule_of(model) for kind, model in kinds.items()} == {
         "uvit": VPSDE(),
+        "dit": DDPMSchedule(),
         "ddpm": DDPMSchedule(),
+        "slimmable": DDPMSchedule(),
     }
+    assert {config.kind for config in MODELS.values()} == set(kinds)
 
 
 def test_model_time_is_in_units_of_0_to_999():

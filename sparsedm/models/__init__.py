@@ -9,6 +9,7 @@ Every model is an nn.Module with
 """
 
 import contextlib
+import json
 from dataclasses import fields, replace
 
 import torch
@@ -62,6 +63,23 @@ def model_config(model, **overrides):
     else:
         raise InputError(f"unknown model {model!r}: one of {', '.join(MODELS)}")
     return replace(config, **_checked(type(config), overrides))
+
+
+def parse_overrides(texts):
+    """["image_size=16", "final_conv=false"] -> {"image_size": 16, "final_conv": False}: values are JSON, or else text.
+
+    Raises: InputError for an entry without "=".
+    """
+    overrides = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text!r}: write name=value, for example --set image_size=16")
+        try:
+            overrides[name] = json.loads(value)
+        except ValueError:
+            overrides[name] = value
+    return overrides
 
 
 def _checked(config_class, options):

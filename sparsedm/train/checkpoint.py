@@ -14,20 +14,17 @@ import dataclasses
 import fcntl
 import json
 import os
-import pickle
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, atomic_folder, write_json, writing
 from sparsedm.layers import Conv2d24, Linear24
 from sparsedm.sparsity import compress, masked_layers, sparsify
+from sparsedm.tensor_files import fill, read_tensors, write_shards, write_tensors
 
 # ---- a run folder ----------------------------------------------------------------------------------------------------
 
@@ -104,7 +101,7 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
     with atomic_folder(path) as partial:
         _write_model(partial / "model.safetensors", model)
         _write_model(partial / "ema.safetensors", ema)
-        _write_tensors(partial / "optimizer.safetensors", moments, {})
+        write_tensors(partial / "optimizer.safetensors", moments, {})
         versions = {"torch": torch.__version__}
         write_json(partial / "state.json", {"step": step, **state, "model": describe(model), "versions": versions})
     for old in _checkpoints(folder)[:-keep]:
@@ -124,8 +121,8 @@ def load(path, model, ema):
     for name, network in (("model", model), ("ema", ema)):
         file = Path(path) / f"{name}.safetensors"
         with _or_the_one_before(path):
-            tensors = _read_tensors(file)[0]
-        _fill(network, tensors, file)
+            tensors = read_tensors(file)[0]
+        fill(network, tensors, file)
 
 
 def load_optimizer(path, model, optimizer):
@@ -137,7 +134,7 @@ def load_optimizer(path, model, optimizer):
     places = {name: place for place, (name, _) in enumerate(model.named_parameters())}
     slots = {}
     with _or_the_one_before(path):
-        state, moments = _read_json(Path(path) / "state.json"), _read_tensors(file)[0]
+        state, moments = _read_json(Path(path) / "state.json"), read_tensors(file)[0]
     for key, value in moments.items():
         name, _, moment = key.rpartition("/")
         if name not in places:
@@ -188,22 +185,28 @@ def describe(model):
     }
 
 
-def save_model(file, model):
-    """Write a dense, masked or compressed model as one self-describing .safetensors file."""
+def save_model(file, model, shard_bytes=None):
+    """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
+
+    shard_bytes: split it into files of at most that size beside FILE.index.json, whose path is returned.
+    """
+    if shard_bytes:
+        return write_shards(file, model.state_dict(), _header(model), shard_bytes)
     with atomic_file(file) as partial:
         _write_model(partial, model)
+    return Path(file)
 
 
 def load_model(path, build, *, which="ema", config=None, convert=None):
-    """Build a model from a run folder, a checkpoint folder, a model file, or a foreign .safetensors / .pth / .pt file.
+    """Build a model from a run folder, a checkpoint folder, a model file, an index of shards, or a foreign file.
 
     build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
     which: "ema" or "model", for the folders. Of a chain's folder the last stage that has a checkpoint is read.
-    convert: for foreign files, their state dict -> ours. Returns Loaded, on the CPU.
+    convert: for foreign files (.safetensors, .pth, .pt, .bin), their state dict -> ours. Returns Loaded, on the CPU.
     Raises: InputError: unreadable, truncated, holding code, or not fitting the model (keys and shapes are listed).
     """
     file, state = _find(Path(path), which)
-    tensors, header = _read_tensors(file)
+    tensors, header = read_tensors(file)
     try:
         description = json.loads(header["sparsedm"]) if "sparsedm" in header else None
         patterns = description["patterns"] if description else {}
@@ -217,7 +220,7 @@ def load_model(path, build, *, which="ema", config=None, convert=None):
         model = _as_described(model, description["kind"], patterns, tensors)
     elif convert:
         tensors = convert(tensors)
-    _fill(model, tensors, file)
+    fill(model, tensors, file)
     return Loaded(model.eval(), describe(model)["kind"], file, state)
 
 
@@ -245,61 +248,15 @@ def _find(path, which):
     return found / f"{which}.safetensors", _read_json(found / "state.json")
 
 
-def _fill(model, tensors, file):
-    expected = model.state_dict()
-    problems = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [name for name in tensors if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
-            for name, value in tensors.items()
-            if name in expected and value.shape != expected[name].shape
-        ],
-    }
-    listed = [
-        f"{len(names)} {problem} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})"
-        for problem, names in problems.items()
-        if names
-    ]
-    if listed:
-        raise InputError(f"{file} does not fit the model: {'; '.join(listed)}")
-    model.load_state_dict(tensors)
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def _write_model(file, model):
-    _write_tensors(file, model.state_dict(), {"sparsedm": json.dumps(describe(model))})
+    write_tensors(file, model.state_dict(), _header(model))
 
 
-def _write_tensors(file, tensors, header):
-    # the format has no strides: a channels-last weight is written in the usual order
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    try:
-        save_file(tensors, file, metadata=header or None)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error  # it is one: the disk is full, or the like
-
-
-def _read_tensors(file):
-    """(tensors by name, header) of a .safetensors file, or of a foreign .pth / .pt / .bin, whose header is empty."""
-    try:
-        if file.suffix not in (".pth", ".pt", ".bin"):
-            with safe_open(file, "pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-        with warnings.catch_warnings(action="ignore"):  # about pickle's protocols, which nobody can act on
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or "it ends too early").splitlines()[0]
-        raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{file} is refused: it is damaged, or holds more than tensors and might run code") from error
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"{file} is not a state dict: it must map names to tensors")
-    return tensors, {}
+def _header(model):
+    return {"sparsedm": json.dumps(describe(model))}
 
 
 def _read_json(file):

@@ -1,0 +1,127 @@
+"""Named tensors in files: safetensors, whole or in shards, and other people's .pth / .pt / .bin, read without risk.
+
+Shards follow the custom of the hubs: name.safetensors.index.json lists which tensor is in which
+name-00001-of-00003.safetensors. It is written last: a writing cut short leaves no index, rather than a mixture.
+"""
+
+import argparse
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file, write_json
+
+INDEX = ".index.json"
+
+
+def write_tensors(file, tensors, header):
+    """Write named tensors as one .safetensors file. header: dict of texts. Raises: OSError. Not atomic by itself."""
+    # the format has no strides: a channels-last weight is written in the usual order
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    addresses = set()
+    for name, value in tensors.items():  # nor can it hold one memory under two names, as tied weights are
+        if value.numel() and value.data_ptr() in addresses:
+            tensors[name] = value.clone()
+        addresses.add(value.data_ptr())
+    try:
+        save_file(tensors, file, metadata=header or None)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # it is one: the disk is full, or the like
+
+
+def write_shards(file, tensors, header, shard_bytes):
+    """Write named tensors as files of at most `shard_bytes` (or one tensor), and FILE.index.json, which is returned."""
+    file = Path(file)
+    shards = [{}]
+    for name, value in tensors.items():
+        held = sum(other.numel() * other.element_size() for other in shards[-1].values())
+        if shards[-1] and held + value.numel() * value.element_size() > shard_bytes:
+            shards.append({})
+        shards[-1][name] = value
+    index = file.with_name(file.name + INDEX)
+    index.unlink(missing_ok=True)
+    names = [f"{file.stem}-{i:05d}-of-{len(shards):05d}{file.suffix}" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        with atomic_file(file.with_name(name)) as partial:
+            write_tensors(partial, shard, {})
+    places = {key: name for name, shard in zip(names, shards) for key in shard}
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    write_json(index, {"metadata": header | {"total_size": size}, "weight_map": places})
+    return index
+
+
+def read_tensors(file):
+    """(tensors by name, header) of a .safetensors file, an index of shards, or a foreign file, whose header is empty.
+
+    Of a dict of several state dicts the average ("ema") is taken, or else "state_dict" or "model".
+    Raises: InputError: missing, truncated, holding code, or holding no state dict.
+    """
+    file = Path(file)
+    try:
+        if file.name.endswith(INDEX):
+            return _read_shards(file)
+        if file.suffix not in (".pth", ".pt", ".bin"):
+            with safe_open(file, "pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        # a Namespace of options, which many training scripts add, is no more than a dict;
+        # and torch warns about pickle's protocols, which nobody can act on
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or "it ends too early").splitlines()[0]
+        raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{file} is refused: it is damaged, or holds more than tensors and might run code") from error
+    for inner in ("ema", "state_dict", "model"):
+        if isinstance(tensors, dict) and isinstance(tensors.get(inner), dict):
+            tensors = tensors[inner]
+            break
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise InputError(f"{file} is not a state dict: it must map names to tensors")
+    return tensors, {}
+
+
+def _read_shards(index):
+    try:
+        listing = json.loads(index.read_text(encoding="utf-8"))
+        places, header = dict(listing["weight_map"]), dict(listing.get("metadata", {}))
+        shards = sorted({str(Path(place).name) for place in places.values()})  # beside the index and nowhere else
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is damaged: it must map each tensor to its file under weight_map") from error
+    tensors = {}
+    for shard in shards:
+        tensors |= read_tensors(index.with_name(shard))[0]
+    missing = [name for name in places if name not in tensors]
+    if missing:
+        raise InputError(f"the files of {index} lack {len(missing)} tensors ({', '.join(missing[:6])})")
+    return {name: tensors[name] for name in places}, {
+        key: text for key, text in header.items() if isinstance(text, str)
+    }
+
+
+def fill(model, tensors, file):
+    """Load `tensors` into `model`. Raises: InputError listing what is missing, unexpected or of another shape."""
+    expected = model.state_dict()
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
+            for name, value in tensors.items()
+            if name in expected and value.shape != expected[name].shape
+        ],
+    }
+    listed = [
+        f"{len(names)} {problem} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})"
+        for problem, names in problems.items()
+        if names
+    ]
+    if listed:
+        raise InputError(f"{file} does not fit the model: {'; '.join(listed)}")
+    model.load_state_dict(tensors)

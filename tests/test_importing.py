@@ -1,0 +1,156 @@
+import argparse
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparsedm import cli
+from sparsedm.errors import InputError
+from sparsedm.importing import read_foreign, recognise
+from sparsedm.models import MODELS, build_model
+from sparsedm.models.ddpm_diffusers import config_to_diffusers, to_diffusers
+from sparsedm.train.checkpoint import load_model, save_model
+
+UVIT = {"kind": "uvit", "image_size": 8, "dim": 64, "depth": 2, "heads": 1, "num_classes": 10}
+DIT = {"kind": "dit", "image_size": 8, "channels": 3, "dim": 64, "depth": 2, "heads": 1, "num_classes": 10}
+DDPM = {"kind": "ddpm", "image_size": 8, "width": 32, "multipliers": (1, 2), "attention": (4,), "blocks": 1}
+
+
+def shapes(model):
+    return build_model(model, device="meta").state_dict()
+
+
+@pytest.mark.parametrize("name", [name for name, config in MODELS.items() if config.kind in ("uvit", "dit")])
+def test_every_published_network_is_recognised(name):
+    config, about, notes = recognise(shapes(name), "x.pt", {})
+    assert (config, about, notes) == (MODELS[name], f"the weights of {name}", [])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        UVIT,
+        UVIT | {"num_classes": 0, "channels": 4, "final_conv": False, "patch_size": 4, "mlp_ratio": 2},
+        UVIT | {"null_label": False},
+        UVIT | {"num_classes": 0, "context_tokens": 77, "context_dim": 12},
+        DIT,
+        DIT | {"learn_sigma": False, "num_classes": 0, "patch_size": 4},
+    ],
+)
+def test_other_networks_are_read_from_their_shapes(config):
+    model = build_model(config, device="meta")
+    found, about, notes = recognise(model.state_dict(), "x.pt", {})
+    assert found == model.config
+    assert "none of the published" in about
+    assert "heads=1" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {}, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(model="DiT-XL/2")},
+    ],
+    ids=["plain", "state_dict", "training checkpoint"],
+)
+@pytest.mark.parametrize("config", [UVIT, DIT], ids=["uvit", "dit"])
+def test_an_official_file_becomes_a_model_file(config, wrapped, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = build_model(config)
+    torch.save(wrapped(model.state_dict()), "official.pt")
+    assert cli.main(["import", "official.pt"]) == 0
+    said = capsys.readouterr().out
+    assert "num_classes=10" in said
+    assert "heads=1" in said
+    assert "written to official.safetensors" in said
+    loaded = load_model("official.safetensors", build_model)
+    assert loaded.model.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("inner", ["", "unet"], ids=["model folder", "pipeline folder"])
+def test_a_diffusers_folder_becomes_a_model_file(inner, tmp_path, capsys):
+    model, folder = build_model(DDPM), tmp_path / "ddpm" / inner
+    folder.mkdir(parents=True)
+    config = {"_class_name": "UNet2DModel", "_diffusers_version": "0.30.0"} | config_to_diffusers(model.config)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(to_diffusers(model.state_dict()), folder / "diffusion_pytorch_model.safetensors")
+    out = tmp_path / "out.safetensors"
+    assert cli.main(["import", str(tmp_path / "ddpm"), "--out", str(out)]) == 0
+    assert "a UNet2DModel of diffusers 0.30.0" in capsys.readouterr().out
+    loaded = load_model(out, build_model).model
+    x, t, _ = model.example_inputs(2)
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t), model.eval()(x, t))
+
+
+@pytest.mark.interop
+def test_a_folder_that_diffusers_saved_in_shards_computes_the_same(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UNet2DModel(**config_to_diffusers(build_model(DDPM).config)).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").exists()
+    model = read_foreign(tmp_path).model
+    x, t, _ = model.example_inputs(2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t), theirs(x, t).sample, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_shown_can_be_said(tmp_path):
+    torch.save(build_model(UVIT | {"heads": 4}).state_dict(), tmp_path / "official.pth")
+    found = read_foreign(tmp_path / "official.pth", overrides={"heads": 4})
+    assert found.model.config.heads == 4
+    assert read_foreign(tmp_path / "official.pth").notes
+
+
+def test_a_named_model_is_not_guessed(tmp_path):
+    torch.save(build_model("ddpm-tiny").state_dict(), tmp_path / "a.pth")
+    assert read_foreign(tmp_path / "a.pth", "ddpm-tiny").model.config == MODELS["ddpm-tiny"]
+
+
+def lacking(state, key):
+    return {name: value for name, value in state.items() if name != key}
+
+
+def test_what_does_not_fit_is_listed(tmp_path):
+    state = build_model(DIT).state_dict()
+    file = tmp_path / "a.pt"
+    for changed, message in [
+        (lacking(state, "blocks.1.attn.proj.bias"), r"1 missing \(blocks.1.attn.proj.bias\)"),
+        (state | {"blocks.1.attn.q_norm.weight": torch.ones(3)}, r"1 unexpected \(blocks.1.attn.q_norm.weight\)"),
+        (lacking(state, "pos_embed"), "looks like DiT but lacks pos_embed"),
+        (state | {"pos_embed": torch.zeros(1, 15, 64)}, "15 places for patches, which is no square"),
+        ({"layers.0.weight": torch.ones(3)}, "not recognised: neither U-ViT, DiT nor UNet2DModel has keys such as lay"),
+    ]:
+        torch.save(changed, file)
+        with pytest.raises(InputError, match=message):
+            read_foreign(file)
+
+
+def test_files_and_folders_that_hold_nothing_of_use_are_refused(tmp_path):
+    own, folder = tmp_path / "own.safetensors", tmp_path / "folder"
+    save_model(own, build_model(DIT))
+    folder.mkdir()
+    for source, message in [
+        (tmp_path / "nothing.pt", "nothing.pt does not exist"),
+        (own, "is a file of this package already"),
+        (folder, r"config.json is missing or damaged"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            read_foreign(source)
+    (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    with pytest.raises(InputError, match="holds a UNet2DConditionModel, and only UNet2DModel has a counterpart"):
+        read_foreign(folder)
+    (folder / "config.json").write_text(json.dumps(config_to_diffusers(build_model(DDPM).config)))
+    with pytest.raises(InputError, match=r"folder holds none of diffusion_pytorch_model.safetensors"):
+        read_foreign(folder)
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    torch.save(build_model(DIT).state_dict(), tmp_path / "a.pt")
+    (tmp_path / "there.safetensors").write_text("mine")
+    assert cli.main(["import", str(tmp_path / "a.pt"), "--out", str(tmp_path / "there.safetensors")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
