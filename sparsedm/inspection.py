@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
+from sparsedm.kernels.launch import capability
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24_conv import choose_conv_backend
 from sparsedm.kernels.sparse24_matmul import choose_backend
@@ -230,18 +231,17 @@ def _foreign_reason(layer):
 def _sparse_backend(layer, shape, calls, arch, batch):
     """(name, reason) of what computes the layer in compressed form."""
     held = layer.values if isinstance(layer, Compressed) else layer.weight
-    capability = torch.cuda.get_device_capability(held.device) if held.is_cuda else None
-    dtype = held.dtype
+    architecture, dtype = capability(held.device), held.dtype
     if arch:
-        capability, dtype = ARCHS[arch], torch.bfloat16
+        architecture, dtype = ARCHS[arch], torch.bfloat16
     elif isinstance(layer, Compressed):
         measured = layer.measured_backend(batch * calls.rows if isinstance(layer, Linear24) else None)
         if measured:
             return measured, "what its call of this size took: see the tuned table of the GPU"
     if isinstance(layer, Linear | Linear24):
-        return choose_backend(capability, batch * calls.rows, *shape, dtype)
+        return choose_backend(architecture, batch * calls.rows, *shape, dtype)
     geometry = [getattr(layer, k) for k in GEOMETRY]
-    return choose_conv_backend(capability, shape[1], shape[2:], *geometry, calls.image, shape[0], dtype)
+    return choose_conv_backend(architecture, shape[1], shape[2:], *geometry, calls.image, shape[0], dtype)
 
 
 @dataclass

@@ -35,7 +35,7 @@ def test_everything_that_needs_a_gpu_says_so_on_a_cpu():
     assert able == {"dense", "sparsedm masked", "sparsedm 2:4", "sparsedm 2:4 dense"}
     assert reasons["cuSPARSELt"] == reasons["cuSPARSELt tuned"] == reasons["CUTLASS"] == "needs a CUDA device"
     assert reasons["dense compiled"] == "max-autotune compares GPU kernels: there is none on a CPU"
-    assert reasons["sparsedm 2:4 mma"] == "SPARSEDM_BACKEND=mma cannot run: not a CUDA device"
+    assert reasons["sparsedm 2:4 mma"] == "SPARSEDM_BACKEND=mma cannot run: not an NVIDIA GPU, or no Triton"
 
 
 def test_names_are_unique_and_the_denominators_are_there():
@@ -78,7 +78,7 @@ def test_compilation_is_for_each_shape_and_never_gives_up(monkeypatch):
 
 def test_what_ran_is_what_was_measured_not_what_the_rule_says(monkeypatch):
     problem, provider = LinearProblem(SHAPE, "plain", torch.float32, "cpu"), Sparse24()
-    assert provider.bind(problem, provider.prepare(problem)).detail.startswith("torch: ")
+    assert provider.bind(problem, provider.prepare(problem)).detail.startswith("dense: ")
     monkeypatch.setattr(
         providers, "last_choice", lambda kept, rows: Choice("mma", 2) if rows == problem.shape.M else None
     )

@@ -71,7 +71,7 @@ def test_a_model_without_example_inputs_needs_them():
 @pytest.mark.parametrize(
     ("arch", "batch", "backend"),
     [
-        ("cpu", 64, "torch"),
+        ("cpu", 64, "dense"),
         ("sm_80", 2, "few"),
         ("sm_80", 512, "mma"),
         ("sm_90a", 512, "wgmma"),
@@ -100,9 +100,9 @@ def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model[0]._arranged["choices"] = {(512, "", "cuda:0"): Choice("wgmma", 2)}
     assert inspect(model, (x,)).rows[0].backend == "wgmma"
     assert "tuned table" in inspect(model, (x,)).rows[0].why
-    assert inspect(model, (x,), arch="cpu").rows[0].backend == "torch"
+    assert inspect(model, (x,), arch="cpu").rows[0].backend == "dense"
     if isinstance(layer, nn.Linear):
-        assert inspect(model, (x,), batch=2).rows[0].backend == "torch", "never called with so many rows"
+        assert inspect(model, (x,), batch=2).rows[0].backend == "dense", "never called with so many rows"
 
 
 def test_an_unknown_arch_is_refused():

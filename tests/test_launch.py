@@ -3,6 +3,8 @@
 import json
 import logging
 import multiprocessing
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -221,3 +223,28 @@ def test_off_a_gpu_the_default_is_used_and_nothing_measured():
 def test_buckets():
     sizes = (0, 1, 16, 17, 32, 33, 16384, 16448)
     assert [launch.bucket(n) for n in sizes] == [16, 16, 16, 32, 32, 64, 16384, 32768]
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it now fails
+import torch, sparsedm, sparsedm.cli
+model = sparsedm.sparsify(sparsedm.build_model("uvit-tiny", image_size=8, dim=32, depth=2, heads=2), "2:4")
+inputs = model.example_inputs(2)
+model(*inputs).sum().backward()
+small = sparsedm.compress(model.eval())
+with torch.no_grad():
+    assert (small(*inputs) - model(*inputs)).abs().max() < 1e-5
+assert {row.backend for row in sparsedm.inspect(small).rows if row.pattern == "2:4"} == {"dense"}
+"""
+
+
+def test_the_package_works_where_triton_is_missing():
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True, timeout=120)
+
+
+def test_an_amd_gpu_gets_no_kernels_in_nvidias_instructions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert launch.capability.__wrapped__(torch.device("cuda")) == (9, 4)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert launch.capability.__wrapped__(torch.device("cuda")) is None

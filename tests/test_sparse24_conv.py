@@ -176,7 +176,7 @@ def test_patches(pixels, rows, columns):
 
 DISPATCH = [
     # capability, channels, kernel, stride, dilation, size, features, dtype -> back end, words of the reason
-    (None, 64, 3, 1, 1, (32, 32), 64, BF16, "torch", "not a CUDA device"),
+    (None, 64, 3, 1, 1, (32, 32), 64, BF16, "dense", "not an NVIDIA GPU"),
     ((9, 0), 64, 1, 1, 1, (32, 32), 64, BF16, "linear", "over the pixels"),
     ((9, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "wgmma", "sm_90a"),
     ((9, 0), 64, 3, 2, 1, (32, 32), 64, BF16, "wgmma", "sm_90a"),

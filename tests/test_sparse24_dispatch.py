@@ -20,10 +20,10 @@ BF16 = torch.bfloat16
 
 DISPATCH = [
     # capability, M, N, K, dtype -> back end, words of the reason
-    (None, 8192, 8192, 8192, BF16, "torch", "not a CUDA device"),
-    ((7, 5), 8192, 8192, 8192, BF16, "torch", "sm_75 has no sparse tensor cores"),
-    ((9, 0), 8192, 8192, 8192, torch.float32, "torch", "take bfloat16 and float16"),
-    ((9, 0), 8192, 8192, 8196, BF16, "torch", "K = 8196"),
+    (None, 8192, 8192, 8192, BF16, "dense", "not an NVIDIA GPU"),
+    ((7, 5), 8192, 8192, 8192, BF16, "dense", "sm_75 has no sparse tensor cores"),
+    ((9, 0), 8192, 8192, 8192, torch.float32, "dense", "take bfloat16 and float16"),
+    ((9, 0), 8192, 8192, 8196, BF16, "dense", "K = 8196"),
     ((9, 0), 1, 4096, 4096, BF16, "few", "1 rows"),
     ((8, 0), 64, 4096, 4096, torch.float16, "few", "64 rows"),
     ((9, 0), 65, 512, 512, BF16, "dense", "4 tiles"),
@@ -47,7 +47,7 @@ def test_dispatch_can_be_forced(monkeypatch):
     assert choose_backend((9, 0), 8192, 8192, 8192, BF16) == ("mma", "SPARSEDM_BACKEND=mma")
     name, reason = choose_backend(None, 8192, 8192, 8192, BF16)
     assert name == "torch"
-    assert "SPARSEDM_BACKEND=mma cannot run: not a CUDA device" in reason
+    assert "SPARSEDM_BACKEND=mma cannot run: not an NVIDIA GPU" in reason
     monkeypatch.setenv("SPARSEDM_BACKEND", "cublas")
     with pytest.raises(InputError, match="'cublas' is unknown: it must be one of torch, dense, mma, few, wgmma"):
         choose_backend(None, 1, 1, 1, BF16)

@@ -19,6 +19,7 @@ from torch import nn
 
 from sparsedm.bench.problems import TWO_FOUR
 from sparsedm.kernels.choose import choose, choose_packed
+from sparsedm.kernels.launch import capability
 from sparsedm.kernels.sparse24_dispatch import choose_backend, last_choice
 from sparsedm.kernels.sparse24_format import pack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
@@ -135,9 +136,8 @@ class Sparse24(Provider):
         return Bound(run, f"{backend}: {why}")
 
     def _choice(self, problem):
-        capability = torch.cuda.get_device_capability(problem.device) if problem.device.type == "cuda" else None
         shape = problem.shape
-        return choose_backend(capability, shape.M, shape.N, shape.K, problem.dtype)
+        return choose_backend(capability(problem.device), shape.M, shape.N, shape.K, problem.dtype)
 
     @contextlib.contextmanager
     def _forced(self):

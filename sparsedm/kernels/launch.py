@@ -57,18 +57,23 @@ def forced_backend():
 
 
 def uses_triton(*tensors):
-    """Whether an operation on these tensors runs as a Triton kernel: all on one CUDA GPU of capability 8.0 or more."""
+    """Whether an operation on these tensors runs as a Triton kernel: all on one NVIDIA GPU, sm_80 or later."""
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise InputError(f"all tensors must be on one device, not on {' and '.join(sorted(map(str, devices)))}")
     device = devices.pop()
-    return device.type == "cuda" and triton is not None and forced_backend() != "torch" and capability(device) >= (8, 0)
+    return forced_backend() != "torch" and (capability(device) or (0, 0)) >= (8, 0)
 
 
 @functools.cache
 def capability(device):
-    """(major, minor) of a CUDA device, (0, 0) for any other."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """(major, minor) of an NVIDIA GPU; None for any other device, and where there is no Triton.
+
+    An AMD GPU is a "cuda" device with a capability too, but the kernels are written in NVIDIA's instructions.
+    """
+    if device.type != "cuda" or torch.version.hip or triton is None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

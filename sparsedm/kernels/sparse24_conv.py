@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import forced_backend
+from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.sparse24_arrange import arrange_once, kernel_tensors
-from sparsedm.kernels.sparse24_dispatch import CONV, Choice, configs, every, module, pick
+from sparsedm.kernels.sparse24_dispatch import CONV, NO_GPU, Choice, configs, every, module, pick, without_kernels
 from sparsedm.kernels.sparse24_format import check_shapes, unpack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
 
@@ -51,7 +51,7 @@ def choose_conv_backend(capability, channels, kernel_size, stride, padding, dila
     if forced in ("torch", "dense"):
         return forced, f"SPARSEDM_BACKEND={forced}"
     if capability is None:
-        return "torch", "not a CUDA device"
+        return without_kernels(), NO_GPU
     name = f"sm_{capability[0]}{capability[1]}"
     kernel = forced if forced in ("mma", "wgmma") else "wgmma" if capability == (9, 0) else "mma"
     obstacle = _obstacle(kernel, capability, channels, stride, dilation, size, features, dtype)
@@ -111,10 +111,9 @@ def sparse24_conv2d(
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
     padding = _padding(padding, kernel_size, dilation)
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation)
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     features, channels = values.shape[0], x.shape[1]
     backend, _ = choose_conv_backend(
-        capability, channels, kernel_size, stride, padding, dilation, tuple(x.shape[2:]), features, x.dtype
+        capability(x.device), channels, kernel_size, stride, padding, dilation, tuple(x.shape[2:]), features, x.dtype
     )
     if backend == "linear":
         pixels = lambda image: None if image is None else image.permute(0, 2, 3, 1)  # noqa: E731

@@ -16,6 +16,7 @@ import torch
 
 from sparsedm.kernels.launch import BACKENDS, Autotuner, bucket, forced_backend
 
+NO_GPU = "not an NVIDIA GPU, or no Triton"
 FEW_TOKENS = 64
 SMALLEST_GRID = 32
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
@@ -35,14 +36,10 @@ class Choice(NamedTuple):
     config: int = 0
 
 
-FEW_TOKENS = 64
-SMALLEST_GRID = 32
-
-
 def choose_backend(capability, M, N, K, dtype):
     """Which back end serves y (M, N) = x (M, K) @ W^T, and why.
 
-    capability: the device's compute capability as (major, minor), None for anything that is not a CUDA device.
+    capability: the device's compute capability as (major, minor), None where `launch.capability` is.
     Returns (name, reason). The rules are arithmetic, not measurement: none of the kernels has been timed yet.
     SPARSEDM_BACKEND = torch | dense | mma | few | wgmma overrules them wherever the named kernel can run.
     """
@@ -53,7 +50,7 @@ def choose_backend(capability, M, N, K, dtype):
             return forced, f"SPARSEDM_BACKEND={forced}"
         return "torch", f"SPARSEDM_BACKEND={forced} cannot run: {obstacle}"
     if "mma" not in able:
-        return "torch", obstacle
+        return without_kernels(), obstacle
     if M <= FEW_TOKENS:
         return "few", f"{M} rows: bound by reading the weight, 1.125 bytes instead of 2"
     tiles = -(-M // 128) * -(-N // 128)
@@ -66,10 +63,15 @@ def choose_backend(capability, M, N, K, dtype):
     return "mma", f"sm_{capability[0]}{capability[1]}, {tiles} tiles of 128 x 128"
 
 
+def without_kernels():
+    """What computes where no kernel can: the weight decompressed once; an exported program would then hold it twice."""
+    return "torch" if torch.compiler.is_exporting() else "dense"
+
+
 def _able(capability, K, dtype):
     """The back ends that can run at all, and the sentence about those that cannot."""
     if capability is None:
-        return ("torch", "dense"), "not a CUDA device"
+        return ("torch", "dense"), NO_GPU
     name = f"sm_{capability[0]}{capability[1]}"
     if capability < (8, 0):
         return ("torch", "dense"), f"{name} has no sparse tensor cores (sm_80 and later have)"

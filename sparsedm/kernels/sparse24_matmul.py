@@ -8,8 +8,8 @@ Back ends (sparse24_dispatch.py: which will run, and why):
     wgmma   `wgmma.mma_async.sp` on sm_90a                       sparse24_wgmma.py
     mma     `mma.sp` on sm_80 and later                          sparse24_mma.py
     few     `mma.sp` with K split over the grid, M up to 64      sparse24_few.py
-    dense   the decompressed weight, kept, and torch's matmul: for shapes at which the sparse kernels lose
-    torch   decompressed at every call (`sparse24_linear_ref`): any device, any dtype, any size
+    dense   the decompressed weight, kept, and torch's matmul: any device, any dtype, and where the kernels would lose
+    torch   decompressed at every call (`sparse24_linear_ref`): in exported programs, which hold the weight once
 """
 
 import math
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import sparse24_dispatch as dispatch
-from sparsedm.kernels.launch import forced_backend
+from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.sparse24_arrange import arrange_once, kernel_tensors
 from sparsedm.kernels.sparse24_dispatch import FEW_TOKENS, LINEAR, choose_backend
 from sparsedm.kernels.sparse24_format import check_shapes, unpack
@@ -80,7 +80,6 @@ def sparse24_linear(
     """
     _check(x, values, metadata, bias, activation, residual, skip, scale)
     M, N, K = math.prod(x.shape[:-1]), values.shape[0], x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     out_dtype = out_dtype or x.dtype
     kept = {} if arranged is None else arranged
 
@@ -89,12 +88,12 @@ def sparse24_linear(
         return _linear(x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice)
 
     directly = dispatch.stores_directly(N, out_dtype, residual)
-    choice = dispatch.rule_of_thumb(choose_backend(capability, M, N, K, x.dtype)[0], directly)
+    choice = dispatch.rule_of_thumb(choose_backend(capability(x.device), M, N, K, x.dtype)[0], directly)
     if choice.backend != "torch" and M and type(x) is torch.Tensor:  # not a fake one, which has nothing to time
         for_timing = {}  # what the losers read is not kept
         choice = dispatch.pick(
             LINEAR,
-            lambda: dispatch.choices(capability, M <= FEW_TOKENS, directly, K, x.dtype, forced_backend()),
+            lambda: dispatch.choices(capability(x.device), M <= FEW_TOKENS, directly, K, x.dtype, forced_backend()),
             choice, lambda other: run(other, for_timing), x.device, M, kept.setdefault("choices", {}),
             dtype=x.dtype, out=out_dtype, activation=activation, bias=bias is not None, scale=scale is not None,
             residual=residual is not None, skip=0 if skip is None else skip.shape[-1], n=N, k=K,
