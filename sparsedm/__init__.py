@@ -13,6 +13,7 @@ _HOME = {
     "sparsify": "sparsedm.sparsity",
     "compress": "sparsedm.sparsity",
     "decompress": "sparsedm.sparsity",
+    "permute_channels": "sparsedm.permutation",
     "inspect": "sparsedm.inspection",
     "build_model": "sparsedm.models",
     "InputError": "sparsedm.errors",

@@ -18,6 +18,7 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.sparsity", 1.2),
     ("sparsedm.tensor_files", 1),
     ("sparsedm.inspection", 1.5),
+    ("sparsedm.permutation", 1.5),
     ("sparsedm.cuda_graph", 1.8),
     ("sparsedm.diffusion", 1.8),
     ("sparsedm.samplers", 2),

@@ -4,6 +4,7 @@ with the masked weights placed by hand. Needs the `interop` extra; a family whos
 import copy
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
 from sparsedm.layers import Compressed
+from sparsedm.permutation import permute_channels
 from sparsedm.sparsity import FAMILIES, compress, decompress, masked_layers, sparsify
 from sparsedm.train.checkpoint import load_model, save_model
 from tests.tolerance import assert_as_good_as_torch
@@ -197,3 +199,27 @@ def test_lora_factors_stay_dense_and_a_merged_layer_is_masked_anew():
     layer = merged.transformer_blocks[0].attn1.to_q
     assert torch.equal(layer.effective_weight() != 0, choose_mask_ref(layer.weight, Pattern(2, 4)))
     assert all(row.holds for row in inspect(merged, inputs).rows)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_channels_are_permuted_without_changing_what_is_computed(name):
+    """Gated feed-forwards have two rows to a channel; SD3's and Flux's joint attention is left alone."""
+    model, inputs = built(name)
+    before = copy.deepcopy(model)
+    gains = permute_channels(model, rounds=5)
+    assert all(gain.after >= gain.before for gain in gains.values())
+    assert all(gain.after > gain.before for layer, gain in gains.items() if "net" in layer)
+    kinds = {re.search(r"(\w+)(\.\d+)?\.(net\.2|to_out\.0)$", layer)[1] for layer in gains}
+    assert (
+        kinds
+        == {
+            "UNet2DModel": {"attentions"},
+            "UNet2DConditionModel": {"attn1", "attn2", "ff"},
+            "DiTTransformer2DModel": {"attn1", "ff"},
+            "PixArtTransformer2DModel": {"attn1", "attn2", "ff"},
+            "SD3Transformer2DModel": {"ff", "ff_context"},
+            "FluxTransformer2DModel": {"ff", "ff_context"},
+        }[name]
+    )
+    usual = forward(before, inputs)
+    assert_as_good_as_torch(forward(model, inputs), forward(before.double(), double(inputs)), usual)

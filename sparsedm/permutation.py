@@ -1,0 +1,155 @@
+"""Channels in another order, so that pruning N of every M keeps more of the weights; what the network computes stays.
+
+A hidden channel may stand anywhere as long as the layer that makes it and the layer that reads it agree: the rows of
+the one and the columns of the other are permuted together, once, offline, and inference costs nothing. Here that is
+
+    mlp         fc1 -> fc2, and diffusers' ff.net.0.proj -> ff.net.2 (gated ones too)
+    attention   the values -> the projection of the output, within each head
+
+Only the readers gain, because groups run along inputs. The search is that of Pool and Yu, "Channel Permutations for N:M
+Sparsity" (NeurIPS 2021), in its smallest form: pairs of groups are drawn at random and their 2M channels shared out
+between the two in the best of all ways; no step can lose.
+"""
+
+import itertools
+import re
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.pattern import Pattern
+
+LARGEST_GROUP = 4  # two groups of 4 have 35 ways to share their channels, two of 8 already 6435
+
+
+class Gain(NamedTuple):
+    """The part of sum |w| that the pattern keeps in one layer, before and after."""
+
+    before: float
+    after: float
+
+
+class _Link(NamedTuple):
+    """Channels from one layer to another. rows: where in the maker's output they stand, once or (gated) twice, each
+    (channels,). heads: how many parts of equal size may not mix."""
+
+    maker: nn.Linear
+    reader: nn.Linear
+    rows: tuple
+    heads: int
+
+
+@torch.no_grad()
+def permute_channels(model, pattern="2:4", *, rounds=200, seed=0, progress=False):
+    """Permute the hidden channels of `model` in place, before it is sparsified. Returns {reader's name: Gain}.
+
+    pattern: N:M with M up to 4. rounds: of the search, in each of which every channel may move once. The output changes
+    by rounding only.
+    Raises: InputError if the model has no layers known to be linked so, or for a larger group.
+    """
+    pattern = Pattern.parse(pattern)
+    if pattern is None or pattern.group > LARGEST_GROUP:
+        raise InputError(f"channels are permuted for groups of up to {LARGEST_GROUP}, and the pattern is {pattern}")
+    links = {name: link for name, link in _links(model) if (len(link.rows[0]) // link.heads) % pattern.group == 0}
+    if not links:
+        raise InputError(f"{type(model).__name__} has no pair of layers whose channels are known to be exchangeable")
+    generator = torch.Generator().manual_seed(seed)
+    gains = {}
+    for name, link in tqdm(links.items(), desc="permute", disable=None if progress else True):
+        weight = link.reader.weight
+        order = search(weight, pattern, link.heads, rounds, generator)
+        gains[name] = Gain(kept(weight, pattern), kept(weight[:, order], pattern))
+        weight.copy_(weight[:, order])
+        for rows in link.rows:
+            for parameter in (link.maker.weight, link.maker.bias):
+                if parameter is not None:
+                    parameter[rows] = parameter[rows[order]]
+    return gains
+
+
+def kept(weight, pattern):
+    """The part of sum |weight| (N, K) that `pattern` keeps: 1 for a weight that has it already, 1 for zeros."""
+    magnitude = weight.detach().abs().double()
+    total = magnitude.sum().item()
+    return magnitude.view(len(weight), -1, pattern.group).topk(pattern.keep, -1).values.sum().item() / (total or 1)
+
+
+def search(weight, pattern, heads, rounds, generator):
+    """(K,) int64: the order of the columns of weight (N, K) that was found to keep the most; heads do not mix."""
+    M, columns = pattern.group, weight.shape[1]
+    magnitude = weight.detach().float().abs().t().contiguous()  # (K, N): channels are rows
+    order = torch.arange(columns, device=weight.device)
+    groups = columns // heads // M  # of each head
+    for _ in range(rounds if groups > 1 else 0):
+        drawn = torch.stack([torch.randperm(groups, generator=generator) for _ in range(heads)])
+        drawn = drawn[:, : groups // 2 * 2] + groups * torch.arange(heads)[:, None]  # an odd one out rests
+        drawn = drawn.view(-1, 2).to(weight.device)
+        pairs = order.view(-1, M)[drawn].flatten(1)  # the 2M channels of each pair of groups
+        channels = magnitude[pairs].unbind(1)  # 2M of (pairs, N)
+        best, most = pairs, None
+        for way in _ways(M):
+            halves = [channels[c] for c in way[:M]], [channels[c] for c in way[M:]]
+            keeps = sum(_top(half, pattern.keep).sum(1) for half in halves)
+            if most is None:  # as they stand
+                most = keeps
+                continue
+            better = keeps > most * (1 + 1e-6)  # rounding alone moves nothing
+            best, most = torch.where(better[:, None], pairs[:, way], best), torch.where(better, keeps, most)
+        order.view(-1, M)[drawn] = best.view(-1, 2, M)
+    return order
+
+
+def _ways(M):
+    """Every way to share 2M channels between two groups of M, as they stand first: lists of the 2M numbers."""
+    halves = [(0, *rest) for rest in itertools.combinations(range(1, 2 * M), M - 1)]
+    return [[*half, *(c for c in range(2 * M) if c not in half)] for half in halves]
+
+
+def _top(group, keep):
+    """The sum of the `keep` largest of 2 or 4 tensors, element by element, without sorting."""
+    if keep == 1:
+        return torch.stack(group).amax(0)
+    if keep == len(group) - 1:
+        return sum(group) - torch.stack(group).amin(0)
+    a, b, c, d = group  # the two largest stand in the same half or in different ones
+    return torch.maximum(torch.maximum(a + b, c + d), torch.maximum(a, b) + torch.maximum(c, d))
+
+
+# ---- which layers are linked -----------------------------------------------------------------------------------------
+
+_READERS = (  # name of the reader -> of the maker
+    (r"mlp\.fc2$", "mlp.fc1"),
+    (r"(ff|ff_context)\.net\.2$", r"\1.net.0.proj"),
+    (r"attn\.proj$", "attn.qkv"),
+    (r"(attn\d?|attentions\.\d+)\.to_out\.0$", r"\1.to_v"),
+)
+
+
+def _links(model):
+    modules = dict(model.named_modules())
+    for name, reader in modules.items():
+        for expression, replacement in _READERS:
+            maker_name, found = re.subn(expression, replacement, name)
+            maker = modules.get(maker_name)
+            if found and isinstance(reader, nn.Linear) and isinstance(maker, nn.Linear):
+                link = _link(modules, name, maker_name, maker, reader)
+                if link:
+                    yield name, link
+
+
+def _link(modules, name, maker_name, maker, reader):
+    channels, made = reader.in_features, maker.out_features
+    every = torch.arange(channels, device=maker.weight.device)
+    if "attn.proj" not in name and "to_out" not in name:
+        if made not in (channels, 2 * channels):
+            return None
+        return _Link(maker, reader, tuple(every + start for start in range(0, made, channels)), 1)
+    parent = modules[maker_name.rpartition(".")[0]]
+    heads = getattr(parent, "heads", None) or getattr(parent, "num_heads", None)
+    shared = getattr(parent, "add_v_proj", None) is not None  # joint attention: two makers feed two readers
+    if not heads or shared or channels % heads or made not in (channels, 3 * channels):
+        return None
+    return _Link(maker, reader, (every + made - channels,), heads)
