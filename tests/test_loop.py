@@ -131,6 +131,24 @@ def test_validation_is_of_the_average(unbroken):
     assert result.validation_loss == diffusion.validation_loss(result.ema, x, SCHEDULE, y=y).item()
 
 
+def test_both_branches_of_guidance_are_supervised(tmp_path):
+    """The student is held to the teacher with the image's label and, now and then, with the null label, on both sides."""
+    seen = {"student": [], "teacher": []}
+    student, teacher = masked(), tiny(5)
+    for name, network in (("student", student), ("teacher", teacher)):
+        network.register_forward_pre_hook(
+            lambda module, inputs, name=name: seen[name].append((module.training, inputs))
+        )
+    run(tmp_path, replace(OPTIONS, label_dropout=0.25, steps=40), student, teacher=teacher, w_kd=1.0)
+    inputs = [inputs for training, inputs in seen["student"] if training]
+    targets = [inputs for _, inputs in seen["teacher"]]
+    assert len(inputs) == len(targets) == 40
+    assert all(torch.equal(a, b) for mine, theirs in zip(inputs, targets) for a, b in zip(mine, theirs))
+    null = torch.cat([y for _, _, y in inputs]) == student.config.num_classes
+    error = (0.25 * 0.75 / len(null)) ** 0.5  # of the mean of 320 draws
+    assert abs(null.float().mean().item() - 0.25) < 4 * error
+
+
 def test_leaves_the_teacher_the_start_and_the_global_generator_alone(tmp_path):
     model, teacher, start = masked(), tiny(5), masked(6)
     before, start_before = copy.deepcopy(teacher.state_dict()), copy.deepcopy(start.state_dict())
