@@ -132,13 +132,11 @@ def test_validation_is_of_the_average(unbroken):
 
 
 def test_both_branches_of_guidance_are_supervised(tmp_path):
-    """The student is held to the teacher with the image's label and, now and then, with the null label, on both sides."""
+    """The student is held to the teacher with the image's label and, now and then, with the null label, both of them."""
     seen = {"student": [], "teacher": []}
     student, teacher = masked(), tiny(5)
-    for name, network in (("student", student), ("teacher", teacher)):
-        network.register_forward_pre_hook(
-            lambda module, inputs, name=name: seen[name].append((module.training, inputs))
-        )
+    for network, calls in ((student, seen["student"]), (teacher, seen["teacher"])):
+        network.register_forward_pre_hook(lambda module, inputs, calls=calls: calls.append((module.training, inputs)))
     run(tmp_path, replace(OPTIONS, label_dropout=0.25, steps=40), student, teacher=teacher, w_kd=1.0)
     inputs = [inputs for training, inputs in seen["student"] if training]
     targets = [inputs for _, inputs in seen["teacher"]]
