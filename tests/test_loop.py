@@ -132,7 +132,7 @@ def test_validation_is_of_the_average(unbroken):
 
 
 def test_both_branches_of_guidance_are_supervised(tmp_path):
-    """The student is held to the teacher with the image's label and, now and then, with the null label, both of them."""
+    """The student is held to the teacher with the image's label and, now and then, with the null label, both."""
     seen = {"student": [], "teacher": []}
     student, teacher = masked(), tiny(5)
     for network, calls in ((student, seen["student"]), (teacher, seen["teacher"])):
