@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from sparsedm import __version__, commands, diffusion, importing, samplers, search_command
+from sparsedm import __version__, commands, diffusion, drawing, importing, samplers, search_command
 from sparsedm.bench import advice
 from sparsedm.errors import InputError
 from sparsedm.experiments import runner
@@ -128,7 +128,7 @@ def _parser():
 
     sample = command(
         "sample",
-        commands.sample,
+        drawing.sample,
         "draw images from a trained model into one picture",
         ["runs/quickstart", "runs/quickstart --count 64 --sampler ddim --sampling-steps 100 --compress"],
     )
@@ -140,7 +140,7 @@ def _parser():
 
     evaluation = command(
         "evaluate",
-        commands.evaluate_samples,
+        drawing.evaluate_samples,
         "measure the distance of a model's samples to real images",
         ["runs/quickstart --data synthetic", "runs/mine --data cifar10 --features inception --count 50000"],
     )
@@ -236,8 +236,15 @@ def _add_model(sub, note=""):
 
 def _add_sampling(sub, count):
     sub.add_argument("--count", type=int, default=count, help="how many images (default: %(default)s)")
-    sub.add_argument("--sampler", choices=samplers.SAMPLERS, default="dpm++2m", help="(default: dpm++2m)")
-    sub.add_argument("--sampling-steps", type=int, default=50, help="(default: 50)")
+    sub.add_argument("--strategy", metavar="FILE", help="use the networks of RUN as a file that search found says")
+    sub.add_argument("--sampler", choices=samplers.SAMPLERS, help="(default: dpm++2m, or the strategy's)")
+    sub.add_argument("--sampling-steps", type=int, help="(default: 50, or the strategy's)")
+    sub.add_argument(
+        "--dtype",
+        choices=drawing.DTYPES,
+        default="auto",
+        help="of the network (auto: bf16 for compressed ones on a GPU, whose kernels need it, else fp32)",
+    )
     sub.add_argument("--guidance", type=float, help="classifier-free guidance weight, for class-conditional models")
     sub.add_argument("--no-clip", action="store_true", help="let images leave [-1, 1] on the way (latents always may)")
     sub.add_argument("--label", type=int, help="draw only this class (default: all classes in turn)")

@@ -6,18 +6,16 @@ Each function takes the parsed command line of `cli.py`. Bad input raises InputE
 import copy
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from sparsedm import evaluate, pictures, samplers
+from sparsedm import pictures
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
-from sparsedm.features import load_features, to_uint8
-from sparsedm.files import atomic_file, cache_folder, write_json
+from sparsedm.files import write_json
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config, parse_overrides
 from sparsedm.models.ddpm_diffusers import from_diffusers
-from sparsedm.sparsity import compress, sparsify
+from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data, distributed
 from sparsedm.train.chain import check_stages, parse_chain, plan, run_chain
 from sparsedm.train.loop import TrainOptions
@@ -99,13 +97,13 @@ def _dense_start(options):
     """The dense network and its average that --init names: of a chain's folder, those of its first stage."""
     stages = sorted(Path(options.init).glob("[0-9][0-9]-*"))
     path = stages[0] if stages else options.init
-    loaded = _load(options, path)
+    loaded = load_named(options, path)
     if loaded.kind != "dense":
         raise InputError(f"--init {options.init}: {loaded.file} holds a {loaded.kind} network, not a dense one")
-    return _load(options, path, which="model").model, loaded.model
+    return load_named(options, path, which="model").model, loaded.model
 
 
-def _load(options, path=None, which="ema"):
+def load_named(options, path=None, which="ema"):
     """The model file or run folder that the command line names; --model and --set say what a foreign file holds."""
     path = Path(path or options.run)
     named = options.model or options.set
@@ -171,101 +169,11 @@ def show_plan(stages, training, model, folder, where=None):
     print(f"run folder: {folder}   (dry run: nothing was trained or written)")
 
 
-def sample(options):
-    loaded = _load(options, which=options.which)
-    model = (compress(loaded.model) if options.compress else loaded.model).to(options.device)
-    out = Path(options.out or _beside(options.run) / "drawn.png")
-    latents = model.config.channels not in (1, 3)
-    if out.suffix != ".npz":
-        _picture(out)
-        if latents:
-            raise InputError(
-                f"{loaded.file} makes latents of {model.config.channels} channels, which are no picture: "
-                "write the numbers with --out FILE.npz"
-            )
-    images = _draw(model, options)
-    images = images.float() if latents else to_uint8(images)
-    if out.suffix == ".npz":
-        with atomic_file(out) as partial:
-            np.savez(partial, images=images.numpy())
-    else:
-        pictures.save_grid(out, [("", row) for row in images.split(16)])
-    print(
-        f"{len(images)} samples of the {'compressed' if options.compress else loaded.kind} model in {loaded.file}, "
-        f"{options.sampler} in {options.sampling_steps} steps, seed {options.seed}: {out}"
-    )
-
-
-def _beside(run):
-    """The folder for what is made from a run folder; the current one if `run` is a file."""
-    return Path(run) if Path(run).is_dir() else Path()
-
-
-def _picture(path):
+def picture_name(path):
     """`path`, once it is known to be a name that a picture can have: refused before hours of sampling, not after."""
     if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"{path} must end in .png, .jpg or .webp")
     return Path(path)
-
-
-def _draw(model, options):
-    """(count, C, H, W) floating point samples of `model`, as the command line asks."""
-    config = model.config
-    labels = None
-    if config.num_classes:
-        labels = torch.arange(options.count) % config.num_classes
-        if options.label is not None:
-            if not 0 <= options.label < config.num_classes:
-                raise InputError(f"--label {options.label}: the model has the classes 0 to {config.num_classes - 1}")
-            labels = torch.full_like(labels, options.label)
-    elif options.label is not None or options.guidance:
-        raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
-    return samplers.sample(
-        model,
-        schedule_of(model),
-        options.count,
-        (config.channels, config.image_size, config.image_size),
-        sampler=options.sampler,
-        steps=options.sampling_steps,
-        seed=options.seed,
-        y=None if labels is None else labels.to(options.device),
-        guidance=options.guidance,
-        clip=None if options.no_clip or config.channels > 3 else 1.0,
-        batch_size=options.batch_size,
-        progress=True,
-        cuda_graph=options.cuda_graph,
-    ).cpu()
-
-
-def evaluate_samples(options):
-    loaded = _load(options, which=options.which)
-    model = loaded.model.to(options.device)
-    reference = load_images(options.data, options.split, model.config.image_size)
-    features = load_features(options.features, options.device)
-    summary = evaluate.summarize(
-        reference.images, features, f"{reference.source} {options.split}", cache=cache_folder(), progress=True
-    )
-    paired = None
-    if options.dense:
-        dense = checkpoint.load_model(options.dense, build_model, which=options.which).model.to(options.device)
-        paired = to_uint8(_draw(dense, options))
-    images = to_uint8(_draw(model, options))
-    report = evaluate.evaluate(images, summary, features, paired=paired, seed=options.seed, progress=True)
-    report |= {
-        "model": str(loaded.file),
-        "data": options.data,
-        "split": options.split,
-        "sampler": options.sampler,
-        "sampling_steps": options.sampling_steps,
-        "seed": options.seed,
-    }
-    out = Path(options.out or _beside(options.run) / "evaluation.json")
-    write_json(out, report)
-    width = max(map(len, report))
-    print(
-        "\n".join(f"{k:<{width}}  {v:.5g}" if isinstance(v, float) else f"{k:<{width}}  {v}" for k, v in report.items())
-    )
-    print(f"written to {out}")
 
 
 def inspect_model(options):
@@ -274,7 +182,7 @@ def inspect_model(options):
     if options.where and not options.pattern:
         raise InputError(f"--where {options.where} says where a pattern goes: give one with --pattern")
     if options.run:
-        name, model = options.run, _load(options).model
+        name, model = options.run, load_named(options).model
     else:
         name, model = options.model, build_model(options.model, device="meta", **parse_overrides(options.set))
     if options.pattern:
@@ -286,7 +194,7 @@ def inspect_model(options):
         write_json(options.json, table.to_dict())
         print(f"numbers: {options.json}")
     chart = (
-        _picture(options.plot)
+        picture_name(options.plot)
         if options.plot
         else f"{Path(title.replace(':', 'of').replace(' ', '-')).name}-layers.png"
     )

@@ -169,6 +169,7 @@ def sample(
     batch_size=None,
     device=None,
     dtype=torch.float32,
+    network_dtype=None,
     progress=False,
     cuda_graph=False,
 ):
@@ -180,8 +181,9 @@ def sample(
     noisiest. steps: network evaluations, for heun 2 steps - 1. spacing: None for the sampler's own, see time_grid.
     y (count,) int64; guidance as in `guided`; null_label: None for the model's config.num_classes. clip: 1.0 for images
     keeps every x̂_0 in [-1, 1] on the way (DDPM's code; "static thresholding", arXiv 2205.11487, section 2.3): a small
-    network's errors at high noise, where they are divided by α, would else carry the sample away. cuda_graph: replay
-    the network's evaluations as a CUDA graph (cuda_graph.py); the few operations of a step around them run ahead of it.
+    network's errors at high noise, where they are divided by α, would else carry the sample away. network_dtype: of the
+    x that the network is given, where it is not `dtype`, in which the sampler itself computes. cuda_graph: replay the
+    network's evaluations as a CUDA graph (cuda_graph.py); the few operations of a step around them run ahead of it.
     Raises InputError for an unknown sampler or spacing, for counts and labels that do not fit together, and for a graph
     off a GPU.
     """
@@ -206,10 +208,14 @@ def sample(
             size = min(batch_size, count - first)
             streams = noise_streams(size, seed, start + first)
             labels = None if y is None else torch.as_tensor(y[first : first + size], device=device)
-            batch_models = [guided(m, labels, guidance, null_label) for m in networks]
+            batch_models = [_given(guided(m, labels, guidance, null_label), network_dtype) for m in networks]
             noise = functools.partial(draw_noise, streams, shape, device, dtype)
             samples.append(integrate(batch_models, schedule, noise(), times, sampler, noise, bar, clip))
     return torch.cat(samples)
+
+
+def _given(predict, dtype):
+    return predict if dtype is None else lambda x, t: predict(x.to(dtype), t)
 
 
 def guided(model, y, guidance=None, null_label=None):

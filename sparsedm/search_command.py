@@ -13,12 +13,13 @@ import torch
 
 from sparsedm import diffusion, samplers, stepaware
 from sparsedm.commands import amp_of, load_images, show_plan
+from sparsedm.drawing import family_of
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.quickstart import SYNTHETIC, TRANSFER
 from sparsedm.search import SearchOptions
 from sparsedm.search_report import NOTE, table
-from sparsedm.search_study import QUALITIES, Plan, family_of, study
+from sparsedm.search_study import QUALITIES, Plan, study
 from sparsedm.train.chain import Stage, run_chain
 from sparsedm.train.loop import TrainOptions
 
@@ -152,7 +153,7 @@ def _train(options, scale, plan):
 def _show(options, scale, plan):
     """Print what the command would do; writes nothing."""
     if options.run:
-        family, _ = family_of(plan.run, device=plan.device)
+        family = family_of(plan.run, device=plan.device)
         print(
             f"family {family.name}: " + ", ".join(f"{n} {c / 1e6:,.1f} M" for n, c in zip(family.names, family.costs))
         )

@@ -14,10 +14,10 @@ import torch
 
 from sparsedm import evaluate, pictures, samplers, stepaware
 from sparsedm.commands import load_images
+from sparsedm.drawing import family_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, write_json
-from sparsedm.models import build_model
 from sparsedm.search import Evaluations, SearchOptions, front, proxy_optima, rank_correlation, search
 from sparsedm.search_report import write_report
 from sparsedm.stepaware import Strategy
@@ -52,10 +52,11 @@ class Plan:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 2 images are needed")
         samplers.evaluations(self.sampler, self.steps)
 
-    def facts(self, sources):
+    def facts(self, family):
         """What the folder's measurements depend on; the size of the search is none of it."""
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
-        return {"networks": sources, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
+        networks = dict(zip(family.names, family.fingerprints))
+        return {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
 
 
 def study(plan):
@@ -64,12 +65,12 @@ def study(plan):
     Raises InputError: the folder was made by another plan; latents, of which only the proxy can be measured; a search
     that cannot be.
     """
-    family, sources = family_of(plan.run, plan.unit, plan.device)
+    family = family_of(plan.run, plan.unit, plan.device)
     size = family.shape[1]
     images = load_images(plan.data, "train", size)
     if images.is_latent and plan.quality != "proxy":
         raise InputError(f"data {plan.data} holds latents, which have no Fréchet distance here: use --quality proxy")
-    checkpoint.claim(plan.folder, plan.facts(sources))
+    checkpoint.claim(plan.folder, plan.facts(family))
     family, losses, table_seconds = _table(plan, family)
     logarithms = np.log(losses)
 
@@ -102,13 +103,13 @@ def study(plan):
         for name, indices in strategies.items()
     ]
     for name, indices in groups["found"].items():
-        strategy = Strategy(family.name, family.names, plan.sampler, indices, plan.data)
+        strategy = Strategy(family.name, family.names, plan.sampler, indices, plan.data, family.fingerprints)
         strategy.save(plan.folder / "strategies" / f"{name.replace(' ', '-')}.json")
     every = tried.all()
     proxies = {"logarithms": logarithms, "losses": losses}
     seconds = {"training": _training_seconds(plan.run), "table": table_seconds}
     report = {
-        **plan.facts(sources),
+        **plan.facts(family),
         "family": family.name,
         "names": family.names,
         "costs": family.costs,
@@ -126,29 +127,6 @@ def study(plan):
     if not images.is_latent:
         _save_samples(plan, images, report, draw)
     return report
-
-
-def family_of(run, unit="MACs", device="cpu"):
-    """(Family, [where each network is from]) of a run folder: its stages, each at all its widths if it is slimmable.
-
-    The costliest network is the first. Raises InputError for a run of one network.
-    """
-    run = Path(run)
-    networks, sources = {}, {}
-    for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
-        loaded = checkpoint.load_model(stage, build_model)
-        name = " + ".join(sorted(set(checkpoint.describe(loaded.model)["patterns"].values()))) or "dense"
-        name = f"{name} ({stage.name})" if name in sources else name
-        sources[name] = f"{name}: {loaded.file}"
-        slimmable = loaded.model.config.kind == "slimmable"
-        found = stepaware.widths(loaded.model) if slimmable else {"": loaded.model}
-        networks |= {f"{name} {width}".strip(): network.to(device) for width, network in found.items()}
-    if len(networks) < 2:
-        raise InputError(f"{run} holds one network only: there is nothing to choose from")
-    family = stepaware.family(run.parent.name if run.name == "family" else run.name, networks, unit=unit)
-    order = sorted(range(len(networks)), key=lambda i: -family.costs[i])
-    dearest_first = {field: tuple(getattr(family, field)[i] for i in order) for field in ("networks", "names", "costs")}
-    return replace(family, **dearest_first), list(sources.values())
 
 
 def _training_seconds(run):

@@ -6,6 +6,7 @@ strategy   one index into the family per step of a sampler, first the noisiest
 cost       Σ over steps of (evaluations of that step) * (cost of its network), per image
 """
 
+import hashlib
 import json
 import math
 import statistics
@@ -20,6 +21,7 @@ from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.inspection import inspect
+from sparsedm.sparsity import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
 
@@ -36,6 +38,7 @@ class Family:
     names: tuple
     costs: tuple
     unit: str = "MACs"
+    fingerprints: tuple = ()  # of the weights of each; () where that does not matter
 
     def __post_init__(self):
         if not self.networks:
@@ -66,12 +69,26 @@ class Family:
 
 
 def family(name, networks, *, unit="MACs", batch=64):
-    """The Family of {name: network}. unit: "MACs", or "seconds", measured here for `batch` images at a time."""
+    """The Family of {name: network}. unit: "MACs", or "seconds", measured here for `batch` images at a time.
+
+    In seconds, networks that hold a pattern are compressed, as they would be to save any.
+    """
     if unit not in UNITS:
         raise InputError(f"unknown unit {unit!r}: one of {', '.join(UNITS)}")
-    models = tuple(networks.values())
+    models, marks = tuple(networks.values()), tuple(fingerprint(m) for m in networks.values())
+    if unit == "seconds":
+        models = tuple(compress(m) if masked_layers(m) else m for m in models)
     costs = [inspect(m).totals()["macs_after"] for m in models] if unit == "MACs" else seconds_per_image(models, batch)
-    return Family(name, models, tuple(networks), tuple(costs), unit)
+    return Family(name, models, tuple(networks), tuple(costs), unit, marks)
+
+
+def fingerprint(network):
+    """16 hexadecimal digits that change with the weights, wherever they are stored."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def widths(model):
@@ -112,11 +129,12 @@ class Strategy:
     sampler: str
     indices: tuple
     data: str = ""
+    fingerprints: tuple = ()  # of the networks' weights
 
     def __post_init__(self):
-        names, indices = tuple(self.networks), tuple(self.indices)
-        object.__setattr__(self, "networks", names)
-        object.__setattr__(self, "indices", indices)
+        for name in ("networks", "indices", "fingerprints"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        names, indices = self.networks, self.indices
         if self.sampler not in samplers.SAMPLERS:
             raise InputError(f"unknown sampler {self.sampler!r}, expected one of {', '.join(samplers.SAMPLERS)}")
         if not indices:
@@ -134,10 +152,16 @@ class Strategy:
 
         sampler, steps: what the caller is about to use; None where it asks the strategy.
         """
-        asked = {"family": family.name, "networks": family.names, "sampler": sampler, "steps": steps}
+        marked = self.fingerprints and family.fingerprints  # then a folder may have been moved
+        name = None if marked else family.name
+        asked = {"family": name, "networks": family.names, "sampler": sampler, "steps": steps}
         for what, value in asked.items():
             if value is not None and value != getattr(self, what):
                 raise InputError(f"the strategy is for {what} {_text(getattr(self, what))}, not {_text(value)}")
+        if marked:
+            changed = [n for n, a, b in zip(self.networks, self.fingerprints, family.fingerprints) if a != b]
+            if changed:
+                raise InputError(f"the strategy was found for other weights of {', '.join(changed)}: search again")
         return [family.networks[index] for index in self.indices]
 
     def save(self, file):

@@ -1,4 +1,4 @@
-"""Named tensors in files: safetensors, whole or in shards, and other people's .pth / .pt / .bin, read without risk.
+"""Named tensors in files: safetensors, whole or in shards, and other people's .pth, .pt, .th, .bin, read without risk.
 
 Shards follow the custom of the hubs: name.safetensors.index.json lists which tensor is in which
 name-00001-of-00003.safetensors. It is written last: a writing cut short leaves no index, rather than a mixture.
@@ -66,7 +66,7 @@ def read_tensors(file):
     try:
         if file.name.endswith(INDEX):
             return _read_shards(file)
-        if file.suffix not in (".pth", ".pt", ".bin"):
+        if file.suffix not in (".pth", ".pt", ".th", ".bin"):
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         # a Namespace of options, which many training scripts add, is no more than a dict;

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sparsedm.cli import main
+from sparsedm.drawing import family_of
 from sparsedm.models import build_model
+from sparsedm.stepaware import Strategy
 from sparsedm.train import data
 from sparsedm.train.checkpoint import load_model, save_model
 
@@ -132,6 +135,49 @@ def test_a_foreign_file_is_read_as_the_named_model(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "missing" in error
     assert "of another shape" in error or "for" in error
+
+
+def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsys):
+    family = family_of(trained)
+    names, file, out = family.names, tmp_path / "s.json", tmp_path / "drawn.npz"
+    draw = ["sample", trained, "--count", 3, "--out", out]
+    for index, stage in ((0, "00-dense"), (2, "02-2of4")):  # one network at every step is that network's own sampling
+        Strategy(family.name, names, "ddim", (index,) * 3, "", family.fingerprints).save(file)
+        assert run(*draw, "--strategy", file) == 0
+        mine = np.load(out)["images"]
+        assert run(*draw[:1], trained / stage, *draw[2:], "--sampler", "ddim", "--sampling-steps", 3) == 0
+        assert np.array_equal(np.load(out)["images"], mine)
+    mixed = Strategy(family.name, names, "heun", (2, 0, 1), "", family.fingerprints)
+    mixed.save(file)
+    assert run(*draw, "--strategy", file, "--compress") == 0
+    share = mixed_share(family, mixed)
+    assert f"{share:.0%} of the MACs of dense, compressed, heun in 3 steps" in capsys.readouterr().out
+    assert run("evaluate", trained, "--data", "synthetic", "--count", 16, "--strategy", file) == 0
+    assert json.loads((trained / "evaluation.json").read_text())["sampler"] == "heun"
+    for extra, message in [
+        (["--sampler", "ddim"], "the strategy is for sampler heun, not ddim"),
+        (["--sampling-steps", 4], "the strategy is for steps 3, not 4"),
+        (["--which", "model"], "--strategy goes with a run folder alone"),
+    ]:
+        assert run(*draw, "--strategy", file, *extra) == 2
+        assert message in capsys.readouterr().err
+    assert run(*draw, "--strategy", tmp_path / "none.json") == 2
+    assert "is missing or holds no strategy" in capsys.readouterr().err
+    assert run("sample", trained, "--sampling-steps", 0) == 2
+
+
+def mixed_share(family, strategy):
+    return family.cost(strategy.sampler, strategy.indices) / family.cost(strategy.sampler, (0,) * strategy.steps)
+
+
+def test_the_network_computes_in_the_dtype_that_is_asked_for(trained, tmp_path):
+    drawn = {}
+    for dtype in ("fp32", "auto", "bf16"):
+        out = tmp_path / f"{dtype}.npz"
+        assert run("sample", trained, "--count", 2, "--sampling-steps", 4, "--dtype", dtype, "--out", out) == 0
+        drawn[dtype] = np.load(out)["images"].astype(int)
+    assert np.array_equal(drawn["fp32"], drawn["auto"])
+    assert 0 < abs(drawn["bf16"] - drawn["fp32"]).mean() < 10
 
 
 def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):

@@ -35,6 +35,7 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.pictures", 3),
     ("sparsedm.bench", 3.5),
     ("sparsedm.commands", 4),
+    ("sparsedm.drawing", 4.1),
     ("sparsedm.importing", 4),
     ("sparsedm.quickstart", 4.3),
     ("sparsedm.experiments", 4.4),

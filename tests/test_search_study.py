@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sparsedm import evaluate, search_study
+from sparsedm.drawing import family_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.models import build_model
 from sparsedm.search import SearchOptions
-from sparsedm.search_study import Plan, family_of, study
+from sparsedm.search_study import Plan, study
 from sparsedm.sparsity import sparsify
 from sparsedm.stepaware import Strategy, load_strategy, sample
 from sparsedm.train import checkpoint
@@ -89,7 +90,7 @@ def test_a_search_leaves_what_it_found_and_goes_on_where_it_stopped(chain, tmp_p
     assert report["seconds"]["training"] == 7.5
     found = next(row for row in report["rows"] if row["group"] == "found")
     strategy = load_strategy(tmp_path / "strategies" / f"{found['strategy'].replace(' ', '-')}.json")
-    family, _ = family_of(chain)
+    family = family_of(chain)
     assert strategy.indices == found["indices"]
     assert strategy.models(family, sampler="ddim", steps=3)
     assert family.cost("ddim", strategy.indices) == found["cost"]
@@ -103,7 +104,7 @@ def test_a_search_leaves_what_it_found_and_goes_on_where_it_stopped(chain, tmp_p
 
 def test_distances_are_those_of_the_samples(chain, tmp_path):
     report = study(plan(chain, tmp_path))
-    family, _ = family_of(chain)
+    family = family_of(chain)
     features = load_features()
     real = evaluate.summarize(search_study.load_images("synthetic", "train", 12).images, features, "real")
     row = next(row for row in report["rows"] if row["group"] == "random")
@@ -131,10 +132,10 @@ def test_a_slimmable_chain_is_a_family_of_both(tmp_path):
     model = build_model("slimmable-tiny", image_size=12, multipliers=(1, 1), attention=(), eighths=(4, 8))
     save(tmp_path / "00-dense", model)
     save(tmp_path / "01-2of4", sparsify(model, "2:4"))
-    family, sources = family_of(tmp_path)
+    family = family_of(tmp_path)
     assert family.names == ("dense 8/8", "2:4 8/8", "dense 4/8", "2:4 4/8")
     assert list(family.costs) == sorted(family.costs, reverse=True)
-    assert len(sources) == 2
+    assert len(set(family.fingerprints)) == len(family.networks)
 
 
 def test_latents_are_searched_by_the_proxy(tmp_path):

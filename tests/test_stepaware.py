@@ -9,6 +9,7 @@ from torch import nn
 from sparsedm import diffusion, samplers, stepaware
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
+from sparsedm.layers import Linear24
 from sparsedm.models import build_model
 from sparsedm.sparsity import sparsify
 from sparsedm.stepaware import Family, Strategy, load_strategy, sample
@@ -131,6 +132,26 @@ def test_each_step_is_done_by_its_network(chain):
     assert order == ["1:4", "dense", "2:4", "2:4"]
 
 
+def test_a_strategy_knows_its_networks_by_their_weights_and_not_by_their_folder(chain):
+    found = strategy((2, 0, 1), fingerprints=chain.fingerprints)
+    moved = replace(chain, name="elsewhere")
+    assert found.models(moved) == [chain.networks[i] for i in (2, 0, 1)]
+    with pytest.raises(InputError, match="for family chain, not elsewhere"):
+        strategy((2, 0, 1)).models(moved)
+    networks = dict(zip(chain.names, chain.networks))
+    retrained = stepaware.family("chain", networks | {"2:4": student("2:4")})
+    assert retrained.fingerprints[0] == chain.fingerprints[0]
+    with pytest.raises(InputError, match="found for other weights of 2:4: search again"):
+        found.models(retrained)
+
+
+def test_seconds_are_those_of_the_compressed_networks(chain):
+    timed = stepaware.family("chain", dict(zip(chain.names, chain.networks)), unit="seconds", batch=2)
+    kinds = [{type(m) for m in network.modules()} & {Linear24} for network in timed.networks]
+    assert kinds == [set(), {Linear24}, {Linear24}]
+    assert timed.fingerprints == chain.fingerprints, "the strategy fits the family in either unit"
+
+
 def test_a_strategy_survives_its_file(tmp_path):
     found = strategy((2, 0, 1), data="synthetic")
     found.save(tmp_path / "s.json")
@@ -142,6 +163,7 @@ def test_a_strategy_survives_its_file(tmp_path):
         "sampler": "ddim",
         "indices": [2, 0, 1],
         "data": "synthetic",
+        "fingerprints": [],
         "steps": 3,
     }
 

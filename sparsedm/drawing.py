@@ -1,0 +1,178 @@
+"""The commands that draw from trained networks: `sparsedm sample` and `sparsedm evaluate`.
+
+What they draw from is a model, or with --strategy the networks of a run folder in turn (see `stepaware.py`).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sparsedm import evaluate, pictures, samplers, stepaware
+from sparsedm.commands import load_images, load_named, picture_name
+from sparsedm.diffusion import schedule_of
+from sparsedm.errors import InputError
+from sparsedm.features import load_features, to_uint8
+from sparsedm.files import atomic_file, cache_folder, write_json
+from sparsedm.models import build_model
+from sparsedm.sparsity import compress, masked_layers
+from sparsedm.train import checkpoint
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def family_of(run, unit="MACs", device="cpu"):
+    """The stepaware.Family of a run folder: its stages, each at all its widths if it is slimmable, the costliest first.
+
+    Raises InputError for a run of one network.
+    """
+    run = Path(run)
+    networks, stages = {}, {}
+    for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
+        loaded = checkpoint.load_model(stage, build_model)
+        name = " + ".join(sorted(set(checkpoint.describe(loaded.model)["patterns"].values()))) or "dense"
+        name = f"{name} ({stage.name})" if name in stages else name
+        stages[name] = stage
+        slimmable = loaded.model.config.kind == "slimmable"
+        found = stepaware.widths(loaded.model) if slimmable else {"": loaded.model}
+        networks |= {f"{name} {width}".strip(): network.to(device) for width, network in found.items()}
+    if len(networks) < 2:
+        raise InputError(f"{run} holds one network only: there is nothing to choose from")
+    family = stepaware.family(run.parent.name if run.name == "family" else run.name, networks, unit=unit)
+    order = sorted(range(len(networks)), key=lambda i: -family.costs[i])
+    fields = ("networks", "names", "costs", "fingerprints")
+    return replace(family, **{field: tuple(getattr(family, field)[i] for i in order) for field in fields})
+
+
+class _Source(NamedTuple):
+    """What a command draws with: the network of each step."""
+
+    words: str
+    networks: list
+    sampler: str
+    steps: int
+    compressed: bool = False
+
+    @property
+    def config(self):
+        return self.networks[0].config
+
+
+def _source(options):
+    """The _Source that the command line names: a run or model file, or with --strategy a family and its strategy."""
+    if options.strategy is None:
+        loaded = load_named(options, which=options.which)
+        sampler, steps = options.sampler or "dpm++2m", 50 if options.sampling_steps is None else options.sampling_steps
+        if steps < 1:
+            raise InputError(f"--sampling-steps {steps}: at least 1 is needed")
+        return _Source(f"the {loaded.kind} model in {loaded.file}", [loaded.model] * steps, sampler, steps)
+    if options.model or options.set or options.which != "ema":
+        raise InputError("--strategy goes with a run folder alone: leave --model, --set and --which away")
+    strategy, family = stepaware.load_strategy(options.strategy), family_of(options.run)
+    networks = strategy.models(family, sampler=options.sampler, steps=options.sampling_steps)
+    share = family.cost(strategy.sampler, strategy.indices) / family.cost(strategy.sampler, (0,) * strategy.steps)
+    words = f"the strategy {options.strategy}, {share:.0%} of the {family.unit} of {family.names[0]}"
+    return _Source(words, networks, strategy.sampler, strategy.steps)
+
+
+def _compressed(source, must):
+    """The _Source with its masked networks compressed; must: refuse one that is not masked, rather than keep it."""
+    small = {id(n): compress(n) if must or masked_layers(n) else n for n in source.networks}
+    return source._replace(
+        words=f"{source.words}, compressed", networks=[small[id(n)] for n in source.networks], compressed=True
+    )
+
+
+def sample(options):
+    source = _source(options)
+    out = Path(options.out or _beside(options.run) / "drawn.png")
+    latents = source.config.channels not in (1, 3)
+    if out.suffix != ".npz":
+        picture_name(out)
+        if latents:
+            raise InputError(
+                f"{options.run} makes latents of {source.config.channels} channels, which are no picture: "
+                "write the numbers with --out FILE.npz"
+            )
+    if options.compress:
+        source = _compressed(source, options.strategy is None)
+    images = _draw(source, options)
+    images = images.float() if latents else to_uint8(images)
+    if out.suffix == ".npz":
+        with atomic_file(out) as partial:
+            np.savez(partial, images=images.numpy())
+    else:
+        pictures.save_grid(out, [("", row) for row in images.split(16)])
+    how = f"{source.sampler} in {source.steps} steps, seed {options.seed}"
+    print(f"{len(images)} samples of {source.words}, {how}: {out}")
+
+
+def _beside(run):
+    """The folder for what is made from a run folder; the current one if `run` is a file."""
+    return Path(run) if Path(run).is_dir() else Path()
+
+
+def _draw(source, options):
+    """(count, C, H, W) floating point samples, as the command line asks."""
+    config, dtype = source.config, DTYPES[options.dtype]
+    if dtype is None:
+        dtype = torch.bfloat16 if source.compressed and options.device.type == "cuda" else torch.float32
+    labels = None
+    if config.num_classes:
+        labels = torch.arange(options.count) % config.num_classes
+        if options.label is not None:
+            if not 0 <= options.label < config.num_classes:
+                raise InputError(f"--label {options.label}: the model has the classes 0 to {config.num_classes - 1}")
+            labels = torch.full_like(labels, options.label)
+    elif options.label is not None or options.guidance:
+        raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
+    moved = {id(network): network.to(options.device, dtype) for network in source.networks}
+    return samplers.sample(
+        [moved[id(network)] for network in source.networks],
+        schedule_of(source.networks[0]),
+        options.count,
+        (config.channels, config.image_size, config.image_size),
+        sampler=source.sampler,
+        steps=source.steps,
+        seed=options.seed,
+        y=None if labels is None else labels.to(options.device),
+        guidance=options.guidance,
+        clip=None if options.no_clip or config.channels > 3 else 1.0,
+        batch_size=options.batch_size,
+        device=options.device,
+        network_dtype=dtype,
+        progress=True,
+        cuda_graph=options.cuda_graph,
+    ).cpu()
+
+
+def evaluate_samples(options):
+    source = _source(options)
+    reference = load_images(options.data, options.split, source.config.image_size)
+    features = load_features(options.features, options.device)
+    summary = evaluate.summarize(
+        reference.images, features, f"{reference.source} {options.split}", cache=cache_folder(), progress=True
+    )
+    paired = None
+    if options.dense:
+        dense = checkpoint.load_model(options.dense, build_model, which=options.which).model
+        paired = to_uint8(_draw(source._replace(networks=[dense] * source.steps), options))
+    images = to_uint8(_draw(source, options))
+    report = evaluate.evaluate(images, summary, features, paired=paired, seed=options.seed, progress=True)
+    report |= {
+        "model": source.words,
+        "data": options.data,
+        "split": options.split,
+        "sampler": source.sampler,
+        "sampling_steps": source.steps,
+        "seed": options.seed,
+    }
+    out = Path(options.out or _beside(options.run) / "evaluation.json")
+    write_json(out, report)
+    width = max(map(len, report))
+    print(
+        "\n".join(f"{k:<{width}}  {v:.5g}" if isinstance(v, float) else f"{k:<{width}}  {v}" for k, v in report.items())
+    )
+    print(f"written to {out}")
