@@ -11,10 +11,12 @@ random. The machinery is pymoo's. Everything that was ever evaluated is kept: th
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from sparsedm.errors import InputError
@@ -57,11 +59,16 @@ class Evaluations:
 
     So a search that was interrupted goes on when the same call is made again: it runs through what it knows already.
     cost: indices -> number. file: None to remember in memory only. A last line that was cut short is dropped.
+    workers: threads that measure at the same time. Each of them computes alone (torch would use all cores for one
+    measurement, with sums in another order), so that the bits do not depend on how many there are.
     """
 
-    def __init__(self, measure, cost, file=None):
-        self.measure, self.cost, self.file, self.known = measure, cost, file and Path(file), {}
-        self.asked, self.seconds = 0, 0.0  # of this session; spent measuring, all sessions together
+    def __init__(self, measure, cost, file=None, workers=1):
+        if workers < 1:
+            raise InputError(f"workers is {workers}: at least 1 is needed")
+        self.measure, self.cost, self.file, self.workers = measure, cost, file and Path(file), workers
+        self.known, self.asked = {}, 0  # indices -> quality; how many were measured in this session
+        self.seconds = 0.0  # spent measuring, of all workers and sessions together
         if self.file and self.file.exists():
             text = self.file.read_text(encoding="utf-8")
             lines = text.splitlines(keepends=True)
@@ -79,30 +86,53 @@ class Evaluations:
 
     def __call__(self, indices):
         """The Evaluation of a strategy. Raises InputError if its quality is not a finite number."""
-        indices = tuple(int(index) for index in indices)
-        if indices not in self.known:
-            start = time.perf_counter()
-            quality = float(self.measure(indices))
-            seconds = time.perf_counter() - start
-            if not math.isfinite(quality):
-                raise InputError(f"the strategy {indices} has the quality {quality}: that is not a finite number")
-            self.asked, self.seconds = self.asked + 1, self.seconds + seconds
-            self.known[indices] = quality
-            if self.file:
-                record = {"indices": indices, "quality": quality, "cost": self.cost(indices), "seconds": seconds}
-                with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-        return Evaluation(self.cost(indices), self.known[indices], indices)
+        [evaluation] = self.each([indices])
+        return evaluation
+
+    def each(self, strategies):
+        """Yield the Evaluation of each strategy, in their order; raises as a call does.
+
+        Whatever ends it early, a failure or an interruption: what is being measured is finished and remembered.
+        """
+        strategies = [tuple(int(index) for index in indices) for indices in strategies]
+        pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
+        unknown = [indices for indices in dict.fromkeys(strategies) if indices not in self.known]
+        measured = {indices: pool.submit(self._timed, indices) for indices in unknown}
+        try:
+            for indices in strategies:
+                if indices in measured:
+                    self._remember(indices, *measured.pop(indices).result())
+                yield Evaluation(self.cost(indices), self.known[indices], indices)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for indices, future in measured.items():
+                if not future.cancelled() and not future.exception():
+                    self._remember(indices, *future.result())
+
+    def _timed(self, indices):
+        start = time.perf_counter()
+        quality = float(self.measure(indices))
+        if not math.isfinite(quality):
+            raise InputError(f"the strategy {indices} has the quality {quality}: that is not a finite number")
+        return quality, time.perf_counter() - start
+
+    def _remember(self, indices, quality, seconds):
+        self.asked, self.seconds = self.asked + 1, self.seconds + seconds
+        self.known[indices] = quality
+        if self.file:
+            record = {"indices": indices, "quality": quality, "cost": self.cost(indices), "seconds": seconds}
+            with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def all(self):
         """Every Evaluation known, in the order in which they were made."""
-        return [self(indices) for indices in self.known]
+        return list(self.each(list(self.known)))
 
 
 def search(evaluate, networks, steps, options, *, start=(), progress=False):
     """Evolve strategies of `steps` indices below `networks`. Returns the Evaluations made or looked up, each once.
 
-    evaluate: indices -> Evaluation, an `Evaluations`. start: strategies that belong to the first generation, beside the
+    evaluate: an `Evaluations`. start: strategies that belong to the first generation, beside the
     uniform ones; random ones fill it up.
     Raises: InputError for a population that is too small for these or larger than there are strategies, and where pymoo
     is not installed.
@@ -127,8 +157,8 @@ def search(evaluate, networks, steps, options, *, start=(), progress=False):
 
         def _evaluate(self, strategies, out, *args, **kwargs):
             found = []
-            for indices in strategies:
-                found.append(evaluate(indices))
+            for evaluation in evaluate.each(strategies):
+                found.append(evaluation)
                 tried[found[-1].indices] = found[-1]
                 bar.update()
                 bar.set_postfix_str(best_so_far(tried.values(), options.weight), refresh=False)

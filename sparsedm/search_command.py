@@ -5,6 +5,7 @@ what `search_study.py` keeps. To resume, run the same command again.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,6 +119,7 @@ def _plan(options, scale):
         features=options.features,
         unit=options.unit,
         device=options.device,
+        workers=options.workers or (len(os.sched_getaffinity(0)) if options.device.type == "cpu" else 1),
     )
 
 
@@ -192,6 +194,11 @@ def add_arguments(sub):
     sub.add_argument("--unit", choices=stepaware.UNITS, default="MACs", help="of cost; seconds are measured here")
     sub.add_argument("--count", type=int, help="images per evaluation (default: of the scale)")
     sub.add_argument("--final-count", type=int, help="images per row of the table (default: of the scale)")
+    sub.add_argument(
+        "--workers",
+        type=int,
+        help="strategies measured at the same time, one thread each; changes nothing but time (default: all CPU cores)",
+    )
     sub.add_argument("--features", default="random-conv", help="as for evaluate (default: random-conv)")
     sub.add_argument("--out", metavar="DIR", help="folder (default: runs/search-SCALE-FAMILY, or RUN/search)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan, and stop")

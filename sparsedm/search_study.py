@@ -45,8 +45,11 @@ class Plan:
     features: str = "random-conv"
     unit: str = "MACs"
     device: torch.device | str = "cpu"
+    workers: int = 1  # strategies measured at the same time, on one thread each
 
     def __post_init__(self):
+        if self.workers > 1 and torch.device(self.device).type != "cpu":
+            raise InputError(f"workers is {self.workers}: a GPU measures one strategy at a time")
         for name in ("count", "final_count", "validation"):
             if getattr(self, name) < 2:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 2 images are needed")
@@ -87,7 +90,7 @@ def study(plan):
         return proxy if plan.quality == "proxy" else lambda indices: distance(draw(indices, count, seed))
 
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)
-    tried = Evaluations(measure(plan.count, plan.search.seed), cost, plan.folder / "evaluations.jsonl")
+    tried = Evaluations(measure(plan.count, plan.search.seed), cost, plan.folder / "evaluations.jsonl", plan.workers)
     step_costs = np.outer(family.costs, samplers.evaluations(plan.sampler, plan.steps))
     room = max(0, plan.search.population - len(family.names)) // 2
     start = _spread(proxy_optima(logarithms, step_costs)[1:-1], room)
@@ -96,11 +99,14 @@ def study(plan):
     groups = {"uniform": {name: (index,) * plan.steps for index, name in enumerate(family.names)}}
     groups |= {"random": _random(family, plan), "by hand": _by_hand(family, plan.steps)}
     groups["found"] = {f"found {i + 1}": e.indices for i, e in enumerate(found) if len(set(e.indices)) > 1}
-    final = Evaluations(measure(plan.final_count, plan.search.seed + 1), cost, plan.folder / "final.jsonl")
+    final = Evaluations(
+        measure(plan.final_count, plan.search.seed + 1), cost, plan.folder / "final.jsonl", plan.workers
+    )
+    named = [(group, name, indices) for group, items in groups.items() for name, indices in items.items()]
+    compared = [indices for _, _, indices in named]
     rows = [
-        {"group": group, "strategy": name, **asdict(final(indices)), "search_quality": tried(indices).quality}
-        for group, strategies in groups.items()
-        for name, indices in strategies.items()
+        {"group": group, "strategy": name, **asdict(measured), "search_quality": searched.quality}
+        for (group, name, _), measured, searched in zip(named, final.each(compared), tried.each(compared))
     ]
     for name, indices in groups["found"].items():
         strategy = Strategy(family.name, family.names, plan.sampler, indices, plan.data, family.fingerprints)

@@ -4,9 +4,11 @@ import itertools
 import json
 import math
 import sys
+import threading
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from sparsedm.errors import InputError
@@ -123,6 +125,49 @@ def test_an_interrupted_search_goes_on(tmp_path, weight):
     assert search(again, NETWORKS, STEPS, options) == whole
     assert again.asked == 0
     assert again.all() == whole
+
+
+def test_workers_change_neither_what_is_found_nor_its_order(tmp_path):
+    together = threading.Barrier(2, timeout=30)  # passes only if two strategies are measured at once
+
+    def slow(indices):
+        together.wait()
+        return measure(indices)
+
+    first = [(0, 1), (1, 0), (0, 1), (2, 2), (0, 2)]
+    both = Evaluations(slow, cost, tmp_path / "both.jsonl", workers=2)
+    alone = Evaluations(measure, cost)
+    assert list(both.each(first)) == [alone(indices) for indices in first]
+    assert list(both.known) == list(alone.known) == first[:2] + first[3:]
+    assert list(Evaluations(measure, cost, tmp_path / "both.jsonl").known) == list(alone.known)
+    options = SearchOptions(12, 4, seed=5)
+    whole = search(Evaluations(measure, cost), NETWORKS, STEPS, options)
+    assert search(Evaluations(measure, cost, workers=3), NETWORKS, STEPS, options) == whole
+
+
+def test_what_was_being_measured_when_a_search_was_interrupted_is_remembered(tmp_path):
+    begun, interrupted = threading.Event(), threading.Event()
+
+    def slow(indices):
+        if indices == (0, 1):
+            begun.wait(30)
+            interrupted.set()
+            raise KeyboardInterrupt
+        begun.set()
+        interrupted.wait(30)
+        assert torch.get_num_threads() == 1
+        return measure(indices)
+
+    threads = torch.get_num_threads()
+    evaluate = Evaluations(slow, cost, tmp_path / "log.jsonl", workers=2)
+    with pytest.raises(KeyboardInterrupt):
+        list(evaluate.each([(0, 1), (1, 0), (2, 2), (1, 1), (2, 0)]))
+    kept = list(Evaluations(measure, cost, tmp_path / "log.jsonl").known)
+    assert kept[0] == (1, 0)
+    assert (0, 1) not in kept
+    assert torch.get_num_threads() == threads, "the threads of the caller are its own"
+    with pytest.raises(InputError, match="workers is 0: at least 1 is needed"):
+        Evaluations(measure, cost, workers=0)
 
 
 def test_a_record_cut_short_is_made_again(tmp_path):

@@ -169,3 +169,10 @@ def test_refusals(chain, tmp_path):
         plan(chain, tmp_path, count=1)
     with pytest.raises(InputError, match="steps is 0"):
         plan(chain, tmp_path, steps=0)
+    with pytest.raises(InputError, match="workers is 2: a GPU measures one strategy at a time"):
+        plan(chain, tmp_path, workers=2, device="cuda")
+
+
+def test_workers_change_no_bit_of_what_is_measured(chain, tmp_path):
+    rows = [study(plan(chain, tmp_path / str(workers), workers=workers))["rows"] for workers in (1, 3)]
+    assert rows[0] == rows[1]
