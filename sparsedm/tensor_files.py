@@ -73,11 +73,13 @@ def read_tensors(file):
         # and torch warns about pickle's protocols, which nobody can act on
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or "it ends too early").splitlines()[0]
-        raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error
     except pickle.UnpicklingError as error:
         raise InputError(f"{file} is refused: it is damaged, or holds more than tensors and might run code") from error
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged file any: torch's unpickler reads on until something gives way
+        reason = (str(error) or "it ends too early").splitlines()[0]
+        raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error
     for inner in ("ema", "state_dict", "model"):
         if isinstance(tensors, dict) and isinstance(tensors.get(inner), dict):
             tensors = tensors[inner]

@@ -86,3 +86,14 @@ def test_damaged_shards_are_refused(damage, message, tmp_path):
     damage(index)
     with pytest.raises(InputError, match=message):
         read_tensors(index)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hi\n", b"PK\x03\x04 no archive", bytes(range(256))], ids=["empty", "text", "zip", "bytes"]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
+def test_whatever_is_in_a_file_it_is_refused_in_one_sentence(content, suffix, tmp_path):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"a{suffix} is (missing, truncated or of another format|refused)"):
+        read_tensors(file)
