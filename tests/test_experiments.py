@@ -170,6 +170,25 @@ def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
     assert (tmp_path / "ratio.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_of_a_plan_has_a_line_of_its_own(name, done, tmp_path):
+    names = [run.name for run in planned(name, "full")[2]]
+    styles = report._styles(names)
+    assert len({*styles.values()}) == len(names)
+    rows = [row for row in runner.read(done / "results.csv") if row["run"] == "chain"]
+    report.write(tmp_path, [row | {"run": run} for run in names for row in rows], EXPERIMENTS[name])
+    assert (tmp_path / "training.png").stat().st_size > 5000
+
+
+def test_a_narrow_range_has_more_than_one_number_on_its_axis():
+    axes = report.Figure().subplots()
+    axes.plot([1.0, 2.2])
+    report._logarithmic(axes)
+    axes.figure.draw_without_rendering()
+    shown = [label.get_text() for label in axes.get_yticklabels() if 1 <= label.get_position()[1] <= 2.2]
+    assert shown == ["1", "1.5", "2"]
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import itertools
 import statistics
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from sparsedm.files import atomic_file, write_text
 from sparsedm.pictures import COLOURS
@@ -28,9 +29,10 @@ def write(folder, rows, plan):
     text = markdown(rows, values, runs)
     pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
     pictures["flips.png"] = _flips
+    styles = _styles(runs)
     if any(measure == "axis" for _, measure in values):
-        pictures["ratio.png"] = lambda figure, values, runs: _axis(figure, values, runs, plan.axis)
-    drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, runs, title)]
+        pictures["ratio.png"] = lambda *arguments: _axis(*arguments, plan.axis)
+    drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, styles, title)]
     shown = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in drawn)
     write_text(folder / "report.md", f"# {title}\n\n{text}\n\n{shown}\n")
     return text
@@ -84,7 +86,15 @@ def _cell(numbers, measure):
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
+def _styles(runs):
+    """{run: (line style, colour)}: the same in every picture. The control has a colour of its own."""
+    others = [colour for colour in COLOURS if colour != COLOURS[1]]
+    styles = itertools.cycle(itertools.product(("-", "--", ":", "-."), others))
+    return {run: ("-", COLOURS[1]) if run == CONTROL else next(styles) for run in runs}
+
+
 def _save(path, draw, values, runs, title):
+    """runs: see `_styles`. draw: (figure, values, runs) -> whether there was anything to draw."""
     figure = Figure(layout="constrained")
     if not draw(figure, values, runs):
         return False
@@ -99,6 +109,14 @@ def _styled(axes, x="", y=""):
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _logarithmic(axes):
+    """With plain numbers on the axis also where it spans less than a power of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _compare(figure, values, runs):
@@ -123,26 +141,23 @@ def _axis(figure, values, runs, name):
     for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
         placed = sorted((_single(values, r, "axis")[0], r) for r in runs if _single(values, r, "axis"))
         seeds = [_single(values, run, measure) for _, run in placed]
-        axes.plot([x for x, _ in placed], [statistics.fmean(s) for s in seeds], color=COLOURS[0])
-        for (x, _), numbers in zip(placed, seeds):
-            axes.plot([x] * len(numbers), numbers, "o", color=COLOURS[0], markeredgecolor="white")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([x for x, _ in placed], [run for _, run in placed], rotation=60, fontsize=8)
-        axes.minorticks_off()
-        _styled(axes, name, measure)
+        axes.plot([statistics.fmean(s) for s in seeds], color=COLOURS[0])
+        for place, numbers in enumerate(seeds):
+            axes.plot([place] * len(numbers), numbers, "o", color=COLOURS[0], markeredgecolor="white")
+        # evenly spaced: on any scale of numbers 15:16, 31:32 and dense would lie on one another
+        axes.set_xticks(range(len(placed)), [run for _, run in placed], fontsize=8)
+        _styled(axes, f"{name}, in order", f"{measure} (dots: seeds)")
     return True
 
 
 def _curves(axes, values, runs, measure, against=None):
     """One line a run: the mean over seeds, in a band from the least to the greatest. Returns whether there was any."""
     drawn = False
-    styles = itertools.product(("-", "--"), COLOURS)
-    for run in runs:
+    for run, (style, colour) in runs.items():
         seeds = [dict(points) for points in values.get((run, measure), {}).values()]
         xs = sorted(set.intersection(*(set(points) for points in seeds))) if seeds else []
         if not xs:
             continue
-        style, colour = next(styles)
         columns = [[points[x] / (against[x] if against else 1) for points in seeds] for x in xs]
         axes.plot(xs, [statistics.fmean(c) for c in columns], style, color=colour, label=run)
         axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
@@ -159,7 +174,7 @@ def _training(figure, values, runs):
     axes = figure.subplots()
     drawn = _curves(axes, values, runs, "validation over training")
     _styled(axes, "images seen after the dense start", "validation loss (band: seeds)")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     _legend(figure, axes)
     return drawn
 
@@ -169,11 +184,12 @@ def _levels(figure, values, runs):
     axes, measure = figure.subplots(), "loss at noise level"
     control = [dict(points) for points in values.get((CONTROL, measure), {}).values()]
     against = {x: statistics.fmean(points[x] for points in control) for x in control[0]} if control else None
-    drawn = _curves(axes, values, [run for run in runs if run != CONTROL or not control], measure, against)
+    others = {run: style for run, style in runs.items() if run != CONTROL or not control}
+    drawn = _curves(axes, values, others, measure, against)
     if control:
         axes.axhline(1, color=COLOURS[1], linewidth=1, linestyle="--")
     _styled(axes, "t: 0 image, 1 noise", "validation loss" + (" / that of the dense control" if control else ""))
-    axes.set_yscale("log")
+    _logarithmic(axes)
     _legend(figure, axes)
     return drawn
 
@@ -183,9 +199,9 @@ def _health(figure, values, runs):
     sparse = _sparse(values, runs)
     panels = figure.subplots(1, 3)
     measures = {
-        "flip rate": "share of mask entries changed since the last log",
+        "flip rate": "mask entries changed since the last log",
         "density": "density of the masked layers",
-        "distance over training": "distance to the dense weights, as a share of them",
+        "distance over training": "distance to the dense weights (1: their norm)",
     }
     drawn = [_curves(axes, values, sparse, measure) for axes, measure in zip(panels, measures)]
     for axes, label in zip(panels, measures.values()):
@@ -228,4 +244,6 @@ def _flip_map(values, run):
 
 
 def _sparse(values, runs):
-    return [run for run in runs if any(v < 1 for s in values.get((run, "density"), {}).values() for _, v in s)]
+    """Those of `runs` that have masks."""
+    densities = {run: values.get((run, "density"), {}).values() for run in runs}
+    return {run: runs[run] for run in runs if any(density < 1 for seed in densities[run] for _, density in seed)}
