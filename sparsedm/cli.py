@@ -130,7 +130,11 @@ def _parser():
         "sample",
         drawing.sample,
         "draw images from a trained model into one picture",
-        ["runs/quickstart", "runs/quickstart --count 64 --sampler ddim --sampling-steps 100 --compress"],
+        [
+            "runs/quickstart",
+            "runs/quickstart --count 64 --sampler ddim --sampling-steps 100 --compress",
+            "runs/search-smoke-chain/family --strategy runs/search-smoke-chain/strategies/found-3.json",
+        ],
     )
     sample.add_argument("run", help="run folder (its last stage), stage folder, or model file")
     _add_model(sample, ": what a foreign file holds")
@@ -252,7 +256,7 @@ def _add_sampling(sub, count):
         "--batch-size", type=int, default=256, help="images at a time; changes nothing but rounding (default: 256)"
     )
     sub.add_argument("--which", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)")
-    sub.add_argument("--cuda-graph", action="store_true", help="replay the network as a CUDA graph: less host time")
+    sub.add_argument("--cuda-graph", action="store_true", help="replay whole steps as CUDA graphs: less host time")
 
 
 def _seed(text):

@@ -54,6 +54,7 @@ class _Source(NamedTuple):
     sampler: str
     steps: int
     compressed: bool = False
+    cost: dict = {}  # of a strategy, for the report
 
     @property
     def config(self):
@@ -72,9 +73,11 @@ def _source(options):
         raise InputError("--strategy goes with a run folder alone: leave --model, --set and --which away")
     strategy, family = stepaware.load_strategy(options.strategy), family_of(options.run)
     networks = strategy.models(family, sampler=options.sampler, steps=options.sampling_steps)
-    share = family.cost(strategy.sampler, strategy.indices) / family.cost(strategy.sampler, (0,) * strategy.steps)
-    words = f"the strategy {options.strategy}, {share:.0%} of the {family.unit} of {family.names[0]}"
-    return _Source(words, networks, strategy.sampler, strategy.steps)
+    macs, dearest = (family.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
+    share = f"{macs / dearest:.0%} of the MACs of {family.names[0]}"
+    words = f"the strategy {options.strategy}, {macs / 1e6:,.1f} M MACs an image, {share}"
+    cost = {"strategy": options.strategy, "macs_per_image": macs, "share_of_macs": macs / dearest}
+    return _Source(words, networks, strategy.sampler, strategy.steps, cost=cost)
 
 
 def _compressed(source, must):
@@ -168,6 +171,7 @@ def evaluate_samples(options):
         "sampler": source.sampler,
         "sampling_steps": source.steps,
         "seed": options.seed,
+        **source.cost,
     }
     out = Path(options.out or _beside(options.run) / "evaluation.json")
     write_json(out, report)

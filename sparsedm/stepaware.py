@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
 import torch
@@ -83,8 +83,10 @@ def family(name, networks, *, unit="MACs", batch=64):
 
 
 def fingerprint(network):
-    """16 hexadecimal digits that change with the weights, wherever they are stored."""
-    digest = hashlib.sha256()
+    """16 hexadecimal digits that change with the configuration, the patterns and the weights, wherever they lie."""
+    patterns = {name: str(layer.pattern) for name, layer in masked_layers(network)}
+    config = getattr(network, "config", None)
+    digest = hashlib.sha256(json.dumps([asdict(config) if is_dataclass(config) else config, patterns]).encode())
     for name, value in network.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -135,6 +137,8 @@ class Strategy:
         for name in ("networks", "indices", "fingerprints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         names, indices = self.networks, self.indices
+        if len(self.fingerprints) not in (0, len(names)):
+            raise InputError(f"{len(self.fingerprints)} fingerprints were given for {len(names)} networks")
         if self.sampler not in samplers.SAMPLERS:
             raise InputError(f"unknown sampler {self.sampler!r}, expected one of {', '.join(samplers.SAMPLERS)}")
         if not indices:
@@ -176,7 +180,7 @@ def load_strategy(file):
     """A Strategy from its JSON file. Raises InputError naming the file and what is wrong with it."""
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
-        steps = values.pop("steps")
+        steps, knows_weights = values.pop("steps"), "fingerprints" in values
         strategy = Strategy(**values)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
@@ -184,6 +188,8 @@ def load_strategy(file):
         raise InputError(f"{file} is missing or holds no strategy: {error}") from error
     if steps != strategy.steps:
         raise InputError(f"{file} says {steps} steps and has {strategy.steps} indices")
+    if not knows_weights:
+        raise InputError(f"{file} was made by an older version, which did not say for which weights: search again")
     return strategy
 
 

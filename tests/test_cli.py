@@ -153,7 +153,11 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
     share = mixed_share(family, mixed)
     assert f"{share:.0%} of the MACs of dense, compressed, heun in 3 steps" in capsys.readouterr().out
     assert run("evaluate", trained, "--data", "synthetic", "--count", 16, "--strategy", file) == 0
-    assert json.loads((trained / "evaluation.json").read_text())["sampler"] == "heun"
+    written = json.loads((trained / "evaluation.json").read_text())
+    assert written["sampler"] == "heun"
+    assert written["strategy"] == str(file)
+    assert written["macs_per_image"] == family.cost("heun", (2, 0, 1))
+    assert written["share_of_macs"] == share
     for extra, message in [
         (["--sampler", "ddim"], "the strategy is for sampler heun, not ddim"),
         (["--sampling-steps", 4], "the strategy is for steps 3, not 4"),

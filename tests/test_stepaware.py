@@ -145,6 +145,22 @@ def test_a_strategy_knows_its_networks_by_their_weights_and_not_by_their_folder(
         found.models(retrained)
 
 
+def test_fingerprints_tell_configurations_and_patterns_apart_where_the_weights_are_equal():
+    weights = student().state_dict()
+    marks = {}
+    for name, network in {
+        "dense": student(),
+        "again": student(),
+        "2:4": student("2:4"),
+        "1:4": student("1:4"),
+        "velocity": student(velocity=True),
+    }.items():
+        network.load_state_dict(weights)
+        marks[name] = stepaware.fingerprint(network)
+    assert marks.pop("again") == marks["dense"]
+    assert len(set(marks.values())) == len(marks)
+
+
 def test_seconds_are_those_of_the_compressed_networks(chain):
     timed = stepaware.family("chain", dict(zip(chain.names, chain.networks)), unit="seconds", batch=2)
     kinds = [{type(m) for m in network.modules()} & {Linear24} for network in timed.networks]
@@ -177,6 +193,7 @@ def test_a_strategy_survives_its_file(tmp_path):
         ({"indices": (0, 1.0)}, "step 1 asks for network 1.0"),
         ({"indices": ()}, "needs at least one step"),
         ({"sampler": "dpm3"}, "unknown sampler 'dpm3'"),
+        ({"fingerprints": ("ab", "cd")}, "2 fingerprints were given for 3 networks"),
     ],
 )
 def test_strategies_that_are_none(change, message):
@@ -212,6 +229,10 @@ def test_strategies_for_another_case_are_refused(chain, change, asked, message):
         (
             '{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [0], "steps": 1, "x": 0}',
             "holds no strategy",
+        ),
+        (
+            '{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [0], "steps": 1}',
+            "s.json was made by an older version, which did not say for which weights: search again",
         ),
     ],
 )
