@@ -31,21 +31,25 @@ FAMILIES = {  # class of the model: (the layers to make sparse unless told other
 
 def _selection(model, where):
     """((name, module) -> whether it is selected, why the others stay dense)."""
-    reason = "not selected"
-    if where is None:
-        where, reason = _default_layers(model)
-    return _selector(model, where), reason
+    if where is not None:
+        return _selector(model, where), "not selected"
+    for name, module in model.named_modules():  # the model itself, or one inside a wrapper such as DDP or PEFT
+        where, reason = _known_layers(module)
+        if where:
+            prefix, selected = f"{name}." if name else "", _selector(module, where)
+            return lambda n, m: n.startswith(prefix) and selected(n.removeprefix(prefix), m), reason
+    return _selector(model, "all"), "not selected"
 
 
-def _default_layers(model):
-    """(where, why the others stay dense) for the model, or for the one inside a wrapper such as DDP or PEFT."""
-    for module in model.modules():
-        if getattr(module, "sparse_layers", None):
-            return module.sparse_layers, "not selected"
-        for kind in type(module).__mro__:
-            if kind.__name__ in FAMILIES:
-                return FAMILIES[kind.__name__]
-    return "all", ""
+def _known_layers(module):
+    """(where, why the others stay dense) for one of our models or of FAMILIES, (None, None) for any other."""
+    if getattr(module, "sparse_layers", None):
+        return module.sparse_layers, "not selected"
+    for kind in type(module).__mro__:
+        where, reason = FAMILIES.get(kind.__name__, (None, None))
+        if where and any(re.search(where, name) for name, _ in module.named_modules()):  # not only of the same name
+            return where, reason
+    return None, None
 
 
 def _selector(model, where):

@@ -81,6 +81,27 @@ def test_a_model_names_its_own_sparse_layers():
     assert set(masks(sparsify(model, "2:4", "all"))) == {"conv", "head"}
 
 
+def test_a_model_inside_a_wrapper_has_its_own_default_and_one_of_a_known_name_only_has_none():
+    class UNet2DModel(nn.Module):  # as diffusers names its layers
+        def __init__(self):
+            super().__init__()
+            self.conv_in, self.conv_mid = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
+
+    class VisionTransformer(nn.Module):  # of somebody else
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+    model = UNet2DModel()
+    for wrapped, prefix in (
+        (model, ""),
+        (nn.Sequential(nn.Identity(), model), "1."),
+        (nn.DataParallel(model), "module."),
+    ):
+        assert set(masks(sparsify(copy.deepcopy(wrapped), "2:4"))) == {f"{prefix}conv_mid"}
+    assert set(masks(sparsify(VisionTransformer(), "2:4"))) == {"first"}
+
+
 def test_shared_and_special_layers():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2)})
     model["b"] = model["a"]
@@ -304,13 +325,14 @@ def test_what_cannot_be_decompressed_is_refused(call, message):
 
 NETWORKS = {
     "uvit": {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2},
+    "dit": {"kind": "dit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2, "num_classes": 0},
     "ddpm": {"kind": "ddpm", "image_size": 8, "width": 32, "multipliers": (1, 2), "attention": (4,), "blocks": 1},
 }
 
 
 @pytest.fixture(params=[f"{network} {form}" for network in NETWORKS for form in ("masked", "compressed")])
 def network(request):
-    """A small U-ViT or DDPM in eval mode, masked or compressed, whose output is not zero."""
+    """A small U-ViT, DiT or DDPM in eval mode, masked or compressed, whose output is not zero."""
     name, form = request.param.split()
     model = build_model(NETWORKS[name]).eval()
     for parameter in model.parameters():
