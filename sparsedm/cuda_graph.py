@@ -1,4 +1,4 @@
-"""Networks as CUDA graphs: recorded at the first call for each shape, replayed with new inputs afterwards.
+"""Functions of tensors as CUDA graphs: recorded at the first call for each shape, replayed with new inputs afterwards.
 
 A small network is bound by the host, which launches hundreds of kernels of a few microseconds each; a graph launches
 them all at once. Nothing is tuned while a graph is recorded, so the calls that warm up tune first.
@@ -11,46 +11,52 @@ from sparsedm.errors import InputError
 WARM_UP = 2  # calls before a recording: the first tunes, compiles kernels and arranges weights
 
 
-def graphed(networks, device):
-    """A list of callables that compute what `networks` (x, t[, y]) do, for inference on a CUDA device.
+class Graphs:
+    """`graphs(function, *arguments)` is function(*arguments), a tuple of new tensors, for inference on a CUDA device.
 
-    A network that is in the list several times is recorded once per shape. All graphs share their memory, so they must
-    be called one after the other, on one stream; the results are new tensors. The weights must not change meanwhile.
+    The tensors among the arguments are the inputs of the graph; everything else (networks, numbers, None) is a part of
+    it, so another function, another such argument, or a tensor of another shape, strides or dtype is recorded anew. The
+    function may neither wait for the device nor draw random numbers, and the weights of a network must not change
+    between its calls. All graphs share their memory, so they must be called one after the other, on one stream.
+
+    record: (run, device) -> (replay, outputs), which `CudaRecorder` does for CUDA graphs.
     Raises: InputError if the device is not a CUDA device.
     """
-    if torch.device(device).type != "cuda":
-        raise InputError(f"a CUDA graph needs a CUDA device, and the network is on {device}")
-    recorder = _Recorder()
-    replayed = {id(network): _Graphed(network, recorder) for network in networks}
-    return [replayed[id(network)] for network in networks]
 
-
-class _Graphed:
-    def __init__(self, network, recorder):
-        self.network, self.recorder = network, recorder
-        self.config = getattr(network, "config", None)  # guidance looks up the null label
+    def __init__(self, device, record=None):
+        if torch.device(device).type != "cuda":
+            raise InputError(f"a CUDA graph needs a CUDA device, and the network is on {device}")
+        self.device = device
+        self.record = record or CudaRecorder()
         self.recordings = {}
 
-    def __call__(self, *inputs):
-        shapes = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
-        if shapes not in self.recordings:
-            held = [x.clone() for x in inputs]
-            self.recordings[shapes] = held, *self.recorder.record(lambda: self.network(*held), inputs[0].device)
-        held, replay, output = self.recordings[shapes]
-        for mine, theirs in zip(held, inputs):
+    def __call__(self, function, *arguments):
+        inputs = [value for value in arguments if isinstance(value, torch.Tensor)]
+        key = function, *map(_kind, arguments)
+        if key not in self.recordings:
+            held = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+            buffers = [value for value in held if isinstance(value, torch.Tensor)]
+            self.recordings[key] = buffers, *self.record(lambda: function(*held), self.device)
+        buffers, replay, outputs = self.recordings[key]
+        for mine, theirs in zip(buffers, inputs):
             mine.copy_(theirs)
         replay()
-        return output.clone()
+        return tuple(output.clone() for output in outputs)
 
 
-class _Recorder:
+def _kind(value):
+    """What must be the same for a recording to serve: strides too, because they decide which kernels run."""
+    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
+
+
+class CudaRecorder:
     """Records graphs into one pool of memory."""
 
     def __init__(self):
         self.pool = None
 
-    def record(self, run, device):
-        """-> (replay: () -> None, the tensor that every replay writes)."""
+    def __call__(self, run, device):
+        """-> (replay: () -> None, the tensors that every replay writes)."""
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -60,6 +66,6 @@ class _Recorder:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                output = run()
+                outputs = run()
         self.pool = self.pool or graph.pool()
-        return graph.replay, output
+        return graph.replay, outputs

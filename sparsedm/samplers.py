@@ -1,84 +1,105 @@
 """Five samplers, which carry noise to images with a network `model(x, t) -> predicted noise`, and guidance by a label.
 
-Schedules and symbols are those of `diffusion.py`. What a sampler is given: predict(step, x, t) -> (x̂_0, ε̂); intervals
-yields (step, t, s), s being the less noisy time to go to; noise() -> ε like x, fresh at every call. It returns x at the
-last s. Times are 0-dim float64 tensors.
+Schedules and symbols are those of `diffusion.py`. A sampler is one step: step(predict, x, noise, before, t, s) -> (x at
+s, what the next step is given as `before`). t and s are Times, s being the less noisy one, predict(x, t) -> (x̂_0, ε̂),
+noise is ε like x, and `before` is () in the first step. A step is a function of these tensors alone and never waits for
+their values, so that all of it can be recorded as a CUDA graph and replayed with others.
 """
 
 import functools
-from itertools import pairwise
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from sparsedm.cuda_graph import graphed
+from sparsedm.cuda_graph import Graphs
 from sparsedm.diffusion import draw_noise, evaluating, noise_streams
 from sparsedm.errors import InputError
 
 
-def euler_maruyama(predict, schedule, intervals, x, noise):
+class Time(NamedTuple):
+    """A time and what the formulas need of it, 0-dim float64 tensors on the device of x."""
+
+    model_time: torch.Tensor  # in the network's units
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    log_alpha: torch.Tensor
+    half_log_snr: torch.Tensor
+
+
+def time_table(schedule, times):
+    """times (n,) -> (n, 5), whose rows are the fields of a Time."""
+    quantities = schedule.model_time, schedule.alpha, schedule.sigma, schedule.log_alpha, schedule.half_log_snr
+    return torch.stack([quantity(times) for quantity in quantities], 1)
+
+
+def euler_maruyama(predict, x, noise, before, t, s):
     """The reverse SDE dx = [-β x / 2 - β ∇log p] dt + √β dw (Score SDE, eq. 6 and 11), weak order 1.
 
     ∇log p = -ε̂/σ. The step's β Δt is the exact integral of β, which is 2 log(α_s/α_t): so it fits any schedule.
     """
-    for step, t, s in intervals:
-        _, eps = predict(step, x, t)
-        beta = 2 * (schedule.log_alpha(s) - schedule.log_alpha(t))
-        x = x + beta * (x / 2 - eps / schedule.sigma(t)) + beta.sqrt() * noise()
-    return x
+    _, eps = predict(x, t)
+    beta = 2 * (s.log_alpha - t.log_alpha)
+    return x + beta * (x / 2 - eps / t.sigma) + beta.sqrt() * noise, ()
 
 
-def ddpm(predict, schedule, intervals, x, noise):
+def ddpm(predict, x, noise, before, t, s):
     """Ancestral sampling from q(x_s | x_t, x̂_0) (DDPM, eq. 6-7, with the posterior variance), for any times t > s."""
-    for step, t, s in intervals:
-        x0, _ = predict(step, x, t)
-        ratio = (schedule.log_alpha(t) - schedule.log_alpha(s)).exp()
-        variance_t, variance_s, variance_between = schedule.sigma(t) ** 2, schedule.sigma(s) ** 2, 1 - ratio**2
-        mean = (ratio * variance_s * x + schedule.alpha(s) * variance_between * x0) / variance_t
-        x = mean + (variance_between * variance_s / variance_t).sqrt() * noise()
-    return x
+    x0, _ = predict(x, t)
+    ratio = (t.log_alpha - s.log_alpha).exp()
+    variance_t, variance_s, variance_between = t.sigma**2, s.sigma**2, 1 - ratio**2
+    mean = (ratio * variance_s * x + s.alpha * variance_between * x0) / variance_t
+    return mean + (variance_between * variance_s / variance_t).sqrt() * noise, ()
 
 
-def ddim(predict, schedule, intervals, x, noise):
+def ddim(predict, x, noise, before, t, s):
     """x_s = α_s x̂_0 + σ_s ε̂ (DDIM, arXiv 2010.02502, eq. 12 with σ = 0), order 1."""
-    for step, t, s in intervals:
-        x0, eps = predict(step, x, t)
-        x = schedule.alpha(s) * x0 + schedule.sigma(s) * eps
-    return x
+    x0, eps = predict(x, t)
+    return s.alpha * x0 + s.sigma * eps, ()
 
 
-def dpm_solver_pp_2m(predict, schedule, intervals, x, noise):
+def dpm_solver_pp_2m(predict, x, noise, before, t, s):
     """DPM-Solver++(2M), the multistep data-prediction solver (arXiv 2211.01095, algorithm 2), order 2."""
-    x0_before = h_before = None
-    for step, t, s in intervals:
-        x0, _ = predict(step, x, t)
-        h = schedule.half_log_snr(s) - schedule.half_log_snr(t)
-        extrapolated = x0 if x0_before is None else x0 + (x0 - x0_before) * h / (2 * h_before)
-        x = schedule.sigma(s) / schedule.sigma(t) * x - schedule.alpha(s) * torch.expm1(-h) * extrapolated
-        x0_before, h_before = x0, h
-    return x
+    x0, _ = predict(x, t)
+    h = s.half_log_snr - t.half_log_snr
+    extrapolated = x0
+    if before:
+        x0_before, h_before = before
+        extrapolated = x0 + (x0 - x0_before) * h / (2 * h_before)
+    return s.sigma / t.sigma * x - s.alpha * torch.expm1(-h) * extrapolated, (x0, h)
 
 
-def heun(predict, schedule, intervals, x, noise):
+def heun(predict, x, noise, before, t, s):
     """Heun's rule on d(x/α) = ε̂ d(σ/α), the probability-flow ODE (EDM, arXiv 2206.00364, algorithm 1), order 2.
 
-    Two network evaluations per interval, both by the network of that interval's step.
+    Two network evaluations per step, both by the network of that step.
     """
-    for step, t, s in intervals:
-        alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
-        h = schedule.sigma(s) / alpha_s - schedule.sigma(t) / alpha_t
-        _, eps = predict(step, x, t)
-        _, eps_ahead = predict(step, alpha_s * (x / alpha_t + h * eps), s)
-        x = alpha_s * (x / alpha_t + h * (eps + eps_ahead) / 2)
-    return x
+    h = s.sigma / s.alpha - t.sigma / t.alpha
+    _, eps = predict(x, t)
+    _, eps_ahead = predict(s.alpha * (x / t.alpha + h * eps), s)
+    return s.alpha * (x / t.alpha + h * (eps + eps_ahead) / 2), ()
 
 
-SAMPLERS = {  # name: (function, the spacing of times that suits it)
-    "euler-maruyama": (euler_maruyama, "time"),
-    "ddpm": (ddpm, "time"),
-    "ddim": (ddim, "time"),
-    "dpm++2m": (dpm_solver_pp_2m, "logsnr"),
-    "heun": (heun, "edm"),
+def data_prediction(predict, x, noise, before, t):
+    """x̂_0: the last step of every sampler. DDPM's algorithm 2 adds no noise in it, EDM's Heun falls back to Euler and
+    DPM-Solver++ to order 1."""
+    x0, _ = predict(x, t)
+    return x0, ()
+
+
+class Sampler(NamedTuple):
+    step: Callable
+    spacing: str  # of times, that suits it
+    stochastic: bool = False  # its steps need noise
+
+
+SAMPLERS = {
+    "euler-maruyama": Sampler(euler_maruyama, "time", stochastic=True),
+    "ddpm": Sampler(ddpm, "time", stochastic=True),
+    "ddim": Sampler(ddim, "time"),
+    "dpm++2m": Sampler(dpm_solver_pp_2m, "logsnr"),
+    "heun": Sampler(heun, "edm"),
 }
 SPACINGS = ("time", "logsnr", "edm")
 
@@ -90,7 +111,7 @@ def evaluations(sampler, steps):
     """
     if steps < 1:
         raise InputError(f"steps is {steps}, it must be at least 1")
-    return [2 if SAMPLERS[sampler][0] is heun else 1] * (steps - 1) + [1]
+    return [2 if SAMPLERS[sampler].step is heun else 1] * (steps - 1) + [1]
 
 
 def time_grid(schedule, steps, spacing):
@@ -117,38 +138,46 @@ def time_grid(schedule, steps, spacing):
     return times.clamp(schedule.first, schedule.last)
 
 
-def integrate(model, schedule, x, times, sampler, noise=None, bar=None, clip=None):
+def integrate(model, schedule, x, times, sampler, noise=None, bar=None, clip=None, *, y=None, graphs=None):
     """Carry x (B, ...) at times[0] to a sample: `sampler` from times[0] to times[-1], then x̂_0 there.
 
-    The last step is thus the same for all: DDPM's algorithm 2 adds no noise in it, EDM's Heun falls back to Euler and
-    DPM-Solver++ to order 1. model: `model(x, t)`, or a list with one such per time. noise: callable, ε like x.
-    clip: the largest |x̂_0| that is believed, None for any; ε̂ is made to agree with it.
+    model: `model(x, t)`, or `model(x, t, y)` if there is a y (B,), or a list with one such per time. noise: () -> ε
+    like x, fresh at every call. clip: the largest |x̂_0| that is believed, None for any; ε̂ is made to agree with it.
+    graphs: cuda_graph.Graphs, which replay every step, or None. A step computes in fp32 at least; between steps x has
+    the dtype it came with.
     """
     models = list(model) if isinstance(model, list | tuple) else [model] * len(times)
     if len(models) != len(times):
         raise InputError(f"{len(models)} models were given for {len(times)} steps, one per step is needed")
-    times = times.double().cpu()
+    call = graphs or (lambda function, *arguments: function(*arguments))
+    table = time_table(schedule, times.double().cpu()).to(x.device)
+    before = ()
+    for i, model in enumerate(models):
+        last = i == len(times) - 1
+        step = data_prediction if last else SAMPLERS[sampler].step
+        drawn = noise() if SAMPLERS[sampler].stochastic and not last else None
+        x, *before = call(_step, step, model, clip, y, x, drawn, table[i : i + 2], *before)
+        if bar is not None:
+            bar.update()
+    return x
 
-    def predict(step, x, t):
-        eps = models[step](x, x.new_full((len(x),), schedule.model_time(t).item())).to(x.dtype)
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        x0 = (x - sigma * eps) / alpha
+
+def _step(step, model, clip, y, x, noise, times, *before):
+    """One step as a function of tensors, besides what stays the same: -> (x, *before)."""
+    dtype, labels = x.dtype, () if y is None else (y,)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def predict(x, t):
+        eps = model(x.to(dtype), t.model_time.to(wide).repeat(len(x)), *labels).to(wide)
+        x0 = (x - t.sigma * eps) / t.alpha
         if clip is None:
             return x0, eps
         x0 = x0.clamp(-clip, clip)
-        return x0, (x - alpha * x0) / sigma
+        return x0, (x - t.alpha * x0) / t.sigma
 
-    def intervals():
-        for step, (t, s) in enumerate(pairwise(times)):
-            yield step, t, s
-            if bar is not None:
-                bar.update()
-
-    x = SAMPLERS[sampler][0](predict, schedule, intervals(), x, noise)
-    x, _ = predict(len(times) - 1, x, times[-1])
-    if bar is not None:
-        bar.update()
-    return x
+    noise = None if noise is None else noise.to(wide)
+    x, before = step(predict, x.to(wide), noise, before, *(Time(*row) for row in times))
+    return x.to(dtype), *before
 
 
 def sample(
@@ -182,8 +211,8 @@ def sample(
     y (count,) int64; guidance as in `guided`; null_label: None for the model's config.num_classes. clip: 1.0 for images
     keeps every x̂_0 in [-1, 1] on the way (DDPM's code; "static thresholding", arXiv 2205.11487, section 2.3): a small
     network's errors at high noise, where they are divided by α, would else carry the sample away. network_dtype: of the
-    x that the network is given, where it is not `dtype`, in which the sampler itself computes. cuda_graph: replay the
-    network's evaluations as a CUDA graph (cuda_graph.py); the few operations of a step around them run ahead of it.
+    x that the network is given, where it is not `dtype`, in which the sampler itself computes. cuda_graph: replay whole
+    steps, network and update, as CUDA graphs (cuda_graph.py): the same samples, in less host time.
     Raises InputError for an unknown sampler or spacing, for counts and labels that do not fit together, and for a graph
     off a GPU.
     """
@@ -193,13 +222,15 @@ def sample(
         raise InputError(f"count is {count} and batch_size {batch_size}, both must be at least 1")
     if y is not None and len(y) != count:
         raise InputError(f"{len(y)} labels were given for {count} samples")
-    times = time_grid(schedule, steps, spacing or SAMPLERS[sampler][1])
+    times = time_grid(schedule, steps, spacing or SAMPLERS[sampler].spacing)
     models = model if isinstance(model, list | tuple) else [model] * steps
     batch_size = batch_size or count
     if device is None:
         device = next((p.device for m in models if isinstance(m, torch.nn.Module) for p in m.parameters()), "cpu")
 
-    networks = graphed(models, device) if cuda_graph else models
+    prepared = {id(m): _prepared(m, guidance, null_label, network_dtype) for m in models}
+    networks = [prepared[id(m)] for m in models]  # those of equal networks are equal, and recorded once
+    graphs = Graphs(device) if cuda_graph else None
     samples = []
     starts = range(0, count, batch_size)
     hidden = None if progress else True  # None: unless stderr is a terminal
@@ -208,14 +239,15 @@ def sample(
             size = min(batch_size, count - first)
             streams = noise_streams(size, seed, start + first)
             labels = None if y is None else torch.as_tensor(y[first : first + size], device=device)
-            batch_models = [_given(guided(m, labels, guidance, null_label), network_dtype) for m in networks]
             noise = functools.partial(draw_noise, streams, shape, device, dtype)
-            samples.append(integrate(batch_models, schedule, noise(), times, sampler, noise, bar, clip))
+            x = integrate(networks, schedule, noise(), times, sampler, noise, bar, clip, y=labels, graphs=graphs)
+            samples.append(x)
     return torch.cat(samples)
 
 
-def _given(predict, dtype):
-    return predict if dtype is None else lambda x, t: predict(x.to(dtype), t)
+def _prepared(model, guidance, null_label, dtype):
+    """`model` as `integrate` calls it."""
+    return lambda x, t, y=None: guided(model, y, guidance, null_label)(x if dtype is None else x.to(dtype), t)
 
 
 def guided(model, y, guidance=None, null_label=None):

@@ -1,10 +1,15 @@
-"""Graphs replay what was recorded with what is new; the recorder is a fake that runs the network again."""
+"""Graphs replay what was recorded with what is new. Without a GPU, a tape of torch's operations is the graph."""
+
+import copy
+import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sparsedm import cuda_graph, samplers
-from sparsedm.cuda_graph import graphed
+from sparsedm import samplers
+from sparsedm.cuda_graph import CudaRecorder, Graphs
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
@@ -12,65 +17,143 @@ from sparsedm.samplers import SAMPLERS, sample
 from sparsedm.sparsity import compress, sparsify
 
 
-class Recorder:
-    """Like the real one: a replay reads the tensors of the recording and writes the recording's output."""
+class Tape(TorchDispatchMode):
+    """Records like a CUDA graph: a replay is the operations alone, on the memory they were recorded with.
 
-    recorded = 0
+    No line of Python runs again, and what a capture cannot hold is refused: values that reach the host, shapes that
+    depend on them, random numbers, tensors made from the host's.
+    """
 
-    def record(self, run, device):
-        Recorder.recorded += 1
-        output = run()
-        return lambda: output.copy_(run()), output
+    REFUSED = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+    def __init__(self):
+        super().__init__()
+        self.recorded = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        refused = function is torch.ops.aten.lift_fresh.default or self.REFUSED.intersection(function.tags)
+        assert not refused, f"{function} cannot be captured"
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((functools.partial(function, *args, **(kwargs or {})), tree_leaves(result)))
+        return result
+
+    def __call__(self, run, device):
+        self.recorded += 1
+        run()  # warms up
+        self.operations, random = [], torch.get_rng_state()
+        with self:
+            outputs = run()
+        assert torch.equal(random, torch.get_rng_state()), "random numbers cannot be captured"
+        return functools.partial(self.replay, self.operations), outputs
+
+    @staticmethod
+    def replay(operations):
+        for operation, results in operations:
+            for mine, theirs in zip(results, tree_leaves(operation())):
+                if isinstance(mine, torch.Tensor) and mine.data_ptr() != theirs.data_ptr():  # else a view, or in place
+                    mine.copy_(theirs)
 
 
-@pytest.fixture(autouse=True)
-def _fake(monkeypatch, request):
-    if "gpu" not in request.keywords:
-        monkeypatch.setattr(cuda_graph, "_Recorder", Recorder)
-        monkeypatch.setattr(Recorder, "recorded", 0)
+@pytest.fixture
+def tape(monkeypatch):
+    """What `sample(..., cuda_graph=True)` then records with."""
+    tape = Tape()
+    monkeypatch.setattr(samplers, "Graphs", lambda device: Graphs("cuda", tape))
+    return tape
 
 
 def test_every_call_computes_with_its_own_inputs_and_leaves_earlier_results_alone():
-    network = lambda x, t, y: x * t[:, None] + y[:, None]  # noqa: E731
-    (call,) = graphed([network], "cuda")
-    inputs = [(torch.randn(3, 4), torch.rand(3), torch.randint(9, (3,))) for _ in range(3)]
-    results = [call(*each) for each in inputs]
-    assert Recorder.recorded == 1
+    def network(x, t, y, shift):
+        doubled = x.mul(2)
+        doubled += t[:, None]
+        return doubled.T.reshape(4, 3) + y + shift, doubled
+
+    tape = Tape()
+    graphs = Graphs("cuda", tape)
+    inputs = [(torch.randn(3, 4), torch.rand(3), torch.randint(9, (3,)), 0.5) for _ in range(3)]
+    results = [graphs(network, *each) for each in inputs]
+    assert tape.recorded == 1
     for result, each in zip(results, inputs):
-        assert torch.equal(result, network(*each))
+        assert all(map(torch.equal, result, network(*each)))
 
 
-def test_another_shape_or_network_is_recorded_again_and_the_same_is_not():
-    first, second = (lambda x: x + 1), (lambda x: x + 2)
-    calls = graphed([first, second, first], "cuda")
-    for rows in (2, 5, 2):
-        x = torch.randn(rows, 3)
-        assert torch.equal(calls[0](x), x + 1)
-        assert torch.equal(calls[1](x), x + 2)
-        assert torch.equal(calls[2](x), x + 1)
-    assert Recorder.recorded == 4
+def test_only_another_shape_layout_dtype_function_or_number_is_recorded_again():
+    tape = Tape()
+    graphs = Graphs("cuda", tape)
+    shifted, scaled = (lambda x, by: (x + by,)), (lambda x, by: (x * by,))
+    x = torch.randn(3, 2)
+    calls = [(shifted, x, 1), (shifted, x, 2), (shifted, x, torch.tensor(2.0)), (scaled, x, 1), (scaled, x, 2)]
+    calls += [(shifted, other, 1) for other in (torch.randn(5, 2), torch.randn(2, 3).T, x.double())]
+    for function, *arguments in 2 * calls:
+        assert torch.equal(*graphs(function, *arguments), *function(*arguments))
+    assert tape.recorded == len(calls)
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("meta")], ids=str)
 def test_a_device_without_graphs_is_refused(device):
     with pytest.raises(InputError, match=f"a CUDA graph needs a CUDA device, and the network is on {device}"):
-        graphed([torch.sin], device)
+        Graphs(device)
 
 
-def small(**overrides):
+@pytest.mark.parametrize(
+    "waits",
+    [torch.Tensor.item, bool, torch.nonzero, lambda x: x + torch.tensor(3.0), torch.bernoulli],
+    ids=["item", "bool", "nonzero", "from the host", "random"],
+)
+def test_the_tape_refuses_what_a_capture_cannot_hold(waits):
+    with pytest.raises(AssertionError, match="cannot be captured"):
+        Tape()(lambda: (waits(torch.ones(())),), "cuda")
+
+
+def test_the_tape_runs_no_python_again():
+    calls = []
+    graphs = Graphs("cuda", Tape())
+    assert [graphs(lambda x: (x + len(calls),), torch.zeros(1))[0].item()] == [0]
+    counting = lambda x: (calls.append(x), (x + len(calls),))[1]  # noqa: E731
+    assert [graphs(counting, torch.zeros(1))[0].item() for _ in range(3)] == [2, 2, 2], "as after one warm-up"
+
+
+def small(name="uvit-tiny", **overrides):
     torch.manual_seed(0)
-    return build_model("uvit-tiny", depth=2, num_classes=3, **overrides).eval()
+    overrides = dict(depth=2, num_classes=3) | overrides if name == "uvit-tiny" else overrides
+    return build_model(name, **overrides).eval()
 
 
+def drawn(model, **options):
+    first = model[0] if isinstance(model, list) else model
+    shape = (first.config.channels, first.config.image_size, first.config.image_size)
+    return sample(model, schedule_of(first), 5, shape, batch_size=2, **options)
+
+
+@pytest.mark.parametrize("guidance", [None, 0.5])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samples_of_every_sampler_are_the_same_with_labels_guidance_and_batches(sampler, monkeypatch):
-    monkeypatch.setattr(samplers, "graphed", lambda networks, device: graphed(networks, "cuda"))
+def test_samples_of_every_sampler_are_the_same_with_labels_guidance_and_batches(sampler, guidance, tape):
+    """Bit for bit. The third batch is smaller; the second has labels and noise that the first has not."""
     model = small()
-    arguments = dict(sampler=sampler, steps=3, batch_size=2, y=torch.tensor([0, 1, 2, 1, 0]), guidance=0.5, clip=1.0)
-    shape = (model.config.channels, model.config.image_size, model.config.image_size)
-    expected = sample(model, schedule_of(model), 5, shape, **arguments)
-    assert torch.equal(sample(model, schedule_of(model), 5, shape, cuda_graph=True, **arguments), expected)
-    assert Recorder.recorded == 2, "a full batch and the last one"
+    options = dict(sampler=sampler, y=torch.tensor([0, 1, 2, 1, 0]), guidance=guidance, clip=1.0)
+    for steps in (1, 4):
+        assert torch.equal(drawn(model, steps=steps, cuda_graph=True, **options), drawn(model, steps=steps, **options))
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+def test_the_number_of_recordings_does_not_grow_with_steps_or_batches(steps, tape):
+    drawn(small(), sampler="dpm++2m", steps=steps, y=torch.zeros(5, dtype=torch.int64), cuda_graph=True)
+    assert tape.recorded == 2 * 3, "of a full batch and of the last: the first step, the others, the last"
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2m", "ddpm"])
+def test_samples_of_other_networks_and_dtypes_are_the_same(sampler, tape):
+    dense = small(num_classes=0)
+    compressed = compress(sparsify(small(num_classes=0), "2:4"))
+    halved = copy.deepcopy(compressed).bfloat16()
+    for model, options in (
+        (small("ddpm-tiny"), {}),
+        (halved, dict(network_dtype=torch.bfloat16)),
+        (halved, dict(dtype=torch.bfloat16)),
+        ([dense, dense, compressed, compressed], {}),
+    ):
+        expected = drawn(model, sampler=sampler, steps=4, **options)
+        assert torch.equal(drawn(model, sampler=sampler, steps=4, cuda_graph=True, **options), expected)
 
 
 def test_sampling_on_a_cpu_refuses_it():
@@ -87,7 +170,11 @@ def test_on_the_gpu(sampler, compressed, monkeypatch):
     monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
     model = sparsify(small().bfloat16().cuda(), "2:4")
     model = compress(model) if compressed else model
-    arguments = dict(sampler=sampler, steps=4, batch_size=3, y=torch.arange(8) % 3, guidance=0.5, dtype=torch.bfloat16)
-    shape = (model.config.channels, model.config.image_size, model.config.image_size)
-    expected = sample(model, schedule_of(model), 8, shape, **arguments)
-    assert torch.equal(sample(model, schedule_of(model), 8, shape, cuda_graph=True, **arguments), expected)
+    options = dict(sampler=sampler, steps=4, y=torch.arange(5) % 3, guidance=0.5, dtype=torch.bfloat16)
+    assert torch.equal(drawn(model, cuda_graph=True, **options), drawn(model, **options))
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_function_that_waits_is_refused_by_the_capture():
+    with pytest.raises(RuntimeError):
+        CudaRecorder()(lambda: (torch.ones((), device="cuda").item(),), "cuda")

@@ -34,6 +34,12 @@ def moments(sampler, schedule, times):
     return out[0], columns.T @ columns
 
 
+def times_of(schedule, *times):
+    """The Times that a step is given."""
+    table = samplers.time_table(schedule, torch.tensor(times, dtype=torch.float64))
+    return [samplers.Time(*row) for row in table]
+
+
 def deviation(sampler, schedule, times):
     mean, covariance = moments(sampler, schedule, times)
     return max((mean - MEAN).abs().max().item(), (covariance - COVARIANCE).abs().max().item())
@@ -84,7 +90,9 @@ def test_order_of_convergence(schedule, sampler, order, steps):
 
     The measured order is within 0.15 of the true one: a first-order slip in a second-order method is far outside.
     """
-    spacing = "logsnr" if sampler == "ddim" else samplers.SAMPLERS[sampler][1]  # integer times are never quite even
+    spacing = (
+        "logsnr" if sampler == "ddim" else samplers.SAMPLERS[sampler].spacing
+    )  # integer times are never quite even
     exact = Gaussian(schedule)
     x = torch.randn(16, *SHAPE, dtype=torch.float64)
     errors = []
@@ -112,7 +120,7 @@ def test_mean_and_covariance_by_statistics(schedule, sampler):
     step is known exactly (superposition) and must itself be small.
     """
     n, steps = 2000, 60
-    times = samplers.time_grid(schedule, steps, samplers.SAMPLERS[sampler][1])
+    times = samplers.time_grid(schedule, steps, samplers.SAMPLERS[sampler].spacing)
     bias = deviation(sampler, schedule, times)
     assert bias < (0.06 if sampler in STOCHASTIC or sampler == "ddim" else 0.005)
     model = Gaussian(schedule)
@@ -132,8 +140,7 @@ def test_ddpm_step_is_the_papers():
         mean = alpha_bar[k - 1].sqrt() * beta[k] / (1 - alpha_bar[k]) * x0
         mean += alpha[k].sqrt() * (1 - alpha_bar[k - 1]) / (1 - alpha_bar[k]) * x
         reference = mean + ((1 - alpha_bar[k - 1]) / (1 - alpha_bar[k]) * beta[k]).sqrt() * noise
-        interval = (0, *torch.tensor([k, k - 1], dtype=torch.float64))
-        out = samplers.ddpm(lambda *_: (x0, None), DDPMSchedule(), [interval], x, lambda: noise)
+        out, _ = samplers.ddpm(lambda *_: (x0, None), x, noise, (), *times_of(DDPMSchedule(), k, k - 1))
         assert_as_good_as_torch(out.float(), reference, reference.float())
 
 
@@ -144,8 +151,7 @@ def test_euler_maruyama_step_is_the_reverse_sde():
         integral = 0.1 * (t - s) + 19.9 * (t**2 - s**2) / 2
         sigma = math.sqrt(1 - math.exp(-(0.1 * t + 19.9 * t**2 / 2)))
         reference = x + integral * x / 2 - integral * eps / sigma + math.sqrt(integral) * noise
-        interval = (0, *torch.tensor([t, s], dtype=torch.float64))
-        out = samplers.euler_maruyama(lambda *_: (None, eps), VPSDE(), [interval], x, lambda: noise)
+        out, _ = samplers.euler_maruyama(lambda *_: (None, eps), x, noise, (), *times_of(VPSDE(), t, s))
         assert_as_good_as_torch(out.float(), reference, reference.float())
 
 
@@ -203,7 +209,7 @@ def test_a_different_network_at_every_step(sampler):
 
     options = dict(sampler=sampler, steps=5, seed=1)
     mixed = samplers.sample([network(i) for i in range(5)], VPSDE(), 2, SHAPE, **options)
-    times = [999 * t for t in samplers.time_grid(VPSDE(), 5, samplers.SAMPLERS[sampler][1]).float()]
+    times = [999 * t for t in samplers.time_grid(VPSDE(), 5, samplers.SAMPLERS[sampler].spacing).float()]
     heun = sampler == "heun"
     expected = [(i, k) for i in range(5) for k in ((i, i + 1) if heun and i < 4 else (i,))]
     assert [i for i, _ in calls] == [i for i, _ in expected]
@@ -265,6 +271,23 @@ def test_clip_bounds_the_data_prediction_and_keeps_the_noise_consistent():
     assert 0 < (reference.abs() == 1).sum() < reference.numel()
     out = samplers.integrate(lambda x, t: wrong if t[0] > 300 else x, schedule, x, times, "ddim", clip=1.0)
     assert_as_good_as_torch(out.float(), reference, reference.float())
+
+
+def test_half_precision_is_only_that_of_the_network_and_of_x_between_steps():
+    """Times, coefficients and every step are those of fp32: DDIM without noise, written out."""
+    schedule, times, asked = VPSDE(), torch.tensor([0.777, 0.2], dtype=torch.float64), []
+
+    def no_noise(x, t):
+        asked.append((x.dtype, t))
+        return torch.zeros_like(x)
+
+    x = torch.randn(4, *SHAPE).bfloat16()
+    out = samplers.integrate(no_noise, schedule, x, times, "ddim")
+    alpha_t, alpha_s = schedule.alpha(times)
+    between = (alpha_s * (x.float() / alpha_t)).bfloat16()
+    assert torch.equal(out, (between.float() / alpha_s).bfloat16())
+    assert [dtype for dtype, _ in asked] == 2 * [torch.bfloat16]
+    assert all(torch.equal(t, torch.full((4,), 999 * time, dtype=torch.float32)) for (_, t), time in zip(asked, times))
 
 
 def test_sampling_has_no_dropout_no_gradient_and_leaves_the_mode_alone():
