@@ -12,7 +12,7 @@ from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.sparsity import masked_layers, masks, sparsify
-from sparsedm.train import checkpoint, loop
+from sparsedm.train import checkpoint, step
 from sparsedm.train.chain import Stage, divide, parse_chain, plan, run_chain
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
@@ -102,7 +102,7 @@ def test_teachers(tmp_path, monkeypatch, policy):
 def test_stages_share_one_stream_of_batches(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        loop, "batch_indices", lambda n, size, step, seed: seen.append(step) or batch_indices(n, size, step, seed)
+        step, "batch_indices", lambda n, size, step, seed: seen.append(step) or batch_indices(n, size, step, seed)
     )
     run(tmp_path)
     assert seen == list(range(16))
@@ -178,7 +178,7 @@ def test_resumes_in_the_middle_of_a_stage(tmp_path, unbroken, monkeypatch, posit
         return batch_indices(n, size, step, seed)
 
     steps = []
-    monkeypatch.setattr(loop, "batch_indices", stopping)
+    monkeypatch.setattr(step, "batch_indices", stopping)
     with pytest.raises(Interrupted, match="to resume"):
         run(tmp_path)
     assert bits(run(tmp_path)) == bits(unbroken)
@@ -198,7 +198,7 @@ def test_in_place_resumes(tmp_path, monkeypatch):
                     os.kill(os.getpid(), signal.SIGINT)
                 return batch_indices(n, size, step, seed)
 
-            patch.setattr(loop, "batch_indices", stopping)
+            patch.setattr(step, "batch_indices", stopping)
             with pytest.raises(Interrupted, match="to resume"):
                 run(tmp_path / str(position), stages)
         assert bits(run(tmp_path / str(position), stages)) == expected

@@ -17,7 +17,7 @@ from sparsedm.diffusion import VPSDE, loss
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.sparsity import set_masking, sparsify
-from sparsedm.train import distributed, loop
+from sparsedm.train import distributed, step
 from sparsedm.train.checkpoint import latest
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
@@ -55,7 +55,7 @@ def worker(rank, port, folder):
                 os.kill(os.getpid(), signal.SIGTERM)
             return batch_indices(count, size, step, seed)
 
-        loop.batch_indices = stopping
+        step.batch_indices = stopping
         with pytest.raises(Interrupted, match=f"stopped at step {STOP_AT} and saved"):
             run(folder / "stopped")
         model = network()

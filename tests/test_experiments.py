@@ -134,7 +134,7 @@ def test_what_is_finished_is_not_repeated(done, tiny, tmp_path, monkeypatch):
     runner.write(folder / "results.csv", kept)
     measured, train = [], runner._Work.train
     monkeypatch.setattr(runner._Work, "train", lambda *a: measured.append((a[1], a[2].name)) or train(*a))
-    monkeypatch.setattr("sparsedm.train.loop._Step.__call__", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("sparsedm.train.step.Step.__call__", lambda *a: pytest.fail("trained again"))
     assert command(folder) == 0
     assert measured == [(1, "chain")]
     fresh = {(r["run"], r["seed"], r["measure"], r["x"]): r["value"] for r in runner.read(folder / "results.csv")}

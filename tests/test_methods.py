@@ -8,7 +8,7 @@ from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import holds
 from sparsedm.sparsity import masked_layers, masks, sparsify
-from sparsedm.train import loop
+from sparsedm.train import step
 from sparsedm.train.chain import run_chain
 from sparsedm.train.data import batch_indices
 from sparsedm.train.methods import METHODS, method_stages
@@ -40,7 +40,7 @@ def test_runs_the_budget_on_the_same_batches_and_arrives_at_the_pattern(tmp_path
         seen.append((step, seed))
         return batch_indices(n, size, step, seed)
 
-    monkeypatch.setattr(loop, "batch_indices", spied)
+    monkeypatch.setattr(step, "batch_indices", spied)
     results = run(name, tmp_path)
     assert seen == [(step, OPTIONS.seed) for step in range(0 if name == "oneshot" else 10)]
     last = results[-1]

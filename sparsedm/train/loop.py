@@ -1,13 +1,11 @@
-"""The training loop: one network, one set of options, one folder; exact resume, no synchronisation inside a GPU step.
+"""The training loop: one network, one set of options, one folder; exact resume. What a step does stands in `step.py`.
 
-All randomness of a step is a function of (seed, step): which images, flips, dropped labels, times, noise, dropout. So a
-run that was stopped anywhere and started again ends, on a CPU, with the same bits as one that was not. To resume, make
-the same call again. The loop knows nothing of patterns: whoever calls it sets them (`chain.py`).
+A run that was stopped anywhere and started again ends, on a CPU, with the same bits as one that was not. To resume,
+make the same call again. The loop knows nothing of patterns: whoever calls it sets them (`chain.py`).
 """
 
 import contextlib
 import copy
-import hashlib
 import math
 import signal
 import threading
@@ -16,14 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from sparsedm import diffusion
 from sparsedm.errors import InputError
 from sparsedm.train import checkpoint, distributed
-from sparsedm.train.data import batch, batch_indices
+from sparsedm.train.data import batch
 from sparsedm.train.metrics import MetricsLog
+from sparsedm.train.step import Step, classes_of
 
 MAY_CHANGE = ("accumulate", "log_every", "save_every", "validate_every")  # options that leave the weights as they are
 
@@ -159,7 +157,7 @@ def train(
             stack.enter_context(checkpoint.run_lock(folder))
             checkpoint.claim(folder, facts, MAY_CHANGE)
         distributed.wait()
-        one_step = _Step(model, ema, images, schedule, options, teacher, w_kd, w_noise, device)
+        one_step = Step(model, ema, images, schedule, options, teacher, w_kd, w_noise, device)
         if continue_from is not None:
             state["updates"] = checkpoint.load_optimizer(continue_from, model, one_step.optimizer)["updates"]
         saved = checkpoint.latest(folder)
@@ -190,7 +188,7 @@ def train(
                 return None
             x, y = batch(validation, torch.arange(len(validation)))
             with one_step.autocast:
-                return diffusion.validation_loss(ema, x, schedule, y=y if _classes(model) else None).item()
+                return diffusion.validation_loss(ema, x, schedule, y=y if classes_of(model) else None).item()
 
         for step in range(state["step"] + 1, options.steps + 1):
             lr = options.lr_at(step - 1, state["updates"])
@@ -236,82 +234,11 @@ def train(
     )
 
 
-class _Step:
-    """One optimizer step. Nothing in it waits for a GPU: what it returns stays on the device."""
-
-    def __init__(self, model, ema, images, schedule, options, teacher, w_kd, w_noise, device):
-        self.model, self.ema, self.images, self.schedule, self.options = model, ema, images, schedule, options
-        self.shares = distributed.shares(options.batch_size, options.accumulate)
-        self.network = distributed.parallel(torch.compile(model) if options.compile else model)
-        teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
-        self.loss = {"teacher": teacher, "w_kd": w_kd, "w_noise": w_noise, "weighting": options.weighting}
-        self.parameters = list(model.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, options.lr, options.betas, weight_decay=options.weight_decay, fused=True
-        )
-        self.generator = torch.Generator(device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.amp == "bf16")
-
-    def __call__(self, position, lr, decay):
-        """position: which batch and noise. Returns (4,): total, noise and transfer loss, gradient norm."""
-        options, images = self.options, self.images
-        self.generator.manual_seed(_seed(options.seed, position, "data, times, noise"))
-        indices = batch_indices(len(images), options.batch_size, position, options.seed)
-        if self.generator.device.type == "cuda":  # from pinned memory, so that the copy does not wait either
-            indices = indices.pin_memory().to(self.generator.device, non_blocking=True)
-        x, y = batch(images, indices, flip_generator=self.generator if options.flip else None)
-        y = self._drop_labels(y)
-        self.optimizer.zero_grad()
-        losses = torch.zeros(3, device=x.device)
-        draws = self.generator.get_state()
-        for number, rows in self.shares:
-            self.generator.set_state(draws)
-            torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))
-            with self._averages_gradients(number == self.shares[-1][0]):
-                with self.autocast:
-                    terms = diffusion.loss(
-                        self.network, x, self.schedule, y=y, generator=self.generator, rows=rows, **self.loss
-                    )
-                terms.total.backward()
-            losses += torch.stack((terms.total.detach(), terms.noise, terms.transfer)) / len(self.shares)
-        if len(self.shares) > 1:  # not the losses: every backward adds the decay of the pruned weights, undivided
-            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], len(self.shares))
-        norm = nn.utils.clip_grad_norm_(self.parameters, options.clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self._update_ema(decay)
-        return torch.cat((distributed.mean(losses), norm[None]))
-
-    def _averages_gradients(self, last):
-        """Processes average their gradients once per step: in the backward of the last part of the batch."""
-        return contextlib.nullcontext() if last or distributed.world() == 1 else self.network.no_sync()
-
-    def _drop_labels(self, y):
-        classes = _classes(self.model)
-        if not classes:
-            return None
-        if not getattr(self.model.config, "null_label", True):  # a network without guidance sees every label
-            return y
-        dropped = torch.rand(len(y), generator=self.generator, device=y.device) < self.options.label_dropout
-        return y.masked_fill(dropped, classes)
-
-    @torch.no_grad()
-    def _update_ema(self, decay):
-        # torch's own average, without AveragedModel, whose update copies a counter to the device and waits for it
-        get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), self.parameters, None)
-        for averaged, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            if averaged.is_floating_point():
-                averaged.lerp_(current, 1 - decay)
-            else:  # counters and frozen masks
-                averaged.copy_(current)
-
-
 def check_data(model, images, validation):
     """Raise InputError where the network and the images do not fit each other."""
     if checkpoint.describe(model)["kind"] == "compressed":
         raise InputError("a compressed model is for inference: train the masked model it was made from")
-    config, classes = getattr(model, "config", None), _classes(model)
+    config, classes = getattr(model, "config", None), classes_of(model)
     for found in filter(None, (images, validation)):
         shape = tuple(found.images.shape[1:])
         if config and shape != (config.channels, config.image_size, config.image_size):
@@ -320,16 +247,6 @@ def check_data(model, images, validation):
         if classes and (found.labels is None or int(found.labels.max()) >= classes):
             have = "no labels" if found.labels is None else f"labels up to {int(found.labels.max())}"
             raise InputError(f"the network expects labels 0..{classes - 1} and the images have {have}")
-
-
-def _classes(model):
-    return getattr(getattr(model, "config", None), "num_classes", 0)
-
-
-def _seed(seed, position, purpose):
-    """63 bits that are a function of the arguments; unlike seed + position, two runs never share a stream."""
-    digest = hashlib.blake2b(f"{seed} {position} {purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
 
 
 @contextlib.contextmanager
