@@ -187,6 +187,20 @@ class Compressed(nn.Module):
         self.register_buffer("metadata", metadata)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self._arranged = {}  # the same weight in the order a kernel reads it, made at the first call
+        self._cast = None  # under autocast: (what the values were, the values in its dtype)
+
+    def _operands(self, *tensors):
+        """(values, *tensors) in the dtype of the product, which under autocast is not that of the values."""
+        dtype = _product_dtype(self.values)
+        if dtype == self.values.dtype:
+            return self.values, *tensors
+        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+        if torch.compiler.is_compiling():
+            return self.values.to(dtype), *tensors
+        key = (self.values.data_ptr(), self.values.device, self.values._version, dtype)
+        if self._cast is None or self._cast[0] != key:
+            self._cast = key, self.values.to(dtype)
+        return self._cast[1], *tensors
 
     def measured_backend(self, rows=None):
         """The back end the GPU's tables gave the latest new size, or to `rows` rows; None before a call there."""
@@ -206,7 +220,7 @@ class Compressed(nn.Module):
         return layer
 
     def __getstate__(self):
-        return {**self.__dict__, "_arranged": {}}
+        return {**self.__dict__, "_arranged": {}, "_cast": None}
 
     def extra_repr(self):
         return f"weight {self.weight_shape}, pattern=2:4 compressed, activation={self.activation}"
@@ -223,8 +237,10 @@ class Linear24(Compressed):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
     def forward(self, x, residual=None, skip=None, scale=None):
-        rest = {"skip": skip, "scale": scale, "arranged": self._arranged}
-        return sparse24_linear(x, self.values, self.metadata, self.bias, self.activation, residual, **rest)
+        values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
+        dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # as a sum of tensors has
+        rest = {"skip": skip, "scale": scale, "out_dtype": dtype, "arranged": self._arranged}
+        return sparse24_linear(x, values, self.metadata, bias, self.activation, residual, **rest)
 
     def dense_weight(self):
         """The weight (N, K) that values and metadata stand for, bit for bit."""
@@ -246,19 +262,22 @@ class Conv2d24(Compressed):
         return Conv2d(*sizes, **geometry, activation=self.activation, **options)
 
     def forward(self, x, residual=None):
-        return sparse24_conv2d(
+        values, bias, x = self._operands(self.bias, x)
+        apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
+        y = sparse24_conv2d(
             x,
-            self.values,
+            values,
             self.metadata,
             self.kernel_size,
-            self.bias,
+            bias,
             self.activation,
-            residual,
+            None if apart else residual,
             arranged=self._arranged,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
         )
+        return y + residual if apart else y
 
     def dense_weight(self):
         """The weight (out, in, kh, kw) that values and metadata stand for, bit for bit."""
