@@ -50,7 +50,7 @@ def _product_dtype(weight):
 def _epilogue(y, activation, residual, scale=None):
     y = ACTIVATIONS[activation](y)
     if scale is not None:
-        y = y * (scale if scale.dim() == 1 else scale.view(len(scale), *[1] * (y.dim() - 2), -1))
+        y = y * (scale if scale.dim() == 1 else scale.view(scale.shape[0], *[1] * (y.dim() - 2), -1))
     return y if residual is None else y + residual
 
 
