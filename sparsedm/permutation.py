@@ -48,7 +48,7 @@ def permute_channels(model, pattern="2:4", *, rounds=200, seed=0, progress=False
 
     pattern: N:M with M up to 4. rounds: of the search, in each of which every channel may move once. The output changes
     by rounding only.
-    Raises: InputError if the model has no layers known to be linked so, or for a larger group.
+    Raises: InputError if the model has no layers known to be linked so, if their masks are frozen, or for a larger group.
     """
     pattern = Pattern.parse(pattern)
     if pattern is None or pattern.group > LARGEST_GROUP:
@@ -56,6 +56,9 @@ def permute_channels(model, pattern="2:4", *, rounds=200, seed=0, progress=False
     links = {name: link for name, link in _links(model) if (len(link.rows[0]) // link.heads) % pattern.group == 0}
     if not links:
         raise InputError(f"{type(model).__name__} has no pair of layers whose channels are known to be exchangeable")
+    frozen = [name for name, link in links.items() if getattr(link.reader, "mask", None) is not None]
+    if frozen:
+        raise InputError(f"the mask of {frozen[0]} is frozen and would not move along: permute channels before that")
     generator = torch.Generator().manual_seed(seed)
     gains = {}
     for name, link in tqdm(links.items(), desc="permute", disable=None if progress else True):

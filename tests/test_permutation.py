@@ -9,7 +9,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model
 from sparsedm.permutation import kept, permute_channels, search
-from sparsedm.sparsity import sparsify
+from sparsedm.sparsity import set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 NETWORKS = {
@@ -95,11 +95,17 @@ def test_the_same_seed_gives_the_same_order():
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
 
 
+def frozen(model):
+    set_masking(sparsify(model, "2:4"), frozen=True)
+    return model
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: permute_channels(network("uvit"), "2:8"), "groups of up to 4, and the pattern is 2:8"),
         (lambda: permute_channels(network("uvit"), None), "the pattern is None"),
+        (lambda: permute_channels(frozen(network("uvit"))), "mask of in_blocks.0.attn.proj is frozen"),
         (lambda: permute_channels(nn.Sequential(nn.Linear(8, 8))), "Sequential has no pair of layers"),
     ],
 )
