@@ -48,7 +48,7 @@ def permute_channels(model, pattern="2:4", *, rounds=200, seed=0, progress=False
 
     pattern: N:M with M up to 4. rounds: of the search, in each of which every channel may move once. The output changes
     by rounding only.
-    Raises: InputError if the model has no layers known to be linked so, if their masks are frozen, or for a larger group.
+    Raises: InputError if no layers are known to be linked so, if their masks are frozen, or for a larger group.
     """
     pattern = Pattern.parse(pattern)
     if pattern is None or pattern.group > LARGEST_GROUP:
