@@ -2,7 +2,7 @@
 
     U-ViT       official .pth (github.com/baofff/U-ViT), also nnet_ema.pth
     DiT         official .pt (github.com/facebookresearch/DiT), also a training checkpoint: its average is taken
-    DDPM        a diffusers folder of a UNet2DModel, or of a pipeline around one; whole or sharded
+    DDPM, DiT   a diffusers folder of a UNet2DModel or DiTTransformer2DModel, or of a pipeline around one; also sharded
 
 What the network looks like is read from the shapes of its tensors, but for the number of heads and the image size of a
 model with text tokens, which they do not show: there the published networks are the guide, and --set corrects.
@@ -16,9 +16,8 @@ from pathlib import Path
 
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
-from sparsedm.models import MODELS, build_model, model_config, parse_overrides
-from sparsedm.models.ddpm_diffusers import config_from_diffusers, from_diffusers
-from sparsedm.tensor_files import fill, read_tensors
+from sparsedm.models import MODELS, build_model, ddpm_diffusers, dit_diffusers, model_config, parse_overrides
+from sparsedm.tensor_files import INDEX, fill, read_tensors
 from sparsedm.train.checkpoint import save_model
 
 
@@ -31,7 +30,9 @@ def add_arguments(parser):
 
 def run_import(options):
     source = Path(options.source)
-    out = Path(options.out or source.resolve().with_suffix(".safetensors").name)
+    out = Path(options.out or _name_of(source) + ".safetensors")
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out}: must end in .safetensors")
     if out.exists():
         raise InputError(f"{out} exists already: name another file with --out")
     found = read_foreign(source, options.model, parse_overrides(options.set))
@@ -44,6 +45,11 @@ def run_import(options):
     for note in found.notes:
         print(f"  {note}")
     print(f"written to {out}   next: sparsedm inspect {out} --pattern 2:4")
+
+
+def _name_of(source):
+    name = source.resolve().name
+    return name if source.is_dir() else Path(name.removesuffix(INDEX)).stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +74,14 @@ def read_foreign(source, name=None, overrides=None):
         raise InputError(f"{source} does not exist")
     file, config, about, notes = source, None, None, []
     if source.is_dir():
-        file, config, about = _diffusers_folder(source)
+        file, config, about, notes = _diffusers_folder(source)
     tensors, header = read_tensors(file)
     if "sparsedm" in header:
         raise InputError(f"{file} is a file of this package already")
-    if config is not None or _is_unet(tensors):
-        tensors = from_diffusers(tensors)
+    if config is not None and config.kind == "dit":
+        tensors = dit_diffusers.from_diffusers(tensors, config)
+    elif config is not None or _is_unet(tensors):
+        tensors = ddpm_diffusers.from_diffusers(tensors)
     if name:
         config, about = model_config(name), f"taken as {name}"
     elif config is None:
@@ -84,24 +92,37 @@ def read_foreign(source, name=None, overrides=None):
     return Found(model, about, " and ".join(dtypes), notes)
 
 
+_AS_OFFICIAL = (
+    "computed as by the official code, where the published weights come from: diffusers has another epsilon and other "
+    "time frequencies, which weights trained there would need"
+)
+_DIFFUSERS = {  # class there: (how to read its configuration, notes)
+    "UNet2DModel": (ddpm_diffusers.config_from_diffusers, []),
+    "DiTTransformer2DModel": (dit_diffusers.config_from_diffusers, [_AS_OFFICIAL]),
+    "Transformer2DModel": (dit_diffusers.config_from_diffusers, [_AS_OFFICIAL]),  # its name until 2024
+}
+
+
 def _diffusers_folder(folder):
-    """(the weights, their configuration, what they are) of a diffusers model folder or pipeline folder."""
+    """(weights' file, configuration, what they are, notes) of a diffusers model folder or pipeline folder."""
     inner = next((folder / part for part in ("unet", "transformer") if (folder / part).is_dir()), folder)
     try:
         options = json.loads((inner / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        kind = options.get("_class_name", "UNet2DModel")
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{inner / 'config.json'} is missing or damaged: {error}") from error
-    kind = options.get("_class_name", "UNet2DModel")
-    if kind != "UNet2DModel":
+    if kind not in list(_DIFFUSERS):
         raise InputError(
-            f"{inner} holds a {kind}, and only UNet2DModel has a counterpart here: sparsify the diffusers model itself"
+            f"{inner} holds a {kind}, and only {' and '.join(list(_DIFFUSERS)[:2])} have a counterpart here: "
+            "sparsify the diffusers model itself"
         )
     names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
     names.append("diffusion_pytorch_model.bin")
     file = next((inner / name for name in names if (inner / name).exists()), None)
     if file is None:
         raise InputError(f"{inner} holds none of {', '.join(names)}")
-    return file, config_from_diffusers(options), f"a UNet2DModel of diffusers {options.get('_diffusers_version', '')}"
+    read, notes = _DIFFUSERS[kind]
+    return file, read(options), f"a {kind} of diffusers {options.get('_diffusers_version', '')}", notes
 
 
 # ---- what the shapes say ---------------------------------------------------------------------------------------------
@@ -128,9 +149,10 @@ def recognise(tensors, file, overrides):
     ]
     if alike:
         return alike[0][1], f"the weights of {alike[0][0]}", []
-    note = ", ".join(f"{name}={value}" for name, value in hidden.items())
-    notes = [f"the file does not show {note}: an assumption, which --set can change"]
-    return model_config(shown | hidden), f"a {_family(key)} that is none of the published ones", notes
+    assumed = ", ".join(f"{name}={value}" for name, value in hidden.items() if name not in overrides)
+    notes = [f"the file does not show {assumed}: an assumption, which --set can change"] if assumed else []
+    config = model_config(shown | hidden | overrides)
+    return config, f"a {_family(key)} that is none of the published ones", notes
 
 
 def _family(key):
@@ -141,56 +163,76 @@ def _is_unet(tensors):
     return "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors)
 
 
-def _side(positions, patch, file_part):
-    side = math.isqrt(positions)
+def _shape(tensors, name, axes):
+    shape = tuple(tensors[name].shape)
+    if len(shape) != axes or 0 in shape:
+        raise InputError(f"{name} has shape {shape}, which is that of no U-ViT or DiT")
+    return shape
+
+
+def _heads(dim):
+    """Of 64 numbers each, as in most published networks, or somewhat more."""
+    return next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)
+
+
+def _side(tensors, patch, extra_tokens=0):
+    positions = _shape(tensors, "pos_embed", 3)[1] - extra_tokens
+    side = math.isqrt(max(positions, 0))
     if side * side != positions:
-        raise InputError(f"{file_part} has {positions} places for patches, which is no square: name the model")
+        raise InputError(
+            f"pos_embed has {positions} places for patches, which is no square: --set what is wrong, or name the model"
+        )
     return side * patch
 
 
+def _labels(tensors, table, overrides):
+    """(options that the table shows, option that it does not): of 1001 rows the last is taken for the null label."""
+    if table not in tensors:
+        return {"num_classes": 0}, {}
+    rows = _shape(tensors, table, 2)[0]
+    guess = rows == overrides["num_classes"] + 1 if type(overrides.get("num_classes")) is int else rows % 10 == 1
+    null_label = overrides.get("null_label", guess)
+    return {"num_classes": rows - (null_label is True)}, {"null_label": null_label}
+
+
 def _uvit(tensors, overrides):
-    dim, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-    label_rows = len(tensors.get("label_emb.weight", ()))
-    context = tensors.get("context_embed.weight")
-    hidden = {"heads": max(dim // 64, 1)}
-    context_tokens = 0
-    if context is not None:
-        context_tokens = overrides.get("context_tokens", 77)
-        hidden["context_tokens"] = context_tokens
-    null_label = label_rows % 10 == 1  # 1001 rows are 1000 classes and the null label, 1000 are classes alone
-    if label_rows:
-        hidden["null_label"] = null_label
-    positions = tensors["pos_embed"].shape[1] - 1 - bool(label_rows) - context_tokens
-    return {
+    dim, channels, patch, _ = _shape(tensors, "patch_embed.proj.weight", 4)
+    labels, null_label = _labels(tensors, "label_emb.weight", overrides)
+    hidden = {"heads": _heads(dim)} | null_label
+    tokens, context = 0, {}
+    if "context_embed.weight" in tensors:
+        given = overrides.get("context_tokens")
+        tokens = given if type(given) is int else 77
+        hidden["context_tokens"] = tokens
+        context = {"context_dim": _shape(tensors, "context_embed.weight", 2)[1]}
+    shown = {
         "kind": "uvit",
-        "image_size": _side(positions, patch, "pos_embed"),
+        "image_size": _side(tensors, patch, 1 + bool(null_label) + tokens),
         "channels": channels,
         "patch_size": patch,
         "dim": dim,
         "depth": 2 * _count(tensors, "in_blocks"),
-        "mlp_ratio": len(tensors["mid_block.mlp.fc1.weight"]) // dim,
-        "num_classes": label_rows - null_label if label_rows else 0,
+        "mlp_ratio": _shape(tensors, "mid_block.mlp.fc1.weight", 2)[0] // dim,
         "final_conv": "final_layer.weight" in tensors,
-    } | ({} if context is None else {"context_dim": context.shape[1]}), hidden
+    }
+    return shown | labels | context, hidden
 
 
 def _dit(tensors, overrides):
-    dim, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-    label_rows = len(tensors.get("y_embedder.embedding_table.weight", ()))
-    null_label = label_rows % 10 == 1
-    outputs = len(tensors["final_layer.linear.weight"]) // patch**2
-    hidden = {"heads": max(dim // 64, 1)} | ({"null_label": null_label} if label_rows else {})
-    return {
+    dim, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4)
+    labels, null_label = _labels(tensors, "y_embedder.embedding_table.weight", overrides)
+    outputs = _shape(tensors, "final_layer.linear.weight", 2)[0] // patch**2
+    shown = {
         "kind": "dit",
-        "image_size": _side(tensors["pos_embed"].shape[1], patch, "pos_embed"),
+        "image_size": _side(tensors, patch),
         "channels": channels,
         "patch_size": patch,
         "dim": dim,
         "depth": _count(tensors, "blocks"),
-        "mlp_ratio": len(tensors["blocks.0.mlp.fc1.weight"]) // dim,
-        "num_classes": label_rows - null_label if label_rows else 0,
+        "mlp_ratio": _shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0] // dim,
         "learn_sigma": outputs == 2 * channels,
-    }, hidden
+    }
+    return shown | labels, {"heads": _heads(dim)} | null_label
 
 
 def _count(tensors, blocks):

@@ -8,6 +8,7 @@ from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model
 from sparsedm.models.dit import PRESETS
+from sparsedm.samplers import guided
 from sparsedm.sparsity import compress, masks, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
@@ -124,53 +125,6 @@ def test_single_precision_is_as_good_as_plain_torch():
     assert_as_good_as_torch(model(x, t, y), exact, dit_ref(w, model.config, x, t, y))
 
 
-@pytest.mark.interop
-def test_output_is_that_of_diffusers():
-    """But for two constants in which its DiT differs from the official one: norm2's epsilon, and time's frequencies."""
-    diffusers = pytest.importorskip("diffusers")
-    model = build().eval()
-    config = model.config
-    theirs = diffusers.DiTTransformer2DModel(
-        num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads, in_channels=config.channels,
-        out_channels=config.out_channels, num_layers=config.depth, sample_size=config.image_size,
-        patch_size=config.patch_size, num_embeds_ada_norm=config.num_classes, norm_eps=1e-6,
-    ).eval()  # fmt: skip
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    theirs.load_state_dict(to_diffusers(model), strict=True)
-    x, t, y = some_inputs(config, dtype=torch.float32)
-    with torch.no_grad():
-        expected = theirs.double()(x.double(), t.double(), y).sample[:, : config.channels]
-        usual = theirs.float()(x, t, y).sample[:, : config.channels]
-        assert_as_good_as_torch(model(x, t, y), expected, usual)
-
-
-def to_diffusers(model):
-    """Our weights under the names of DiTTransformer2DModel, which keeps the embedders once in each block."""
-    ours, state = model.state_dict(), {}
-
-    def put(theirs, name):
-        state.update({f"{theirs}.{part}": ours[f"{name}.{part}"] for part in ("weight", "bias")})
-
-    for b in range(model.config.depth):
-        there, here = f"transformer_blocks.{b}", f"blocks.{b}"
-        put(f"{there}.norm1.linear", f"{here}.adaLN_modulation.1")
-        put(f"{there}.norm1.emb.timestep_embedder.linear_1", "t_embedder.mlp.0")
-        put(f"{there}.norm1.emb.timestep_embedder.linear_2", "t_embedder.mlp.2")
-        labels = f"{there}.norm1.emb.class_embedder.embedding_table.weight"
-        state[labels] = ours["y_embedder.embedding_table.weight"]
-        for part in ("weight", "bias"):
-            q, k, v = ours[f"{here}.attn.qkv.{part}"].chunk(3)
-            state |= {f"{there}.attn1.to_q.{part}": q, f"{there}.attn1.to_k.{part}": k, f"{there}.attn1.to_v.{part}": v}
-        put(f"{there}.attn1.to_out.0", f"{here}.attn.proj")
-        put(f"{there}.ff.net.0.proj", f"{here}.mlp.fc1")
-        put(f"{there}.ff.net.2", f"{here}.mlp.fc2")
-    put("pos_embed.proj", "x_embedder.proj")
-    put("proj_out_1", "final_layer.adaLN_modulation.1")
-    put("proj_out_2", "final_layer.linear")
-    return state
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "gmacs"),
     [("small", 33, 6.06), ("base", 130, 23.01), ("large", 458, 80.71), ("xlarge", 675, 118.64)],
@@ -221,6 +175,18 @@ def test_no_label_is_the_null_label():
     null = torch.full((3,), 5)
     assert torch.equal(model(x, t), model(x, t, null))
     assert not torch.equal(model(x, t), model(x, t, torch.zeros_like(null)))
+
+
+def test_guidance_is_the_official_one_of_all_channels():
+    """With w = official cfg-scale - 1. The official default, the first three channels alone, is not offered."""
+    model = build().double().eval()
+    x, t, y = some_inputs(model.config)
+    null = torch.full_like(y, model.config.num_classes)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        labelled, unlabelled = dit_ref(weights, model.config, x, t, y), dit_ref(weights, model.config, x, t, null)
+        expected = unlabelled + 4.0 * (labelled - unlabelled)
+        assert_as_good_as_torch(guided(model, y, 4.0 - 1)(x, t), expected, expected.float())
 
 
 def test_masked_and_compressed():

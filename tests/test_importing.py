@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from sparsedm import cli
 from sparsedm.errors import InputError
 from sparsedm.importing import read_foreign, recognise
-from sparsedm.models import MODELS, build_model
+from sparsedm.models import MODELS, build_model, dit_diffusers
 from sparsedm.models.ddpm_diffusers import config_to_diffusers, to_diffusers
+from sparsedm.tensor_files import write_shards
 from sparsedm.train.checkpoint import load_model, save_model
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 64, "depth": 2, "heads": 1, "num_classes": 10}
@@ -86,6 +87,19 @@ def test_a_diffusers_folder_becomes_a_model_file(inner, tmp_path, capsys):
         assert torch.equal(loaded(x, t), model.eval()(x, t))
 
 
+@pytest.mark.parametrize("kind", ["DiTTransformer2DModel", "Transformer2DModel"])
+def test_a_diffusers_dit_becomes_the_official_one(kind, tmp_path):
+    model, folder = build_model(DIT), tmp_path / "dit" / "transformer"
+    folder.mkdir(parents=True)
+    config = {"_class_name": kind, "norm_type": "ada_norm_zero"} | dit_diffusers.config_to_diffusers(model.config)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(dit_diffusers.to_diffusers(model.state_dict()), folder / "diffusion_pytorch_model.bin")
+    found = read_foreign(tmp_path / "dit")
+    assert found.model.config == model.config
+    assert "computed as by the official code" in found.notes[0]
+    assert all(torch.equal(a, b) for a, b in zip(found.model.state_dict().values(), model.state_dict().values()))
+
+
 @pytest.mark.interop
 def test_a_folder_that_diffusers_saved_in_shards_computes_the_same(tmp_path):
     diffusers = pytest.importorskip("diffusers")
@@ -98,11 +112,30 @@ def test_a_folder_that_diffusers_saved_in_shards_computes_the_same(tmp_path):
         torch.testing.assert_close(model(x, t), theirs(x, t).sample, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_not_shown_can_be_said(tmp_path):
-    torch.save(build_model(UVIT | {"heads": 4}).state_dict(), tmp_path / "official.pth")
-    found = read_foreign(tmp_path / "official.pth", overrides={"heads": 4})
-    assert found.model.config.heads == 4
-    assert read_foreign(tmp_path / "official.pth").notes
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (UVIT, {"heads": 4}),
+        (DIT | {"dim": 200}, {"heads": 5}),  # three heads of 64 numbers do not fit
+        (DIT | {"num_classes": 5}, {"null_label": True}),
+        (DIT | {"num_classes": 5}, {"num_classes": 5}),
+        (UVIT | {"num_classes": 11, "null_label": False}, {"null_label": False}),
+        (UVIT | {"num_classes": 0, "context_tokens": 86, "context_dim": 12}, {"context_tokens": 86}),
+    ],
+)
+def test_what_is_not_shown_can_be_said(config, said):
+    model = build_model(config | said, device="meta")
+    assert recognise(model.state_dict(), "x.pt", {})[0] != model.config
+    found, _, notes = recognise(model.state_dict(), "x.pt", said)
+    assert found == model.config
+    assert not any(f"{name}=" in note for name in said for note in notes)
+
+
+@pytest.mark.parametrize("name", ["heads", "num_classes", "null_label", "context_tokens"])
+def test_corrections_have_the_right_type(name):
+    model = build_model(UVIT | {"context_tokens": 77, "context_dim": 12}, device="meta")
+    with pytest.raises(InputError, match=f"model option {name}='many': must be of type"):
+        recognise(model.state_dict(), "x.pt", {name: "many"})
 
 
 def test_a_named_model_is_not_guessed(tmp_path):
@@ -122,6 +155,10 @@ def test_what_does_not_fit_is_listed(tmp_path):
         (state | {"blocks.1.attn.q_norm.weight": torch.ones(3)}, r"1 unexpected \(blocks.1.attn.q_norm.weight\)"),
         (lacking(state, "pos_embed"), "looks like DiT but lacks pos_embed"),
         (state | {"pos_embed": torch.zeros(1, 15, 64)}, "15 places for patches, which is no square"),
+        (
+            state | {"x_embedder.proj.weight": torch.zeros(64, 12)},
+            r"shape \(64, 12\), which is that of no U-ViT or DiT",
+        ),
         ({"layers.0.weight": torch.ones(3)}, "not recognised: neither U-ViT, DiT nor UNet2DModel has keys such as lay"),
     ]:
         torch.save(changed, file)
@@ -141,11 +178,39 @@ def test_files_and_folders_that_hold_nothing_of_use_are_refused(tmp_path):
         with pytest.raises(InputError, match=message):
             read_foreign(source)
     (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    with pytest.raises(InputError, match="holds a UNet2DConditionModel, and only UNet2DModel has a counterpart"):
+    with pytest.raises(InputError, match="UNet2DConditionModel, and only UNet2DModel and DiTTransformer2DModel have a"):
+        read_foreign(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config.json is missing or damaged"):
         read_foreign(folder)
     (folder / "config.json").write_text(json.dumps(config_to_diffusers(build_model(DDPM).config)))
     with pytest.raises(InputError, match=r"folder holds none of diffusion_pytorch_model.safetensors"):
         read_foreign(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("v1.5", "v1.5"), ("DiT.v2.pt", "DiT.v2"), ("m.safetensors.index.json", "m")],
+)
+def test_the_file_is_named_after_its_source(source, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if source == "v1.5":
+        (tmp_path / source).mkdir()
+        (tmp_path / source / "config.json").write_text(json.dumps(config_to_diffusers(build_model(DDPM).config)))
+        torch.save(to_diffusers(build_model(DDPM).state_dict()), tmp_path / source / "diffusion_pytorch_model.bin")
+    elif source.endswith(".pt"):
+        torch.save(build_model(DIT).state_dict(), source)
+    else:
+        write_shards("m.safetensors", build_model(DIT).state_dict(), {}, 20_000)
+    assert cli.main(["import", source]) == 0
+    assert (tmp_path / f"{name}.safetensors").exists()
+
+
+def test_what_would_not_be_read_again_is_not_written(tmp_path, capsys):
+    torch.save(build_model(DIT).state_dict(), tmp_path / "a.pt")
+    assert cli.main(["import", str(tmp_path / "a.pt"), "--out", str(tmp_path / "b.pt")]) == 2
+    assert "b.pt: must end in .safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "b.pt").exists()
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

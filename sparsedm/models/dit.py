@@ -6,8 +6,9 @@ block:     x = x + gate_1 * attention((1 + scale_1) norm1(x) + shift_1)
 output:    linear((1 + scale) norm_final(x) + shift) as pixels of their patch
 
 Module names are those of the official checkpoints (github.com/facebookresearch/DiT), which therefore load with
-strict=True. Those networks were trained on the "ddpm" schedule of `diffusion.py`. Official guidance extrapolates only
-the first three of the four channels, for historical reasons; ours, as the paper's formula, all of them.
+strict=True. Those networks were trained on the "ddpm" schedule of `diffusion.py`. Official guidance of scale s is ours
+of s - 1, and extrapolates only the first three of the four channels, "for exact reproducibility"; ours, as the paper's
+formula, all of them.
 """
 
 import math
