@@ -2,6 +2,7 @@ import copy
 import math
 import os
 import signal
+import statistics
 from dataclasses import replace
 from functools import partial
 
@@ -55,6 +56,30 @@ def test_each_student_is_a_model_of_its_own(unbroken):
         assert result.folder.name == {None: "00-dense", "3:4": "01-3of4", "2:4": "02-2of4"}[expected]
         assert result.metrics[-1]["step"] == result.stage.steps
     assert [record["transfer_loss"] > 0 for r in unbroken for record in r.metrics[-1:]] == [False, True, True]
+
+
+def test_speeds_are_logged_against_the_dense_stage_and_said(tmp_path, caplog):
+    caplog.set_level("INFO", "sparsedm.train.chain")
+    results = run(tmp_path, dense_speed=7.0, progress=True)
+    speeds = [statistics.median(record["images_per_second"] for record in r.metrics) for r in results]
+    for result, dense in zip(results, (7.0, speeds[0], speeds[0])):
+        for record in result.metrics:
+            assert record["speed_to_dense"] == record["images_per_second"] / dense
+    shares = [speed / dense for speed, dense in zip(speeds, (7.0, speeds[0], speeds[0]))]
+    assert [record.message for record in caplog.records] == [
+        f"{r.folder.name}: {speed:,.0f} images/s in training, {share:.2f} times the dense network's"
+        for r, speed, share in zip(results, speeds, shares)
+    ]
+    caplog.clear()
+    run(tmp_path, progress=False)
+    assert not caplog.records
+
+
+def test_without_a_dense_stage_nothing_is_made_up(tmp_path, caplog):
+    caplog.set_level("INFO", "sparsedm.train.chain")
+    (result,) = run(tmp_path, [Stage("a", 3, "2:4")], progress=True)
+    assert all("speed_to_dense" not in record for record in result.metrics)
+    assert caplog.messages[0].endswith(" images/s in training")
 
 
 def test_students_start_from_the_previous_network_and_average(tmp_path, unbroken):

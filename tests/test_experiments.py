@@ -16,6 +16,7 @@ from sparsedm.models import build_model, model_config
 from sparsedm.quickstart import SYNTHETIC
 from sparsedm.sparsity import sparsify
 from sparsedm.train import data
+from sparsedm.train.metrics import read_metrics, usual_speed
 
 TINY = Scale(
     summary="for the tests",
@@ -110,6 +111,9 @@ def test_a_folder_holds_everything(done):
         assert len(numbers(done, run, "validation loss")) == len(numbers(done, run, "validation loss", 1)) == 1
         assert len(numbers(done, run, "loss at noise level")) == runner.LEVELS
     assert numbers(done, "dense", "validation loss") != numbers(done, "dense", "validation loss", 1)
+    base = done / "seed-0" / "base" / "00-dense"
+    for record in read_metrics(done / "seed-0" / "dense" / "00-dense"):
+        assert record["speed_to_dense"] == record["images_per_second"] / usual_speed(base)
     assert numbers(done, "chain", "density")[-1][1] == 0.5
     assert numbers(done, "chain", "distance over training")[-1][1] > 0.1
     assert len(numbers(done, "chain", "flip rate of in_blocks.0.attn.qkv")) == len(numbers(done, "chain", "flip rate"))

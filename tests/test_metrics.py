@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsedm.sparsity import masks, set_masking, sparsify
-from sparsedm.train.metrics import MetricsLog, TrainingDiverged, read_metrics, weight_distance
+from sparsedm.train.metrics import MetricsLog, TrainingDiverged, read_metrics, usual_speed, weight_distance
 from tests.tiny import tiny
 from tests.tolerance import assert_as_good_as_torch
 
@@ -49,6 +49,22 @@ def test_means_and_masks_since_the_last_record(tmp_path):
     log.add(torch.ones(4), 3)
     assert log.close(3, 8)["flip_rate"] == 0
     json.dumps(record, allow_nan=False)
+
+
+def test_the_usual_speed_is_not_that_of_the_first_record(tmp_path):
+    assert usual_speed(tmp_path) is None
+    write(tmp_path, *(f'{{"step": {i}, "images_per_second": {n}}}\n' for i, n in enumerate((1, 50, 60))))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "diverged": "loss nan"}\n')
+    assert usual_speed(tmp_path) == 50
+
+
+def test_the_speed_is_logged_against_the_dense_one(tmp_path):
+    for speed in (None, 40.0):
+        log = MetricsLog(tmp_path, tiny(), 0, CPU, dense_speed=speed)
+        log.add(torch.ones(4), 1)
+        record = log.close(1, batch_size=8)
+        assert record.get("speed_to_dense") == (speed and record["images_per_second"] / speed)
 
 
 def test_dense_and_frozen_networks_have_no_flips(tmp_path):

@@ -35,7 +35,7 @@ from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data
 from sparsedm.train.chain import Stage, StageResult, run_chain
 from sparsedm.train.loop import train
-from sparsedm.train.metrics import read_metrics, weight_distance
+from sparsedm.train.metrics import read_metrics, usual_speed, weight_distance
 
 LEVELS = 12  # noise levels of the validation curve
 POINTS = 12  # of the validation loss over a run, at least
@@ -148,17 +148,18 @@ class _Work:
         write(self.folder / "results.csv", self.rows)
 
     def base(self, seed):
-        """(network, average) of the dense training that all runs of this seed start from."""
+        """StageResult of the dense training that all runs of this seed start from."""
         if seed not in self.bases:
             torch.manual_seed(seed)
             dense = [Stage("dense", self.scale.base_steps)]
-            self.bases = {seed: self._chain(seed, "base", self.build(), dense)[-1].result}
+            self.bases = {seed: self._chain(seed, "base", self.build(), dense)[-1]}
         return self.bases[seed]
 
     def train(self, seed, run, base):
         """[StageResult] of one run."""
         if not run.small:
-            return self._chain(seed, run.name, base.model, run.stages, ema=base.ema, where=run.where, build=self.build)
+            start = {"ema": base.ema, "dense_speed": usual_speed(base.folder)}
+            return self._chain(seed, run.name, base.model, run.stages, where=run.where, build=self.build, **start)
         torch.manual_seed(seed)
         small, (stage,) = build_model(small_config(self.config)), run.stages
         result = train(

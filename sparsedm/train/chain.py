@@ -10,6 +10,7 @@ budget of steps from the same start sees the same images.
 
 import copy
 import itertools
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,9 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.sparsity import masked_layers, set_masking, sparsify
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.loop import MAY_CHANGE, TrainResult, check_data, train
-from sparsedm.train.metrics import read_metrics
+from sparsedm.train.metrics import read_metrics, usual_speed
+
+log = logging.getLogger(__name__)
 
 TEACHERS = ("none", "dense", "previous")
 INITS = ("previous", "random")
@@ -99,6 +102,7 @@ def run_chain(
     folder,
     *,
     ema=None,
+    dense_speed=None,
     where=None,
     build=None,
     validation=None,
@@ -110,6 +114,7 @@ def run_chain(
 
     model, ema: where the chain begins; neither is changed. ema None means that nothing was trained yet.
     options: TrainOptions; steps and lr come from the stages. where: which layers, see `sparsify`.
+    dense_speed: images per second that the training of `ema` made, for the log; from the first dense stage on, its own.
     build: () -> a freshly initialised network, for stages with init="random". The rest: see `train`.
     Returns a list of StageResult. Raises: InputError, TrainingDiverged, Interrupted.
     """
@@ -145,6 +150,7 @@ def run_chain(
             w_kd=stage.w_kd,
             w_noise=stage.w_noise,
             dense=dense,
+            dense_speed=dense_speed,
             validation=validation,
             first_step=first_step,
             continue_from=results[-1].result.checkpoint if continued else None,
@@ -153,9 +159,12 @@ def run_chain(
             progress=progress,
         )
         results.append(StageResult(stage, path, result))
-        model, previous = result.model, result.ema
+        model, previous, speed = result.model, result.ema, usual_speed(path)
+        if speed and progress and distributed.first():
+            share = f", {speed / dense_speed:.2f} times the dense network's" if dense_speed else ""
+            log.info("%s: %s images/s in training%s", path.name, f"{speed:,.0f}", share)
         if Pattern.parse(stage.pattern) is None:
-            dense = previous
+            dense, dense_speed = previous, speed or dense_speed
         first_step += stage.steps
     return results
 

@@ -123,6 +123,7 @@ def train(
     w_kd=0.0,
     w_noise=1.0,
     dense=None,
+    dense_speed=None,
     validation=None,
     first_step=0,
     continue_from=None,
@@ -134,6 +135,7 @@ def train(
 
     images, validation: ImageSet. ema: the average to start from (default: the model); it is copied.
     teacher, w_kd, w_noise: see `diffusion.loss`. dense: the network whose distance to this one is logged.
+    dense_speed: its training's images per second, of which those of this one are logged as a share.
     first_step: where the random streams start, so that the stages of a chain see different batches.
     continue_from: a checkpoint whose optimizer and update count are taken over (the same network under a new pattern).
     record: dict of JSON values that, beside the options, make this run what it is; stored in options.json.
@@ -164,7 +166,7 @@ def train(
         if saved:
             checkpoint.load(saved, model, ema)
             state = checkpoint.load_optimizer(saved, model, one_step.optimizer)
-        log = MetricsLog(folder, model, state["step"], device, dense and dense.to(device))
+        log = MetricsLog(folder, model, state["step"], device, dense and dense.to(device), dense_speed)
         stop = stack.enter_context(_signals())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         bar = stack.enter_context(
@@ -211,7 +213,10 @@ def train(
                 if due_validation:
                     state["validation_loss"] = entry["validation_loss"] = validate()
                 log.write(entry)
-                bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
+                shown = {"loss": f"{entry['loss']:.4f}", "images/s": f"{entry['images_per_second']:,.0f}"}
+                if "speed_to_dense" in entry:
+                    shown["of dense"] = f"{entry['speed_to_dense']:.2f}"
+                bar.set_postfix(shown, refresh=False)
                 if due_save:
                     saved = keep()
                 log.restart()

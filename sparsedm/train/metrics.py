@@ -3,11 +3,13 @@
 A record: step, lr, loss (total), noise_loss, transfer_loss and gradient_norm (means over the steps since the last
 record), density (of the masked layers), flip_rate (share of their mask entries that changed since the last record) and
 flip_rates (the same of each layer), distance (to the dense weights, see `weight_distance`), seconds (of training, all
-sessions together), images_per_second, and validation_loss where it was measured.
+sessions together), images_per_second, speed_to_dense (the same as a share of the dense network's, where that is known)
+and validation_loss where it was measured.
 """
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -35,12 +37,21 @@ def read_metrics(folder):
     return records
 
 
+def usual_speed(folder):
+    """Images per second of a run folder's training: the median of its records, as the first holds what is done once.
+
+    None if there are no records.
+    """
+    speeds = [record["images_per_second"] for record in read_metrics(folder) if "images_per_second" in record]
+    return statistics.median(speeds) if speeds else None
+
+
 class MetricsLog:
     """metrics.jsonl, and the means since its last record, which stay on the device until they are asked for."""
 
-    def __init__(self, folder, model, step, device, dense=None):
+    def __init__(self, folder, model, step, device, dense=None, dense_speed=None):
         self.folder, self.file, self.model, self.device = folder, folder / "metrics.jsonl", model, device
-        self.dense = dense
+        self.dense, self.dense_speed = dense, dense_speed
         self.looks_each_step = device.type == "cpu"  # where looking at a value makes nobody wait
         if distributed.first() and self.file.exists():  # steps after the checkpoint will be made, and logged, again
             kept = [json.dumps(r) + "\n" for r in read_metrics(folder) if r["step"] <= step and "diverged" not in r]
@@ -88,6 +99,8 @@ class MetricsLog:
             "flip_rate": sum(flips) / entries if entries else 0.0,  # of their mask entries
             "flip_rates": {name: count / sizes[name] for name, count in zip(sizes, flips)},
         }
+        if self.dense_speed:
+            record["speed_to_dense"] = record["images_per_second"] / self.dense_speed
         if self.dense is not None:
             record["distance"] = weight_distance(self.model, self.dense)
         return record
