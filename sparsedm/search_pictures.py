@@ -61,7 +61,8 @@ def plot_strategies(path, rows, names, times, title=""):
     axes.spines[:].set_visible(False)
     axes.set_title(title, loc="left")
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 8), frameon=False)
+    lines = -(-len(names) // 5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(names) // lines), frameon=False)
     _save(figure, path)
 
 
@@ -71,7 +72,7 @@ def plot_proxy(path, table, names, times, pairs, correlation, quality):
     left, right = figure.subplots(1, 2)
     for colour, name, row in zip(shades(len(names)), names, np.asarray(table)):
         left.plot(range(len(times)), row / np.asarray(table)[0], "o-", color=colour, markersize=4, label=name)
-    _mark_times(left, times, 7)
+    _mark_times(left, times, 5)
     left.set_ylabel(f"validation loss, relative to {names[0]}")
     left.legend(frameon=False)
     right.plot(*zip(*pairs), ".", color=COLOURS[0])
@@ -84,7 +85,7 @@ def plot_proxy(path, table, names, times, pairs, correlation, quality):
 
 def _mark_times(axes, times, most, offset=0.0):
     steps = sorted({round(step) for step in np.linspace(0, len(times) - 1, min(len(times), most))})
-    axes.set_xticks([step + offset for step in steps], [f"{times[step]:.2g}" for step in steps])
+    axes.set_xticks([step + offset for step in steps], [f"{round(times[step], 4):.2g}" for step in steps])
     axes.set_xlabel("time of the step, from noise (left) to image (right)")
 
 

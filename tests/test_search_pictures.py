@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sparsedm.search_pictures import plot_front, plot_proxy, plot_strategies, shades
@@ -41,6 +42,18 @@ def test_bands_have_the_colours_of_their_networks_in_their_order(tmp_path):
     assert columns < upper[:, 1].min(), "and left of the light one"
     assert light[:, 1].min() < columns, "the lower band is light all along"
     assert 1.9 < len(light) / len(dark) < 2.1, "four light cells and two dark ones"
+
+
+def test_the_legend_of_many_networks_fits_into_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
+    figures, names = [], [f"{pattern} {k}/8" for k in (8, 6, 4, 2) for pattern in ("dense", "2:4")]
+    plot_strategies(tmp_path / "s.png", [("found 1: cost 31%, distance 1.23", (0, 7))], names, [1.0, 1e-18])
+    (figure,) = figures
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.width
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1", "0"]
 
 
 def test_the_proxy_is_drawn_relative_to_the_first_network(tmp_path, drawn):

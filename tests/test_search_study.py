@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsedm import evaluate, search_study
+from sparsedm.cli import main
 from sparsedm.drawing import family_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
@@ -151,6 +152,12 @@ def test_latents_are_searched_by_the_proxy(tmp_path):
     assert report["names"] == ("dense 8/8", "dense 6/8", "dense 4/8", "dense 2/8")
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"front.png", "strategies.png", "report.md"}
     assert not (tmp_path / "out" / "samples.png").exists()
+    found, drawn = min((tmp_path / "out" / "strategies").iterdir()), tmp_path / "drawn.npz"
+    command = ["sample", str(tmp_path / "run"), "--strategy", str(found), "--count", "2", "--out", str(drawn)]
+    assert main(command) == 0
+    latents = np.load(drawn)["images"]
+    assert latents.shape == (2, 4, 8, 8)
+    assert np.isfinite(latents).all()
 
 
 def test_measured_seconds_are_kept(chain, tmp_path):

@@ -1,17 +1,20 @@
 import json
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsedm import diffusion, samplers, stepaware
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.layers import Linear24
 from sparsedm.models import build_model
-from sparsedm.sparsity import sparsify
+from sparsedm.sparsity import compress, masked_layers, sparsify
 from sparsedm.stepaware import Family, Strategy, load_strategy, sample
 
 TINY = {"image_size": 8, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
@@ -120,6 +123,18 @@ def test_a_strategy_of_one_network_is_its_plain_sampler(chain, sampler, index):
     assert torch.equal(sample(chain, strategy((index,) * STEPS, sampler), 3, seed=5), plain)
 
 
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_it_is_so_with_labels_guidance_and_batches_at_every_width(sampler):
+    shape = {"image_size": 8, "multipliers": (1, 1), "attention": (), "groups": 4, "num_classes": 3}
+    networks = stepaware.widths(build_model("slimmable-tiny", eighths=(4, 8), **shape).eval())
+    family = stepaware.family("widths", networks)
+    settings = dict(y=torch.tensor([2, 0, 1]), guidance=0.7, batch_size=2, start=4, clip=1.0)
+    for index, network in enumerate(networks.values()):
+        found = Strategy("widths", tuple(networks), sampler, (index,) * 3)
+        plain = samplers.sample(network, family.schedule, 3, (3, 8, 8), sampler=sampler, steps=3, **settings)
+        assert torch.equal(sample(family, found, 3, **settings), plain)
+
+
 def test_each_step_is_done_by_its_network(chain):
     order = []
     hooks = [
@@ -130,6 +145,36 @@ def test_each_step_is_done_by_its_network(chain):
     for hook in hooks:
         hook.remove()
     assert order == ["1:4", "dense", "2:4", "2:4"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations with the shapes of their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.counts[function, tuple(leaf.shape for leaf in tree_leaves(result) if torch.is_tensor(leaf))] += 1
+        return result
+
+
+@pytest.mark.parametrize("form", ["masked", "compressed"])
+def test_switching_networks_costs_no_operation_and_copies_no_weight(chain, form):
+    networks = [compress(n) if form == "compressed" and masked_layers(n) else n for n in chain.networks]
+    family = replace(chain, networks=tuple(networks))
+
+    def operations(indices):
+        with Operations() as mode:
+            sample(family, strategy(indices), 2)
+        return mode.counts
+
+    operations((0, 1, 2))  # masks are chosen and weights arranged once
+    held = [(p.data_ptr(), p._version) for n in networks for p in n.state_dict().values()]
+    switching = operations((0, 1, 0, 1)) + operations((1, 0, 1, 0))
+    assert switching == operations((0,) * 4) + operations((1,) * 4)
+    assert held == [(p.data_ptr(), p._version) for n in networks for p in n.state_dict().values()]
 
 
 def test_a_strategy_knows_its_networks_by_their_weights_and_not_by_their_folder(chain):
