@@ -18,12 +18,15 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.masked_matmul import choose, straight_through
-from sparsedm.kernels.pattern import Pattern, group_view, ungroup
+from sparsedm.kernels.choose import choose, choose_packed
+from sparsedm.kernels.masked_dispatch import kernels_serve, kernels_win
+from sparsedm.kernels.masked_matmul import masked_linear, transformed
+from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
 from sparsedm.kernels.sparse24_conv import sparse24_conv2d
 from sparsedm.kernels.sparse24_dispatch import last_choice
 from sparsedm.kernels.sparse24_format import pack, unpack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
+from sparsedm.kernels.straight_through import straight_through
 
 
 def _count_fused_step_as_a_change(optimizer, args, kwargs):
@@ -101,22 +104,26 @@ class Masked:
         """bool, shape of the weight: what the layer multiplies its weight with. All true when dense."""
         if self.pattern is None:
             return torch.ones_like(self.weight, dtype=torch.bool)
-        return self._masked_and_mask(self.weight.dtype)[1]
+        return self._chosen(self.weight.dtype)[1]
 
     def effective_weight(self):
         """The weight that multiplies x, in the dtype of the product, with the straight-through gradient attached."""
         if self.pattern is None:
             return self.weight
-        masked, mask = self._masked_and_mask(_product_dtype(self.weight))
+        masked, mask, _ = self._chosen(_product_dtype(self.weight))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return masked
         return straight_through(self.weight, masked, mask, decay=self.decay, kept=self.kept, dropped=self.dropped)
 
-    def _masked_and_mask(self, dtype):
+    def _chosen(self, dtype):
+        """(masked weight in `dtype`, mask, its bits where the kernels may want them), detached, of today's weight."""
         weight = self.weight.detach()
-        if torch.compiler.is_compiling():  # inside a graph the choice is a part of it: a cached one would go stale
+        if transformed():  # inside a graph the choice is a part of it: a cached one would go stale
             return self._choose(weight, dtype)
-        key = (weight._version, weight.data_ptr(), weight.device, dtype) if not weight.is_inference() else None
+        held = [weight] if self.mask is None else [weight, self.mask]
+        key = None
+        if not any(t.is_inference() for t in held):
+            key = dtype, *((t._version, t.data_ptr(), t.device) for t in held)
         cached = self._choice
         if cached and key and cached[0]() is self.weight and cached[1] == key:
             return cached[2]
@@ -126,9 +133,13 @@ class Masked:
         return choice
 
     def _choose(self, weight, dtype):
+        packed = isinstance(self, nn.Linear) and kernels_serve(weight)
         if self.mask is not None:
-            return (weight * self.mask).to(dtype), self.mask
-        return choose(weight, self.pattern, dtype)
+            return (weight * self.mask).to(dtype), self.mask, pack_bits(self.mask) if packed else None
+        if not packed:
+            return *choose(weight, self.pattern, dtype), None
+        choice = choose_packed(weight, self.pattern, dtype, mask=True)
+        return choice.masked, choice.mask, choice.bits
 
     def __getstate__(self):
         return {**self.__dict__, "_choice": None}  # a weak reference cannot be copied or pickled
@@ -155,6 +166,12 @@ class Linear(Masked, nn.Linear):
         """
         if skip is not None:
             x = torch.cat((x, skip), -1)
+        if self.pattern is not None and kernels_serve(self.weight):
+            masked, mask, bits = self._chosen(_product_dtype(self.weight))
+            rates = {"decay": self.decay, "kept": self.kept, "dropped": self.dropped}
+            product = x, self.weight, self.pattern, self.bias, self.activation
+            if kernels_win(*product, masked, mask, bits, list(rates.values())):
+                return _epilogue(masked_linear(*product, masked=masked, bits=bits, **rates), None, residual, scale)
         return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual, scale)
 
 

@@ -57,8 +57,9 @@ def test_everything_at_once(way, pattern, shape):
     masked, mask = masked_and_mask(weight, pattern)
     rows = group_view(mask)
     earlier = torch.rand(rows.shape) < 0.5
-    choice = choose_packed(weight, pattern, previous=pack_bits(earlier), compressed=compressed)
+    choice = choose_packed(weight, pattern, previous=pack_bits(earlier), compressed=compressed, mask=True)
     assert torch.equal(choice.masked, masked)
+    assert torch.equal(choice.mask, mask)
     assert torch.equal(choice.bits, pack_bits(rows))
     assert choice.flips.tolist() == [int((rows != earlier).sum())]
     if compressed:

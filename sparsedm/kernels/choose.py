@@ -243,13 +243,15 @@ class Choice(NamedTuple):
     flips: torch.Tensor | None  # int32 (1,): mask entries that differ from `previous`
     values: torch.Tensor | None  # (N, 8 ceil(K / 16)), the 2:4 form of `sparse24_format`
     metadata: torch.Tensor | None  # (N, ceil(K / 16)) int16
+    mask: torch.Tensor | None = None  # bool, the weight's shape
 
 
-def choose_packed(weight, pattern, dtype=None, name="weight", *, previous=None, compressed=False):
+def choose_packed(weight, pattern, dtype=None, name="weight", *, previous=None, compressed=False, mask=False):
     """`choose` with the mask as bits, and in the same pass over the weight what else is wanted of it: a `Choice`.
 
     previous: bits of an earlier choice, to count the flips against. compressed: also values and metadata (2:4 of a
-    Linear only). Raises: InputError as `choose`, and for `previous` or `compressed` that does not belong to the weight.
+    Linear only). mask: also the mask as bool. Raises: InputError as `choose`, and for `previous` or `compressed` that
+    does not belong to the weight.
     """
     check_weight(weight, pattern, name)
     rows, words = weight.numel() // weight.shape[1], -(-weight.shape[1] // 32)
@@ -258,8 +260,8 @@ def choose_packed(weight, pattern, dtype=None, name="weight", *, previous=None, 
         raise InputError(f"{name}: the previous mask's bits must be ({rows}, {words}) torch.int32, not {found}")
     if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):
         raise InputError(f"{name}: only a 2:4 Linear has values and metadata, not {pattern} of {tuple(weight.shape)}")
-    masked, _, bits, flips, values, metadata = _operator(
-        weight.detach(), previous, pattern.keep, pattern.group, dtype or weight.dtype, False, True, compressed, name
+    masked, chosen, bits, flips, values, metadata = _operator(
+        weight.detach(), previous, pattern.keep, pattern.group, dtype or weight.dtype, mask, True, compressed, name
     )
     compressed_form = (values, metadata) if compressed else (None, None)
-    return Choice(masked, bits, None if previous is None else flips, *compressed_form)
+    return Choice(masked, bits, None if previous is None else flips, *compressed_form, chosen if mask else None)

@@ -115,7 +115,8 @@ class Autotuner:
     timed once and the user's table gets the winner, or, under SPARSEDM_AUTOTUNE=off and while a CUDA graph is being
     captured, the default is taken. Both are logged at level info. Off a GPU it is the default, without a word.
 
-    A candidate that raises, or whose result differs from the default's, is passed over and never timed.
+    A candidate that raises, or whose result differs from that of the first, is passed over: neither timed nor, if it is
+    what a table says, taken. The table's is run once per process to see, except while a CUDA graph is being captured.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
@@ -151,7 +152,7 @@ class Autotuner:
     def _find(self, run, gpu, shape, default):
         for folder in (cache_folder() / "tuned", SHIPPED):
             entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
-            if entry.get("config") in self.candidates:
+            if entry.get("config") in self.candidates and (_capturing() or self._is_right(run, entry["config"])):
                 return entry["config"]
         if _setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "off" or _capturing():
             log.info("%s: %s is not tuned for %s; the default %s is used", gpu, self.name, shape, default)
@@ -171,14 +172,31 @@ class Autotuner:
         expected = [t.clone() for t in _tensors(run(self.candidates[0]))]
         times = {}
         for i, candidate in enumerate(self.candidates):
-            try:
-                if all(map(_agree, _tensors(run(candidate)), expected)):
+            with self._passing_over(candidate):
+                if self._agrees(run(candidate), expected, candidate):
                     times[i] = self.timer(functools.partial(run, candidate))
-                else:
-                    log.warning("%s: candidate %s gives another result than the default", self.name, candidate)
-            except Exception as error:  # it may need more registers or shared memory than this GPU has
-                log.info("%s: candidate %s does not run here: %s", self.name, candidate, error)
         return times
+
+    def _is_right(self, run, candidate):
+        if candidate == self.candidates[0]:
+            return True
+        expected = [t.clone() for t in _tensors(run(self.candidates[0]))]
+        with self._passing_over(candidate):
+            return self._agrees(run(candidate), expected, candidate)
+        return False
+
+    def _agrees(self, result, expected, candidate):
+        agrees = all(map(_agree, _tensors(result), expected))
+        if not agrees:
+            log.warning("%s: candidate %s gives another result than the default", self.name, candidate)
+        return agrees
+
+    @contextlib.contextmanager
+    def _passing_over(self, candidate):
+        try:
+            yield
+        except Exception as error:  # it may need more registers or shared memory than this GPU has
+            log.info("%s: candidate %s does not run here: %s", self.name, candidate, error)
 
 
 def _tensors(result):

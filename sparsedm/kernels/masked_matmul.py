@@ -10,7 +10,7 @@ later; bf16, fp16, fp32) this is one operator with its backward; each of its thr
     masked   a kernel of masked_matmul_kernels.py on the masked weight, with bias and activation in its epilogue
     bits     the same on the dense weight and the packed mask; no masked copy is needed
     choose   the same, choosing the mask tile by tile in registers; only when asked for
-Anywhere else it is plain torch.
+Anywhere else it is plain torch. Whether a layer calls it at all is decided in masked_dispatch.py.
 """
 
 import torch
@@ -25,7 +25,7 @@ from sparsedm.kernels.straight_through import apply_rates, straight_through
 
 __all__ = ["choose", "masked_linear", "masked_linear_ref", "straight_through"]
 
-_ACTIVATIONS = {  # name: (activation, its gradient from dy and z)
+ACTIVATIONS = {  # name: (activation, its gradient from dy and z)
     None: (lambda z: z, lambda dy, z: dy),
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
     "gelu_tanh": (
@@ -41,7 +41,7 @@ def masked_linear_ref(x, weight, pattern, bias=None, activation=None, **rates):
     """The specification: the mask by its definition, torch's product, the gradient of `straight_through`."""
     mask = choose_mask_ref(weight, pattern)
     masked = torch.where(mask, weight.detach(), 0)
-    return _ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, **rates), bias))
+    return ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, **rates), bias))
 
 
 def _tuner(product, configs):
@@ -65,7 +65,7 @@ def _run_best(run, tuner, configs, way, x, weight, pattern, **key):
 
 
 @torch.library.custom_op("sparsedm::masked_linear", mutates_args=())
-def _masked_linear(
+def forward_operator(
     x: torch.Tensor,
     weight: torch.Tensor,
     masked: torch.Tensor | None,
@@ -81,7 +81,7 @@ def _masked_linear(
     def run(config):
         if config["way"] == "library":
             z = F.linear(x, masked, bias)
-            y = _ACTIVATIONS[activation][0](z)
+            y = ACTIVATIONS[activation][0](z)
             return (y, z) if want_z else (y, z.new_empty(0))
         y = x.new_empty(x.shape[0], weight.shape[0])
         z = torch.empty_like(y) if want_z else y.new_empty(0)
@@ -93,14 +93,14 @@ def _masked_linear(
     return _run_best(run, _forward, kernels.FORWARD, way, x, weight, Pattern(*pattern), **key)
 
 
-@_masked_linear.register_fake
+@forward_operator.register_fake
 def _(x, weight, masked, bits, bias, pattern, activation, want_z, way):
     y = x.new_empty(x.shape[0], weight.shape[0])
     return y, torch.empty_like(y) if want_z else y.new_empty(0)
 
 
 @torch.library.custom_op("sparsedm::masked_linear_grads", mutates_args=())
-def _masked_linear_grads(
+def gradient_operator(
     dz: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -149,42 +149,54 @@ def _masked_linear_grads(
     return dx, dw
 
 
-@_masked_linear_grads.register_fake
+@gradient_operator.register_fake
 def _(dz, x, weight, masked, bits, pattern, rates, want_dx, want_dw, way):
     dx, dw = x.new_empty(x.shape if want_dx else 0), weight.new_empty(weight.shape if want_dw else 0)
     return dx, dw
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """The two operators joined; torch.func accepts this form, and not yet what `torch.library` registers."""
+    """The two operators joined; torch.func accepts this form, and not yet what `torch.library` registers.
+
+    Where a second derivative may follow (create_graph=True), the first one is computed in plain torch, which has it.
+    """
 
     @staticmethod
     def forward(x, weight, masked, bits, bias, pattern, activation, rates, want_z, way):
-        return _masked_linear(x, weight, masked, bits, bias, pattern, activation, want_z, way)
+        return forward_operator(x, weight, masked, bits, bias, pattern, activation, want_z, way)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, masked, bits, bias, ctx.pattern, ctx.activation, ctx.rates, _, ctx.way = inputs
-        ctx.save_for_backward(x, weight, masked, bits, output[1])
+        ctx.save_for_backward(x, weight, masked, bits, bias, output[1])
         ctx.mark_non_differentiable(output[1])
-        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, dy, _):
-        x, weight, masked, bits, z = ctx.saved_tensors
+        x, weight, masked, bits, bias, z = ctx.saved_tensors
         want_dx, want_dw, _, _, want_db, *_ = ctx.needs_input_grad
-        dz = _ACTIVATIONS[ctx.activation][1](dy, z)
+        if torch.is_grad_enabled() and not transformed():
+            pattern, (decay, kept, dropped) = Pattern(*ctx.pattern), ctx.rates
+            y = _in_torch(x, weight, pattern, bias, ctx.activation, masked, bits, 0.0, kept, dropped)
+            wanted = [t for t, want in ((x, want_dx), (weight, want_dw), (bias, want_db)) if want]
+            gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            dx, dw, db = (next(gradients) if want else None for want in (want_dx, want_dw, want_db))
+            if want_dw:  # the decay is added here, or the second backward would pass two places that add it
+                mask = choose(weight, pattern)[1] if bits is None else unpack_bits(bits, weight.shape[1])
+                dw = apply_rates(dw, weight, mask, decay, 1.0, 1.0)
+            return dx, dw, None, None, db, *[None] * 5
+        dz = ACTIVATIONS[ctx.activation][1](dy, z)
         dx, dw = _MaskedLinearGrads.apply(
             dz, x, weight, masked, bits, ctx.pattern, ctx.rates, want_dx, want_dw, ctx.way
         )
-        db = dz.sum(0, dtype=ctx.bias_dtype) if want_db else None
+        db = dz.sum(0, dtype=bias.dtype) if want_db else None
         return dx if want_dx else None, dw if want_dw else None, None, None, db, *[None] * 5
 
 
 class _MaskedLinearGrads(torch.autograd.Function):
     @staticmethod
     def forward(dz, x, weight, masked, bits, pattern, rates, want_dx, want_dw, way):
-        return _masked_linear_grads(dz, x, weight, masked, bits, pattern, rates, want_dx, want_dw, way)
+        return gradient_operator(dz, x, weight, masked, bits, pattern, rates, want_dx, want_dw, way)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -192,11 +204,25 @@ class _MaskedLinearGrads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ddx, ddw):
-        raise NotImplementedError("masked_linear has no second derivative where it runs as a kernel")
+        raise NotImplementedError("masked_linear has no second derivative under torch.func where it runs as a kernel")
+
+
+def transformed():
+    """Whether this runs inside a graph that is being compiled or exported, or under torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _rows(tensor):
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _in_torch(x, weight, pattern, bias, activation, masked, bits, decay, kept, dropped):
+    """The same in operations of torch, every one of which can be differentiated any number of times."""
+    mask = choose(weight, pattern)[1] if bits is None else unpack_bits(bits, weight.shape[1])
+    if masked is None:
+        masked = torch.where(mask, weight.detach(), 0).to(x.dtype)
+    straight = straight_through(weight, masked, mask, decay=decay, kept=kept, dropped=dropped)
+    return ACTIVATIONS[activation][0](F.linear(x, straight, bias))
 
 
 def masked_linear(
@@ -222,7 +248,7 @@ def masked_linear(
     `straight_through`. way, on a GPU: None = as measured, or one of WAYS; "bits" and "choose" make no masked copy, and
     "choose" always follows the pattern.
 
-    Gradients: x, weight, bias, once (the operator has no second derivative; on a CPU it is plain torch, and has).
+    Gradients: x, weight, bias, any number of times (under torch.func once, where it runs as a kernel).
     Raises: InputError for shapes, dtypes and devices that do not belong together, or an unknown way or activation.
     """
     device = x.device.type
@@ -236,9 +262,7 @@ def masked_linear(
     if (masked is None and "masked" in needed) or (bits is None and "bits" in needed):
         masked, bits, *_ = choose_packed(weight, pattern, x.dtype)
     if not by_kernel:
-        mask = unpack_bits(bits, weight.shape[1])
-        straight = straight_through(weight, masked, mask, decay=decay, kept=kept, dropped=dropped)
-        return _ACTIVATIONS[activation][0](F.linear(x, straight, bias))
+        return _in_torch(x, weight, pattern, bias, activation, masked, bits, *rates)
     want_z = activation is not None and torch.is_grad_enabled()
     rows = x.reshape(-1, x.shape[-1])
     y, _ = _MaskedLinear.apply(
@@ -261,7 +285,7 @@ def _check(x, weight, pattern, bias, activation, masked, bits, way):
         raise InputError(f"the masked weight must be ({N}, {K}) {x.dtype}, not {tuple(masked.shape)} {masked.dtype}")
     if bits is not None and (bits.shape != (N, words) or bits.dtype != torch.int32):
         raise InputError(f"the mask's bits must be ({N}, {words}) torch.int32, not {tuple(bits.shape)} {bits.dtype}")
-    if activation not in _ACTIVATIONS:
-        raise InputError(f"unknown activation {activation!r}: it must be one of {', '.join(map(str, _ACTIVATIONS))}")
+    if activation not in ACTIVATIONS:
+        raise InputError(f"unknown activation {activation!r}: it must be one of {', '.join(map(str, ACTIVATIONS))}")
     if way not in (None, *WAYS):
         raise InputError(f"unknown way {way!r}: it must be None or one of {', '.join(WAYS)}")
