@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,15 @@ def test_the_runs_of_a_plan_are_distinct_and_spend_the_same(name, scale):
     assert spent == {name: exceptions.get(name, scale.steps) for name in spent}
 
 
+@pytest.mark.parametrize("scale", ["smoke", "lite", "full"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_run_of_a_plan_is_made_twice_under_two_names(name, scale):
+    plan, _, runs = planned(name, scale)
+    made = [(tuple(replace(stage, name="-") for stage in run.stages), run.where) for run in runs]
+    assert len({*made}) == len(made)
+    assert plan.control in {run.name for run in runs}
+
+
 def test_what_the_plans_vary():
     def stages(experiment):
         return {run.name: run.stages for run in planned(experiment, "lite")[2]}
@@ -81,9 +91,14 @@ def test_what_the_plans_vary():
     assert [s.pattern for s in stages("arms")["chain"]] == ["31:32", "15:16", "7:8", "3:4", "2:4"]
     assert [run.x for run in planned("ratio", "lite")[2]][:3] == [1.0, 31 / 32, 15 / 16]
     ablate = stages("ablate")
-    assert [ablate[f"w_kd={w}"][0].w_kd for w in ("0", "0.03", "0.1", "0.3", "1")] == [0, 0.03, 0.1, 0.3, 1]
+    changed = {name: stages[0] for name, stages in ablate.items()}
+    assert [changed[f"w_kd={w}"].w_kd for w in ("0", "0.03", "0.3", "1")] == [0, 0.03, 0.3, 1]
+    assert [changed[f"decay={d}"].decay for d in ("0", "2e-05", "0.002")] == [0, 2e-5, 2e-3]
+    assert (changed["default"].w_kd, changed["default"].decay, changed["default"].teacher) == (0.1, 2e-4, "dense")
+    assert {s.teacher for s in ablate["5 students, teacher previous"]} == {"previous"}
+    assert {s.learns_from for s in ablate["5 students, no teacher"]} == {"none"}
     assert ablate["teacher alone"][0].w_noise == 0
-    assert [len(ablate[f"{n} students"]) for n in (1, 3, 5)] == [1, 3, 5]
+    assert [len(ablate[name]) for name in ("default", "3 students", "5 students")] == [1, 3, 5]
     assert all(stage.inplace for stage in stages("fixed-vs-inplace-vs-chain")["inplace"])
 
 
@@ -177,7 +192,7 @@ def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_run_of_a_plan_has_a_line_of_its_own(name, done, tmp_path):
     names = [run.name for run in planned(name, "full")[2]]
-    styles = report._styles(names)
+    styles = report._styles(names, EXPERIMENTS[name].control)
     assert len({*styles.values()}) == len(names)
     rows = [row for row in runner.read(done / "results.csv") if row["run"] == "chain"]
     report.write(tmp_path, [row | {"run": run} for run in names for row in rows], EXPERIMENTS[name])

@@ -104,6 +104,10 @@ class Experiment:
     summary: str
     runs: Callable  # Scale -> [Run]
     axis: str = ""  # what x is, where the runs have one
+    control: str = "dense"  # the run that the others are shown against
+
+
+DEFAULT = "default"  # of `ablate`: 2:4 at once, w_kd 0.1, decay 2e-4, teacher dense, the model's own layers
 
 
 def _stages(method, scale, pattern="2:4", ladder=None, **changes):
@@ -128,29 +132,30 @@ def _progress(scale):
 
 
 def _ablate(scale):
-    chain = method_stages("chain", scale.steps, "2:4", scale.ladder)
-    rungs = [stage.pattern for stage in chain[:-1]]
-    runs = [
-        *(Run(f"w_kd={w:g}", _stages("sr-ste+kd", scale, w_kd=w), "transfer weight") for w in (0, 0.03, 0.1, 0.3, 1)),
+    """One setting at a time changed from those of `DEFAULT`, which stands for the middle of every group."""
+    rungs = [stage.pattern for stage in method_stages("chain", scale.steps, "2:4", scale.ladder)[:-1]]
+    lengths = sorted({len(rungs) // 2, len(rungs)} - {0})
+    chains = {n: _stages("chain", scale, ladder=tuple(rungs[len(rungs) - n :])) for n in lengths}
+    return [
+        Run(DEFAULT, _stages("sr-ste+kd", scale)),
+        *(Run(f"w_kd={w:g}", _stages("sr-ste+kd", scale, w_kd=w), "transfer weight") for w in (0, 0.03, 0.3, 1)),
         Run("teacher alone", _stages("sr-ste+kd", scale, w_kd=1.0, w_noise=0.0), "transfer weight"),
-        *(Run(f"decay={d:g}", _stages("sr-ste+kd", scale, decay=d), "decay") for d in (0, 2e-5, 2e-4, 2e-3)),
-        *(Run(f"teacher={t}", _stages("chain", scale, teacher=t), "teacher") for t in ("dense", "previous")),
-        Run("teacher=none", _stages("chain", scale, teacher="none", w_kd=0.0), "teacher"),
+        *(Run(f"decay={d:g}", _stages("sr-ste+kd", scale, decay=d), "decay") for d in (0, 2e-5, 2e-3)),
+        *(Run(f"{n + 1} students", stages, "chain length") for n, stages in chains.items()),
+        Run(f"{len(rungs) + 1} students, teacher previous", _stages("chain", scale, teacher="previous"), "teacher"),
+        Run(f"{len(rungs) + 1} students, no teacher", _stages("chain", scale, teacher="none", w_kd=0.0), "teacher"),
+        *(
+            Run(f"masked: {name}", _stages("sr-ste+kd", scale), "masked layers", where=where)
+            for name, where in (("all", "all"), ("MLPs", r"mlp"), ("attention", r"attn"))
+        ),
     ]
-    lengths = sorted({0, len(rungs) // 2, len(rungs)})
-    for rung in lengths:
-        ladder = tuple(rungs[len(rungs) - rung :])
-        runs.append(Run(f"{rung + 1} students", _stages("chain", scale, ladder=ladder), "chain length"))
-    for name, where in (("the model's own", None), ("all", "all"), ("MLPs", r"mlp"), ("attention", r"attn")):
-        runs.append(Run(f"masked: {name}", _stages("sr-ste+kd", scale), "masked layers", where=where))
-    return runs
 
 
 EXPERIMENTS = {
     "arms": Experiment("every method from one dense network, at equal steps", _arms),
     "ratio": Experiment("quality against density", _ratio, "density"),
     "fixed-vs-inplace-vs-chain": Experiment("three ways to 2:4, over training", _progress),
-    "ablate": Experiment("one setting at a time changed", _ablate),
+    "ablate": Experiment("one setting at a time changed", _ablate, control=DEFAULT),
 }
 
 

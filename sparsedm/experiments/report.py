@@ -1,10 +1,11 @@
 """From the rows of results.csv alone: report.md with the table, and the pictures. Bars and bands: every seed's value.
 
-compare.png       Fréchet distance and validation loss of each run, dense marked
+compare.png       Fréchet distance and validation loss of each run, the control marked
 ratio.png         the same over the axis of the experiment, where it has one
 training.png      validation loss over the images seen
-noise-levels.png  validation loss over t, relative to the dense control: where sparsity hurts
-health.png        flip rate and density over training
+noise-levels.png  validation loss over t, relative to the control: where sparsity hurts
+health.png        flip rate, density and distance to the dense weights over training
+flips.png         flip rate of each layer over training
 """
 
 import itertools
@@ -16,7 +17,6 @@ from matplotlib.ticker import LogLocator, NullLocator
 from sparsedm.files import atomic_file, write_text
 from sparsedm.pictures import COLOURS
 
-CONTROL = "dense"
 FLIPS = "flip rate of "  # and a layer's name: a measure
 TABLE = ("validation loss", "Fréchet distance", "distance to dense weights", "MACs", "parameters", "images", "seconds")
 
@@ -28,11 +28,9 @@ def write(folder, rows, plan):
     title = f"{rows[0]['experiment']} ({rows[0]['scale']}): {plan.summary}" if rows else ""
     text = markdown(rows, values, runs)
     pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
-    pictures["flips.png"] = _flips
-    styles = _styles(runs)
-    if any(measure == "axis" for _, measure in values):
-        pictures["ratio.png"] = lambda *arguments: _axis(*arguments, plan.axis)
-    drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, styles, title)]
+    pictures |= {"flips.png": _flips, "ratio.png": _axis}
+    styles = _styles(runs, plan.control)
+    drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, styles, plan, title)]
     shown = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in drawn)
     write_text(folder / "report.md", f"# {title}\n\n{text}\n\n{shown}\n")
     return text
@@ -86,17 +84,17 @@ def _cell(numbers, measure):
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _styles(runs):
+def _styles(runs, control):
     """{run: (line style, colour)}: the same in every picture. The control has a colour of its own."""
     others = [colour for colour in COLOURS if colour != COLOURS[1]]
     styles = itertools.cycle(itertools.product(("-", "--", ":", "-."), others))
-    return {run: ("-", COLOURS[1]) if run == CONTROL else next(styles) for run in runs}
+    return {run: ("-", COLOURS[1]) if run == control else next(styles) for run in runs}
 
 
-def _save(path, draw, values, runs, title):
-    """runs: see `_styles`. draw: (figure, values, runs) -> whether there was anything to draw."""
+def _save(path, draw, values, runs, plan, title):
+    """runs: see `_styles`. draw: (figure, values, runs, plan) -> whether there was anything to draw."""
     figure = Figure(layout="constrained")
-    if not draw(figure, values, runs):
+    if not draw(figure, values, runs, plan):
         return False
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     with atomic_file(path) as partial:
@@ -119,34 +117,36 @@ def _logarithmic(axes):
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _compare(figure, values, runs):
-    """Dots: seeds. Bars: means, from the best. The line: the mean of the dense control."""
+def _compare(figure, values, runs, plan):
+    """Dots: seeds. Bars: means, from the best. The line: the mean of the control."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(runs))
     for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
         found = {run: _single(values, run, measure) for run in runs}
         order = sorted((run for run in runs if found[run]), key=lambda run: -statistics.fmean(found[run]))
         for place, run in enumerate(order):
-            colour = COLOURS[1] if run == CONTROL else COLOURS[0]
+            colour = COLOURS[1] if run == plan.control else COLOURS[0]
             axes.barh(place, statistics.fmean(found[run]), color=colour, alpha=0.55, height=0.7)
             axes.plot(found[run], [place] * len(found[run]), "o", color=colour, markeredgecolor="white", markersize=6)
-        if found.get(CONTROL):
-            axes.axvline(statistics.fmean(found[CONTROL]), color=COLOURS[1], linewidth=1, linestyle="--")
+        if found.get(plan.control):
+            axes.axvline(statistics.fmean(found[plan.control]), color=COLOURS[1], linewidth=1, linestyle="--")
         axes.set_yticks(range(len(order)), order)
         _styled(axes, f"{measure} (less is better; dots: seeds)")
     return True
 
 
-def _axis(figure, values, runs, name):
+def _axis(figure, values, runs, plan):
+    placed = sorted((_single(values, run, "axis")[0], run) for run in runs if _single(values, run, "axis"))
+    if not placed:
+        return False
     figure.set_size_inches(10, 4.2)
     for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
-        placed = sorted((_single(values, r, "axis")[0], r) for r in runs if _single(values, r, "axis"))
         seeds = [_single(values, run, measure) for _, run in placed]
         axes.plot([statistics.fmean(s) for s in seeds], color=COLOURS[0])
         for place, numbers in enumerate(seeds):
             axes.plot([place] * len(numbers), numbers, "o", color=COLOURS[0], markeredgecolor="white")
         # evenly spaced: on any scale of numbers 15:16, 31:32 and dense would lie on one another
         axes.set_xticks(range(len(placed)), [run for _, run in placed], fontsize=8)
-        _styled(axes, f"{name}, in order", f"{measure} (dots: seeds)")
+        _styled(axes, f"{plan.axis}, in order", f"{measure} (dots: seeds)")
     return True
 
 
@@ -169,7 +169,7 @@ def _legend(figure, axes):
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
 
 
-def _training(figure, values, runs):
+def _training(figure, values, runs, plan):
     figure.set_size_inches(9, 4.5)
     axes = figure.subplots()
     drawn = _curves(axes, values, runs, "validation over training")
@@ -179,22 +179,22 @@ def _training(figure, values, runs):
     return drawn
 
 
-def _levels(figure, values, runs):
+def _levels(figure, values, runs, plan):
     figure.set_size_inches(9, 4.5)
     axes, measure = figure.subplots(), "loss at noise level"
-    control = [dict(points) for points in values.get((CONTROL, measure), {}).values()]
+    control = [dict(points) for points in values.get((plan.control, measure), {}).values()]
     against = {x: statistics.fmean(points[x] for points in control) for x in control[0]} if control else None
-    others = {run: style for run, style in runs.items() if run != CONTROL or not control}
+    others = {run: style for run, style in runs.items() if run != plan.control or not control}
     drawn = _curves(axes, values, others, measure, against)
     if control:
         axes.axhline(1, color=COLOURS[1], linewidth=1, linestyle="--")
-    _styled(axes, "t: 0 image, 1 noise", "validation loss" + (" / that of the dense control" if control else ""))
+    _styled(axes, "t: 0 image, 1 noise", "validation loss" + (f" / that of {plan.control}" if control else ""))
     _logarithmic(axes)
     _legend(figure, axes)
     return drawn
 
 
-def _health(figure, values, runs):
+def _health(figure, values, runs, plan):
     figure.set_size_inches(13, 4.2)
     sparse = _sparse(values, runs)
     panels = figure.subplots(1, 3)
@@ -210,7 +210,7 @@ def _health(figure, values, runs):
     return any(drawn)
 
 
-def _flips(figure, values, runs):
+def _flips(figure, values, runs, plan):
     """A map for each run whose masks move: layers from the first to the last, over the images seen."""
     maps = {run: _flip_map(values, run) for run in _sparse(values, runs)}
     maps = {run: found for run, found in maps.items() if found and any(max(row) > 0 for row in found[2])}
