@@ -12,7 +12,7 @@ import itertools
 import statistics
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sparsedm.files import atomic_file, write_text
 from sparsedm.pictures import COLOURS
@@ -110,9 +110,10 @@ def _styled(axes, x="", y=""):
 
 
 def _logarithmic(axes):
-    """With plain numbers on the axis also where it spans less than a power of ten."""
+    """With several plain numbers on the axis also where what is drawn spans less than a power of ten."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
 
@@ -228,7 +229,7 @@ def _flips(figure, values, runs, plan):
         axes.set(title=run, xlabel="images seen", ylabel="layer, from the first to the last")
     for axes in list(grid.flat)[len(maps) :]:
         axes.set_visible(False)
-    figure.colorbar(image, ax=grid, label="share of mask entries changed since the last log")
+    figure.colorbar(image, ax=grid, label="mask entries changed since the last log")
     return True
 
 
