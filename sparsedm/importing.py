@@ -86,10 +86,10 @@ def read_foreign(source, name=None, overrides=None):
         config, about = model_config(name), f"taken as {name}"
     elif config is None:
         config, about, notes = recognise(tensors, file, overrides)
-    model = build_model(config, **overrides).eval()
+    model = build_model(config, device="meta", **overrides)  # random weights would take as long as all the rest
     fill(model, tensors, file)
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()})
-    return Found(model, about, " and ".join(dtypes), notes)
+    return Found(model.float().eval(), about, " and ".join(dtypes), notes)
 
 
 _AS_OFFICIAL = (

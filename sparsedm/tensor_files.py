@@ -108,7 +108,10 @@ def _read_shards(index):
 
 
 def fill(model, tensors, file):
-    """Load `tensors` into `model`. Raises: InputError listing what is missing, unexpected or of another shape."""
+    """Load `tensors` into `model`; one on the meta device takes them over as they are, without a copy.
+
+    Raises: InputError listing what is missing, unexpected or of another shape.
+    """
     expected = model.state_dict()
     problems = {
         "missing": [name for name in expected if name not in tensors],
@@ -126,4 +129,4 @@ def fill(model, tensors, file):
     ]
     if listed:
         raise InputError(f"{file} does not fit the model: {'; '.join(listed)}")
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=any(value.is_meta for value in expected.values()))

@@ -143,6 +143,17 @@ def test_a_named_model_is_not_guessed(tmp_path):
     assert read_foreign(tmp_path / "a.pth", "ddpm-tiny").model.config == MODELS["ddpm-tiny"]
 
 
+def test_a_model_of_half_precision_is_of_single_precision_afterwards(tmp_path):
+    model = build_model(DIT).bfloat16()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    found = read_foreign(tmp_path / "a.pt")
+    assert found.dtype == "bfloat16"
+    assert not found.model.training
+    for mine, theirs in zip(found.model.parameters(), model.parameters()):
+        assert torch.equal(mine, theirs.float())
+        assert mine.requires_grad == theirs.requires_grad
+
+
 def lacking(state, key):
     return {name: value for name, value in state.items() if name != key}
 
