@@ -191,7 +191,7 @@ def _parser():
     take = command(
         "import",
         importing.run_import,
-        "make an official U-ViT or DiT checkpoint, or a diffusers DDPM folder, a model file of this package",
+        "make an official U-ViT or DiT checkpoint, or a diffusers folder, a model file of this package",
         ["cifar10_uvit_small.pth", "DiT-XL-2-256x256.pt", "ddpm-cifar10-32 --out ddpm.safetensors"],
         computes=False,
     )
