@@ -111,6 +111,7 @@ def _parser():
         "--ema", type=float, default=0.9999, help="decay of the average of the weights (default: 0.9999)"
     )
     train.add_argument("--w-kd", type=float, default=0.1, help="weight of the transfer loss in a chain (default: 0.1)")
+    train.add_argument("--distill", type=float, help="weight of a slimmable network's loss to its own widest self")
     train.add_argument("--decay", type=float, default=2e-4, help="SR-STE decay in a chain (default: 2e-4)")
     train.add_argument(
         "--weighting",

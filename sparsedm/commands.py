@@ -4,6 +4,7 @@ Each function takes the parsed command line of `cli.py`. Bad input raises InputE
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -119,12 +120,22 @@ def _stages(options, ema):
     if options.method and options.method not in METHODS:
         raise InputError(f"unknown method {options.method!r}: one of {', '.join(METHODS)}")
     if not options.method:
-        return parse_chain(options.chain, options.steps, options.split, w_kd=options.w_kd, decay=options.decay)
+        stages = parse_chain(options.chain, options.steps, options.split, w_kd=options.w_kd, decay=options.decay)
+        return distilled(stages, options.distill)
     if options.split:
         raise InputError("--split goes with --chain: a method divides the steps itself")
     if ema is None and options.method not in ("dense", "random-init"):
         raise InputError(f"--method {options.method} starts from a dense network: give its run folder with --init")
-    return method_stages(options.method, options.steps, options.pattern)
+    return distilled(method_stages(options.method, options.steps, options.pattern), options.distill)
+
+
+def distilled(stages, weight):
+    """The stages; with a weight, a slimmable network learns from its widest self in the dense ones."""
+    if weight is None:
+        return stages
+    if not any(stage.pattern == "dense" for stage in stages):
+        raise InputError("--distill is for dense stages, and there is none: sparse ones learn from the dense network")
+    return [replace(s, teacher="widest", w_kd=weight) if s.pattern == "dense" else s for s in stages]
 
 
 def show_plan(stages, training, model, folder, where=None):

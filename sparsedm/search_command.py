@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sparsedm import diffusion, samplers, stepaware
-from sparsedm.commands import amp_of, load_images, show_plan
+from sparsedm.commands import amp_of, distilled, load_images, show_plan
 from sparsedm.drawing import family_of
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
@@ -130,8 +130,14 @@ def _data_of(run):
         raise InputError(f"{run} does not say what data it was trained on: name it with --data") from None
 
 
-def _train(options, scale, plan):
+def _family(options, scale):
+    """(model, its options, stages, options of training) of the family to train."""
     name, overrides, stages, training = scale.families[options.family]
+    return name, overrides, distilled(stages, options.distill), training
+
+
+def _train(options, scale, plan):
+    name, overrides, stages, training = _family(options, scale)
     size = build_model(name, device="meta", **overrides).config.image_size
     images = load_images(plan.data, "train", size)
     validation = load_images(plan.data, "test", size, limit=1024)
@@ -160,7 +166,7 @@ def _show(options, scale, plan):
             f"family {family.name}: " + ", ".join(f"{n} {c / 1e6:,.1f} M" for n, c in zip(family.names, family.costs))
         )
     else:
-        name, overrides, stages, training = scale.families[options.family]
+        name, overrides, stages, training = _family(options, scale)
         training = replace(training, seed=options.seed, amp=amp_of(options.device))
         show_plan(stages, training, build_model(name, device="meta", **overrides), plan.run)
     search = plan.search
@@ -182,6 +188,7 @@ def add_arguments(sub):
         default="chain",
         help="what to train: N:M students, the widths of a slimmable network, or its N:M students at all widths",
     )
+    sub.add_argument("--distill", type=float, help="as for train, while a family of widths is trained")
     sub.add_argument("--data", help="as for train (default: what the run was trained on, or the scale's own)")
     sub.add_argument("--sampler", choices=samplers.SAMPLERS, default="dpm++2m", help="(default: dpm++2m)")
     sub.add_argument("--sampling-steps", type=int, help="genes of a strategy (default: of the scale)")

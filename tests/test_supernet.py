@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 from dataclasses import replace
@@ -6,10 +7,12 @@ import pytest
 import torch
 
 from sparsedm import diffusion
+from sparsedm.cli import main
 from sparsedm.diffusion import DDPMSchedule, evaluating
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.train import checkpoint
+from sparsedm.train.chain import Stage, run_chain
 from sparsedm.train.data import ImageSet
 from sparsedm.train.loop import Interrupted, TrainOptions
 from sparsedm.train.supernet import WidestTeacher, train_supernet
@@ -113,6 +116,32 @@ def test_distillation_changes_what_narrow_widths_learn(tmp_path):
     assert not same_state(alone.model.state_dict(), taught.model.state_dict())
     with pytest.raises(InputError, match=r"w_kd is 0.5 there and 0.0 here"):
         train(supernet(), tmp_path / "taught", steps=1)
+
+
+def test_a_stage_of_a_chain_is_taught_by_the_widest(tmp_path):
+    """The same bits as `train_supernet`, then a sparse student is taught by the dense one at full width."""
+    alone = train(supernet(), tmp_path / "alone", steps=2, distill=0.5)
+    stages = [Stage("dense", 2, teacher="widest", w_kd=0.5), Stage("2of4", 1, "2:4", teacher="dense", w_kd=0.5)]
+    options = replace(OPTIONS, accumulate=1)
+    settings = dict(build=None, progress=False)
+    dense, sparse = run_chain(supernet(), stages, images(), DDPMSchedule(), options, tmp_path / "chain", **settings)
+    assert same_state(dense.ema.state_dict(), alone.ema.state_dict())
+    assert dense.metrics[-1]["transfer_loss"] > 0
+    assert sparse.metrics[-1]["transfer_loss"] > 0
+
+
+def test_distillation_from_the_command_line(tmp_path, capsys):
+    command = ["train", "--data", "synthetic", "--limit", "16", "--steps", "2", "--batch-size", "8", "--chain", "dense"]
+    model = ["--model", "slimmable-tiny", "--set", "image_size=8", "--set", "width=16"]
+    assert main([*command, *model, "--distill", "0.5", "--run", str(tmp_path / "a")]) == 0
+    (stage,) = json.loads((tmp_path / "a" / "options.json").read_text())["stages"]
+    assert (stage["teacher"], stage["w_kd"]) == ("widest", 0.5)
+    capsys.readouterr()
+    assert main([*command, "--model", "ddpm-tiny", "--distill", "0.5", "--run", str(tmp_path / "b")]) == 2
+    assert "a supernet is a slimmable network" in capsys.readouterr().err
+    assert main([*command[:-1], "2:4", *model, "--distill", "0.5", "--run", str(tmp_path / "b")]) == 2
+    assert "--distill is for dense stages, and there is none" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_refusals(tmp_path):

@@ -24,10 +24,11 @@ from sparsedm.sparsity import masked_layers, set_masking, sparsify
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.loop import MAY_CHANGE, TrainResult, check_data, train
 from sparsedm.train.metrics import read_metrics, usual_speed
+from sparsedm.train.supernet import WidestTeacher, check_supernet
 
 log = logging.getLogger(__name__)
 
-TEACHERS = ("none", "dense", "previous")
+TEACHERS = ("none", "dense", "previous", "widest")
 INITS = ("previous", "random")
 
 
@@ -39,7 +40,9 @@ class Stage:
     steps: int  # 0: take the networks as they come
     pattern: str = "dense"  # or N:M
     lr: float | None = None  # None: that of the options
-    teacher: str = "none"  # "dense": the average of the last dense stage, or what the chain began from; "previous"
+    # "dense": the average of the last dense stage, or what the chain began from; "previous": of the previous stage;
+    # "widest": the student itself, if it is slimmable, at full width (supernet.py)
+    teacher: str = "none"
     w_kd: float = 0.0  # weight of the transfer loss
     w_noise: float = 1.0  # weight of the noise-prediction loss; 0: learns from the teacher alone
     decay: float = 0.0  # of pruned weights, SR-STE
@@ -122,6 +125,8 @@ def run_chain(
     options = replace(options, steps=sum(stage.steps for stage in stages))
     check_stages(stages, ema, build)
     check_data(model, images, validation)
+    if any(stage.learns_from == "widest" for stage in stages):
+        check_supernet(model, options.batch_size)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     if distributed.first():
@@ -138,6 +143,7 @@ def run_chain(
                 torch.default_generator.manual_seed(options.seed + 1)  # not what the dense network itself began from
                 student = build()
         average = copy.deepcopy(student if previous is None else previous)
+        teachers = {"none": None, "dense": dense, "previous": previous, "widest": WidestTeacher(student)}
         _set_pattern(student, average, stage, where)
         result = train(
             student,
@@ -146,7 +152,7 @@ def run_chain(
             replace(options, steps=stage.steps, lr=stage.lr or options.lr),
             path,
             ema=average,
-            teacher={"none": None, "dense": dense, "previous": previous}[stage.learns_from],
+            teacher=teachers[stage.learns_from],
             w_kd=stage.w_kd,
             w_noise=stage.w_noise,
             dense=dense,
@@ -222,7 +228,7 @@ def plan(stages, options, model, folder, where=None):
                 "images": stage.steps * options.batch_size,
                 "parameters": parameters,
                 "parameters_kept": parameters - round(dropped),
-                "memory_bytes": weights * (5 + (stage.learns_from != "none")),
+                "memory_bytes": weights * (5 + (stage.learns_from in ("dense", "previous"))),
                 "checkpoint_bytes": weights * 4,
                 "folder": str(path),
                 "steps_done": int(reached.name.removeprefix("step-")) if reached else 0,
