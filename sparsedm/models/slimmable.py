@@ -27,7 +27,9 @@ class SlimmableConfig(DDPMConfig):
     """The shape of the whole network, as of a DDPM, and `eighths`: the widths at which it can run.
 
     passes: while it trains, a batch is divided among so many widths by the sandwich rule (arXiv 1903.05134): the
-    widest, the narrowest, and random ones between them; 0 trains the widest alone.
+    widest, the narrowest, and random ones between them; 0 trains the widest alone. DDSM gives every width the same
+    images, with times and noise of its own. Here each has images of its own: with a batch `passes` times as large as
+    DDSM's the gradient is the same in the mean at the same cost, and no step sees an image twice.
     """
 
     kind: str = "slimmable"
