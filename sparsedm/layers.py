@@ -81,7 +81,7 @@ class Masked:
         self.dense_reason = "no pattern was set"
         self.decay, self.kept, self.dropped = 0.0, 1.0, 1.0
         self.register_buffer("mask", None)
-        self._choice = None
+        self._choice = self._held = None
         self.pattern = None
         if pattern is not None:
             self.set_pattern(pattern)
@@ -92,13 +92,13 @@ class Masked:
         reason = invalid_because(self.weight, pattern)
         if reason:
             raise InputError(f"pattern {pattern} does not fit weight {tuple(self.weight.shape)}: {reason}")
-        self.pattern, self.mask, self._choice = pattern, None, None
+        self.pattern, self.mask, self._choice, self._held = pattern, None, None, None
         self.dense_reason = None if pattern else "no pattern was set"
 
     def freeze_mask(self, frozen=True):
         """Keep today's mask from now on, whatever the weight does; with frozen=False choose again."""
         self.mask = self.current_mask().clone() if frozen else None
-        self._choice = None
+        self._choice = self._held = None
 
     def current_mask(self):
         """bool, shape of the weight: what the layer multiplies its weight with. All true when dense."""
@@ -118,19 +118,37 @@ class Masked:
     def _chosen(self, dtype):
         """(masked weight in `dtype`, mask, its bits where the kernels may want them), detached, of today's weight."""
         weight = self.weight.detach()
+        if torch.compiler.is_compiling() and self._held and self._held[0] is self.weight:
+            _, choice, _ = self._held
+            if choice[0].dtype == dtype:
+                return choice
         if transformed():  # inside a graph the choice is a part of it: a cached one would go stale
             return self._choose(weight, dtype)
-        held = [weight] if self.mask is None else [weight, self.mask]
-        key = None
-        if not any(t.is_inference() for t in held):
-            key = dtype, *((t._version, t.data_ptr(), t.device) for t in held)
-        cached = self._choice
+        key, cached = self._version(dtype), self._choice
         if cached and key and cached[0]() is self.weight and cached[1] == key:
             return cached[2]
         with torch.no_grad():
             choice = self._choose(weight, dtype)
         self._choice = (weakref.ref(self.weight), key, choice)
         return choice
+
+    def _version(self, dtype):
+        """What a choice in `dtype` depends on, to be compared; None where torch does not count changes."""
+        tensors = [self.weight] if self.mask is None else [self.weight, self.mask]
+        if any(t.is_inference() for t in tensors):
+            return None
+        return dtype, *((t._version, t.data_ptr(), t.device) for t in tensors)
+
+    def hold_choice(self):
+        """Let compiled graphs use today's choice, until `release_choice`: see `sparsity.hold_masks`."""
+        dtype = _product_dtype(self.weight)
+        key, (masked, mask, _) = self._version(dtype), self._chosen(dtype)
+        self._held = (self.weight, (masked, mask, None), key) if key else None
+
+    def release_choice(self):
+        """Choose in compiled graphs again. False if the weight was changed while its choice was held."""
+        held, self._held = self._held, None
+        return not held or (held[0] is self.weight and held[2] == self._version(held[2][0]))
 
     def _choose(self, weight, dtype):
         packed = isinstance(self, nn.Linear) and kernels_serve(weight)
@@ -142,7 +160,7 @@ class Masked:
         return choice.masked, choice.mask, choice.bits
 
     def __getstate__(self):
-        return {**self.__dict__, "_choice": None}  # a weak reference cannot be copied or pickled
+        return {**self.__dict__, "_choice": None, "_held": None}  # a weak reference cannot be copied or pickled
 
     def extra_repr(self):
         pattern = f", pattern={self.pattern}" if self.pattern else ""

@@ -1,5 +1,6 @@
 """Whole models: `sparsify` gives layers a pattern, `compress` makes the form that runs, `decompress` goes back."""
 
+import contextlib
 import copy
 import re
 
@@ -159,6 +160,25 @@ def set_masking(model, *, decay=0.0, kept=1.0, dropped=1.0, frozen=False):
 def masks(model):
     """{layer name: bool mask with the weight's shape} of the layers that have a pattern."""
     return {name: layer.current_mask() for name, layer in masked_layers(model)}
+
+
+@contextlib.contextmanager
+def hold_masks(*models):
+    """For compiled models: choose the masks now, for every forward of the block, instead of choosing in each.
+
+    A compiled graph cannot see whether a weight has changed. Between two optimizer steps it does not, so this belongs
+    around the forwards and backwards of one step (and under the autocast they run in). Eager layers need no block.
+    Raises: InputError at the end of the block, naming the layer, if a weight was changed inside of it.
+    """
+    layers = [found for model in models for found in masked_layers(model)]
+    try:
+        for _, layer in layers:
+            layer.hold_choice()
+        yield
+    finally:
+        changed = [name for name, layer in layers if not layer.release_choice()]
+    if changed:
+        raise InputError(f"the weight of {changed[0]} was changed while its mask was held: step after the block")
 
 
 # ---- compressed models -----------------------------------------------------------------------------------------------

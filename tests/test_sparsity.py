@@ -5,14 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from sparsedm.errors import InputError
+from sparsedm.kernels import choose as choose_file
 from sparsedm.kernels.pattern import Pattern, holds
 from sparsedm.kernels.sparse24_torch import TORCH_TENSORS
 from sparsedm.layers import Conv2d24, Linear, Linear24
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, decompress, masked_layers, masks, sparsify
+from sparsedm.sparsity import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 
@@ -190,6 +191,94 @@ def test_saving_copying_and_pickling_a_masked_model():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+# ---- masks of compiled models ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def choices(monkeypatch):
+    """How often a mask was chosen, in eager code or inside of a graph."""
+    calls, choose = [], choose_file._choose_in_torch
+    monkeypatch.setattr(choose_file, "_choose_in_torch", lambda *a: (calls.append(1), choose(*a))[1])
+    return calls
+
+
+def gradients(model, compiled, x):
+    model.zero_grad()
+    loss = compiled(x).square().sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_compiled_model_whose_masks_are_held_chooses_once_per_step(choices, amp):
+    torch._dynamo.reset()
+    model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
+    set_masking(model, decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, fused=True)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for _ in range(3):
+        choices.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            with hold_masks(model, model):
+                for _ in range(2):
+                    found = gradients(model, compiled, x)
+            assert len(choices) == 2, "one for each masked layer"
+            expected = gradients(model, model, x)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        optimizer.step()
+    assert graphs.frame_count == 1
+
+
+def test_outside_of_the_block_and_for_other_weights_a_compiled_model_chooses_by_itself(choices):
+    torch._dynamo.reset()
+    model, x = sparsify(Small(), "2:4").eval(), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    others = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    call = torch.compile(lambda w: torch.func.functional_call(model, w, (x,)), fullgraph=True, backend="aot_eager")
+    with hold_masks(model):
+        held = compiled(x)
+        assert torch.equal(call(others), torch.func.functional_call(model, others, (x,)))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), held)
+    with hold_masks(model):
+        assert torch.equal(compiled(x), model(x))
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: nn.init.zeros_(model.head.weight),
+        lambda model: model.load_state_dict(Small().state_dict()),
+        lambda model: setattr(model.head, "weight", nn.Parameter(torch.ones(30, 32))),
+        lambda model: torch.optim.AdamW(model.parameters(), 0.1, fused=True).step(),
+        lambda model: model.double(),
+    ],
+    ids=["in place", "load_state_dict", "new parameter", "fused step", ".double()"],
+)
+def test_a_weight_that_changes_while_its_mask_is_held_is_refused(change):
+    model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
+    model(x).sum().backward()
+    with pytest.raises(InputError, match=r"the weight of (conv|head) was changed while its mask"), hold_masks(model):
+        change(model)
+    with hold_masks(model):
+        pass  # and it can be held again
+
+
+def test_a_mask_that_is_set_while_it_is_held_counts(choices):
+    torch._dynamo.reset()
+    model, x = sparsify(Small(), "2:4").eval(), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with hold_masks(model):
+        before = compiled(x)
+        sparsify(model, "1:4")
+        assert torch.equal(compiled(x), model(x))
+        assert not torch.equal(before, model(x))
 
 
 # ---- compress --------------------------------------------------------------------------------------------------------

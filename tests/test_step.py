@@ -1,6 +1,7 @@
 """What one step computes: against the loop written out, and what the student and its teacher are given."""
 
 import copy
+import functools
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
 from sparsedm.diffusion import DDPMSchedule
+from sparsedm.kernels import choose
 from sparsedm.train import step
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import train
@@ -125,3 +127,14 @@ def test_the_student_and_its_teacher_are_both_compiled(tmp_path, monkeypatch):
     assert ran == [model, teacher] * 2
     run(tmp_path / "eager", replace(OPTIONS, steps=2), masked(), teacher=teacher, w_kd=0.1)
     assert len(ran) == 4
+
+
+def test_a_compiled_step_chooses_no_mask_inside_of_its_graphs(tmp_path, monkeypatch):
+    """They are chosen before it, once, for all parts of the batch."""
+    torch._dynamo.reset()
+    chosen, outputs = [], choose._outputs
+    monkeypatch.setattr(choose, "_outputs", lambda weight, *a: (chosen.append(weight), outputs(weight, *a))[1])
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    options = replace(OPTIONS, steps=3, batch_size=8, accumulate=2, compile=True, amp="bf16")
+    run(tmp_path, options, masked(), teacher=masked(), w_kd=0.1)
+    assert not chosen

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 
@@ -23,6 +24,7 @@ class Step:
         self.model, self.ema, self.images, self.schedule, self.options = model, ema, images, schedule, options
         self.shares = distributed.shares(options.batch_size, options.accumulate)
         self.network = distributed.parallel(torch.compile(model) if options.compile else model)
+        self.masked = [model] if teacher is None else [model, teacher]
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
         self.loss = {"teacher": teacher, "w_kd": w_kd, "w_noise": w_noise, "weighting": options.weighting}
         self.parameters = list(model.parameters())
@@ -44,16 +46,17 @@ class Step:
         self.optimizer.zero_grad()
         losses = torch.zeros(3, device=x.device)
         draws = self.generator.get_state()
-        for number, rows in self.shares:
-            self.generator.set_state(draws)
-            torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))
-            with self._averages_gradients(number == self.shares[-1][0]):
-                with self.autocast:
-                    terms = diffusion.loss(
-                        self.network, x, self.schedule, y=y, generator=self.generator, rows=rows, **self.loss
-                    )
-                terms.total.backward()
-            losses += torch.stack((terms.total.detach(), terms.noise, terms.transfer)) / len(self.shares)
+        with self._held_masks():
+            for number, rows in self.shares:
+                self.generator.set_state(draws)
+                torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))
+                with self._averages_gradients(number == self.shares[-1][0]):
+                    with self.autocast:
+                        terms = diffusion.loss(
+                            self.network, x, self.schedule, y=y, generator=self.generator, rows=rows, **self.loss
+                        )
+                    terms.total.backward()
+                losses += torch.stack((terms.total.detach(), terms.noise, terms.transfer)) / len(self.shares)
         if len(self.shares) > 1:  # not the losses: every backward adds the decay of the pruned weights, undivided
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], len(self.shares))
         norm = nn.utils.clip_grad_norm_(self.parameters, options.clip or math.inf)
@@ -62,6 +65,15 @@ class Step:
         self.optimizer.step()
         self._update_ema(decay)
         return torch.cat((distributed.mean(losses), norm[None]))
+
+    @contextlib.contextmanager
+    def _held_masks(self):
+        """Eager layers know by themselves that the weights stay as they are until the optimizer's step."""
+        with contextlib.ExitStack() as held:
+            if self.options.compile:
+                with self.autocast:
+                    held.enter_context(hold_masks(*self.masked))
+            yield
 
     def _averages_gradients(self, last):
         """Processes average their gradients once per step: in the backward of the last part of the batch."""
