@@ -241,16 +241,20 @@ def _sparse_backend(layer, shape, calls, arch, batch):
     if isinstance(layer, Linear | Linear24):
         return choose_backend(architecture, batch * calls.rows, *shape, dtype)
     geometry = [getattr(layer, k) for k in GEOMETRY]
-    return choose_conv_backend(architecture, shape[1], shape[2:], *geometry, calls.image, shape[0], dtype)
+    pixels = batch * calls.macs // math.prod(shape)
+    backend, why = choose_conv_backend(architecture, shape[1], shape[2:], *geometry, pixels, shape[0], dtype)
+    if backend == "linear":
+        backend, product = choose_backend(architecture, pixels, *shape[:2], dtype)
+        why = f"{why}: {product}"
+    return backend, why
 
 
 @dataclass
 class _Calls:
-    """What one forward at batch 1 showed of a layer: MACs, rows of a Linear's input, image size of a Conv2d's."""
+    """What one forward at batch 1 showed of a layer: MACs, rows of a Linear's input."""
 
     macs: int = 0
     rows: int = 0
-    image: tuple = (0, 0)
 
 
 def _count(model, example_inputs, on_meta):
@@ -281,8 +285,6 @@ def _count(model, example_inputs, on_meta):
         inside.append(counted)
         if len(shape) == 2:
             call.rows = max(call.rows, call.macs // math.prod(shape))
-        else:
-            call.image = tuple(inputs[0].shape[-2:])
 
     state, inputs = {}, example_inputs
     if on_meta:

@@ -89,8 +89,17 @@ def test_arch_shows_the_kernel_the_compressed_model_would_use(arch, batch, backe
 def test_arch_of_a_convolution():
     model = sparsify(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)), "2:4")
     for form in (model, compress(model)):
-        (row,) = inspect(form, (torch.zeros(1, 64, 8, 8),), arch="sm_90a").rows
-        assert row.backend == "wgmma"
+        for batch, backend in ((1, "dense"), (64, "wgmma")):
+            (row,) = inspect(form, (torch.zeros(1, 64, 8, 8),), arch="sm_90a", batch=batch).rows
+            assert row.backend == backend
+
+
+def test_a_1x1_convolution_is_the_product_that_serves_its_pixels():
+    model = compress(sparsify(nn.Sequential(nn.Conv2d(64, 64, 1)), "2:4"))
+    for batch, backend in ((1, "few"), (64, "wgmma"), (8, "dense")):
+        (row,) = inspect(model, (torch.zeros(1, 64, 8, 8),), arch="sm_90a", batch=batch).rows
+        assert row.backend == backend
+        assert row.why.startswith("a 1 x 1 kernel is a product over the pixels: ")
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(64, 64, 3, padding=1)], ids=["linear", "conv"])

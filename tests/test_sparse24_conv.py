@@ -11,7 +11,7 @@ from sparsedm.kernels import sparse24_conv as conv
 from sparsedm.kernels import sparse24_conv_wgmma as kernel
 from sparsedm.kernels import sparse24_pipeline as pipeline
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
-from sparsedm.kernels.sparse24_conv import _pixels, choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
+from sparsedm.kernels.sparse24_conv import _pair, _pixels, choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
 from sparsedm.kernels.sparse24_dispatch import Choice
 from sparsedm.kernels.sparse24_format import pack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
@@ -25,22 +25,26 @@ BF16 = torch.bfloat16
 
 
 class Convolution:
-    """B images of C x H x W, a 2:4 weight, and what torch makes of them. config: number of the kernel's, or None."""
+    """B images of C x H x W, a 2:4 weight, and what torch makes of them.
+
+    kernel, padding: a number or a pair. config: number of the kernel's, or None.
+    """
 
     def __init__(
         self, B, C, H, W, N, *, kernel=3, stride=1, padding=1, bias=False, activation=None, residual=False, dtype=BF16,
         config=None,
     ):  # fmt: skip
         torch.manual_seed(0)
-        weight = torch.randn(N, C, kernel, kernel) / (C * kernel * kernel) ** 0.5
+        self.kernel_size, self.activation = _pair(kernel), activation
+        weight = torch.randn(N, C, *self.kernel_size)
+        weight /= weight[0].numel() ** 0.5
         rows = group_view(weight)
         self.weight = ungroup(torch.where(choose_mask_ref(rows, Pattern(2, 4)), rows, 0), weight.shape).to(dtype)
         self.values, self.metadata = pack(group_view(self.weight).reshape(N, -1))
         self.x = torch.randn(B, C, H, W).to(dtype)
         self.bias = torch.randn(N).to(dtype) if bias else None
         self.config = config
-        self.geometry = {"stride": stride, "padding": padding}
-        self.kernel_size, self.activation = (kernel, kernel), activation
+        self.geometry = {"stride": stride, "padding": _pair(padding)}
         size = self.reference(torch.Tensor.float, residual=False).shape
         self.residual = torch.randn(size).to(dtype) if residual else None
         self.y = torch.full(size, float("nan"), dtype=dtype).to(memory_format=torch.channels_last)
@@ -80,6 +84,8 @@ def test_padding_in_torch_s_words(padding, same_as):
 QUICK = {
     "3x3": dict(B=1, C=64, H=11, W=20, N=136, bias=True, activation="silu", residual=True),
     "stride-2": dict(B=3, C=128, H=12, W=8, N=72, stride=2, bias=True),
+    # sides that TMA cannot halve, a kernel and a padding that are not the same along both
+    "odd-1x3": dict(B=2, C=64, H=9, W=7, N=16, stride=2, kernel=(1, 3), padding=(0, 2)),
 }
 SLOW = {
     **{
@@ -108,10 +114,9 @@ def configuration(c):
 def operands(c):
     values, metadata = arranged(c, "wgmma")
     y = c.y.permute(0, 2, 3, 1)
-    padding = (c.geometry["padding"],) * 2
     return kernel.operands(
-        configuration(c), nhwc(c.x), values, metadata, y, c.kernel_size, c.geometry["stride"], padding, c.bias,
-        c.activation, nhwc(c.residual),
+        configuration(c), nhwc(c.x), values, metadata, y, c.kernel_size, *c.geometry.values(), c.bias, c.activation,
+        nhwc(c.residual),
     )  # fmt: skip
 
 
@@ -175,47 +180,53 @@ def test_patches(pixels, rows, columns):
 
 
 DISPATCH = [
-    # capability, channels, kernel, stride, dilation, size, features, dtype -> back end, words of the reason
-    (None, 64, 3, 1, 1, (32, 32), 64, BF16, "dense", "not an NVIDIA GPU"),
-    ((9, 0), 64, 1, 1, 1, (32, 32), 64, BF16, "linear", "over the pixels"),
-    ((9, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "wgmma", "sm_90a"),
-    ((9, 0), 64, 3, 2, 1, (32, 32), 64, BF16, "wgmma", "sm_90a"),
-    ((9, 0), 96, 3, 1, 1, (32, 32), 64, BF16, "dense", "96 input channels"),
-    ((9, 0), 64, 3, 1, 1, (32, 32), 3, BF16, "dense", "3 output channels"),
-    ((9, 0), 64, 3, 2, 1, (33, 32), 64, BF16, "dense", "33 x 32 pixels"),
-    ((9, 0), 64, 3, 1, 2, (32, 32), 64, BF16, "dense", "no dilation"),
-    ((9, 0), 64, 3, 1, 1, (32, 32), 64, torch.float32, "dense", "float32"),
-    ((9, 0), 64, 3, 3, 1, (32, 32), 64, BF16, "dense", "strides 1, and 2"),
-    ((8, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "mma", "sm_80"),
-    ((8, 9), 64, 3, 2, 1, (33, 32), 3, BF16, "mma", "sm_89"),
-    ((8, 0), 96, 3, 1, 1, (32, 32), 64, BF16, "dense", "96 input channels"),
-    ((7, 5), 64, 3, 1, 1, (32, 32), 64, BF16, "dense", "sm_75 has no sparse tensor cores"),
-    ((10, 0), 64, 3, 1, 1, (32, 32), 64, BF16, "dense", "wgmma.sp needs sm_90a"),
+    # capability, channels, kernel, stride, dilation, pixels, features, dtype -> back end, words of the reason
+    (None, 64, 3, 1, 1, 4096, 64, BF16, "dense", "not an NVIDIA GPU"),
+    ((9, 0), 64, 1, 1, 1, 4096, 64, BF16, "linear", "over the pixels"),
+    ((9, 0), 64, 3, 1, 1, 4096, 64, BF16, "wgmma", "sm_90a"),
+    ((9, 0), 64, 3, 2, 1, 4096, 64, BF16, "wgmma", "sm_90a"),
+    ((9, 0), 96, 3, 1, 1, 4096, 64, BF16, "dense", "96 input channels: the wgmma kernel needs a multiple of 64"),
+    ((9, 0), 64, 3, 1, 1, 4096, 3, BF16, "dense", "3 output channels"),
+    ((9, 0), 64, 3, 1, 1, 1984, 256, BF16, "wgmma", "sm_90a"),
+    ((9, 0), 64, 3, 1, 1, 1920, 256, BF16, "dense", "30 tiles of 128 x 128 leave most of the GPU idle"),
+    ((9, 0), 64, 3, 1, 2, 4096, 64, BF16, "dense", "no dilation"),
+    ((9, 0), 64, 3, 1, 1, 4096, 64, torch.float32, "dense", "float32"),
+    ((9, 0), 64, 3, 3, 1, 4096, 64, BF16, "dense", "strides 1 and 2"),
+    ((8, 0), 64, 3, 1, 1, 4096, 64, BF16, "mma", "sm_80"),
+    ((8, 9), 64, 3, 2, 1, 4096, 3, BF16, "mma", "sm_89"),
+    ((8, 0), 96, 3, 1, 1, 4096, 64, BF16, "mma", "sm_80"),
+    ((8, 0), 100, 3, 1, 1, 4096, 64, BF16, "dense", "100 input channels: the mma kernel needs a multiple of 8"),
+    ((8, 0), 64, 3, 1, 1, 64, 64, BF16, "dense", "1 tiles of 128 x 128"),
+    ((7, 5), 64, 3, 1, 1, 4096, 64, BF16, "dense", "sm_75 has no sparse tensor cores"),
+    ((10, 0), 64, 3, 1, 1, 4096, 64, BF16, "dense", "wgmma.sp needs sm_90a"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("capability", "channels", "size", "stride", "dilation", "image", "features", "dtype", "backend", "words"), DISPATCH
+    ("capability", "channels", "kernel", "stride", "dilation", "pixels", "features", "dtype", "backend", "words"),
+    DISPATCH,
 )
 def test_dispatch_says_what_runs_and_why(
-    capability, channels, size, stride, dilation, image, features, dtype, backend, words, monkeypatch
+    capability, channels, kernel, stride, dilation, pixels, features, dtype, backend, words, monkeypatch
 ):
     monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
-    geometry = ((size, size), (stride, stride), (size // 2, size // 2), (dilation, dilation))
-    chosen, reason = choose_conv_backend(capability, channels, *geometry, image, features, dtype)
+    geometry = ((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (dilation, dilation))
+    chosen, reason = choose_conv_backend(capability, channels, *geometry, pixels, features, dtype)
     assert chosen == backend
     assert words in reason
 
 
-def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch):
+@pytest.mark.parametrize("rule", ["wgmma", "dense"])
+def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, monkeypatch):
+    """Also where the rule, for so few pixels, is dense."""
     monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
     c, kept = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
     call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, arranged=kept)  # noqa: E731
     expected = call()
     kept.clear()
 
-    def pick(operation, offered, rule, run, device, rows, kept, **key):
-        assert (operation, rule, device, rows) == ("sparse24_conv2d", ("wgmma", 1), c.x.device, 2 * 4 * 3)
+    def pick(operation, offered, choice, run, device, rows, kept, **key):
+        assert (operation, choice, device, rows) == ("sparse24_conv2d", (rule, rule == "wgmma"), c.x.device, 2 * 4 * 3)
         assert [choice.backend for choice in offered()] == ["dense"] + ["wgmma"] * len(kernel.CONFIGS)
         assert key == dict(
             dtype=torch.float32, activation=None, bias=True, residual=False, kernel=(3, 3), stride=2, image=(4, 3),
@@ -224,7 +235,8 @@ def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch
         assert torch.equal(run(Choice("dense")), expected)
         return Choice("torch")
 
-    monkeypatch.setattr(conv, "choose_conv_backend", lambda *geometry: ("wgmma", ""))
+    monkeypatch.setattr(conv, "choose_conv_backend", lambda *geometry: (rule, ""))
+    monkeypatch.setattr(conv, "conv_kernel", lambda *geometry: ("wgmma", ""))
     monkeypatch.setattr(conv, "pick", pick)
     assert torch.equal(call(), expected)
     assert set(kept) == {"choices", "torch"}
@@ -232,12 +244,21 @@ def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch
 
 @pytest.mark.parametrize(
     ("forced", "capability", "expected"),
-    [("mma", (9, 0), "mma"), ("wgmma", (9, 0), "wgmma"), ("wgmma", (8, 0), "dense"), ("few", (8, 0), "mma")],
+    [
+        ("mma", (9, 0), "mma"),
+        ("wgmma", (9, 0), "wgmma"),
+        ("wgmma", (8, 0), "dense"),
+        ("few", (8, 0), "mma"),
+        ("torch", (9, 0), "torch"),
+        ("dense", (8, 0), "dense"),
+        ("torch", None, "torch"),
+        ("mma", None, "dense"),
+    ],
 )
 def test_dispatch_can_be_forced(forced, capability, expected, monkeypatch):
     monkeypatch.setenv("SPARSEDM_BACKEND", forced)
     pair = (1, 1)
-    assert choose_conv_backend(capability, 64, (3, 3), pair, pair, pair, (8, 8), 64, BF16)[0] == expected
+    assert choose_conv_backend(capability, 64, (3, 3), pair, pair, pair, 4096, 64, BF16)[0] == expected
 
 
 REFUSED = {
@@ -276,8 +297,7 @@ def launched_on_the_gpu(module, backend, c, config):
     with hang_guard():
         module.launch(
             move(nhwc(c.x)), *map(move, arranged(c, backend)), y.permute(0, 2, 3, 1), kernel_size=c.kernel_size,
-            stride=c.geometry["stride"], padding=(c.geometry["padding"],) * 2, bias=move(c.bias),
-            activation=c.activation, residual=move(nhwc(c.residual)), config=config,
+            **c.geometry, bias=move(c.bias), activation=c.activation, residual=move(nhwc(c.residual)), config=config,
         )  # fmt: skip
         return y.cpu()
 

@@ -20,6 +20,8 @@ FULL = dict(bias=True, activation="silu", residual=True)
 QUICK = {
     "3x3": (kernel.CONFIGS[1], 80, dict(B=2, C=64, H=7, W=9, N=72, **FULL)),
     "stride-2": (kernel.CONFIGS[2], 89, dict(B=3, C=128, H=7, W=10, N=20, stride=2, bias=True)),
+    # steps of several kernel positions, the last of which ends early; a kernel that is not square
+    "narrow-2x3": (kernel.CONFIGS[2], 80, dict(B=2, C=24, H=7, W=5, N=24, kernel=(2, 3), padding=(0, 2), **FULL)),
 }
 SLOW = {
     **{
@@ -30,6 +32,11 @@ SLOW = {
     "asymmetric": (kernel.CONFIGS[0], 86, dict(B=1, C=64, H=18, W=34, N=128, stride=2, padding=0)),
     "fp16-5x5": (kernel.CONFIGS[0], 90, dict(B=1, C=64, H=16, W=16, N=64, kernel=5, padding=2, dtype=torch.float16)),
     "stride-3": (kernel.CONFIGS[2], 80, dict(B=2, C=64, H=10, W=11, N=64, stride=3, padding=1)),
+    **{
+        f"{i}-narrow": (config, 80, dict(B=5, C=96, H=6, W=8, N=136, stride=1 + i % 2, **FULL))
+        for i, config in enumerate(kernel.CONFIGS)
+    },
+    "eight-channels": (kernel.CONFIGS[2], 90, dict(B=1, C=8, H=9, W=9, N=16, dtype=torch.float16)),
     "one-pixel": (kernel.CONFIGS[2], 80, dict(B=70, C=64, H=1, W=1, N=64)),
 }
 CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -37,10 +44,9 @@ CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 def operands(config, c):
     values, metadata = arranged(c, "mma")
-    padding = (c.geometry["padding"],) * 2
     return kernel.operands(
-        config, nhwc(c.x), values, metadata, c.y.permute(0, 2, 3, 1), c.kernel_size, c.geometry["stride"], padding,
-        c.bias, c.activation, nhwc(c.residual),
+        config, nhwc(c.x), values, metadata, c.y.permute(0, 2, 3, 1), c.kernel_size, *c.geometry.values(), c.bias,
+        c.activation, nhwc(c.residual),
     )  # fmt: skip
 
 
@@ -91,6 +97,9 @@ def test_sass(name):
     # what the linear kernel's loop has, and the kernel position with the tests for the borders of the image
     assert sum(main.values()) <= 2 * products + 200
     assert not any(op.startswith(("LDL", "STL", "SHFL", "STS")) for op in main)
+    copies = [op for op in main if op.startswith("LDGSTS")]
+    assert copies
+    assert all(op.endswith(".128") for op in copies), "16 bytes at a time"
 
 
 @pytest.mark.parametrize("pattern", [r"cp\.async\.wait_group\s+\d+", r"setp\.lt\.s32", r"(, %r\d+), 1;"])

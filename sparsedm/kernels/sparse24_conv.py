@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.sparse24_arrange import arrange_once, kernel_tensors
-from sparsedm.kernels.sparse24_dispatch import CONV, NO_GPU, Choice, configs, every, module, pick, without_kernels
+from sparsedm.kernels.sparse24_dispatch import (
+    CONV,
+    NO_GPU,
+    SMALLEST_GRID,
+    Choice,
+    configs,
+    every,
+    module,
+    pick,
+    without_kernels,
+)
 from sparsedm.kernels.sparse24_format import check_shapes, unpack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
 
@@ -38,33 +48,45 @@ def _weight(values, metadata, channels, kernel_size):
     return rows.view(-1, *kernel_size, channels).permute(0, 3, 1, 2)
 
 
-def choose_conv_backend(capability, channels, kernel_size, stride, padding, dilation, size, features, dtype):
-    """Which back end serves a convolution of images of `size` (H, W), and why: (name, reason).
+def choose_conv_backend(capability, channels, kernel_size, stride, padding, dilation, pixels, features, dtype):
+    """Which back end serves a convolution to `features` channels of so many pixels in all, and why: (name, reason).
 
-    Rules, not measurement: where this names a kernel, `pick` of sparse24_dispatch times dense beside it.
+    Rules, not measurement: where there is a kernel, `pick` of sparse24_dispatch times dense beside it.
     SPARSEDM_BACKEND=torch | dense | mma | wgmma overrules them wherever the named one can run; 1 x 1 kernels obey it as
     products.
     """
-    if kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0):
+    if kernel_size == (1, 1) and stride == (1, 1) and padding in ((0, 0), "valid", "same"):
         return "linear", "a 1 x 1 kernel is a product over the pixels"
+    kernel, reason = conv_kernel(capability, channels, stride, dilation, features, dtype)
+    forced = forced_backend()
+    if kernel is None:
+        return forced if forced in ("torch", "dense") else "dense" if capability else without_kernels(), reason
+    tiles = -(-pixels // 128) * -(-features // 128)
+    if kernel != forced and tiles < SMALLEST_GRID:
+        return "dense", f"{tiles} tiles of 128 x 128 leave most of the GPU idle: the launch decides, not the arithmetic"
+    return kernel, reason
+
+
+def conv_kernel(capability, channels, stride, dilation, features, dtype):
+    """The kernel that is worth timing beside dense, mma or wgmma, or None; and why."""
     forced = forced_backend()
     if forced in ("torch", "dense"):
-        return forced, f"SPARSEDM_BACKEND={forced}"
+        return None, f"SPARSEDM_BACKEND={forced}"
     if capability is None:
-        return without_kernels(), NO_GPU
+        return None, NO_GPU
     name = f"sm_{capability[0]}{capability[1]}"
     kernel = forced if forced in ("mma", "wgmma") else "wgmma" if capability == (9, 0) else "mma"
-    obstacle = _obstacle(kernel, capability, channels, stride, dilation, size, features, dtype)
+    obstacle = _obstacle(kernel, capability, channels, stride, dilation, features, dtype)
     if obstacle:
-        return "dense", obstacle
+        return None, obstacle
     if kernel == forced:
         return kernel, f"SPARSEDM_BACKEND={forced}"
     if kernel == "mma" and capability >= (9, 0):
-        return "dense", f"mma.sp is no quicker than {name}'s dense tensor cores, and wgmma.sp needs sm_90a"
+        return None, f"mma.sp is no quicker than {name}'s dense tensor cores, and wgmma.sp needs sm_90a"
     return kernel, f"{name + 'a' if kernel == 'wgmma' else name}, implicit product"
 
 
-def _obstacle(kernel, capability, channels, stride, dilation, size, features, dtype):
+def _obstacle(kernel, capability, channels, stride, dilation, features, dtype):
     """Why the kernel, mma or wgmma, cannot run, or None."""
     if capability < (8, 0):
         return f"sm_{capability[0]}{capability[1]} has no sparse tensor cores (sm_80 and later have)"
@@ -72,16 +94,17 @@ def _obstacle(kernel, capability, channels, stride, dilation, size, features, dt
         return f"sm_{capability[0]}{capability[1]} has no wgmma (sm_90a has)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{str(dtype)[6:]}: the kernels take bfloat16 and float16"
-    if channels % 64:
-        return f"{channels} input channels: the kernels need a multiple of 64"
+    multiple = 8 if kernel == "mma" else 64  # a TMA box has 64 channels at one kernel position
+    if channels % multiple:
+        return f"{channels} input channels: the {kernel} kernel needs a multiple of {multiple}"
     if stride[0] != stride[1] or dilation != (1, 1):
         return f"stride {stride}, dilation {dilation}: the kernels have one stride for both axes and no dilation"
     if kernel == "mma":
         return None
     if features % 8:
         return f"{features} output channels: the wgmma kernel needs a multiple of 8"
-    if stride[0] > 2 or (stride[0] == 2 and (size[0] % 2 or size[1] % 2)):
-        return f"stride {stride[0]}, {size[0]} x {size[1]} pixels: the wgmma kernel has strides 1, and 2 for even sides"
+    if stride[0] > 2:
+        return f"stride {stride[0]}: the wgmma kernel has strides 1 and 2"
     return None
 
 
@@ -112,8 +135,9 @@ def sparse24_conv2d(
     padding = _padding(padding, kernel_size, dilation)
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation)
     features, channels = values.shape[0], x.shape[1]
+    device, pixels = capability(x.device), x.shape[0] * size[0] * size[1]
     backend, _ = choose_conv_backend(
-        capability(x.device), channels, kernel_size, stride, padding, dilation, tuple(x.shape[2:]), features, x.dtype
+        device, channels, kernel_size, stride, padding, dilation, pixels, features, x.dtype
     )
     if backend == "linear":
         pixels = lambda image: None if image is None else image.permute(0, 2, 3, 1)  # noqa: E731
@@ -130,13 +154,13 @@ def sparse24_conv2d(
         )  # fmt: skip
 
     choice = Choice(backend, int(backend == "wgmma" and features <= 128))
-    if backend in ("mma", "wgmma") and x.shape[0] and type(x) is torch.Tensor:
+    kernel, _ = conv_kernel(device, channels, stride, dilation, features, x.dtype)
+    if kernel and pixels and type(x) is torch.Tensor:
         for_timing = {}  # what the losers read is not kept
         choice = pick(
             CONV,
-            lambda: every(CONV, backend) if forced_backend() else (Choice("dense"), *every(CONV, backend)),
-            choice, lambda other: run(other, for_timing), x.device,
-            x.shape[0] * size[0] * size[1], kept.setdefault("choices", {}),
+            lambda: every(CONV, kernel) if forced_backend() else (Choice("dense"), *every(CONV, kernel)),
+            choice, lambda other: run(other, for_timing), x.device, pixels, kept.setdefault("choices", {}),
             dtype=x.dtype, activation=activation, bias=bias is not None,
             residual=residual is not None, kernel=kernel_size, stride=stride[0], image=tuple(size), n=features,
             c=channels,

@@ -5,7 +5,8 @@
 K runs over (i, j, c); a slot of the ring is 64 channels at one kernel position, so the 2:4 groups lie along channels
 and CIN must be a multiple of 64. One tile is BLOCK_N features x a patch of TB images, TH rows and TW columns of the
 output. Its part of x is one TMA box of the five-dimensional view (B, H/S, S, W/S, S C) of x: with stride 2 a kernel
-position reads every other row and column, which in this view is an index of the third axis and an offset in the last.
+position reads every other row and column, which in this view is an index of the third axis and an offset in the last;
+images of odd sides are copied for it, with a row or column of zeros behind.
 Outside the image TMA fills with zeros, and that is the padding. Everything else is as in sparse24_wgmma_kernels. NOT
 YET RUN ON A GPU: the compiled PTX is executed by the emulator of the tests.
 """
@@ -13,6 +14,7 @@ YET RUN ON A GPU: the compiled PTX is executed by the emulator of the tests.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
@@ -192,6 +194,9 @@ def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias,
     images, height, width, channels = x.shape
     _, rows, columns, features = y.shape
     block_n, block_m = config.block_n, config.block_m
+    if height % stride or width % stride:
+        x = F.pad(x, (0, 0, 0, width % stride, 0, height % stride))
+        _, height, width, _ = x.shape
     patch = choose_patch(block_m, rows, columns)
     split = x.view(images, height // stride, stride, width // stride, stride * channels)
     words = boxes(block_n, block_m, 64, "none")[2]
