@@ -18,7 +18,7 @@ from sparsedm.features import load_features, to_uint8
 from sparsedm.files import atomic_file, cache_folder, write_json
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers
-from sparsedm.train import checkpoint
+from sparsedm.train import checkpoint, distributed
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,7 +101,10 @@ def sample(options):
             )
     if options.compress:
         source = _compressed(source, options.strategy is None)
-    images = _draw(source, options)
+    with distributed.process_group(options.device):
+        images = _draw(source, options)
+    if images is None:
+        return
     images = images.float() if latents else to_uint8(images)
     if out.suffix == ".npz":
         with atomic_file(out) as partial:
@@ -118,8 +121,10 @@ def _beside(run):
 
 
 def _draw(source, options):
-    """(count, C, H, W) floating point samples, as the command line asks."""
+    """(count, C, H, W) floating point samples, as the command line asks; None but in the first of several processes."""
     config, dtype = source.config, DTYPES[options.dtype]
+    if options.count < 1 or options.batch_size < 1:
+        raise InputError(f"--count {options.count} --batch-size {options.batch_size}: both must be at least 1")
     if dtype is None:
         dtype = torch.bfloat16 if source.compressed and options.device.type == "cuda" else torch.float32
     labels = None
@@ -132,37 +137,46 @@ def _draw(source, options):
     elif options.label is not None or options.guidance:
         raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
     moved = {id(network): network.to(options.device, dtype) for network in source.networks}
-    return samplers.sample(
-        [moved[id(network)] for network in source.networks],
-        schedule_of(source.networks[0]),
-        options.count,
-        (config.channels, config.image_size, config.image_size),
-        sampler=source.sampler,
-        steps=source.steps,
-        seed=options.seed,
-        y=None if labels is None else labels.to(options.device),
-        guidance=options.guidance,
-        clip=None if options.no_clip or config.channels > 3 else 1.0,
-        batch_size=options.batch_size,
-        device=options.device,
-        network_dtype=dtype,
-        progress=True,
-        cuda_graph=options.cuda_graph,
-    ).cpu()
+
+    def draw(start, stop):
+        return samplers.sample(
+            [moved[id(network)] for network in source.networks],
+            schedule_of(source.networks[0]),
+            stop - start,
+            (config.channels, config.image_size, config.image_size),
+            sampler=source.sampler,
+            steps=source.steps,
+            seed=options.seed,
+            start=start,
+            y=None if labels is None else labels[start:stop].to(options.device),
+            guidance=options.guidance,
+            clip=None if options.no_clip or config.channels > 3 else 1.0,
+            batch_size=options.batch_size,
+            device=options.device,
+            network_dtype=dtype,
+            progress=distributed.first(),
+            cuda_graph=options.cuda_graph,
+        ).cpu()
+
+    return distributed.drawn(options.count, options.batch_size, draw)
 
 
 def evaluate_samples(options):
     source = _source(options)
     reference = load_images(options.data, options.split, source.config.image_size)
-    features = load_features(options.features, options.device)
-    summary = evaluate.summarize(
-        reference.images, features, f"{reference.source} {options.split}", cache=cache_folder(), progress=True
-    )
-    paired = None
-    if options.dense:
-        dense = checkpoint.load_model(options.dense, build_model, which=options.which).model
-        paired = to_uint8(_draw(source._replace(networks=[dense] * source.steps), options))
-    images = to_uint8(_draw(source, options))
+    with distributed.process_group(options.device):
+        if distributed.first():
+            features = load_features(options.features, options.device)
+            name = f"{reference.source} {options.split}"
+            summary = evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)
+        paired = None
+        if options.dense:
+            dense = checkpoint.load_model(options.dense, build_model, which=options.which).model
+            paired = _draw(source._replace(networks=[dense] * source.steps), options)
+        images = _draw(source, options)
+    if images is None:
+        return
+    images, paired = to_uint8(images), None if paired is None else to_uint8(paired)
     report = evaluate.evaluate(images, summary, features, paired=paired, seed=options.seed, progress=True)
     report |= {
         "model": source.words,

@@ -60,6 +60,12 @@ def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
     assert str(out) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bad", [("--count", -1), ("--count", 0), ("--batch-size", 0)], ids=str)
+def test_no_images_are_no_job(trained, bad, capsys):
+    assert run("sample", trained, *bad) == 2
+    assert "both must be at least 1" in capsys.readouterr().err
+
+
 def test_a_cuda_graph_off_a_gpu_is_refused(trained, tmp_path, capsys):
     out = tmp_path / "samples.png"
     assert run("sample", trained, "--count", 4, "--cuda-graph", "--device", "cpu", "--out", out) == 2

@@ -1,5 +1,6 @@
 """Two processes on one CPU make the run that one makes, bit for bit where the sums are taken in the same order."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
@@ -18,7 +20,7 @@ from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.sparsity import set_masking, sparsify
 from sparsedm.train import distributed, step
-from sparsedm.train.checkpoint import latest
+from sparsedm.train.checkpoint import latest, save_model
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
 from sparsedm.train.metrics import read_metrics
@@ -43,10 +45,10 @@ def run(folder, **options):
     return train(network(), tiny_images(), VPSDE(), replace(OPTIONS, **options), folder, **settings)
 
 
-def worker(rank, port, folder):
+def worker(rank, ports, folder):
     """One of two processes: a whole run, then one that only the second process is asked to stop, then a mix-up."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     with distributed.process_group(torch.device("cpu")):
         run(folder / "whole")
 
@@ -67,15 +69,59 @@ def worker(rank, port, folder):
             distributed.check_masks(model)
         with pytest.raises(InputError, match="9 images cannot be divided equally by 2 processes x 1 parts"):
             distributed.shares(9, 1)
+        draw_all(folder)
+    for port, name in zip(ports[1:], COMMANDS):
+        os.environ["MASTER_PORT"] = str(port)
+        assert command(name, folder, folder) == 0
+
+
+COUNTS = {(1, 4), (2, 4), (5, 2), (7, 2), (8, 4), (9, 100)}  # images, images at a time
+COMMANDS = {  # what it writes: the command
+    "drawn.npz": "sample {folder}/model.safetensors",
+    "numbers.json": "evaluate {folder}/model.safetensors --data {folder}/set.npz --dense {folder}/dense.safetensors",
+}
+
+
+def command(name, folder, out):
+    line = f"{COMMANDS[name]} --count 10 --batch-size 4 --sampling-steps 2"
+    return cli.main([*line.format(folder=folder).split(), "--out", str(out / name)])
+
+
+def draw_all(folder):
+    """What `distributed.drawn` gives and asks for, in each process."""
+    for count, size in COUNTS:
+        asked = []
+
+        def draw(start, stop, asked=asked):
+            asked.append((start, stop))
+            return torch.stack([torch.full((2, 3), i, dtype=torch.float64) for i in range(start, stop)]).clone()
+
+        out = distributed.drawn(count, size, draw)
+        torch.save((out, asked), folder / f"drawn-{count}-{size}-{distributed.rank()}.pt")
+
+
+def prepare(folder):
+    """Models and images for COMMANDS."""
+    sizes = dict(image_size=8, dim=16, depth=2, heads=2, num_classes=3)
+    for name in ("model", "dense"):
+        model = build_model("uvit-tiny", **sizes)
+        for parameter in model.parameters():  # the last layer begins at zero, and all its pictures would be alike
+            torch.nn.init.normal_(parameter, std=0.3)
+        save_model(folder / f"{name}.safetensors", sparsify(model, "2:4") if name == "model" else model)
+    images = torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8)
+    np.savez(folder / "set.npz", images=images.numpy(), labels=(torch.arange(40) % 3).numpy())
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, folder), nprocs=2)
+    prepare(folder)
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(1 + len(COMMANDS))]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [probe.getsockname()[1] for probe in probes]
+    torch.multiprocessing.spawn(worker, (ports, folder), nprocs=2)
     return folder
 
 
@@ -105,6 +151,31 @@ def test_a_run_is_resumed_with_another_number_of_processes(two_processes, one_pr
     assert final_bits(folder) == final_bits(one_process)
 
 
+@pytest.mark.parametrize(("count", "size"), sorted(COUNTS))
+def test_images_are_drawn_by_all_processes_in_whole_batches(two_processes, count, size):
+    (out, first), (nothing, second) = (torch.load(two_processes / f"drawn-{count}-{size}-{i}.pt") for i in (0, 1))
+    assert nothing is None
+    assert torch.equal(out[:, 1, 2], torch.arange(count, dtype=torch.float64))
+    assert out.shape == (count, 2, 3)
+    drawn = [i for start, stop in first + second for i in range(start, stop)]
+    assert drawn == list(range(count))
+    if count > size:
+        assert all(start % size == 0 for start, _ in first + second)
+        assert abs(-(-first[0][1] // size) * 2 - -(-count // size)) <= 1  # half of the batches, give or take one
+    elif count > 1:
+        assert abs(first[0][1] * 2 - count) <= 1
+
+
+def test_the_commands_draw_with_two_processes_what_one_draws(two_processes, tmp_path, capsys):
+    """Ten images, four at a time: eight of the first process, two of the other, in the batches of one process."""
+    for name in COMMANDS:
+        assert command(name, two_processes, tmp_path) == 0
+    ours, theirs = (np.load(folder / "drawn.npz")["images"] for folder in (tmp_path, two_processes))
+    assert np.array_equal(ours, theirs)
+    assert len({image.tobytes() for image in ours}) == 10
+    assert (tmp_path / "numbers.json").read_bytes() == (two_processes / "numbers.json").read_bytes()
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_parts_of_a_batch_average_to_its_gradient(parts):
     x, y = torch.randn(8, 2, 4, 4, dtype=torch.float64), torch.arange(8) % 3
@@ -132,6 +203,22 @@ def test_alone_nothing_is_exchanged():
     assert distributed.anywhere([1]) is True
     with pytest.raises(InputError, match="8 images cannot be divided equally by 1 processes x 3 parts each"):
         distributed.shares(8, 3)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    """Also where --device names none in particular. What is exchanged between CPUs does not wait for GPUs."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("left"))
+    for device in ("cuda", "cuda:1"):
+        with distributed.process_group(torch.device(device)):
+            pass
+    gpus = [torch.device("cuda", 3), torch.device("cuda", 1)]
+    assert calls == [call for gpu in gpus for call in (gpu, "cpu:gloo,cuda:nccl", "left")]
 
 
 @pytest.mark.slow

@@ -6,12 +6,13 @@
 
 All randomness is drawn for the whole batch on every process, and then divided: so the number of processes changes the
 rounding of a run and nothing else, and a run can be resumed with another one. (Dropout differs: each share draws its
-own.) The first process alone writes; the folder of the run must be visible to all. Outside of torchrun everything here
-is without effect.
+own.) Of `sample` and `evaluate` each process draws its share of the images. The first process alone writes; the folder
+of the run must be visible to all. Outside of torchrun everything here is without effect.
 """
 
 import contextlib
 import hashlib
+import itertools
 import os
 import warnings
 
@@ -31,7 +32,7 @@ def process_group(device):
         return
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_device() if device.index is None else device)
     # what is agreed on, such as the end of a run, lies on the CPU, and must not wait for the GPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
@@ -103,6 +104,32 @@ def shares(batch_size, accumulate):
     size = batch_size // count
     mine = range(rank() * accumulate, (rank() + 1) * accumulate)
     return [(number, slice(number * size, (number + 1) * size)) for number in mine]
+
+
+def drawn(count, batch_size, draw):
+    """`draw(0, count)`, of which every process computes a part; in the first one, None in the others.
+
+    draw: (start, stop) -> a tensor (stop - start, ...) on the CPU, computed in batches of `batch_size` from `start` on.
+    Parts are whole batches, so that all batches are those of one process and every bit is the same. Where there are
+    fewer batches than processes, these get parts of equal size instead, which may change the rounding.
+    """
+    if world() == 1:
+        return draw(0, count)
+    size = min(batch_size, -(-count // world()))
+    batches = -(-count // size)
+    ends = [min(count, size * -(-batches * number // world())) for number in range(world() + 1)]
+    parts = [slice(*part) for part in itertools.pairwise(ends)]
+    mine = parts[rank()]
+    out = draw(mine.start, mine.stop) if mine.start < mine.stop else None
+    if not first():
+        if out is not None:
+            dist.send(out.contiguous(), 0)
+        return None
+    whole = torch.cat([out, out.new_empty(count - len(out), *out.shape[1:])])
+    for number, part in enumerate(parts[1:], 1):
+        if part.start < part.stop:
+            dist.recv(whole[part], number)
+    return whole
 
 
 def check_masks(model):
