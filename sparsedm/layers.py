@@ -118,13 +118,14 @@ class Masked:
     def _chosen(self, dtype):
         """(masked weight in `dtype`, mask, its bits where the kernels may want them), detached, of today's weight."""
         weight = self.weight.detach()
-        if torch.compiler.is_compiling() and self._held and self._held[0] is self.weight:
+        in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if in_graph and self._held and self._held[0] is self.weight:
             _, choice, _ = self._held
             if choice[0].dtype == dtype:
                 return choice
         if transformed():  # inside a graph the choice is a part of it: a cached one would go stale
             return self._choose(weight, dtype)
-        key, cached = self._version(dtype), self._choice
+        key, cached = self._choice_key(dtype), self._choice
         if cached and key and cached[0]() is self.weight and cached[1] == key:
             return cached[2]
         with torch.no_grad():
@@ -132,7 +133,7 @@ class Masked:
         self._choice = (weakref.ref(self.weight), key, choice)
         return choice
 
-    def _version(self, dtype):
+    def _choice_key(self, dtype):
         """What a choice in `dtype` depends on, to be compared; None where torch does not count changes."""
         tensors = [self.weight] if self.mask is None else [self.weight, self.mask]
         if any(t.is_inference() for t in tensors):
@@ -142,13 +143,13 @@ class Masked:
     def hold_choice(self):
         """Let compiled graphs use today's choice, until `release_choice`: see `sparsity.hold_masks`."""
         dtype = _product_dtype(self.weight)
-        key, (masked, mask, _) = self._version(dtype), self._chosen(dtype)
+        key, (masked, mask, _) = self._choice_key(dtype), self._chosen(dtype)
         self._held = (self.weight, (masked, mask, None), key) if key else None
 
     def release_choice(self):
         """Choose in compiled graphs again. False if the weight was changed while its choice was held."""
         held, self._held = self._held, None
-        return not held or (held[0] is self.weight and held[2] == self._version(held[2][0]))
+        return not held or (held[0] is self.weight and held[2] == self._choice_key(held[2][0]))
 
     def _choose(self, weight, dtype):
         packed = isinstance(self, nn.Linear) and kernels_serve(weight)
