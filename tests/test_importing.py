@@ -150,6 +150,7 @@ def test_a_model_of_half_precision_is_of_single_precision_afterwards(tmp_path):
     assert found.dtype == "bfloat16"
     assert not found.model.training
     for mine, theirs in zip(found.model.parameters(), model.parameters()):
+        assert mine.dtype == torch.float32
         assert torch.equal(mine, theirs.float())
         assert mine.requires_grad == theirs.requires_grad
 

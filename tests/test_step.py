@@ -62,7 +62,7 @@ def test_both_branches_of_guidance_are_supervised(tmp_path):
     inputs = [inputs for training, inputs in seen["student"] if training]
     targets = [inputs for _, inputs in seen["teacher"]]
     assert len(inputs) == len(targets) == 40
-    assert all(torch.equal(a, b) for mine, theirs in zip(inputs, targets) for a, b in zip(mine, theirs))
+    assert all(torch.equal(a, b) for mine, theirs in zip(inputs, targets) for a, b in zip(mine, theirs, strict=True))
     null = torch.cat([y for _, _, y in inputs]) == student.config.num_classes
     error = (0.25 * 0.75 / len(null)) ** 0.5  # of the mean of 320 draws
     assert abs(null.float().mean().item() - 0.25) < 4 * error
