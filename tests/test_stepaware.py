@@ -10,12 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsedm import diffusion, samplers, stepaware
+from sparsedm.cuda_graph import Graphs
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.layers import Linear24
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers, sparsify
 from sparsedm.stepaware import Family, Strategy, load_strategy, sample
+from tests.test_cuda_graph import Tape
 
 TINY = {"image_size": 8, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
 STEPS = 4
@@ -177,6 +179,15 @@ def test_switching_networks_costs_no_operation_and_copies_no_weight(chain, form)
     assert held == [(p.data_ptr(), p._version) for n in networks for p in n.state_dict().values()]
 
 
+def test_a_graph_of_a_network_serves_all_its_steps(chain, monkeypatch):
+    for steps in (4, 8):
+        indices, tape = (0, 1) * (steps // 2), Tape()
+        monkeypatch.setattr(samplers, "Graphs", lambda device, tape=tape: Graphs("cuda", tape))
+        replayed = sample(chain, strategy(indices), 2, cuda_graph=True)
+        assert torch.equal(replayed, sample(chain, strategy(indices), 2))
+        assert tape.recorded == 3, "one for each of two networks, and the last step"
+
+
 def test_a_strategy_knows_its_networks_by_their_weights_and_not_by_their_folder(chain):
     found = strategy((2, 0, 1), fingerprints=chain.fingerprints)
     moved = replace(chain, name="elsewhere")
@@ -211,6 +222,16 @@ def test_seconds_are_those_of_the_compressed_networks(chain):
     kinds = [{type(m) for m in network.modules()} & {Linear24} for network in timed.networks]
     assert kinds == [set(), {Linear24}, {Linear24}]
     assert timed.fingerprints == chain.fingerprints, "the strategy fits the family in either unit"
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_seconds_are_those_of_the_dtype_that_would_run(chain, device, dtype, monkeypatch):
+    timed = []
+    monkeypatch.setattr(stepaware, "seconds_per_image", lambda networks, batch: (timed.extend(networks), [1, 2, 3])[1])
+    monkeypatch.setattr(stepaware, "_as_run", lambda n, _, as_run=stepaware._as_run: as_run(n, torch.device(device)))
+    family = stepaware.family("chain", dict(zip(chain.names, chain.networks)), unit="seconds")
+    assert [n.example_inputs()[0].dtype for n in timed] == [dtype] * 3
+    assert [n.example_inputs()[0].dtype for n in family.networks] == [torch.float32] * 3, "quality is measured in fp32"
 
 
 def test_a_strategy_survives_its_file(tmp_path):
