@@ -34,12 +34,20 @@ def _selection(model, where):
     """((name, module) -> whether it is selected, why the others stay dense)."""
     if where is not None:
         return _selector(model, where), "not selected"
-    for name, module in model.named_modules():  # the model itself, or one inside a wrapper such as DDP or PEFT
-        where, reason = _known_layers(module)
-        if where:
-            prefix, selected = f"{name}." if name else "", _selector(module, where)
-            return lambda n, m: n.startswith(prefix) and selected(n.removeprefix(prefix), m), reason
-    return _selector(model, "all"), "not selected"
+    known = {}  # prefix of its names -> selector: the model itself, or those inside a wrapper such as DDP or PEFT
+    for name, module in model.named_modules():
+        where, why = _known_layers(module)
+        if where and not any(name.startswith(prefix) for prefix in known):
+            known[f"{name}." if name else ""], reason = _selector(module, where), why
+    if not known:
+        return _selector(model, "all"), "not selected"
+
+    def selected(name, module):
+        return any(
+            name.startswith(prefix) and inner(name.removeprefix(prefix), module) for prefix, inner in known.items()
+        )
+
+    return selected, reason
 
 
 def _known_layers(module):

@@ -240,11 +240,14 @@ def test_outside_of_the_block_and_for_other_weights_a_compiled_model_chooses_by_
     call = torch.compile(lambda w: torch.func.functional_call(model, w, (x,)), fullgraph=True, backend="aot_eager")
     with hold_masks(model):
         held = compiled(x)
+        exported_there = torch.export.export(model, (x,)).module()
         assert torch.equal(call(others), torch.func.functional_call(model, others, (x,)))
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     assert torch.equal(compiled(x), model(x))
     assert not torch.equal(compiled(x), held)
+    exported_there.load_state_dict(model.state_dict())
+    assert torch.equal(exported_there(x), model(x))
     with hold_masks(model):
         assert torch.equal(compiled(x), model(x))
         assert torch.equal(copy.deepcopy(model)(x), model(x))
