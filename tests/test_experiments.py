@@ -10,13 +10,13 @@ import torch
 from sparsedm import cli
 from sparsedm.diffusion import schedule_of, validation_loss
 from sparsedm.errors import InputError
-from sparsedm.experiments import plans, report, runner
+from sparsedm.experiments import plans, report, results, runner
 from sparsedm.experiments.plans import EXPERIMENTS, SCALES, Scale, planned
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config
 from sparsedm.quickstart import SYNTHETIC
 from sparsedm.sparsity import sparsify
-from sparsedm.train import data
+from sparsedm.train import checkpoint, data
 from sparsedm.train.metrics import read_metrics, usual_speed
 
 TINY = Scale(
@@ -58,7 +58,7 @@ def done(tmp_path_factory):
 
 
 def numbers(folder, run, measure, seed=0):
-    rows = runner.read(folder / "results.csv")
+    rows = results.read(folder / "results.csv")
     return [(r["x"], r["value"]) for r in rows if (r["run"], r["measure"], r["seed"]) == (run, measure, seed)]
 
 
@@ -149,16 +149,16 @@ def test_what_is_finished_is_not_repeated(done, tiny, tmp_path, monkeypatch):
     folder = tmp_path / "again"
     shutil.copytree(done, folder)
     before = (folder / "results.csv").read_text()
-    kept = [row for row in runner.read(folder / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    kept = [row for row in results.read(folder / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
     runner.write(folder / "results.csv", kept)
     measured, train = [], runner._Work.train
     monkeypatch.setattr(runner._Work, "train", lambda *a: measured.append((a[1], a[2].name)) or train(*a))
     monkeypatch.setattr("sparsedm.train.step.Step.__call__", lambda *a: pytest.fail("trained again"))
     assert command(folder) == 0
     assert measured == [(1, "chain")]
-    fresh = {(r["run"], r["seed"], r["measure"], r["x"]): r["value"] for r in runner.read(folder / "results.csv")}
+    fresh = {(r["run"], r["seed"], r["measure"], r["x"]): r["value"] for r in results.read(folder / "results.csv")}
     (tmp_path / "before.csv").write_text(before)
-    for row in runner.read(tmp_path / "before.csv"):
+    for row in results.read(tmp_path / "before.csv"):
         if "seconds" not in row["measure"] and row["measure"] != "peak memory":
             key = (row["run"], row["seed"], row["measure"], row["x"])
             assert fresh[key] == row["value"] or row["value"] != row["value"], key
@@ -182,7 +182,7 @@ def test_the_table_is_the_mean_and_half_the_range():
 
 
 def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
-    rows = runner.read(done / "results.csv")
+    rows = results.read(done / "results.csv")
     for run, x in (("dense", 1.0), ("chain", 0.5)):
         rows += [{**rows[0], "run": run, "seed": seed, "measure": "axis", "x": None, "value": x} for seed in (0, 1)]
     report.write(tmp_path, rows, EXPERIMENTS["ratio"])
@@ -194,7 +194,7 @@ def test_every_run_of_a_plan_has_a_line_of_its_own(name, done, tmp_path):
     names = [run.name for run in planned(name, "full")[2]]
     styles = report._styles(names, EXPERIMENTS[name].control)
     assert len({*styles.values()}) == len(names)
-    rows = [row for row in runner.read(done / "results.csv") if row["run"] == "chain"]
+    rows = [row for row in results.read(done / "results.csv") if row["run"] == "chain"]
     report.write(tmp_path, [row | {"run": run} for run in names for row in rows], EXPERIMENTS[name])
     assert (tmp_path / "training.png").stat().st_size > 5000
 
@@ -239,7 +239,68 @@ def test_a_damaged_results_file_is_refused(tmp_path, content):
     if not content:
         (tmp_path / "results.csv").unlink()
     with pytest.raises(InputError, match="cannot be read as the results of an experiment"):
-        runner.read(tmp_path / "results.csv")
+        results.read(tmp_path / "results.csv")
+
+
+def lines(done):
+    return (done / "results.csv").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda found: [found[0].replace("group,", ""), *found[1:]], "it has no column group"),
+        (lambda found: [*found[:5], found[5].rpartition(",")[0]], "a row is cut short"),
+        (
+            lambda found: [line for line in found if ",chain,1,Fréchet" not in line],
+            "chain of seed 1 has no Fréchet",
+        ),
+        (lambda found: [found[0], found[1].replace(",0,", ",zero,", 1)], "invalid literal for int"),
+    ],
+    ids=["column", "row", "measure", "seed"],
+)
+def test_a_results_file_that_lost_something_is_refused(done, tiny, tmp_path, capsys, damage, message):
+    changed = damage(lines(done))
+    assert changed != lines(done)
+    (tmp_path / "results.csv").write_text("\n".join(changed))
+    assert command(tmp_path, "--report-only") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_results_of_another_experiment_are_refused(done, tiny, tmp_path, capsys):
+    shutil.copy(done / "results.csv", tmp_path)
+    for more in ([], ["--report-only"]):
+        assert cli.main(["experiment", "ratio", "--scale", "tiny", "--out", str(tmp_path), *more]) == 2
+        assert "holds results of arms (tiny), not of ratio (tiny)" in capsys.readouterr().err
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_mistyped_option_leaves_the_folder_free_for_the_right_one(tiny, tmp_path, capsys):
+    assert command(tmp_path, "--features", "random-cnov") == 2
+    assert "'random-cnov' are neither random-conv" in capsys.readouterr().err
+    assert not (tmp_path / "options.json").exists()
+
+
+def test_two_processes_do_not_share_a_folder(done, tiny, capsys):
+    before = (done / "results.csv").read_bytes()
+    with checkpoint.folder_lock(done):
+        assert command(done) == 2
+    assert f"another process is training in {done}" in capsys.readouterr().err
+    assert (done / "results.csv").read_bytes() == before
+
+
+def test_the_table_says_which_runs_have_fewer_seeds_and_what_they_ran_on(done, tmp_path):
+    rows = [row for row in results.read(done / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    rows[-1]["device"] = "another"
+    text = report.write(tmp_path, rows, EXPERIMENTS["arms"])
+    assert "Mean of 2 seeds ± half their range (chain has 1)." in text
+    assert f"{rows[0]['device']}, {rows[0]['threads']} threads" in text
+    assert " and another, " in text
+
+
+def test_outside_of_a_repository_the_version_stands_for_the_commit(done, tmp_path):
+    rows = [row | {"commit": ""} for row in results.read(done / "results.csv")]
+    assert f"commit {rows[0]['sparsedm']}" in report.write(tmp_path, rows, EXPERIMENTS["arms"])
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):

@@ -59,8 +59,12 @@ def markdown(rows, values, runs):
     seeds = sorted({row["seed"] for row in rows})
     counts = {measure: _single(values, runs[0], measure)[0] for measure in ("samples", "reference images")}
     commits = ", ".join(dict.fromkeys(row["commit"] or row["sparsedm"] for row in rows))
-    where = f"{last['device']}, {last['threads']} threads, torch {last['torch']}, commit {commits}"
-    spread = f"Mean of {len(seeds)} seeds ± half their range." if len(seeds) > 1 else "One seed."
+    machines = dict.fromkeys(f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows)
+    where = f"{' and '.join(machines)}, commit {commits}"
+    spread = f"Mean of {len(seeds)} seeds ± half their range" if len(seeds) > 1 else "One seed"
+    have = {run: len(_single(values, run, "samples")) for run in runs}
+    fewer = [f"{run} has {count}" for run, count in have.items() if count < len(seeds)]
+    spread += f" ({', '.join(fewer)})." if fewer else "."
     note = f"""{spread} Fréchet distance on {last["features"]} features,
 of {counts["samples"]:,.0f} samples against {counts["reference images"]:,.0f} real images ({last["data"]}). {where}.
 `{last["command"]}`"""

@@ -8,8 +8,6 @@
 To resume, run the same command again: finished runs are read from results.csv, a run that was cut goes on.
 """
 
-import csv
-import io
 import math
 import re
 import resource
@@ -27,8 +25,9 @@ from sparsedm.errors import InputError
 from sparsedm.experiments import report
 from sparsedm.experiments.plans import EXPERIMENTS, SCALES, planned
 from sparsedm.experiments.report import FLIPS
+from sparsedm.experiments.results import STAMPED, read, write
 from sparsedm.features import load_features, to_uint8
-from sparsedm.files import cache_folder, write_text
+from sparsedm.files import cache_folder
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import sparsify
@@ -45,8 +44,6 @@ LOGGED = {  # a log's record: what it is called in the results
     "density": "density",
     "distance": "distance over training",
 }
-STAMPED = ("device", "threads", "torch", "sparsedm", "commit", "date", "command")
-COLUMNS = ("experiment", "scale", "data", "features", "group", "run", "seed", "measure", "x", "value", *STAMPED)
 
 
 def add_arguments(parser):
@@ -79,13 +76,14 @@ def experiment(options):
     if not options.report_only:
         if scale.threads and options.device.type == "cpu":
             torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
-        work = _Work(options.name, options.scale, scale, folder, options.device)
-        todo = [(seed, run) for seed in range(options.seed, options.seed + count) for run in runs]
-        bar = tqdm(todo, desc=options.name, disable=None)
-        for seed, run in bar:
-            bar.set_postfix_str(f"seed {seed}, {run.name}")
-            work.do(seed, run)
-    print(report.write(folder, read(folder / "results.csv"), plan))
+        with checkpoint.folder_lock(folder):  # two at once would lose each other's rows
+            work = _Work(options.name, options.scale, scale, folder, options.device)
+            todo = [(seed, run) for seed in range(options.seed, options.seed + count) for run in runs]
+            bar = tqdm(todo, desc=options.name, disable=None)
+            for seed, run in bar:
+                bar.set_postfix_str(f"seed {seed}, {run.name}")
+                work.do(seed, run)
+    print(report.write(folder, read(folder / "results.csv", options.name, options.scale), plan))
     print(f"\ntables and pictures: {folder / 'report.md'}")
 
 
@@ -112,12 +110,12 @@ class _Work:
         classes = len(self.images.class_names) if scale.conditional else 0
         fitting = {"channels": self.images.images.shape[1], "num_classes": classes}
         self.config = asdict(model_config(scale.model, **scale.overrides, **fitting))
-        self.rows = read(folder / "results.csv") if (folder / "results.csv").exists() else []
-        checkpoint.claim(folder, {**self.labels, "settings": asdict(scale)}, free=("seeds", "threads", "summary"))
+        self.rows = read(folder / "results.csv", name, scale_name) if (folder / "results.csv").exists() else []
         self.features = load_features(scale.features, device)
         self.reference = evaluate.summarize(
             self.images.images, self.features, f"{self.images.source} train", cache=cache_folder(), progress=True
         )
+        checkpoint.claim(folder, {**self.labels, "settings": asdict(scale)}, free=("seeds", "threads", "summary"))
         self.bases = {}
 
     def do(self, seed, run):
@@ -265,28 +263,3 @@ def small_config(config):
     widths = range(config["heads"], config["dim"], config["heads"])
     distance = {dim: abs(totals(build_model({**config, "dim": dim}, device="meta"))["macs"] - target) for dim in widths}
     return {**config, "dim": min(distance, key=distance.get)}
-
-
-def read(file):
-    """The rows of a results.csv. Raises: InputError if it is missing or is none."""
-    try:
-        with open(file, encoding="utf-8", newline="") as opened:
-            rows = list(csv.DictReader(opened))
-        if not rows:
-            raise ValueError("it holds no measurement")
-        if any(None in row or None in row.values() for row in rows):
-            raise ValueError("a row is cut short")
-        return [
-            row | {"seed": int(row["seed"]), "x": float(row["x"]) if row["x"] else None, "value": float(row["value"])}
-            for row in rows
-        ]
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as the results of an experiment: {error}") from None
-
-
-def write(file, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"x": "" if row["x"] is None else row["x"]} for row in rows)
-    write_text(file, text.getvalue())

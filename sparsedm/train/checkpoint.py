@@ -31,21 +31,31 @@ from sparsedm.tensor_files import fill, read_tensors, write_shards, write_tensor
 
 @contextlib.contextmanager
 def run_lock(folder):
-    """Hold a run folder for this process, and sweep what a killed run left half-written.
+    """`folder_lock` of a run folder, which is also swept of what a killed run left half-written."""
+    folder = Path(folder)
+    with writing(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        for partial in (folder / "checkpoints").glob(".step-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        yield
+
+
+@contextlib.contextmanager
+def folder_lock(folder):
+    """Hold a folder for this process.
 
     Raises: InputError if another process holds it, or if nothing can be written there.
     """
     folder = Path(folder)
     with writing(folder):
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another process is training in {folder}: wait for it or choose another folder") from None
-        for partial in (folder / "checkpoints").glob(".step-*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
         yield
     finally:
         os.close(handle)
