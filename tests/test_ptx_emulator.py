@@ -119,6 +119,8 @@ REFUSED = {
     "beyond-shared-memory": ("mov.b32 %r1, global_smem; st.shared.b32 [%r1+232448], %r0;", "no bytes 232448 to 232451"),
     "misaligned": ("st.global.b32 [%rd3+2], %r0;", "misaligned"),
     "divergent-branch": ("setp.lt.u32 %p1, %r0, 9; @%p1 bra L; L:", "divergent"),
+    "bf16-sum": ("add.bf16 %h1, %h2, %h3;", "arithmetic on bf16"),
+    "bf16-product": ("mul.bf16x2 %r1, %r0, %r0;", "arithmetic on bf16"),
     "unknown-instruction": ("frobnicate.b32 %r1, %r0;", "unknown instruction"),
     "never-completes": (BARRIER + WAIT, "deadlock"),
     "wrong-byte-count": (BARRIER + LOAD.replace("[%r1], 1024", "[%r1], 1040") + WAIT, "deadlock"),

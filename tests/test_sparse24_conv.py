@@ -216,10 +216,10 @@ def test_dispatch_says_what_runs_and_why(
     assert words in reason
 
 
-@pytest.mark.parametrize("rule", ["wgmma", "dense"])
-def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, monkeypatch):
-    """Also where the rule, for so few pixels, is dense."""
-    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
+@pytest.mark.parametrize(("rule", "forced"), [("wgmma", ""), ("dense", ""), ("wgmma", "few"), ("wgmma", "wgmma")])
+def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, forced, monkeypatch):
+    """Also where the rule, for so few pixels, is dense; and a kernel is timed alone only if it is the forced one."""
+    monkeypatch.setenv("SPARSEDM_BACKEND", forced)
     c, kept = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
     call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, arranged=kept)  # noqa: E731
     expected = call()
@@ -227,7 +227,8 @@ def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, monke
 
     def pick(operation, offered, choice, run, device, rows, kept, **key):
         assert (operation, choice, device, rows) == ("sparse24_conv2d", (rule, rule == "wgmma"), c.x.device, 2 * 4 * 3)
-        assert [choice.backend for choice in offered()] == ["dense"] + ["wgmma"] * len(kernel.CONFIGS)
+        dense = [] if forced == "wgmma" else ["dense"]
+        assert [choice.backend for choice in offered()] == dense + ["wgmma"] * len(kernel.CONFIGS)
         assert key == dict(
             dtype=torch.float32, activation=None, bias=True, residual=False, kernel=(3, 3), stride=2, image=(4, 3),
             n=16, c=64,
@@ -266,6 +267,10 @@ REFUSED = {
     "dtype": (dict(x=torch.ones(1, 32, 8, 8, dtype=BF16)), "x is bfloat16 and the weight float32"),
     "dimensions": (dict(x=torch.ones(32, 8, 8)), r"images are \(B, C, H, W\)"),
     "bias": (dict(bias=torch.ones(9)), r"bias of shape \(9,\)"),
+    "bias-dtype": (
+        dict(bias=torch.ones(8).half()),
+        r"type float16 must have the shape \(8,\) and the type of x, float32",
+    ),
     "residual": (dict(residual=torch.ones(1, 8, 8, 8)), r"must have the shape of y, \(1, 8, 6, 6\)"),
     "activation": (dict(activation="relu"), "unknown activation 'relu'"),
     "too-small": (dict(x=torch.ones(1, 32, 2, 8)), "smaller than the kernel"),

@@ -68,13 +68,18 @@ def built(name):
     return compiled(tuple(QUICK) if name in QUICK else (name,))[name]
 
 
-def emulate_and_check(name, ptx, early):
-    config, _, sizes = (QUICK | SLOW)[name]
-    c = Convolution(**sizes)
+def emulate(name, c, ptx, early):
+    config, _, _ = (QUICK | SLOW)[name]
     offline, _ = built(name)
     scalars, _ = operands(config, c)
     grid = -(-scalars["N"] // config.block_n) * -(-scalars["M"] // config.block_m)
     run(offline, ptx, scalars, (grid,), early=early)
+
+
+def emulate_and_check(name, ptx, early):
+    _, _, sizes = (QUICK | SLOW)[name]
+    c = Convolution(**sizes)
+    emulate(name, c, ptx, early)
     assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))
 
 
@@ -82,6 +87,17 @@ def emulate_and_check(name, ptx, early):
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernel_is_right_in_the_emulator(name, early):
     emulate_and_check(name, built(name)[1].ptx, early)
+
+
+def test_an_infinite_pixel_reaches_no_further_than_the_kernel():
+    """Columns of zeros fill the last step up: what lies there in the image must not be multiplied by them."""
+    _, _, sizes = QUICK["narrow-2x3"]
+    c = Convolution(**sizes)
+    c.x[0, :, 3, 2] = float("inf")
+    emulate("narrow-2x3", c, built("narrow-2x3")[1].ptx, early=True)
+    expected = c.reference(torch.Tensor.double).isfinite()
+    assert not expected.all()
+    assert torch.equal(c.y.isfinite(), expected)
 
 
 @pytest.mark.parametrize("name", CASES)

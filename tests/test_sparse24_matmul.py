@@ -94,6 +94,7 @@ REFUSED = {
     "columns": (dict(x=torch.ones(3, 48)), "x has 48 columns and the weight 32"),
     "dtype": (dict(x=torch.ones(3, 32, dtype=BF16)), "x is bfloat16 and the weight float32"),
     "bias": (dict(bias=torch.ones(17)), r"bias \(17,\) float32 must have the shape \(16,\)"),
+    "bias-dtype": (dict(bias=torch.ones(16).half()), r"bias \(16,\) float16 must .* dtype of x \(3, 32\) float32"),
     "residual": (dict(residual=torch.ones(3, 17)), r"residual \(3, 17\) float32 must have the shape of y, \(3, 16\)"),
     "skip-rows": (dict(x=torch.ones(3, 16), skip=torch.ones(4, 16)), r"skip \(4, 16\) float32 must have the leading"),
     "scale": (dict(scale=torch.ones(2, 16)), r"scale \(2, 16\) float32 must be .* G a divisor of the 3 rows"),

@@ -159,7 +159,7 @@ def sparse24_conv2d(
         for_timing = {}  # what the losers read is not kept
         choice = pick(
             CONV,
-            lambda: every(CONV, kernel) if forced_backend() else (Choice("dense"), *every(CONV, kernel)),
+            lambda: every(CONV, kernel) if kernel == forced_backend() else (Choice("dense"), *every(CONV, kernel)),
             choice, lambda other: run(other, for_timing), x.device, pixels, kept.setdefault("choices", {}),
             dtype=x.dtype, activation=activation, bias=bias is not None,
             residual=residual is not None, kernel=kernel_size, stride=stride[0], image=tuple(size), n=features,
@@ -257,8 +257,11 @@ def _check(x, values, metadata, kernel_size, bias, activation, residual, stride,
         )
     if values.dtype != x.dtype:
         raise InputError(f"x is {str(x.dtype)[6:]} and the weight {str(values.dtype)[6:]}: they must have one dtype")
-    if bias is not None and bias.shape != (features,):
-        raise InputError(f"bias of shape {tuple(bias.shape)} must have the shape ({features},)")
+    if bias is not None and (bias.shape != (features,) or bias.dtype != x.dtype):
+        raise InputError(
+            f"bias of shape {tuple(bias.shape)} and type {str(bias.dtype)[6:]} must have the shape ({features},) and "
+            f"the type of x, {str(x.dtype)[6:]}"
+        )
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]

@@ -161,8 +161,8 @@ def _check(x, values, metadata, bias, activation, residual, skip, scale):
         raise InputError(f"skip {_describe(skip)} must have the leading dimensions and the dtype of x {_describe(x)}")
     if values.dtype != x.dtype:
         raise InputError(f"x is {str(x.dtype)[6:]} and the weight {str(values.dtype)[6:]}: they must have one dtype")
-    if bias is not None and bias.shape != (N,):
-        raise InputError(f"bias {_describe(bias)} must have the shape ({N},)")
+    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
+        raise InputError(f"bias {_describe(bias)} must have the shape ({N},) and the dtype of x {_describe(x)}")
     if residual is not None and residual.shape != (*x.shape[:-1], N):
         raise InputError(f"residual {_describe(residual)} must have the shape of y, {(*x.shape[:-1], N)}")
     if scale is not None:

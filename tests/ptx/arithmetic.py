@@ -83,6 +83,7 @@ def _elementwise(names, function):
 
     @instruction(*names)
     def build(ins):
+        _no_bf16(ins)
         reads = [reader(ins, arg, ins.mods[-1]) for arg in ins.args[1:]]
         write = writer(ins, ins.args[0])
 
@@ -91,6 +92,12 @@ def _elementwise(names, function):
                 write(warp, function(*[read(warp) for read in reads]), mask)
 
         return run
+
+
+def _no_bf16(ins):
+    """Its registers hold integers here: arithmetic on them would be that of their bits."""
+    if ins.mods[-1].startswith("bf16"):
+        raise EmulatorError(f"arithmetic on bf16 is not emulated: {ins.text}")
 
 
 def _fma(a, b, c):
@@ -136,6 +143,7 @@ _elementwise(["tanh"], _approximate(np.tanh, 2.0**-11))
 
 @instruction("mul", "mad")
 def _multiply(ins):
+    _no_bf16(ins)
     kind = ins.mods[-1]
     reads = [reader(ins, arg, kind) for arg in ins.args[1:3]]
     write = writer(ins, ins.args[0])

@@ -58,7 +58,8 @@ def _mma(ins):
         for r, read in enumerate(b):
             k = 8 * r + 2 * THREAD
             dense[k, GROUP], dense[k + 1, GROUP] = to_f32(read(warp).view(np.uint16).reshape(32, 2).T)
-        product = sparse @ dense
+        with np.errstate(invalid="ignore"):  # NaN of infinities
+            product = sparse @ dense
         old = [read(warp) for read in c]
         for i, write in enumerate(writes):
             write(warp, old[i] + product[GROUP + 8 * (i >> 1), 2 * THREAD + (i & 1)], None)
