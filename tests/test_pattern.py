@@ -9,6 +9,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import (
     GROUPS,
     Pattern,
+    choose_mask_of_fours,
     choose_mask_ref,
     choose_untied_mask,
     group_view,
@@ -50,6 +51,8 @@ def test_few_distinct_values_so_that_ties_are_everywhere(data):
     weight = torch.tensor(numbers, dtype=dtype).view(shape)
     expected = mask_by_sorting(weight, pattern)
     assert torch.equal(choose_mask_ref(weight, pattern), expected)
+    if group == 4:
+        assert torch.equal(choose_mask_of_fours(weight, pattern.keep), expected)
     untied = choose_untied_mask(weight, pattern)
     assert untied is None or torch.equal(untied, expected)
     assert holds(torch.where(expected, weight, 0), pattern)
@@ -59,6 +62,12 @@ def test_ties_go_to_the_lower_index_and_a_negative_zero_is_zero():
     weight = torch.tensor([[1.0, -1.0, 1.0, -1.0], [-0.0, 0.0, -0.0, 0.0], [0.0, -0.0, 3.0, -0.0]])
     expected = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)
     assert torch.equal(choose_mask_ref(weight, Pattern(2, 4)), expected)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_every_order_of_four_with_ties(keep):
+    weight = torch.cartesian_prod(*[torch.tensor([-2.0, -1.0, -0.0, 1.0])] * 4)
+    assert torch.equal(choose_mask_of_fours(weight, keep), mask_by_sorting(weight, Pattern(keep, 4)))
 
 
 def test_the_quick_way_gives_up_on_ties_for_the_last_place_and_on_nan_only():

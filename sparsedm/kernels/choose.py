@@ -13,6 +13,7 @@ kept is whose key is at least the keep-th largest. Bound by memory: fp32 to bf16
 Hardware: any GPU that Triton serves. Weights of fp32, bf16, fp16. A NaN is reported through `nan_ptr`, without waiting.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from sparsedm.kernels.launch import Autotuner, bucket, jit, operator, tl, triton
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
+    choose_mask_of_fours,
     choose_mask_ref,
     choose_untied_mask,
     group_view,
@@ -159,15 +161,18 @@ def _nan_flag(name, pinned):
 
 def _choose_in_torch(weight, pattern, dtype, name):
     """-> (masked, mask)"""
-    rows = choose_untied_mask(group_view(weight), pattern)
-    untied = rows is not None
-    if not untied:
-        if nans := int(weight.isnan().sum()):
-            raise InputError(f"{name}: {nans} of its weights are NaN, which has no magnitude order")
-        rows = choose_mask_ref(group_view(weight), pattern)
-    mask = ungroup(rows, weight.shape).contiguous(memory_format=memory_format(weight))
-    # a product is cheaper than a choice, and right where every pruned weight is finite: an infinite one would have tied
-    masked = mask * weight if untied else torch.where(mask, weight, 0)
+    finite = math.isfinite(weight.sum().item())  # or its sum overflows: then the slower ways below are right, too
+    if not finite and (nans := int(weight.isnan().sum())):
+        raise InputError(f"{name}: {nans} of its weights are NaN, which has no magnitude order")
+    rows = group_view(weight)
+    if pattern.group == 4:
+        chosen = choose_mask_of_fours(rows, pattern.keep)
+    else:
+        chosen = choose_untied_mask(rows, pattern)
+        chosen = choose_mask_ref(rows, pattern) if chosen is None else chosen
+    mask = ungroup(chosen, weight.shape).contiguous(memory_format=memory_format(weight))
+    # a product is cheaper than a choice, and from bytes cheaper than from bool, but a pruned infinity would be NaN
+    masked = mask.view(torch.uint8).to(weight.dtype).mul_(weight) if finite else torch.where(mask, weight, 0)
     return masked.to(dtype, memory_format=memory_format(weight)), mask
 
 

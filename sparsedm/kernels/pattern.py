@@ -84,6 +84,29 @@ def choose_mask_ref(weight, pattern):
     return (before < pattern.keep).flatten(-2)
 
 
+def choose_mask_of_fours(weight, keep):
+    """The same mask as `choose_mask_ref` for groups of four, several times quicker on a CPU; the weights hold no NaN.
+
+    weight (rows, K) -> bool mask (rows, K). Every weight meets the next, the second and the third one of its group; the
+    outcomes are bytes, and the four bytes of a group are added up as one integer.
+    """
+    magnitude = weight.detach().abs().reshape(-1)
+    scratch = torch.empty_like(magnitude)  # a comparison into floats, and these to bool, is quicker than into bool
+    met = []
+    for distance in (1, 2, 3):  # byte i: whether weight i comes before weight i + distance
+        torch.ge(magnitude[:-distance], magnitude[distance:], out=scratch[:-distance])
+        met.append(scratch.bool().view(torch.int32))
+    first, second, third = met  # the lowest byte is weight 0 of the group: all systems torch runs on are little-endian
+    first &= 0x010101  # the weights that have such a neighbour in their own group
+    second &= 0x0101
+    third &= 0x01
+    # one win for weight i; one less for weight i + distance than the 0, 1, 2, 3 wins it would have if it lost none
+    wins = first.mul_(1 - (1 << 8)).add_(second, alpha=1 - (1 << 16)).add_(third, alpha=1 - (1 << 24))
+    # a byte reaches its highest bit from 4 - keep wins on: so many of the others come after it
+    wins += 0x03020100 + 0x01010101 * (128 - 4 + keep) - (1 << 32)
+    return wins.bitwise_right_shift_(7).bitwise_and_(0x01010101).view(torch.bool).view(weight.shape)
+
+
 def choose_untied_mask(weight, pattern):
     """The same mask as `choose_mask_ref`, several times quicker on a CPU, but None where that way is not certain.
 

@@ -24,16 +24,17 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        weight, _, mask, *ctx.rates = inputs
+        weight, masked, mask, *ctx.rates = inputs
         ctx.dtype = weight.dtype
         if ctx.rates != [0.0, 1.0, 1.0]:
-            ctx.save_for_backward(weight, mask)
+            ctx.save_for_backward(weight, masked, mask)
 
     @staticmethod
     def backward(ctx, g):
         g = g.to(ctx.dtype)
         if ctx.rates != [0.0, 1.0, 1.0]:
-            g = apply_rates(g, *ctx.saved_tensors, *ctx.rates)
+            weight, masked, mask = ctx.saved_tensors
+            g = apply_rates(g, weight, mask, *ctx.rates, masked=masked)
         return g, None, None, None, None, None
 
 
@@ -48,11 +49,15 @@ class _EagerStraightThrough(torch.autograd.Function):
     backward = _StraightThrough.backward
 
 
-def apply_rates(g, weight, mask, decay, kept, dropped):
-    """dw by the formula above; all tensors of one shape, g in the dtype of the weight."""
+def apply_rates(g, weight, mask, decay, kept, dropped, masked=None):
+    """dw by the formula above; all tensors of one shape, g in the weight's dtype. masked: weight*mask, if known."""
     if kept != 1.0 or dropped != 1.0:
         g = torch.where(mask, kept * g, dropped * g)
-    return torch.addcmul(g, weight, (~mask).to(weight.dtype), value=decay) if decay else g
+    if not decay:
+        return g
+    if masked is not None and masked.dtype == weight.dtype and not torch.is_grad_enabled():
+        return torch.add(g, weight - masked, alpha=decay)  # half the time; exact, but its own derivative would be wrong
+    return torch.addcmul(g, weight, (~mask).to(weight.dtype), value=decay)
 
 
 def straight_through(weight, masked, mask, *, decay=0.0, kept=1.0, dropped=1.0):
