@@ -119,8 +119,15 @@ def _plan(options, scale):
         features=options.features,
         unit=options.unit,
         device=options.device,
-        workers=options.workers or (len(os.sched_getaffinity(0)) if options.device.type == "cpu" else 1),
+        workers=_workers(options.device) if options.workers is None else options.workers,
     )
+
+
+def _workers(device):
+    """The cores that this process may use; a GPU has one worker."""
+    if device.type != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _data_of(run):
@@ -204,7 +211,7 @@ def add_arguments(sub):
     sub.add_argument(
         "--workers",
         type=int,
-        help="strategies measured at the same time, one thread each; changes nothing but time (default: all CPU cores)",
+        help="strategies measured at the same time, one thread each; changes nothing but time (default: of a CPU, all cores)",
     )
     sub.add_argument("--features", default="random-conv", help="as for evaluate (default: random-conv)")
     sub.add_argument("--out", metavar="DIR", help="folder (default: runs/search-SCALE-FAMILY, or RUN/search)")

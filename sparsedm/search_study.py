@@ -48,6 +48,8 @@ class Plan:
     workers: int = 1  # strategies measured at the same time, on one thread each
 
     def __post_init__(self):
+        if self.workers < 1:
+            raise InputError(f"workers is {self.workers}: at least 1 is needed")
         if self.workers > 1 and torch.device(self.device).type != "cpu":
             raise InputError(f"workers is {self.workers}: a GPU measures one strategy at a time")
         for name in ("count", "final_count", "validation"):

@@ -92,6 +92,7 @@ def test_every_family_can_be_built_and_searched(scale):
         (["--population", "1"], "search option population=1 is out of its range"),
         (["--sampling-steps", "0"], "steps is 0"),
         (["--count", "1"], "count is 1: at least 2 images"),
+        (["--workers", "0"], "workers is 0: at least 1 is needed"),
         (["--weight", "-1"], "search option weight=-1.0"),
         (["nowhere"], "nowhere does not say what data it was trained on"),
         (["nowhere", "--data", "synthetic"], "nowhere does not exist"),
