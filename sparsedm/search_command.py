@@ -211,7 +211,7 @@ def add_arguments(sub):
     sub.add_argument(
         "--workers",
         type=int,
-        help="strategies measured at the same time, one thread each; changes nothing but time (default: of a CPU, all cores)",
+        help="strategies measured at the same time, one thread each; changes nothing but time (default: all CPU cores)",
     )
     sub.add_argument("--features", default="random-conv", help="as for evaluate (default: random-conv)")
     sub.add_argument("--out", metavar="DIR", help="folder (default: runs/search-SCALE-FAMILY, or RUN/search)")
