@@ -21,12 +21,12 @@ from sparsedm.kernels.sparse24_arrange import arrange_once, kernel_tensors
 from sparsedm.kernels.sparse24_dispatch import (
     CONV,
     NO_GPU,
-    SMALLEST_GRID,
     Choice,
     configs,
     every,
     module,
     pick,
+    smallness,
     without_kernels,
 )
 from sparsedm.kernels.sparse24_format import check_shapes, unpack
@@ -61,10 +61,8 @@ def choose_conv_backend(capability, channels, kernel_size, stride, padding, dila
     forced = forced_backend()
     if kernel is None:
         return forced if forced in ("torch", "dense") else "dense" if capability else without_kernels(), reason
-    tiles = -(-pixels // 128) * -(-features // 128)
-    if kernel != forced and tiles < SMALLEST_GRID:
-        return "dense", f"{tiles} tiles of 128 x 128 leave most of the GPU idle: the launch decides, not the arithmetic"
-    return kernel, reason
+    too_small = None if kernel == forced else smallness(pixels, features)
+    return ("dense", too_small) if too_small else (kernel, reason)
 
 
 def conv_kernel(capability, channels, stride, dilation, features, dtype):

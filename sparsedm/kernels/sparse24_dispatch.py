@@ -18,7 +18,7 @@ from sparsedm.kernels.launch import BACKENDS, Autotuner, bucket, forced_backend
 
 NO_GPU = "not an NVIDIA GPU, or no Triton"
 FEW_TOKENS = 64
-SMALLEST_GRID = 32
+SMALLEST_GRID, SMALLEST_N = 32, 64
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
 KERNELS = {  # operation and back end: the module with `launch` and CONFIGS, then the others that hold its code
     (LINEAR, "mma"): ("mma", "fragments", "ptx"),
@@ -53,14 +53,29 @@ def choose_backend(capability, M, N, K, dtype):
         return without_kernels(), obstacle
     if M <= FEW_TOKENS:
         return "few", f"{M} rows: bound by reading the weight, 1.125 bytes instead of 2"
-    tiles = -(-M // 128) * -(-N // 128)
-    if tiles < SMALLEST_GRID:
-        return "dense", f"{tiles} tiles of 128 x 128 leave most of the GPU idle: the launch decides, not the arithmetic"
+    too_small = smallness(M, N)
+    if too_small:
+        return "dense", too_small
+    tiles = count_tiles(M, N)
     if "wgmma" in able:
         return "wgmma", f"sm_90a, {tiles} tiles of 128 x 128"
     if capability >= (9, 0):
         return "dense", "mma.sp reaches about 0.9 of dense wgmma here, and wgmma.sp needs sm_90a"
     return "mma", f"sm_{capability[0]}{capability[1]}, {tiles} tiles of 128 x 128"
+
+
+def count_tiles(M, N):
+    return -(-M // 128) * -(-N // 128)
+
+
+def smallness(M, N):
+    """Why a product of so many rows and features is too small for the tiles of the kernels; None if it is not."""
+    if N < SMALLEST_N:
+        return f"{N} features leave most of a tile of 128 x 128 empty"
+    tiles = count_tiles(M, N)
+    if tiles < SMALLEST_GRID:
+        return f"{tiles} tiles of 128 x 128 leave most of the GPU idle: the launch decides, not the arithmetic"
+    return None
 
 
 def without_kernels():
