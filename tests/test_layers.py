@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sparsedm.layers
 from sparsedm.errors import InputError
@@ -86,6 +87,48 @@ def test_autocast_computes_with_the_mask_chosen_from_the_master_weight():
     assert layer.weight.grad.dtype == torch.float32
 
 
+def test_gradients_of_a_channels_last_convolution_are_those_of_the_usual_one():
+    layer, x = Conv2d(32, 24, 3, stride=2, padding=1, pattern="2:4"), torch.randn(2, 32, 7, 7)
+    set_masking(layer, decay=0.1)
+
+    def gradients(layer, x):
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        return y, *torch.autograd.grad(y.square().sum(), (x, layer.weight, layer.bias))
+
+    low, high = gradients(layer, x), gradients(copy.deepcopy(layer).double(), x.double())
+    nhwc = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    for out, ref, torchs in zip(gradients(nhwc, x.to(memory_format=torch.channels_last)), high, low):
+        assert_as_good_as_torch(out, ref, torchs)
+    assert torch.equal(nhwc.current_mask(), layer.current_mask())
+    assert nhwc.effective_weight().is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_layer_under_torchs_transformations(kind):
+    torch._dynamo.reset()
+    layer, x = dict(zip(("linear", "conv"), layers_and_inputs("2:4", torch.float32)))[kind]
+    set_masking(layer, decay=0.1)
+    weight = layer.weight.detach()
+
+    def loss(weight, x):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,)).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(layer.weight, x), layer.weight)
+    double = copy.deepcopy(layer).double()
+    (exact,) = torch.autograd.grad(double(x.double()).square().sum(), double.weight)
+    assert_as_good_as_torch(torch.func.grad(loss)(weight, x), exact, expected)
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x[:, None])
+    for sample, gradient in zip(x, per_sample):
+        alone = torch.func.grad(loss)(weight, sample[None])
+        assert_as_good_as_torch(gradient, alone.double(), alone, eps=1e-5 * alone.abs().max().item())
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    again = checkpoint(layer, x, use_reentrant=False)
+    for y in (compiled(x), again):
+        assert_as_good_as_torch(torch.autograd.grad(y.square().sum(), layer.weight)[0], exact, expected)
+    assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
 # ---- once per weight version -----------------------------------------------------------------------------------------
 
 
@@ -101,6 +144,7 @@ def test_the_mask_is_chosen_once_per_weight_version(count_choices):
     layer, x = Linear(64, 32, pattern="2:4"), torch.randn(4, 64)
     for _ in range(3):
         layer(x).sum().backward()
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
     layer.current_mask()
     assert len(count_choices) == 1
 
@@ -162,6 +206,15 @@ def test_a_frozen_mask_stays_and_travels_with_the_weights():
     assert torch.equal(other(torch.eye(64)), layer(torch.eye(64)))
     set_masking(layer, frozen=False)
     assert torch.equal(layer.current_mask(), reference_mask(layer.weight, layer.pattern))
+
+
+def test_a_frozen_mask_that_is_loaded_alone_counts_at_once():
+    layer = Linear(64, 32, pattern="2:4")
+    layer.freeze_mask()
+    layer(torch.randn(4, 64))
+    other = torch.rand(32, 64) < 0.5
+    layer.load_state_dict({"mask": other}, strict=False)
+    assert torch.equal(layer.effective_weight(), layer.weight * other)
 
 
 def test_a_second_source_is_a_concatenation():

@@ -164,6 +164,14 @@ def test_torchs_way_is_taken_where_it_is_quicker_unknown_or_asked_for(gpu, launc
     assert gpu.timed == (2 if reason == "slower" else 0)
 
 
+def test_dtypes_that_torch_does_not_mix_are_not_mixed_by_the_kernels(gpu, launches):
+    layer, x = Linear(64, 40, bias=False, pattern="2:4"), torch.randn(3, 64)
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.to(dtype))
+    assert not launches
+
+
 def test_training_and_inference_are_measured_apart(gpu, launches):
     layer, x = layer_and_input()
     with torch.no_grad():
