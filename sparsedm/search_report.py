@@ -5,7 +5,7 @@ from sparsedm.files import write_json, write_text
 
 NOTE = """\
 found: the front of the search. It was chosen on one set of noises; the table measures it, like all others, on another
-one with more images, so it shows what choosing really gains. One seed, no error bars."""
+one, so it shows what choosing really gains. One seed, no error bars."""
 
 
 def write_report(folder, report):
