@@ -94,12 +94,10 @@ def test_a_model_inside_a_wrapper_has_its_own_default_and_one_of_a_known_name_on
             self.first = nn.Linear(8, 8)
 
     model = UNet2DModel()
-    for wrapped, prefix in (
-        (model, ""),
-        (nn.Sequential(nn.Identity(), model), "1."),
-        (nn.DataParallel(model), "module."),
-    ):
-        assert set(masks(sparsify(copy.deepcopy(wrapped), "2:4"))) == {f"{prefix}conv_mid"}
+    two = nn.Sequential(model, copy.deepcopy(model))
+    inside = [(model, [""]), (nn.Sequential(nn.Identity(), model), ["1."]), (nn.DataParallel(model), ["module."])]
+    for wrapped, prefixes in [*inside, (two, ["0.", "1."])]:
+        assert set(masks(sparsify(copy.deepcopy(wrapped), "2:4"))) == {f"{prefix}conv_mid" for prefix in prefixes}
     assert set(masks(sparsify(VisionTransformer(), "2:4"))) == {"first"}
 
 
