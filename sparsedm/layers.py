@@ -1,9 +1,8 @@
-"""Linear and Conv2d with an N:M pattern, and their 2:4-compressed forms. For whole models see `sparsity.py`.
+"""Linear and Conv2d with an N:M pattern. Their 2:4-compressed forms: `compressed.py`; whole models: `sparsity.py`.
 
 Masked layer:      y = act(x (w * m)^T + b) * s + r, with m = the pattern's choice from w; w is the dense master weight.
 Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through), plus decay * (1 - m) * w (SR-STE,
                    arXiv 2102.04010); `sparsity.set_masking` sets the decay, and multipliers for kept and dropped.
-Compressed layer:  the same y from values + metadata alone; inference only.
 
 A mask is a function of the weight and the pattern: chosen again when the weight has changed, and otherwise cached.
 What counts as a change is torch's version counter. Every in-place operation moves it, with two exceptions: optimizers
@@ -21,11 +20,8 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.choose import choose, choose_packed
 from sparsedm.kernels.masked_dispatch import kernels_serve, kernels_win
 from sparsedm.kernels.masked_matmul import masked_linear, transformed
-from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
-from sparsedm.kernels.sparse24_conv import sparse24_conv2d
-from sparsedm.kernels.sparse24_dispatch import last_choice
-from sparsedm.kernels.sparse24_format import pack, unpack
-from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
+from sparsedm.kernels.pattern import Pattern, pack_bits
+from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 from sparsedm.kernels.straight_through import straight_through
 
 
@@ -44,7 +40,7 @@ def _check_activation(activation):
     return activation
 
 
-def _product_dtype(weight):
+def product_dtype(weight):
     device = weight.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else weight.dtype
@@ -110,7 +106,7 @@ class Masked:
         """The weight that multiplies x, in the dtype of the product, with the straight-through gradient attached."""
         if self.pattern is None:
             return self.weight
-        masked, mask, _ = self._chosen(_product_dtype(self.weight))
+        masked, mask, _ = self._chosen(product_dtype(self.weight))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return masked
         return straight_through(self.weight, masked, mask, decay=self.decay, kept=self.kept, dropped=self.dropped)
@@ -142,7 +138,7 @@ class Masked:
 
     def hold_choice(self):
         """Let compiled graphs use today's choice, until `release_choice`: see `sparsity.hold_masks`."""
-        dtype = _product_dtype(self.weight)
+        dtype = product_dtype(self.weight)
         key, (masked, mask, _) = self._choice_key(dtype), self._chosen(dtype)
         self._held = (self.weight, (masked, mask, None), key) if key else None
 
@@ -186,7 +182,7 @@ class Linear(Masked, nn.Linear):
         if skip is not None:
             x = torch.cat((x, skip), -1)
         if self.pattern is not None and kernels_serve(self.weight):
-            masked, mask, bits = self._chosen(_product_dtype(self.weight))
+            masked, mask, bits = self._chosen(product_dtype(self.weight))
             rates = {"decay": self.decay, "kept": self.kept, "dropped": self.dropped}
             product = x, self.weight, self.pattern, self.bias, self.activation
             if kernels_win(*product, masked, mask, bits, list(rates.values())):
@@ -203,120 +199,3 @@ class Conv2d(Masked, nn.Conv2d):
 
     def forward(self, x, residual=None):
         return _epilogue(self._conv_forward(x, self.effective_weight(), self.bias), self.activation, residual)
-
-
-# ---- compressed layers -----------------------------------------------------------------------------------------------
-
-
-class Compressed(nn.Module):
-    """What Linear24 and Conv2d24 share: the weight as rows of values and int16 metadata (see `sparse24_format`).
-
-    weight_shape: of the dense weight. Its rows are (out, in), or (out, kh * kw * in) of a convolution.
-    """
-
-    def __init__(self, layer, rows):
-        """layer: what to replace; rows: its weight. Raises InputError where that is not 2:4 along the rows."""
-        super().__init__()
-        self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
-        values, metadata = pack(rows)
-        self.register_buffer("values", values)
-        self.register_buffer("metadata", metadata)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-        self._arranged = {}  # the same weight in the order a kernel reads it, made at the first call
-        self._cast = None  # under autocast: (what the values were, the values in its dtype)
-
-    def _operands(self, *tensors):
-        """(values, *tensors) in the dtype of the product, which under autocast is not that of the values."""
-        dtype = _product_dtype(self.values)
-        if dtype == self.values.dtype:
-            return self.values, *tensors
-        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-        if torch.compiler.is_compiling():
-            return self.values.to(dtype), *tensors
-        key = (self.values.data_ptr(), self.values.device, self.values._version, dtype)
-        if self._cast is None or self._cast[0] != key:
-            self._cast = key, self.values.to(dtype)
-        return self._cast[1], *tensors
-
-    def measured_backend(self, rows=None):
-        """The back end the GPU's tables gave the latest new size, or to `rows` rows; None before a call there."""
-        choice = last_choice(self._arranged.get("choices", {}), rows)
-        return choice and choice.backend
-
-    @property
-    def weight(self):
-        """`dense_weight()`, made at every access: for code that asks a layer for its weight, or for its dtype."""
-        return self.dense_weight()
-
-    def masked(self):
-        """A layer with the dense weight and the pattern 2:4, to be trained on."""
-        layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
-        layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
-        layer.set_pattern("2:4")
-        return layer
-
-    def __getstate__(self):
-        return {**self.__dict__, "_arranged": {}, "_cast": None}
-
-    def extra_repr(self):
-        return f"weight {self.weight_shape}, pattern=2:4 compressed, activation={self.activation}"
-
-
-class Linear24(Compressed):
-    """y = act([x | skip] w^T + b) * s + r from values (N, K/2) and metadata (N, K/16); inference only."""
-
-    def __init__(self, layer, rows=None):
-        super().__init__(layer, layer.effective_weight().detach() if rows is None else rows)
-        self.out_features, self.in_features = self.weight_shape
-
-    def _dense_twin(self, **options):
-        return Linear(self.in_features, self.out_features, activation=self.activation, **options)
-
-    def forward(self, x, residual=None, skip=None, scale=None):
-        values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
-        dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # as a sum of tensors has
-        rest = {"skip": skip, "scale": scale, "out_dtype": dtype, "arranged": self._arranged}
-        return sparse24_linear(x, values, self.metadata, bias, self.activation, residual, **rest)
-
-    def dense_weight(self):
-        """The weight (N, K) that values and metadata stand for, bit for bit."""
-        return unpack(self.values, self.metadata, self.in_features)
-
-
-class Conv2d24(Compressed):
-    """y = act(conv2d(x, w) + b) + r from values and metadata of the rows (out, kh * kw * in); inference only."""
-
-    def __init__(self, layer):
-        super().__init__(layer, group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1))
-        self.out_channels, self.in_channels, *kernel_size = self.weight_shape
-        self.kernel_size, self.groups = tuple(kernel_size), 1
-        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-
-    def _dense_twin(self, **options):
-        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        sizes = self.in_channels, self.out_channels, self.kernel_size
-        return Conv2d(*sizes, **geometry, activation=self.activation, **options)
-
-    def forward(self, x, residual=None):
-        values, bias, x = self._operands(self.bias, x)
-        apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
-        y = sparse24_conv2d(
-            x,
-            values,
-            self.metadata,
-            self.kernel_size,
-            bias,
-            self.activation,
-            None if apart else residual,
-            arranged=self._arranged,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-        )
-        return y + residual if apart else y
-
-    def dense_weight(self):
-        """The weight (out, in, kh, kw) that values and metadata stand for, bit for bit."""
-        out, cin, kh, kw = self.weight_shape
-        rows = unpack(self.values, self.metadata, cin * kh * kw)
-        return ungroup(rows.reshape(out * kh * kw, cin), self.weight_shape).contiguous()

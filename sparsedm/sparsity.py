@@ -7,10 +7,11 @@ import re
 import torch
 from torch import nn
 
+from sparsedm.compressed import Compressed, Conv2d24, Linear24
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24_torch import TORCH_TENSORS, to_torch
-from sparsedm.layers import Compressed, Conv2d, Conv2d24, Linear, Linear24, Masked, invalid_because
+from sparsedm.layers import Conv2d, Linear, Masked, invalid_because
 
 # ---- which layers ----------------------------------------------------------------------------------------------------
 

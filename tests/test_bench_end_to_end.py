@@ -17,7 +17,7 @@ from sparsedm.bench.end_to_end import (
 from sparsedm.bench.results import Results, read
 from sparsedm.bench.run import Session, run_suite
 from sparsedm.bench.sampling import draw, sampling_rows
-from sparsedm.layers import Linear24
+from sparsedm.compressed import Linear24
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers
 

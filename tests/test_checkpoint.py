@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparsedm.compressed import Linear24
 from sparsedm.errors import InputError
-from sparsedm.layers import Linear24
 from sparsedm.sparsity import compress, masks, set_masking, sparsify
 from sparsedm.train import checkpoint
 from sparsedm.train.checkpoint import load_model, save_model

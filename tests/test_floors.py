@@ -15,6 +15,7 @@ FLOORS = (  # first match wins; a higher number may import a lower one
     ("sparsedm.files", -1),
     ("sparsedm.kernels", 0),
     ("sparsedm.layers", 1),
+    ("sparsedm.compressed", 1.1),
     ("sparsedm.sparsity", 1.2),
     ("sparsedm.tensor_files", 1),
     ("sparsedm.inspection", 1.5),

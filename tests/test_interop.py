@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.compressed import Compressed
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
-from sparsedm.layers import Compressed
 from sparsedm.permutation import permute_channels
 from sparsedm.sparsity import FAMILIES, compress, decompress, masked_layers, sparsify
 from sparsedm.train.checkpoint import load_model, save_model

@@ -257,22 +257,3 @@ def test_a_scale_gates_each_image_between_activation_and_residual():
         if form.pattern:
             with torch.no_grad():
                 assert torch.equal(compress(form)(x, residual, scale=gate), form(x, residual, scale=gate))
-
-
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_a_compressed_layer_computes_under_autocast_as_the_masked_one_does(activation):
-    for layer, x in layers_and_inputs("2:4", torch.float32, activation=activation):
-        small = compress(layer)
-        with torch.no_grad():
-            residual = torch.randn_like(layer(x))
-            exact = copy.deepcopy(layer).double()(x.double(), residual.double())
-            with torch.autocast("cpu", torch.bfloat16):
-                usual = layer(x, residual)
-                y = small(x, residual)
-                assert small(x).dtype == layer(x).dtype == torch.bfloat16
-                cast = small._cast[1]
-                assert small(x) is not None
-                assert small._cast[1] is cast, "the values are cast once"
-            assert y.dtype == usual.dtype == torch.float32, "a residual in fp32 is not rounded to bf16"
-            assert_as_good_as_torch(y, exact, usual)
-            assert_as_good_as_torch(small(x, residual), exact, layer(x, residual))

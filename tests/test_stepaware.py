@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsedm import diffusion, samplers, stepaware
+from sparsedm.compressed import Linear24
 from sparsedm.cuda_graph import Graphs
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
-from sparsedm.layers import Linear24
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers, sparsify
 from sparsedm.stepaware import Family, Strategy, load_strategy, sample

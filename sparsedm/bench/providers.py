@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsedm.bench.problems import TWO_FOUR
+from sparsedm.compressed import Conv2d24
 from sparsedm.kernels.choose import choose, choose_packed
 from sparsedm.kernels.launch import capability
 from sparsedm.kernels.sparse24_dispatch import choose_backend, last_choice
 from sparsedm.kernels.sparse24_format import pack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
-from sparsedm.layers import Conv2d, Conv2d24, Linear
+from sparsedm.layers import Conv2d, Linear
 
 DENSE = ("dense", "dense compiled")
 HALF = (torch.bfloat16, torch.float16)

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparsedm.compressed import Conv2d24, Linear24
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, atomic_folder, write_json, writing
-from sparsedm.layers import Conv2d24, Linear24
 from sparsedm.sparsity import compress, masked_layers, sparsify
 from sparsedm.tensor_files import fill, read_tensors, write_shards, write_tensors
 
