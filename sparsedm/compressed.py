@@ -40,7 +40,8 @@ class Compressed(nn.Module):
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         if torch.compiler.is_compiling():
             return self.values.to(dtype), *tensors
-        key = (self.values.data_ptr(), self.values.device, self.values._version, dtype)
+        version = None if self.values.is_inference() else self.values._version
+        key = (self.values.data_ptr(), self.values.device, version, dtype)
         if self._cast is None or self._cast[0] != key:
             self._cast = key, self.values.to(dtype)
         return self._cast[1], *tensors
@@ -98,7 +99,10 @@ class Linear24(Compressed):
 
 
 class Conv2d24(Compressed):
-    """y = act(conv2d(x, w) + b) + r from values and metadata of the rows (out, kh * kw * in); inference only."""
+    """y = act(conv2d(x, w) + b) + r from values and metadata of the rows (out, kh * kw * in); inference only.
+
+    y is in channels_last, whatever x is: the order that the kernels compute in.
+    """
 
     def __init__(self, layer):
         super().__init__(layer, group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1))

@@ -156,6 +156,11 @@ class Masked:
         choice = choose_packed(weight, self.pattern, dtype, mask=True)
         return choice.masked, choice.mask, choice.bits
 
+    def train(self, mode=True):
+        """As of every module; and what was chosen is forgotten, as libraries write weights unseen between the two."""
+        self._choice = None
+        return super().train(mode)
+
     def __getstate__(self):
         return {**self.__dict__, "_choice": None, "_held": None}  # a weak reference cannot be copied or pickled
 

@@ -13,6 +13,10 @@ from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24_torch import TORCH_TENSORS, to_torch
 from sparsedm.layers import Conv2d, Linear, Masked, invalid_because
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
 # ---- which layers ----------------------------------------------------------------------------------------------------
 
 _TRANSFORMER = (
@@ -32,21 +36,27 @@ FAMILIES = {  # class of the model: (the layers to make sparse unless told other
 
 
 def _selection(model, where):
-    """((name, module) -> whether it is selected, why the others stay dense)."""
+    """((name, module) -> whether it is selected, name -> why it stays dense if it is not)."""
     if where is not None:
-        return _selector(model, where), "not selected"
-    known = {}  # prefix of its names -> selector: the model itself, or those inside a wrapper such as DDP or PEFT
+        return _selector(model, where), lambda name: "not selected"
+    known = {}  # prefix of its names -> (selector, reason): the model itself, or those in a wrapper as DDP or PEFT
     for name, module in model.named_modules():
-        where, why = _known_layers(module)
+        where, reason = _known_layers(module)
         if where and not any(name.startswith(prefix) for prefix in known):
-            known[f"{name}." if name else ""], reason = _selector(module, where), why
+            known[f"{name}." if name else ""] = _selector(module, where), reason
     if not known:
-        return _selector(model, "all"), "not selected"
+        return _selector(model, "all"), lambda name: "not selected"
+
+    def inside(name):
+        return next((prefix for prefix in known if name.startswith(prefix)), None)
 
     def selected(name, module):
-        return any(
-            name.startswith(prefix) and inner(name.removeprefix(prefix), module) for prefix, inner in known.items()
-        )
+        prefix = inside(name)
+        return prefix is not None and known[prefix][0](name.removeprefix(prefix), module)
+
+    def reason(name):
+        prefix = inside(name)
+        return "outside of the known model inside: name it in where=" if prefix is None else known[prefix][1]
 
     return selected, reason
 
@@ -73,11 +83,16 @@ def _selector(model, where):
         except re.error as error:
             raise InputError(f"where={where!r} is not a regular expression: {error}") from None
         return lambda name, module: expression.search(name)
-    names = set(where)
-    unknown = names - {name for name, _ in model.named_modules()}
+    try:
+        names = list(where)
+    except TypeError:
+        raise InputError(f"where={where!r}: an expression, a list of names, or a predicate (name, module)") from None
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear | nn.Conv2d)}
+    unknown = [str(name) for name in names if name not in layers]
     if unknown:
-        raise InputError(f"where names layers the model does not have: {', '.join(sorted(unknown))}")
-    return lambda name, module: name in names
+        raise InputError(f"where names layers the model does not have: {', '.join(unknown)}")
+    chosen = {layers[name] for name in names}
+    return lambda name, module: module in chosen
 
 
 def _dense_reason(name, module, parent, pattern):
@@ -93,6 +108,10 @@ def _dense_reason(name, module, parent, pattern):
         return f"{type(module).__name__} is a special kind of {type(module).__mro__[1].__name__}"
     if "lora_" in name:
         return "a LoRA factor: merge it into its layer first"
+    if "forward" in vars(module):
+        return "its forward was replaced (by a hook of accelerate or diffusers): sparsify before that"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if pattern is None:
         return "no pattern was set"
     return invalid_because(module.weight, pattern)
@@ -105,7 +124,8 @@ def sparsify(model, pattern, where=None):
     """Give the layers of `model` a pattern, in place, and return the model.
 
     Plain `nn.Linear` and `nn.Conv2d` modules of any model are swapped for ours; parameters, hooks and optimizer state
-    stay as they are. Layers that cannot hold the pattern, or are not selected, stay dense, and `inspect` says why.
+    stay as they are. Layers that cannot hold the pattern, or are not selected, are dense afterwards, also where an
+    earlier call had given them a pattern, and `inspect` says why.
 
     pattern: "2:4", Pattern, or None / "dense" to take patterns away.
     where: None (the model's own `sparse_layers` if it has one, else what FAMILIES says of its class, else all), "all",
@@ -116,7 +136,7 @@ def sparsify(model, pattern, where=None):
     selected, unselected = _selection(model, where)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     parents = {child: parent for parent in model.modules() for child in parent._modules.values()}
-    reasons = {n: _dense_reason(n, m, parents.get(m), pattern) if selected(n, m) else unselected for n, m in found}
+    reasons = {n: _dense_reason(n, m, parents.get(m), pattern) if selected(n, m) else unselected(n) for n, m in found}
     chosen = [n for n, m in found if selected(n, m)]
     if not chosen:
         if any(isinstance(m, Compressed) for m in model.modules()):
@@ -198,17 +218,21 @@ def compress(model):
 
     Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes Linear24 / Conv2d24, and so
     does a linear layer whose weight is torch's SparseSemiStructuredTensor; a masked layer that is denser, such as 3:4,
-    becomes a dense layer with its mask applied. The input model is not touched.
+    becomes a dense layer with its mask applied. Forward hooks move along. The input model is not touched.
     """
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
     if not layers:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
     compressed = {layer: _compress_layer(layer) for layer in layers}
-    return _with_layers(model, compressed).eval().requires_grad_(False)
+    small = _with_layers(model, compressed).eval()
+    small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    return small.requires_grad_(False)
 
 
 def decompress(model, form="masked"):
-    """A new model with a dense weight, bit for bit, in place of every compressed one.
+    """A new model with a dense weight, value for value, in place of every compressed one; in eval mode, as `model` is.
+
+    Parameters can be trained, but for those that could not when `model` was compressed. Tied weights are tied no more.
 
     form: "masked": layers of the pattern 2:4, to be trained on. "cutlass" or "cusparselt": the linear layers hold
     torch's SparseSemiStructuredTensor for that library, and run only on a GPU; the convolutions are dense.
@@ -220,8 +244,11 @@ def decompress(model, form="masked"):
     if not layers:
         raise InputError("the model holds no compressed layer")
     dense = _with_layers(model, {layer: layer.masked() for layer in layers.values()})
+    dense.train(model.training)
     if form == "masked":
-        return dense.requires_grad_(True)
+        for name, parameter in dense.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and name not in getattr(model, "_frozen", ()))
+        return dense
     for name in layers:
         layer = dense.get_submodule(name)
         layer.set_pattern(None)
@@ -231,9 +258,11 @@ def decompress(model, form="masked"):
 
 
 def _with_layers(model, replacements):
-    return copy.deepcopy(
-        model, {id(old): new for old, new in replacements.items()}
-    )  # puts these in the old ones' places
+    for old, new in replacements.items():
+        for hooks in _HOOKS:
+            setattr(new, hooks, getattr(old, hooks).copy())
+    memo = {id(old): new for old, new in replacements.items()}  # deepcopy puts the new layers in the old ones' places
+    return copy.deepcopy(model, memo)
 
 
 def _is_torch_sparse(module):
@@ -243,7 +272,10 @@ def _is_torch_sparse(module):
 def _compress_layer(layer):
     with torch.no_grad():
         if _is_torch_sparse(layer):
-            return Linear24(_adopt(layer), layer.weight.to_dense())
+            twin = copy.copy(layer)
+            twin._buffers = dict(layer._buffers)
+            return Linear24(_adopt(twin), layer.weight.to_dense())
+        layer._choice = None  # libraries write weights in ways that torch does not count: EMA copies, merged LoRA
         reason = uncompressed_because(layer)
         if not reason:
             return Linear24(layer) if isinstance(layer, Linear) else Conv2d24(layer)

@@ -183,6 +183,10 @@ def test_saving_copying_and_pickling_a_masked_model():
         (lambda: sparsify(Small(), "2:4", "nothing"), "where='nothing' selects none of the 4"),
         (lambda: sparsify(Small(), "2:4", "("), "not a regular expression"),
         (lambda: sparsify(Small(), "2:4", ["conv", "tail"]), "does not have: tail"),
+        (lambda: sparsify(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), "2:4", ["0", "1"]), "does not have: 0"),
+        (lambda: sparsify(Small(), "2:4", 3), "where=3: an expression, a list of names, or a predicate"),
+        (lambda: sparsify(Small(), "2:4", [3]), "does not have: 3"),
+        (lambda: sparsify(nn.Linear(8, 8, dtype=torch.complex64), "2:4"), "its weight is complex64"),
         (lambda: sparsify(Small(), "2:4", "narrow"), "no selected layer can hold 2:4: the input axis 30"),
         (lambda: compress(Small()), "holds no masked layer"),
     ],
@@ -397,6 +401,63 @@ def test_layers_move_to_torchs_sparse_tensors_and_back():
 def test_what_cannot_be_decompressed_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+# ---- what other libraries do to models -------------------------------------------------------------------------------
+
+
+def test_a_replaced_forward_is_not_masked_in_vain():
+    """Hooks of accelerate and diffusers put a closure over the old layer in its place."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].forward = type(model[0]).forward.__get__(model[0])
+    assert set(masks(sparsify(model, "2:4"))) == {"1"}
+    assert "its forward was replaced" in model[0].dense_reason
+
+
+def test_weights_that_are_swapped_unseen_are_seen_at_the_next_turn():
+    """`weight.data` writes, as of diffusers' EMAModel.copy_to or merged LoRA, do not move torch's counter."""
+    model, x = sparsify(nn.Sequential(nn.Linear(16, 8)), "2:4"), torch.randn(3, 16)
+    model(x)
+    model[0].weight.data.copy_(torch.randn(8, 16))
+    small = compress(model)
+    fresh = sparsify(nn.Sequential(nn.Linear(16, 8)), "2:4")
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert_as_good_as_torch(small(x), copy.deepcopy(fresh).double()(x.double()), fresh(x))
+        model[0].weight.data.copy_(torch.randn(8, 16))
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model.eval()(x), fresh(x))
+
+
+def test_hooks_move_along():
+    model, x = sparsify(nn.Sequential(nn.Linear(16, 8), nn.Conv1d(1, 1, 1)), "2:4"), torch.randn(3, 1, 16)
+    model[0].register_forward_pre_hook(lambda layer, inputs: (inputs[0] * 0,))
+    model[0].register_forward_hook(lambda layer, inputs, y: y + 1)
+    small = compress(model)
+    with torch.no_grad():
+        for form in (small, decompress(small)):
+            assert torch.equal(form(x), model(x))
+
+
+def test_what_was_frozen_stays_frozen_and_the_mode_is_the_same_everywhere():
+    model = sparsify(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3), nn.Dropout()), "2:4", ["0"])
+    model[1].bias.requires_grad_(False)
+    again = decompress(compress(model))
+    assert {n for n, p in again.named_parameters() if not p.requires_grad} == {"1.bias"}
+    assert not any(module.training for module in again.modules())
+    assert all(module.training for module in decompress(compress(model).train()).modules())
+
+
+def test_layers_outside_of_a_known_model_say_so():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.eye = nn.Linear(8, 8), build_model(NETWORKS["uvit"])
+
+    model = sparsify(Other(), "2:4")
+    assert all(name.startswith("eye.") for name in masks(model))
+    assert model.body.dense_reason == "outside of the known model inside: name it in where="
+    assert set(masks(sparsify(Other(), "2:4", ["body"]))) == {"body"}
 
 
 # ---- compile and export ----------------------------------------------------------------------------------------------
