@@ -42,9 +42,13 @@ for _ in range(options.tuning_steps):  # stands for a trainer of your own, on im
     loss.backward()
     optimizer.step()
 print(f"distance to the dense network after {options.tuning_steps} steps: {loss:.5f}")
+small = sparsedm.compress(student)
+with torch.no_grad():
+    difference = (small(x, t).sample - student.eval()(x, t).sample).abs().max()
+print(f"largest difference of the compressed network from the masked one: {difference:.1e}")
 
 grids = []
-for network in (teacher, sparsedm.compress(student)):
+for network in (teacher, small):
     pipeline = DDPMPipeline(network, DDIMScheduler.from_config(pipeline.scheduler.config))
     pipeline.set_progress_bar_config(desc=type(network.mid_block.resnets[0].conv1).__name__)
     grids += pipeline(batch_size=4, num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images

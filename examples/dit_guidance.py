@@ -48,9 +48,13 @@ for _ in range(options.tuning_steps):  # stands for a trainer of your own, on la
     loss.backward()
     optimizer.step()
 print(f"distance to the dense network after {options.tuning_steps} steps: {loss:.5f}")
+small = sparsedm.compress(student)
+with torch.no_grad():
+    difference = (small(**inputs).sample - student(**inputs).sample).abs().max()
+print(f"largest difference of the compressed network from the masked one: {difference:.1e}")
 
 images = []
-for network in (teacher, sparsedm.compress(student)):
+for network in (teacher, small):
     pipeline.register_modules(transformer=network)
     images += pipeline([1, 2, 3, 4], guidance_scale=options.guidance, num_inference_steps=10,
                        generator=torch.Generator(device).manual_seed(0)).images  # fmt: skip

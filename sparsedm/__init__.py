@@ -16,6 +16,8 @@ _HOME = {
     "permute_channels": "sparsedm.permutation",
     "inspect": "sparsedm.inspection",
     "build_model": "sparsedm.models",
+    "save_model": "sparsedm.train.checkpoint",
+    "load_model": "sparsedm.train.checkpoint",
     "InputError": "sparsedm.errors",
 }
 __all__ = list(_HOME)

@@ -78,6 +78,10 @@ def read_foreign(source, name=None, overrides=None):
     tensors, header = read_tensors(file)
     if "sparsedm" in header:
         raise InputError(f"{file} is a file of this package already")
+    if config is None and not name and _is_unet(tensors):
+        raise InputError(
+            f"{file} holds a UNet2DModel without its configuration: take its folder, or name it with --model"
+        )
     if config is not None and config.kind == "dit":
         tensors = dit_diffusers.from_diffusers(tensors, config)
     elif config is not None or _is_unet(tensors):

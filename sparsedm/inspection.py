@@ -152,7 +152,7 @@ def inspect(model, example_inputs=None, *, arch=None, batch=1):
         raise InputError(f"unknown arch {arch!r}: one of {', '.join(ARCHS)}")
     try:
         calls, attention = _count(model, example_inputs, on_meta=True)
-    except (NotImplementedError, RuntimeError):  # a kernel without a meta form, or a value read on the way
+    except (NotImplementedError, RuntimeError, TypeError):  # a kernel without a meta form, or a value read on the way
         calls, attention = _count(model, example_inputs, on_meta=False)
     layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}

@@ -6,11 +6,14 @@ the one and the columns of the other are permuted together, once, offline, and i
     mlp         fc1 -> fc2, and diffusers' ff.net.0.proj -> ff.net.2 (gated ones too)
     attention   the values -> the projection of the output, within each head
 
+in blocks of our models, diffusers' and timm's ViT, whose code is known, where no other weights stand between the two.
+
 Only the readers gain, because groups run along inputs. The search is that of Pool and Yu, "Channel Permutations for N:M
 Sparsity" (NeurIPS 2021), in its smallest form: pairs of groups are drawn at random and their 2M channels shared out
 between the two in the best of all ways; no step can lose.
 """
 
+import collections
 import itertools
 import re
 from typing import NamedTuple
@@ -131,28 +134,43 @@ _READERS = (  # name of the reader -> of the maker
 )
 
 
+_KNOWN = ("sparsedm.models", "diffusers.models")
+_KNOWN += ("timm.models.vision_transformer", "timm.layers.mlp", "timm.layers.attention")
+_BESIDE = {  # layers with weights that may stand beside the two, in the same block
+    "norm_q", "norm_k", "q_norm", "k_norm", "group_norm", "spatial_norm", "norm_cross", "to_q", "to_k",
+}  # fmt: skip
+
+
 def _links(model):
-    modules = dict(model.named_modules())
+    modules, uses = dict(model.named_modules()), collections.Counter()
+    for module in modules.values():
+        uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
     for name, reader in modules.items():
         for expression, replacement in _READERS:
             maker_name, found = re.subn(expression, replacement, name)
             maker = modules.get(maker_name)
             if found and isinstance(reader, nn.Linear) and isinstance(maker, nn.Linear):
-                link = _link(modules, name, maker_name, maker, reader)
+                of_their_own = all(uses[id(m._parameters.get("weight"))] == 1 for m in (maker, reader))
+                link = _link(modules, name, maker_name, maker, reader) if of_their_own else None
                 if link:
                     yield name, link
 
 
 def _link(modules, name, maker_name, maker, reader):
+    """The _Link of a maker and a reader, or None where something unknown may stand between them."""
+    attention = "attn.proj" in name or "to_out" in name
+    parent = modules[re.sub(r"\.(fc2|net\.2|proj|to_out\.0)$", "", name)]
+    two = {id(p) for layer in (maker, reader) for p in layer.parameters()}
+    others = {n.split(".")[0] for n, p in parent.named_parameters() if id(p) not in two}
+    if not type(parent).__module__.startswith(_KNOWN) or others - (_BESIDE if attention else set()):
+        return None
     channels, made = reader.in_features, maker.out_features
     every = torch.arange(channels, device=maker.weight.device)
-    if "attn.proj" not in name and "to_out" not in name:
+    if not attention:
         if made not in (channels, 2 * channels):
             return None
         return _Link(maker, reader, tuple(every + start for start in range(0, made, channels)), 1)
-    parent = modules[maker_name.rpartition(".")[0]]
     heads = getattr(parent, "heads", None) or getattr(parent, "num_heads", None)
-    shared = getattr(parent, "add_v_proj", None) is not None  # joint attention: two makers feed two readers
-    if not heads or shared or channels % heads or made not in (channels, 3 * channels):
+    if not heads or channels % heads or made not in (channels, 3 * channels):
         return None
     return _Link(maker, reader, (every + made - channels,), heads)

@@ -84,7 +84,8 @@ def read_tensors(file):
         if isinstance(tensors, dict) and isinstance(tensors.get(inner), dict):
             tensors = tensors[inner]
             break
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise InputError(f"{file} is not a state dict: it must map names to tensors")
     return tensors, {}
 
@@ -107,6 +108,10 @@ def _read_shards(index):
     }
 
 
+def _kind(tensor):
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
 def fill(model, tensors, file):
     """Load `tensors` into `model`; one on the meta device takes them over as they are, without a copy.
 
@@ -120,6 +125,11 @@ def fill(model, tensors, file):
             f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
             for name, value in tensors.items()
             if name in expected and value.shape != expected[name].shape
+        ],
+        "of another kind": [
+            f"{name} {str(value.dtype).removeprefix('torch.')}"
+            for name, value in tensors.items()
+            if name in expected and _kind(value) != _kind(expected[name])
         ],
     }
     listed = [

@@ -225,6 +225,23 @@ def test_what_would_not_be_read_again_is_not_written(tmp_path, capsys):
     assert not (tmp_path / "b.pt").exists()
 
 
+def test_a_unet_without_its_configuration_is_named_as_that(tmp_path):
+    save_file(to_diffusers(build_model(DDPM).state_dict()), tmp_path / "u.safetensors")
+    with pytest.raises(InputError, match="holds a UNet2DModel without its configuration: take its folder"):
+        read_foreign(tmp_path / "u.safetensors")
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.complex64], ids=str)
+def test_numbers_that_are_no_weights_are_refused(kind, tmp_path):
+    state = build_model(DIT).state_dict()
+    torch.save(state | {"final_layer.linear.bias": torch.ones(24).to(kind)}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"1 of another kind \(final_layer.linear.bias"):
+        read_foreign(tmp_path / "a.pt")
+    torch.save({3: torch.ones(3)}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="is not a state dict"):
+        read_foreign(tmp_path / "a.pt")
+
+
 def test_nothing_is_overwritten(tmp_path, capsys):
     torch.save(build_model(DIT).state_dict(), tmp_path / "a.pt")
     (tmp_path / "there.safetensors").write_text("mine")

@@ -8,6 +8,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model
+from sparsedm.models.uvit import MLP
 from sparsedm.permutation import kept, permute_channels, search
 from sparsedm.sparsity import set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
@@ -93,6 +94,29 @@ def test_the_same_seed_gives_the_same_order():
     models[1].load_state_dict(models[0].state_dict())
     assert permute_channels(models[0], rounds=5) == permute_channels(models[1], rounds=5)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+
+
+def changed(change):
+    model = network("uvit")
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.mid_block.mlp, "norm", nn.LayerNorm(128)),
+        lambda m: nn.utils.parametrizations.weight_norm(m.mid_block.mlp.fc1),
+        lambda m: setattr(m.mid_block.mlp.fc1, "weight", m.in_blocks[0].mlp.fc1.weight),
+        lambda m: setattr(type(m.mid_block.mlp), "__module__", "elsewhere"),
+    ],
+    ids=["norm between", "weight_norm", "tied", "code of somebody else"],
+)
+def test_where_something_unknown_may_stand_between_nothing_is_permuted(change, monkeypatch):
+    monkeypatch.setattr(MLP, "__module__", MLP.__module__)  # restored afterwards
+    gains = permute_channels(changed(change), rounds=2)
+    assert "mid_block.mlp.fc2" not in gains
+    assert "mid_block.attn.proj" in gains
 
 
 def frozen(model):

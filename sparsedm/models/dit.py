@@ -191,7 +191,7 @@ class DiT(nn.Module):
         if config.num_classes:
             self.y_embedder = LabelEmbedder(config)
         side = config.image_size // config.patch_size
-        self.pos_embed = nn.Parameter(position_embedding(config.dim, side), requires_grad=False)
+        self.register_buffer("pos_embed", position_embedding(config.dim, side))  # fixed, and yet in the checkpoints
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()
