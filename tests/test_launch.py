@@ -245,6 +245,6 @@ def test_the_package_works_where_triton_is_missing():
 
 def test_an_amd_gpu_gets_no_kernels_in_nvidias_instructions(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    assert launch.capability.__wrapped__(torch.device("cuda")) == (9, 4)
+    assert launch.capability(torch.device("cuda")) == (9, 4)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert launch.capability.__wrapped__(torch.device("cuda")) is None
+    assert launch.capability(torch.device("cuda")) is None

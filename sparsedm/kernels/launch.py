@@ -65,7 +65,6 @@ def uses_triton(*tensors):
     return forced_backend() != "torch" and (capability(device) or (0, 0)) >= (8, 0)
 
 
-@functools.cache
 def capability(device):
     """(major, minor) of an NVIDIA GPU; None for any other device, and where there is no Triton.
 
