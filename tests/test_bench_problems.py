@@ -17,6 +17,7 @@ CASES = {
     "conv": (ConvProblem, CONV, "plain"),
     "mask": (MaskProblem, LINEAR, "choose"),
     "forward": (TrainingProblem, LINEAR, "forward"),
+    "backward": (TrainingProblem, LINEAR, "backward"),
     "forward+backward": (TrainingProblem, LINEAR, "forward+backward"),
 }
 DTYPES = [torch.float32, torch.bfloat16]
@@ -86,9 +87,20 @@ def test_an_input_axis_without_groups_leaves_only_the_dense():
     assert reasons["sparsedm 2:4"] == "the input axis 3 is not a multiple of 4"
 
 
+def test_the_backward_alone_is_repeated_on_one_forward():
+    problem, calls = TrainingProblem(LINEAR, "backward", torch.float32, "cpu"), []
+    layer = torch.nn.Linear(LINEAR.K, LINEAR.N)
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    first, second = problem.run(layer), problem.run(layer)
+    assert len(first) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert len(calls) == 1
+
+
 def test_operations_and_bytes():
     problem = LinearProblem(LINEAR, "plain", torch.bfloat16, "cpu")
     assert problem.operations == 2 * 40 * 24 * 36
     assert problem.traffic(False) == 2 * (40 * 36 + 24 * 36 + 40 * 24)
     assert problem.traffic(True) == 2 * (40 * 36 + 40 * 24) + 24 * 36 * 1.125, "1.125 bytes for each weight"
-    assert TrainingProblem(LINEAR, "forward+backward", torch.float32, "cpu").operations == 3 * problem.operations
+    both, back = (TrainingProblem(LINEAR, mode, torch.float32, "cpu") for mode in ("forward+backward", "backward"))
+    assert (back.operations, both.operations) == (2 * problem.operations, 3 * problem.operations)
