@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsedm.compressed import Conv2d24, Linear24
 from sparsedm.errors import InputError
@@ -16,6 +16,8 @@ from sparsedm.layers import Linear
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
+
+UVIT = {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2}
 
 
 class Small(nn.Module):
@@ -452,89 +454,12 @@ def test_layers_outside_of_a_known_model_say_so():
     class Other(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.eye = nn.Linear(8, 8), build_model(NETWORKS["uvit"])
+            self.body, self.eye = nn.Linear(8, 8), build_model(UVIT)
 
     model = sparsify(Other(), "2:4")
     assert all(name.startswith("eye.") for name in masks(model))
     assert model.body.dense_reason == "outside of the known model inside: name it in where="
     assert set(masks(sparsify(Other(), "2:4", ["body"]))) == {"body"}
-
-
-# ---- compile and export ----------------------------------------------------------------------------------------------
-
-NETWORKS = {
-    "uvit": {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2},
-    "dit": {"kind": "dit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2, "num_classes": 0},
-    "ddpm": {"kind": "ddpm", "image_size": 8, "width": 32, "multipliers": (1, 2), "attention": (4,), "blocks": 1},
-}
-
-
-@pytest.fixture(params=[f"{network} {form}" for network in NETWORKS for form in ("masked", "compressed")])
-def network(request):
-    """A small U-ViT, DiT or DDPM in eval mode, masked or compressed, whose output is not zero."""
-    name, form = request.param.split()
-    model = build_model(NETWORKS[name]).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    sparsify(model, "2:4")
-    return compress(model) if form == "compressed" else model
-
-
-def inputs_of(model, batch):
-    return model.example_inputs(batch)[:2]
-
-
-@torch.no_grad()
-def test_one_graph_serves_every_batch_size(network):
-    torch._dynamo.reset()
-    network(*inputs_of(network, 1))  # a compressed layer arranges its weight at its first call; that is not traced here
-    graphs = CompileCounter()
-    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=graphs)
-    for batch in (2, 3, 7):
-        assert torch.equal(compiled(*inputs_of(network, batch)), network(*inputs_of(network, batch)))
-    assert graphs.frame_count == 1
-
-
-@torch.no_grad()
-def test_an_exported_network_takes_every_batch_size(network):
-    network(*inputs_of(network, 1))  # which makes a compressed network keep its weights dense, too
-    program = exported(network)
-    held = sum(t.numel() for t in program.constants.values()) + sum(t.numel() for t in program.state_dict.values())
-    assert held <= 1.1 * sum(t.numel() for t in network.state_dict().values()), "the program holds no weight twice"
-    for batch in (2, 5):
-        assert torch.equal(program.module()(*inputs_of(network, batch)), network(*inputs_of(network, batch)))
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_network_runs_compiled_ahead_of_time(network, tmp_path):
-    package = torch._inductor.aoti_compile_and_package(exported(network), package_path=str(tmp_path / "network.pt2"))
-    inputs = inputs_of(network, 5)
-    y = torch._inductor.aoti_load_package(package)(*inputs)
-    usual = network(*inputs)
-    assert_as_good_as_torch(y, network.double()(*doubled(inputs)), usual)
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_a_network_runs_in_cuda_graphs(network):
-    network = network.cuda().bfloat16()
-    x, t = (value.cuda() for value in inputs_of(network, 4))
-    network(x, t)  # kernels are timed, and weights arranged, before a graph is captured
-    compiled = torch.compile(network, mode="reduce-overhead", fullgraph=True)
-    usual = network(x, t).clone()
-    for _ in range(3):
-        torch.compiler.cudagraph_mark_step_begin()
-        torch.testing.assert_close(compiled(x, t).clone(), usual, rtol=2e-2, atol=2e-2)
-
-
-def exported(network):
-    batch = torch.export.Dim("batch", min=2, max=64)
-    return torch.export.export(network, inputs_of(network, 2), dynamic_shapes=({0: batch}, {0: batch}))
-
-
-def doubled(inputs):
-    return tuple(value.double() for value in inputs)
 
 
 def test_channels_last_is_kept():
@@ -546,7 +471,7 @@ def test_channels_last_is_kept():
 
 def test_a_compressed_state_is_half_of_the_dense_one_plus_an_eighth_of_that():
     """Values are half of the entries, two bits for each; a fifth of a U-ViT's state is not masked by default."""
-    dense = build_model(NETWORKS["uvit"]).bfloat16()
+    dense = build_model(UVIT).bfloat16()
     layers = sparsify(dense, "2:4", "all")
     held = sum(t.numel() * t.element_size() for t in compress(layers).state_dict().values())
     masked = sum(layer.weight.numel() for _, layer in masked_layers(layers))

@@ -20,6 +20,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.layers import Conv2d, Linear
+from sparsedm.models.inputs import check_shapes, example_inputs
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class DDPM(nn.Module):
         """
         if y is None and self.config.num_classes and self.config.null_label:
             y = torch.full(x.shape[:1], self.config.num_classes, device=x.device)
-        self._check_shapes(x, t, y)
+        check_shapes("DDPM", self.config, x, t, y)
         temb = self.time_embed(t)  # (B, 4 * width)
         if y is not None:
             temb = temb + self.label_embed(y)
@@ -229,21 +230,6 @@ class DDPM(nn.Module):
                 x = level.upsample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-    def _check_shapes(self, x, t, y):
-        config, batch = self.config, x.shape[0]
-        for name, value, shape in (
-            ("x", x, (batch, config.channels, config.image_size, config.image_size)),
-            ("t", t, (batch,)),
-            ("y", y, (batch,) if config.num_classes else None),
-        ):
-            given = None if value is None else tuple(value.shape)
-            if given != shape:
-                raise InputError(f"DDPM input {name} has shape {given}: this model takes {shape}")
-
     def example_inputs(self, batch=1):
         """Deterministic (x, t, y) for `forward`, on the model's device and in its dtype."""
-        config, like = self.config, self.conv_in.bias
-        shape = (batch, config.channels, config.image_size, config.image_size)
-        x = torch.linspace(-1, 1, math.prod(shape), device=like.device, dtype=like.dtype).view(shape)
-        t = torch.linspace(0, 999, batch, device=like.device)
-        return x, t, torch.zeros(batch, dtype=torch.int64, device=like.device) if config.num_classes else None
+        return example_inputs(self.config, self.conv_in.bias, batch)

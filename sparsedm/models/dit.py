@@ -11,7 +11,6 @@ of s - 1, and extrapolates only the first three of the four channels, "for exact
 formula, all of them.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,9 @@ from einops import rearrange
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.layers import Conv2d, Linear
+from sparsedm.layers import Linear
+from sparsedm.models.inputs import check_shapes, example_inputs
+from sparsedm.models.uvit import PatchEmbed, timestep_embedding
 
 _TIME_FREQUENCIES = 256
 
@@ -89,15 +90,6 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.proj = Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
-
-    def forward(self, x):
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
-
-
 class TimeEmbedder(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -105,11 +97,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(Linear(_TIME_FREQUENCIES, dim, activation="silu"), nn.Identity(), Linear(dim, dim))
 
     def forward(self, t, dtype):
-        half = _TIME_FREQUENCIES // 2
-        t = t.to(torch.promote_types(t.dtype, torch.float32))
-        frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device, dtype=t.dtype))
-        angles = t[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        return self.mlp(timestep_embedding(t, _TIME_FREQUENCIES).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -221,7 +209,7 @@ class DiT(nn.Module):
         config = self.config
         if y is None and config.num_classes and config.null_label:
             y = torch.full(x.shape[:1], config.num_classes, device=x.device)
-        self._check_shapes(x, t, y)
+        check_shapes("DiT", config, x, t, y)
         c = self.t_embedder(t, self.pos_embed.dtype)
         if y is not None:
             c = c + self.y_embedder(y)
@@ -233,22 +221,6 @@ class DiT(nn.Module):
         x = rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, p1=patch, p2=patch)
         return x[:, : config.channels]
 
-    def _check_shapes(self, x, t, y):
-        config, batch = self.config, x.shape[0]
-        for name, value, shape in (
-            ("x", x, (batch, config.channels, config.image_size, config.image_size)),
-            ("t", t, (batch,)),
-            ("y", y, (batch,) if config.num_classes else None),
-        ):
-            given = None if value is None else tuple(value.shape)
-            if given != shape:
-                raise InputError(f"DiT input {name} has shape {given}: this model takes {shape}")
-
     def example_inputs(self, batch=1):
         """Deterministic (x, t, y) for `forward`, on the model's device and in its dtype."""
-        config, like = self.config, self.pos_embed
-        shape = (batch, config.channels, config.image_size, config.image_size)
-        x = torch.linspace(-1, 1, math.prod(shape), device=like.device, dtype=like.dtype).view(shape)
-        t = torch.linspace(0, 999, batch, device=like.device)
-        y = torch.zeros(batch, dtype=torch.int64, device=like.device) if config.num_classes else None
-        return x, t, y
+        return example_inputs(self.config, self.pos_embed, batch)

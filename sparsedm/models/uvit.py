@@ -19,6 +19,7 @@ from torch import nn
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.layers import Conv2d, Linear
+from sparsedm.models.inputs import check_shapes, example_inputs, ramp
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ class UViT(nn.Module):
         config = self.config
         if y is None and config.num_classes and config.null_label:
             y = torch.full(x.shape[:1], config.num_classes, device=x.device)
-        self._check_shapes(x, t, y, context)
+        context_shape = (x.shape[0], config.context_tokens, config.context_dim) if config.context_tokens else None
+        check_shapes("U-ViT", config, x, t, y, context=(context, context_shape))
         tokens = [timestep_embedding(t, config.dim).to(self.pos_embed.dtype)[:, None], self.patch_embed(x)]
         if y is not None:
             tokens.insert(0, self.label_emb(y)[:, None])
@@ -215,27 +217,8 @@ class UViT(nn.Module):
         time = t.view(-1, 1, 1, 1) / 999
         return (VPSDE().sigma(time) * noisy + VPSDE().alpha(time) * x).to(x.dtype)
 
-    def _check_shapes(self, x, t, y, context):
-        config, batch = self.config, x.shape[0]
-        for name, value, shape in (
-            ("x", x, (batch, config.channels, config.image_size, config.image_size)),
-            ("t", t, (batch,)),
-            ("y", y, (batch,) if config.num_classes else None),
-            ("context", context, (batch, config.context_tokens, config.context_dim) if config.context_tokens else None),
-        ):
-            given = None if value is None else tuple(value.shape)
-            if given != shape:
-                raise InputError(f"U-ViT input {name} has shape {given}: this model takes {shape}")
-
     def example_inputs(self, batch=1):
         """Deterministic (x, t, y) or (x, t, y, context) for `forward`, on the model's device and in its dtype."""
-        config, like = self.config, self.pos_embed
-
-        def ramp(*shape):
-            return torch.linspace(-1, 1, math.prod(shape), device=like.device, dtype=like.dtype).view(shape)
-
-        x = ramp(batch, config.channels, config.image_size, config.image_size)
-        t = torch.linspace(0, 999, batch, device=like.device)
-        y = torch.zeros(batch, dtype=torch.int64, device=like.device) if config.num_classes else None
-        context = (ramp(batch, config.context_tokens, config.context_dim),) if config.context_tokens else ()
-        return (x, t, y, *context)
+        config = self.config
+        context = (ramp(self.pos_embed, batch, config.context_tokens, config.context_dim),)
+        return *example_inputs(config, self.pos_embed, batch), *(context if config.context_tokens else ())

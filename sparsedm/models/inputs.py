@@ -1,0 +1,36 @@
+"""What the networks have in common at their door: the shapes they take, and inputs to try them with."""
+
+import math
+
+import torch
+
+from sparsedm.errors import InputError
+
+
+def check_shapes(kind, config, x, t, y, **others):
+    """Raise InputError where an input of a network has another shape than its configuration says.
+
+    kind: for the message. others: name -> (tensor or None, its shape or None), None where the network takes nothing.
+    """
+    batch = x.shape[0]
+    expected = {
+        "x": (x, (batch, config.channels, config.image_size, config.image_size)),
+        "t": (t, (batch,)),
+        "y": (y, (batch,) if config.num_classes else None),
+    }
+    for name, (value, shape) in (expected | others).items():
+        given = None if value is None else tuple(value.shape)
+        if given != shape:
+            raise InputError(f"{kind} input {name} has shape {given}: this model takes {shape}")
+
+
+def example_inputs(config, like, batch):
+    """Deterministic (x, t, y) of a network, on the device of `like` and in its dtype."""
+    x = ramp(like, batch, config.channels, config.image_size, config.image_size)
+    t = torch.linspace(0, 999, batch, device=like.device)
+    return x, t, torch.zeros(batch, dtype=torch.int64, device=like.device) if config.num_classes else None
+
+
+def ramp(like, *shape):
+    """Numbers from -1 to 1 in equal steps."""
+    return torch.linspace(-1, 1, math.prod(shape), device=like.device, dtype=like.dtype).view(shape)

@@ -1,0 +1,84 @@
+"""Whole networks, masked and compressed, compiled, exported, compiled ahead of time and in CUDA graphs."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from sparsedm.models import build_model
+from sparsedm.sparsity import compress, sparsify
+from tests.tolerance import assert_as_good_as_torch
+
+NETWORKS = {
+    "uvit": {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2},
+    "dit": {"kind": "dit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2, "num_classes": 0},
+    "ddpm": {"kind": "ddpm", "image_size": 8, "width": 32, "multipliers": (1, 2), "attention": (4,), "blocks": 1},
+}
+
+
+@pytest.fixture(params=[f"{network} {form}" for network in NETWORKS for form in ("masked", "compressed")])
+def network(request):
+    """A small U-ViT, DiT or DDPM in eval mode, masked or compressed, whose output is not zero."""
+    name, form = request.param.split()
+    model = build_model(NETWORKS[name]).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    sparsify(model, "2:4")
+    return compress(model) if form == "compressed" else model
+
+
+def inputs_of(model, batch):
+    return model.example_inputs(batch)[:2]
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_batch_size(network):
+    torch._dynamo.reset()
+    network(*inputs_of(network, 1))  # a compressed layer arranges its weight at its first call; that is not traced here
+    graphs = CompileCounter()
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=graphs)
+    for batch in (2, 3, 7):
+        assert torch.equal(compiled(*inputs_of(network, batch)), network(*inputs_of(network, batch)))
+    assert graphs.frame_count == 1
+
+
+@torch.no_grad()
+def test_an_exported_network_takes_every_batch_size(network):
+    network(*inputs_of(network, 1))  # which makes a compressed network keep its weights dense, too
+    program = exported(network)
+    held = sum(t.numel() for t in program.constants.values()) + sum(t.numel() for t in program.state_dict.values())
+    assert held <= 1.1 * sum(t.numel() for t in network.state_dict().values()), "the program holds no weight twice"
+    for batch in (2, 5):
+        assert torch.equal(program.module()(*inputs_of(network, batch)), network(*inputs_of(network, batch)))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_network_runs_compiled_ahead_of_time(network, tmp_path):
+    package = torch._inductor.aoti_compile_and_package(exported(network), package_path=str(tmp_path / "network.pt2"))
+    inputs = inputs_of(network, 5)
+    y = torch._inductor.aoti_load_package(package)(*inputs)
+    usual = network(*inputs)
+    assert_as_good_as_torch(y, network.double()(*doubled(inputs)), usual)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_network_runs_in_cuda_graphs(network):
+    network = network.cuda().bfloat16()
+    x, t = (value.cuda() for value in inputs_of(network, 4))
+    network(x, t)  # kernels are timed, and weights arranged, before a graph is captured
+    compiled = torch.compile(network, mode="reduce-overhead", fullgraph=True)
+    usual = network(x, t).clone()
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x, t).clone(), usual, rtol=2e-2, atol=2e-2)
+
+
+def exported(network):
+    batch = torch.export.Dim("batch", min=2, max=64)
+    return torch.export.export(network, inputs_of(network, 2), dynamic_shapes=({0: batch}, {0: batch}))
+
+
+def doubled(inputs):
+    return tuple(value.double() for value in inputs)
