@@ -1,6 +1,8 @@
 """Before anything else: without a GPU, Triton kernels run in its interpreter, chosen when they are decorated."""
 
+import faulthandler
 import os
+import sys
 
 import torch
 
@@ -10,6 +12,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+
+LONGEST = 120  # seconds of one test on a GPU: a kernel that waits for ever is ended by the end of its process only
 
 
 def pytest_collection_modifyitems(items):
@@ -22,3 +26,21 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_fault_is_one_failure(request):
+    """On a GPU, end the process of a test that hangs or leaves the device in error; pytest-xdist starts another."""
+    if "gpu" not in request.keywords:
+        yield
+        return
+    faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:  # every later call of this process would fail too
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -77,8 +79,7 @@ def test_what_has_no_time_left_is_skipped_and_resumed(tmp_path):
     mark = tmp_path / "ran-once"
     once = f"import os; os.mkdir({str(mark)!r})"
     suites = [Suite("first", script(once)), Suite("second", script("print('second')"))]
-    seconds = iter([0.0] * 5)  # plenty, until the first suite is over
-    index = run_campaign(suites, tmp_path / "out", minutes=1, now=lambda: next(seconds, 1000.0))
+    index = run_campaign(suites, tmp_path / "out", minutes=1, now=lambda: 1000.0 if mark.exists() else 0.0)
     assert states(index) == {"first": "ran", "second": "skipped"}
     resumed = run_campaign(suites, tmp_path / "out", minutes=1, resume=True)
     assert states(resumed) == {"first": "ran", "second": "ran"}, "the first would fail if it ran again"
@@ -139,24 +140,74 @@ def test_a_real_suite_measures_into_the_folder(tmp_path):
     assert index["plots"] == "2 pictures", "the masks, for light and dark pages"
 
 
-def test_a_suite_learns_its_time_and_its_file(tmp_path):
-    suite = Suite("asks", script("import sys; print(sys.argv[1:])", "{csv}", "{seconds}"), share=0.5)
+def test_a_suite_learns_its_time_and_its_files(tmp_path):
+    suite = Suite("asks", script("import sys; print(sys.argv[1:])", "{csv}", "{folder}/more", "{seconds}"), share=0.5)
     run_campaign([suite], tmp_path, minutes=2)
-    assert (tmp_path / "log.txt").read_text().splitlines()[1] == str([str(tmp_path / "results.csv"), "60"])
+    told = [str(tmp_path / "results.csv"), str(tmp_path / "more"), "60"]
+    assert (tmp_path / "log.txt").read_text().splitlines()[1] == str(told)
 
 
-def test_the_gpu_suites_begin_with_the_tests_and_parse():
+def test_a_group_runs_side_by_side_and_a_failure_in_it_is_one_suite_s(tmp_path):
+    meets = "import pathlib, sys, time; mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
+    meets += "while not other.exists(): time.sleep(0.01)"
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    suites = [
+        Suite("a", script(meets, a, b), group="both"),
+        Suite("b", script(meets, b, a), group="both"),
+        Suite("fails", script("import sys; sys.exit('the reason')"), group="both"),
+        Suite("after", script("print('after')")),
+    ]
+    index = run_campaign(suites, tmp_path / "out", minutes=0.5)
+    assert states(index) == {"a": "ran", "b": "ran", "fails": "failed", "after": "ran"}
+    assert [line for line in (tmp_path / "out/log.txt").read_text().splitlines() if line.startswith("====")] == [
+        "==== a", "==== b", "==== fails", "==== after",
+    ]  # fmt: skip
+
+
+def test_a_suite_whose_program_is_missing_is_skipped(tmp_path):
+    index = run_campaign([Suite("profiles", script(""), needs="no-such-program")], tmp_path, minutes=1)
+    assert index["suites"][0] == {
+        "name": "profiles", "status": "skipped", "reason": "no-such-program is not on the PATH",
+    }  # fmt: skip
+
+
+def test_ctrl_c_ends_what_is_running(tmp_path):
+    mark = tmp_path / "pid"
+    sleeps = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    code = "import sys; from sparsedm.bench.campaign import Suite, run_campaign\n"
+    code += f"run_campaign([Suite('sleeps', (sys.executable, '-c', {sleeps!r}))], {str(tmp_path / 'out')!r}, 5)"
+    process = subprocess.Popen(script(code), stderr=subprocess.PIPE, text=True)
+    while not (mark.exists() and mark.read_text()):
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert not alive(int(mark.read_text()))
+
+
+def test_the_gpu_suites_begin_with_checks_and_parse():
     from sparsedm.bench.run import SUITES, parser
 
     suites = gpu_suites()
-    assert [s.name for s in suites][:2] == ["tests", "ceiling"]
+    assert [s.name for s in suites][:4] == ["tests", "memcheck", "racecheck", "ceiling"]
     assert len({s.name for s in suites}) == len(suites)
     measured = set()
-    for suite in suites[1:]:
-        options = parser().parse_args([part.format(csv="x.csv", seconds="9") for part in suite.command[3:]])
-        assert options.resume
-        measured |= set(options.suite.split(","))
+    for suite in suites:
+        assert suite.group == ("checks" if suite.name in ("tests", "memcheck", "racecheck") else None)
+        if "sparsedm.bench.run" in suite.command:
+            options = parser().parse_args([part.format(csv="x.csv", seconds="9") for part in suite.command[3:]])
+            assert options.resume
+            measured |= set(options.suite.split(","))
     assert measured == set(SUITES), "every suite is in the campaign"
+
+
+def test_the_sanitizer_s_tests_are_there():
+    """What -k and the file names select must not silently become nothing when a test is renamed."""
+    (suite,) = (suite for suite in gpu_suites() if suite.name == "memcheck")
+    command = suite.command[suite.command.index(sys.executable) :]
+    listed = subprocess.run([*command, "--collect-only"], capture_output=True, text=True).stdout
+    for kernel in ("mma", "wgmma"):
+        assert f"test_sparse24_{kernel}.py" in listed
 
 
 def test_without_a_gpu_nothing_is_claimed(tmp_path, capsys, monkeypatch):

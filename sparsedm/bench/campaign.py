@@ -3,13 +3,15 @@
 The suites run in order of importance, each in a process of its own: a crash, a hang or a GPU error ends that suite and
 not the campaign. Each has at most the time that is left; whatever it has measured when it is cut stays in results.csv.
 
-DIR holds at most eight files: index.json (what ran, failed, was cut, was skipped for time), results.csv (all suites),
-log.txt (their output, shortened), tuned.json (configurations found), plots.zip. The same command with --resume runs
-what did not finish, and goes on inside a suite that was cut.
+DIR holds a few files: index.json (what ran, failed, was cut, was skipped), results.csv (all suites), log.txt (their
+output, shortened), tuned.json (configurations found), counters.txt (of the best and worst shapes), plots.zip. The same
+command with --resume runs what did not finish, and goes on inside a suite that was cut.
 """
 
 import argparse
 import contextlib
+import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,20 +40,40 @@ GRACE = 5  # seconds that a suite may take beyond its time before it is ended
 
 @dataclass(frozen=True)
 class Suite:
-    """One process. In `command`, {csv} and {seconds} stand for the results file and the time it may take.
+    """One process. In `command`, {folder}, {csv} and {seconds} stand for the campaign's folder, its results file and
+    the time that the process may take.
 
-    share: the part of the time left that it may use at most, so that one suite cannot starve the rest.
+    share: the part of the time left that it may use at most, so that one suite cannot starve the rest. group: suites
+    that follow each other with the same one run side by side; only for what is not timed. needs: a program that has to
+    be on the PATH, else the suite is skipped.
     """
 
     name: str
     command: tuple
     share: float = 1.0
+    group: str | None = None
+    needs: str | None = None
 
 
 def bench(suites, *arguments):
     """The command line that measures these suites."""
     fixed = ("-m", "sparsedm.bench.run", "--resume", "--out", "{csv}", "--seconds", "{seconds}", "--suite", suites)
     return (sys.executable, *fixed, *arguments)
+
+
+TESTS = Path(__file__).parents[2] / "tests"
+
+
+def pytest(*arguments):
+    return (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--color=no", *arguments)
+
+
+def sanitizer(tool):
+    """The sparse kernels under compute-sanitizer, on memory that torch asks the driver for piece by piece: in its own
+    pool an access beyond a tensor would be none beyond an allocation."""
+    kernels = [str(path) for path in sorted(TESTS.glob("test_sparse24_*.py"))]
+    watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest("-k", "random", *kernels))
+    return Suite(tool, ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched), 0.3, "checks", "compute-sanitizer")
 
 
 def gpu_suites():
@@ -60,10 +83,14 @@ def gpu_suites():
     """
     layers = "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,dit-xl-2@64,uvit-cifar10-small@64"
     networks = ("--shapes", "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,uvit-cifar10-small@64")
-    tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--color=no", str(Path(__file__).parents[2] / "tests"))
+    # in several processes, one of which dies with a test that crashes or hangs, and is replaced
+    workers = ("-n", str(max(1, (os.cpu_count() or 1) // 2))) if importlib.util.find_spec("xdist") else ()
+    counters = (sys.executable, "-m", "sparsedm.bench.counters", "{csv}", "--out", "{folder}/counters.txt")
     quick = "--no-compile"
     return (
-        Suite("tests", tests, 0.3),
+        Suite("tests", pytest(*workers, str(TESTS)), 0.3, "checks"),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
         Suite("ceiling", bench("ceiling"), 0.2),
         Suite("gemm: square", bench("gemm", "--shapes", "square", quick), 0.3),
         Suite("gemm: models", bench("gemm", "--shapes", layers, quick), 0.4),
@@ -72,6 +99,7 @@ def gpu_suites():
         Suite("mask", bench("mask"), 0.2),
         Suite("masked-train", bench("masked-train", "--shapes", layers), 0.3),
         Suite("train", bench("train", "--shapes", "uvit-cifar10-small@128"), 0.5),
+        Suite("counters", counters, 0.3, needs="ncu"),
         Suite("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 0.5),
         Suite("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16", quick), 0.5),
         Suite("gemm: compiled", bench("gemm", "--shapes", f"square,{layers}"), 0.6),
@@ -95,15 +123,11 @@ def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, d
     def left():
         return 60 * minutes - RESERVE - (now() - start)
 
-    for suite in suites:
-        before = entries.get(suite.name)
-        if before and before["status"] == "ran":
-            entry = before
-        elif left() <= 0:
-            entry = {"name": suite.name, "status": "skipped", "reason": "no time was left"}
-        else:
-            entry = _run(suite, folder, suite.share * left(), now)
-        entries[suite.name] = entry
+    for _, group in itertools.groupby(suites, key=lambda suite: suite.group or suite.name):
+        for suite, (entry, output) in _side_by_side(list(group), entries, folder, left(), now):
+            entries[suite.name] = entry
+            if output is not None:
+                _log(folder, suite.name, output)
         index["suites"] = list(entries.values())
         write_json(folder / "index.json", index)
     _tuned(folder)
@@ -119,13 +143,37 @@ def _index(folder):
         return {"suites": []}
 
 
-def _run(suite, folder, seconds, now):
+def _side_by_side(suites, entries, folder, seconds, now):
+    """(suite, (what index.json says of it, what it printed)) of each; an interruption ends their processes."""
+    processes = []
+    with ThreadPoolExecutor(len(suites)) as pool:
+        try:
+            run = lambda suite: _entry(suite, entries.get(suite.name), folder, seconds, now, processes)  # noqa: E731
+            yield from zip(suites, pool.map(run, suites))
+        except BaseException:
+            for process in processes:
+                _signal(process, signal.SIGTERM)
+            raise
+
+
+def _entry(suite, before, folder, seconds, now, processes):
+    if before and before["status"] == "ran":
+        return before, None
+    missing = suite.needs and not shutil.which(suite.needs)
+    if missing or seconds <= 0:
+        reason = f"{suite.needs} is not on the PATH" if missing else "no time was left"
+        return {"name": suite.name, "status": "skipped", "reason": reason}, None
+    return _run(suite, folder, suite.share * seconds, now, processes)
+
+
+def _run(suite, folder, seconds, now, processes):
     """Run one suite; a process that outlives its time by GRACE is ended, with all its children."""
-    places = {"csv": str(folder / "results.csv"), "seconds": f"{seconds:.0f}"}
+    places = {"folder": str(folder), "csv": str(folder / "results.csv"), "seconds": f"{seconds:.0f}"}
     command = [part.format(**places) if "{" in part else part for part in suite.command]
     began = now()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
+    processes.append(process)
     try:
         output, status, reason = process.communicate(timeout=seconds + GRACE)[0], None, ""
     except subprocess.TimeoutExpired:
@@ -133,24 +181,28 @@ def _run(suite, folder, seconds, now):
     if status is None:
         status = {0: "ran", CUT: "cut"}.get(process.returncode, "failed")
         reason = {"ran": "", "cut": "its time was up"}.get(status, _reason(process.returncode, output))
-    _log(folder, suite.name, output)
-    return {
+    entry = {
         "name": suite.name,
         "status": status,
         "reason": reason,
         "seconds": round(now() - began, 1),
         "command": shlex.join([Path(command[0]).name, *command[1:]]),
     }
+    return entry, output
 
 
 def _end(process):
     """Ask the whole process group to stop, then make it; what it has printed."""
     for how in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
+        _signal(process, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=5)[0]
     return "it could not be ended: the device does not answer\n"
+
+
+def _signal(process, how):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
 
 
 def _reason(code, output):
