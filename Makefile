@@ -13,7 +13,7 @@ help:
 	@echo "make test                     lint and the whole default test suite"
 	@echo "make test-slow                the tests that take minutes"
 	@echo "make bench                    measure small shapes here (a CPU will do), draw every chart: runs/bench"
-	@echo "make gpu [MINUTES=9]          everything that needs a GPU: tests, ceilings, benchmarks: runs/gpu"
+	@echo "make gpu [MINUTES=9]          everything that needs a GPU: tests, ceilings, benchmarks, counters: runs/gpu"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

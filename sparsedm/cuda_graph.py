@@ -50,10 +50,10 @@ def _kind(value):
 
 
 class CudaRecorder:
-    """Records graphs into one pool of memory."""
+    """Records graphs of one device into one pool of memory."""
 
     def __init__(self):
-        self.pool = None
+        self.pool = self.stream = None
 
     def __call__(self, run, device):
         """-> (replay: () -> None, the tensors that every replay writes)."""
@@ -65,7 +65,9 @@ class CudaRecorder:
                     run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # torch's own stream for captures belongs to the device on which the process captured first
+            self.stream = self.stream or torch.cuda.Stream()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 outputs = run()
         self.pool = self.pool or graph.pool()
         return graph.replay, outputs

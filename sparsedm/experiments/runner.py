@@ -5,10 +5,12 @@
     OUT/seed-0/RUN/                     a chain's folder: stages with checkpoints and metrics
     OUT/report.md  *.png                see `report.py`
 
-To resume, run the same command again: finished runs are read from results.csv, a run that was cut goes on.
+To resume, run the same command again: finished runs are read from results.csv, a run that was cut goes on. With
+--minutes it cuts itself in time, and leaves the report of what is finished.
 """
 
 import math
+import os
 import re
 import resource
 import time
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sparsedm import diffusion, evaluate, samplers
+from sparsedm import diffusion, evaluate, pictures, samplers
 from sparsedm.bench.environment import stamp
 from sparsedm.commands import amp_of, load_images
 from sparsedm.errors import InputError
@@ -33,11 +35,14 @@ from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data
 from sparsedm.train.chain import Stage, StageResult, run_chain
-from sparsedm.train.loop import train
+from sparsedm.train.loop import Interrupted, OutOfTime, train
 from sparsedm.train.metrics import read_metrics, usual_speed, weight_distance
 
 LEVELS = 12  # noise levels of the validation curve
 POINTS = 12  # of the validation loss over a run, at least
+SAMPLED = 500  # images at a time; between two batches the deadline is looked at
+SHOWN = 64  # images in a run's picture
+RESERVE = 40  # seconds of --minutes for what is left after the deadline: a record, a checkpoint, the report
 LOGGED = {  # a log's record: what it is called in the results
     "validation_loss": "validation over training",
     "flip_rate": "flip rate",
@@ -56,11 +61,15 @@ def add_arguments(parser):
     parser.add_argument("--data", help="other data than the scale's, as for train")
     parser.add_argument("--features", help="other features than the scale's, as for evaluate")
     parser.add_argument("--out", metavar="DIR", help="(default: runs/experiment-NAME-SCALE)")
+    parser.add_argument(
+        "--minutes", type=float, help="stop in time, with checkpoint and report (exit code 3); the same command goes on"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
     parser.add_argument("--report-only", action="store_true", help="only make tables and pictures of results.csv anew")
 
 
 def experiment(options):
+    began = time.monotonic()
     plan, scale, runs = planned(options.name, options.scale)
     scale = replace(scale, data=options.data or scale.data, features=options.features or scale.features)
     folder = Path(options.out or f"runs/experiment-{options.name}-{options.scale}")
@@ -70,21 +79,37 @@ def experiment(options):
     count = scale.seeds if options.seeds is None else options.seeds
     if count < 1:
         raise InputError(f"--seeds {count}: at least one is needed")
+    if options.minutes is not None and 60 * options.minutes <= RESERVE:
+        raise InputError(f"--minutes {options.minutes:g}: more than {RESERVE} seconds are needed to stop cleanly")
     if options.dry_run:
         _show(scale, runs, count, folder)
         return
-    if not options.report_only:
-        if scale.threads and options.device.type == "cpu":
-            torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
-        with checkpoint.folder_lock(folder):  # two at once would lose each other's rows
-            work = _Work(options.name, options.scale, scale, folder, options.device)
-            todo = [(seed, run) for seed in range(options.seed, options.seed + count) for run in runs]
-            bar = tqdm(todo, desc=options.name, disable=None)
+    if options.report_only:
+        _report(options, folder, plan)
+        return
+    if scale.threads and options.device.type == "cpu":
+        torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
+    if options.device.type == "cuda":  # tuning every size for every pattern would take longer than these runs
+        os.environ.setdefault("SPARSEDM_AUTOTUNE", "off")
+    deadline = math.inf if options.minutes is None else began + 60 * options.minutes - RESERVE
+    with checkpoint.folder_lock(folder):  # two at once would lose each other's rows
+        work = _Work(options.name, options.scale, scale, folder, options.device, deadline)
+        todo = [(seed, run) for seed in range(options.seed, options.seed + count) for run in runs]
+        bar = tqdm(todo, desc=options.name, disable=None)
+        try:
             for seed, run in bar:
                 bar.set_postfix_str(f"seed {seed}, {run.name}")
                 work.do(seed, run)
+        except Interrupted:
+            if work.rows:
+                _report(options, folder, plan)
+            raise
+    _report(options, folder, plan)
+
+
+def _report(options, folder, plan):
     print(report.write(folder, read(folder / "results.csv", options.name, options.scale), plan))
-    print(f"\ntables and pictures: {folder / 'report.md'}")
+    print(f"\ntables and pictures: {folder / 'report.md'}", flush=True)
 
 
 def _show(scale, runs, seeds, folder):
@@ -101,8 +126,9 @@ def _show(scale, runs, seeds, folder):
 class _Work:
     """The runs of one experiment in one folder."""
 
-    def __init__(self, name, scale_name, scale, folder, device):
-        self.scale, self.folder, self.device = scale, folder, device
+    def __init__(self, name, scale_name, scale, folder, device, deadline=math.inf):
+        self.scale, self.folder, self.device, self.deadline = scale, folder, device, deadline
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp_of(device) == "bf16")
         self.labels = {"experiment": name, "scale": scale_name, "data": scale.data, "features": scale.features}
         size = model_config(scale.model, **scale.overrides).image_size
         self.images = load_images(scale.data, "train", size)
@@ -122,15 +148,20 @@ class _Work:
         """Train and measure one run, unless its rows are there."""
         if any(row["run"] == run.name and row["seed"] == seed for row in self.rows):
             return
-        base, began = self.base(seed), time.perf_counter()
+        base = self.base(seed)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         results = self.train(seed, run, base)
-        seconds = sum(result.result.seconds for result in results)
-        measured = self.measure(seed, results[-1].ema, base)
+        seconds, trained = sum(result.result.seconds for result in results), time.perf_counter()
+        network = results[-1].ema
+        with self.autocast:
+            images = self.sample(seed, network)
+            measured = self.measure(network, images, base)
+        shown = images[:SHOWN].split(16)
+        pictures.save_grid(self._folder(seed, run.name) / "samples.png", [("", row) for row in shown])
         measured["images"] = [(None, sum(s.steps for s in run.stages) * self.scale.options.batch_size)]
         measured["seconds"] = [(None, seconds)]
-        measured["seconds with measuring"] = [(None, time.perf_counter() - began)]
+        measured["seconds with measuring"] = [(None, seconds + time.perf_counter() - trained)]
         measured["peak memory"] = [(None, self._peak_memory())]
         if run.x is not None:
             measured["axis"] = [(None, run.x)]
@@ -170,6 +201,7 @@ class _Work:
             w_kd=stage.w_kd,
             validation=self.validation,
             record=self._record(),
+            deadline=self.deadline,
             device=self.device,
         )
         return [StageResult(stage, self._folder(seed, run.name), result)]
@@ -187,6 +219,7 @@ class _Work:
             self._folder(seed, name),
             validation=self.validation,
             record=self._record(),
+            deadline=self.deadline,
             device=self.device,
             **settings,
         )
@@ -201,31 +234,45 @@ class _Work:
     def _record(self):
         return {"data": self.scale.data}
 
-    def measure(self, seed, network, base):
-        """{measure: [(x, value)]} of a finished network; x is None where there is no axis."""
+    def sample(self, seed, network):
+        """uint8 images of a finished network, for all runs of a seed from the same noise."""
+        config, count, images = network.config, self.scale.samples, []
+        labels = torch.arange(count) % config.num_classes if config.num_classes else None
+        for start in range(0, count, SAMPLED):
+            if time.monotonic() >= self.deadline:
+                raise OutOfTime(f"while a finished run of seed {seed} was sampled, which will be done again")
+            size = min(SAMPLED, count - start)
+            drawn = samplers.sample(
+                network,
+                diffusion.schedule_of(network),
+                size,
+                (config.channels, config.image_size, config.image_size),
+                steps=self.scale.sampling_steps,
+                seed=seed,
+                start=start,
+                y=None if labels is None else labels[start : start + size],
+                clip=1.0,
+            )
+            images.append(to_uint8(drawn).cpu())
+        return torch.cat(images)
+
+    def measure(self, network, images, base):
+        """{measure: [(x, value)]} of a finished network and its images; x is None where there is no axis."""
         config, schedule = network.config, diffusion.schedule_of(network)
         x, y = data.batch(self.validation.to(self.device), torch.arange(len(self.validation)))
         y = y if config.num_classes else None
         times = schedule.training_time((torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS)
         curve = diffusion.validation_loss(network, x, schedule, y=y, times=times)
-        labels = torch.arange(self.scale.samples) % config.num_classes if config.num_classes else None
-        shape = (config.channels, config.image_size, config.image_size)
-        images = samplers.sample(
-            network,
-            schedule,
-            self.scale.samples,
-            shape,
-            steps=self.scale.sampling_steps,
-            seed=seed,
-            y=labels,
-            clip=1.0,
-        )
-        distances = evaluate.evaluate(to_uint8(images.cpu()), self.reference, self.features)
+        distances = evaluate.evaluate(images, self.reference, self.features)
         totals, distance = inspect(network).totals(), weight_distance(network, base.ema)
         return {
             "validation loss": [(None, diffusion.validation_loss(network, x, schedule, y=y))],
+            "validation images": [(None, len(x))],
             "loss at noise level": list(zip((times / schedule.last).tolist(), curve.tolist())),
             "Fréchet distance": [(None, distances["frechet_distance"])],
+            "kernel distance": [(None, distances["kernel_distance"])],
+            "precision": [(None, distances["precision"])],
+            "recall": [(None, distances["recall"])],
             "samples": [(None, distances["count"])],
             "reference images": [(None, distances["reference_count"])],
             "parameters": [(None, totals["parameters_after"])],

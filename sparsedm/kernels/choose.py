@@ -205,7 +205,8 @@ def _choose(
     pattern = Pattern(keep, group)
     if uses_triton(weight, previous) and {weight.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
         outputs = _outputs(weight, dtype, want_mask, want_bits, previous is not None, want_compressed)
-        _launch(weight, pattern, previous, outputs, name)
+        with torch.cuda.device_of(weight):  # Triton launches on the current device
+            _launch(weight, pattern, previous, outputs, name)
         return outputs
     masked, mask = _choose_in_torch(weight, pattern, dtype, name)
     _, no_mask, bits, flips, values, metadata = _outputs(weight[:0], dtype, False, False, False, False)

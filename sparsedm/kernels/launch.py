@@ -170,10 +170,11 @@ class Autotuner:
         """{index of the candidate: microseconds} of those that run and are right."""
         expected = [t.clone() for t in _tensors(run(self.candidates[0]))]
         times = {}
-        for i, candidate in enumerate(self.candidates):
-            with self._passing_over(candidate):
-                if self._agrees(run(candidate), expected, candidate):
-                    times[i] = self.timer(functools.partial(run, candidate))
+        with torch.cuda.device_of(expected[0]):  # the timer's events are of the current device
+            for i, candidate in enumerate(self.candidates):
+                with self._passing_over(candidate):
+                    if self._agrees(run(candidate), expected, candidate):
+                        times[i] = self.timer(functools.partial(run, candidate))
         return times
 
     def _is_right(self, run, candidate):

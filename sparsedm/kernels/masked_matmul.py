@@ -58,10 +58,11 @@ def _run_best(run, tuner, configs, way, x, weight, pattern, **key):
     """Run the first of the configs of the way that was asked for, or the best that the tuner knows."""
     if way is None and forced_backend() == "dense":
         way = "library"
-    if way is not None:
-        return run(next(config for config in configs if config["way"] == way))
     (N, K), dtypes = weight.shape, f"{x.dtype}<-{weight.dtype}"
-    return run(tuner.best(run, x.device, dtypes=dtypes, pattern=pattern, **key, m=bucket(x.shape[0]), n=N, k=K))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if way is not None:
+            return run(next(config for config in configs if config["way"] == way))
+        return run(tuner.best(run, x.device, dtypes=dtypes, pattern=pattern, **key, m=bucket(x.shape[0]), n=N, k=K))
 
 
 @torch.library.custom_op("sparsedm::masked_linear", mutates_args=())

@@ -110,6 +110,7 @@ def run_chain(
     build=None,
     validation=None,
     record=None,
+    deadline=math.inf,
     device="cpu",
     progress=True,
 ):
@@ -119,7 +120,7 @@ def run_chain(
     options: TrainOptions; steps and lr come from the stages. where: which layers, see `sparsify`.
     dense_speed: images per second that the training of `ema` made, for the log; from the first dense stage on, its own.
     build: () -> a freshly initialised network, for stages with init="random". The rest: see `train`.
-    Returns a list of StageResult. Raises: InputError, TrainingDiverged, Interrupted.
+    Returns a list of StageResult. Raises: InputError, TrainingDiverged, Interrupted, OutOfTime.
     """
     folder = Path(folder)
     options = replace(options, steps=sum(stage.steps for stage in stages))
@@ -161,6 +162,7 @@ def run_chain(
             first_step=first_step,
             continue_from=results[-1].result.checkpoint if continued else None,
             record={"stage": asdict(stage)},
+            deadline=deadline,
             device=device,
             progress=progress,
         )

@@ -9,6 +9,7 @@ import copy
 import math
 import signal
 import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +32,15 @@ class Interrupted(Exception):
 
     def __init__(self, signum, step, folder):
         super().__init__(f"stopped at step {step} and saved in {folder}; to resume, run the same command again")
-        self.step, self.folder, self.exit_code = step, folder, 128 + signum
+        self.exit_code = 128 + signum
+
+
+class OutOfTime(Interrupted):
+    """A deadline has passed, and what was done until then is saved. exit_code: 3, as of the benchmarks."""
+
+    def __init__(self, where):
+        Exception.__init__(self, f"time was up {where}; to go on, run the same command again")
+        self.exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ def train(
     first_step=0,
     continue_from=None,
     record=None,
+    deadline=math.inf,
     device="cpu",
     progress=True,
 ):
@@ -139,9 +149,11 @@ def train(
     first_step: where the random streams start, so that the stages of a chain see different batches.
     continue_from: a checkpoint whose optimizer and update count are taken over (the same network under a new pattern).
     record: dict of JSON values that, beside the options, make this run what it is; stored in options.json.
+    deadline: of time.monotonic(). It is looked at where a record is due, so that a run that was cut and resumed has the
+    records of one that was not; with a GPU, nothing waits in between.
 
     Returns TrainResult. Raises: Interrupted after SIGINT / SIGTERM (a second one acts as it would without us),
-    TrainingDiverged, InputError (other options, not writable, labels that do not fit the network).
+    OutOfTime, TrainingDiverged, InputError (other options, not writable, labels that do not fit the network).
     """
     device, folder = torch.device(device), Path(folder)
     check_data(model, images, validation)
@@ -192,6 +204,11 @@ def train(
             with one_step.autocast:
                 return diffusion.validation_loss(ema, x, schedule, y=y if classes_of(model) else None).item()
 
+        def late():
+            return distributed.anywhere(time.monotonic() >= deadline)
+
+        if state["step"] < options.steps and late():
+            raise OutOfTime(f"before step {state['step'] + 1} in {folder}")
         for step in range(state["step"] + 1, options.steps + 1):
             lr = options.lr_at(step - 1, state["updates"])
             try:
@@ -217,8 +234,11 @@ def train(
                 if "speed_to_dense" in entry:
                     shown["of dense"] = f"{entry['speed_to_dense']:.2f}"
                 bar.set_postfix(shown, refresh=False)
-                if due_save:
+                out_of_time = not last and late()
+                if due_save or out_of_time:
                     saved = keep()
+                if out_of_time and not stopping:
+                    raise OutOfTime(f"after step {step}, which is saved in {folder}")
                 log.restart()
             if stopping:
                 break
