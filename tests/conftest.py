@@ -1,5 +1,6 @@
 """Before anything else: without a GPU, Triton kernels run in its interpreter, chosen when they are decorated."""
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -44,3 +45,18 @@ def _one_fault_is_one_failure(request):
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def current_device(monkeypatch):
+    """The tensors whose devices `torch.cuda.device_of` makes current, innermost last: Triton launches there."""
+    tensors = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        tensors.append(tensor)
+        yield
+        tensors.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    return tensors

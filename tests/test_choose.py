@@ -145,6 +145,15 @@ def test_refusals(way, weight, message):
     choose(torch.ones(2, 4), Pattern(2, 4), name="fc1")  # and the next weight of that name is not blamed
 
 
+def test_the_kernel_is_launched_on_the_weights_device(current_device, monkeypatch):
+    launched_on = []
+    monkeypatch.setattr(choose_file, "uses_triton", lambda *tensors: True)
+    monkeypatch.setattr(choose_file, "_launch", lambda *arguments: launched_on.extend(current_device))
+    weight = torch.randn(2, 8)
+    choose_packed(weight, Pattern(2, 4))
+    assert [tensor.data_ptr() for tensor in launched_on] == [weight.data_ptr()]
+
+
 def test_refusals_of_packing():
     with pytest.raises(InputError, match=r"fc1: the previous mask's bits must be \(4, 2\) torch.int32, not \(4, 1\)"):
         choose_packed(torch.ones(4, 64), Pattern(2, 4), name="fc1", previous=torch.ones(4, 1, dtype=torch.int32))

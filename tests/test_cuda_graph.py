@@ -1,7 +1,11 @@
 """Graphs replay what was recorded with what is new. Without a GPU, a tape of torch's operations is the graph."""
 
+import contextlib
 import copy
 import functools
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -162,6 +166,56 @@ def test_sampling_on_a_cpu_refuses_it():
         sample(model, schedule_of(model), 1, (3, 8, 8), steps=2, cuda_graph=True)
 
 
+class Cuda:
+    """Stands for torch.cuda, and writes down what is asked of it. A stream belongs to the device that is current."""
+
+    def __init__(self):
+        self.device_index, self.streams, self.log = 0, [], []
+
+    @contextlib.contextmanager
+    def device(self, index):
+        before, self.device_index = self.device_index, index
+        yield
+        self.device_index = before
+
+    def Stream(self):
+        self.streams.append(types.SimpleNamespace(device=self.device_index, wait_stream=lambda other: None))
+        return self.streams[-1]
+
+    def current_stream(self):
+        return types.SimpleNamespace(wait_stream=lambda other: self.log.append("joined"))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.log.append("beside")
+        yield
+        self.log.append("back")
+
+    def CUDAGraph(self):
+        return types.SimpleNamespace(pool=lambda: "pool", replay="replay")
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream):
+        self.log += ["capturing", pool, stream]
+        yield
+        self.log.append("captured")
+
+
+def test_the_recorder_warms_up_beside_and_captures_on_one_stream_of_the_networks_device(monkeypatch):
+    cuda = Cuda()
+    for name in ("device", "Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    recorder = CudaRecorder()
+    for pool in (None, "pool"):  # the second recording shares the memory of the first
+        cuda.log.clear()
+        assert recorder(lambda: cuda.log.append("run") or ("outputs",), 1) == ("replay", ("outputs",))
+        stream = recorder.stream
+        warm_up = ["beside", "run", "run", "back", "joined"]
+        assert cuda.log == [*warm_up, "capturing", pool, stream, "run", "captured"]
+        assert stream is cuda.streams[1], "the first warmed up"
+    assert {stream.device for stream in cuda.streams} == {1}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compressed", [False, True], ids=["masked", "compressed"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -174,7 +228,18 @@ def test_on_the_gpu(sampler, compressed, monkeypatch):
     assert torch.equal(drawn(model, cuda_graph=True, **options), drawn(model, **options))
 
 
+WAITS = """
+import torch
+from sparsedm.cuda_graph import CudaRecorder
+try:
+    CudaRecorder()(lambda: (torch.ones((), device="cuda").item(),), "cuda")
+except RuntimeError:
+    print("refused")
+"""
+
+
 @pytest.mark.gpu
 def test_on_the_gpu_a_function_that_waits_is_refused_by_the_capture():
-    with pytest.raises(RuntimeError):
-        CudaRecorder()(lambda: (torch.ones((), device="cuda").item(),), "cuda")
+    """In a process of its own: a capture that fails leaves torch's random numbers and current stream unusable."""
+    child = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=120)
+    assert child.stdout == "refused\n", child.stderr[-3000:]

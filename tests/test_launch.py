@@ -160,6 +160,14 @@ def test_a_candidate_with_another_result_is_never_timed(caplog, wrong):
     assert "candidate {'BLOCK': 32} gives another result than the default" in caplog.text
 
 
+def test_candidates_are_timed_on_the_device_of_their_result(current_device):
+    """The events of a timer are of the current device, and would say nothing of work on another."""
+    made, timed_on = torch.ones(4), []
+    tuned = tuner(lambda run: timed_on.append(*current_device) or 1.0)
+    assert tuned.best(lambda candidate: made, GPU, m=1) == {"BLOCK": 16}
+    assert [tuple(tensor.shape) for tensor in timed_on] == 3 * [(4,)]
+
+
 def test_a_rounding_is_no_other_result():
     timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
 

@@ -256,6 +256,21 @@ def test_autocast_keeps_the_weights_gradient_in_the_weights_dtype(request, by, d
         assert_as_good_as_torch(out, ref, torchs)
 
 
+@pytest.mark.parametrize("way", [None, "masked"])
+def test_every_product_runs_and_is_timed_on_the_device_of_its_operands(kernels, current_device, monkeypatch, way):
+    ran_on = []
+
+    def run(tuner_or_kernel):
+        return lambda *a, **key: (ran_on.append(current_device[-1].shape), tuner_or_kernel(*a, **key))[1]
+
+    for tuner in (masked_matmul._forward, masked_matmul._input_grad, masked_matmul._weight_grad):
+        monkeypatch.setattr(tuner, "best", run(tuner.best))
+    for name in ("launch_forward", "launch_input_grad", "launch_weight_grad"):
+        monkeypatch.setattr(masked_matmul_kernels, name, run(getattr(masked_matmul_kernels, name)))
+    result(masked_linear, *inputs(20, 34, 32), HALF, way=way)
+    assert ran_on == 3 * [(20, 32)]
+
+
 def test_without_a_way_the_tuner_decides(kernels, monkeypatch):
     asked = []
 
