@@ -1,35 +1,43 @@
-"""The command line of `sparsedm`: train, sample, evaluate, inspect, quickstart. What they do stands in `commands.py`.
+"""The command line of `sparsedm`: what can be asked of every command. What they do stands in the modules imported here.
 
-Exit codes: 0 done; 2 bad input, one sentence on stderr; 128 + signal when training was interrupted and saved.
+Exit codes: 0 done; 2 bad input or too little memory, one sentence on stderr; 128 + signal when training was interrupted
+and saved.
 """
 
 import argparse
+import io
 import logging
+import math
 import os
 import sys
+import textwrap
 
 import torch
 
-from sparsedm import __version__, commands, diffusion, drawing, importing, samplers, search_command
+from sparsedm import __version__, commands, drawing, importing, quickstart, samplers, search_command
 from sparsedm.bench import advice
 from sparsedm.errors import InputError
 from sparsedm.experiments import runner
-from sparsedm.inspection import ARCHS
-from sparsedm.models import MODELS
-from sparsedm.quickstart import quickstart
 from sparsedm.train.distributed import local_device
 from sparsedm.train.loop import Interrupted
-from sparsedm.train.methods import METHODS
 
 
 def main(arguments=None):
     """Run one command. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # into a pipe, too, line by line; and a path may hold any character
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         options.run_command(options)
     except InputError as error:
         print(f"sparsedm: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        reason = (str(error) or "out of memory").splitlines()[0]
+        print(f"sparsedm: not enough memory ({reason}): a smaller batch or network needs less", file=sys.stderr)
         return 2
     except Interrupted as interruption:
         print(f"sparsedm: {interruption}", file=sys.stderr)
@@ -42,201 +50,78 @@ def main(arguments=None):
     return 0
 
 
+def _lacks_memory(error):
+    """Torch has a class of error for a GPU that is full, and none for a CPU or for more bytes than can be counted."""
+    said = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """One sentence on stderr, like every other refusal, and not the whole usage before it."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a help text, and names with hyphens in one piece."""
+
+    def _split_lines(self, text, width):
+        lines = [
+            textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in text.split("\n")
+        ]
+        return [part for parts in lines for part in parts]
+
+
 def _parser():
     parser = _Parser(
         "sparsedm",
         description="Train, run and measure 2:4 (and N:M) sparse diffusion models. Start with: sparsedm quickstart",
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sparsedm {__version__}")
-    subparsers = parser.add_subparsers(required=True, metavar="command")
-
-    def command(name, function, summary, examples, computes=True):
-        sub = subparsers.add_parser(
+    commands_of = parser.add_subparsers(required=True, metavar="command")
+    for name, run, add_arguments, summary, examples in COMMANDS:
+        sub = commands_of.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            epilog="examples:\n" + "\n".join(f"  sparsedm {name} {line}" for line in examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="examples:\n" + "\n".join(f"  sparsedm {name} {line}".rstrip() for line in examples),
+            formatter_class=_HelpFormatter,
         )
-        sub.set_defaults(run_command=function)
-        if not computes:
-            return sub
-        sub.add_argument("--seed", type=_seed, default=0, help="of all random numbers (default: 0)")
-        sub.add_argument(
-            "--device", type=_device, default=_device("auto"), help="auto, cpu, cuda, cuda:1 (default: auto)"
-        )
-        return sub
+        sub.set_defaults(run_command=run)
+        add_arguments(sub)
+        if name not in WITHOUT_SEED:
+            sub.add_argument("--seed", type=_seed, default=0, help="of all random numbers (default: 0)")
+            sub.add_argument(
+                "--device", type=_device, default=_device("auto"), help="auto, cpu, cuda, cuda:1 (default: auto)"
+            )
+    return parser
 
-    train = command(
-        "train",
-        commands.train,
-        "train a dense network and make it sparse, in stages; to resume, run the same command again",
-        [
-            "--model uvit-tiny --data cifar10 --chain dense,3:4,2:4 --steps 20000",
-            "--model uvit-cifar10-small --data cifar10 --chain dense,31:32,15:16,7:8,3:4,2:4 --steps 600000 --dry-run",
-            "--init runs/dense --model uvit-tiny --data cifar10 --method sr-ste+kd --pattern 2:4 --steps 10000",
-        ],
-    )
-    _add_model(train, " (default: uvit-tiny, or what --init holds)")
-    train.add_argument(
-        "--data", required=True, help="synthetic, cifar10, a folder, a zip or tar.gz of images, or an .npz"
-    )
-    train.add_argument("--limit", type=int, help="use only so many training images")
-    train.add_argument("--init", metavar="RUN", help="start from the dense network of this run folder or model file")
-    how = train.add_mutually_exclusive_group()
-    how.add_argument("--chain", default="dense,3:4,2:4", help="patterns, one stage each (default: %(default)s)")
-    how.add_argument(
-        "--method", metavar="NAME", help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
-    )
-    train.add_argument("--pattern", default="2:4", help="what --method arrives at (default: 2:4)")
-    train.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
-    train.add_argument("--steps", type=int, default=20_000, help="of all stages together (default: %(default)s)")
-    train.add_argument("--split", help="shares of the steps, for example 2,1,1 (default: half for the dense stage)")
-    train.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
-    train.add_argument(
-        "--accumulate", type=int, default=1, help="parts of a batch, one after the other: less memory (default: 1)"
-    )
-    train.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (default: 2e-4)")
-    train.add_argument(
-        "--warmup", type=int, help="steps of linear warm-up (default: a tenth of the stage, at most 2500)"
-    )
-    train.add_argument("--cosine", action="store_true", help="let the learning rate fall to zero in each stage")
-    train.add_argument(
-        "--ema", type=float, default=0.9999, help="decay of the average of the weights (default: 0.9999)"
-    )
-    train.add_argument("--w-kd", type=float, default=0.1, help="weight of the transfer loss in a chain (default: 0.1)")
-    train.add_argument("--distill", type=float, help="weight of a slimmable network's loss to its own widest self")
-    train.add_argument("--decay", type=float, default=2e-4, help="SR-STE decay in a chain (default: 2e-4)")
-    train.add_argument(
-        "--weighting",
-        choices=diffusion.WEIGHTINGS,
-        default="noise",
-        help="of the loss over noise levels; velocity, with --set velocity=true, suits short runs (default: noise)",
-    )
-    train.add_argument("--no-flip", action="store_true", help="do not mirror images at random")
-    train.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="bf16 products (auto: on a GPU)")
-    train.add_argument("--compile", action="store_true", help="torch.compile the network")
-    train.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
-    train.add_argument("--log-every", type=int, default=100, help="steps between log records (default: 100)")
-    train.add_argument("--run", metavar="DIR", help="run folder (default: runs/MODEL-CHAIN)")
-    train.add_argument("--dry-run", action="store_true", help="print stages, steps, memory and folders, and stop")
 
-    sample = command(
-        "sample",
-        drawing.sample,
-        "draw images from a trained model into one picture",
-        [
-            "runs/quickstart",
-            "runs/quickstart --count 64 --sampler ddim --sampling-steps 100 --compress",
-            "runs/search-smoke-chain/family --strategy runs/search-smoke-chain/strategies/found-3.json",
-        ],
+def _add_sample(sub):
+    sub.add_argument("run", help="run folder (its last stage), stage folder, or model file")
+    commands.add_model_arguments(sub, ": what a foreign file holds")
+    _add_sampling(sub, count=64)
+    sub.add_argument("--compress", action="store_true", help="hold and compute 2:4 weights in compressed form")
+    sub.add_argument(
+        "--out",
+        help="the picture, or FILE.npz for numbers (default: drawn.png in the run folder, of a model file here)",
     )
-    sample.add_argument("run", help="run folder (its last stage), stage folder, or model file")
-    _add_model(sample, ": what a foreign file holds")
-    _add_sampling(sample, count=64)
-    sample.add_argument("--compress", action="store_true", help="hold and compute 2:4 weights in compressed form")
-    sample.add_argument("--out", help="the picture, or FILE.npz for numbers (default: drawn.png in the run folder)")
 
-    evaluation = command(
-        "evaluate",
-        drawing.evaluate_samples,
-        "measure the distance of a model's samples to real images",
-        ["runs/quickstart --data synthetic", "runs/mine --data cifar10 --features inception --count 50000"],
-    )
-    evaluation.add_argument("run", help="run folder (its last stage), stage folder, or model file")
-    _add_model(evaluation, ": what a foreign file holds")
-    evaluation.add_argument("--data", required=True, help="the real images, as for train")
-    evaluation.add_argument(
-        "--split", choices=("train", "test"), default="train", help="part of --data (default: train)"
-    )
-    evaluation.add_argument(
+
+def _add_evaluate(sub):
+    sub.add_argument("run", help="run folder (its last stage), stage folder, or model file")
+    commands.add_model_arguments(sub, ": what a foreign file holds")
+    sub.add_argument("--data", required=True, help="the real images, as for train")
+    sub.add_argument("--split", choices=("train", "test"), default="train", help="part of --data (default: train)")
+    sub.add_argument(
         "--features",
         default="random-conv",
         help="random-conv: built in, needs nothing, not comparable with published FIDs; inception; or an exported FILE",
     )
-    evaluation.add_argument(
-        "--dense", metavar="RUN", help="also measure SSIM to this model's samples from the same noise"
-    )
-    _add_sampling(evaluation, count=2000)
-    evaluation.add_argument("--out", help="the numbers (default: evaluation.json in the run folder)")
-
-    inspection = command(
-        "inspect",
-        commands.inspect_model,
-        "show what each layer of a model holds and costs, before and after",
-        [
-            "--model uvit-cifar10-small --pattern 2:4",
-            "--model uvit-cifar10-small --pattern 2:4 --where all",
-            "runs/quickstart",
-            "--model uvit-imagenet256-large --pattern 2:4 --arch sm_90a --batch 64",
-        ],
-        computes=False,
-    )
-    inspection.add_argument("run", nargs="?", help="run folder, stage folder or model file")
-    _add_model(inspection)
-    inspection.add_argument("--pattern", help="N:M to apply, for example 2:4")
-    inspection.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
-    inspection.add_argument(
-        "--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16"
-    )
-    inspection.add_argument("--batch", type=int, default=1, help="images at a time, for --arch (default: 1)")
-    inspection.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
-    inspection.add_argument("--json", metavar="FILE", help="also write the numbers")
-
-    take = command(
-        "import",
-        importing.run_import,
-        "make an official U-ViT or DiT checkpoint, or a diffusers folder, a model file of this package",
-        ["cifar10_uvit_small.pth", "DiT-XL-2-256x256.pt", "ddpm-cifar10-32 --out ddpm.safetensors"],
-        computes=False,
-    )
-    importing.add_arguments(take)
-
-    bench = command(
-        "bench",
-        advice.advise,
-        "measure whether 2:4 would make the layers of a model faster on this device",
-        ["--model uvit-tiny --batch 4", "--model uvit-imagenet256-large --batch 64 --out layers.csv"],
-    )
-    advice.add_arguments(bench)
-
-    searching = command(
-        "search",
-        search_command.run_search,
-        "find which network of a family to use at which step: N:M students, widths of a slimmable network, or both",
-        ["--scale smoke", "--scale smoke --family widths", "runs/quickstart", "--scale lite --family both --dry-run"],
-    )
-    search_command.add_arguments(searching)
-
-    compare = command(
-        "experiment",
-        runner.experiment,
-        "compare methods on equal terms, with several seeds: tables and pictures",
-        ["arms", "arms --scale lite --seeds 3", "fixed-vs-inplace-vs-chain", "ratio --dry-run"],
-    )
-    runner.add_arguments(compare)
-
-    quick = command(
-        "quickstart",
-        quickstart,
-        "train a tiny U-ViT dense, then 3:4, then 2:4, and show how good each is, in minutes on a CPU",
-        ["", "--data cifar-10-python.tar.gz"],
-    )
-    quick.add_argument("--data", default="synthetic", help="as for train (default: synthetic, which needs no download)")
-    quick.add_argument("--run", metavar="DIR", help="run folder (default: runs/quickstart, or with the data's name)")
-    quick.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
-    return parser
-
-
-def _add_model(sub, note=""):
-    sub.add_argument("--model", metavar="NAME", help=f"one of {', '.join(MODELS)}{note}")
-    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change an option of the model")
+    sub.add_argument("--dense", metavar="RUN", help="also measure SSIM to this model's samples from the same noise")
+    _add_sampling(sub, count=2000)
+    sub.add_argument("--out", help="the numbers (default: evaluation.json in the run folder, of a model file here)")
 
 
 def _add_sampling(sub, count):
@@ -250,7 +135,7 @@ def _add_sampling(sub, count):
         default="auto",
         help="of the network (auto: bf16 for compressed ones on a GPU, whose kernels need it, else fp32)",
     )
-    sub.add_argument("--guidance", type=float, help="classifier-free guidance weight, for class-conditional models")
+    sub.add_argument("--guidance", type=_finite, help="classifier-free guidance weight, for class-conditional models")
     sub.add_argument("--no-clip", action="store_true", help="let images leave [-1, 1] on the way (latents always may)")
     sub.add_argument("--label", type=int, help="draw only this class (default: all classes in turn)")
     sub.add_argument(
@@ -264,6 +149,12 @@ def _seed(text):
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
+
+
+def _finite(text):
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return float(text)
 
 
 def _device(text):
@@ -280,6 +171,87 @@ def _device(text):
             f"{text} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
+
+
+WITHOUT_SEED = ("inspect", "import")  # nor --device: they draw no random numbers, and compute on the CPU
+COMMANDS = (  # name, what it does, its arguments, a summary, examples
+    (
+        "quickstart",
+        quickstart.quickstart,
+        quickstart.add_arguments,
+        "train a tiny U-ViT dense, then 3:4, then 2:4, and show how good each is, in minutes on a CPU",
+        ["", "--data cifar-10-python.tar.gz"],
+    ),
+    (
+        "train",
+        commands.train,
+        commands.add_train_arguments,
+        "train a dense network and make it sparse, in stages; to resume, run the same command again",
+        [
+            "--model uvit-tiny --data cifar10 --chain dense,3:4,2:4 --steps 20000",
+            "--model uvit-cifar10-small --data cifar10 --chain dense,31:32,15:16,7:8,3:4,2:4 --steps 600000 --dry-run",
+            "--init runs/dense --model uvit-tiny --data cifar10 --method sr-ste+kd --pattern 2:4 --steps 10000",
+        ],
+    ),
+    (
+        "sample",
+        drawing.sample,
+        _add_sample,
+        "draw images from a trained model into one picture",
+        [
+            "runs/quickstart",
+            "runs/quickstart --count 64 --sampler ddim --sampling-steps 100 --compress",
+            "runs/search-smoke-chain/family --strategy runs/search-smoke-chain/strategies/found-3.json",
+        ],
+    ),
+    (
+        "evaluate",
+        drawing.evaluate_samples,
+        _add_evaluate,
+        "measure the distance of a model's samples to real images",
+        ["runs/quickstart --data synthetic", "runs/mine --data cifar10 --features inception --count 50000"],
+    ),
+    (
+        "inspect",
+        commands.inspect_model,
+        commands.add_inspect_arguments,
+        "show what each layer of a model holds and costs, before and after",
+        [
+            "--model uvit-cifar10-small --pattern 2:4",
+            "--model uvit-cifar10-small --pattern 2:4 --where all",
+            "runs/quickstart",
+            "--model uvit-imagenet256-large --pattern 2:4 --arch sm_90a --batch 64",
+        ],
+    ),
+    (
+        "import",
+        importing.run_import,
+        importing.add_arguments,
+        "make an official U-ViT or DiT checkpoint, or a diffusers folder, a model file of this package",
+        ["cifar10_uvit_small.pth", "DiT-XL-2-256x256.pt", "ddpm-cifar10-32 --out ddpm.safetensors"],
+    ),
+    (
+        "bench",
+        advice.advise,
+        advice.add_arguments,
+        "measure whether 2:4 would make the layers of a model faster on this device",
+        ["--model uvit-tiny --batch 4", "--model uvit-imagenet256-large --batch 64 --out layers.csv"],
+    ),
+    (
+        "search",
+        search_command.run_search,
+        search_command.add_arguments,
+        "find which network of a family to use at which step: N:M students, widths of a slimmable network, or both",
+        ["--scale smoke", "--scale smoke --family widths", "runs/quickstart", "--scale lite --family both --dry-run"],
+    ),
+    (
+        "experiment",
+        runner.experiment,
+        runner.add_arguments,
+        "compare methods on equal terms, with several seeds: tables and pictures",
+        ["arms", "arms --scale lite --seeds 3", "fixed-vs-inplace-vs-chain", "ratio --dry-run"],
+    ),
+)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the commands of `sparsedm` do: models, data, training, sampling and evaluation brought together.
+"""`sparsedm train` and `sparsedm inspect`, and what other commands share with them: which model, which images, the plan.
 
-Each function takes the parsed command line of `cli.py`. Bad input raises InputError.
+A command is a function of the parsed command line (`cli.py`). Bad input raises InputError.
 """
 
 import copy
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from sparsedm import pictures
+from sparsedm import diffusion, pictures
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
-from sparsedm.inspection import inspect
-from sparsedm.models import build_model, model_config, parse_overrides
+from sparsedm.inspection import ARCHS, inspect
+from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.ddpm_diffusers import from_diffusers
 from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data, distributed
@@ -24,6 +24,66 @@ from sparsedm.train.methods import METHODS, method_stages
 
 TRAINING = ("steps", "batch_size", "accumulate", "lr", "warmup", "cosine", "ema")
 TRAINING += ("weighting", "seed", "compile", "log_every")
+
+
+def add_model_arguments(parser, note=""):
+    parser.add_argument("--model", metavar="NAME", help=f"one of {', '.join(MODELS)}{note}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change an option of the model"
+    )
+
+
+def add_train_arguments(parser):
+    add_model_arguments(parser, " (default: uvit-tiny, or what --init holds)")
+    parser.add_argument(
+        "--data", required=True, help="synthetic, cifar10, a folder, a zip or tar.gz of images, or an .npz"
+    )
+    parser.add_argument("--limit", type=int, help="use only so many training images")
+    parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/MODEL-CHAIN)")
+    parser.add_argument("--dry-run", action="store_true", help="print stages, steps, memory and folders, and stop")
+    _add_stages(parser.add_argument_group("from dense to sparse"))
+    _add_optimization(parser.add_argument_group("every step"))
+
+
+def _add_stages(group):
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--chain", default="dense,3:4,2:4", help="patterns, one stage each (default: %(default)s)")
+    methods = "\n".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+    how.add_argument("--method", metavar="NAME", help=f"instead of a chain, one of\n{methods}")
+    group.add_argument("--init", metavar="RUN", help="start from the dense network of this run folder or model file")
+    group.add_argument("--pattern", default="2:4", help="what --method arrives at (default: 2:4)")
+    group.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
+    group.add_argument("--steps", type=int, default=20_000, help="of all stages together (default: %(default)s)")
+    group.add_argument("--split", help="shares of the steps, for example 2,1,1 (default: half for the dense stage)")
+    group.add_argument("--w-kd", type=float, default=0.1, help="weight of the transfer loss in a chain (default: 0.1)")
+    group.add_argument("--decay", type=float, default=2e-4, help="SR-STE decay in a chain (default: 2e-4)")
+    group.add_argument("--distill", type=float, help="weight of a slimmable network's loss to its own widest self")
+
+
+def _add_optimization(group):
+    group.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
+    group.add_argument(
+        "--accumulate", type=int, default=1, help="parts of a batch, one after the other: less memory (default: 1)"
+    )
+    group.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (default: 2e-4)")
+    group.add_argument(
+        "--warmup", type=int, help="steps of linear warm-up (default: a tenth of the stage, at most 2500)"
+    )
+    group.add_argument("--cosine", action="store_true", help="let the learning rate fall to zero in each stage")
+    group.add_argument(
+        "--ema", type=float, default=0.9999, help="decay of the average of the weights (default: 0.9999)"
+    )
+    group.add_argument(
+        "--weighting",
+        choices=diffusion.WEIGHTINGS,
+        default="noise",
+        help="of the loss over noise levels; velocity, with --set velocity=true, suits short runs (default: noise)",
+    )
+    group.add_argument("--no-flip", action="store_true", help="do not mirror images at random")
+    group.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="bf16 products (auto: on a GPU)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
+    group.add_argument("--log-every", type=int, default=100, help="steps between log records (default: 100)")
 
 
 def train(options):
@@ -183,8 +243,19 @@ def show_plan(stages, training, model, folder, where=None):
 def picture_name(path):
     """`path`, once it is known to be a name that a picture can have: refused before hours of sampling, not after."""
     if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"{path} must end in .png, .jpg or .webp")
+        raise InputError(f"{path} must end in .png, .jpg, .jpeg or .webp, as a picture does")
     return Path(path)
+
+
+def add_inspect_arguments(parser):
+    parser.add_argument("run", nargs="?", help="run folder, stage folder or model file")
+    add_model_arguments(parser)
+    parser.add_argument("--pattern", help="N:M to apply, for example 2:4")
+    parser.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
+    parser.add_argument("--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time, for --arch (default: 1)")
+    parser.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers")
 
 
 def inspect_model(options):
@@ -192,22 +263,19 @@ def inspect_model(options):
         raise InputError("name something to inspect: a run folder or model file, or --model")
     if options.where and not options.pattern:
         raise InputError(f"--where {options.where} says where a pattern goes: give one with --pattern")
+    name = Path(options.run).resolve().name.removesuffix(".safetensors") if options.run else options.model
+    title = f"{name} {options.pattern or ''}".strip()
+    chart = picture_name(options.plot or f"{title.replace(':', 'of').replace(' ', '-')}-layers.png")
     if options.run:
-        name, model = options.run, load_named(options).model
+        model = load_named(options).model
     else:
-        name, model = options.model, build_model(options.model, device="meta", **parse_overrides(options.set))
+        model = build_model(options.model, device="meta", **parse_overrides(options.set))
     if options.pattern:
         sparsify(model, options.pattern, options.where)
     table = inspect(model, arch=options.arch, batch=options.batch)
     print(table)
-    title = f"{name} {options.pattern or ''}".strip()
     if options.json:
         write_json(options.json, table.to_dict())
         print(f"numbers: {options.json}")
-    chart = (
-        picture_name(options.plot)
-        if options.plot
-        else f"{Path(title.replace(':', 'of').replace(' ', '-')).name}-layers.png"
-    )
     table.plot(chart, f"{title}: parameters per layer, before and after")
     print(f"chart: {chart}")

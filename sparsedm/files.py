@@ -34,6 +34,8 @@ def atomic_file(path):
     to write (permission, disk full, a file where a folder should be), that exception is an InputError naming `path`.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"cannot write {path}: it is a folder")
     # the suffix is kept because writers such as matplotlib choose the format by it
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     with writing(path):

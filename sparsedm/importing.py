@@ -114,7 +114,8 @@ def _diffusers_folder(folder):
         options = json.loads((inner / "config.json").read_text(encoding="utf-8"))
         kind = options.get("_class_name", "UNet2DModel")
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{inner / 'config.json'} is missing or damaged: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{inner / 'config.json'} is missing or damaged ({reason}): no diffusers folder") from error
     if kind not in list(_DIFFUSERS):
         raise InputError(
             f"{inner} holds a {kind}, and only {' and '.join(list(_DIFFUSERS)[:2])} have a counterpart here: "

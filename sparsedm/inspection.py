@@ -101,7 +101,7 @@ class Inspection:
             return f"{name:<28}{form(before):>14} -> {form(after):>12}  ({after / before - 1 if before else 0:+.1%})"
 
         def giga(n):
-            return f"{n / 1e9:.2f} G" if n >= 1e8 else f"{n / 1e6:.2f} M"
+            return f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
         return "\n".join(
             [
@@ -142,7 +142,7 @@ def inspect(model, example_inputs=None, *, arch=None, batch=1):
         by default the model's own `example_inputs()`.
     arch: None: the back ends that run now. One of ARCHS: those that the compressed model would use there, in bf16.
     batch: the number of images the back ends are chosen for.
-    Raises: InputError if the model has no example_inputs and none are given, or for an unknown arch.
+    Raises: InputError if the model has no example_inputs and none are given, for an unknown arch, or a batch below 1.
     """
     if example_inputs is None:
         if not hasattr(model, "example_inputs"):
@@ -150,6 +150,8 @@ def inspect(model, example_inputs=None, *, arch=None, batch=1):
         example_inputs = model.example_inputs()
     if arch not in (None, *ARCHS):
         raise InputError(f"unknown arch {arch!r}: one of {', '.join(ARCHS)}")
+    if batch < 1:
+        raise InputError(f"batch {batch}: must be at least 1")
     try:
         calls, attention = _count(model, example_inputs, on_meta=True)
     except (NotImplementedError, RuntimeError, TypeError):  # a kernel without a meta form, or a value read on the way

@@ -83,6 +83,14 @@ patches of colour. The numbers still rank the networks. For pictures, train a pr
   sparsedm train --model uvit-cifar10-small --data cifar10 --chain dense,3:4,2:4 --steps 500000"""
 
 
+def add_arguments(parser):
+    parser.add_argument(
+        "--data", default="synthetic", help="as for train (default: synthetic, which needs no download)"
+    )
+    parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/quickstart, or with the data's name)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
+
+
 def quickstart(options):
     """The command: options.data, run, seed, device, dry_run. Leaves a run folder; to resume, run it again.
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, write_json
+from sparsedm.files import atomic_file, write_json, writing
 
 INDEX = ".index.json"
 
@@ -45,7 +45,8 @@ def write_shards(file, tensors, header, shard_bytes):
             shards.append({})
         shards[-1][name] = value
     index = file.with_name(file.name + INDEX)
-    index.unlink(missing_ok=True)
+    with writing(index):
+        index.unlink(missing_ok=True)
     names = [f"{file.stem}-{i:05d}-of-{len(shards):05d}{file.suffix}" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards):
         with atomic_file(file.with_name(name)) as partial:

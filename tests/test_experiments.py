@@ -2,7 +2,9 @@
 
 import itertools
 import shutil
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +12,15 @@ import torch
 from sparsedm import cli
 from sparsedm.diffusion import schedule_of, validation_loss
 from sparsedm.errors import InputError
-from sparsedm.experiments import plans, report, results, runner
+from sparsedm.experiments import measures, report, results, runner
 from sparsedm.experiments.plans import EXPERIMENTS, SCALES, Scale, planned
 from sparsedm.inspection import inspect
+from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model, model_config
 from sparsedm.quickstart import SYNTHETIC
 from sparsedm.sparsity import sparsify
-from sparsedm.train import checkpoint, data
+from sparsedm.train import checkpoint, data, loop
+from sparsedm.train.methods import LADDER, METHODS
 from sparsedm.train.metrics import read_metrics, usual_speed
 
 TINY = Scale(
@@ -86,10 +90,12 @@ def test_no_run_of_a_plan_is_made_twice_under_two_names(name, scale):
 
 def test_what_the_plans_vary():
     def stages(experiment):
-        return {run.name: run.stages for run in planned(experiment, "lite")[2]}
+        return {run.name: run.stages for run in planned(experiment, "full")[2]}
 
     assert [s.pattern for s in stages("arms")["chain"]] == ["31:32", "15:16", "7:8", "3:4", "2:4"]
-    assert [run.x for run in planned("ratio", "lite")[2]][:3] == [1.0, 31 / 32, 15 / 16]
+    ratio = {run.name: run.x for run in planned("ratio", "full")[2]}
+    assert ratio == {"dense": 1.0} | {p: Pattern.parse(p).density for p in LADDER}
+    assert set(stages("arms")) == {*METHODS, "small-dense"}
     ablate = stages("ablate")
     changed = {name: stages[0] for name, stages in ablate.items()}
     assert [changed[f"w_kd={w}"].w_kd for w in ("0", "0.03", "0.3", "1")] == [0, 0.03, 0.3, 1]
@@ -100,6 +106,13 @@ def test_what_the_plans_vary():
     assert ablate["teacher alone"][0].w_noise == 0
     assert [len(ablate[name]) for name in ("default", "3 students", "5 students")] == [1, 3, 5]
     assert all(stage.inplace for stage in stages("fixed-vs-inplace-vs-chain")["inplace"])
+
+
+def test_what_answers_the_question_comes_first():
+    first = {name: [run.name for run in planned(name, "lite")[2]][:2] for name in EXPERIMENTS}
+    assert first["arms"] == first["fixed-vs-inplace-vs-chain"] == ["dense", "chain"]
+    assert first["ratio"] == ["dense", "2:4"]
+    assert first["ablate"][0] == EXPERIMENTS["ablate"].control
 
 
 @pytest.mark.parametrize("model", ["uvit-tiny", "uvit-cifar10-small"])
@@ -124,7 +137,7 @@ def test_a_folder_holds_everything(done):
         assert picture in text
     for run in RUNS:
         assert len(numbers(done, run, "validation loss")) == len(numbers(done, run, "validation loss", 1)) == 1
-        assert len(numbers(done, run, "loss at noise level")) == runner.LEVELS
+        assert len(numbers(done, run, "loss at noise level")) == measures.LEVELS
     assert numbers(done, "dense", "validation loss") != numbers(done, "dense", "validation loss", 1)
     base = done / "seed-0" / "base" / "00-dense"
     for record in read_metrics(done / "seed-0" / "dense" / "00-dense"):
@@ -162,6 +175,50 @@ def test_what_is_finished_is_not_repeated(done, tiny, tmp_path, monkeypatch):
         if "seconds" not in row["measure"] and row["measure"] != "peak memory":
             key = (row["run"], row["seed"], row["measure"], row["x"])
             assert fresh[key] == row["value"] or row["value"] != row["value"], key
+
+
+def test_a_study_that_is_cut_again_and_again_is_that_of_one_piece(done, tiny, tmp_path, monkeypatch, capsys):
+    """The clock goes on by a second whenever it is looked at, so that every place where time can be up is one."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
+    for module in (runner, measures, loop):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(measures, "BATCH", 8)
+    cuts = []
+    while (code := command(tmp_path, "--seeds", "1", "--minutes", f"{(runner.RESERVE + 6) / 60}")) and len(cuts) < 20:
+        assert code == 3
+        cuts.append(capsys.readouterr())
+        assert cuts[-1].err.rstrip().endswith("to go on, run the same command again")
+    assert code == 0
+    assert "before step" in "".join(cut.err for cut in cuts)
+    assert "is saved in" in "".join(cut.err for cut in cuts)
+    assert "of 16 samples" in "".join(cut.err for cut in cuts)
+    for number, cut in enumerate(cuts):
+        finished = [run for run in RUNS if f"| {run} |" in cut.out]
+        assert finished == list(RUNS)[: len(finished)], "the report of what was finished then"
+        assert bool(finished) == ("report.md" in cut.out), number
+
+    def values(folder):
+        rows = [row for row in results.read(folder / "results.csv") if row["seed"] == 0]
+        return {(r["run"], r["measure"], r["x"]): r["value"] for r in rows}
+
+    whole, pieces = values(done), values(tmp_path)
+    assert whole.keys() == pieces.keys()
+    timed = ("seconds", "seconds with measuring", "peak memory")
+    different = {key for key in whole if key[1] not in timed and whole[key] != pieces[key]}
+    assert all(whole[key] != whole[key] for key in different), "NaN, and nothing else"
+    ends = [f"seed-0/{run}/checkpoints" for run in ("small-dense", "chain/01-2of4", "dense/00-dense")]
+    for end in ends:
+        for file in sorted((done / end).glob("step-*/*.safetensors"))[-3:]:
+            assert file.read_bytes() == (tmp_path / file.relative_to(done)).read_bytes()
+
+
+def test_samples_are_those_of_one_batch(done, tiny, monkeypatch):
+    base = runner._Work("arms", "tiny", TINY, done, torch.device("cpu")).base(0).ema
+    off = torch.autocast("cpu", enabled=False)
+    whole = measures.draw(base, TINY, 1, off)
+    monkeypatch.setattr(measures, "BATCH", 5)
+    assert (measures.draw(base, TINY, 1, off).int() - whole.int()).abs().max() <= 1
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -217,8 +274,9 @@ def test_every_range_has_several_numbers_on_its_axis(drawn):
     [
         (["arm"], "unknown experiment 'arm': one of arms, ratio"),
         (["arms", "--scale", "huge"], "unknown scale 'huge': one of smoke, lite, full"),
-        (["arms", "--only", "sgd"], "unknown run sgd: they are dense, oneshot"),
+        (["arms", "--only", "sgd"], "unknown run sgd: they are dense, chain, oneshot"),
         (["arms", "--seeds", "0"], "--seeds 0: at least one is needed"),
+        (["arms", "--minutes", "0.5"], "--minutes 0.5: more than 40 seconds are needed to stop cleanly"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -306,7 +364,7 @@ def test_outside_of_a_repository_the_version_stands_for_the_commit(done, tmp_pat
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
     assert cli.main(["experiment", "arms", "--scale", "full", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in plans.METHODS)
+    assert all(name in out for name in METHODS)
     assert not (tmp_path / "x").exists()
 
 

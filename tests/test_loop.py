@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 import os
@@ -9,6 +10,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from sparsedm.kernels.pattern import Pattern, choose_mask_ref
 from sparsedm.sparsity import masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop, step
 from sparsedm.train.data import batch, batch_indices
-from sparsedm.train.loop import Interrupted, TrainOptions, train
+from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, train
 from sparsedm.train.metrics import TrainingDiverged, read_metrics
 from tests.tiny import OPTIONS, python_signals, same_state, tiny, tiny_images
 
@@ -183,6 +185,33 @@ def test_stopped_and_resumed_is_unbroken(tmp_path, unbroken, monkeypatch, positi
     assert result.validation_loss == unbroken[1].validation_loss
     steps = [record["step"] for record in read_metrics(tmp_path)]
     assert steps == sorted({3, 5, 6, 9, 10, 12, position + 1})
+
+
+@pytest.mark.parametrize("position", [0, 2, 6, 11], ids=["first", "before a record", "between records", "last"])
+def test_out_of_time_and_resumed_is_unbroken(tmp_path, unbroken, monkeypatch, position):
+    """The deadline passes in the step of this position; the run stops at the next record, and has no other ones."""
+    now = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with monkeypatch.context() as patch:
+        at_position(patch, position, lambda: now.append(now.pop(0) + 10))
+        record = next(step for step in (3, 5, 6, 9, 10, 12) if step > position)
+        with contextlib.nullcontext() if position == 11 else pytest.raises(OutOfTime, match=f"after step {record}, "):
+            run(tmp_path, deadline=10)
+    assert checkpoint.latest(tmp_path).name == f"step-{record:08d}"
+    if record < 12:
+        with pytest.raises(OutOfTime, match=f"before step {record + 1} in") as caught:
+            run(tmp_path, deadline=10)
+        assert caught.value.exit_code == 3
+    result = run(tmp_path, model=masked(9), deadline=11 if record < 12 else 10)  # what is finished costs no time
+    assert final_bits(tmp_path) == final_bits(unbroken[0])
+    assert result.validation_loss == unbroken[1].validation_loss
+    timed = ("seconds", "images_per_second")
+    mine, whole = (
+        [{name: value for name, value in record.items() if name not in timed} for record in read_metrics(folder)]
+        for folder in (tmp_path, unbroken[0])
+    )
+    assert [record["step"] for record in mine] == [3, 5, 6, 9, 10, 12]
+    assert mine == whole
 
 
 def test_interruption_says_how_to_exit(tmp_path, monkeypatch):

@@ -9,51 +9,78 @@ from sparsedm.bench.providers import DENSE
 from sparsedm.bench.timing import interleaved
 
 
-def measure(suite, problem, providers, clock, *, rounds=8, per_round=5, seconds=math.inf, packing=True):
+class DeviceLost(RuntimeError):
+    """The GPU answers nothing any more, as after an access out of bounds; only a new process can go on. row: whose."""
+
+    def __init__(self, row):
+        super().__init__(row["reason"])
+        self.row = row
+
+
+def measure(
+    suite, problem, providers, clock, *, rounds=8, per_round=5, seconds=math.inf, packing=True, starting=lambda name: ()
+):
     """Rows for the results file, one per provider and metric.
 
     A provider that cannot run (status "unsupported"), raises ("failed") or returns a wrong result ("wrong") gets one
     row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it;
     with packing=True also "packing", the time of `prepare`, and "break-even", after how many calls that has paid
-    against the fastest dense provider. seconds: roughly how long the rounds may take, after the first.
+    against the fastest dense provider. seconds: roughly how long the rounds may take, after the first. starting: told
+    the name of each provider before it runs for the first time, and "" before the rounds. Raises: DeviceLost.
     """
+    torch.backends.cudnn.benchmark = True  # or dense convolutions would be the only ones that are not tuned
     common = {"suite": suite, **problem.columns()}
     rows, ready = [], {}
-    for provider in providers:
-        row = common | {"provider": provider.name, "metric": "time"}
-        try:
-            reason = provider.supports(problem)
-            if reason:
-                rows.append(row | {"status": "unsupported", "reason": reason})
+    with clock.stream():
+        for provider in providers:
+            starting(provider.name)
+            row = common | {"provider": provider.name, "metric": "time"}
+            try:
+                reason = provider.supports(problem)
+                if reason:
+                    rows.append(row | {"status": "unsupported", "reason": reason})
+                    continue
+                prepared = provider.prepare(problem)
+                bound = provider.bind(problem, prepared)
+                row["detail"] = bound.detail
+                verdict = checked(problem, bound, provider)
+                row |= {"error": verdict.error, "allowed": verdict.allowed}
+                if not verdict.right:
+                    rows.append(row | {"status": "wrong", "reason": wrong(verdict)})
+                    continue
+                ready[provider] = (row, bound, prepared is not None, clock.ready(bound.run))
+            except Exception as error:  # one implementation that fails must not end the comparison of the others
+                rows.append(row | {"status": "failed", "reason": one_line(error)})
+                if not answers(problem.device):
+                    raise DeviceLost(rows[-1]) from error
+        starting("")
+        limits = dict(rounds=rounds, per_round=per_round, seconds=seconds)
+        times = interleaved({provider: timed for provider, (*_, timed) in ready.items()}, **limits)
+        now = stamp(problem.device)  # while the device is still warm: clocks and power
+        dense = min((times[p].p50 for p in times if p.name in DENSE), default=None)
+        for provider, (row, bound, packed, timed) in ready.items():
+            again = checked(problem, bound, provider)
+            if not again.right:
+                rows.append(row | {"status": "wrong", "reason": f"right before it was timed, then {wrong(again)}"})
                 continue
-            prepared = provider.prepare(problem)
-            bound = provider.bind(problem, prepared)
-            row["detail"] = bound.detail
-            verdict = checked(problem, bound, provider)
-            row |= {"error": verdict.error, "allowed": verdict.allowed}
-            if not verdict.right:
-                rows.append(row | {"status": "wrong", "reason": wrong(verdict)})
-                continue
-            ready[provider] = (row, bound, prepared is not None, clock.ready(bound.run))
-        except Exception as error:  # one implementation that fails must not end the comparison of the others
-            rows.append(row | {"status": "failed", "reason": one_line(error)})
-    limits = dict(rounds=rounds, per_round=per_round, seconds=seconds)
-    times = interleaved({provider: timed for provider, (*_, timed) in ready.items()}, **limits)
-    now = stamp(problem.device)  # while the device is still warm: clocks and power
-    dense = min((times[p].p50 for p in times if p.name in DENSE), default=None)
-    for provider, (row, bound, packed, timed) in ready.items():
-        again = checked(problem, bound, provider)
-        if not again.right:
-            rows.append(row | {"status": "wrong", "reason": f"right before it was timed, then {wrong(again)}"})
-            continue
-        rows.append(row | {"status": "ok", **time_columns(times[provider], timed.method)})
-        rows[-1] |= rates(problem, times[provider].p50, provider.sparse)
-        if host := clock.host(bound.run):
-            rows.append(row | {"metric": "host", "status": "ok", **time_columns(host, "perf_counter")})
-        if packing and packed:
-            rows += packing_rows(row, provider, problem, clock, limits, dense, times[provider].p50)
+            rows.append(row | {"status": "ok", **time_columns(times[provider], timed.method)})
+            rows[-1] |= rates(problem, provider, times[provider].p50)
+            if host := clock.host(bound.run):
+                rows.append(row | {"metric": "host", "status": "ok", **time_columns(host, "perf_counter")})
+            if packing and packed:
+                rows += packing_rows(row, provider, problem, clock, limits, dense, times[provider].p50)
     order = [provider.name for provider in providers]
     return [row | now for row in sorted(rows, key=lambda row: order.index(row["provider"]))]
+
+
+def answers(device):
+    """Whether the device still works after an error."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def checked(problem, bound, provider):
@@ -73,10 +100,10 @@ def time_columns(times, method):
     return {"p20_us": times.p20, "p50_us": times.p50, "p80_us": times.p80, "samples": times.count, "method": method}
 
 
-def rates(problem, microseconds, sparse):
+def rates(problem, provider, microseconds):
     seconds = microseconds / 1e6
     rate = {}
-    if bytes_moved := problem.traffic(sparse):
+    if bytes_moved := provider.traffic(problem):
         rate["gbps"] = bytes_moved / seconds / 1e9
     if problem.operations:
         rate["dense_equivalent_tflops"] = problem.operations / seconds / 1e12

@@ -21,7 +21,7 @@ from sparsedm.bench.problems import TWO_FOUR
 from sparsedm.compressed import Conv2d24
 from sparsedm.kernels.choose import choose, choose_packed
 from sparsedm.kernels.launch import capability
-from sparsedm.kernels.sparse24_dispatch import choose_backend, last_choice
+from sparsedm.kernels.sparse24_dispatch import FEW_TOKENS, choose_backend, last_choice
 from sparsedm.kernels.sparse24_format import pack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import Conv2d, Linear
@@ -49,6 +49,10 @@ class Provider:
 
     def prepare(self, problem):
         return None
+
+    def traffic(self, problem):
+        """Bytes that have to move at least; 0 where they are not counted."""
+        return problem.traffic(self.sparse)
 
 
 # ---- y = act(x W^T + b) + r
@@ -107,6 +111,8 @@ class Masked(Provider):
 class Sparse24(Provider):
     """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else forced by SPARSEDM_BACKEND."""
 
+    few_at_most = 4 * FEW_TOKENS  # rows with which `few` is tried: beyond, it would only cost time
+
     def __init__(self, backend=None):
         self.backend = backend
         self.name = "sparsedm 2:4" + (f" {backend}" if backend else "")
@@ -114,6 +120,8 @@ class Sparse24(Provider):
     def supports(self, problem):
         if reason := super().supports(problem):
             return reason
+        if self.backend == "few" and problem.shape.M > self.few_at_most:
+            return f"it is made for few rows, and is not tried with more than {self.few_at_most}"
         with self._forced():
             chosen, why = self._choice(problem)
         return None if self.backend in (None, chosen) else why
@@ -252,12 +260,20 @@ class TopK(Provider):
 class Choose(Provider):
     name = "sparsedm choose"
 
+    def traffic(self, problem):
+        """Its mask is of bool, a byte for each weight instead of a bit."""
+        return super().traffic(problem) + problem.weight.numel() * 7 / 8
+
     def bind(self, problem, prepared):
         return Bound(lambda: choose(problem.weight, TWO_FOUR, problem.dtype)[0], "masked weight and mask")
 
 
 class ChoosePacked(Provider):
     name = "sparsedm choose + pack"
+
+    def traffic(self, problem):
+        """Besides masked weight and mask it writes half the values, and their metadata of 2 bits each."""
+        return super().traffic(problem) + problem.weight.numel() * (problem.dtype.itemsize / 2 + 1 / 8)
 
     def bind(self, problem, prepared):
         def run():

@@ -28,7 +28,8 @@ IDENTITY = ("suite", "shape", "mode", "dtype")  # of what `measure` does in one 
 class Results:
     """Rows in memory and in the file `path`. resume: keep what the file already holds.
 
-    What was begun and never finished, because its process crashed or was ended, is found as a failure on resuming.
+    What was begun and never finished, because its process crashed or was ended, is found as a failure on resuming: of
+    the provider that was under way, or of all of them if none is named.
     """
 
     def __init__(self, path, resume=False):
@@ -42,13 +43,15 @@ class Results:
 
     def begin(self, identity):
         """Note in the file that the measurement with this identity is under way, until `add` brings its rows."""
-        self.rows.append(identity | {"status": "started"})
-        write(self.path, self.rows)
+        self._replace_note([identity | {"status": "started"}])
 
     def add(self, rows):
         unknown = {column for row in rows for column in row} - set(COLUMNS)
         if unknown:
             raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
+        self._replace_note(rows)
+
+    def _replace_note(self, rows):
         self.rows = [row for row in self.rows if row["status"] != "started"] + rows
         write(self.path, self.rows)
 

@@ -24,8 +24,8 @@ from sparsedm.bench.shapes import LinearShape
 from sparsedm.bench.timing import clock_for, fastest
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 
-MOST_ALGORITHMS = 64
-SPLITS = (2, 4, 8)  # parts of K
+# of K: parts, and how they are summed (1 in one kernel, 2 in two); -1, which sm_90 alone knows, leaves it to the library
+SPLITS = ((-1, -1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2))
 
 
 class CuSparseLt(Rival):
@@ -40,7 +40,7 @@ class CuSparseLt(Rival):
 
 
 class Algorithm(NamedTuple):
-    """How cuSPARSELt multiplies. mode: of a product split along K, 0 in one kernel, 1 in two."""
+    """How cuSPARSELt multiplies: as numbered by it, K in so many parts; mode: see SPLITS."""
 
     number: int
     split_k: int = 1
@@ -69,20 +69,21 @@ class CuSparseLtTuned(CuSparseLt):
     def search(self, problem, prepared):
         """(the fastest Algorithm, {Algorithm: call} with right results, [Algorithm] with wrong ones).
 
-        All numbers without split-K, up to the one that the library does not know, then split-K of the fastest.
+        All numbers without split-K, then split-K of the fastest, and what the library's own search takes.
         """
         clock = clock_for(problem.device)
-        right, wrong = self.tried(problem, prepared, map(Algorithm, range(MOST_ALGORITHMS)))
+        *theirs, count = torch._C._cusparselt.mm_search(prepared, problem.x.t(), problem.bias, None, None, True)
+        right, wrong = self.tried(problem, prepared, map(Algorithm, range(count + 1)))
         if not right:
             raise RuntimeError(f"none of its {len(wrong)} algorithms gives a right result")
         whole = fastest(right, clock)
-        for mode in (0, 1):
-            split = (Algorithm(whole.number, parts, mode) for parts in SPLITS)
-            more = self.tried(problem, prepared, split)
-            right, wrong = right | more[0], wrong + more[1]
-        return fastest({a: right[a] for a in right if a.number == whole.number}, clock), right, wrong
+        split = [Algorithm(whole.number, *parts) for parts in SPLITS]
+        more = self.tried(problem, prepared, dict.fromkeys([*split, Algorithm(*theirs)]))
+        finalists = {whole: right[whole]} | more[0]
+        return fastest(finalists, clock), right | more[0], wrong + more[1]
 
     def tried(self, problem, prepared, algorithms):
+        """({Algorithm: call} with right results, [Algorithm] with wrong ones), without those that it refuses."""
         right, wrong = {}, []
         for algorithm in algorithms:
             product = functools.partial(cusparselt_product, prepared, problem.x, problem.bias, algorithm)
@@ -90,8 +91,8 @@ class CuSparseLtTuned(CuSparseLt):
             problem.poison(sparse=True)
             try:
                 out = run()
-            except RuntimeError:  # the numbers, and the parts of K, end where the library says so
-                break
+            except RuntimeError:  # this device, or this size, is not for it
+                continue
             if problem.check(out, sparse=True).right:
                 right[algorithm] = run
             else:

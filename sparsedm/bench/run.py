@@ -9,13 +9,15 @@
     table3        the grid of SparseDM's speed table (arXiv 2404.10445): patch 1, 2, 4 x MLP ratio 1, 2, 4, 8
     ceiling       what the device can do at most: copies, dense products, tensor-core instructions
 
-Rows are written as soon as they are measured. --resume goes on with the file, and skips what it already holds.
+Rows are written as soon as they are measured. --resume goes on with the file, and skips what it already holds. If the
+GPU hangs or is lost, the process starts itself again and goes on behind the provider that did it, which has failed.
 """
 
 import argparse
 import functools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +32,8 @@ from sparsedm.bench.end_to_end import (
     TrainingStepProblem,
     table3_shapes,
 )
-from sparsedm.bench.measure import measure, release
+from sparsedm.bench.measure import DeviceLost, answers, measure, release
+from sparsedm.bench.restart import Watch, start_again
 from sparsedm.bench.results import IDENTITY, Results
 from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.sampling import sampling_rows
@@ -50,9 +53,13 @@ NETWORK_SUITES = ("end-to-end", "train", "table3")
 SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
 
 
+PATIENCE, PATIENCE_WITH_COMPILER = 120, 420  # seconds that one provider may take to be ready, and all to be timed
+
+
 @dataclass
 class Session:
-    """What every suite is given. deadline: time.monotonic() after which nothing new is started."""
+    """What every suite is given. deadline: time.monotonic() after which nothing new is started. late: called when a
+    provider is not ready in time."""
 
     results: Results
     device: torch.device
@@ -61,8 +68,10 @@ class Session:
     shapes: str | None = None
     providers: tuple | None = None
     compiled: bool = True
+    modes: tuple | None = None
     batches: tuple = BATCHES
     deadline: float = float("inf")
+    late: Callable | None = None
     cut: int = 0  # problems that were left out for lack of time
     limits: dict = field(default_factory=dict)
 
@@ -70,6 +79,7 @@ class Session:
         self.clock = clock_for(self.device)
         default = {"rounds": 5, "per_round": 3, "seconds": 0.5} if self.quick else {"rounds": 8, "per_round": 5}
         self.limits = {"seconds": 10.0} | default | self.limits
+        self.watch = Watch(PATIENCE_WITH_COMPILER if self.compiled else PATIENCE, self.late)
 
     def keep(self, providers):
         """Those that were asked for."""
@@ -77,7 +87,8 @@ class Session:
         return [p for p in wanted if self.compiled or not p.name.endswith("compiled")]
 
     def do(self, suite, shape, mode, providers, rows):
-        """Add `rows(missing)` to the results, for those providers that they do not hold yet, unless the time is up."""
+        """Add `rows(missing, starting)` to the results, for those providers that they do not hold yet, unless the time
+        is up. starting: see `measure`."""
         dtype = str(self.dtype).removeprefix("torch.")
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, dtype)))
         held = {row.get("provider", "") for row in self.results.matching(identity)}
@@ -87,8 +98,20 @@ class Session:
         if time.monotonic() >= self.deadline:
             self.cut += 1
             return
-        self.results.begin(identity)
-        self.results.add(rows(missing))
+
+        def starting(name):
+            self.results.begin(identity | {"provider": name})
+            if self.late:
+                self.watch.alive()
+
+        starting("")
+        try:
+            self.results.add(rows(missing, starting))
+        except DeviceLost as lost:
+            self.results.add([lost.row])
+            raise
+        finally:
+            self.watch.done()
         release(self.device)
 
 
@@ -98,7 +121,7 @@ def run_suite(suite, session, progress=False):
         kind, shape_kind, full, quick = LAYER_SUITES[suite]
         spec = session.shapes or (quick if session.quick else full)
         shapes = select(spec, shape_kind, session.batches, session.quick)
-        work = [(shape, mode) for shape in shapes for mode in kind.modes]
+        work = [(shape, mode) for shape in shapes for mode in kind.modes if mode in (session.modes or kind.modes)]
         for shape, mode in tqdm(work, desc=suite, disable=None if progress else True):
             measured = functools.partial(layer_rows, suite, kind, shape, mode, session)
             session.do(suite, shape, mode, PROVIDERS[kind.kernel], measured)
@@ -116,9 +139,9 @@ def run_suite(suite, session, progress=False):
         raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
 
 
-def layer_rows(suite, kind, shape, mode, session, providers):
+def layer_rows(suite, kind, shape, mode, session, providers, starting):
     problem = kind(shape, mode, session.dtype, session.device)
-    return measure(suite, problem, providers, session.clock, **session.limits)
+    return measure(suite, problem, providers, session.clock, starting=starting, **session.limits)
 
 
 def network_shapes(session):
@@ -134,29 +157,37 @@ def network_shapes(session):
     return shapes
 
 
-def network_rows(suite, kind, shape, mode, session, providers):
+def network_rows(suite, kind, shape, mode, session, providers, starting):
     problem = kind(shape, mode, session.dtype, session.device)
-    rows = measure(suite, problem, providers, session.clock, packing=False, **session.limits)
+    rows = measure(suite, problem, providers, session.clock, packing=False, starting=starting, **session.limits)
     if suite == "end-to-end":
-        right = {row["provider"] for row in rows if row["status"] == "ok"}
-        rows += sampling_rows(suite, problem, [p for p in providers if p.name in right], 4 if session.quick else 50)
+        starting("")
+        able = {row["provider"] for row in rows if row["status"] == "ok" and row["method"] != "cuda events"}
+        rows += sampling_rows(suite, problem, [p for p in providers if p.name in able], 4 if session.quick else 50)
     return rows
 
 
 def main(arguments=None):
     """Returns the exit code: 0 done, 2 bad input, 3 some of it left out because --seconds were over."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     try:
-        return run(options)
+        return run(options, arguments)
     except InputError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
 
-def run(options):
-    """Run the suites that the parsed command line asks for. Returns the exit code 0 or 3."""
+def run(options, arguments):
+    """Run the suites that the parsed command line `arguments` asks for. Returns the exit code 0 or 3."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(0)
+    deadline = time.monotonic() + options.seconds
+
+    def again():
+        left = max(0.0, deadline - time.monotonic())
+        start_again("sparsedm.bench.run", [*arguments, "--resume", "--seconds", f"{left:.0f}"])
+
     session = Session(
         Results(options.out, resume=options.resume),
         device,
@@ -165,15 +196,25 @@ def run(options):
         shapes=options.shapes,
         providers=tuple(options.providers.split(",")) if options.providers else None,
         compiled=not options.no_compile,
+        modes=tuple(options.modes.split(",")) if options.modes else None,
         batches=tuple(options.batch or BATCHES),
-        deadline=time.monotonic() + options.seconds,
+        deadline=deadline,
+        late=again if device.type == "cuda" else None,
     )
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
     known |= {p.name for p in STEP_PROVIDERS + TRAINING_PROVIDERS}
     if unknown := set(session.providers or ()) - known:
         raise InputError(f"unknown providers {', '.join(sorted(unknown))}: they are {', '.join(sorted(known))}")
-    for suite in options.suite.split(","):
-        run_suite(suite, session, progress=True)
+    modes = {mode for kind, *_ in LAYER_SUITES.values() for mode in kind.modes}
+    if unknown := set(session.modes or ()) - modes:
+        raise InputError(f"unknown modes {', '.join(sorted(unknown))}: they are {', '.join(sorted(modes))}")
+    try:
+        for suite in options.suite.split(","):
+            run_suite(suite, session, progress=True)
+    except RuntimeError:
+        if answers(device):
+            raise
+        again()
     statuses = [row["status"] for row in session.results.rows]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     print(f"{session.results.path}: {len(statuses)} rows ({counts}); {session.cut} problems left out for time")
@@ -190,8 +231,9 @@ def parser():
 
 
 def add_arguments(parsed):
-    parsed.add_argument("--shapes", help="square, m-sweep, grid, models, or model@batch; several with commas")
+    parsed.add_argument("--shapes", help="square, m-sweep, grid, models, square@8192 or model@batch; several with commas")
     parsed.add_argument("--providers", help="measure only these, by the names in the results file, with commas")
+    parsed.add_argument("--modes", help="only these of the layer suites, with commas, for example epilogue")
     parsed.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to tune")
     parsed.add_argument("--batch", type=int, action="append", help="batch sizes of models (default: 1, 16 and 64)")
     parsed.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on a GPU, fp32 on a CPU)")

@@ -1,13 +1,15 @@
 """How long a call takes: clocks, interleaved rounds, percentiles, and the choice of the fastest of several ways.
 
 A clock turns a call into a Timed, whose `samples(n)` are n times of one call in microseconds:
-    CudaClock   replays of a CUDA graph between two events, the L2 cache flushed before each; where a call cannot be
-                captured, the call itself between the events
+    CudaClock   replays of a CUDA graph between two events, the L2 cache flushed before each; where a call waits for the
+                device or cannot be captured, the call itself between the events
     CpuClock    perf_counter around as many calls as fill a millisecond
 Whatever is compared is measured in turns (`interleaved`), so that a clock that drops with temperature, or a neighbour
 on the machine, hits all alike. Reported are the 20th, 50th and 80th percentile, never a mean or a minimum.
 """
 
+import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -39,6 +41,9 @@ class CpuClock:
     def __init__(self, now=time.perf_counter):
         self.now = now
 
+    def stream(self):
+        return contextlib.nullcontext()
+
     def ready(self, run):
         run()
         calls = max(1, math.ceil(SHORTEST / max(self._seconds(run, 1), 1e-9)))
@@ -55,56 +60,95 @@ class CpuClock:
 
 
 class CudaClock:
-    """graphs=False times the call as Python makes it, with its launch cost where the device waits for it."""
+    """graphs=False times the call as Python makes it, with its launch cost where the device waits for it.
+
+    Everything happens on one stream of the clock's own: the default stream cannot be captured, and a backward runs on
+    the stream of its forward, so what makes a forward that is timed later belongs into `with clock.stream():`, too.
+    """
 
     def __init__(self, device, graphs=True):
         self.device, self.graphs = torch.device(device), graphs
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(max(4 * cache, 1 << 26), dtype=torch.int8, device=self.device)
+        self._stream = torch.cuda.Stream(self.device)
+        self._pool = torch.cuda.graph_pool_handle()  # of all graphs: they are replayed one after the other
+
+    @contextlib.contextmanager
+    def stream(self):
+        before = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            yield
+        before.wait_stream(self._stream)
 
     def ready(self, run):
-        stream = torch.cuda.Stream(self.device)  # backward passes run on the stream that first used the parameters
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        with self.stream():
             for _ in range(3):  # compilation, autotuning, lazy initialisation
                 run()
-        torch.cuda.synchronize(self.device)
-        graph = self._captured(run, stream) if self.graphs else None
-        if graph is None:
-            return Timed(lambda n: self._samples(run, n), "cuda events")
-        return Timed(lambda n: self._samples(graph.replay, n), "cuda graph")
-
-    def host(self, run, calls=20, samples=5):
-        """What a call costs the CPU that launches it: calls in a row without waiting for the device."""
-        times = []
-        for _ in range(samples):
             torch.cuda.synchronize(self.device)
-            start = time.perf_counter()
-            for _ in range(calls):
+            graph = self._captured(run) if self.graphs and not waits(run) else None
+        call, method = (run, "cuda events") if graph is None else (graph.replay, "cuda graph")
+        return Timed(functools.partial(self._samples, call), method)
+
+    def host(self, run, samples=20):
+        """What a call costs the CPU that launches it, the device idle: it may queue about a thousand launches."""
+        times = []
+        with self.stream():
+            for _ in range(samples):
+                torch.cuda.synchronize(self.device)
+                start = time.perf_counter()
                 run()
-            times.append((time.perf_counter() - start) / calls * 1e6)
-        torch.cuda.synchronize(self.device)
+                times.append((time.perf_counter() - start) * 1e6)
+            torch.cuda.synchronize(self.device)
         return percentiles(times)
 
-    def _captured(self, run, stream):
+    def _captured(self, run):
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            graph.capture_begin(pool=self._pool)
+            try:
                 run()
-        except RuntimeError:  # host synchronisation, autograd on another stream: some calls cannot be captured
+            finally:
+                graph.capture_end()
+        except RuntimeError:  # what must not be captured is timed as it is
             torch.cuda.synchronize(self.device)
+            self._recover()
             return None
         return graph
 
+    def _recover(self):
+        """After a capture that failed torch goes on as if inside it: no memory is given back, nothing is random."""
+        number = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with contextlib.suppress(RuntimeError):  # unless it got as far as that itself
+            torch._C._cuda_endAllocateToPool(number, self._pool)
+            torch._C._cuda_releasePool(number, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        stuck = torch.cuda.default_generators[number]
+        fresh = torch.Generator(stuck.device).manual_seed(stuck.initial_seed())
+        stuck.graphsafe_set_state(fresh.graphsafe_get_state())
+
     def _samples(self, run, count):
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for start, end in pairs:
-            self.flushed.zero_()  # also keeps the device busy while the host enqueues what follows
-            start.record()
-            run()
-            end.record()
+        with self.stream():
+            for start, end in pairs:
+                self.flushed.zero_()  # also keeps the device busy while the host enqueues what follows
+                start.record()
+                run()
+                end.record()
         torch.cuda.synchronize(self.device)
         return [1e3 * start.elapsed_time(end) for start, end in pairs]
+
+
+def waits(run):
+    """Whether a call waits for the GPU, as by `.item()`: then a capture of it would fail, and damage torch's state."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def clock_for(device, graphs=True):

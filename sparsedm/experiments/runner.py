@@ -2,13 +2,14 @@
 
     OUT/results.csv                     every measurement, one a row; the tables and pictures are made of it alone
     OUT/seed-0/base/                    the dense network that all runs of this seed start from
-    OUT/seed-0/RUN/                     a chain's folder: stages with checkpoints and metrics
+    OUT/seed-0/RUN/                     a chain's folder: stages with checkpoints and metrics, and samples.png
     OUT/report.md  *.png                see `report.py`
 
 To resume, run the same command again: finished runs are read from results.csv, a run that was cut goes on. With
 --minutes it cuts itself in time, and leaves the report of what is finished.
 """
 
+import bisect
 import math
 import os
 import re
@@ -20,27 +21,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sparsedm import diffusion, evaluate, pictures, samplers
+from sparsedm import diffusion, evaluate, pictures
 from sparsedm.bench.environment import stamp
 from sparsedm.commands import amp_of, load_images
 from sparsedm.errors import InputError
-from sparsedm.experiments import report
+from sparsedm.experiments import measures, report
 from sparsedm.experiments.plans import EXPERIMENTS, SCALES, planned
 from sparsedm.experiments.report import FLIPS
 from sparsedm.experiments.results import STAMPED, read, write
-from sparsedm.features import load_features, to_uint8
+from sparsedm.features import load_features
 from sparsedm.files import cache_folder
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import sparsify
-from sparsedm.train import checkpoint, data
+from sparsedm.train import checkpoint
 from sparsedm.train.chain import Stage, StageResult, run_chain
-from sparsedm.train.loop import Interrupted, OutOfTime, train
-from sparsedm.train.metrics import read_metrics, usual_speed, weight_distance
+from sparsedm.train.loop import Interrupted, train
+from sparsedm.train.metrics import read_metrics, usual_speed
 
-LEVELS = 12  # noise levels of the validation curve
 POINTS = 12  # of the validation loss over a run, at least
-SAMPLED = 500  # images at a time; between two batches the deadline is looked at
 SHOWN = 64  # images in a run's picture
 RESERVE = 40  # seconds of --minutes for what is left after the deadline: a record, a checkpoint, the report
 LOGGED = {  # a log's record: what it is called in the results
@@ -154,9 +153,10 @@ class _Work:
         results = self.train(seed, run, base)
         seconds, trained = sum(result.result.seconds for result in results), time.perf_counter()
         network = results[-1].ema
-        with self.autocast:
-            images = self.sample(seed, network)
-            measured = self.measure(network, images, base)
+        images = measures.draw(network, self.scale, seed, self.autocast, self.deadline)
+        measured = measures.measure(
+            network, images, self.validation, self.reference, self.features, base.ema, self.autocast
+        )
         shown = images[:SHOWN].split(16)
         pictures.save_grid(self._folder(seed, run.name) / "samples.png", [("", row) for row in shown])
         measured["images"] = [(None, sum(s.steps for s in run.stages) * self.scale.options.batch_size)]
@@ -234,52 +234,6 @@ class _Work:
     def _record(self):
         return {"data": self.scale.data}
 
-    def sample(self, seed, network):
-        """uint8 images of a finished network, for all runs of a seed from the same noise."""
-        config, count, images = network.config, self.scale.samples, []
-        labels = torch.arange(count) % config.num_classes if config.num_classes else None
-        for start in range(0, count, SAMPLED):
-            if time.monotonic() >= self.deadline:
-                raise OutOfTime(f"while a finished run of seed {seed} was sampled, which will be done again")
-            size = min(SAMPLED, count - start)
-            drawn = samplers.sample(
-                network,
-                diffusion.schedule_of(network),
-                size,
-                (config.channels, config.image_size, config.image_size),
-                steps=self.scale.sampling_steps,
-                seed=seed,
-                start=start,
-                y=None if labels is None else labels[start : start + size],
-                clip=1.0,
-            )
-            images.append(to_uint8(drawn).cpu())
-        return torch.cat(images)
-
-    def measure(self, network, images, base):
-        """{measure: [(x, value)]} of a finished network and its images; x is None where there is no axis."""
-        config, schedule = network.config, diffusion.schedule_of(network)
-        x, y = data.batch(self.validation.to(self.device), torch.arange(len(self.validation)))
-        y = y if config.num_classes else None
-        times = schedule.training_time((torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS)
-        curve = diffusion.validation_loss(network, x, schedule, y=y, times=times)
-        distances = evaluate.evaluate(images, self.reference, self.features)
-        totals, distance = inspect(network).totals(), weight_distance(network, base.ema)
-        return {
-            "validation loss": [(None, diffusion.validation_loss(network, x, schedule, y=y))],
-            "validation images": [(None, len(x))],
-            "loss at noise level": list(zip((times / schedule.last).tolist(), curve.tolist())),
-            "Fréchet distance": [(None, distances["frechet_distance"])],
-            "kernel distance": [(None, distances["kernel_distance"])],
-            "precision": [(None, distances["precision"])],
-            "recall": [(None, distances["recall"])],
-            "samples": [(None, distances["count"])],
-            "reference images": [(None, distances["reference_count"])],
-            "parameters": [(None, totals["parameters_after"])],
-            "MACs": [(None, totals["macs_after"])],
-            "distance to dense weights": [(None, math.nan if distance is None else distance)],
-        }
-
     def _logged(self, results, before):
         """Curves over the images seen since the dense start, which was `before` steps into the run, from its logs."""
         curves, start = {}, -before * self.scale.options.batch_size
@@ -306,7 +260,10 @@ def small_config(config):
     def totals(network):
         return inspect(network).totals()
 
+    def macs(dim):
+        return totals(build_model({**config, "dim": dim}, device="meta"))["macs"]
+
     target = totals(sparsify(build_model(config, device="meta"), "2:4"))["macs_after"]
     widths = range(config["heads"], config["dim"], config["heads"])
-    distance = {dim: abs(totals(build_model({**config, "dim": dim}, device="meta"))["macs"] - target) for dim in widths}
-    return {**config, "dim": min(distance, key=distance.get)}
+    above = min(bisect.bisect_left(widths, target, key=macs), len(widths) - 1)
+    return {**config, "dim": min(widths[max(above - 1, 0) : above + 1], key=lambda dim: abs(macs(dim) - target))}

@@ -90,7 +90,8 @@ def _checked(config_class, options):
         if name not in types:
             raise InputError(f"unknown model option {name!r}: one of {', '.join(types)}")
         if not _fits(value, types[name]):
-            raise InputError(f"model option {name}={value!r}: must be of type {types[name].__name__}")
+            such_as = {bool: ", true or false", tuple: ", whole numbers such as [1,2]"}.get(types[name], "")
+            raise InputError(f"model option {name}={value!r}: must be of type {types[name].__name__}{such_as}")
     return options
 
 

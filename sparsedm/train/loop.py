@@ -32,15 +32,16 @@ class Interrupted(Exception):
 
     def __init__(self, signum, step, folder):
         super().__init__(f"stopped at step {step} and saved in {folder}; to resume, run the same command again")
-        self.exit_code = 128 + signum
+        self.step, self.folder, self.exit_code = step, folder, 128 + signum
 
 
 class OutOfTime(Interrupted):
     """A deadline has passed, and what was done until then is saved. exit_code: 3, as of the benchmarks."""
 
+    exit_code = 3
+
     def __init__(self, where):
         Exception.__init__(self, f"time was up {where}; to go on, run the same command again")
-        self.exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def train(
                     shown["of dense"] = f"{entry['speed_to_dense']:.2f}"
                 bar.set_postfix(shown, refresh=False)
                 out_of_time = not last and late()
-                if due_save or out_of_time:
+                if due_save:
                     saved = keep()
                 if out_of_time and not stopping:
                     raise OutOfTime(f"after step {step}, which is saved in {folder}")
