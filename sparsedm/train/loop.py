@@ -236,7 +236,7 @@ def train(
                     shown["of dense"] = f"{entry['speed_to_dense']:.2f}"
                 bar.set_postfix(shown, refresh=False)
                 out_of_time = not last and late()
-                if due_save:
+                if due_save or out_of_time:
                     saved = keep()
                 if out_of_time and not stopping:
                     raise OutOfTime(f"after step {step}, which is saved in {folder}")

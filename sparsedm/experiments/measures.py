@@ -1,0 +1,76 @@
+"""What is measured of a finished network: its samples, their distances to real images, its losses and its size.
+
+Networks run in the precision that they were trained in; features and distances are exact.
+"""
+
+import math
+import time
+
+import torch
+
+from sparsedm import diffusion, evaluate, samplers
+from sparsedm.features import to_uint8
+from sparsedm.inspection import inspect
+from sparsedm.train import data
+from sparsedm.train.loop import OutOfTime
+from sparsedm.train.metrics import weight_distance
+
+LEVELS = 12  # noise levels of the validation curve
+BATCH = 500  # images drawn at a time; between two batches the deadline is looked at
+
+
+def draw(network, scale, seed, autocast, deadline=math.inf):
+    """uint8 (scale.samples, C, H, W) on the CPU, the same noise and labels for every network.
+
+    autocast: a torch.autocast to run in. deadline: of time.monotonic(). Raises: OutOfTime.
+    """
+    config, count, images = network.config, scale.samples, []
+    labels = torch.arange(count) % config.num_classes if config.num_classes else None
+    for start in range(0, count, BATCH):
+        if time.monotonic() >= deadline:
+            raise OutOfTime(f"after {start} of {count} samples of a trained run, which will be drawn again")
+        size = min(BATCH, count - start)
+        with autocast:
+            drawn = samplers.sample(
+                network,
+                diffusion.schedule_of(network),
+                size,
+                (config.channels, config.image_size, config.image_size),
+                steps=scale.sampling_steps,
+                seed=seed,
+                start=start,
+                y=None if labels is None else labels[start : start + size],
+                clip=1.0,
+            )
+        images.append(to_uint8(drawn).cpu())
+    return torch.cat(images)
+
+
+def measure(network, images, validation, reference, features, dense, autocast):
+    """{measure: [(x, value)]} of a network and its `images`; x is None where there is no axis.
+
+    validation: ImageSet. reference, features: as for `evaluate.evaluate`. dense: what the network's weights were.
+    """
+    schedule, device = diffusion.schedule_of(network), next(network.parameters()).device
+    x, y = data.batch(validation.to(device), torch.arange(len(validation)))
+    y = y if network.config.num_classes else None
+    times = schedule.training_time((torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS)
+    with autocast:
+        loss = diffusion.validation_loss(network, x, schedule, y=y)
+        curve = diffusion.validation_loss(network, x, schedule, y=y, times=times)
+    distances = evaluate.evaluate(images, reference, features)
+    totals, distance = inspect(network).totals(), weight_distance(network, dense)
+    return {
+        "validation loss": [(None, loss)],
+        "validation images": [(None, len(x))],
+        "loss at noise level": list(zip((times / schedule.last).tolist(), curve.tolist())),
+        "Fréchet distance": [(None, distances["frechet_distance"])],
+        "kernel distance": [(None, distances["kernel_distance"])],
+        "precision": [(None, distances["precision"])],
+        "recall": [(None, distances["recall"])],
+        "samples": [(None, distances["count"])],
+        "reference images": [(None, distances["reference_count"])],
+        "parameters": [(None, totals["parameters_after"])],
+        "MACs": [(None, totals["macs_after"])],
+        "distance to dense weights": [(None, math.nan if distance is None else distance)],
+    }
