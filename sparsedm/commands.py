@@ -1,4 +1,4 @@
-"""`sparsedm train` and `sparsedm inspect`, and what other commands share with them: which model, which images, the plan.
+"""`sparsedm train` and `inspect`, and what other commands share with them: which model, which images, the plan.
 
 A command is a function of the parsed command line (`cli.py`). Bad input raises InputError.
 """

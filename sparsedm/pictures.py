@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsedm.errors import InputError
@@ -71,6 +72,10 @@ def plot_losses(path, stages, batch_size, title=""):
             axes.plot(*zip(*validated), "o", color=colour, markeredgecolor="white")
         start = seen[-1] if seen else start
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("images seen")
     axes.set_ylabel("noise-prediction loss")
     axes.set_title(title, loc="left")

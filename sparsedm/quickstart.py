@@ -14,11 +14,12 @@ from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
 from sparsedm.inspection import inspect
-from sparsedm.models import build_model
+from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import compress, sparsify
 from sparsedm.train import checkpoint, data
 from sparsedm.train.chain import Stage, run_chain
 from sparsedm.train.loop import TrainOptions
+from sparsedm.train.synthetic import CLASSES
 
 TRANSFER = {"teacher": "dense", "w_kd": 0.1, "decay": 2e-4}
 
@@ -98,48 +99,27 @@ def quickstart(options):
     samples.png, loss.png, layers.png, report.md, report.json.
     """
     started = time.perf_counter()
-    recipe = SYNTHETIC if options.data == "synthetic" else REAL
-    folder = Path(
-        options.run or "runs/quickstart" + ("" if options.data == "synthetic" else f"-{Path(options.data).stem}")
-    )
+    drawn = options.data == "synthetic"
+    recipe, note = (SYNTHETIC, SYNTHETIC_NOTE) if drawn else (REAL, REAL_NOTE)
+    folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(options.data).resolve().stem}")
     training = replace(recipe.options, seed=options.seed, amp=amp_of(options.device))
-    config = build_model("uvit-tiny", device="meta", **recipe.model).config
-    if options.dry_run:
-        network = build_model("uvit-tiny", device="meta", **recipe.model)
+    if options.dry_run:  # how many classes other images have is not known before they are read
+        classes = len(CLASSES) if drawn else 0
+        network = build_model("uvit-tiny", device="meta", **recipe.model, num_classes=classes)
         show_plan(recipe.stages, training, network, folder)
         return
-    images = load_images(options.data, "train", config.image_size)
-    validation = load_images(options.data, "test", config.image_size, limit=1024)
+    size = model_config("uvit-tiny", **recipe.model).image_size
+    images = load_images(options.data, "train", size)
+    validation = load_images(options.data, "test", size, limit=1024)
     if images.is_latent:
         raise InputError(f"data {options.data} holds latents, of which no picture can be shown: use sparsedm train")
     torch.set_num_threads(min(recipe.threads, torch.get_num_threads()))
-    torch.manual_seed(options.seed)
-    channels, classes = images.images.shape[1], len(images.class_names)
-    model = build_model("uvit-tiny", **recipe.model, channels=channels, num_classes=classes)
-    print(f"training {' -> '.join(s.pattern for s in recipe.stages)} on {len(images):,} images of {images.source}")
-    results = run_chain(
-        model,
-        recipe.stages,
-        images,
-        diffusion.schedule_of(model),
-        training,
-        folder,
-        validation=validation,
-        record={"data": options.data},
-        device=options.device,
-    )
+    results = _train(recipe, training, images, validation, folder, options)
     networks = _networks(results)
     checkpoint.save_model(folder / "one-shot-2of4.safetensors", networks["one-shot 2:4"])
     checkpoint.save_model(folder / "chain-2of4-compressed.safetensors", compress(networks["chain 2:4"]))
     rows, samples = _measure(networks, results, recipe, images, validation, options)
-
-    shown = {"real": images.images[:: max(1, len(images) // SHOWN)]} | {
-        name: samples[name] for name in ("dense", "one-shot 2:4", "chain 2:4")
-    }
-    pictures.save_grid(folder / "samples.png", [(name, shown[name][:SHOWN]) for name in shown])
-    curves = [(r.stage.pattern, r.metrics) for r in results]
-    pictures.plot_losses(folder / "loss.png", curves, training.batch_size, f"quickstart on {images.source}")
-    inspect(networks["chain 2:4"]).plot(folder / "layers.png", "chain 2:4: parameters per layer, before and after")
+    _draw(folder, networks, results, samples, images, training)
     report = {
         "data": options.data,
         "images": len(images),
@@ -151,10 +131,50 @@ def quickstart(options):
     }
     write_json(folder / "report.json", report)
     table = _table(rows)
-    note = SYNTHETIC_NOTE if recipe is SYNTHETIC else REAL_NOTE
     write_text(folder / "report.md", _markdown(report, table, note))
     print(f"\n{table}\n\n{note}\n")
     print(f"look at {folder / 'samples.png'} first, then loss.png, layers.png and report.md beside it")
+
+
+def _train(recipe, training, images, validation, folder, options):
+    """[StageResult] of the recipe's chain."""
+    torch.manual_seed(options.seed)
+    channels, classes = images.images.shape[1], len(images.class_names)
+    model = build_model("uvit-tiny", **recipe.model, channels=channels, num_classes=classes)
+    print(f"training {' -> '.join(s.pattern for s in recipe.stages)} on {len(images):,} images of {images.source}")
+    return run_chain(
+        model,
+        recipe.stages,
+        images,
+        diffusion.schedule_of(model),
+        training,
+        folder,
+        validation=validation,
+        record={"data": options.data},
+        device=options.device,
+    )
+
+
+def _draw(folder, networks, results, samples, images, training):
+    """The pictures in the folder."""
+    rows = [("real", _real_row(images))]
+    rows += [(name, samples[name][:SHOWN]) for name in ("dense", "one-shot 2:4", "chain 2:4")]
+    pictures.save_grid(folder / "samples.png", rows)
+    curves = [(r.stage.pattern, r.metrics) for r in results]
+    pictures.plot_losses(folder / "loss.png", curves, training.batch_size, f"quickstart on {images.source}")
+    inspect(networks["chain 2:4"]).plot(folder / "layers.png", "chain 2:4: parameters per layer, before and after")
+
+
+def _real_row(images):
+    """SHOWN real images, above samples of the same class each where there are classes."""
+    classes = len(images.class_names)
+    if not classes:
+        return images.images[:: max(1, len(images) // SHOWN)][:SHOWN]
+    chosen = []
+    for column in range(SHOWN):
+        alike = (images.labels == column % classes).nonzero().flatten()
+        chosen.append(alike[column // classes % len(alike)] if len(alike) else column % len(images))
+    return images.images[torch.tensor(chosen)]
 
 
 def _networks(results):
@@ -177,7 +197,7 @@ def _measure(networks, results, recipe, images, validation, options):
     rows, samples = [], {}
     for name, network in networks.items():
         schedule = diffusion.schedule_of(network)
-        print(f"sampling and measuring: {name}", flush=True)
+        print(f"sampling and measuring: {name}")
         samples[name] = to_uint8(
             samplers.sample(
                 network,
@@ -246,7 +266,7 @@ images: `sparsedm train --method dense` gives the control.)
 
 | file | what |
 |---|---|
-| samples.png | rows: real, dense, one-shot 2:4, chain 2:4; each column starts from the same noise |
+| samples.png | rows: real, dense, one-shot 2:4, chain 2:4; a column is one class and, of the networks, one noise |
 | loss.png | noise-prediction loss over images seen, one colour per stage |
 | layers.png | parameters per layer of the 2:4 network, before and after |
 | report.json | all numbers |

@@ -1,18 +1,22 @@
 """The commands as a user runs them, on the smallest possible jobs."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sparsedm import commands
 from sparsedm.cli import main
 from sparsedm.drawing import family_of
-from sparsedm.models import build_model
+from sparsedm.models import MODELS, build_model
 from sparsedm.stepaware import Strategy
 from sparsedm.train import data
 from sparsedm.train.checkpoint import load_model, save_model
+from sparsedm.train.methods import METHODS
 
 TINY = ["--set", "image_size=8", "--set", "dim=32", "--set", "depth=2", "--set", "heads=2", "--set", "num_classes=6"]
 
@@ -266,6 +270,16 @@ def test_inspect_prints_the_published_totals(where, tmp_path, capsys):
     assert chart.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_inspect_names_the_chart_after_what_it_shows(trained, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "mine.safetensors", build_model("uvit-tiny"))
+    monkeypatch.chdir(tmp_path)
+    assert run("inspect", "mine.safetensors", "--pattern", "2:4") == 0
+    assert (tmp_path / "mine-2of4-layers.png").exists()
+    monkeypatch.chdir(trained)
+    assert run("inspect", ".") == 0
+    assert (trained / f"{trained.name}-layers.png").exists()
+
+
 def test_inspect_reads_a_run_folder(trained, tmp_path, capsys):
     assert run("inspect", trained, "--plot", tmp_path / "a.png", "--json", tmp_path / "a.json") == 0
     assert "2:4" in capsys.readouterr().out
@@ -274,7 +288,9 @@ def test_inspect_reads_a_run_folder(trained, tmp_path, capsys):
 
 def test_quickstart_dry_run_prints_the_plan(capsys):
     assert run("quickstart", "--dry-run") == 0
-    assert "3:4" in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert "3:4" in plan
+    assert "1,065,711" in plan, "the network that is trained: with its classes"
 
 
 def _not_an_image_archive(folder):
@@ -302,6 +318,18 @@ BAD = {
     "negative seed": (["train", "--data", "synthetic", "--seed", "-1"], "'-1' is not a whole number"),
     "device not served": (["quickstart", "--device", "mps"], "'mps' is not served"),
     "where without pattern": (["inspect", "--model", "uvit-tiny", "--where", "qkv"], "give one with --pattern"),
+    "no batch": (["inspect", "--model", "uvit-tiny", "--batch", "0"], "batch 0: must be at least 1"),
+    "no chart": (
+        ["inspect", "--model", "uvit-tiny", "--plot", "x.txt"],
+        "x.txt must end in .png, .jpg, .jpeg or .webp",
+    ),
+    "numbers in a folder": (["inspect", "--model", "uvit-tiny", "--json", "."], "cannot write .: it is a folder"),
+    "more bytes than there are": (
+        ["inspect", "--model", "uvit-tiny", "--set", "image_size=1000000000"],
+        "not enough memory (Storage size calculation overflowed",
+    ),
+    "no flag": (["inspect", "--model", "uvit-tiny", "--set", "velocity=yes"], "must be of type bool, true or false"),
+    "guidance without end": (["sample", "{folder}", "--guidance", "nan"], "argument --guidance: nan is not a finite"),
 }
 
 
@@ -318,11 +346,49 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name, tmp_path, capsys):
     assert not (places["folder"] / "run").exists(), "a refused command must leave nothing behind"
 
 
+@pytest.mark.parametrize("lacking", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), 2**62], ids=repr)
+def test_a_lack_of_memory_is_one_sentence(lacking, monkeypatch, tmp_path, capsys):
+    def train(*_, **__):
+        if isinstance(lacking, Exception):
+            raise lacking
+        torch.empty(lacking, dtype=torch.uint8)  # torch's own refusal, on a CPU
+
+    monkeypatch.setattr(commands, "run_chain", train)
+    assert run("train", "--data", "synthetic", "--set", "image_size=12", "--run", tmp_path / "run") == 2
+    assert "not enough memory (" in capsys.readouterr().err
+
+
+def test_a_defect_is_not_a_lack_of_memory(monkeypatch, tmp_path):
+    def train(*_, **__):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(commands, "run_chain", train)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run("train", "--data", "synthetic", "--set", "image_size=12", "--run", tmp_path / "run")
+
+
+def test_output_reaches_a_pipe_at_once_and_in_any_encoding(monkeypatch, tmp_path):
+    class Pipe(io.BytesIO):
+        lines = 0
+
+        def write(self, piece):
+            self.lines += 1
+            return super().write(piece)
+
+    pipe = Pipe()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, encoding="ascii"))
+    assert run("inspect", "--model", "uvit-tiny", "--plot", tmp_path / "wei\udcffß.png") == 0
+    assert b"wei\\udcff\\xdf.png\n" in pipe.getvalue()
+    assert pipe.lines > 1, "one write at the end of the command would come too late for who is waiting"
+
+
 @pytest.mark.parametrize("command", ["", "train", "sample", "evaluate", "inspect", "quickstart"])
 def test_help_teaches(command, capsys):
     assert run(*filter(None, [command]), "--help") == 0
     text = capsys.readouterr().out
     assert "examples" in text or not command
+    assert all(name in text for name in MODELS) or "--model" not in text, "a name cut at a hyphen cannot be copied"
+    assert all(f"  {name}: " in text for name in METHODS) or "--method" not in text, "a line for each"
     assert ("--seed" in text) == (command not in ("", "inspect")), "an option is there where it does something"
 
 

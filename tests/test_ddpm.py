@@ -256,7 +256,7 @@ def test_bfloat16_weights_and_autocast_run():
     ("overrides", "message"),
     [
         ({"image_size": 30}, "image_size=30: cannot be halved 2 times"),
-        ({"attention": (16, 5)}, r"attention=\(16, 5\): the resolutions are \(32, 16, 8\)"),
+        ({"attention": (16, 5)}, r"attention=\(16, 5\): must be among the resolutions \(32, 16, 8\)"),
         ({"groups": 5}, "width=32: must be even, over 2 and a multiple of groups=5"),
         ({"width": 2, "groups": 1}, "width=2: must be even, over 2"),
         ({"multipliers": ()}, r"multipliers=\(\): must be one or more"),

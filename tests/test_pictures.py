@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sparsedm.errors import InputError
@@ -42,3 +43,15 @@ def test_losses_are_drawn_one_stage_after_the_other(tmp_path, monkeypatch):
     plot_losses(tmp_path / "loss.png", [("dense", dense), ("2:4", sparse)], batch_size=10)
     assert drawn == [[10, 20], [10, 20], [20], [50], [50]]
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_losses_are_read_in_plain_numbers(tmp_path, monkeypatch):
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k))[1])
+    plot_losses(
+        tmp_path / "loss.png", [("dense", [{"step": 1, "noise_loss": 0.3}, {"step": 2, "noise_loss": 0.02}])], 9000
+    )
+    axes = saved[0].axes[0]
+    assert {"0.02", "0.05", "0.1", "0.2"} <= {label.get_text() for label in axes.get_yticklabels()}
+    assert "10,000" in {label.get_text() for label in axes.get_xticklabels()}

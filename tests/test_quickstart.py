@@ -10,6 +10,7 @@ import torch
 from sparsedm import quickstart
 from sparsedm.cli import main
 from sparsedm.train.chain import Stage
+from sparsedm.train.data import load
 
 
 @pytest.fixture
@@ -50,6 +51,16 @@ def test_the_networks_it_leaves_can_be_sampled_and_a_rerun_changes_nothing(few_s
         assert out.exists()
     assert main(["quickstart", "--run", str(tmp_path)]) == 0
     assert (tmp_path / "samples.png").read_bytes() == before
+
+
+def test_a_column_shows_one_class(few_steps):
+    images = load("synthetic", size=12)
+    shown = quickstart._real_row(images)
+    matches = (images.images[None] == shown[:, None]).flatten(2).all(2).int().argmax(1)
+    assert images.labels[matches].tolist() == [column % 5 for column in range(quickstart.SHOWN)]
+    assert len(shown.unique(dim=0)) == quickstart.SHOWN
+    assert len(quickstart._real_row(replace(images, labels=images.labels.clamp(max=3)))) == quickstart.SHOWN
+    assert len(quickstart._real_row(replace(images, labels=None, class_names=()))) == quickstart.SHOWN
 
 
 def test_latents_are_refused(tmp_path, capsys):

@@ -55,6 +55,12 @@ def test_a_writing_cut_short_leaves_no_index(tmp_path, monkeypatch):
     assert not index.exists()
 
 
+def test_an_index_that_cannot_be_replaced_is_one_sentence(tmp_path):
+    (tmp_path / "m.safetensors.index.json").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*m\.safetensors\.index\.json: "):
+        write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
+
+
 def test_tied_weights_are_written_under_both_names(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight

@@ -54,7 +54,7 @@ class DDPMConfig:
         if self.image_size % 2 ** (len(self.multipliers) - 1):
             raise InputError(f"DDPM image_size={self.image_size}: cannot be halved {len(self.multipliers) - 1} times")
         if not set(self.attention) <= set(self.resolutions):
-            raise InputError(f"DDPM attention={self.attention}: the resolutions are {self.resolutions}, only these")
+            raise InputError(f"DDPM attention={self.attention}: must be among the resolutions {self.resolutions}")
         if self.width % self.groups or self.width % 2 or self.width < 4:
             raise InputError(f"DDPM width={self.width}: must be even, over 2 and a multiple of groups={self.groups}")
         if not 0 <= self.dropout < 1:
