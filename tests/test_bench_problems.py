@@ -75,6 +75,7 @@ def test_data_are_random_without_zeros_and_the_mask_is_2_4(case):
     assert torch.equal(problem.masked, masked(problem.weight))
     assert holds(group_view(problem.masked), Pattern(2, 4))
     assert (problem.masked != 0).float().mean() == 0.5
+    assert not torch.signbit(problem.masked[problem.masked == 0]).any(), "-0.0 is not zero to every compressor"
     again = kind(shape, mode, torch.float32, "cpu", seed=1)
     assert torch.equal(problem.weight, again.weight)
     assert not torch.equal(problem.weight, kind(shape, mode, torch.float32, "cpu", seed=2).weight)
@@ -95,6 +96,14 @@ def test_the_backward_alone_is_repeated_on_one_forward():
     assert len(first) == 3
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert len(calls) == 1
+
+
+def test_a_pass_over_masks_is_charged_with_all_that_it_writes():
+    problem = MaskProblem(LINEAR, "choose", torch.bfloat16, "cpu")
+    bytes_of = {p.name: p.traffic(problem) / (24 * 36) for p in PROVIDERS["mask"]}
+    assert bytes_of["dense"] == 4 + 2
+    assert bytes_of["sparsedm choose"] == 4 + 2 + 1, "its mask is of bool"
+    assert bytes_of["sparsedm choose + pack"] == 4 + 2 + 1 / 8 + (1 + 1 / 8), "bits; half the values, 2 bits of each"
 
 
 def test_operations_and_bytes():

@@ -8,7 +8,7 @@ from torch.sparse._semi_structured_conversions import _sparse_semi_structured_ti
 
 from sparsedm.bench import providers, rival_tilelang
 from sparsedm.bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
-from sparsedm.bench.providers import DENSE, DenseCompiled, Rival, Sparse24
+from sparsedm.bench.providers import DENSE, MOST_OF_FEW, DenseCompiled, Rival, Sparse24
 from sparsedm.bench.rival_tilelang import TILES, TileLang
 from sparsedm.bench.rivals import (
     PROVIDERS,
@@ -107,35 +107,66 @@ def test_rules_of_the_rivals(provider, problem, reason):
     assert provider.supports(problem) == reason
 
 
+def test_the_kernel_for_few_rows_is_not_tried_with_many():
+    problem = LinearProblem(LinearShape("m", "l", MOST_OF_FEW + 8, 16, 16), "plain", torch.float32, "cpu")
+    assert (
+        Sparse24("few").supports(problem) == "264 rows: it is made for few, and with more than 256 would only cost time"
+    )
+
+
 def test_a_torch_without_cusparselt_is_recorded(monkeypatch):
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     assert CuSparseLt().supports(OnPaper()) == "this torch has no cuSPARSELt"
 
 
-def test_wrong_algorithms_are_left_out_of_the_tuning(monkeypatch):
-    """The library is played by torch: algorithm 1 is wrong, 4 does not exist."""
-    problem = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu")
+class Library:
+    """Plays cuSPARSELt with torch, on an sm_90 or an older GPU: numbers 0 to 4, of which 1 is wrong and 3 unable."""
 
-    def library(compressed, columns, bias, transpose_result, alg_id, split_k, split_k_mode):
+    def __init__(self, monkeypatch, sm_90=True, found=(2, 1, 0)):
+        self.sm_90, self.found = sm_90, found
+        monkeypatch.setattr(torch, "_cslt_sparse_mm", self.product)
+        bindings = types.SimpleNamespace(mm_search=self.search)
+        monkeypatch.setattr(torch._C, "_cusparselt", bindings, raising=False)
+
+    def search(self, compressed, columns, bias, alpha, out_dtype, transpose_result):
+        """-> (number, parts of K, mode, the largest number)."""
+        return *self.found, 4
+
+    def product(self, compressed, columns, bias, transpose_result, alg_id, split_k, split_k_mode):
         assert transpose_result
-        assert (split_k == 1) == (split_k_mode == -1)
-        if alg_id == 4 or split_k == 4:
-            raise RuntimeError("no such algorithm")
-        wrong = alg_id == 1 or (split_k, split_k_mode) == (2, 1)
+        if alg_id == 3 or alg_id > 4 or split_k not in ((1, -1) if self.sm_90 else (1, 2, 4)):
+            raise RuntimeError("cuSPARSELt: not supported")
+        assert split_k < 2 or split_k_mode in (1, 2), "what torch hands on as the mode of a split"
+        wrong = alg_id == 1 or (split_k, split_k_mode) == (4, 2)
         return (columns.t() @ compressed.t() + bias) * (1.01 if wrong else 1)
 
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", library)
-    tuned = CuSparseLtTuned()
+
+def test_an_algorithm_that_is_wrong_or_unable_is_left_out_of_the_tuning(monkeypatch):
+    problem, tuned = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu"), CuSparseLtTuned()
+    Library(monkeypatch, found=(4, -1, 3))
     best, right, wrong = tuned.search(problem, problem.masked)
-    whole = best.number
-    assert list(right) == [Algorithm(0), Algorithm(2), Algorithm(3), Algorithm(whole, 2, 0)]
-    assert wrong == [Algorithm(1), Algorithm(whole, 2, 1)]
+    assert set(right) == {Algorithm(number, parts) for number in (0, 2, 4) for parts in (1, -1)} | {Algorithm(4, -1, 3)}
+    assert best in right
+    assert wrong == [Algorithm(1), Algorithm(1, -1)]
     bound = tuned.bind(problem, problem.masked)
-    assert "of 6; wrong results: 1, " in bound.detail
+    assert bound.detail.endswith("of 9; wrong results: 1, 1 split -1 mode -1")
     assert problem.check(bound.run(), sparse=True).right
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **k: library(*a, **k) + 1)
-    with pytest.raises(RuntimeError, match="none of its 4 algorithms gives a right result"):
-        tuned.search(problem, problem.masked)
+
+
+def test_on_an_older_gpu_the_fastest_algorithm_is_split_in_each_way(monkeypatch):
+    problem = LinearProblem(SHAPE, "plain", torch.float32, "cpu")
+    Library(monkeypatch, sm_90=False)
+    _, right, wrong = CuSparseLtTuned().search(problem, problem.masked)
+    assert {(a.split_k, a.mode) for a in right} == {(1, -1), (1, 0), (2, 1), (4, 1), (2, 2)}
+    assert {(a.split_k, a.mode) for a in wrong} == {(1, -1), (4, 2)}
+
+
+def test_without_a_right_algorithm_there_is_no_time(monkeypatch):
+    problem = LinearProblem(SHAPE, "plain", torch.float32, "cpu")
+    library = Library(monkeypatch)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **k: library.product(*a, **k) + 1)
+    with pytest.raises(RuntimeError, match="none of its 9 algorithms gives a right result"):
+        CuSparseLtTuned().search(problem, problem.masked)
 
 
 def test_a_rival_with_masks_of_its_own_is_checked_against_them(monkeypatch):

@@ -40,7 +40,9 @@ def test_resume_keeps_what_is_there_and_knows_it(tmp_path):
 def test_what_was_begun_and_never_finished_is_a_failure(tmp_path):
     results, identity = Results(tmp_path / "a.csv"), {name: ROW[name] for name in ("suite", "shape", "mode", "dtype")}
     results.begin(identity)
+    results.begin(identity | {"provider": "dense"})
     (row,) = Results(tmp_path / "a.csv", resume=True).rows
+    assert row["provider"] == "dense", "the latest note, which says who was under way"
     assert (row["status"], row["reason"]) == ("failed", "the process ended in the middle of this: a crash, or a hang")
     results.add([ROW])
     assert [row["status"] for row in read(tmp_path / "a.csv")] == ["ok"], "finished: the note is gone"

@@ -1,7 +1,9 @@
+import threading
+
 import pytest
 import torch
 
-from sparsedm.bench import run
+from sparsedm.bench import measure, providers, run
 from sparsedm.bench.results import Results, read
 from sparsedm.bench.run import LAYER_SUITES, SUITES, Session, main, run_suite
 from sparsedm.errors import InputError
@@ -31,12 +33,12 @@ def test_layer_suites_measure_each_shape_in_each_mode(suite, tmp_path):
 def test_rows_are_in_the_file_before_the_next_shape_begins(tmp_path, monkeypatch):
     seen = []
 
-    def measure(suite, problem, *rest, **limits):
+    def only_notes(suite, problem, *rest, **limits):
         path = tmp_path / "r.csv"
         seen.append(len(read(path)) if path.exists() else 0)
         return [{"suite": suite, "provider": "dense", "status": "ok", **problem.columns()}]
 
-    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "measure", only_notes)
     run_suite("mask", session(tmp_path / "r.csv", "square"))
     assert seen == [1, 2, 3, 4], "the rows of those before, and the note that this one is under way"
     assert {r["status"] for r in read(tmp_path / "r.csv")} == {"ok"}
@@ -45,17 +47,73 @@ def test_rows_are_in_the_file_before_the_next_shape_begins(tmp_path, monkeypatch
 def test_a_crash_is_recorded_and_passed_over_by_resume(tmp_path, monkeypatch):
     real = run.measure
 
-    def measure(suite, problem, *rest, **limits):
+    def crashing(suite, problem, *rest, **limits):
         if problem.shape.N == 256:
             raise MemoryError("as if the process had been killed")
         return real(suite, problem, *rest, **limits)
 
-    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "measure", crashing)
     with pytest.raises(MemoryError):
         run_suite("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
     run_suite("mask", session(tmp_path / "r.csv", "square", resume=True, providers=("dense",)))
     states = {r["shape"]: r["status"] for r in read(tmp_path / "r.csv")}
     assert states == {"square 128": "ok", "square 256": "failed", "square 512": "ok", "square 1024": "ok"}
+
+
+def test_who_crashed_has_failed_and_resume_measures_the_others(tmp_path, monkeypatch):
+    def crashes(self, problem, prepared):
+        raise SystemExit("as if the process had been killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(providers.TopK, "bind", crashes)
+        with pytest.raises(SystemExit):
+            run_suite("mask", session(tmp_path / "r.csv", "square@256"))
+    run_suite("mask", session(tmp_path / "r.csv", "square@256", resume=True))
+    states = {r["provider"]: (r["status"], r["reason"]) for r in read(tmp_path / "r.csv")}
+    assert states.pop("torch topk") == ("failed", "the process ended in the middle of this: a crash, or a hang")
+    assert set(states.values()) == {("ok", "")}
+    assert len(states) == 3
+
+
+def lost(self, problem, prepared):
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_a_gpu_that_is_lost_fails_who_lost_it_and_the_process_starts_again(tmp_path, monkeypatch):
+    restarts = []
+    arguments = ["--suite", "mask", "--quick", "--shapes", "square@256,square@512", "--out", str(tmp_path / "r.csv")]
+    with monkeypatch.context() as broken:
+        broken.setattr(providers.TopK, "bind", lost)
+        for module in (measure, run):
+            broken.setattr(module, "answers", lambda device: False)
+        broken.setattr(run, "start_again", lambda module, arguments: restarts.append((module, arguments)))
+        main([*arguments, "--seconds", "1000"])
+    ((module, again),) = restarts
+    assert (module, again[:-1]) == ("sparsedm.bench.run", [*arguments, "--seconds", "1000", "--resume", "--seconds"])
+    assert 900 < int(again[-1]) <= 1000
+    (row,) = read(tmp_path / "r.csv")
+    assert (row["provider"], row["status"]) == ("torch topk", "failed")
+    assert row["reason"] == "RuntimeError: an illegal memory access was encountered"
+    assert main(again) == 0
+    names = {r["provider"] for r in read(tmp_path / "r.csv") if r["shape"] == "square 256" and r["status"] == "ok"}
+    assert names == {"dense", "sparsedm choose", "sparsedm choose + pack"}
+
+
+def test_an_error_that_the_device_survives_is_no_reason_to_start_again(tmp_path, monkeypatch):
+    def broken(*arguments, **limits):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(run, "measure", broken)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["--suite", "mask", "--quick", "--shapes", "square@256", "--out", str(tmp_path / "r.csv")])
+
+
+def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
+    late = threading.Event()
+    monkeypatch.setattr(run, "PATIENCE_WITH_COMPILER", 0.2)
+    monkeypatch.setattr(providers.Choose, "bind", lambda *_: late.wait(10) and None)
+    run_suite("mask", session(tmp_path / "r.csv", "square@256", late=late.set))
+    assert late.is_set()
 
 
 def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
@@ -68,6 +126,11 @@ def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
 def test_without_compilation_its_providers_are_left_out(tmp_path):
     run_suite("conv", session(tmp_path / "r.csv", "ddpm-tiny@1", compiled=False))
     assert {r["provider"] for r in read(tmp_path / "r.csv")} == {"dense", "sparsedm 2:4"}
+
+
+def test_modes_can_be_chosen(tmp_path):
+    run_suite("gemm", session(tmp_path / "r.csv", "square@128", providers=("dense",), modes=("epilogue",)))
+    assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"epilogue"}
 
 
 def test_a_deadline_leaves_out_and_resume_goes_on(tmp_path):
@@ -106,6 +169,7 @@ def test_the_command_line(tmp_path, capsys):
     [
         (["--suite", "speed"], f"unknown suite 'speed': one of {', '.join(SUITES)}"),
         (["--suite", "gemm", "--providers", "cublas"], "unknown providers cublas: they are CUTLASS"),
+        (["--suite", "gemm", "--modes", "fused"], "unknown modes fused: they are backward, choose, epilogue, forward"),
         (["--suite", "train", "--shapes", "dit-xl-2@1"], "a whole network is model@batch"),
         (["--suite", "conv", "--shapes", "dit-xl-2@1"], "hold no convolution layer"),
         (["--suite", "gemm", "--shapes", "sqare"], "unknown shapes 'sqare'"),

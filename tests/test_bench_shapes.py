@@ -38,6 +38,14 @@ def test_trace_computes_nothing_and_leaves_no_hook():
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
+def test_a_sweep_can_be_cut_down_to_one_number_of_rows():
+    assert [(s.M, s.N, s.K) for s in select("square@8192", LinearShape)] == [(8192, 8192, 8192)]
+    assert {s.M for s in select("grid@1024", LinearShape)} == {1024}
+    assert len(select("grid@1024", LinearShape)) == 5
+    with pytest.raises(InputError, match="hold no linear layer"):
+        select("square@8191", LinearShape)
+
+
 @pytest.mark.parametrize(
     ("name", "macs"),
     [

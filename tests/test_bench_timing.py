@@ -1,9 +1,12 @@
 """The measuring core on a clock that the test turns by hand."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 
-from sparsedm.bench.timing import SHORTEST, CpuClock, Timed, clock_for, fastest, interleaved, percentiles
+from sparsedm.bench.timing import SHORTEST, CpuClock, CudaClock, Timed, clock_for, fastest, interleaved, percentiles
 
 
 class HandClock:
@@ -40,6 +43,9 @@ class HandClock:
 
     def host(self, run):
         return None
+
+    def stream(self):
+        return contextlib.nullcontext()
 
 
 def test_percentiles_are_the_20th_50th_and_80th():
@@ -116,6 +122,126 @@ def test_a_cpu_gets_the_cpu_clock():
     assert isinstance(clock_for("cpu"), CpuClock)
 
 
+class Gpu:
+    """Plays torch.cuda for a CudaClock: a kernel takes 7 microseconds, the replay of a graph 5."""
+
+    def __init__(self, monkeypatch):
+        gpu, pools = self, iter(range(100))
+        self.stream, self.capturing, self.broken, self.strict = "default", None, False, False
+        self.ended, self.generators, self.microseconds = [], [], 0
+
+        class Stream:
+            def __init__(self, device):
+                pass
+
+            def wait_stream(self, other):
+                pass
+
+        class CUDAGraph:
+            def capture_begin(self, pool):
+                assert gpu.stream != "default"
+                gpu.capturing = pool
+
+            def capture_end(self):
+                pool, gpu.capturing, broken, gpu.broken = gpu.capturing, None, gpu.broken, False
+                if broken:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                gpu.ended.append(pool)
+
+            def replay(self):
+                gpu.microseconds += 5
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.microseconds
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3
+
+        @contextlib.contextmanager
+        def stream(chosen):
+            before, gpu.stream = gpu.stream, chosen
+            yield
+            gpu.stream = before
+
+        generator = types.SimpleNamespace(
+            device="cuda", initial_seed=lambda: 3, graphsafe_set_state=self.generators.append
+        )
+        new = types.SimpleNamespace(manual_seed=lambda seed: types.SimpleNamespace(graphsafe_get_state=lambda: seed))
+        fakes = {
+            "Stream": Stream,
+            "CUDAGraph": CUDAGraph,
+            "Event": Event,
+            "stream": stream,
+            "current_stream": Stream,
+            "current_device": lambda: 0,
+            "synchronize": lambda device: None,
+            "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=1 << 10),
+            "graph_pool_handle": lambda: next(pools),
+            "default_generators": [generator],
+            "set_sync_debug_mode": lambda mode: setattr(gpu, "strict", mode == "error"),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)  # fails where torch has no such name
+        monkeypatch.setattr(torch, "Generator", lambda device: new)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda n, pool: self.ended.append(pool), raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda n, pool: None, raising=False)
+        self.clock = CudaClock("cpu")
+
+    def launch(self):
+        assert self.stream != "default"
+        self.microseconds += 7 if self.capturing is None else 0
+
+    def wait(self):
+        """The host waits: refused by the debug mode, and fatal to a capture."""
+        if self.strict:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.broken = self.capturing is not None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+def test_a_call_is_captured_and_its_replay_timed(gpu):
+    timed = gpu.clock.ready(gpu.launch)
+    assert (timed.method, timed.samples(3)) == ("cuda graph", pytest.approx([5.0] * 3))
+    gpu.clock.ready(gpu.launch)
+    assert gpu.ended == [0, 0], "graphs share their memory: there may be hundreds"
+    assert gpu.stream == "default"
+
+
+def test_a_call_that_waits_is_timed_as_it_is_and_no_capture_is_tried(gpu):
+    timed = gpu.clock.ready(lambda: [gpu.launch(), gpu.wait()])
+    assert (timed.method, timed.samples(2)) == ("cuda events", pytest.approx([7.0] * 2))
+    assert not gpu.ended
+    assert not gpu.strict, "the debug mode is put back"
+
+
+def test_a_capture_that_fails_is_cleaned_up_after(gpu):
+    def run():
+        gpu.launch()
+        gpu.broken = gpu.capturing is not None  # what the debug mode does not know
+
+    timed = gpu.clock.ready(run)
+    assert (timed.method, timed.samples(1)) == ("cuda events", pytest.approx([7.0]))
+    assert gpu.ended == [0], "torch's allocator is out of the capture"
+    assert gpu.generators == [3], "and so are its random numbers"
+    assert gpu.stream == "default"
+    assert gpu.clock.ready(gpu.launch).method == "cuda graph"
+    assert gpu.ended == [0, 1], "into a pool without the remains of what failed"
+
+
+def test_the_host_is_timed_one_call_at_a_time(gpu):
+    calls = []
+    times = gpu.clock.host(lambda: calls.append(gpu.launch()), samples=4)
+    assert (times.count, len(calls)) == (4, 4)
+
+
 @pytest.mark.gpu
 def test_cuda_clock_times_a_copy_by_graph_and_falls_back_to_events():
     x = torch.randn(1 << 26, device="cuda")
@@ -125,3 +251,31 @@ def test_cuda_clock_times_a_copy_by_graph_and_falls_back_to_events():
     assert (copy.method, synchronizing.method) == ("cuda graph", "cuda events")
     short = interleaved({"copy": copy, "add": clock.ready(lambda: x[:1024] + 1)}, rounds=2)
     assert short["add"].p50 < short["copy"].p20
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_failed_torch_works_as_before():
+    clock, x = clock_for("cuda"), torch.ones(1 << 20, device="cuda")
+
+    def run():
+        torch.cuda.synchronize()  # forbidden in a capture, and unknown to the debug mode
+        return x + 1
+
+    stream = torch.cuda.current_stream()
+    assert clock.ready(run).method == "cuda events"
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(1000, device="cuda").std() > 0.5
+    assert clock.ready(lambda: x + 1).method == "cuda graph"
+    big = torch.empty(1 << 28, device="cuda")
+    reserved = torch.cuda.memory_reserved()
+    del big
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved - (1 << 28)
+
+
+@pytest.mark.gpu
+def test_a_backward_is_captured_with_the_forward_made_on_the_clock_s_stream():
+    clock, w = clock_for("cuda"), torch.randn(256, 256, device="cuda", requires_grad=True)
+    with clock.stream():
+        y = torch.randn(256, 256, device="cuda") @ w
+    assert clock.ready(lambda: torch.autograd.grad(y, w, y.detach(), retain_graph=True)).method == "cuda graph"

@@ -199,7 +199,7 @@ def compressed(problem):
 
 
 def tuned(problem):
-    """The compressed network after a step: code that is compiled takes what eager calls were measured to do best with."""
+    """The compressed network after a step: compiled code runs the kernels that were measured to be best in eager."""
     network = compressed(problem)
     problem.outputs(network, problem.inputs)
     return network

@@ -105,8 +105,9 @@ def higher(dtype):
 
 
 def masked(weight):
-    """weight times its 2:4 magnitude mask along the input axis."""
-    return (weight * ungroup(choose_mask_ref(group_view(weight), TWO_FOUR), weight.shape)).contiguous()
+    """weight under its 2:4 magnitude mask along the input axis. No zero is -0.0, which some compressors would keep."""
+    mask = ungroup(choose_mask_ref(group_view(weight), TWO_FOUR), weight.shape)
+    return torch.where(mask, weight, 0.0).contiguous()
 
 
 def can_be_masked(weight):

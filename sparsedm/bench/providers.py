@@ -28,6 +28,7 @@ from sparsedm.layers import Conv2d, Linear
 
 DENSE = ("dense", "dense compiled")
 HALF = (torch.bfloat16, torch.float16)
+MOST_OF_FEW = 4 * FEW_TOKENS  # rows with which `few` is still tried
 
 
 class Bound(NamedTuple):
@@ -111,8 +112,6 @@ class Masked(Provider):
 class Sparse24(Provider):
     """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else forced by SPARSEDM_BACKEND."""
 
-    few_at_most = 4 * FEW_TOKENS  # rows with which `few` is tried: beyond, it would only cost time
-
     def __init__(self, backend=None):
         self.backend = backend
         self.name = "sparsedm 2:4" + (f" {backend}" if backend else "")
@@ -120,8 +119,9 @@ class Sparse24(Provider):
     def supports(self, problem):
         if reason := super().supports(problem):
             return reason
-        if self.backend == "few" and problem.shape.M > self.few_at_most:
-            return f"it is made for few rows, and is not tried with more than {self.few_at_most}"
+        rows = problem.shape.M
+        if self.backend == "few" and rows > MOST_OF_FEW:
+            return f"{rows} rows: it is made for few, and with more than {MOST_OF_FEW} would only cost time"
         with self._forced():
             chosen, why = self._choice(problem)
         return None if self.backend in (None, chosen) else why

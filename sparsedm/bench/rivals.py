@@ -24,8 +24,8 @@ from sparsedm.bench.shapes import LinearShape
 from sparsedm.bench.timing import clock_for, fastest
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
 
-# of K: parts, and how they are summed (1 in one kernel, 2 in two); -1, which sm_90 alone knows, leaves it to the library
-SPLITS = ((-1, -1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2))
+SEGMENTS = -1  # "parts" of K by which the kernels for sm_90 are told to balance it over the GPU themselves
+SPLITS = [(parts, mode) for mode in (1, 2) for parts in (2, 4, 8)]  # for older GPUs; summed in one kernel, or in two
 
 
 class CuSparseLt(Rival):
@@ -69,18 +69,18 @@ class CuSparseLtTuned(CuSparseLt):
     def search(self, problem, prepared):
         """(the fastest Algorithm, {Algorithm: call} with right results, [Algorithm] with wrong ones).
 
-        All numbers without split-K, then split-K of the fastest, and what the library's own search takes.
+        Every number with K whole and in segments, what the library's own search takes, and splits of the fastest.
         """
         clock = clock_for(problem.device)
-        *theirs, count = torch._C._cusparselt.mm_search(prepared, problem.x.t(), problem.bias, None, None, True)
-        right, wrong = self.tried(problem, prepared, map(Algorithm, range(count + 1)))
+        *theirs, last = torch._C._cusparselt.mm_search(prepared, problem.x.t(), problem.bias, None, None, True)
+        every = [Algorithm(number, parts) for number in range(last + 1) for parts in (1, SEGMENTS)]
+        right, wrong = self.tried(problem, prepared, dict.fromkeys([*every, Algorithm(*theirs)]))
         if not right:
             raise RuntimeError(f"none of its {len(wrong)} algorithms gives a right result")
-        whole = fastest(right, clock)
-        split = [Algorithm(whole.number, *parts) for parts in SPLITS]
-        more = self.tried(problem, prepared, dict.fromkeys([*split, Algorithm(*theirs)]))
-        finalists = {whole: right[whole]} | more[0]
-        return fastest(finalists, clock), right | more[0], wrong + more[1]
+        best = fastest(right, clock)
+        split = self.tried(problem, prepared, [Algorithm(best.number, *parts) for parts in SPLITS])
+        best = fastest({best: right[best]} | split[0], clock)
+        return best, right | split[0], wrong + split[1]
 
     def tried(self, problem, prepared, algorithms):
         """({Algorithm: call} with right results, [Algorithm] with wrong ones), without those that it refuses."""
@@ -105,7 +105,8 @@ class CuSparseLtLinear(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.register_buffer("packed", torch._cslt_compress(layer.effective_weight().detach()))
+        weight = layer.effective_weight().detach() + 0.0  # without -0.0
+        self.register_buffer("packed", torch._cslt_compress(weight))
         self.bias, self.activation, self.features = layer.bias, layer.activation, layer.out_features
 
     def forward(self, x, residual=None):

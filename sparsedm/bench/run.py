@@ -231,7 +231,7 @@ def parser():
 
 
 def add_arguments(parsed):
-    parsed.add_argument("--shapes", help="square, m-sweep, grid, models, square@8192 or model@batch; several with commas")
+    parsed.add_argument("--shapes", help="square, m-sweep, grid, square@SIZE, models, model@batch; several with commas")
     parsed.add_argument("--providers", help="measure only these, by the names in the results file, with commas")
     parsed.add_argument("--modes", help="only these of the layer suites, with commas, for example epilogue")
     parsed.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to tune")

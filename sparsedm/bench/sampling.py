@@ -34,7 +34,7 @@ def sampling_rows(suite, problem, providers, steps, rounds=3):
         except Exception as error:
             reason = {"metric": "time", "status": "failed", "reason": one_line(error)}
             rows.append(common | {"provider": provider.name} | reason)
-    timed = {p: Timed(lambda n, c=calls[p]: [lasting(c, problem, steps) for _ in range(n)], "perf_counter") for p in images}
+    timed = {provider: Timed(timer(calls[provider], problem, steps), "perf_counter") for provider in images}
     times = interleaved(timed, rounds=rounds, per_round=1)
     reference = draw(baked(problem.masked), problem, steps)
     now = stamp(problem.device)
@@ -64,11 +64,15 @@ def peak_memory(provider, problem):
     return kept + torch.cuda.max_memory_allocated(problem.device) - before
 
 
-def lasting(call, problem, steps):
-    """Microseconds of whole sampling."""
-    start = time.perf_counter()
-    draw(call, problem, steps)
-    return (time.perf_counter() - start) * 1e6
+def timer(call, problem, steps):
+    """count -> so many times of whole sampling in microseconds."""
+
+    def once():
+        start = time.perf_counter()
+        draw(call, problem, steps)
+        return (time.perf_counter() - start) * 1e6
+
+    return lambda count: [once() for _ in range(count)]
 
 
 def draw(call, problem, steps):

@@ -4,7 +4,8 @@
     y (B, N, H', W') = conv(x (B, C, H, W))       as a product: M = B H' W', N = output channels, K = C kh kw
 
 `select` understands, separated by commas: a model of `sparsedm.models` or of PUBLISHED, each as name@batch; `models`,
-all of them; the sweeps `square`, `m-sweep`, `grid`. Layers of one shape are one entry, with their number in `layers`.
+all of them; the sweeps `square`, `m-sweep`, `grid`, or those of their shapes with so many rows, as square@8192. Layers
+of one shape are one entry, with their number in `layers`.
 """
 
 import collections
@@ -85,7 +86,8 @@ def select(spec, kind, batches=BATCHES, quick=False):
             raise InputError(f"shapes {item!r}: write model@batch, for example uvit-cifar10-small@64")
         chosen = [int(batch)] if batch else batches
         if name in SWEEPS:
-            found += sweep(name, quick) if kind is LinearShape else []
+            shapes = sweep(name, quick) if kind is LinearShape else []
+            found += [shape for shape in shapes if not batch or int(batch) == shape.M]
         elif name == "models":
             found += [shape for n in (*MEASURED_MODELS, *PUBLISHED) for b in chosen for shape in of_model(n, b)]
         else:
