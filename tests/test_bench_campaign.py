@@ -11,8 +11,9 @@ import zipfile
 import pytest
 
 from sparsedm.bench import campaign, plot
-from sparsedm.bench.campaign import CUT, LOG_LIMIT, Suite, gpu_suites, run_campaign
+from sparsedm.bench.campaign import LOG_LIMIT, gpu_suites, run_campaign
 from sparsedm.bench.results import read, write
+from sparsedm.bench.suite import CUT, Suite
 from sparsedm.errors import InputError
 from tests.test_bench_plot import made_up
 
@@ -24,7 +25,7 @@ def script(code, *arguments):
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch, tmp_path):
     monkeypatch.setattr(campaign, "RESERVE", 0)
-    monkeypatch.setattr(campaign, "GRACE", 1)
+    monkeypatch.setattr("sparsedm.bench.suite.GRACE", 1)
     monkeypatch.setattr(plot, "DPI", 20)
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "cache"))
 
@@ -89,6 +90,8 @@ def test_resume_runs_the_failed_and_the_cut_again(tmp_path):
     code = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); n = p.exists(); p.touch(); sys.exit(0 if n else {})"
     suites = [Suite(f"leaves {c}", script(code.format(c), str(tmp_path / f"mark{c}"))) for c in (1, CUT)]
     assert states(run_campaign(suites, tmp_path / "out", 1)) == {"leaves 1": "failed", f"leaves {CUT}": "cut"}
+    nothing_done = run_campaign(suites, tmp_path / "out", 0, resume=True)
+    assert states(nothing_done) == {"leaves 1": "failed", f"leaves {CUT}": "cut"}, "what is known of them stays"
     again = run_campaign(suites, tmp_path / "out", 1, resume=True)
     assert set(states(again).values()) == {"ran"}
 
@@ -199,6 +202,24 @@ def test_the_gpu_suites_begin_with_checks_and_parse():
             assert options.resume
             measured |= set(options.suite.split(","))
     assert measured == set(SUITES), "every suite is in the campaign"
+
+
+def test_the_studies_of_quality_parse_and_leave_their_reports(tmp_path):
+    from sparsedm.cli import _parser
+
+    suites = campaign.quality_suites("images.zip")
+    assert suites[0].name == "quality: arms", "what answers the question first"
+    for suite in suites:
+        options = _parser().parse_args([part.format(folder="gpu", minutes="8.50") for part in suite.command[3:]])
+        assert (options.scale, options.data, options.minutes) == ("lite", "images.zip", 8.5)
+        assert options.out.startswith("gpu-quality/")
+    code = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); (out / 'seed-0').mkdir(parents=True)\n"
+    code += "[(out / name).write_text('x') for name in ('report.md', 'results.csv', 'a.png', 'b.safetensors')]"
+    study = Suite("quality: arms", script(code, "{folder}-quality/arms"), least=20)
+    index = run_campaign([study, Suite("search", script(""), least=90)], tmp_path / "gpu", minutes=1)
+    assert states(index) == {"quality: arms": "ran", "search": "skipped"}
+    held = zipfile.ZipFile(tmp_path / "gpu/quality.zip").namelist()
+    assert sorted(held) == ["arms-a.png", "arms-report.md", "arms-results.csv"]
 
 
 def test_the_sanitizer_s_tests_are_there():

@@ -4,55 +4,32 @@ The suites run in order of importance, each in a process of its own: a crash, a 
 not the campaign. Each has at most the time that is left; whatever it has measured when it is cut stays in results.csv.
 
 DIR holds a few files: index.json (what ran, failed, was cut, was skipped), results.csv (all suites), log.txt (their
-output, shortened), tuned.json (configurations found), counters.txt (of the best and worst shapes), plots.zip. The same
-command with --resume runs what did not finish, and goes on inside a suite that was cut.
+output, shortened), tuned.json (configurations found), counters.txt (of the best and worst shapes), plots.zip; with
+--data also quality.zip, the reports of trainings, whose checkpoints are in DIR-quality. The same command with --resume
+runs what did not finish, and goes on inside a suite that was cut.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import itertools
 import json
 import os
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sparsedm.bench.environment import stamp
 from sparsedm.bench.plot import draw_all
+from sparsedm.bench.suite import Suite, side_by_side
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder, write_json, write_text
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
-CUT = 3  # exit code of `sparsedm.bench.run` when it left something out for time
 RESERVE = 20  # seconds kept for the pictures
-GRACE = 5  # seconds that a suite may take beyond its time before it is ended
-
-
-@dataclass(frozen=True)
-class Suite:
-    """One process. In `command`, {folder}, {csv} and {seconds} stand for the campaign's folder, its results file and
-    the time that the process may take.
-
-    share: the part of the time left that it may use at most, so that one suite cannot starve the rest. group: suites
-    that follow each other with the same one run side by side; only for what is not timed. needs: a program that has to
-    be on the PATH, else the suite is skipped.
-    """
-
-    name: str
-    command: tuple
-    share: float = 1.0
-    group: str | None = None
-    needs: str | None = None
 
 
 def bench(suites, *arguments):
@@ -108,6 +85,16 @@ def gpu_suites():
     )
 
 
+def quality_suites(data):
+    """What training gives, on images from `data`; their folders are too large for the campaign's own."""
+    suites = []
+    for name in ("arms", "ratio", "fixed-vs-inplace-vs-chain"):
+        places = ("--out", f"{{folder}}-quality/{name}", "--minutes", "{minutes}")
+        command = (sys.executable, "-m", "sparsedm.cli", "experiment", name, "--scale", "lite", "--data", data, *places)
+        suites.append(Suite(f"quality: {name}", command, least=120))
+    return tuple(suites)
+
+
 def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, device="cpu"):
     """Run `suites` into `folder` within `minutes`. Returns the index, which is also written after every suite.
 
@@ -124,13 +111,17 @@ def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, d
         return 60 * minutes - RESERVE - (now() - start)
 
     for _, group in itertools.groupby(suites, key=lambda suite: suite.group or suite.name):
-        for suite, (entry, output) in _side_by_side(list(group), entries, folder, left(), now):
-            entries[suite.name] = entry
-            if output is not None:
-                _log(folder, suite.name, output)
+        todo = [suite for suite in group if entries.get(suite.name, {}).get("status") != "ran"]
+        for entry, output in side_by_side(todo, folder, left()):
+            if entry["status"] == "skipped":
+                entries.setdefault(entry["name"], entry)
+            else:
+                entries[entry["name"]] = entry
+                _log(folder, entry["name"], output)
         index["suites"] = list(entries.values())
         write_json(folder / "index.json", index)
     _tuned(folder)
+    _quality(folder)
     index["plots"] = _pictures(folder)
     write_json(folder / "index.json", index)
     return index
@@ -141,73 +132,6 @@ def _index(folder):
         return json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"suites": []}
-
-
-def _side_by_side(suites, entries, folder, seconds, now):
-    """(suite, (what index.json says of it, what it printed)) of each; an interruption ends their processes."""
-    processes = []
-    with ThreadPoolExecutor(len(suites)) as pool:
-        try:
-            run = lambda suite: _entry(suite, entries.get(suite.name), folder, seconds, now, processes)  # noqa: E731
-            yield from zip(suites, pool.map(run, suites))
-        except BaseException:
-            for process in processes:
-                _signal(process, signal.SIGTERM)
-            raise
-
-
-def _entry(suite, before, folder, seconds, now, processes):
-    if before and before["status"] == "ran":
-        return before, None
-    missing = suite.needs and not shutil.which(suite.needs)
-    if missing or seconds <= 0:
-        reason = f"{suite.needs} is not on the PATH" if missing else "no time was left"
-        return {"name": suite.name, "status": "skipped", "reason": reason}, None
-    return _run(suite, folder, suite.share * seconds, now, processes)
-
-
-def _run(suite, folder, seconds, now, processes):
-    """Run one suite; a process that outlives its time by GRACE is ended, with all its children."""
-    places = {"folder": str(folder), "csv": str(folder / "results.csv"), "seconds": f"{seconds:.0f}"}
-    command = [part.format(**places) if "{" in part else part for part in suite.command]
-    began = now()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
-    processes.append(process)
-    try:
-        output, status, reason = process.communicate(timeout=seconds + GRACE)[0], None, ""
-    except subprocess.TimeoutExpired:
-        output, status, reason = _end(process), "cut", f"ended after {seconds:.0f} s without an answer: a hang, or slow"
-    if status is None:
-        status = {0: "ran", CUT: "cut"}.get(process.returncode, "failed")
-        reason = {"ran": "", "cut": "its time was up"}.get(status, _reason(process.returncode, output))
-    entry = {
-        "name": suite.name,
-        "status": status,
-        "reason": reason,
-        "seconds": round(now() - began, 1),
-        "command": shlex.join([Path(command[0]).name, *command[1:]]),
-    }
-    return entry, output
-
-
-def _end(process):
-    """Ask the whole process group to stop, then make it; what it has printed."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        _signal(process, how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=5)[0]
-    return "it could not be ended: the device does not answer\n"
-
-
-def _signal(process, how):
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, how)
-
-
-def _reason(code, output):
-    lines = [line for line in output.splitlines() if line.strip()]
-    return f"exit code {code}: {lines[-1].strip()[:300] if lines else 'no output'}"
 
 
 def _log(folder, name, output):
@@ -232,6 +156,16 @@ def _pictures(folder):
         shutil.rmtree(folder / ".plots", ignore_errors=True)
 
 
+def _quality(folder):
+    """quality.zip: reports, tables and pictures of the studies, without their checkpoints."""
+    studies = folder.with_name(f"{folder.name}-quality")
+    paths = [path for path in sorted(studies.glob("*/*")) if path.suffix in (".md", ".csv", ".json", ".png")]
+    if paths:
+        with atomic_file(folder / "quality.zip") as partial, zipfile.ZipFile(partial, "w") as archive:
+            for path in paths:
+                archive.write(path, f"{path.parent.name}-{path.name}")
+
+
 def _tuned(folder):
     """tuned.json: the tables of configurations that were found on this machine, by their file name."""
     tables = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in (cache_folder() / "tuned").glob("*.json")}
@@ -243,16 +177,18 @@ def main(arguments=None):
     """Returns the exit code: 0 if every suite ran, 1 if one failed, 3 if time was short, 2 for bad input."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m sparsedm.bench.campaign", description=__doc__, formatter_class=text)
-    names = [suite.name for suite in gpu_suites()]
+    names = [suite.name for suite in (*gpu_suites(), *quality_suites(""))]
     parser.add_argument("--out", default="bench-campaign", help="folder (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=9, help="for everything together (default: %(default)s)")
     parser.add_argument("--only", action="append", choices=names, help="run only this suite (may be repeated)")
+    parser.add_argument("--data", help="images to train on besides, as for `sparsedm train`: comparisons of lite scale")
     parser.add_argument("--resume", action="store_true", help="run what an earlier campaign in this folder left")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench: a campaign measures a GPU, and torch sees none: use `make bench` on a CPU", file=sys.stderr)
         return 2
-    suites = [suite for suite in gpu_suites() if not options.only or suite.name in options.only]
+    suites = (*gpu_suites(), *(quality_suites(options.data) if options.data else ()))
+    suites = [suite for suite in suites if not options.only or suite.name in options.only]
     try:
         index = run_campaign(suites, options.out, options.minutes, resume=options.resume, device="cuda")
     except InputError as error:
