@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from sparsedm.bench import measure, providers, run
+from sparsedm.bench import ceilings, measure, providers, run
 from sparsedm.bench.results import Results, read
 from sparsedm.bench.run import LAYER_SUITES, SUITES, Session, main, run_suite
 from sparsedm.errors import InputError
@@ -153,6 +153,24 @@ def test_ceilings_of_a_cpu(tmp_path):
     assert [r["kernel"] for r in rows if r["kernel"] == "copy"] == ["copy"], "once, not once for each call"
     assert all(r["value"] > 0 for r in rows if r["status"] == "ok")
     assert {r["status"] for r in rows if r["kernel"] not in ("copy", "dense")} == {"unsupported"}
+
+
+def test_a_probe_that_fails_or_ends_the_process_costs_no_other_ceiling(tmp_path, monkeypatch):
+    def prepare(name, device, dtype):
+        if name == "mma":
+            raise RuntimeError("out of registers")
+        raise SystemExit("as if the process had been killed")
+
+    monkeypatch.setattr(ceilings.instruction_rates, "unsupported", lambda name, *_: None if "w" not in name else "old")
+    monkeypatch.setattr(ceilings.instruction_rates, "prepare", prepare)
+    with pytest.raises(SystemExit):
+        run_suite("ceiling", session(tmp_path / "r.csv"))
+    run_suite("ceiling", session(tmp_path / "r.csv", resume=True))
+    states = {r["shape"].split()[0]: (r["status"], r["reason"]) for r in read(tmp_path / "r.csv")}
+    assert states["copy"] == states["dense"] == ("ok", "")
+    assert states["mma"] == ("failed", "RuntimeError: out of registers")
+    assert states["mma.sp"] == ("failed", "the process ended in the middle of this: a crash, or a hang")
+    assert states["wgmma"] == states["wgmma.sp"] == ("unsupported", "old")
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -7,11 +7,15 @@
 All on random data.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from sparsedm.bench.environment import stamp
-from sparsedm.bench.measure import one_line, time_columns
+from sparsedm.bench.measure import DeviceLost, answers, one_line, time_columns
 from sparsedm.bench.timing import interleaved
 from sparsedm.kernels import instruction_rates
 
@@ -20,58 +24,86 @@ COPIED, COPIED_QUICK = 1 << 30, 1 << 26  # bytes
 SIDES, SIDES_QUICK = (4096, 8192, 12288), (512, 1024)
 
 
+class Source(NamedTuple):
+    """Who wrote the code that is measured."""
+
+    name: str
+
+
+class Ceiling(NamedTuple):
+    """prepare: () -> (the call, microseconds -> the columns of its rate). reason: why it cannot run, or None."""
+
+    name: str
+    provider: Source
+    columns: dict
+    prepare: Callable
+    reason: str | None = None
+
+
+TORCH, OURS = Source("torch"), Source("sparsedm")
+
+
 def run(session):
     """Measure all ceilings of the session's device into its results, unless they are there already."""
+    for ceiling in ceilings(session):
+        session.do(SUITE, ceiling, "", [ceiling.provider], functools.partial(rows, session, ceiling))
+
+
+def rows(session, ceiling, missing, starting):
+    """The row of one ceiling; a probe that does not run costs no other."""
+    starting(ceiling.provider.name)
     dtype = str(session.dtype).removeprefix("torch.")
-    if session.results.matching({"suite": SUITE, "dtype": dtype}):
-        return
-    rows = [copy_row(session), *dense_rows(session), *instruction_rows(session)]
-    now = stamp(session.device)
-    session.results.add([{"suite": SUITE, "model": SUITE, "dtype": dtype} | row | now for row in rows])
+    row = {"suite": SUITE, "model": SUITE, "dtype": dtype, "shape": ceiling.name, "provider": ceiling.provider.name}
+    row |= ceiling.columns
+    if ceiling.reason:
+        return [row | {"status": "unsupported", "reason": ceiling.reason}]
+    try:
+        call, rate = ceiling.prepare()
+        timed = session.clock.ready(call)
+        times = interleaved({"only": timed}, **session.limits)["only"]
+    except Exception as error:
+        row |= {"status": "failed", "reason": one_line(error)}
+        if not answers(session.device):
+            raise DeviceLost(row) from error
+        return [row]
+    return [row | {"status": "ok"} | rate(times.p50) | time_columns(times, timed.method) | stamp(session.device)]
 
 
-def times_of(session, call):
-    timed = session.clock.ready(call)
-    times = interleaved({"only": timed}, **session.limits)["only"]
-    return times, time_columns(times, timed.method)
-
-
-def copy_row(session):
+def ceilings(session):
     size = COPIED_QUICK if session.quick else COPIED
+    columns = {"kernel": "copy", "metric": "bandwidth", "unit": "GB/s"}
+    yield Ceiling(f"copy of {size >> 20} MiB", TORCH, columns, lambda: copy(session, size))
+    for side in SIDES_QUICK if session.quick else SIDES:
+        columns = {"kernel": "dense", "metric": "rate", "unit": "TFLOP/s", **dict.fromkeys("MNK", side)}
+        yield Ceiling(f"dense {side}", TORCH, columns, functools.partial(dense, session, side))
+    for name in instruction_rates.NAMES:
+        columns = {"kernel": name, "metric": "rate", "unit": "TFLOP/s"}
+        prepare = functools.partial(instructions, session, name)
+        reason = instruction_rates.unsupported(name, session.device, session.dtype)
+        yield Ceiling(f"{name} instructions", OURS, columns, prepare, reason)
+
+
+def copy(session, size):
     source = torch.randn(size // 4, device=session.device)
     target = torch.empty_like(source)
-    times, columns = times_of(session, lambda: target.copy_(source))
-    rate = 2 * size / times.p50 / 1e3
-    return {"kernel": "copy", "shape": f"copy of {size >> 20} MiB", "provider": "torch", "metric": "bandwidth"} | {
-        "status": "ok",
-        "gbps": rate,
-        "value": rate,
-        "unit": "GB/s",
-        **columns,
-    }
+
+    def rate(microseconds):
+        rate = 2 * size / microseconds / 1e3
+        return {"value": rate, "gbps": rate}
+
+    return lambda: target.copy_(source), rate
 
 
-def dense_rows(session):
-    for side in SIDES_QUICK if session.quick else SIDES:
-        x, w = (torch.randn(side, side, device=session.device).to(session.dtype) for _ in range(2))
-        times, columns = times_of(session, lambda x=x, w=w: F.linear(x, w))
-        rate = 2 * side**3 / times.p50 / 1e6
-        common = {"kernel": "dense", "shape": f"dense {side}", "provider": "torch", "metric": "rate", "unit": "TFLOP/s"}
-        sizes = dict.fromkeys("MNK", side)
-        yield common | sizes | {"status": "ok", "dense_equivalent_tflops": rate, "value": rate, **columns}
+def dense(session, side):
+    x, w = (torch.randn(side, side, device=session.device).to(session.dtype) for _ in range(2))
+    return lambda: F.linear(x, w), functools.partial(teraflops, 2 * side**3)
 
 
-def instruction_rows(session):
-    for name in instruction_rates.NAMES:
-        row = {"kernel": name, "shape": f"{name} instructions", "provider": "sparsedm", "metric": "rate"}
-        if reason := instruction_rates.unsupported(name, session.device, session.dtype):
-            yield row | {"status": "unsupported", "reason": reason}
-            continue
-        try:
-            call, operations = instruction_rates.prepare(name, session.device, session.dtype)
-            times, columns = times_of(session, call)
-        except Exception as error:  # a probe that does not run must not cost the other ceilings
-            yield row | {"status": "failed", "reason": one_line(error)}
-            continue
-        rate = operations / times.p50 / 1e6
-        yield row | {"status": "ok", "dense_equivalent_tflops": rate, "value": rate, "unit": "TFLOP/s", **columns}
+def instructions(session, name):
+    call, operations = instruction_rates.prepare(name, session.device, session.dtype)
+    return call, functools.partial(teraflops, operations)
+
+
+def teraflops(operations, microseconds):
+    rate = operations / microseconds / 1e6
+    return {"value": rate, "dense_equivalent_tflops": rate}
