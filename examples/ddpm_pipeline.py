@@ -18,6 +18,8 @@ parser.add_argument("--model", help="a hub name or a folder (default: a tiny net
 parser.add_argument("--tuning-steps", type=int, default=20)
 parser.add_argument("--out", default="ddpm_pipeline.png")
 options = parser.parse_args()
+if options.tuning_steps < 1:
+    parser.error(f"--tuning-steps {options.tuning_steps}: at least 1 is needed")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 

@@ -19,6 +19,8 @@ parser.add_argument("--tuning-steps", type=int, default=20)
 parser.add_argument("--guidance", type=float, default=4.0)
 parser.add_argument("--out", default="dit_guidance.png")
 options = parser.parse_args()
+if options.tuning_steps < 1:
+    parser.error(f"--tuning-steps {options.tuning_steps}: at least 1 is needed")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 

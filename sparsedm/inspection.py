@@ -96,18 +96,20 @@ class Inspection:
     def summary(self):
         """The totals in three lines, saying which convention each MAC count follows."""
         t = self.totals()
+        scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M")) if t["macs"] >= s), (1e3, "k"))
 
-        def line(name, before, after, form):
+        def line(name, key, form):
+            before, after = t[key], t[f"{key}_after"]
             return f"{name:<28}{form(before):>14} -> {form(after):>12}  ({after / before - 1 if before else 0:+.1%})"
 
-        def giga(n):
-            return f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.2f} M"
+        def scaled(n):
+            return f"{n / scale:.2f} {unit}"
 
         return "\n".join(
             [
-                line("parameters", t["parameters"], t["parameters_after"], "{:,}".format),
-                line("MACs, linear + conv", t["macs"], t["macs_after"], giga),
-                line("MACs with attention QK, PV", t["macs_with_attention"], t["macs_with_attention_after"], giga),
+                line("parameters", "parameters", "{:,}".format),
+                line("MACs, linear + conv", "macs", scaled),
+                line("MACs with attention QK, PV", "macs_with_attention", scaled),
             ]
         )
 

@@ -50,6 +50,16 @@ def test_an_example_leaves_its_picture(command, tmp_path):
         assert image.size == (width, height)
 
 
+@pytest.mark.interop
+@pytest.mark.parametrize("script", ["ddpm_pipeline.py", "dit_guidance.py"])
+def test_an_example_says_what_it_needs(script, monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(sys, "argv", [script, "--tuning-steps", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / script))
+    assert "--tuning-steps 0: at least 1 is needed" in capsys.readouterr().err
+
+
 # ---- resnet20_features.py --------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,27 @@ def test_inspecting_changes_nothing():
     assert not model.mix._forward_hooks
 
 
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [
+        (16, "0.26 k ->       0.13 k  (-50.0%)"),
+        (1024, "1.05 M ->       0.52 M  (-50.0%)"),
+        (32768, "1.07 G ->       0.54 G  (-50.0%)"),
+    ],
+)
+def test_the_summary_is_in_a_unit_that_shows_two_digits_at_least(size, line):
+    with torch.device("meta"):
+        model = sparsify(nn.Sequential(nn.Linear(size, size, bias=False)), "2:4")
+    text = inspect(model, (torch.zeros(1, size),)).summary()
+    assert text.splitlines()[1].endswith(line)
+    assert text.splitlines()[2].endswith(line), "no attention here"
+
+
+def test_no_images_are_no_batch():
+    with pytest.raises(InputError, match="batch 0: must be at least 1"):
+        inspect(Model(), batch=0)
+
+
 def test_the_picture_is_written(tmp_path):
     inspect(sparsify(Model(), "2:4")).plot(tmp_path / "layers.png")
     assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
