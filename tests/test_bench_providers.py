@@ -4,11 +4,12 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 
 from sparsedm.bench import providers, rival_tilelang
 from sparsedm.bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
-from sparsedm.bench.providers import DENSE, MOST_OF_FEW, DenseCompiled, Rival, Sparse24
+from sparsedm.bench.providers import DENSE, MOST_OF_FEW, DenseCompiled, DenseFused, Rival, Sparse24
 from sparsedm.bench.rival_tilelang import TILES, TileLang
 from sparsedm.bench.rivals import (
     PROVIDERS,
@@ -76,6 +77,14 @@ def test_compilation_is_for_each_shape_and_never_gives_up(monkeypatch):
     assert len(graphs) == 12, "one for each shape"
 
 
+def test_the_epilogue_of_cublas_is_the_strongest_dense_without_a_compiler():
+    """torch has it on a CPU, too, where it is the erf GELU: only the sum of its parts is looked at."""
+    problem = LinearProblem(LinearShape("m", "l", 8, 16, 8, "gelu_tanh", True), "epilogue", torch.float64, "cpu")
+    expected = F.gelu(F.linear(problem.x, problem.weight, problem.bias)) + problem.residual
+    assert torch.equal(DenseFused().bind(problem, None).run(), expected)
+    assert DenseFused().supports(OnPaper()) == "cuBLAS fuses tanh GELU, not None"
+
+
 def test_what_ran_is_what_was_measured_not_what_the_rule_says(monkeypatch):
     problem, provider = LinearProblem(SHAPE, "plain", torch.float32, "cpu"), Sparse24()
     assert provider.bind(problem, provider.prepare(problem)).detail.startswith("dense: ")
@@ -91,6 +100,7 @@ class OnPaper:
     def __init__(self, dtype=torch.bfloat16, M=64, N=64, K=64):
         self.shape, self.dtype, self.device = LinearShape("m", "l", M, N, K), dtype, torch.device("cuda")
         self.weight = self.masked = torch.zeros(N, K)
+        self.activation = None
 
 
 @pytest.mark.parametrize(
@@ -216,11 +226,12 @@ def test_on_a_gpu_training_providers_are_right(provider):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["plain", "epilogue"])
 @pytest.mark.parametrize(
-    "name", ["dense compiled", "sparsedm 2:4", "sparsedm 2:4 mma", "cuSPARSELt", "cuSPARSELt tuned", "TileLang"]
+    "name",
+    ["dense fused", "dense compiled", "sparsedm 2:4", "sparsedm 2:4 mma", "cuSPARSELt", "cuSPARSELt tuned", "TileLang"],
 )
 def test_on_a_gpu_linear_providers_are_right(name, mode):
     provider = next(p for p in PROVIDERS["linear"] if p.name == name)
-    problem = LinearProblem(LinearShape("m", "l", 512, 768, 512, "gelu", True), mode, torch.bfloat16, "cuda")
+    problem = LinearProblem(LinearShape("m", "l", 512, 768, 512, "gelu_tanh", True), mode, torch.bfloat16, "cuda")
     if reason := provider.supports(problem):
         pytest.skip(reason)
     bound = provider.bind(problem, provider.prepare(problem))

@@ -26,7 +26,7 @@ from sparsedm.kernels.sparse24_format import pack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import Conv2d, Linear
 
-DENSE = ("dense", "dense compiled")
+DENSE = ("dense", "dense fused", "dense compiled")
 HALF = (torch.bfloat16, torch.float16)
 MOST_OF_FEW = 4 * FEW_TOKENS  # rows with which `few` is still tried
 
@@ -75,6 +75,26 @@ class Dense(Provider):
 
     def bind(self, problem, prepared):
         return Bound(torch_linear(problem, problem.weight), "torch eager")
+
+
+class DenseFused(Provider):
+    """cuBLAS with the epilogue it has, bias and tanh GELU: what a compiler may choose, without one."""
+
+    name, sparse = "dense fused", False
+
+    def supports(self, problem):
+        if problem.device.type != "cuda":
+            return "needs a CUDA device"
+        return None if problem.activation == "gelu_tanh" else f"cuBLAS fuses tanh GELU, not {problem.activation}"
+
+    def bind(self, problem, prepared):
+        x, weight, bias, residual = problem.x, problem.weight.t(), problem.bias, problem.residual
+
+        def run():
+            y = torch._addmm_activation(bias, x, weight, use_gelu=True)
+            return y if residual is None else y + residual
+
+        return Bound(run, "torch._addmm_activation")
 
 
 class DenseCompiled(Provider):
@@ -324,8 +344,8 @@ class TrainTopK(TrainingProvider):
 
 OURS_AND_DENSE = {  # kernel: implementations, the denominators first; `rivals.PROVIDERS` has everybody
     "linear": (
-        *(Dense(), DenseCompiled(), Masked(), Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma")),
-        Sparse24("few"),
+        *(Dense(), DenseFused(), DenseCompiled(), Masked()),
+        *(Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma"), Sparse24("few")),
     ),
     "conv": (DenseConv(), DenseConvCompiled(), SparseConv24()),
     "mask": (Cast(), TopK(), Choose(), ChoosePacked()),
