@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedm.bench import rivals
+from sparsedm.bench import end_to_end, rivals, sampling
 from sparsedm.bench.end_to_end import (
     STEP_PROVIDERS,
     TRAINING_PROVIDERS,
@@ -16,8 +16,9 @@ from sparsedm.bench.end_to_end import (
 )
 from sparsedm.bench.results import Results, read
 from sparsedm.bench.run import Session, run_suite
-from sparsedm.bench.sampling import draw, sampling_rows
+from sparsedm.bench.sampling import draw, replayed, sampling_rows
 from sparsedm.compressed import Linear24
+from sparsedm.cuda_graph import Graphs
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers
 
@@ -97,6 +98,73 @@ def test_images_of_a_wrong_network_differ(step):
     (row,) = [r for r in sampling_rows("x", step, [confused], 2, rounds=1) if r["metric"] == "image difference"]
     difference = (draw(step.weight, step, 2) - draw(baked(step.masked), step, 2)).abs().max().item()
     assert row["value"] == difference > 0.01
+
+
+def test_a_network_is_made_once_for_its_step_and_its_samples(step):
+    made = []
+    provider = NetworkProvider("counted", lambda problem: made.append(1) or problem.weight, sparse=False)
+    provider.bind(step, None).run()
+    sampling_rows("end-to-end", step, [provider], steps=2, rounds=1)
+    assert made == [1]
+
+
+def test_compiled_code_gets_what_eager_calls_were_tuned_to(monkeypatch):
+    """The compiler only looks; on a GPU it would bake in whatever the layers know by then."""
+    problem, known = NetworkProblem(SHAPE, "step", torch.float32, "cpu"), []
+
+    def compiler(network):
+        known.extend(bool(m._arranged) for m in network.modules() if isinstance(m, Linear24))
+        return network
+
+    monkeypatch.setattr(end_to_end, "max_autotune", compiler)
+    (provider,) = [p for p in STEP_PROVIDERS if p.name == "sparsedm 2:4 compiled"]
+    provider.bind(problem, None)
+    assert known
+    assert all(known), "every layer has arranged its weight for a call"
+
+
+def test_samples_by_replayed_graphs_are_the_same(step):
+    """A graph that is replayed is played by running the same call again into the same memory."""
+    recorded = []
+
+    def record(run, device):
+        recorded.append(outputs := run())
+        return lambda: [old.copy_(new) for old, new in zip(outputs, run())], outputs
+
+    call = replayed(step.weight, Graphs("cuda", record))
+    assert torch.equal(draw(call, step, 3), draw(step.weight, step, 3))
+    assert len(recorded) == 1
+
+
+def test_a_provider_that_cannot_sample_does_not_cost_the_others_their_samples(step):
+    def broken(problem):
+        network = build_model("uvit-tiny", **dict(SHAPE.options))
+        network.forward = lambda *inputs: (_ for _ in ()).throw(RuntimeError("no graph"))
+        return network
+
+    bad = NetworkProvider("bad", broken, sparse=True)
+    rows = sampling_rows("end-to-end", step, [bad, STEP_PROVIDERS[0]], steps=2, rounds=1)
+    assert [(r["provider"], r["status"]) for r in rows][:2] == [("bad", "failed"), ("dense", "ok")]
+    assert rows[0]["reason"] == "RuntimeError: no graph"
+
+
+def test_peak_memory_counts_all_forms_of_the_weights_and_the_activations(step, monkeypatch):
+    memory = {"held": 1000, "peak": 0}
+
+    def network(*inputs):
+        memory["held"] += 300 if memory["held"] == 1050 else 0  # the first call arranges the weights
+        memory["peak"] = memory["held"] + 77
+        return inputs[0]
+
+    def made(problem):
+        memory["held"] += 50
+        return network
+
+    monkeypatch.setattr(end_to_end, "allocated", lambda device: memory["held"])
+    monkeypatch.setattr(sampling, "allocated", lambda device: memory["held"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory["peak"])
+    assert sampling.peak_memory(NetworkProvider("n", made, sparse=False), step) == 50 + 300 + 77
 
 
 def test_table3_is_the_published_grid():
