@@ -154,10 +154,14 @@ def amp_of(device):
     return "bf16" if device.type == "cuda" else None
 
 
+def dense_part(run):
+    """Where the dense network of a run lies: the first stage of a chain's folder, anything else as it is."""
+    return next(iter(sorted(Path(run).glob("[0-9][0-9]-*"))), Path(run))
+
+
 def _dense_start(options):
-    """The dense network and its average that --init names: of a chain's folder, those of its first stage."""
-    stages = sorted(Path(options.init).glob("[0-9][0-9]-*"))
-    path = stages[0] if stages else options.init
+    """The dense network and its average that --init names."""
+    path = dense_part(options.init)
     loaded = load_named(options, path)
     if loaded.kind != "dense":
         raise InputError(f"--init {options.init}: {loaded.file} holds a {loaded.kind} network, not a dense one")

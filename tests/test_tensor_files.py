@@ -10,7 +10,7 @@ from sparsedm import tensor_files
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, sparsify
-from sparsedm.tensor_files import read_tensors, write_shards, write_tensors
+from sparsedm.tensor_files import fill, read_tensors, write_shards, write_tensors
 from sparsedm.train.checkpoint import load_model, save_model
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
@@ -92,6 +92,19 @@ def test_damaged_shards_are_refused(damage, message, tmp_path):
     damage(index)
     with pytest.raises(InputError, match=message):
         read_tensors(index)
+
+
+@pytest.mark.parametrize("content", [{1: torch.ones(1)}, {"a": 1}, [torch.ones(1)]], ids=["number", "value", "list"])
+def test_only_names_of_tensors_are_a_state_dict(content, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"a\.pth is not a state dict: it must map names to tensors"):
+        read_tensors(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(("count", "end"), [(6, r"5\)"), (7, r"5, \.\.\.\)")])
+def test_at_most_six_of_what_does_not_fit_are_named(count, end):
+    with pytest.raises(InputError, match=rf"{count} missing \(0, 1, 2, 3, 4, {end}"):
+        fill(nn.ParameterDict({str(i): torch.ones(1) for i in range(count)}), {}, "a.pth")
 
 
 @pytest.mark.parametrize(
