@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.choose import choose, choose_packed
+from sparsedm.kernels.launch import autocast_dtype, exporting
 from sparsedm.kernels.masked_dispatch import kernels_serve, kernels_win
 from sparsedm.kernels.masked_matmul import masked_linear, transformed
 from sparsedm.kernels.pattern import Pattern, pack_bits
@@ -41,9 +42,7 @@ def _check_activation(activation):
 
 
 def product_dtype(weight):
-    device = weight.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else weight.dtype
+    return autocast_dtype(weight.device) or weight.dtype
 
 
 def _epilogue(y, activation, residual, scale=None):
@@ -114,7 +113,7 @@ class Masked:
     def _chosen(self, dtype):
         """(masked weight in `dtype`, mask, its bits where the kernels may want them), detached, of today's weight."""
         weight = self.weight.detach()
-        in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        in_graph = torch.compiler.is_compiling() and not exporting()
         if in_graph and self._held and self._held[0] is self.weight:
             _, choice, _ = self._held
             if choice[0].dtype == dtype:

@@ -75,6 +75,22 @@ def capability(device):
     return torch.cuda.get_device_capability(device)
 
 
+def autocast_dtype(device):
+    """The dtype in which autocast multiplies on `device`, or None: off, or not there at all.
+
+    Not by `torch.amp.is_autocast_available`, at which torch 2.11 ends the graph that it compiles.
+    """
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def exporting():
+    """Whether torch.export is tracing: the flag that `torch.compiler.is_exporting` returns, which dynamo of torch 2.11
+    takes for true in everything that it compiles."""
+    return torch.compiler._is_exporting_flag
+
+
 @functools.cache
 def device_name(device):
     """What tuned tables are keyed by, for example 'NVIDIA H200 sm_90'."""

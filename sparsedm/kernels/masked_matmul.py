@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
 from sparsedm.kernels.choose import choose, choose_packed
-from sparsedm.kernels.launch import Autotuner, bucket, forced_backend, uses_triton
+from sparsedm.kernels.launch import Autotuner, autocast_dtype, bucket, forced_backend, uses_triton
 from sparsedm.kernels.pattern import Pattern, check_weight, choose_mask_ref, unpack_bits
 from sparsedm.kernels.straight_through import apply_rates, straight_through
 
@@ -252,10 +252,8 @@ def masked_linear(
     Gradients: x, weight, bias, any number of times (under torch.func once, where it runs as a kernel).
     Raises: InputError for shapes, dtypes and devices that do not belong together, or an unknown way or activation.
     """
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-        bias = bias if bias is None else bias.to(x.dtype)
+    if autocast := autocast_dtype(x.device):
+        x, bias = x.to(autocast), bias if bias is None else bias.to(autocast)
     _check(x, weight, pattern, bias, activation, masked, bits, way)
     rates = [float(decay), float(kept), float(dropped)]
     by_kernel = uses_triton(x, weight, bias, masked, bits) and x.dtype != torch.float64 != weight.dtype

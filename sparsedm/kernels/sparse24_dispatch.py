@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparsedm.kernels.launch import BACKENDS, Autotuner, bucket, forced_backend
+from sparsedm.kernels.launch import BACKENDS, Autotuner, bucket, exporting, forced_backend
 
 NO_GPU = "not an NVIDIA GPU, or no Triton"
 FEW_TOKENS = 64
@@ -80,7 +80,7 @@ def smallness(M, N):
 
 def without_kernels():
     """What computes where no kernel can: the weight decompressed once; an exported program would then hold it twice."""
-    return "torch" if torch.compiler.is_exporting() else "dense"
+    return "torch" if exporting() else "dense"
 
 
 def _able(capability, K, dtype):
