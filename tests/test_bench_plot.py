@@ -77,7 +77,7 @@ def test_every_chart_is_drawn_for_light_and_dark_pages(tmp_path):
     names = {path.name for path in plot.draw_all([tmp_path / "r.csv"], tmp_path / "plots")}
     wanted = {"speedup-square", "speedup-m-sweep", "roofline", "heat", "layers-net-batch4", "end-to-end", "train"}
     wanted |= {"table3", "masks"}
-    assert names == {f"{name}{suffix}.png" for name in wanted for suffix in ("", "-dark")}
+    assert names == {f"{name}{suffix}.png" for name in wanted for suffix in ("", "-dark")} | {"targets.md"}
     light, dark = (np.array(Image.open(tmp_path / f"plots/heat{s}.png").convert("L")) for s in ("", "-dark"))
     assert light[0, 0] > 240
     assert dark[0, 0] < 30
@@ -136,7 +136,7 @@ def test_the_roofline_draws_the_measured_ceilings():
 
 def test_nothing_to_draw_writes_nothing(tmp_path):
     write(tmp_path / "r.csv", [row("dense", 1)])
-    assert [p.stem for p in plot.draw_all([tmp_path / "r.csv"], tmp_path)] == ["roofline", "roofline-dark"]
+    assert [p.stem for p in plot.draw_all([tmp_path / "r.csv"], tmp_path)] == ["roofline", "roofline-dark", "targets"]
 
 
 def test_devices_are_not_mixed(tmp_path):
@@ -156,6 +156,7 @@ def test_committed_results_are_enough_for_the_charts(path, tmp_path, monkeypatch
     monkeypatch.setattr(plot, "THEMES", {"": plot.THEMES[""]})  # half the time
     written = {p.stem for p in plot.draw_all([path], tmp_path)}
     assert written >= {"speedup-square", "roofline", "heat", "end-to-end", "masks"}
+    assert ("targets" in written) is (path.parent.name != "cpu"), "the targets are for a GPU"
 
 
 def test_there_are_committed_results():

@@ -9,6 +9,7 @@ results       the CSV: one row per measurement;  environment: what every row is 
 ceilings      what this device can do at most: copies, dense products, tensor-core instructions
 run           the suites from the command line;  campaign: all of them within so many minutes
 end_to_end    whole networks: one sampler step, sampling, a training step
+restart       a benchmark whose GPU hangs or is lost, in a new process
 advice        `sparsedm bench --model`: would 2:4 make these layers faster on this device?
-plot          every picture, from CSV files alone
+plot          every picture, from CSV files alone;  targets: what the project wants, beside what was measured
 """

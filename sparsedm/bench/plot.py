@@ -12,21 +12,23 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from sparsedm.bench import charts
+from sparsedm.bench import charts, targets
 from sparsedm.bench.results import read
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file
+from sparsedm.files import atomic_file, write_text
 
 DPI = 110
 THEMES = {"": ("#ffffff", "#222222", "#d9d9d9"), "-dark": ("#0d1117", "#e6edf3", "#30363d")}  # paper, ink, grid
 
 
 def draw_all(paths, folder):
-    """Draw every chart that the rows of the CSV files `paths` have data for. Returns the files written.
+    """Draw every chart that the rows of the CSV files `paths` have data for. Returns the files written; of a GPU also
+    targets.md, its results against the project's targets.
 
     Raises: InputError if the files hold no measurement, or those of several devices, which one picture must not mix.
     """
-    rows = [row for row in read(*paths) if row["status"] == "ok"]
+    every = read(*paths)
+    rows = [row for row in every if row["status"] == "ok"]
     devices = sorted({row["device"] for row in rows})
     if len(devices) != 1:
         held = " and ".join(devices) or "no measurement"
@@ -37,7 +39,14 @@ def draw_all(paths, folder):
             path = Path(folder) / f"{name}{suffix}.png"
             if save(path, title, draw, size(rows) if callable(size) else size, rows, theme):
                 written.append(path)
+    if not on_cpu(rows):
+        written.append(Path(folder) / "targets.md")
+        write_text(written[-1], targets.report(every))
     return written
+
+
+def on_cpu(rows):
+    return rows[0]["device"].startswith("CPU")
 
 
 def all_charts(rows):
@@ -75,10 +84,9 @@ def save(path, title, draw, size, rows, theme):
         figure = Figure(figsize=size, layout="constrained")
         if not draw(figure, rows):
             return False
-        on_cpu = rows[0]["device"].startswith("CPU")
-        figure.suptitle(title + ("\nCPU (no GPU was measured)" if on_cpu else ""), x=0.01, ha="left", fontsize=13)
+        figure.suptitle(title + ("\nCPU (no GPU was measured)" if on_cpu(rows) else ""), x=0.01, ha="left", fontsize=13)
         figure.supxlabel(caption(rows), x=0.01, ha="left", fontsize=7)
-        if on_cpu:
+        if on_cpu(rows):
             figure.text(0.5, 0.5, "CPU", fontsize=140, weight="bold", alpha=0.10, ha="center", va="center", rotation=25)
         with atomic_file(path) as partial:
             figure.savefig(partial, dpi=DPI)
@@ -112,7 +120,7 @@ def main(arguments=None):
     except InputError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    print(f"{len(written)} pictures in {options.out}: {', '.join(p.stem for p in written if '-dark' not in p.stem)}")
+    print(f"{len(written)} files in {options.out}: {', '.join(p.stem for p in written if '-dark' not in p.stem)}")
     return 0
 
 
