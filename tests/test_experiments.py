@@ -213,6 +213,25 @@ def test_a_study_that_is_cut_again_and_again_is_that_of_one_piece(done, tiny, tm
             assert file.read_bytes() == (tmp_path / file.relative_to(done)).read_bytes()
 
 
+def test_networks_run_in_the_precision_of_their_training_and_the_measures_exactly(done, tiny, monkeypatch):
+    work = runner._Work("arms", "tiny", TINY, done, torch.device("cpu"))
+    base, measured, ran = work.base(0).ema, [], []
+    evaluate = measures.evaluate.evaluate
+    for name, function in (("evaluate", evaluate), ("weight_distance", measures.weight_distance)):
+        place = measures.evaluate if name == "evaluate" else measures
+        monkeypatch.setattr(
+            place, name, lambda *a, f=function: measured.append(torch.is_autocast_enabled("cpu")) or f(*a)
+        )
+    base.mid_block.mlp.fc1.register_forward_hook(lambda module, inputs, out: ran.append((out.device.type, out.dtype)))
+    bf16 = torch.autocast("cpu", torch.bfloat16)
+    images = measures.draw(base, TINY, 0, bf16)
+    assert set(ran) == {("cpu", torch.bfloat16)}
+    ran.clear()
+    measures.measure(base, images, work.validation, work.reference, work.features, base, bf16)
+    assert set(ran) == {("cpu", torch.bfloat16), ("meta", torch.float32)}, "meta: where MACs are counted"
+    assert measured == [False, False]
+
+
 def test_samples_are_those_of_one_batch(done, tiny, monkeypatch):
     base = runner._Work("arms", "tiny", TINY, done, torch.device("cpu")).base(0).ema
     off = torch.autocast("cpu", enabled=False)
@@ -238,12 +257,43 @@ def test_the_table_is_the_mean_and_half_the_range():
     assert report._cell([float("nan")], "distance to dense weights") == "-"
 
 
+def test_the_report_says_whether_a_run_is_as_good_as_dense(done, tmp_path):
+    """Within 5% of the control of the same seed; and that the measure sees nothing, where it does not."""
+    distances = {"dense": (10, 20), "chain": (10.4, 20.9), "small-dense": (10.4, 21.1), "oneshot": (11, 40)}
+
+    def rows(distances):
+        found = results.read(done / "results.csv")
+        planted = [row for row in found if row["measure"] == "Fréchet distance"]
+        others = [row for row in found if row["measure"] != "Fréchet distance"]
+        return [*(row | {"value": distances[row["run"]][row["seed"]]} for row in planted), *others]
+
+    text = report.write(tmp_path, rows(distances), EXPERIMENTS["arms"])
+    assert "| against dense | Fréchet distance | validation loss | within 5% |" in text
+    lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text.splitlines() if line.count("|") == 5}
+    assert lines["chain"][0] == "1.042 ± 0.002"
+    assert {run: line[-1] for run, line in lines.items() if run in RUNS} == {
+        "chain": "yes |",
+        "small-dense": "in some seeds |",
+        "oneshot": "no |",
+    }
+    losses = [numbers(done, run, "validation loss", s)[0][1] for s in (0, 1) for run in ("chain", "dense")]
+    first, second = losses[0] / losses[1], losses[2] / losses[3]
+    assert lines["chain"][1] == f"{(first + second) / 2:.3f} ± {abs(first - second) / 2:.3f}"
+    assert "Even pruning without training" not in text
+    text = report.write(tmp_path, rows(distances | {"oneshot": (10, 20)}), EXPERIMENTS["arms"])
+    assert "Even pruning without training is within it" in text
+    alone = [row for row in rows(distances) if row["run"] != "dense"]
+    assert "against dense" not in report.write(tmp_path, alone, EXPERIMENTS["arms"])
+
+
 def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
     rows = results.read(done / "results.csv")
     for run, x in (("dense", 1.0), ("chain", 0.5)):
         rows += [{**rows[0], "run": run, "seed": seed, "measure": "axis", "x": None, "value": x} for seed in (0, 1)]
-    report.write(tmp_path, rows, EXPERIMENTS["ratio"])
+    rows = [row for row in rows if row["run"] in ("dense", "chain")]
+    text = report.write(tmp_path, rows[::-1], EXPERIMENTS["ratio"])
     assert (tmp_path / "ratio.png").stat().st_size > 5000
+    assert text.index("| dense |") < text.index("| chain |"), "from the densest, in whatever order they were made"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

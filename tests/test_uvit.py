@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.models.uvit import PRESETS, timestep_embedding
@@ -315,3 +316,18 @@ def test_velocity_turns_what_the_layers_compute_into_noise():
     alpha, sigma = log_alpha.exp().view(-1, 1, 1, 1), (1 - (2 * log_alpha).exp()).sqrt().view(-1, 1, 1, 1)
     expected = sigma * x + alpha * plain(x, t)
     assert_as_good_as_torch(model(x, t), expected, expected.float())
+
+
+def test_velocity_does_not_round_the_noise_to_bf16_under_autocast():
+    """At high noise the error of x_0 is that of the noise divided by α: 0.006 at t = 999."""
+    model = build_model("uvit-tiny", image_size=8, velocity=True)
+    with torch.no_grad():
+        for parameter in model.final_layer.parameters():
+            parameter.zero_()
+    x, t = torch.randn(3, 3, 8, 8), torch.full((3,), 999.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        noise = model(x, t)
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise, VPSDE().sigma(t / 999).view(-1, 1, 1, 1) * x)
+    bf16 = copy.deepcopy(model).bfloat16()
+    assert bf16(x.bfloat16(), t).dtype == torch.bfloat16

@@ -1,6 +1,6 @@
 """From the rows of results.csv alone: report.md with the table, and the pictures. Bars and bands: every seed's value.
 
-compare.png       Fréchet distance and validation loss of each run, the control marked
+compare.png       Fréchet distance and validation loss of each run, the control marked, and what is within 5% of it
 ratio.png         the same over the axis of the experiment, where it has one
 training.png      validation loss over the images seen
 noise-levels.png  validation loss over t, relative to the control: where sparsity hurts
@@ -18,15 +18,16 @@ from sparsedm.files import atomic_file, write_text
 from sparsedm.pictures import COLOURS
 
 FLIPS = "flip rate of "  # and a layer's name: a measure
+CLOSE = 0.05  # a Fréchet distance that is larger by at most this share is as good as the control's
 TABLE = ("validation loss", "Fréchet distance", "distance to dense weights", "MACs", "parameters", "images", "seconds")
 
 
 def write(folder, rows, plan):
     """Leave report.md and the pictures in `folder`; returns the table as Markdown. plan: an `Experiment`."""
     values = _values(rows)
-    runs = list(dict.fromkeys(row["run"] for row in rows))
+    runs = _in_order(list(dict.fromkeys(row["run"] for row in rows)), values)
     title = f"{rows[0]['experiment']} ({rows[0]['scale']}): {plan.summary}" if rows else ""
-    text = markdown(rows, values, runs)
+    text = f"{markdown(rows, values, runs)}{_against(values, runs, plan.control)}"
     pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
     pictures |= {"flips.png": _flips, "ratio.png": _axis}
     styles = _styles(runs, plan.control)
@@ -43,6 +44,12 @@ def _values(rows):
         seeds = values.setdefault((row["run"], row["measure"]), {})
         seeds.setdefault(row["seed"], []).append((row["x"], row["value"]))
     return values
+
+
+def _in_order(runs, values):
+    """As they were made, or along the axis of the experiment, where it has one."""
+    places = {run: _single(values, run, "axis") for run in runs}
+    return sorted(runs, key=lambda run: -places[run][0]) if all(places.values()) else runs
 
 
 def _single(values, run, measure):
@@ -71,6 +78,36 @@ of {counts["samples"]:,.0f} samples against {counts["reference images"]:,.0f} re
     return "\n".join([*lines, "", note])
 
 
+def _against(values, runs, control):
+    """Markdown: is each run as good as the control? "" where there is nothing to compare."""
+    lines = []
+    for run in runs:
+        distances, losses = (_ratios(values, run, control, m) for m in ("Fréchet distance", "validation loss"))
+        if run != control and distances:
+            close = [ratio <= 1 + CLOSE for ratio in distances]
+            verdict = "yes" if all(close) else "in some seeds" if any(close) else "no"
+            lines.append(f"| {run} | {_spread(distances)} | {_spread(losses)} | {verdict} |")
+    if not lines:
+        return ""
+    head = f"| against {control} | Fréchet distance | validation loss | within {CLOSE:.0%} |"
+    note = f"""Ratios to {control} of the same seed: the same start, batches, noise and features; 1.05 is 5% worse.
+Within {CLOSE:.0%}: whether the Fréchet distance is at most {1 + CLOSE:g} times that of {control}, in every seed."""
+    if any(line.startswith("| oneshot ") and line.endswith(" yes |") for line in lines):
+        note += "\nEven pruning without training is within it: so short a training says nothing about the others."
+    return "\n".join(["", "", head, "|---|---|---|---|", *lines, "", note])
+
+
+def _ratios(values, run, control, measure):
+    """The value of the run over that of the control, for each seed that both have."""
+    mine, theirs = ({s: p[0][1] for s, p in values.get((name, measure), {}).items()} for name in (run, control))
+    return [mine[seed] / theirs[seed] for seed in mine if theirs.get(seed)]
+
+
+def _spread(numbers, digits=3):
+    half = (max(numbers) - min(numbers)) / 2
+    return f"{statistics.fmean(numbers):.{digits}f}" + (f" ± {half:.{digits}f}" if len(numbers) > 1 else "")
+
+
 def _cell(numbers, measure):
     numbers = [n for n in numbers if n == n]
     if not numbers:
@@ -80,9 +117,7 @@ def _cell(numbers, measure):
         return f"{mean / 1e6:.2f} M"
     if measure in ("images", "seconds"):
         return f"{mean:,.0f}"
-    half = (max(numbers) - min(numbers)) / 2
-    digits = 2 if measure == "Fréchet distance" else 4
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(numbers) > 1 else "")
+    return _spread(numbers, 2 if measure == "Fréchet distance" else 4)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -123,7 +158,7 @@ def _logarithmic(axes):
 
 
 def _compare(figure, values, runs, plan):
-    """Dots: seeds. Bars: means, from the best. The line: the mean of the control."""
+    """Dots: seeds. Bars: means, from the best. The line: the mean of the control, the band: up to 5% more."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(runs))
     for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
         found = {run: _single(values, run, measure) for run in runs}
@@ -133,7 +168,9 @@ def _compare(figure, values, runs, plan):
             axes.barh(place, statistics.fmean(found[run]), color=colour, alpha=0.55, height=0.7)
             axes.plot(found[run], [place] * len(found[run]), "o", color=colour, markeredgecolor="white", markersize=6)
         if found.get(plan.control):
-            axes.axvline(statistics.fmean(found[plan.control]), color=COLOURS[1], linewidth=1, linestyle="--")
+            mean = statistics.fmean(found[plan.control])
+            axes.axvline(mean, color=COLOURS[1], linewidth=1, linestyle="--")
+            axes.axvspan(mean, mean * (1 + CLOSE), color=COLOURS[1], alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(order)), order)
         _styled(axes, f"{measure} (less is better; dots: seeds)")
     return True

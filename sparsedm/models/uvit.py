@@ -215,7 +215,7 @@ class UViT(nn.Module):
         if not config.velocity:
             return x
         time = t.view(-1, 1, 1, 1) / 999
-        return (VPSDE().sigma(time) * noisy + VPSDE().alpha(time) * x).to(x.dtype)
+        return (VPSDE().sigma(time) * noisy + VPSDE().alpha(time) * x).to(noisy.dtype)  # under autocast x is rougher
 
     def example_inputs(self, batch=1):
         """Deterministic (x, t, y) or (x, t, y, context) for `forward`, on the model's device and in its dtype."""
