@@ -17,6 +17,7 @@ from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24_conv import choose_conv_backend
 from sparsedm.kernels.sparse24_matmul import choose_backend
 from sparsedm.layers import Linear
+from sparsedm.sparsity import uncompressed_because
 
 ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
 GEOMETRY = ("stride", "padding", "dilation")
@@ -186,30 +187,34 @@ def _weight_shape(layer):
     return layer.out_features, layer.in_features
 
 
+@torch.no_grad()
+def _kept(layer, pattern, weights):
+    """(how many of the `weights` multiply x, whether they hold the pattern)."""
+    if isinstance(layer, Compressed):
+        return layer.values.numel(), True
+    if pattern is None:
+        return weights, True
+    kept = weights * pattern.keep // pattern.group
+    return kept, layer.weight.is_meta or holds(group_view(layer.effective_weight()), pattern)
+
+
 def _row(name, layer, calls, arch, batch):
     compressed = isinstance(layer, Compressed)
     pattern = Pattern(2, 4) if compressed else getattr(layer, "pattern", None)
     shape = _weight_shape(layer)
-    with torch.no_grad():
-        if compressed:
-            kept, held = layer.values.numel(), True
-        elif not isinstance(layer, LAYERS):
-            kept, held = math.prod(shape), True
-        else:
-            weight = layer.effective_weight() if pattern else layer.weight
-            kept = weight.numel() * (pattern.keep if pattern else 1)
-            kept //= pattern.group if pattern else 1
-            held = not pattern or weight.is_meta or holds(group_view(weight), pattern)
     dense = math.prod(shape)
+    kept, held = _kept(layer, pattern, dense)
     bias = getattr(layer, "in_proj_bias" if isinstance(layer, nn.MultiheadAttention) else "bias", None)
     bias = bias.numel() if isinstance(bias, torch.Tensor) else 0
-    if compressed or (arch and pattern and pattern.keep <= 2):  # at most 2 of every 4: can be compressed
-        backend, why = _sparse_backend(layer, shape, calls, arch, batch)
-    else:
-        backend = "torch, masked weight" if pattern else "torch"
-        why = "" if pattern else getattr(layer, "dense_reason", None) or _foreign_reason(layer)
-        if pattern and not calls.macs:
+    backend, why = "torch", ""
+    if pattern is None:
+        why = getattr(layer, "dense_reason", None) or _foreign_reason(layer)
+    elif not compressed and not arch:
+        backend = "torch, masked weight"
+        if not calls.macs:
             why = "not called in a forward: whatever reads its weight elsewhere passes over the mask"
+    elif compressed or not (why := uncompressed_because(layer)):
+        backend, why = _sparse_backend(layer, shape, calls, arch, batch)
     return LayerRow(
         name=name or "(the model itself)",
         kind=type(layer).__name__,
@@ -219,7 +224,7 @@ def _row(name, layer, calls, arch, batch):
         parameters=dense + bias,
         parameters_after=kept + bias,
         macs=calls.macs,
-        macs_after=round(calls.macs * kept / dense),
+        macs_after=round(calls.macs * kept / dense) if dense else 0,
         backend=backend,
         why=why,
     )
@@ -289,7 +294,7 @@ def _count(model, example_inputs, on_meta):
             call.macs += output.numel() * math.prod(shape[1:])
         inside.append(counted)
         if len(shape) == 2:
-            call.rows = max(call.rows, call.macs // math.prod(shape))
+            call.rows = max(call.rows, call.macs // max(math.prod(shape), 1))
 
     state, inputs = {}, example_inputs
     if on_meta:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.sparse24_dispatch import Choice
@@ -123,6 +124,34 @@ def test_a_1x1_convolution_is_the_product_that_serves_its_pixels():
         assert row.why.startswith("a 1 x 1 kernel is a product over the pixels: ")
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("layer", "pattern", "why"),
+    [
+        (nn.Conv2d(128, 64, 3, padding=1, groups=2), "2:4", "have no compressed form"),
+        (nn.Conv2d(64, 64, 3, padding="same"), "2:4", "have no compressed form"),
+        (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "2:4", "have no compressed form"),
+        (nn.Conv2d(64, 64, 1), "3:4", "3:4 keeps more than 2 of every 4 somewhere"),
+        (nn.Conv2d(6, 64, 1), "1:2", "the input axis 6 is not a multiple of 4"),
+        (nn.Conv2d(64, 64, 1), "1:2", None),
+        (nn.Conv2d(64, 64, 1), "2:16", None),
+    ],
+    ids=str,
+)
+def test_arch_shows_a_kernel_for_what_compress_compresses_and_nothing_else(layer, pattern, why, device):
+    model = sparsify(nn.Sequential(copy.deepcopy(layer)), pattern)
+    compressed = isinstance(compress(model)[0], Compressed)
+    assert compressed == (why is None)
+    (row,) = inspect(model.to(device), (torch.zeros(1, layer.in_channels, 8, 8),), arch="sm_90a", batch=64).rows
+    assert (row.backend == "wgmma") == compressed
+    assert compressed or (row.backend == "torch" and why in row.why)
+
+
+def test_a_layer_without_weights_is_counted(recwarn):
+    (row,) = inspect(nn.Sequential(nn.Linear(0, 5)), (torch.zeros(1, 0),)).rows
+    assert (row.parameters, row.macs, row.macs_after) == (5, 0, 0)
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(64, 64, 3, padding=1)], ids=["linear", "conv"])
 def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
@@ -169,6 +198,12 @@ def test_layers_that_are_not_ours_to_mask_are_listed_with_the_reason():
     assert (conv.shape, conv.macs, conv.pattern) == ((4, 4, 3), 8 * 4 * 4 * 3, "dense")
     assert conv.why == "torch.nn.modules.conv.Conv1d is not torch's own Linear or Conv2d"
     assert (quantised.shape, quantised.macs) == ((4, 8), 4 * 4 * 8)
+
+
+def test_a_transposed_convolution_is_counted_by_its_input():
+    model = sparsify(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 8, 2, stride=2)), "2:4")
+    _, transposed = inspect(model, (torch.zeros(1, 4, 5, 5),)).rows
+    assert (transposed.macs, transposed.pattern) == (25 * 4 * 8 * 4, "dense")
 
 
 def test_a_mask_that_is_passed_over_is_noticed():
