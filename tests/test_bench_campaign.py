@@ -120,7 +120,8 @@ def test_the_folder_is_small_and_holds_results_plots_and_tuned_tables(tmp_path):
     ]
     out = tmp_path / "out"
     assert set(states(run_campaign(suites, out, 2)).values()) == {"ran"}
-    assert {p.name for p in out.iterdir()} == {"index.json", "results.csv", "log.txt", "tuned.json", "plots.zip"}
+    left = {"index.json", "results.csv", "targets.md", "log.txt", "tuned.json", "plots.zip"}
+    assert {p.name for p in out.iterdir()} == left
     assert sum(p.stat().st_size for p in out.iterdir()) < 16 << 20
     assert json.loads((out / "tuned.json").read_text()) == {"some-gpu.json": {"operation": {}}}
     names = zipfile.ZipFile(out / "plots.zip").namelist()

@@ -4,9 +4,10 @@ The suites run in order of importance, each in a process of its own: a crash, a 
 not the campaign. Each has at most the time that is left; whatever it has measured when it is cut stays in results.csv.
 
 DIR holds a few files: index.json (what ran, failed, was cut, was skipped), results.csv (all suites), log.txt (their
-output, shortened), tuned.json (configurations found), counters.txt (of the best and worst shapes), plots.zip; with
---data also quality.zip, the reports of trainings, whose checkpoints are in DIR-quality. The same command with --resume
-runs what did not finish, and goes on inside a suite that was cut.
+output, shortened), targets.md (what was measured beside what the project wants), tuned.json (configurations found),
+counters.txt (of the best and worst shapes), plots.zip; with --data also quality.zip, the reports of trainings, whose
+checkpoints are in DIR-quality. The same command with --resume runs what did not finish, and goes on inside a suite that
+was cut.
 """
 
 import argparse
@@ -144,13 +145,16 @@ def _log(folder, name, output):
 
 
 def _pictures(folder):
-    """Draw plots.zip from results.csv. Returns how many pictures it holds, or why there are none."""
+    """Make plots.zip and targets.md of results.csv. Returns how many pictures there are, or why there are none."""
     try:
         paths = draw_all([folder / "results.csv"], folder / ".plots")
+        pictures = [path for path in paths if path.suffix == ".png"]
         with atomic_file(folder / "plots.zip") as partial, zipfile.ZipFile(partial, "w") as archive:
-            for path in paths:
+            for path in pictures:
                 archive.write(path, path.name)
-        return f"{len(paths)} pictures"
+        for path in set(paths) - set(pictures):
+            os.replace(path, folder / path.name)
+        return f"{len(pictures)} pictures"
     except InputError as error:
         return f"none: {error}"
     finally:
@@ -197,6 +201,8 @@ def main(arguments=None):
         return 2
     for entry in index["suites"]:
         print(f"{entry['status']:<8} {entry['name']:<14} {entry.get('seconds', ''):>6}  {entry['reason']}")
+    if (targets := Path(options.out) / "targets.md").exists():
+        print(f"\n{targets.read_text(encoding='utf-8')}")
     statuses = {entry["status"] for entry in index["suites"]}
     return 1 if "failed" in statuses else 3 if statuses - {"ran"} else 0
 
