@@ -11,15 +11,8 @@ from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-)  # Okabe and Ito: colour-blind safe
+# Okabe and Ito: safe for the colour-blind
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
 def save_grid(path, rows):
