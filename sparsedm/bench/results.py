@@ -40,20 +40,19 @@ class Results:
         for row in self.rows:
             if row["status"] == "started":
                 row |= {"status": "failed", "reason": "the process ended in the middle of this: a crash, or a hang"}
+        self._text = _csv(self.rows, header=True)
 
     def begin(self, identity):
         """Note in the file that the measurement with this identity is under way, until `add` brings its rows."""
-        self._replace_note([identity | {"status": "started"}])
+        write_text(self.path, self._text + _csv([identity | {"status": "started"}]))
 
     def add(self, rows):
         unknown = {column for row in rows for column in row} - set(COLUMNS)
         if unknown:
             raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
-        self._replace_note(rows)
-
-    def _replace_note(self, rows):
-        self.rows = [row for row in self.rows if row["status"] != "started"] + rows
-        write(self.path, self.rows)
+        self.rows += rows
+        self._text += _csv(rows)  # not all over again: a note is written before every provider
+        write_text(self.path, self._text)
 
     def matching(self, identity):
         """The rows that have all these values."""
@@ -61,11 +60,16 @@ class Results:
 
 
 def write(path, rows):
+    write_text(path, _csv(rows, header=True))
+
+
+def _csv(rows, header=False):
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def _cell(value):
