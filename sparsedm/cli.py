@@ -1,7 +1,7 @@
 """The command line of `sparsedm`: what can be asked of every command. What they do stands in the modules imported here.
 
 Exit codes: 0 done; 2 bad input or too little memory, one sentence on stderr; 128 + signal when training was interrupted
-and saved.
+and saved, or whoever read the output left.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import os
+import signal
 import sys
 import textwrap
 
@@ -45,8 +46,9 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("sparsedm: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough; the rest was not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -380,6 +381,16 @@ def test_output_reaches_a_pipe_at_once_and_in_any_encoding(monkeypatch, tmp_path
     assert run("inspect", "--model", "uvit-tiny", "--plot", tmp_path / "wei\udcffß.png") == 0
     assert b"wei\\udcff\\xdf.png\n" in pipe.getvalue()
     assert pipe.lines > 1, "one write at the end of the command would come too late for who is waiting"
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_word(monkeypatch, tmp_path, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert run("inspect", "--model", "uvit-tiny", "--plot", tmp_path / "a.png") == 141
+    assert not (tmp_path / "a.png").exists()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["", "train", "sample", "evaluate", "inspect", "quickstart"])
