@@ -138,15 +138,13 @@ def search(evaluate, networks, steps, options, *, start=(), progress=False):
     is not installed.
     """
     first = first_generation(networks, steps, options, start)
-    try:
-        from pymoo.algorithms.moo.nsga2 import NSGA2
-        from pymoo.algorithms.soo.nonconvex.ga import GA
-        from pymoo.core.mutation import Mutation
-        from pymoo.core.problem import Problem
-        from pymoo.operators.crossover.pntx import SinglePointCrossover
-        from pymoo.optimize import minimize
-    except ImportError as error:
-        raise InputError("the search needs pymoo: pip install 'sparsedm[search]'") from error
+    check_installed()
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.algorithms.soo.nonconvex.ga import GA
+    from pymoo.core.mutation import Mutation
+    from pymoo.core.problem import Problem
+    from pymoo.operators.crossover.pntx import SinglePointCrossover
+    from pymoo.optimize import minimize
 
     tried, rate = {}, options.mutation if options.mutation is not None else 1 / steps
     bar = tqdm(total=options.population * options.generations, desc="search", disable=None if progress else True)
@@ -176,6 +174,14 @@ def search(evaluate, networks, steps, options, *, start=(), progress=False):
     with bar:
         minimize(Strategies(), algorithm, ("n_gen", options.generations), seed=options.seed)
     return list(tried.values())
+
+
+def check_installed():
+    """Raise InputError where pymoo, with which `search` evolves, is not installed."""
+    try:
+        import pymoo.optimize  # noqa: F401
+    except ImportError as error:
+        raise InputError("the search needs pymoo: pip install 'sparsedm[search]'") from error
 
 
 def first_generation(networks, steps, options, start=()):

@@ -1,10 +1,11 @@
 """`sparsedm search`: train a small family of networks, or take those of a run, and find which to use at which step.
 
 The folder it leaves: family/ (training, where there was any), strategies/*.json, report.md, report.json, pictures, and
-what `search_study.py` keeps. To resume, run the same command again.
+what `search_study.py` keeps. To resume, run the same command again; with --minutes it cuts itself in time.
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -18,11 +19,13 @@ from sparsedm.drawing import family_of
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.quickstart import SYNTHETIC, TRANSFER
-from sparsedm.search import SearchOptions
+from sparsedm.search import SearchOptions, check_installed
 from sparsedm.search_report import NOTE, table
 from sparsedm.search_study import QUALITIES, Plan, study
 from sparsedm.train.chain import Stage, run_chain
 from sparsedm.train.loop import TrainOptions
+
+RESERVE = 40  # seconds of --minutes for what is left after the deadline: a checkpoint, or a strategy and the report
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,12 @@ class Scale:
 _NET = {"image_size": 12, "multipliers": (1, 2), "attention": (6,)}
 _TRAINING = replace(SYNTHETIC.options, weighting="noise", lr=1e-3)
 _STUDENTS = [Stage(p.replace(":", "of"), 150, p, lr=1e-3, **TRANSFER) for p in ("2:4", "1:4", "1:8")]
-_LARGE = TrainOptions(steps=1)
-_LARGE_STUDENTS = [Stage(p.replace(":", "of"), 50_000, p, **TRANSFER) for p in ("3:4", "2:4", "1:4")]
-_SUPERNET = TrainOptions(steps=1, batch_size=256, lr=4e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=5000)
+_LITE = TrainOptions(steps=1, ema=0.999, cosine=True, weighting="velocity")
+_LITE_STUDENTS = [Stage(p.replace(":", "of"), 600, p, **TRANSFER) for p in ("3:4", "2:4", "1:4")]
+_FULL_STUDENTS = [Stage(p.replace(":", "of"), 50_000, p, **TRANSFER) for p in ("3:4", "2:4", "1:4")]
+_SUPERNET = TrainOptions(steps=1, batch_size=256, lr=4e-4, betas=(0.9, 0.999), weight_decay=0.0)
+_LITE_SUPERNET = replace(_SUPERNET, ema=0.999, cosine=True)
+_FULL_SUPERNET = replace(_SUPERNET, warmup=5000)
 
 SCALES = {
     "smoke": Scale(
@@ -63,12 +69,26 @@ SCALES = {
         generations=6,
         threads=1,
     ),
-    "lite": Scale(
+    "lite": Scale(  # for two times ten minutes of one large GPU, not timed yet
         data="cifar10",
         families={
-            "chain": ("uvit-cifar10-small", {}, [Stage("dense", 200_000), *_LARGE_STUDENTS], _LARGE),
-            "widths": ("slimmable-cifar10", {}, [Stage("dense", 200_000)], _SUPERNET),
-            "both": ("slimmable-cifar10", {}, [Stage("dense", 200_000), _LARGE_STUDENTS[1]], _SUPERNET),
+            "chain": ("uvit-cifar10-small", {"velocity": True}, [Stage("dense", 3000), *_LITE_STUDENTS], _LITE),
+            "widths": ("slimmable-cifar10", {}, [Stage("dense", 4000)], _LITE_SUPERNET),
+            "both": ("slimmable-cifar10", {}, [Stage("dense", 3000), _LITE_STUDENTS[1]], _LITE_SUPERNET),
+        },
+        count=1000,
+        final_count=3000,
+        validation=1024,
+        steps=20,
+        population=24,
+        generations=6,
+    ),
+    "full": Scale(
+        data="cifar10",
+        families={
+            "chain": ("uvit-cifar10-small", {}, [Stage("dense", 200_000), *_FULL_STUDENTS], TrainOptions(steps=1)),
+            "widths": ("slimmable-cifar10", {}, [Stage("dense", 200_000)], _FULL_SUPERNET),
+            "both": ("slimmable-cifar10", {}, [Stage("dense", 200_000), _FULL_STUDENTS[1]], _FULL_SUPERNET),
         },
         count=2000,
         final_count=10_000,
@@ -83,12 +103,15 @@ SCALES = {
 def run_search(options):
     """The command; `options` as `add_arguments` makes them."""
     started, scale = time.perf_counter(), SCALES[options.scale]
-    plan = _plan(options, scale)
+    plan = _plan(options, scale, _deadline(options.minutes))
     if options.dry_run:
         _show(options, scale, plan)
         return
+    check_installed()  # before anything is trained
     if scale.threads and options.device.type == "cpu":
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
+    if options.device.type == "cuda" and options.unit == "MACs":  # tuning all sizes takes longer than the search
+        os.environ.setdefault("SPARSEDM_AUTOTUNE", "off")
     if not options.run:
         _train(options, scale, plan)
     report = study(plan)
@@ -97,7 +120,15 @@ def run_search(options):
     print(f"({time.perf_counter() - started:.0f} s in all)")
 
 
-def _plan(options, scale):
+def _deadline(minutes):
+    if minutes is None:
+        return math.inf
+    if 60 * minutes <= RESERVE:
+        raise InputError(f"--minutes {minutes:g}: more than {RESERVE} seconds are needed to stop cleanly")
+    return time.monotonic() + 60 * minutes - RESERVE
+
+
+def _plan(options, scale, deadline):
     name = f"search-{options.scale}-{options.family}"
     folder = Path(options.out or (Path(options.run) / "search" if options.run else f"runs/{name}"))
     return Plan(
@@ -120,6 +151,7 @@ def _plan(options, scale):
         unit=options.unit,
         device=options.device,
         workers=_workers(options.device) if options.workers is None else options.workers,
+        deadline=deadline,
     )
 
 
@@ -161,6 +193,7 @@ def _train(options, scale, plan):
         plan.run,
         validation=validation,
         record={"data": plan.data},
+        deadline=plan.deadline,
         device=options.device,
     )
 
@@ -213,6 +246,7 @@ def add_arguments(sub):
         type=int,
         help="strategies measured at the same time, one thread each; changes nothing but time (default: all CPU cores)",
     )
+    sub.add_argument("--minutes", type=float, help="stop in time (exit code 3); the same command goes on")
     sub.add_argument("--features", default="random-conv", help="as for evaluate (default: random-conv)")
     sub.add_argument("--out", metavar="DIR", help="folder (default: runs/search-SCALE-FAMILY, or RUN/search)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan, and stop")

@@ -5,6 +5,7 @@ final.jsonl.
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from sparsedm import evaluate, pictures, samplers, stepaware
-from sparsedm.commands import load_images
+from sparsedm.commands import amp_of, load_images
 from sparsedm.drawing import family_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
@@ -23,6 +24,7 @@ from sparsedm.search_report import write_report
 from sparsedm.stepaware import Strategy
 from sparsedm.train import checkpoint
 from sparsedm.train.data import batch
+from sparsedm.train.loop import OutOfTime
 
 QUALITIES = ("frechet", "proxy")
 SHOWN = 16  # images of each strategy in the picture
@@ -46,6 +48,7 @@ class Plan:
     unit: str = "MACs"
     device: torch.device | str = "cpu"
     workers: int = 1  # strategies measured at the same time, on one thread each
+    deadline: float = math.inf  # of time.monotonic(): no strategy is begun after it
 
     def __post_init__(self):
         if self.workers < 1:
@@ -68,7 +71,7 @@ def study(plan):
     """Carry out a Plan, or go on where it stopped. Returns the report, a dict, which it also leaves in the folder.
 
     Raises InputError: the folder was made by another plan; latents, of which only the proxy can be measured; a search
-    that cannot be.
+    that cannot be. OutOfTime: what was measured until then is kept.
     """
     family = family_of(plan.run, plan.unit, plan.device)
     size = family.shape[1]
@@ -89,7 +92,13 @@ def study(plan):
         return _draw(family, Strategy(family.name, family.names, plan.sampler, indices, plan.data), count, seed)
 
     def measure(count, seed):
-        return proxy if plan.quality == "proxy" else lambda indices: distance(draw(indices, count, seed))
+        def measured(indices):
+            if time.monotonic() >= plan.deadline:
+                known = len(tried.known)
+                raise OutOfTime(f"after {known} strategies of the search in {plan.folder}, which are kept")
+            return distance(draw(indices, count, seed))
+
+        return proxy if plan.quality == "proxy" else measured
 
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)
     tried = Evaluations(measure(plan.count, plan.search.seed), cost, plan.folder / "evaluations.jsonl", plan.workers)
@@ -155,7 +164,10 @@ def _table(plan, family):
         held_out = load_images(plan.data, "test", family.shape[1], limit=plan.validation).to(plan.device)
         x, y = batch(held_out, torch.arange(len(held_out)))
         y = y if family.networks[0].config.num_classes else None
-        losses = stepaware.loss_table(family, x, plan.sampler, plan.steps, y=y, seed=plan.search.seed, progress=True)
+        with _autocast(family):
+            losses = stepaware.loss_table(
+                family, x, plan.sampler, plan.steps, y=y, seed=plan.search.seed, progress=True
+            )
         seconds = time.perf_counter() - start
         write_json(file, {"names": family.names, "costs": family.costs, "losses": losses.tolist(), "seconds": seconds})
     known = json.loads(file.read_text(encoding="utf-8"))
@@ -169,7 +181,8 @@ def _distance_to(images, plan):
 
     def distance(drawn):
         mine = evaluate.summarize(drawn, features, "the generated set")
-        return evaluate.frechet_distance(mine.mean, mine.covariance, real.mean, real.covariance)
+        gaussians = (mine.mean, mine.covariance, real.mean, real.covariance)
+        return evaluate.frechet_distance(*(tensor.to(features.device) for tensor in gaussians))
 
     return distance
 
@@ -178,7 +191,15 @@ def _draw(family, strategy, count, seed):
     """uint8 samples; every strategy gets the same noise and labels."""
     classes = family.networks[0].config.num_classes
     labels = torch.arange(count) % classes if classes else None
-    return to_uint8(stepaware.sample(family, strategy, count, seed=seed, y=labels, clip=1.0, batch_size=256).cpu())
+    with _autocast(family):
+        images = stepaware.sample(family, strategy, count, seed=seed, y=labels, clip=1.0, batch_size=256)
+    return to_uint8(images).cpu()
+
+
+def _autocast(family):
+    """Networks run in the precision that they were trained in."""
+    device = next(family.networks[0].parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp_of(device) == "bf16")
 
 
 def _correlation(table, evaluations):

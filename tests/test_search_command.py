@@ -1,6 +1,11 @@
 """`sparsedm search` from nothing, on a scale of a few steps, and its refusals."""
 
+import itertools
+import json
+import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ import torch
 from sparsedm import search_command, search_study
 from sparsedm.cli import main
 from sparsedm.models import build_model, model_config
+from sparsedm.train import loop
 
 
 @pytest.fixture
@@ -61,8 +67,36 @@ def test_an_existing_run_is_searched_on_the_data_it_was_trained_on(tiny_scale, t
     assert "does not say what data it was trained on: name it with --data" in capsys.readouterr().err
 
 
+def test_without_pymoo_nothing_is_trained(tiny_scale, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymoo.optimize", None)
+    assert main(["search", "--out", str(tmp_path / "out")]) == 2
+    assert "the search needs pymoo: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_that_is_cut_again_and_again_is_that_of_one_piece(tiny_scale, tmp_path, capsys, monkeypatch):
+    """The clock goes on by a second whenever it is looked at, so that every place where time can be up is one."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
+    for module in (search_command, search_study, loop):
+        monkeypatch.setattr(module, "time", clock)
+    command = ["search", "--out", str(tmp_path / "cut"), "--workers", "1", "--minutes"]
+    said = []
+    while (code := main([*command, f"{(search_command.RESERVE + 4) / 60}"])) and len(said) < 20:
+        assert code == 3
+        said.append(capsys.readouterr().err)
+    assert code == 0
+    assert "before step 1 in" in said[0]
+    assert "strategies of the search in" in said[-1]
+    assert main(["search", "--out", str(tmp_path / "whole"), "--workers", "1"]) == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("cut", "whole")]
+    for report in reports:
+        del report["seconds"]
+    assert reports[0] == reports[1]
+
+
 @pytest.mark.parametrize("family", ["chain", "widths", "both"])
-@pytest.mark.parametrize("scale", ["smoke", "lite"])
+@pytest.mark.parametrize("scale", search_command.SCALES)
 def test_a_dry_run_shows_the_plan_and_writes_nothing(scale, family, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["search", "--scale", scale, "--family", family, "--weight", "0.1", "--dry-run"]) == 0
@@ -93,6 +127,7 @@ def test_every_family_can_be_built_and_searched(scale):
         (["--sampling-steps", "0"], "steps is 0"),
         (["--count", "1"], "count is 1: at least 2 images"),
         (["--workers", "0"], "workers is 0: at least 1 is needed"),
+        (["--minutes", "0.5"], "--minutes 0.5: more than 40 seconds are needed to stop cleanly"),
         (["--weight", "-1"], "search option weight=-1.0"),
         (["nowhere"], "nowhere does not say what data it was trained on"),
         (["nowhere", "--data", "synthetic"], "nowhere does not exist"),

@@ -180,6 +180,20 @@ def test_refusals(chain, tmp_path):
         plan(chain, tmp_path, workers=2, device="cuda")
 
 
+def test_networks_run_in_the_precision_of_their_training(chain, monkeypatch):
+    """In bf16 on a GPU: here amp_of says so of the CPU."""
+    family, seen = family_of(chain), []
+    for network in family.networks:
+        layer = network.mid_block.mlp.fc1
+        layer.register_forward_hook(lambda module, inputs, out: seen.append((torch.is_grad_enabled(), out.dtype)))
+    strategy = Strategy(family.name, family.names, "ddim", (0, 1, 2))
+    for amp, dtype in ((None, torch.float32), ("bf16", torch.bfloat16)):
+        monkeypatch.setattr(search_study, "amp_of", lambda device, amp=amp: amp)
+        seen.clear()
+        assert search_study._draw(family, strategy, 2, 0).dtype == torch.uint8
+        assert seen == [(False, dtype)] * 3
+
+
 def test_workers_change_no_bit_of_what_is_measured(chain, tmp_path):
     rows = [study(plan(chain, tmp_path / str(workers), workers=workers))["rows"] for workers in (1, 3)]
     assert rows[0] == rows[1]
