@@ -9,6 +9,7 @@ from PIL import Image
 
 from sparsedm.bench import charts, plot
 from sparsedm.bench.results import COLUMNS, write
+from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.speedups import speedups
 from sparsedm.errors import InputError
 
@@ -99,8 +100,24 @@ def test_a_cpu_is_named_in_large_letters_and_a_gpu_is_not(tmp_path, monkeypatch)
 def test_the_caption_says_what_was_measured_when_and_with_what():
     rows = [row("dense", 1, driver="600.1"), row("dense", 1, date="2030-02-01T00:00:00", commit="def")]
     text = plot.caption(rows)
-    assert text.startswith("Some GPU, bfloat16, 2030-01-02 to 2030-02-01, sparsedm abc, def\ndriver 600.1, torch 9.9.")
+    assert text.startswith("Some GPU, bfloat16, 2030-01-02 to 2030-02-01, sparsedm abc, def\ndriver 600.1, torch 9.9\n")
     assert "TFLOP/s are dense-equivalent" in text
+
+
+def test_no_two_providers_look_alike():
+    names = [p.name for p in PROVIDERS["linear"]]
+    assert len(names) > len(charts.COLOURS)
+    for i in (1, 2, 3):  # colour and marker, colour and dash, colour and hatching
+        assert len({(look[0], look[i]) for look in charts.looks(names).values()}) == len(names)
+
+
+def test_ceilings_that_lie_close_together_are_labelled_apart():
+    rows = [*made_up(), row("torch", 1, suite="ceiling", kernel="mma", metric="rate", value=710.0)]
+    figure = Figure()
+    assert charts.roofline(figure, rows)
+    labels = {t.get_text(): t.xy[1] for t in figure.axes[0].texts}
+    assert labels[" dense product 700"] == 700
+    assert labels[" mma 710"] > 1.05 * 700
 
 
 def test_the_losing_region_is_shaded_up_to_one():
@@ -129,7 +146,7 @@ def test_the_roofline_draws_the_measured_ceilings():
     figure = Figure()
     assert charts.roofline(figure, made_up())
     said = " ".join(t.get_text() for t in figure.axes[0].texts)
-    assert "copy 4e+03 GB/s" in said
+    assert "copy 4000 GB/s" in said
     assert "dense product 700" in said
     assert "mma.sp 900" in said
 

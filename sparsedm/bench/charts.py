@@ -12,14 +12,17 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from sparsedm.bench.shapes import SWEEPS
 from sparsedm.bench.speedups import speedups, timed
+from sparsedm.kernels.launch import BACKENDS
 
+# cycles of different lengths, so that a colour which comes again brings another marker, dash and hatching
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 MARKERS, DASHES, HATCHES = (
-    "os^Dv<P",
-    ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-"),
+    "os^Dv<P>X",
+    ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))),
     ("", "//", "..", "xx"),
 )
 OURS = "sparsedm 2:4"  # what the dispatcher does: the provider of the heat maps
+FORCED = tuple(f"{OURS} {backend}" for backend in BACKENDS)  # the kernels that it chooses from
 
 
 def looks(names):
@@ -66,7 +69,7 @@ def sweep(figure, rows, name):
         axes.set_title(mode, loc="left")
         axes.set_xlabel("M = N = K" if name == "square" else "M (rows of x)")
     figure.axes[0].set_ylabel("times as fast as the fastest dense\n(shaded: slower)")
-    figure.axes[-1].legend(frameon=False, fontsize=8, loc="best")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     return True
 
 
@@ -77,38 +80,44 @@ def _rows(speedup):
 def roofline(figure, rows):
     """Dense-equivalent TFLOP/s against arithmetic intensity, under the ceilings measured on the same device."""
     linear = [r for r in timed(rows, {"gemm"}) if r["dense_equivalent_tflops"] and r["gbps"]]
+    linear = [r for r in linear if r["provider"] not in FORCED]
     if not linear:
         return False
     axes = figure.subplots()
     intensity = {id(r): 1e3 * r["dense_equivalent_tflops"] / r["gbps"] for r in linear}
+    size, alpha = (5, 0.8) if len(linear) < 400 else (2.5, 0.5)
     for provider, (colour, marker, *_) in looks(r["provider"] for r in linear).items():
         mine = [r for r in linear if r["provider"] == provider]
         points = [intensity[id(r)] for r in mine], [r["dense_equivalent_tflops"] for r in mine]
-        axes.plot(*points, marker, color=colour, markersize=5, alpha=0.8, linestyle="none", label=provider)
+        axes.plot(*points, marker, color=colour, markersize=size, alpha=alpha, linestyle="none", label=provider)
     axes.set_xscale("log")
     axes.set_yscale("log")
     left, right = min(intensity.values()) / 1.5, max(intensity.values()) * 1.5
-    ceilings = [r for r in rows if r["suite"] == "ceiling" and r["status"] == "ok"]
-    grey = dict(color="#808080", linewidth=1.2, zorder=0)
-    flat = {}
-    for row in ceilings:
+    grey, flat = dict(color="#808080", linewidth=1.2, zorder=0), {}
+    for row in rows:
+        if row["suite"] != "ceiling" or row["status"] != "ok":
+            continue
         if row["kernel"] == "copy":
             axes.plot([left, right], [row["gbps"] * x / 1e3 for x in (left, right)], **grey)
             axes.annotate(
-                f" copy {row['gbps']:.3g} GB/s", (left, row["gbps"] * left / 1e3), color="#808080", fontsize=8
+                f" copy {row['gbps']:.0f} GB/s", (left, row["gbps"] * left / 1e3), color="#808080", fontsize=8
             )
         else:
             flat[row["kernel"]] = max(row["value"], flat.get(row["kernel"], 0))
-    for kernel, rate in flat.items():
+    lowest = min(r["dense_equivalent_tflops"] for r in linear) / 2
+    highest = max([r["dense_equivalent_tflops"] for r in linear] + list(flat.values())) * 3
+    apart, above = (highest / lowest) ** 0.025, 0.0  # a line of text in this range
+    for kernel, rate in sorted(flat.items(), key=lambda item: item[1]):
         axes.axhline(rate, **grey)
+        above = max(rate, above * apart)
         name = "dense product" if kernel == "dense" else kernel
-        axes.annotate(f"{name} {rate:.3g}", (right, rate), color="#808080", fontsize=8, ha="right", va="bottom")
-    best = max([r["dense_equivalent_tflops"] for r in linear] + list(flat.values()))
+        label = dict(color="#808080", fontsize=8, va="center", annotation_clip=False)
+        axes.annotate(f" {name} {rate:.0f}", (right, above), **label)
     axes.set_xlim(left, right)
-    axes.set_ylim(min(r["dense_equivalent_tflops"] for r in linear) / 2, best * 3)
+    axes.set_ylim(lowest, highest)
     axes.set_xlabel("dense-equivalent operations per byte that has to move")
     axes.set_ylabel("dense-equivalent TFLOP/s")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", markerscale=5 / size)
     return True
 
 
@@ -134,7 +143,7 @@ def _table(axes, cells, x_name, y_name):
     for (y, x), value in np.ndenumerate(grid):
         if np.isnan(value):  # not measured
             continue
-        ink = "#000000" if abs(np.log2(value)) < 0.7 else "#ffffff"
+        ink = "#000000" if abs(np.log2(value)) < 0.5 else "#ffffff"
         axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=9, color=ink)
     axes.set_xticks(range(len(xs)), [f"{v:g}" for v in xs])
     axes.set_yticks(range(len(ys)), [f"{v:g}" for v in ys])
@@ -145,8 +154,9 @@ def _table(axes, cells, x_name, y_name):
 
 
 def layers(figure, rows, model, mode):
-    """Bars: the speed-up of every layer shape of one model at one batch size."""
+    """Bars: the speed-up of every layer shape of one model at one batch size, without the back ends that are forced."""
     found = [s for s in speedups(rows, {"gemm", "conv"}) if s.row["model"] == model]
+    found = [s for s in found if s.row["provider"] not in FORCED]
     found = [s for s in found if s.row["mode"] == mode or s.row["suite"] == "conv"]
     if not found:
         return False
@@ -223,7 +233,7 @@ def masks(figure, rows):
     for row in rows:
         if row["suite"] == "ceiling" and row["kernel"] == "copy":
             axes.axhline(row["gbps"], color="#808080", linewidth=1.2)
-            axes.annotate(f"copy {row['gbps']:.3g} GB/s", (line[0][0], row["gbps"]), color="#808080", va="bottom")
+            axes.annotate(f"copy {row['gbps']:.0f} GB/s", (line[0][0], row["gbps"]), color="#808080", va="bottom")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("weights")

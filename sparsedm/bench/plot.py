@@ -51,7 +51,7 @@ def on_cpu(rows):
 
 def all_charts(rows):
     """{file name: (title, function of figure and rows, size in inches)}."""
-    wide, square = (11, 4.8), (8, 6)
+    wide, square = (11, 4.8), (9, 6)
     found = {
         f"speedup-{name}": (f"2:4 against dense: {name}", functools.partial(charts.sweep, name=name), wide)
         for name in charts.SWEEP_NAMES
@@ -94,7 +94,7 @@ def save(path, title, draw, size, rows, theme):
 
 
 def caption(rows):
-    """Device, dates, versions and commits of all rows, in one or two lines."""
+    """Device, dates, versions and commits of all rows, in three lines."""
 
     def values(column):
         return ", ".join(dict.fromkeys(row[column] for row in rows if row[column]))
@@ -105,7 +105,8 @@ def caption(rows):
     ]
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     first = f"{values('device')}, {values('dtype')}, {when}, sparsedm {values('commit') or values('sparsedm')}"
-    return f"{first}\n{', '.join(versions)}. TFLOP/s are dense-equivalent. Bands and whiskers: 20th to 80th percentile."
+    meaning = "TFLOP/s are dense-equivalent. Bands and whiskers: 20th to 80th percentile."
+    return f"{first}\n{', '.join(versions)}\n{meaning}"
 
 
 def main(arguments=None):
