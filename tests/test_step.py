@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsedm import diffusion
 from sparsedm.diffusion import DDPMSchedule
-from sparsedm.kernels import choose
+from sparsedm.kernels import choose, masked_dispatch
 from sparsedm.train import step
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import train
@@ -85,7 +86,7 @@ def test_discrete_schedule_trains(tmp_path):
 
 @pytest.mark.gpu
 def test_step_waits_for_nothing_on_a_gpu(tmp_path):
-    """Every synchronising call raises while the steps between two records run."""
+    """Every synchronising call raises while the steps between two records run, masked layers by our operators."""
     original = step.Step.__call__
 
     def strict(self, *args):
@@ -97,8 +98,42 @@ def test_step_waits_for_nothing_on_a_gpu(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step.Step, "__call__", strict)
+        patch.setenv("SPARSEDM_AUTOTUNE", "off")
+        patch.setattr(masked_dispatch._tuner, "best", lambda *arguments, **key: {"by": "kernels"})
         result = run(tmp_path, replace(OPTIONS, amp="bf16"), device="cuda")
     assert math.isfinite(result.loss)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that ask a device for a value, for which the host would wait."""
+
+    waiting = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in self.waiting
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", [tiny, masked], ids=["dense", "2:4"])
+def test_a_step_reads_no_value(tmp_path, monkeypatch, model):
+    """But for a choice of masks in torch, which looks for NaN and runs on CPUs only."""
+    original, choose_in_torch, reads, chosen = step.Step.__call__, choose._choose_in_torch, [], []
+    monkeypatch.setattr(choose, "_choose_in_torch", lambda *a: (chosen.append(1), choose_in_torch(*a))[1])
+
+    def watched(self, *args):
+        chosen.clear()
+        with Reads() as seen:
+            result = original(self, *args)
+        reads.append(seen.count - len(chosen))
+        return result
+
+    monkeypatch.setattr(step.Step, "__call__", watched)
+    run(tmp_path, replace(OPTIONS, amp="bf16", accumulate=2), model())
+    assert reads == [0] * OPTIONS.steps
 
 
 def test_no_two_seeds_share_a_stream():
