@@ -88,12 +88,12 @@ def gpu_suites():
 
 
 def quality_suites(data):
-    """What training gives, on images from `data`; their folders are too large for the campaign's own."""
+    """What training and searching give, on images from `data`; their folders are too large for the campaign's own."""
     suites = []
-    for name in ("arms", "ratio", "fixed-vs-inplace-vs-chain"):
+    for name in ("arms", "search", "ratio", "fixed-vs-inplace-vs-chain"):
+        command = (sys.executable, "-m", "sparsedm.cli", *(("search",) if name == "search" else ("experiment", name)))
         places = ("--out", f"{{folder}}-quality/{name}", "--minutes", "{minutes}")
-        command = (sys.executable, "-m", "sparsedm.cli", "experiment", name, "--scale", "lite", "--data", data, *places)
-        suites.append(Suite(f"quality: {name}", command, least=120))
+        suites.append(Suite(f"quality: {name}", (*command, "--scale", "lite", "--data", data, *places), least=120))
     return tuple(suites)
 
 
