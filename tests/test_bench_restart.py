@@ -10,22 +10,22 @@ HANGS = """
 import time
 from sparsedm.bench.restart import Watch, start_again
 print("hangs")
-Watch(0.1, lambda: start_again("platform", ["--terse"])).alive()
+Watch(lambda: start_again("platform", ["--terse"])).expect(0.1)
 time.sleep(100)
 """
 
 
 def test_a_watch_calls_when_nobody_is_alive():
     called = threading.Event()
-    Watch(0.05, called.set).alive()
+    Watch(called.set).expect(0.05)
     assert called.wait(5)
 
 
 def test_a_watch_that_is_done_calls_nobody():
     called = threading.Event()
-    watch = Watch(0.05, called.set)
-    watch.alive()
-    watch.alive()
+    watch = Watch(called.set)
+    watch.expect(0.05)
+    watch.expect(0.05)
     watch.done()
     assert not called.wait(0.2)
 

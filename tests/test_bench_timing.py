@@ -127,7 +127,7 @@ class Gpu:
 
     def __init__(self, monkeypatch):
         gpu, pools = self, iter(range(100))
-        self.stream, self.capturing, self.broken, self.strict = "default", None, False, False
+        self.capturing, self.broken, self.strict = None, False, False
         self.ended, self.generators, self.microseconds = [], [], 0
 
         class Stream:
@@ -137,9 +137,11 @@ class Gpu:
             def wait_stream(self, other):
                 pass
 
+        self.default = self.stream = Stream("cuda")
+
         class CUDAGraph:
             def capture_begin(self, pool):
-                assert gpu.stream != "default"
+                assert gpu.stream is not gpu.default
                 gpu.capturing = pool
 
             def capture_end(self):
@@ -176,7 +178,7 @@ class Gpu:
             "CUDAGraph": CUDAGraph,
             "Event": Event,
             "stream": stream,
-            "current_stream": Stream,
+            "current_stream": lambda device: gpu.stream,
             "current_device": lambda: 0,
             "synchronize": lambda device: None,
             "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=1 << 10),
@@ -192,7 +194,7 @@ class Gpu:
         self.clock = CudaClock("cpu")
 
     def launch(self):
-        assert self.stream != "default"
+        assert self.stream is not self.default
         self.microseconds += 7 if self.capturing is None else 0
 
     def wait(self):
@@ -210,9 +212,18 @@ def gpu(monkeypatch):
 def test_a_call_is_captured_and_its_replay_timed(gpu):
     timed = gpu.clock.ready(gpu.launch)
     assert (timed.method, timed.samples(3)) == ("cuda graph", pytest.approx([5.0] * 3))
+    assert gpu.stream is gpu.default
+
+
+def test_graphs_that_are_made_together_share_their_memory_and_others_never(gpu):
+    with gpu.clock.stream():
+        together = [gpu.clock.ready(gpu.launch) for _ in range(3)]
+    assert len(set(gpu.ended)) == 1
+    del together  # with its graphs the memory goes, and torch refuses to make graphs in it
     gpu.clock.ready(gpu.launch)
-    assert gpu.ended == [0, 0], "graphs share their memory: there may be hundreds"
-    assert gpu.stream == "default"
+    assert len(set(gpu.ended)) == 2
+    assert fastest({"a": gpu.launch, "b": gpu.launch}, gpu.clock) in "ab"
+    assert len(set(gpu.ended)) == 3
 
 
 def test_a_call_that_waits_is_timed_as_it_is_and_no_capture_is_tried(gpu):
@@ -229,11 +240,13 @@ def test_a_capture_that_fails_is_cleaned_up_after(gpu):
 
     timed = gpu.clock.ready(run)
     assert (timed.method, timed.samples(1)) == ("cuda events", pytest.approx([7.0]))
-    assert gpu.ended == [0], "torch's allocator is out of the capture"
+    assert len(gpu.ended) == 1, "torch's allocator is out of the capture"
     assert gpu.generators == [3], "and so are its random numbers"
-    assert gpu.stream == "default"
-    assert gpu.clock.ready(gpu.launch).method == "cuda graph"
-    assert gpu.ended == [0, 1], "into a pool without the remains of what failed"
+    assert gpu.stream is gpu.default
+    with gpu.clock.stream():
+        assert gpu.clock.ready(run).method == "cuda events"
+        assert gpu.clock.ready(gpu.launch).method == "cuda graph"
+    assert len(set(gpu.ended)) == 3, "into memory without the remains of what failed"
 
 
 def test_the_host_is_timed_one_call_at_a_time(gpu):

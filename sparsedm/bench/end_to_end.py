@@ -79,7 +79,7 @@ class NetworkProblem(Problem):
 
     def answer(self, network, dtype):
         inputs = [x.to(dtype) if x is not None and x.dim() > 1 else x for x in self.inputs]
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.outputs(baked(network).to(dtype), inputs)
 
     def outputs(self, network, inputs):

@@ -171,7 +171,7 @@ class ConvProblem(Problem):
 
     def answer(self, weight, dtype):
         x, bias = self.x.to(dtype), self.bias.to(dtype)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return (F.conv2d(x, weight.to(dtype), bias, self.shape.stride, self.shape.padding),)
 
     def traffic(self, sparse):

@@ -11,15 +11,15 @@ import threading
 
 
 class Watch:
-    """Calls `late()`, from a thread of its own, when `seconds` pass after `alive()` without another one or `done()`."""
+    """Calls `late()`, from a thread of its own, if `expect(seconds)` is not followed in time by another or by `done()`."""
 
-    def __init__(self, seconds, late):
-        self.seconds, self.late = seconds, late
+    def __init__(self, late):
+        self.late = late
         self.timer = None
 
-    def alive(self):
+    def expect(self, seconds):
         self.done()
-        self.timer = threading.Timer(self.seconds, self.late)
+        self.timer = threading.Timer(seconds, self.late)
         self.timer.daemon = True
         self.timer.start()
 

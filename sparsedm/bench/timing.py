@@ -63,7 +63,8 @@ class CudaClock:
     """graphs=False times the call as Python makes it, with its launch cost where the device waits for it.
 
     Everything happens on one stream of the clock's own: the default stream cannot be captured, and a backward runs on
-    the stream of its forward, so what makes a forward that is timed later belongs into `with clock.stream():`, too.
+    the stream of its forward, so what makes a forward that is timed later belongs into `with clock.stream():`, too. All
+    graphs made in one such block share their memory, of which hundreds together would have none left.
     """
 
     def __init__(self, device, graphs=True):
@@ -71,11 +72,12 @@ class CudaClock:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(max(4 * cache, 1 << 26), dtype=torch.int8, device=self.device)
         self._stream = torch.cuda.Stream(self.device)
-        self._pool = torch.cuda.graph_pool_handle()  # of all graphs: they are replayed one after the other
 
     @contextlib.contextmanager
     def stream(self):
         before = torch.cuda.current_stream(self.device)
+        if before != self._stream:
+            self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone may not be used again
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
             yield
@@ -181,8 +183,9 @@ def fastest(candidates, clock, finalists=3):
 
     Taking the minimum of many noisy times at once would crown a lucky one.
     """
-    timed = {name: clock.ready(run) for name, run in candidates.items()}
-    first = interleaved(timed, rounds=1)
-    best = sorted(first, key=lambda name: first[name].p50)[:finalists]
-    again = interleaved({name: timed[name] for name in best}, rounds=4)
+    with clock.stream():
+        timed = {name: clock.ready(run) for name, run in candidates.items()}
+        first = interleaved(timed, rounds=1)
+        best = sorted(first, key=lambda name: first[name].p50)[:finalists]
+        again = interleaved({name: timed[name] for name in best}, rounds=4)
     return min(again, key=lambda name: again[name].p50)
