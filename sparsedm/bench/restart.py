@@ -11,7 +11,7 @@ import threading
 
 
 class Watch:
-    """Calls `late()`, from a thread of its own, if `expect(seconds)` is not followed in time by another or by `done()`."""
+    """Calls `late()`, in a thread of its own, if no other `expect` and no `done` follows `expect(seconds)` in time."""
 
     def __init__(self, late):
         self.late = late
