@@ -10,6 +10,7 @@ To resume, run the same command again: finished runs are read from results.csv, 
 """
 
 import bisect
+import logging
 import math
 import os
 import re
@@ -38,6 +39,8 @@ from sparsedm.train import checkpoint
 from sparsedm.train.chain import Stage, StageResult, run_chain
 from sparsedm.train.loop import Interrupted, train
 from sparsedm.train.metrics import read_metrics, usual_speed
+
+log = logging.getLogger(__name__)
 
 POINTS = 12  # of the validation loss over a run, at least
 SHOWN = 64  # images in a run's picture
@@ -175,6 +178,8 @@ class _Work:
             for x, value in values
         ]
         write(self.folder / "results.csv", self.rows)
+        loss, distance = (measured[name][0][1] for name in ("validation loss", "Fréchet distance"))
+        log.info("seed %d, %s: validation loss %.4f, Fréchet distance %.2f", seed, run.name, loss, distance)
 
     def base(self, seed):
         """StageResult of the dense training that all runs of this seed start from."""
