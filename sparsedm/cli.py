@@ -1,7 +1,7 @@
 """The command line of `sparsedm`: what can be asked of every command. What they do stands in the modules imported here.
 
-Exit codes: 0 done; 2 bad input or too little memory, one sentence on stderr; 128 + signal when training was interrupted
-and saved, or whoever read the output left.
+Exit codes: 0 done; 2 bad input or too little memory, one sentence on stderr; 3 when --minutes were over; 128 + signal
+when training was interrupted and saved, or whoever read the output left.
 """
 
 import argparse
