@@ -1,9 +1,12 @@
+import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
 
-from sparsedm.bench import ceilings, measure, providers, run
+from sparsedm.bench import ceilings, end_to_end, measure, providers, run
 from sparsedm.bench.results import Results, read
 from sparsedm.bench.run import LAYER_SUITES, SUITES, Session, main, run_suite
 from sparsedm.errors import InputError
@@ -23,11 +26,21 @@ def test_layer_suites_measure_each_shape_in_each_mode(suite, tmp_path):
     run_suite(suite, session(tmp_path / "r.csv", shapes))
     rows = read(tmp_path / "r.csv")
     kind = LAYER_SUITES[suite][0]
-    assert {r["mode"] for r in rows} == set(kind.modes)
+    assert {r["mode"] for r in rows} == set(kind.of_models or kind.modes)
     assert {r["kernel"] for r in rows} == {kind.kernel}
     assert {r["status"] for r in rows} <= {"ok", "unsupported"}
     assert {r["provider"] for r in rows if r["status"] == "ok"} >= {"dense"}
     assert all(r["p20_us"] <= r["p50_us"] <= r["p80_us"] for r in rows if r["metric"] == "time" and r["status"] == "ok")
+
+
+def test_sweeps_have_all_modes_and_back_ends_and_layers_their_own_epilogue(tmp_path):
+    run_suite("gemm", session(tmp_path / "r.csv", "square@128,uvit-tiny@1"))
+    found = {(r["model"], r["mode"], r["provider"]) for r in read(tmp_path / "r.csv")}
+    assert {mode for model, mode, _ in found if model == "square"} == {"plain", "epilogue"}
+    assert {mode for model, mode, _ in found if model != "square"} == {"epilogue"}
+    forced = {model for model, _, provider in found if provider == "sparsedm 2:4 wgmma"}
+    assert forced == {"square"}
+    assert {model for model, _, provider in found if provider == "sparsedm 2:4"} == {"square", "uvit-tiny@1"}
 
 
 def test_rows_are_in_the_file_before_the_next_shape_begins(tmp_path, monkeypatch):
@@ -114,6 +127,31 @@ def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
     monkeypatch.setattr(providers.Choose, "bind", lambda *_: late.wait(10) and None)
     run_suite("mask", session(tmp_path / "r.csv", "square@256", late=late.set))
     assert late.is_set()
+
+
+def test_who_is_ended_from_outside_has_not_failed(tmp_path, monkeypatch):
+    arguments = ["--suite", "mask", "--quick", "--shapes", "square@256", "--out", str(tmp_path / "r.csv")]
+    with monkeypatch.context() as slow:
+        slow.setattr(providers.TopK, "bind", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(arguments) == 3
+    assert not read(tmp_path / "r.csv")
+    assert main([*arguments, "--resume"]) == 0
+    assert {r["status"] for r in read(tmp_path / "r.csv")} == {"ok"}
+
+
+def test_providers_that_there_is_no_time_for_are_left_for_the_next_time(tmp_path, monkeypatch):
+    """The second of two networks to compile would begin too late; those that are not compiled are measured."""
+    monkeypatch.setattr(end_to_end.NetworkProvider, "supports", lambda self, problem: None)
+    monkeypatch.setattr(end_to_end, "max_autotune", lambda network: network)
+    monkeypatch.setattr(run, "COMPILES", 1000)
+    names = ("dense", "dense compiled", "sparsedm 2:4")
+    first = session(tmp_path / "r.csv", "uvit-tiny@1", providers=names, deadline=time.monotonic() + 900)
+    run_suite("train", first)
+    run_suite("end-to-end", first)
+    assert first.cut == 2
+    assert {r["provider"] for r in read(tmp_path / "r.csv") if r["suite"] == "end-to-end"} == {"dense", "sparsedm 2:4"}
+    run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=names))
+    assert {r["provider"] for r in read(tmp_path / "r.csv") if r["suite"] == "end-to-end"} == set(names)
 
 
 def test_resume_measures_only_the_providers_that_are_missing(tmp_path):

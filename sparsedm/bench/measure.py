@@ -18,7 +18,16 @@ class DeviceLost(RuntimeError):
 
 
 def measure(
-    suite, problem, providers, clock, *, rounds=8, per_round=5, seconds=math.inf, packing=True, starting=lambda name: ()
+    suite,
+    problem,
+    providers,
+    clock,
+    *,
+    rounds=8,
+    per_round=5,
+    seconds=math.inf,
+    packing=True,
+    starting=lambda name: True,
 ):
     """Rows for the results file, one per provider and metric.
 
@@ -26,14 +35,16 @@ def measure(
     row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it;
     with packing=True also "packing", the time of `prepare`, and "break-even", after how many calls that has paid
     against the fastest dense provider. seconds: roughly how long the rounds may take, after the first. starting: told
-    the name of each provider before it runs for the first time, and "" before the rounds. Raises: DeviceLost.
+    the name of each provider before it runs for the first time, and "" before the rounds; False leaves it out, for lack
+    of time. Raises: DeviceLost.
     """
     torch.backends.cudnn.benchmark = True  # or dense convolutions would be the only ones that are not tuned
     common = {"suite": suite, **problem.columns()}
     rows, ready = [], {}
     with clock.stream():
         for provider in providers:
-            starting(provider.name)
+            if not starting(provider.name):
+                continue
             row = common | {"provider": provider.name, "metric": "time"}
             try:
                 reason = provider.supports(problem)

@@ -30,9 +30,11 @@ class Problem:
     """One shape with its data. A subclass has `answer(weight, dtype)`, `weight`, `masked`, `operations` and `traffic`.
 
     kernel, mode: what is computed, for the results file. dtype: of the product. operations: of the dense product.
+    modes: of the sweeps; of_models: those of the layers of a model, where they are fewer.
     """
 
     kernel = ""
+    modes = of_models = ()
 
     def __init__(self, shape, mode, dtype, device, seed=0):
         self.shape, self.mode, self.dtype, self.device = shape, mode, dtype, torch.device(device)
@@ -118,7 +120,7 @@ class LinearProblem(Problem):
     """y = act(x W^T + b) + r. mode "plain": the bias alone; "epilogue": also the shape's activation and residual."""
 
     kernel = "linear"
-    modes = ("plain", "epilogue")
+    modes, of_models = ("plain", "epilogue"), ("epilogue",)
 
     def __init__(self, shape, mode, dtype, device, seed=0):
         super().__init__(shape, mode, dtype, device, seed)

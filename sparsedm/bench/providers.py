@@ -40,8 +40,11 @@ class Bound(NamedTuple):
 
 
 class Provider:
+    """sweeps: whether it is measured in sweeps over sizes only."""
+
     name = ""
     sparse = True
+    sweeps = False
 
     def supports(self, problem):
         if self.sparse and problem.masked is None:
@@ -133,7 +136,7 @@ class Sparse24(Provider):
     """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else forced by SPARSEDM_BACKEND."""
 
     def __init__(self, backend=None):
-        self.backend = backend
+        self.backend, self.sweeps = backend, bool(backend)
         self.name = "sparsedm 2:4" + (f" {backend}" if backend else "")
 
     def supports(self, problem):

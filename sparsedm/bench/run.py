@@ -2,7 +2,8 @@
 
     mask          choosing masks and packing: bytes moved against a plain cast
     masked-train  one masked linear layer, forward and forward with backward
-    gemm          the 2:4 product against dense and against other libraries, plain and with its epilogue
+    gemm          the 2:4 product against dense and against other libraries: in sweeps over sizes plain and with an
+                  epilogue, and with our back ends forced one by one; of the layers of models with their own epilogues
     conv          the same for convolutions
     end-to-end    one sampler step, and whole sampling, of whole networks
     train         one training step of whole networks
@@ -10,11 +11,13 @@
     ceiling       what the device can do at most: copies, dense products, tensor-core instructions
 
 Rows are written as soon as they are measured. --resume goes on with the file, and skips what it already holds. If the
-GPU hangs or is lost, the process starts itself again and goes on behind the provider that did it, which has failed.
+GPU hangs or is lost, the process starts itself again and goes on behind the provider that did it, which has failed;
+one that was ended from outside, or had no time left, is measured the next time.
 """
 
 import argparse
 import functools
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +40,7 @@ from sparsedm.bench.restart import Watch, start_again
 from sparsedm.bench.results import IDENTITY, Results
 from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.sampling import sampling_rows
-from sparsedm.bench.shapes import BATCHES, MEASURED_MODELS, ConvShape, LinearShape, select
+from sparsedm.bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from sparsedm.bench.timing import clock_for
 from sparsedm.errors import InputError
 from sparsedm.models import MODELS
@@ -54,6 +57,8 @@ SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
 
 
 PATIENCE, PATIENCE_WITH_COMPILER = 120, 480  # seconds that a provider may take to be ready, or all to be timed
+
+COMPILES = 60  # seconds that compiling a whole network takes at least
 
 
 @dataclass
@@ -86,6 +91,11 @@ class Session:
         wanted = [p for p in providers if self.providers is None or p.name in self.providers]
         return [p for p in wanted if self.compiled or not p.name.endswith("compiled")]
 
+    def modes_of(self, kind, shape):
+        """The modes in which a layer suite measures this shape."""
+        modes = kind.modes if shape.model in SWEEPS else kind.of_models or kind.modes
+        return [mode for mode in modes if self.modes is None or mode in self.modes]
+
     def do(self, suite, shape, mode, providers, rows):
         """Add `rows(missing, starting)` to the results, for those providers that they do not hold yet, unless the time
         is up. starting: see `measure`."""
@@ -100,15 +110,24 @@ class Session:
             return
 
         def starting(name):
+            compiled = name.endswith("compiled")
+            needed = COMPILES if compiled and suite in NETWORK_SUITES else 0
+            if name and time.monotonic() + needed >= self.deadline:
+                self.cut += 1
+                return False
             self.results.begin(identity | {"provider": name})
             if self.late:
-                self.watch.expect(PATIENCE_WITH_COMPILER if name.endswith("compiled") else PATIENCE)
+                self.watch.expect(PATIENCE_WITH_COMPILER if compiled else PATIENCE)
+            return True
 
         starting("")
         try:
             self.results.add(rows(missing, starting))
         except DeviceLost as lost:
             self.results.add([lost.row])
+            raise
+        except KeyboardInterrupt:  # nobody's failure
+            self.results.add([])
             raise
         finally:
             self.watch.done()
@@ -121,10 +140,11 @@ def run_suite(suite, session, progress=False):
         kind, shape_kind, full, quick = LAYER_SUITES[suite]
         spec = session.shapes or (quick if session.quick else full)
         shapes = select(spec, shape_kind, session.batches, session.quick)
-        work = [(shape, mode) for shape in shapes for mode in kind.modes if mode in (session.modes or kind.modes)]
+        work = [(shape, mode) for shape in shapes for mode in session.modes_of(kind, shape)]
         for shape, mode in tqdm(work, desc=suite, disable=None if progress else True):
             measured = functools.partial(layer_rows, suite, kind, shape, mode, session)
-            session.do(suite, shape, mode, PROVIDERS[kind.kernel], measured)
+            providers = [p for p in PROVIDERS[kind.kernel] if shape.model in SWEEPS or not p.sweeps]
+            session.do(suite, shape, mode, providers, measured)
     elif suite in NETWORK_SUITES:
         shapes = table3_shapes(session.quick) if suite == "table3" else network_shapes(session)
         kind, providers = NetworkProblem, STEP_PROVIDERS
@@ -168,14 +188,20 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
 
 
 def main(arguments=None):
-    """Returns the exit code: 0 done, 2 bad input, 3 some of it left out because --seconds were over."""
+    """Returns the exit code: 0 done, 2 bad input, 3 some of it left out: --seconds were over, or it was ended."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as from the keyboard
     try:
         return run(options, arguments)
     except InputError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench: ended; the same command with --resume goes on", file=sys.stderr)
+        return 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(options, arguments):

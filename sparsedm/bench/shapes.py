@@ -19,7 +19,7 @@ from sparsedm.errors import InputError
 from sparsedm.models import MODELS, build_model
 
 BATCHES = (1, 16, 64)
-SQUARES = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+SQUARES = (8192, 4096, 2048, 1024, 16384, 512, 256, 12288, 6144, 3072, 1536)  # what is asked for most comes first
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 GRID = (1024, 2048, 4096, 8192, 16384)
 MEASURED_MODELS = [n for n in MODELS if not n.endswith("-tiny") and not n.startswith("slimmable-")]  # distinct, real
