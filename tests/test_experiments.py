@@ -1,6 +1,7 @@
 """Plans are equal terms by construction; a run is made once; tables and pictures come from the results file alone."""
 
 import itertools
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -156,6 +157,48 @@ def test_every_run_starts_from_the_base_of_its_seed(done, tiny):
     x, y = data.batch(data.load("synthetic", "test", size=12, limit=64), torch.arange(64))
     expected = float(validation_loss(pruned, x, schedule_of(pruned), y=y))
     assert numbers(done, "oneshot", "validation loss", 1) == [(None, expected)]
+
+
+def test_a_start_that_is_not_that_of_the_other_runs_is_refused(done, tiny, tmp_path, capsys):
+    """On a GPU a second training of the dense network gives other bits: then the terms would not be equal."""
+    folder = tmp_path / "moved"
+    shutil.copytree(done, folder, ignore=shutil.ignore_patterns("seed-*"))
+    rows = [row for row in results.read(folder / "results.csv") if row["run"] != "oneshot"]
+    results.write(folder / "results.csv", rows)
+    assert command(folder, "--seeds", "1") == 0, "on a CPU the bits are the same"
+    for row in rows:
+        row["value"] += 1e-6 * (row["measure"] == runner.BASE and row["seed"] == 1)
+    results.write(folder / "results.csv", rows)
+    assert command(folder) == 2
+    assert "holds runs of seed 1 that began from another dense network" in capsys.readouterr().err
+    assert {row["run"] for row in results.read(folder / "results.csv") if row["seed"] == 0} == set(RUNS)
+
+
+def test_on_a_gpu_nothing_is_tuned_unless_it_is_asked_for(tmp_path, monkeypatch):
+    def work(*arguments):
+        raise InputError(f"SPARSEDM_AUTOTUNE={os.environ.get('SPARSEDM_AUTOTUNE')}")
+
+    monkeypatch.setattr(runner, "_Work", work)
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "on")
+    options = {"name": "arms", "scale": "lite", "data": None, "features": None, "out": tmp_path, "only": None}
+    options |= {"seeds": None, "seed": 0, "minutes": None, "dry_run": False, "report_only": False}
+    for device, given, expected in (("cuda", "on", "on"), ("cpu", None, None), ("cuda", None, "off")):
+        if given is None:
+            monkeypatch.delenv("SPARSEDM_AUTOTUNE", raising=False)
+        with pytest.raises(InputError, match=f"SPARSEDM_AUTOTUNE={expected}"):
+            runner.experiment(SimpleNamespace(**options, device=torch.device(device)))
+
+
+@pytest.mark.gpu
+def test_a_study_on_a_gpu(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")  # as the command sets it, and taken back
+    assert command(tmp_path, "--device", "cuda", "--seeds", "1") == 0
+    for run in RUNS:
+        for measure in ("validation loss", "Fréchet distance"):
+            [(_, value)] = numbers(tmp_path, run, measure)
+            assert 0 < value < float("inf")
+    assert numbers(tmp_path, "chain", "density")[-1][1] == 0.5
+    assert "within 5%" in (tmp_path / "report.md").read_text()
 
 
 def test_what_is_finished_is_not_repeated(done, tiny, tmp_path, monkeypatch):

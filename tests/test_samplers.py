@@ -184,6 +184,19 @@ def test_samples_do_not_depend_on_the_batch(schedule, sampler):
     assert torch.equal(draw(4, start=3), whole[3:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_a_seed_means_the_same_picture_on_a_gpu(sampler):
+    def draw(device, dtype):
+        torch.manual_seed(0)
+        network = Small().to(device, dtype)
+        with torch.no_grad():
+            return samplers.sample(network, VPSDE(), 3, SHAPE, sampler=sampler, steps=5, dtype=dtype, clip=1.0).cpu()
+
+    on_cpu = draw("cpu", torch.float64)
+    assert_as_good_as_torch(draw("cuda", torch.float64), on_cpu, draw("cpu", torch.float32))
+
+
 def test_samples_depend_on_the_seed_and_not_on_the_global_generator():
     state = torch.get_rng_state()
     a, b, c = (samplers.sample(Elementwise(), VPSDE(), 2, SHAPE, sampler="ddpm", steps=3, seed=s) for s in (1, 1, 2))

@@ -51,6 +51,15 @@ def test_from_nothing_and_again(tiny_scale, tmp_path, capsys, monkeypatch, famil
     assert out.splitlines()[1:-1] == capsys.readouterr().out.splitlines()[1:-1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("unit", ["MACs", "seconds"])
+def test_on_a_gpu(tiny_scale, tmp_path, capsys, monkeypatch, unit):
+    pytest.importorskip("pymoo")
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
+    assert main(["search", "--device", "cuda", "--unit", unit, "--out", str(tmp_path / "out")]) == 0
+    assert "rank correlation" in capsys.readouterr().out
+
+
 def test_an_existing_run_is_searched_on_the_data_it_was_trained_on(tiny_scale, tmp_path, capsys):
     run = tmp_path / "mine"
     train = ["train", "--set", "image_size=12", "--set", "dim=16", "--set", "depth=2", "--set", "heads=2"]

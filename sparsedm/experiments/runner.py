@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 POINTS = 12  # of the validation loss over a run, at least
 SHOWN = 64  # images in a run's picture
 RESERVE = 40  # seconds of --minutes for what is left after the deadline: a record, a checkpoint, the report
+BASE = "validation loss of the start"  # of the dense network that the runs of a seed begin with
 LOGGED = {  # a log's record: what it is called in the results
     "validation_loss": "validation over training",
     "flip_rate": "flip rate",
@@ -151,6 +152,12 @@ class _Work:
         if any(row["run"] == run.name and row["seed"] == seed for row in self.rows):
             return
         base = self.base(seed)
+        mark = base.result.validation_loss
+        if {row["value"] for row in self.rows if (row["seed"], row["measure"]) == (seed, BASE)} - {mark}:
+            raise InputError(
+                f"{self.folder} holds runs of seed {seed} that began from another dense network than the one that is "
+                "there now: its folder was lost; go on with another --seed, or in another --out"
+            )
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         results = self.train(seed, run, base)
@@ -162,6 +169,7 @@ class _Work:
         )
         shown = images[:SHOWN].split(16)
         pictures.save_grid(self._folder(seed, run.name) / "samples.png", [("", row) for row in shown])
+        measured[BASE] = [(None, mark)]
         measured["images"] = [(None, sum(s.steps for s in run.stages) * self.scale.options.batch_size)]
         measured["seconds"] = [(None, seconds)]
         measured["seconds with measuring"] = [(None, seconds + time.perf_counter() - trained)]
