@@ -5,6 +5,7 @@ when training was interrupted and saved, or whoever read the output left.
 """
 
 import argparse
+import contextlib
 import io
 import logging
 import math
@@ -53,8 +54,8 @@ def main(arguments=None):
 
 
 def _lacks_memory(error):
-    """Torch has a class of error for a GPU that is full, and none for a CPU or for more bytes than can be counted."""
-    said = ("can't allocate memory", "Storage size calculation overflowed")
+    """Torch has a class of error for a GPU that its own allocator finds full, and none for any other lack."""
+    said = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
@@ -154,9 +155,10 @@ def _seed(text):
 
 
 def _finite(text):
-    if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
 
 
 def _device(text):

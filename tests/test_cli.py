@@ -330,7 +330,8 @@ BAD = {
         "not enough memory (Storage size calculation overflowed",
     ),
     "no flag": (["inspect", "--model", "uvit-tiny", "--set", "velocity=yes"], "must be of type bool, true or false"),
-    "guidance without end": (["sample", "{folder}", "--guidance", "nan"], "argument --guidance: nan is not a finite"),
+    "guidance without end": (["sample", "{folder}", "--guidance", "nan"], "argument --guidance: 'nan' is not a finite"),
+    "guidance in words": (["sample", "{folder}", "--guidance", "much"], "argument --guidance: 'much' is not a finite"),
 }
 
 
@@ -347,7 +348,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name, tmp_path, capsys):
     assert not (places["folder"] / "run").exists(), "a refused command must leave nothing behind"
 
 
-@pytest.mark.parametrize("lacking", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), 2**62], ids=repr)
+@pytest.mark.parametrize(
+    "lacking",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory"), 2**62],
+    ids=repr,
+)
 def test_a_lack_of_memory_is_one_sentence(lacking, monkeypatch, tmp_path, capsys):
     def train(*_, **__):
         if isinstance(lacking, Exception):
