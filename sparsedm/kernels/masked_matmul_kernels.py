@@ -67,11 +67,13 @@ def _load(ptr, row, column, ROWS, COLUMNS, stride):
 def _load_mask(w, bits_ptr, row, first_k, N, K, WAY: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr):
     """The mask of a tile w of some rows and the columns from first_k, whole groups and whole words of bits."""
     if WAY == "choose":
-        return keep_largest(w, KEEP, GROUP).reshape(w.shape)
-    WORDS: tl.constexpr = w.shape[1] // 32
-    word = first_k // 32 + tl.arange(0, WORDS)
-    bits = _load(bits_ptr, row, word, N, tl.cdiv(K, 32), tl.cdiv(K, 32)).to(tl.int32)
-    return ((bits[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1 != 0).reshape(w.shape)
+        mask = keep_largest(w, KEEP, GROUP)
+    else:  # not after a return: what follows one in a branch is compiled, too, and without bits there is nothing to load
+        WORDS: tl.constexpr = w.shape[1] // 32
+        word = first_k // 32 + tl.arange(0, WORDS)
+        bits = _load(bits_ptr, row, word, N, tl.cdiv(K, 32), tl.cdiv(K, 32)).to(tl.int32)
+        mask = (bits[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1 != 0
+    return mask.reshape(w.shape)
 
 
 @jit
