@@ -51,6 +51,13 @@ def test_a_gain_within_the_noise_is_no_recommendation():
     assert "with 2:4" not in text
 
 
+def test_a_network_that_does_not_run_is_said_to():
+    failed = [row | {"status": "failed", "reason": "OutOfMemoryError: no room"} for row in NETWORK]
+    text = report("net", 4, torch.device("cuda"), [layer(["a"], 100, 50)], failed, ["a"])
+    assert "one step could not be timed: OutOfMemoryError: no room" in text
+    assert "Recommended" in text
+
+
 @pytest.mark.parametrize(
     ("chosen", "every", "expected"),
     [

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -86,6 +89,12 @@ def test_an_input_axis_without_groups_leaves_only_the_dense():
     reasons = {p.name: p.supports(problem) for p in PROVIDERS["conv"]}
     assert reasons["dense"] is None
     assert reasons["sparsedm 2:4"] == "the input axis 3 is not a multiple of 4"
+
+
+def test_the_backward_alone_needs_nothing_that_somebody_else_imported():
+    """torch leaves the module out whose setting the backward alone needs."""
+    code = "from sparsedm.bench.problems import torch; assert torch._functorch.config.donated_buffer in (True, False)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_backward_alone_is_repeated_on_one_forward():

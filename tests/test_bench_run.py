@@ -8,6 +8,7 @@ import torch
 
 from sparsedm.bench import ceilings, end_to_end, measure, providers, run
 from sparsedm.bench.results import Results, read
+from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.run import LAYER_SUITES, SUITES, Session, main, run_suite
 from sparsedm.errors import InputError
 
@@ -242,3 +243,34 @@ def test_an_existing_file_is_refused(tmp_path):
     Results(tmp_path / "r.csv").add([])
     with pytest.raises(InputError, match="exists"):
         session(tmp_path / "r.csv")
+
+
+SMALL = {
+    "ceiling": None,
+    "mask": "square@256",
+    "masked-train": "square@256",
+    "gemm": "square@256,uvit-tiny@4",
+    "conv": "ddpm-tiny@4",
+    "end-to-end": "uvit-tiny@4",
+    "train": "uvit-tiny@4",
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suite", SMALL)
+def test_on_a_gpu_everything_of_torch_and_of_ours_is_right_and_timed_by_graphs(suite, tmp_path, monkeypatch):
+    # the compiler's search takes minutes, and is torch's affair
+    monkeypatch.setattr(end_to_end, "max_autotune", lambda network: torch.compile(network, dynamic=False))
+    names = [p.name for kernel in PROVIDERS.values() for p in kernel if not p.name.endswith("compiled")]
+    names += [p.name for p in end_to_end.STEP_PROVIDERS + end_to_end.TRAINING_PROVIDERS]
+    results = Results(tmp_path / "r.csv")
+    options = {"quick": True, "shapes": SMALL[suite], "providers": (*names, "torch", "sparsedm"), "limits": FAST}
+    run_suite(suite, Session(results, torch.device("cuda"), torch.bfloat16, **options))
+    mine = [r for r in read(tmp_path / "r.csv") if r["provider"].split()[0] in ("dense", "torch", "sparsedm")]
+    bad = [(r["provider"], r["mode"], r["status"], r["reason"]) for r in mine if r["status"] in ("failed", "wrong")]
+    assert not bad
+    steps = [r for r in mine if r["metric"] == "time" and r["status"] == "ok" and "sampling" not in r["mode"]]
+    assert steps
+    assert {r["method"] for r in steps} == {"cuda graph"}
+    if suite == "end-to-end":
+        assert {r["provider"] for r in mine if "sampling" in r["mode"]} == {r["provider"] for r in steps}

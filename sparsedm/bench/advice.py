@@ -133,7 +133,9 @@ def table(layers):
 def step_lines(layers, network):
     """One step of the network: dense as measured, with the recommended layers 2:4 by the table and as measured."""
     times = {r["provider"]: r["p50_us"] / 1e3 for r in network if r["metric"] == "time" and r["status"] == "ok"}
-    dense = min(time for name, time in times.items() if name in DENSE)
+    dense = min((time for name, time in times.items() if name in DENSE), default=None)
+    if dense is None:
+        return f"one step could not be timed: {network[0].get('reason', '')}"
     ours = min((time for name, time in times.items() if name.startswith(OURS)), default=None)
     gain = sum(layer.gain for layer in layers if (layer.speedup or 0) >= WORTH) / 1e3
     lines = [f"one step, dense:           {dense:10.3f} ms (measured, the fastest of eager and compiled)"]

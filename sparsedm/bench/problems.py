@@ -11,6 +11,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config  # which `import torch` leaves out
 import torch.nn.functional as F
 
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
@@ -67,7 +68,9 @@ class Problem:
 
     def _references(self, weight):
         for reference, low in zip(self.answer(weight, higher(self.dtype)), self.answer(weight, self.dtype)):
-            eps = torch.finfo(low.dtype).eps * reference.abs().max().item()
+            # of the problem's type also where the output is of a wider one: the error of a single number, such as a
+            # loss, may be small by luck
+            eps = torch.finfo(self.dtype).eps * reference.abs().max().item()
             yield reference, 2 * (low.to(reference.dtype) - reference).abs().max().item() + eps
 
     def poison(self, sparse):
