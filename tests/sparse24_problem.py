@@ -8,7 +8,7 @@ import torch
 
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref
 from sparsedm.kernels.sparse24_arrange import arrange, kernel_tensors
-from sparsedm.kernels.sparse24_format import pack
+from sparsedm.kernels.sparse24_format import pack, unpack
 from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
 from tests.tolerance import assert_as_good_as_torch
 
@@ -60,6 +60,46 @@ class Problem:
         low = torch.Tensor.float if self.y.dtype == torch.float32 else lambda tensor: tensor
         assert_as_good_as_torch(self.y, reference(torch.Tensor.double), reference(low))
         self.y.fill_(float("nan"))
+
+
+def hand_made(matrix, N, K):
+    """A problem in which every result is one weight: row m of y is column k of W, where x[m, k] is 1 and the rest 0.
+
+    matrix: "identity", where k = m, or "one-hot", 300 rows, where k jumps about. See `check_places`.
+    """
+    order = torch.arange(K) if matrix == "identity" else torch.arange(300) * 37 % K
+    problem = Problem(M=len(order), N=N, K=K)
+    problem.x = torch.nn.functional.one_hot(order, K).to(problem.x.dtype)
+    return problem
+
+
+def check_places(problem):
+    """Exactly; what a fault of the layout did is said by where the weights came out."""
+    weight = unpack(problem.values, problem.metadata, problem.x.shape[1])
+    expected = weight.t()[problem.x.argmax(1)]
+    for row, feature in (problem.y != expected).nonzero().tolist():
+        places = (expected == problem.y[row, feature]).nonzero()[:3].tolist()
+        wrong = int((problem.y != expected).sum())
+        raise AssertionError(
+            f"{wrong} of {expected.numel()} are wrong: (row {row}, feature {feature}) holds {problem.y[row, feature]}, "
+            f"which belongs at {places}, and not {expected[row, feature]}"
+        )
+
+
+def launch_on_the_gpu(module, backend, problem, **config):
+    """problem.y by the kernel itself: the dispatcher might find dense quicker. Strides stay as they are."""
+
+    def moved(tensor):
+        if tensor is not None:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+    p, y = problem, moved(problem.y)
+    with hang_guard():
+        module.launch(
+            moved(p.x), *map(moved, arranged(p, backend)), y, bias=moved(p.bias), activation=p.activation,
+            residual=moved(p.residual), skip=moved(p.skip), scale=moved(p.scale), **config,
+        )  # fmt: skip
+        p.y = y.cpu()
 
 
 def arranged(problem, backend):

@@ -217,22 +217,40 @@ def test_every_pattern_size_compiles_without_spills(capability):
     assert_lean([build(weight, group - 1, group, *way, capability=capability) for weight, group, way in sizes])
 
 
+@pytest.fixture
+def untuned(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+
+
+def assert_as_on_the_cpu(weight, pattern, target):
+    rows, words = weight.numel() // weight.shape[1], weight.shape[1] // 32
+    previous = torch.randint(-(2**31), 2**31, (rows, words)).int()
+    here = choose_packed(weight, pattern, target, previous=previous)
+    there = choose_packed(weight.cuda(), pattern, target, previous=previous.cuda())
+    for a, b in zip(here[:3], there[:3]):
+        assert torch.equal(a, b.cpu())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(7, 8), Pattern(31, 32)], ids=str)
-def test_on_a_gpu_as_on_the_cpu(pattern, dtype):
+def test_on_a_gpu_as_on_the_cpu(untuned, pattern, dtype):
     for weight in (weights(257, 1152, dtype=dtype), torch.randn(64, 96, 3, 3).to(dtype)):
-        rows, words = weight.numel() // weight.shape[1], weight.shape[1] // 32
-        previous = torch.randint(-(2**31), 2**31, (rows, words)).int()
         for target in DTYPES:
-            here = choose_packed(weight, pattern, target, previous=previous)
-            there = choose_packed(weight.cuda(), pattern, target, previous=previous.cuda())
-            for a, b in zip(here[:3], there[:3]):
-                assert torch.equal(a, b.cpu())
+            assert_as_on_the_cpu(weight, pattern, target)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_nan_is_seen_without_waiting_at_the_latest_after_the_next_synchronisation():
+@pytest.mark.parametrize("config", choose_file.CONFIGS, ids=str)
+def test_on_a_gpu_in_every_configuration(untuned, monkeypatch, config):
+    monkeypatch.setattr(choose_file._tuner, "candidates", [config])
+    monkeypatch.setattr(choose_file._tuner, "_chosen", {})
+    assert_as_on_the_cpu(weights(1000, 96), Pattern(2, 4), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_nan_is_seen_without_waiting_at_the_latest_after_the_next_synchronisation(untuned):
     weight = torch.full((4, 64), float("nan"), device="cuda")
 
     def choose_twice():

@@ -255,7 +255,8 @@ def test_on_the_gpu_a_first_call_inside_a_capture_is_refused():
 
 
 @pytest.mark.gpu
-def test_on_the_gpu_a_size_is_timed_once_and_a_capture_times_nothing(tmp_path, monkeypatch):
+def test_on_the_gpu_a_size_is_timed_once_and_a_capture_times_nothing(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)  # why a candidate was passed over
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
     for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
         monkeypatch.delenv(name, raising=False)
@@ -268,7 +269,8 @@ def test_on_the_gpu_a_size_is_timed_once_and_a_capture_times_nothing(tmp_path, m
     p.check()
     ((_, entries),) = json.loads(next((tmp_path / "tuned").glob("*.json")).read_text()).items()
     (entry,) = entries.values()
-    assert entry["measured"] == len(choices(torch.cuda.get_device_capability(), False, False, 512, BF16, None))
+    offered = choices(torch.cuda.get_device_capability(), False, False, 512, BF16, None)
+    assert entry["measured"] == len(offered), caplog.text
     monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
     expected = call(200)  # another size, and the rule's back end for it
     monkeypatch.delenv("SPARSEDM_AUTOTUNE")

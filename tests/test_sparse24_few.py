@@ -6,10 +6,17 @@ import pytest
 import torch
 
 from sparsedm.kernels import sparse24_few as few
-from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
 from tests.ptx.launch import run
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import Problem, arranged, divisible, hang_guard, kinds
+from tests.sparse24_problem import (
+    Problem,
+    arranged,
+    check_places,
+    divisible,
+    hand_made,
+    kinds,
+    launch_on_the_gpu,
+)
 
 # name -> (share: steps of K for one program, problem). 72 rows are more than the kernel is meant for.
 CASES = {
@@ -87,29 +94,29 @@ def test_the_split_covers_k_and_fills_the_gpu(M, N, steps):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("M", [1, 16, 29, 64])
-def test_on_the_gpu(M):
-    problem = Problem(M=M, N=520, K=1032, bias=True, activation="gelu", residual=True)
-    values, metadata = (tensor.cuda() for tensor in arranged(problem, "few"))
-    y = problem.y.cuda()
-    results = []
-    with hang_guard():
-        for _ in range(2):
-            few.launch(
-                problem.x.cuda(), values, metadata, y, bias=problem.bias.cuda(), activation="gelu",
-                residual=problem.residual.cuda(), skip=None, scale=None,
-            )  # fmt: skip
-            results.append(y.cpu())
-    assert torch.equal(*results), "split K must not make the sum depend on the order of programs"
-    problem.y = results[0]
+def test_on_the_gpu_every_weight_comes_out_in_its_place():
+    problem = hand_made("identity", N=136, K=64)
+    launch_on_the_gpu(few, "few", problem)
+    check_places(problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*CASES, *SLOW])
+def test_on_the_gpu_random_matrices(name):
+    _, sizes = (CASES | SLOW)[name]
+    problem = Problem(**sizes)
+    launch_on_the_gpu(few, "few", problem)
     problem.check()
 
 
 @pytest.mark.gpu
-def test_identity_on_the_gpu():
-    problem = Problem(M=64, N=136, K=64)
-    problem.x = torch.eye(64, dtype=torch.bfloat16)
-    values, metadata = (tensor.cuda() for tensor in arranged(problem, "few"))
-    y = problem.y.cuda()
-    few.launch(problem.x.cuda(), values, metadata, y, bias=None, activation=None, residual=None, skip=None, scale=None)
-    assert torch.equal(y.cpu(), sparse24_linear_ref(problem.x, problem.values, problem.metadata))
+@pytest.mark.parametrize("config", few.CONFIGS, ids=str)
+@pytest.mark.parametrize("M", [1, 16, 29, 64])
+def test_on_the_gpu_random_sums_do_not_depend_on_the_order_of_programs(M, config):
+    results = []
+    for _ in range(2):
+        problem = Problem(M=M, N=520, K=4104, bias=True, activation="gelu", residual=True)
+        launch_on_the_gpu(few, "few", problem, config=config)
+        results.append(problem.y.clone())
+        problem.check()
+    assert torch.equal(*results)

@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from sparsedm.kernels import sparse24_mma as mma
-from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
 from tests.ptx.errors import EmulatorError
 from tests.ptx.launch import run
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import Problem, arranged, divisible, hang_guard, kinds
+from tests.sparse24_problem import (
+    Problem,
+    arranged,
+    check_places,
+    divisible,
+    hand_made,
+    kinds,
+    launch_on_the_gpu,
+)
 
 EPILOGUE = {"bias": True, "activation": "gelu", "residual": True}
 
@@ -129,23 +136,17 @@ def test_planted_faults_are_noticed(fault):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", mma.CONFIGS, ids=str)
-@pytest.mark.parametrize("matrix", ["identity", "random"])
-def test_on_the_gpu(config, matrix):
-    problem = Problem(M=300, N=520, K=328, **(EPILOGUE if matrix == "random" else {}))
-    if matrix == "identity":
-        problem.x = torch.eye(328, dtype=torch.bfloat16)
-        problem.y = torch.full((328, 520), float("nan"), dtype=torch.bfloat16)
-    expected = sparse24_linear_ref(problem.x, problem.values, problem.metadata)
-    values, metadata = (tensor.cuda() for tensor in arranged(problem, "mma"))
-    move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
-    y = problem.y.cuda()
-    with hang_guard():
-        mma.launch(
-            problem.x.cuda(), values, metadata, y, bias=move(problem.bias), activation=problem.activation,
-            residual=move(problem.residual), skip=None, scale=None, config=config,
-        )  # fmt: skip
-        problem.y = y.cpu()
-    if matrix == "random":
-        problem.check()
-    else:
-        assert torch.equal(problem.y, expected)
+@pytest.mark.parametrize("matrix", ["identity", "one-hot"])
+def test_on_the_gpu_every_weight_comes_out_in_its_place(config, matrix):
+    problem = hand_made(matrix, N=520, K=328)
+    launch_on_the_gpu(mma, "mma", problem, config=config)
+    check_places(problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_on_the_gpu_random_matrices(name):
+    config, _, sizes = (QUICK | SLOW)[name]
+    problem = Problem(**sizes)
+    launch_on_the_gpu(mma, "mma", problem, config=config)
+    problem.check()

@@ -28,6 +28,8 @@ def test_both_libraries_hold_the_weight_and_multiply_by_it(library):
     weight, x = sparse_weight(128, 256, device="cuda"), torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     held = to_torch(weight, library)
     assert torch.equal(held.to_dense(), weight)
+    if library == "cutlass" and torch.cuda.get_device_capability() >= (9, 0):
+        pytest.skip("torch's CUTLASS kernels multiply on sm_80 to sm_89 only")
     assert torch.equal(held @ torch.eye(256, device="cuda", dtype=torch.bfloat16), weight)
     assert_as_good_as_torch(torch.nn.functional.linear(x, held), x.double() @ weight.double().t(), x @ weight.t())
 

@@ -12,13 +12,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsedm.kernels import sparse24_pipeline as pipeline
 from sparsedm.kernels import sparse24_wgmma as wgmma
-from sparsedm.kernels.sparse24_matmul import sparse24_linear_ref
 from sparsedm.kernels.sparse24_wgmma import Config
 from tests.ptx.errors import EmulatorError
 from tests.ptx.launch import run
 from tests.ptx.memory import SHARED_BYTES
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import Problem, arranged, hang_guard, kinds
+from tests.sparse24_problem import Problem, arranged, check_places, hand_made, kinds, launch_on_the_gpu
 
 EPILOGUE = {"bias": True, "activation": "gelu", "residual": True}
 
@@ -239,31 +238,31 @@ def test_count_of_tiles(cluster):
     assert wgmma.count_tiles(M=300, N=520, config=config) == {"none": 9, "x": 6, "w": 6}[cluster]
 
 
-GPU_CONFIGS = [replace(c, cluster=cluster) for c in wgmma.CONFIGS[:2] for cluster in ("none", "x", "w")]
+SIMPLEST = [replace(c, cluster=cluster) for cluster in ("none", "x", "w") for c in wgmma.CONFIGS[:2]]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", GPU_CONFIGS, ids=str)
-@pytest.mark.parametrize("matrix", ["identity", "one-hot", "random"])
-def test_on_the_gpu(config, matrix):
-    """Hand-made matrices first: what they show is which element went where. Run under a timeout: a fault is a hang."""
-    problem = Problem(M=300, N=520, K=512, **(EPILOGUE if matrix == "random" else {}))
-    if matrix == "identity":
-        problem.x = torch.eye(512, dtype=torch.bfloat16)
-        problem.y = torch.full((512, 520), float("nan"), dtype=torch.bfloat16)
-    if matrix == "one-hot":
-        problem.x = torch.nn.functional.one_hot(torch.arange(300) * 37 % 512, 512).bfloat16()
-    expected = sparse24_linear_ref(problem.x, problem.values, problem.metadata)
-    values, metadata = (tensor.cuda() for tensor in arranged(problem, "wgmma"))
-    move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
-    y = problem.y.cuda()
-    with hang_guard():
-        wgmma.launch(
-            problem.x.cuda(), values, metadata, y, bias=move(problem.bias), activation=problem.activation,
-            residual=move(problem.residual), skip=None, scale=None, config=config,
-        )  # fmt: skip
-        problem.y = y.cpu()
-    if matrix == "random":
-        problem.check()
-    else:
-        assert torch.equal(problem.y, expected)
+@pytest.mark.parametrize("config", dict.fromkeys([*SIMPLEST, *wgmma.CONFIGS]), ids=str)
+@pytest.mark.parametrize("matrix", ["identity", "one-hot"])
+def test_on_the_gpu_every_weight_comes_out_in_its_place(config, matrix):
+    problem = hand_made(matrix, N=520, K=512)
+    launch_on_the_gpu(wgmma, "wgmma", problem, config=config)
+    check_places(problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_on_the_gpu_random_matrices(name):
+    config, sizes = (QUICK | SLOW)[name]
+    problem = Problem(**sizes)
+    launch_on_the_gpu(wgmma, "wgmma", problem, config=config)
+    problem.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", wgmma.CONFIGS, ids=str)
+def test_on_the_gpu_random_matrices_of_many_tiles(config):
+    """Several tiles for each block of the persistent grid, so that rings and phases wrap from one to the next."""
+    problem = Problem(M=5000, N=2056, K=520, **EPILOGUE)
+    launch_on_the_gpu(wgmma, "wgmma", problem, config=config)
+    problem.check()

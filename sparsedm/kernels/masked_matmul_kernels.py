@@ -68,7 +68,7 @@ def _load_mask(w, bits_ptr, row, first_k, N, K, WAY: tl.constexpr, KEEP: tl.cons
     """The mask of a tile w of some rows and the columns from first_k, whole groups and whole words of bits."""
     if WAY == "choose":
         mask = keep_largest(w, KEEP, GROUP)
-    else:  # not after a return: what follows one in a branch is compiled, too, and without bits there is nothing to load
+    else:  # not after a return in the branch above: that too would be compiled, and without bits fail
         WORDS: tl.constexpr = w.shape[1] // 32
         word = first_k // 32 + tl.arange(0, WORDS)
         bits = _load(bits_ptr, row, word, N, tl.cdiv(K, 32), tl.cdiv(K, 32)).to(tl.int32)
