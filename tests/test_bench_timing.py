@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+from sparsedm.bench import timing
 from sparsedm.bench.timing import SHORTEST, CpuClock, CudaClock, Timed, clock_for, fastest, interleaved, percentiles
 
 
@@ -46,6 +47,9 @@ class HandClock:
 
     def stream(self):
         return contextlib.nullcontext()
+
+    def warm(self):
+        pass
 
 
 def test_percentiles_are_the_20th_50th_and_80th():
@@ -247,6 +251,15 @@ def test_a_capture_that_fails_is_cleaned_up_after(gpu):
         assert gpu.clock.ready(run).method == "cuda events"
         assert gpu.clock.ready(gpu.launch).method == "cuda graph"
     assert len(set(gpu.ended)) == 3, "into memory without the remains of what failed"
+
+
+def test_an_idle_gpu_is_warmed_up(gpu, monkeypatch):
+    busy, clock = [], iter([0.0, 0.01, 0.02, 0.04])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    gpu.clock.flushed = types.SimpleNamespace(zero_=lambda: busy.append(gpu.stream))
+    gpu.clock.warm()
+    assert len(busy) == 2
+    assert gpu.default not in busy
 
 
 def test_the_host_is_timed_one_call_at_a_time(gpu):

@@ -61,6 +61,7 @@ def rows(session, ceiling, missing, starting):
     try:
         call, rate = ceiling.prepare()
         timed = session.clock.ready(call)
+        session.clock.warm()
         times = interleaved({"only": timed}, **session.limits)["only"]
     except Exception as error:
         row |= {"status": "failed", "reason": one_line(error)}

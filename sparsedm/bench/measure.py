@@ -66,6 +66,7 @@ def measure(
                     raise DeviceLost(rows[-1]) from error
         starting("")
         limits = dict(rounds=rounds, per_round=per_round, seconds=seconds)
+        clock.warm()
         times = interleaved({provider: timed for provider, (*_, timed) in ready.items()}, **limits)
         now = stamp(problem.device)  # while the device is still warm: clocks and power
         dense = min((times[p].p50 for p in times if p.name in DENSE), default=None)

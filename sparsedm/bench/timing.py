@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 SHORTEST = 1e-3  # seconds that one CPU sample lasts at least
+WARM = 0.03  # seconds of work before a GPU is timed
 
 
 class Times(NamedTuple):
@@ -43,6 +44,9 @@ class CpuClock:
 
     def stream(self):
         return contextlib.nullcontext()
+
+    def warm(self):
+        """Nothing: while it was idle, it was busy with this program."""
 
     def ready(self, run):
         run()
@@ -91,6 +95,14 @@ class CudaClock:
             graph = self._captured(run) if self.graphs and not waits(run) else None
         call, method = (run, "cuda events") if graph is None else (graph.replay, "cuda graph")
         return Timed(functools.partial(self._samples, call), method)
+
+    def warm(self):
+        """Out of the clocks of a GPU that was idle, while something was compiled for example."""
+        end = time.perf_counter() + WARM
+        with self.stream():
+            while time.perf_counter() < end:
+                self.flushed.zero_()
+                torch.cuda.synchronize(self.device)
 
     def host(self, run, samples=20):
         """What a call costs the CPU that launches it, the device idle: it may queue about a thousand launches."""
@@ -185,6 +197,7 @@ def fastest(candidates, clock, finalists=3):
     """
     with clock.stream():
         timed = {name: clock.ready(run) for name, run in candidates.items()}
+        clock.warm()
         first = interleaved(timed, rounds=1)
         best = sorted(first, key=lambda name: first[name].p50)[:finalists]
         again = interleaved({name: timed[name] for name in best}, rounds=4)
