@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sparsedm import evaluate, pictures, samplers, stepaware
-from sparsedm.commands import load_images, load_named, picture_name
+from sparsedm.commands import dense_part, load_images, load_named, picture_name
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
@@ -171,7 +171,7 @@ def evaluate_samples(options):
             summary = evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)
         paired = None
         if options.dense:
-            dense = checkpoint.load_model(options.dense, build_model, which=options.which).model
+            dense = checkpoint.load_model(dense_part(options.dense), build_model, which=options.which).model
             paired = _draw(source._replace(networks=[dense] * source.steps), options)
         images = _draw(source, options)
     if images is None:

@@ -99,6 +99,15 @@ def test_evaluate_writes_numbers(trained, tmp_path, capsys):
     assert numbers["features"] in capsys.readouterr().out
 
 
+def test_samples_are_compared_with_the_dense_network_of_a_chain_not_with_themselves(trained, tmp_path):
+    out, found = tmp_path / "numbers.json", []
+    for dense in (trained, trained / "00-dense"):
+        evaluate = ("evaluate", trained, "--data", "synthetic", "--split", "test", "--count", 16, "--out", out)
+        assert run(*evaluate, "--sampling-steps", 2, "--dense", dense) == 0
+        found.append(json.loads(out.read_text())["ssim"])
+    assert found[0] == found[1] < 1
+
+
 def test_labels_must_be_the_models_own(trained, tmp_path, capsys):
     assert run("sample", trained, "--label", 6) == 2
     assert "the classes 0 to 5" in capsys.readouterr().err
