@@ -25,7 +25,8 @@ from sparsedm.files import writing
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to search. The defaults are DDSM's; its weight was 0.1 per GFLOP on CIFAR-10."""
+    """How to search. The defaults are DDSM's. Its weight on CIFAR-10 was 0.1 per GFLOP of a mean step; with a cost in
+    MACs of a whole image, which are half as many and summed over the steps, that is 2e-10 / steps."""
 
     population: int = 50
     generations: int = 10  # with the first
@@ -35,14 +36,15 @@ class SearchOptions:
 
     def __post_init__(self):
         rules = {
-            "population": self.population >= 2,
-            "generations": self.generations >= 1,
-            "mutation": self.mutation is None or 0 <= self.mutation <= 1,
-            "weight": self.weight is None or 0 <= self.weight < math.inf,
-            "seed": 0 <= self.seed < 2**32,
+            "population": (self.population >= 2, "at least 2"),
+            "generations": (self.generations >= 1, "at least 1"),
+            "mutation": (self.mutation is None or 0 <= self.mutation <= 1, "from 0 to 1"),
+            "weight": (self.weight is None or 0 <= self.weight < math.inf, "at least 0, and finite"),
+            "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
         }
-        for name in (name for name, holds in rules.items() if not holds):
-            raise InputError(f"search option {name}={getattr(self, name)!r} is out of its range")
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InputError(f"search option {name}={getattr(self, name)!r}: must be {rule}")
 
 
 @dataclass(frozen=True, order=True)

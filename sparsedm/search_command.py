@@ -163,6 +163,8 @@ def _workers(device):
 
 
 def _data_of(run):
+    if not Path(run).exists():
+        raise InputError(f"{run} does not exist")
     try:
         return json.loads((Path(run) / "options.json").read_text(encoding="utf-8"))["data"]
     except (OSError, ValueError, KeyError):
@@ -235,7 +237,9 @@ def add_arguments(sub):
     sub.add_argument("--population", type=int, help="strategies per generation (default: of the scale)")
     sub.add_argument("--generations", type=int, help="with the first (default: of the scale)")
     sub.add_argument(
-        "--weight", type=float, help="minimise quality + WEIGHT x cost, as DDSM (default: the whole front)"
+        "--weight",
+        type=float,
+        help="minimise quality + WEIGHT x cost of an image, in --unit; DDSM: 2e-10 / steps (default: the whole front)",
     )
     sub.add_argument("--quality", choices=QUALITIES, default="frechet", help="what to minimise beside cost")
     sub.add_argument("--unit", choices=stepaware.UNITS, default="MACs", help="of cost; seconds are measured here")

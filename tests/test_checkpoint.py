@@ -167,8 +167,8 @@ def test_claim_accepts_the_same_and_lists_differences(tmp_path):
     with pytest.raises(InputError) as caught:
         checkpoint.claim(tmp_path / "new", changed, free=("log_every",))
     assert str(caught.value).endswith(
-        "was made by other options, choose another: steps is 5 there and 6 here; betas.1 is 0.99 there and not set "
-        "here; empty is {} there and not set here; more is not set there and x here"
+        "was made by other options, choose another folder: steps is 5 there and 6 here; betas.1 is 0.99 there and "
+        "not set here; empty is {} there and not set here; more is not set there and x here"
     )
     with pytest.raises(InputError, match=r"stages.0.log_every is 3 there and 4 here"):
         checkpoint.claim(tmp_path / "new", changed)

@@ -132,13 +132,13 @@ def test_every_family_can_be_built_and_searched(scale):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--population", "1"], "search option population=1 is out of its range"),
+        (["--population", "1"], "search option population=1: must be at least 2"),
         (["--sampling-steps", "0"], "steps is 0"),
         (["--count", "1"], "count is 1: at least 2 images"),
         (["--workers", "0"], "workers is 0: at least 1 is needed"),
         (["--minutes", "0.5"], "--minutes 0.5: more than 40 seconds are needed to stop cleanly"),
         (["--weight", "-1"], "search option weight=-1.0"),
-        (["nowhere"], "nowhere does not say what data it was trained on"),
+        (["nowhere"], "nowhere does not exist"),
         (["nowhere", "--data", "synthetic"], "nowhere does not exist"),
         (["--scale", "huge"], "invalid choice: 'huge'"),
     ],

@@ -79,7 +79,7 @@ def claim(folder, record, free=()):
     ]
     if different:
         more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
-        raise InputError(f"{folder} was made by other options, choose another: {'; '.join(different[:8])}{more}")
+        raise InputError(f"{folder} was made by other options, choose another folder: {'; '.join(different[:8])}{more}")
 
 
 def _flat(value, free, prefix=""):
@@ -224,7 +224,7 @@ def load_model(path, build, *, which="ema", config=None, convert=None):
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{file} has a damaged description in its header") from None
     if config is None:
-        raise InputError(f"{file} does not say what model it holds: name one")
+        raise InputError(f"{file} does not say what model it holds: name one (--model; in Python config=, for build)")
     model = build(config)
     if description:
         model = _as_described(model, description["kind"], patterns, tensors)

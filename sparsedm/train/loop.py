@@ -72,26 +72,27 @@ class TrainOptions:
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
         rules = {
-            "steps": self.steps >= 0,
-            "batch_size": self.batch_size >= 1,
-            "accumulate": self.accumulate >= 1,
-            "lr": 0 < self.lr < math.inf,
-            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "weight_decay": self.weight_decay >= 0,
-            "warmup": self.warmup is None or self.warmup >= 0,
-            "ema": 0 <= self.ema < 1,
-            "ema_warmup": self.ema_warmup >= 1,
-            "clip": self.clip >= 0,
-            "seed": 0 <= self.seed < 2**63,
-            "label_dropout": 0 <= self.label_dropout <= 1,
-            "weighting": self.weighting in diffusion.WEIGHTINGS,
-            "amp": self.amp in (None, "bf16"),
-            "log_every": self.log_every >= 1,
-            "save_every": self.save_every >= 1,
-            "validate_every": self.validate_every >= 1,
+            "steps": (self.steps >= 0, "at least 0"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "accumulate": (self.accumulate >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "more than 0, and finite"),
+            "betas": (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to 1"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "warmup": (self.warmup is None or self.warmup >= 0, "at least 0"),
+            "ema": (0 <= self.ema < 1, "at least 0 and less than 1"),
+            "ema_warmup": (self.ema_warmup >= 1, "at least 1"),
+            "clip": (self.clip >= 0, "at least 0"),
+            "seed": (0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+            "label_dropout": (0 <= self.label_dropout <= 1, "from 0 to 1"),
+            "weighting": (self.weighting in diffusion.WEIGHTINGS, f"one of {', '.join(diffusion.WEIGHTINGS)}"),
+            "amp": (self.amp in (None, "bf16"), "None or bf16"),
+            "log_every": (self.log_every >= 1, "at least 1"),
+            "save_every": (self.save_every >= 1, "at least 1"),
+            "validate_every": (self.validate_every >= 1, "at least 1"),
         }
-        for name in (name for name, holds in rules.items() if not holds):
-            raise InputError(f"training option {name}={getattr(self, name)!r} is out of its range")
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InputError(f"training option {name}={getattr(self, name)!r}: must be {rule}")
 
     def lr_at(self, step, updates):
         """The learning rate. step: made in this run; updates: made by this optimizer, more if it was taken over."""

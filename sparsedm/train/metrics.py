@@ -76,9 +76,10 @@ class MetricsLog:
         what = f"loss {loss}, gradient norm {norm}"
         self.write({"step": step, "diverged": what})
         since = "at step" if self.looks_each_step else f"in the {self.count} steps up to"
+        saved = checkpoint.latest(self.folder)
+        kept = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
         raise TrainingDiverged(
-            f"training diverged {since} {step} ({what}): the last good checkpoint is {checkpoint.latest(self.folder)}, "
-            "try a lower learning rate in another folder"
+            f"training diverged {since} {step} ({what}): {kept}, try a lower learning rate in another folder"
         )
 
     def close(self, step, batch_size):
