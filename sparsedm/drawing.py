@@ -15,7 +15,7 @@ from sparsedm.commands import dense_part, load_images, load_named, picture_name
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
-from sparsedm.files import atomic_file, cache_folder, write_json
+from sparsedm.files import atomic_file, cache_folder, check_writable, write_json
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers
 from sparsedm.train import checkpoint, distributed
@@ -101,6 +101,7 @@ def sample(options):
             )
     if options.compress:
         source = _compressed(source, options.strategy is None)
+    check_writable(out)
     with distributed.process_group(options.device):
         images = _draw(source, options)
     if images is None:
@@ -110,7 +111,9 @@ def sample(options):
         with atomic_file(out) as partial:
             np.savez(partial, images=images.numpy())
     else:
-        pictures.save_grid(out, [("", row) for row in images.split(16)])
+        classes = 1 if options.label is not None else source.config.num_classes or 1
+        width = 16 // classes * classes or 16  # a class stands below itself
+        pictures.save_grid(out, [("", row) for row in images.split(width)])
     how = f"{source.sampler} in {source.steps} steps, seed {options.seed}"
     print(f"{len(images)} samples of {source.words}, {how}: {out}")
 
@@ -163,6 +166,8 @@ def _draw(source, options):
 
 def evaluate_samples(options):
     source = _source(options)
+    out = Path(options.out or _beside(options.run) / "evaluation.json")
+    check_writable(out)
     reference = load_images(options.data, options.split, source.config.image_size)
     with distributed.process_group(options.device):
         if distributed.first():
@@ -187,10 +192,11 @@ def evaluate_samples(options):
         "seed": options.seed,
         **source.cost,
     }
-    out = Path(options.out or _beside(options.run) / "evaluation.json")
     write_json(out, report)
     width = max(map(len, report))
     print(
         "\n".join(f"{k:<{width}}  {v:.5g}" if isinstance(v, float) else f"{k:<{width}}  {v}" for k, v in report.items())
     )
+    if report["rank_deficient"]:
+        print(f"rank_deficient: {report['dimension']} images or fewer make a rough Fréchet distance: raise --count")
     print(f"written to {out}")

@@ -53,6 +53,16 @@ def atomic_file(path):
         _flush(path.parent)
 
 
+def check_writable(path):
+    """Raise InputError now, rather than after hours of work, if no file can be written at `path`. Leaves nothing."""
+    path = Path(path)
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    with writing(path):
+        probe = folder / f".{secrets.token_hex(4)}.partial"
+        probe.touch(exist_ok=False)
+        probe.unlink()
+
+
 @contextlib.contextmanager
 def atomic_folder(path):
     """Yield a temporary folder beside `path`; on a clean exit its files are flushed and it is renamed to `path`.

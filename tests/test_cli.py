@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsedm import commands
+from sparsedm import commands, drawing
 from sparsedm.cli import main
 from sparsedm.drawing import family_of
 from sparsedm.models import MODELS, build_model
@@ -106,6 +106,22 @@ def test_samples_are_compared_with_the_dense_network_of_a_chain_not_with_themsel
         assert run(*evaluate, "--sampling-steps", 2, "--dense", dense) == 0
         found.append(json.loads(out.read_text())["ssim"])
     assert found[0] == found[1] < 1
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_where_nothing_can_be_written_nothing_is_drawn(command, trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(drawing, "_draw", lambda *_: pytest.fail("drawn"))
+    data = ["--data", "synthetic"] if command == "evaluate" else []
+    assert run(command, trained, *data, "--out", tmp_path / "file" / "drawn.png") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_classes_stand_below_one_another(trained, tmp_path):
+    out = tmp_path / "drawn.png"
+    assert run("sample", trained, "--count", 24, "--sampling-steps", 1, "--out", out) == 0
+    tile = 64 + 2
+    assert Image.open(out).size == (12 * tile, 2 * tile)
 
 
 def test_labels_must_be_the_models_own(trained, tmp_path, capsys):

@@ -97,6 +97,15 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path):
         write_text(tmp_path / "file" / "deep" / "er" / "a", "")
 
 
+def test_whether_a_file_can_be_written_is_known_before_and_nothing_is_left(tmp_path):
+    files.check_writable(tmp_path / "deep" / "er" / "a")
+    write_text(tmp_path / "file", "")
+    files.check_writable(tmp_path / "file")
+    with pytest.raises(InputError, match=r"cannot write .*file/a: Not a directory"):
+        files.check_writable(tmp_path / "file" / "a")
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @needs_permissions
 def test_no_permission_is_one_sentence(tmp_path):
     tmp_path.chmod(0o500)
