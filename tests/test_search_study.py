@@ -103,7 +103,16 @@ def test_a_search_leaves_what_it_found_and_goes_on_where_it_stopped(chain, tmp_p
         study(plan(chain, tmp_path, steps=4))
 
 
-def test_distances_are_those_of_the_samples(chain, tmp_path):
+@pytest.fixture
+def one_thread():
+    """As a worker of the search has: more threads add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_distances_are_those_of_the_samples(chain, tmp_path, one_thread):
     report = study(plan(chain, tmp_path))
     family = family_of(chain)
     features = load_features()
