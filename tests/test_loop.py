@@ -431,3 +431,15 @@ def test_refuses_what_does_not_fit(tmp_path):
 def test_one_folder_has_one_run(tmp_path):
     with checkpoint.run_lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
         run(tmp_path)
+
+
+def test_without_a_terminal_every_checkpoint_is_a_line_of_the_log(tmp_path, caplog):
+    caplog.set_level("INFO", "sparsedm.train.loop")
+    run(tmp_path / "seen", replace(OPTIONS, steps=4, save_every=2), progress=True)
+    first, last = caplog.messages
+    loss = read_metrics(tmp_path / "seen")[-1]["loss"]
+    assert first.startswith("seen: step 2 of 4, loss ")
+    assert last.startswith(f"seen: step 4 of 4, loss {loss:.4f}, images/s ")
+    caplog.clear()
+    run(tmp_path / "hidden", replace(OPTIONS, steps=4, save_every=2))
+    assert not caplog.messages

@@ -6,6 +6,7 @@ make the same call again. The loop knows nothing of patterns: whoever calls it s
 
 import contextlib
 import copy
+import logging
 import math
 import signal
 import threading
@@ -24,6 +25,7 @@ from sparsedm.train.data import batch
 from sparsedm.train.metrics import MetricsLog
 from sparsedm.train.step import Step, classes_of
 
+logger = logging.getLogger(__name__)
 MAY_CHANGE = ("accumulate", "log_every", "save_every", "validate_every")  # options that leave the weights as they are
 
 
@@ -239,6 +241,9 @@ def train(
                 out_of_time = not last and late()
                 if due_save or out_of_time:
                     saved = keep()
+                    if bar.disable and progress and distributed.first():  # in the log of a job: a sign of life
+                        words = ", ".join(f"{what} {value}" for what, value in shown.items())
+                        logger.info("%s: step %s of %s, %s", folder.name, f"{step:,}", f"{options.steps:,}", words)
                 if out_of_time and not stopping:
                     raise OutOfTime(f"after step {step}, which is saved in {folder}")
                 log.restart()
