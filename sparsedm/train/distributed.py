@@ -5,9 +5,10 @@
                                             -m -- sparsedm.cli train ...
 
 All randomness is drawn for the whole batch on every process, and then divided: so the number of processes changes the
-rounding of a run and nothing else, and a run can be resumed with another one. (Dropout differs: each share draws its
-own.) Of `sample` and `evaluate` each process draws its share of the images. The first process alone writes; the folder
-of the run must be visible to all. Outside of torchrun everything here is without effect.
+rounding of a run and nothing else, and a run can be resumed with another one. (Two things differ, as each share draws
+its own: dropout, and which images go to which width of a slimmable network.) Of `sample` and `evaluate` each process
+draws its share of the images. The first process alone writes; the folder of the run must be visible to all. Outside of
+torchrun everything here is without effect.
 """
 
 import contextlib

@@ -26,7 +26,8 @@ from sparsedm.train.metrics import MetricsLog
 from sparsedm.train.step import Step, classes_of
 
 logger = logging.getLogger(__name__)
-MAY_CHANGE = ("accumulate", "log_every", "save_every", "validate_every")  # options that leave the weights as they are
+# options that leave the weights as they are (accumulate: where there is no dropout and no slimmable network)
+MAY_CHANGE = ("accumulate", "log_every", "save_every", "validate_every")
 
 
 class Interrupted(Exception):
@@ -147,7 +148,8 @@ def train(
 ):
     """Train `model` in place for options.steps steps, or go on where `folder` stopped.
 
-    images, validation: ImageSet. ema: the average to start from (default: the model); it is copied.
+    images, validation: ImageSet. ema: the average to start from (default: the model); it is copied, and forgotten
+    within ten steps unless options.ema_warmup is 1.
     teacher, w_kd, w_noise: see `diffusion.loss`. dense: the network whose distance to this one is logged.
     dense_speed: its training's images per second, of which those of this one are logged as a share.
     first_step: where the random streams start, so that the stages of a chain see different batches.
