@@ -80,6 +80,19 @@ def test_padding_in_torch_s_words(padding, same_as):
         sparse24_conv2d(c.x, c.values, c.metadata, (2, 4), padding="same")
 
 
+def test_pixels_are_copied_only_where_the_kernels_cannot_read_them():
+    wide = torch.zeros(2 * 64 * 6 + 4, dtype=BF16)
+    images = lambda start: wide[start : start + 768].view(2, 2, 3, 64).permute(0, 3, 1, 2)  # noqa: E731
+    assert _pixels(images(0)).data_ptr() == wide.data_ptr()
+    for image in (images(4), images(0).contiguous(), images(0)[:, :, ::2], images(0).transpose(2, 3)):
+        pixels = _pixels(image)
+        assert torch.equal(pixels, image.permute(0, 2, 3, 1))
+        assert pixels.is_contiguous()
+        assert pixels.data_ptr() % 16 == 0
+    one = torch.zeros(1, 64, 1, 1).as_strided((1, 64, 1, 1), (1, 1, 7, 9))
+    assert _pixels(one).stride() == (64, 64, 64, 1)
+
+
 # name -> arguments of Convolution. Ragged images, several images in a patch, more features than one tile.
 QUICK = {
     "3x3": dict(B=1, C=64, H=11, W=20, N=136, bias=True, activation="silu", residual=True),
@@ -308,9 +321,28 @@ def launched_on_the_gpu(module, backend, c, config):
         return y.cpu()
 
 
+def one_pixel_each(**sizes):
+    """Images with a single 1, in the channel 37 b of the image b: every result is one weight or zero, exactly."""
+    c = Convolution(**sizes)
+    images, channels, height, width = c.x.shape
+    c.x = torch.zeros_like(c.x)
+    for b in range(images):
+        c.x[b, 37 * b % channels, b % height, (b + 1) % width] = 1
+    return c
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", range(len(kernel.CONFIGS)))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_on_the_gpu_every_weight_comes_out_in_its_place(stride, config):
+    c = one_pixel_each(B=64, C=64, H=4, W=6, N=136, stride=stride, config=config)
+    y = launched_on_the_gpu(kernel, "wgmma", c, configuration(c))
+    assert torch.equal(y, c.reference(torch.Tensor.float).to(BF16))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_on_the_gpu(name):
+def test_on_the_gpu_random_images(name):
     c = Convolution(**(QUICK | SLOW)[name])
     c.y = launched_on_the_gpu(kernel, "wgmma", c, configuration(c))
     assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))

@@ -11,7 +11,7 @@ from tests.ptx.errors import EmulatorError
 from tests.ptx.launch import run
 from tests.sass import Build, compile_offline
 from tests.sparse24_problem import arranged, divisible, kinds
-from tests.test_sparse24_conv import Convolution, launched_on_the_gpu, nhwc
+from tests.test_sparse24_conv import Convolution, launched_on_the_gpu, nhwc, one_pixel_each
 from tests.tolerance import assert_as_good_as_torch
 
 FULL = dict(bias=True, activation="silu", residual=True)
@@ -128,8 +128,17 @@ def test_planted_faults_are_noticed(pattern):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", kernel.CONFIGS, ids=str)
+@pytest.mark.parametrize("channels", [64, 24])
+def test_on_the_gpu_every_weight_comes_out_in_its_place(channels, config):
+    c = one_pixel_each(B=64, C=channels, H=4, W=6, N=136, stride=2)
+    y = launched_on_the_gpu(kernel, "mma", c, config)
+    assert torch.equal(y, c.reference(torch.Tensor.float).to(torch.bfloat16))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_on_the_gpu(name):
+def test_on_the_gpu_random_images(name):
     config, _, sizes = (QUICK | SLOW)[name]
     c = Convolution(**sizes)
     c.y = launched_on_the_gpu(kernel, "mma", c, config)

@@ -216,9 +216,11 @@ def _conv_fake(
 
 
 def _pixels(image):
-    """(B, C, H, W) -> (B, H, W, C), contiguous and with the strides of it also where an axis has one entry."""
+    """(B, C, H, W) -> (B, H, W, C), contiguous and with the strides of it also where an axis has one entry, and from an
+    address on that TMA can read."""
     image = image.permute(0, 2, 3, 1)
-    return image.reshape(-1).view(image.shape)
+    flat = image.reshape(-1)
+    return (flat if flat.data_ptr() % 16 == 0 else flat.clone()).view(image.shape)
 
 
 def _pair(value):
