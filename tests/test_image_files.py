@@ -255,3 +255,12 @@ def test_a_folder_without_permission_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*cat: Permission denied"):
         read_image_files(tmp_path)
     (tmp_path / "cat").chmod(0o700)
+
+
+def test_images_of_one_pixel_across_keep_their_colours():
+    images = torch.tensor([[10, 20, 30, 40], [50, 60, 70, 80], [90, 100, 110, 120]], dtype=torch.uint8)
+    for shape, axis in (((1, 3, 1, 4), 3), ((1, 3, 4, 1), 2)):
+        fitted = resized(images.view(shape), 1)
+        assert torch.equal(fitted.flatten(), images.view(shape).narrow(axis, 1, 1).flatten()), "the middle pixel"
+    grey = torch.tensor([7, 8, 9], dtype=torch.uint8).view(1, 1, 3, 1)
+    assert resized(grey, 2).unique().tolist() == [8]

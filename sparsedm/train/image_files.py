@@ -64,7 +64,7 @@ def resized(images, size, progress=True):
     """Images uint8 (n, c, h, w) with c 1 or 3, cropped to a centred square and resized to (n, c, size, size)."""
     out = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8)
     for source, target in zip(tqdm(images.numpy(), "resize", disable=None if progress else True), out.numpy()):
-        image = Image.fromarray(source.transpose(1, 2, 0).squeeze())
+        image = Image.fromarray(source[0] if len(source) == 1 else source.transpose(1, 2, 0))
         target[:] = np.atleast_3d(_fit(image, size)).transpose(2, 0, 1)
     return out
 
