@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from sparsedm import layers
+from sparsedm.bench.mask_providers import TrainMasked
 from sparsedm.bench.problems import ConvProblem, LinearProblem, MaskProblem, TrainingProblem, masked
-from sparsedm.bench.providers import OURS_AND_DENSE, TrainMasked
-from sparsedm.bench.rivals import PROVIDERS
+from sparsedm.bench.rivals import OURS_AND_DENSE, PROVIDERS
 from sparsedm.bench.shapes import ConvShape, LinearShape
 from sparsedm.kernels.choose import choose
 from sparsedm.kernels.pattern import Pattern, group_view, holds

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from sparsedm.bench import ceilings, end_to_end, measure, providers, run
+from sparsedm.bench import ceilings, end_to_end, mask_providers, measure, run
 from sparsedm.bench.results import Results, read
 from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.run import LAYER_SUITES, SUITES, Session, main, run_suite
@@ -79,7 +79,7 @@ def test_who_crashed_has_failed_and_resume_measures_the_others(tmp_path, monkeyp
         raise SystemExit("as if the process had been killed")
 
     with monkeypatch.context() as broken:
-        broken.setattr(providers.TopK, "bind", crashes)
+        broken.setattr(mask_providers.TopK, "bind", crashes)
         with pytest.raises(SystemExit):
             run_suite("mask", session(tmp_path / "r.csv", "square@256"))
     run_suite("mask", session(tmp_path / "r.csv", "square@256", resume=True))
@@ -97,7 +97,7 @@ def test_a_gpu_that_is_lost_fails_who_lost_it_and_the_process_starts_again(tmp_p
     restarts = []
     arguments = ["--suite", "mask", "--quick", "--shapes", "square@256,square@512", "--out", str(tmp_path / "r.csv")]
     with monkeypatch.context() as broken:
-        broken.setattr(providers.TopK, "bind", lost)
+        broken.setattr(mask_providers.TopK, "bind", lost)
         for module in (measure, run):
             broken.setattr(module, "answers", lambda device: False)
         broken.setattr(run, "start_again", lambda module, arguments: restarts.append((module, arguments)))
@@ -125,7 +125,7 @@ def test_an_error_that_the_device_survives_is_no_reason_to_start_again(tmp_path,
 def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
     late = threading.Event()
     monkeypatch.setattr(run, "PATIENCE", 0.2)
-    monkeypatch.setattr(providers.Choose, "bind", lambda *_: late.wait(10) and None)
+    monkeypatch.setattr(mask_providers.Choose, "bind", lambda *_: late.wait(10) and None)
     run_suite("mask", session(tmp_path / "r.csv", "square@256", late=late.set))
     assert late.is_set()
 
@@ -133,7 +133,7 @@ def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
 def test_who_is_ended_from_outside_has_not_failed(tmp_path, monkeypatch):
     arguments = ["--suite", "mask", "--quick", "--shapes", "square@256", "--out", str(tmp_path / "r.csv")]
     with monkeypatch.context() as slow:
-        slow.setattr(providers.TopK, "bind", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        slow.setattr(mask_providers.TopK, "bind", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert main(arguments) == 3
     assert not read(tmp_path / "r.csv")
     assert main([*arguments, "--resume"]) == 0

@@ -5,7 +5,8 @@
     bind(problem, prepared) -> Bound: the call that is timed, and what was chosen for it
 
 `sparse` says which weight a provider multiplies with: the dense one, or the 2:4 one. The denominators of every speed-up
-are the providers in DENSE and nothing else. Other people's sparse products are in `rivals.py`.
+are the providers in DENSE and nothing else. Masks, and layers in training, are in `mask_providers.py`; other people's
+sparse products, and the list of everybody, in `rivals.py`.
 """
 
 import contextlib
@@ -15,16 +16,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sparsedm.bench.problems import TWO_FOUR
 from sparsedm.compressed import Conv2d24
-from sparsedm.kernels.choose import choose, choose_packed
+from sparsedm.kernels.choose import choose
 from sparsedm.kernels.launch import capability
 from sparsedm.kernels.sparse24_dispatch import FEW_TOKENS, choose_backend, last_choice
 from sparsedm.kernels.sparse24_format import pack
 from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
-from sparsedm.layers import Conv2d, Linear
+from sparsedm.layers import Conv2d
 
 DENSE = ("dense", "dense fused", "dense compiled")
 HALF = (torch.bfloat16, torch.float16)
@@ -253,104 +253,3 @@ class SparseConv24(Provider):
 
     def bind(self, problem, prepared):
         return Bound(lambda: prepared(problem.x), "Conv2d24")
-
-
-# ---- masks
-
-
-class Cast(Provider):
-    name, sparse = "dense", False
-
-    def bind(self, problem, prepared):
-        return Bound(lambda: problem.weight.to(problem.dtype, copy=True), "cast without a mask")
-
-
-class TopK(Provider):
-    """How masks are usually made: indices of the two largest of each four, and a scatter."""
-
-    name = "torch topk"
-
-    def bind(self, problem, prepared):
-        def run():
-            groups = problem.weight.view(len(problem.weight), -1, TWO_FOUR.group)
-            keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
-            mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0)
-            return (groups * mask).view_as(problem.weight).to(problem.dtype)
-
-        return Bound(run, "topk + scatter")
-
-
-class Choose(Provider):
-    name = "sparsedm choose"
-
-    def traffic(self, problem):
-        """Its mask is of bool, a byte for each weight instead of a bit."""
-        return super().traffic(problem) + problem.weight.numel() * 7 / 8
-
-    def bind(self, problem, prepared):
-        return Bound(lambda: choose(problem.weight, TWO_FOUR, problem.dtype)[0], "masked weight and mask")
-
-
-class ChoosePacked(Provider):
-    name = "sparsedm choose + pack"
-
-    def traffic(self, problem):
-        """Besides masked weight and mask it writes half the values, and their metadata of 2 bits each."""
-        return super().traffic(problem) + problem.weight.numel() * (problem.dtype.itemsize / 2 + 1 / 8)
-
-    def bind(self, problem, prepared):
-        def run():
-            return choose_packed(problem.weight, TWO_FOUR, problem.dtype, compressed=True).masked
-
-        return Bound(run, "masked weight, bits, values, metadata")
-
-
-# ---- one linear layer in training
-
-
-class TrainingProvider(Provider):
-    """A layer with the problem's weight; `layer(N, K)` makes it."""
-
-    def bind(self, problem, prepared):
-        layer = self.layer(problem.shape.K, problem.shape.N).to(problem.device)
-        with torch.no_grad():
-            layer.weight.copy_(problem.weight)
-            layer.bias.copy_(problem.bias)
-        return Bound(lambda: problem.run(layer), type(layer).__name__)
-
-
-class TrainDense(TrainingProvider):
-    name, sparse, layer = "dense", False, staticmethod(nn.Linear)
-
-
-class TrainMasked(TrainingProvider):
-    name = "sparsedm masked"
-
-    @staticmethod
-    def layer(inputs, outputs):
-        return Linear(inputs, outputs, pattern=TWO_FOUR)
-
-
-class TopKLinear(nn.Linear):
-    """Straight-through masking as it is usually written, in torch operations."""
-
-    def forward(self, x):
-        groups = self.weight.detach().view(len(self.weight), -1, TWO_FOUR.group)
-        keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
-        mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0).view_as(self.weight)
-        return F.linear(x, self.weight + (self.weight * mask - self.weight).detach(), self.bias)
-
-
-class TrainTopK(TrainingProvider):
-    name, layer = "torch topk", TopKLinear
-
-
-OURS_AND_DENSE = {  # kernel: implementations, the denominators first; `rivals.PROVIDERS` has everybody
-    "linear": (
-        *(Dense(), DenseFused(), DenseCompiled(), Masked()),
-        *(Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma"), Sparse24("few")),
-    ),
-    "conv": (DenseConv(), DenseConvCompiled(), SparseConv24()),
-    "mask": (Cast(), TopK(), Choose(), ChoosePacked()),
-    "masked-train": (TrainDense(), TrainTopK(), TrainMasked()),
-}

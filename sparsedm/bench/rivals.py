@@ -17,8 +17,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsedm.bench.mask_providers import (
+    Cast,
+    Choose,
+    ChoosePacked,
+    TopK,
+    TrainDense,
+    TrainingProvider,
+    TrainMasked,
+    TrainTopK,
+)
 from sparsedm.bench.problems import LinearProblem
-from sparsedm.bench.providers import OURS_AND_DENSE, Bound, Rival, TrainingProvider, with_epilogue
+from sparsedm.bench.providers import (
+    Bound,
+    Dense,
+    DenseCompiled,
+    DenseConv,
+    DenseConvCompiled,
+    DenseFused,
+    Masked,
+    Rival,
+    Sparse24,
+    SparseConv24,
+    with_epilogue,
+)
 from sparsedm.bench.rival_tilelang import TileLang
 from sparsedm.bench.shapes import LinearShape
 from sparsedm.bench.timing import clock_for, fastest
@@ -209,6 +231,16 @@ class TrainXFormers(TrainTile):
 
         return sparsify24(weight, backend="cusparselt")
 
+
+OURS_AND_DENSE = {  # kernel: implementations, the denominators first
+    "linear": (
+        *(Dense(), DenseFused(), DenseCompiled(), Masked()),
+        *(Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma"), Sparse24("few")),
+    ),
+    "conv": (DenseConv(), DenseConvCompiled(), SparseConv24()),
+    "mask": (Cast(), TopK(), Choose(), ChoosePacked()),
+    "masked-train": (TrainDense(), TrainTopK(), TrainMasked()),
+}
 
 PROVIDERS = OURS_AND_DENSE | {
     "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TorchAo(), TileLang()),
