@@ -19,6 +19,7 @@ from sparsedm.models.ddpm_diffusers import from_diffusers
 from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data, distributed
 from sparsedm.train.chain import check_stages, parse_chain, plan, run_chain
+from sparsedm.train.image_files import different_sizes
 from sparsedm.train.loop import TrainOptions
 from sparsedm.train.methods import METHODS, method_stages
 
@@ -139,14 +140,12 @@ def train(options):
 
 def load_images(source, split, size, limit=None):
     """Images of the size the network takes. Mixed sizes are refused; one other size is fitted, and it is said."""
-    if source.partition(":")[0] == "synthetic":  # drawn at any size
-        return data.load(source, split, size=size, limit=limit)
-    found = data.load(source, split, limit=limit)
-    height, width = found.images.shape[2:]
-    if found.is_latent or (height, width) == (size, size):
-        return found
-    print(f"the {split} images of {width}x{height} pixels are cropped to squares and resized to {size}x{size}")
-    return data.load(source, split, size=size, limit=limit)
+    found = data.load(source, split, size=size, limit=limit)
+    if len(found.sizes) > 1:
+        raise InputError(f"{source}: {different_sizes(found.sizes)}")
+    if found.sizes and (held := next(iter(found.sizes))) != f"{size}x{size}":
+        print(f"the {split} images of {held} pixels are cropped to squares and resized to {size}x{size}")
+    return found
 
 
 def amp_of(device):

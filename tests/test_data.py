@@ -281,6 +281,16 @@ def test_the_cache_knows_sizes_apart(tmp_path):
     assert decode.call_count == 2
 
 
+def test_the_sizes_before_fitting_are_known_from_the_cache_too(tmp_path):
+    path = zip_of(tmp_path / "a.zip", {"a.png": picture(size=(6, 4)), "b.png": picture(size=(5, 5))})
+    with decodes() as decode:
+        for _ in range(2):
+            assert load(path, size=5).sizes == {"6x4": "a.png", "5x5": "b.png"}
+    assert decode.call_count == 1
+    array = np.zeros((4, 3, 7, 7), np.uint8)
+    assert list(load(npz_of(tmp_path / "a.npz", x=array), size=5).sizes) == ["7x7"]
+
+
 def test_a_changed_zip_is_decoded_again(tmp_path, cache):
     """Even where name, size and modification time stay as they were."""
     names = list(FILES)

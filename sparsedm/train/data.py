@@ -22,7 +22,7 @@ import json
 import os
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -48,12 +48,13 @@ END_BYTES = 1 << 20  # at each end of a file, part of its signature
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """images: uint8 (n, c, h, w) in 0..255, or float32 latents; labels: int64 (n,) or None; class_names: one per label;
-    source: what `load` was asked for."""
+    source: what `load` was asked for; sizes: those of image files before they were fitted, see `image_files.Parts`."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
     class_names: tuple
     source: str
+    sizes: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.images)
@@ -73,7 +74,8 @@ def load(source, split="train", *, size=None, limit=None, progress=True, cache=N
     size: side in pixels; other images are cropped to a centred square and resized. limit: at most so many images,
     evenly spaced through the split, so that all classes stay. cache: folder for downloads and decoded sets, default
     `sparsedm.files.cache_folder()`; what it holds is used only while the source is unchanged (the size and times of
-    every file, the ends of a zip or tar.gz). InputError: a source that is missing, empty, damaged or of mixed sizes.
+    every file, the ends of a zip or tar.gz). InputError: a source that is missing, empty, damaged, or of mixed sizes
+    where no size is asked for.
     """
     source, cache = str(source), Path(cache or cache_folder())
     if split not in SPLITS:
@@ -81,16 +83,17 @@ def load(source, split="train", *, size=None, limit=None, progress=True, cache=N
     for name, value in (("size", size), ("limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    sizes = {}
     if source.partition(":")[0] == "synthetic":
         images, labels, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
     else:
         parts = _read(source, split, size, progress, cache)
         images, labels = parts.splits.get(split) or _held_out(source, *parts.splits["all"], split)
-        class_names = parts.class_names
+        class_names, sizes = parts.class_names, parts.sizes
     if limit is not None and limit < len(images):
         chosen = torch.arange(limit) * len(images) // limit
         images, labels = images[chosen], None if labels is None else labels[chosen]
-    return ImageSet(images, labels, class_names, source)
+    return ImageSet(images, labels, class_names, source, sizes)
 
 
 def batch(images, indices, *, flip_generator=None):
@@ -185,7 +188,9 @@ def _resize(parts, size, progress):
             raise InputError(f"size {size} was asked for, but latents of {tuple(images.shape[1:])} cannot be resized")
         return resized(images, size, progress)
 
-    return parts._replace(splits={name: (fit(images), labels) for name, (images, labels) in parts.splits.items()})
+    sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, _) in parts.splits.items()}
+    splits = {name: (fit(images), labels) for name, (images, labels) in parts.splits.items()}
+    return parts._replace(splits=splits, sizes=sizes)
 
 
 def _read_npz(path):
@@ -230,7 +235,7 @@ def _as_images(path, array):
 
 def _signature(path, size):
     """Changes whenever a file does: its name, size and times; of a zip or tar.gz file also what its ends hold."""
-    facts = hashlib.sha256(f"1 {size}".encode())  # 1: what the readers make of a file; raise it when they change
+    facts = hashlib.sha256(f"2 {size}".encode())  # 2: what the readers make of a file; raise it when they change
     found = [path]
     if path.is_dir():
         found = sorted(Path(root, name) for root, folders, files in os.walk(path) for name in folders + files)
@@ -258,14 +263,14 @@ def _from_cache(cached, signature, split):
                 for name in (split, "all")
                 if f"{name}.images" in keys
             }
-            return Parts(splits, tuple(json.loads(facts["class_names"])))
+            return Parts(splits, tuple(json.loads(facts["class_names"])), json.loads(facts["sizes"]))
     except (OSError, SafetensorError):
         return None
 
 
 def _to_cache(cached, signature, parts):
     pairs = {f"{name}.{kind}": t for name, pair in parts.splits.items() for kind, t in zip(KINDS, pair)}
-    facts = {"signature": signature, "class_names": json.dumps(parts.class_names)}
+    facts = {"signature": signature, "class_names": json.dumps(parts.class_names), "sizes": json.dumps(parts.sizes)}
     try:
         with atomic_file(cached) as partial:
             save_file({name: tensor for name, tensor in pairs.items() if tensor is not None}, partial, facts)

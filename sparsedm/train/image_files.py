@@ -35,11 +35,13 @@ MOST_BYTES = 1 << 36  # of the decoded set, which has to lie in memory as one ar
 class Parts(NamedTuple):
     """A set as it was read. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None).
 
-    The names are "train" and "test", or "all" where the source knows no splits.
+    The names are "train" and "test", or "all" where the source knows no splits. sizes: those that the images had before
+    they were fitted, as "width x height" without spaces -> the first file of that size.
     """
 
     splits: dict
     class_names: tuple = ()
+    sizes: dict = {}
 
 
 def read_image_files(path, size=None, progress=True):
@@ -121,11 +123,12 @@ def _read(path, names, read, size, progress):
         folders = [parts[1:] for parts in folders]
     split, folders = _splits(path, folders)
     labels, class_names = _classes(path, names, folders)
-    images = _decode(path, names, read, size, progress)
+    images, sizes = _decode(path, names, read, size, progress)
     # the names are sorted, so each split is a slice
     first, count = np.unique(split, return_index=True, return_counts=True)[1:]
     parts = {str(split[i]): slice(i, i + n) for i, n in zip(first, count)}
-    return Parts({n: (images[of], None if labels is None else labels[of]) for n, of in parts.items()}, class_names)
+    splits = {n: (images[of], None if labels is None else labels[of]) for n, of in parts.items()}
+    return Parts(splits, class_names, sizes)
 
 
 def _splits(path, folders):
@@ -153,32 +156,41 @@ def _classes(path, names, folders):
 
 
 def _decode(path, names, read, size, progress):
-    """Images uint8 (n, 3, h, w)."""
-    first = _image(path, names[0], read, size)
+    """Images uint8 (n, 3, h, w), and `Parts.sizes`."""
+    first, _ = _image(path, names[0], read, size)
     if first.size * len(names) > MOST_BYTES:
         raise InputError(f"{path} holds {len(names)} images of {_format(first)} pixels, more than {MOST_BYTES} bytes")
     images = torch.empty((len(names), *first.shape), dtype=torch.uint8)
     pixels = images.numpy()
 
     def decode(indices):
+        sizes = {}
         for i in indices:
-            image = _image(path, names[i], read, size)
+            image, found = _image(path, names[i], read, size)
+            sizes.setdefault(found, names[i])
             if image.shape != first.shape:
-                sizes = f"{names[0]} is {_format(first)} and {names[i]} is {_format(image)}"
-                raise InputError(f"{path}: {sizes} pixels, but all need one size")
+                raise InputError(f"{path}: {different_sizes({_format(first): names[0], found: names[i]})}")
             pixels[i] = image
-        return len(indices)
+        return len(indices), sizes
 
     chunks = [range(start, min(start + 64, len(names))) for start in range(0, len(names), 64)]
     bar = tqdm(total=len(names), desc=f"read {path.name}", unit="image", disable=None if progress else True)
+    sizes = {}
     with bar, ThreadPoolExecutor() as pool:
-        for done in pool.map(decode, chunks):
+        for done, more in pool.map(decode, chunks):
             bar.update(done)
-    return images
+            sizes = more | sizes
+    return images, sizes
+
+
+def different_sizes(sizes):
+    """The sentence about images of several sizes. sizes: those of `Parts`."""
+    (one, first), (other, second), *_ = sizes.items()
+    return f"{first} is {one} and {second} is {other} pixels, but all need one size: crop or resize them first"
 
 
 def _image(path, name, read, size):
-    """One image uint8 (3, h, w)."""
+    """One image uint8 (3, h, w), and the size it had."""
     try:
         with Image.open(io.BytesIO(read(name))) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -186,7 +198,8 @@ def _image(path, name, read, size):
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"{name} in {path} has pixels of mode {image.mode}: 8 bits per channel are read")
             image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(_fit(image, size) if size else image).transpose(2, 0, 1)
+            fitted = _fit(image, size) if size else image
+            return np.asarray(fitted).transpose(2, 0, 1), f"{image.width}x{image.height}"
     except InputError:
         raise
     except UnidentifiedImageError as error:
