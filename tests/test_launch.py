@@ -135,10 +135,9 @@ def test_nothing_is_timed_or_remembered_while_a_cuda_graph_is_captured(monkeypat
     assert best(tuned) == {"BLOCK": 32}
 
 
-def test_candidates_that_fail_are_passed_over(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_candidates_that_fail_are_passed_over_with_a_warning(tmp_path, caplog):
     assert best(tuner(Timer({64: 5.0}))) == {"BLOCK": 64}
-    assert "does not run here" in caplog.text
+    assert "double: candidate {'BLOCK': 32} does not run here: KeyError: 32" in caplog.text
     assert best(tuner(Timer({})), m=1) == {"BLOCK": 16}
     assert "nothing could be timed for m=1" in caplog.text
     (section,) = launch.read_table(table(tmp_path)).values()
@@ -166,6 +165,19 @@ def test_candidates_are_timed_on_the_device_of_their_result(current_device):
     tuned = tuner(lambda run: timed_on.append(*current_device) or 1.0)
     assert tuned.best(lambda candidate: made, GPU, m=1) == {"BLOCK": 16}
     assert [tuple(tensor.shape) for tensor in timed_on] == 3 * [(4,)]
+
+
+def test_the_timer_gives_microseconds_of_one_run(monkeypatch):
+    asked = {}
+
+    def do_bench(run, **options):
+        asked.update(options)
+        run()
+        return 0.25  # milliseconds, a single number because one quantile is asked for
+
+    monkeypatch.setattr(launch.triton.testing, "do_bench", do_bench)
+    assert launch.median_microseconds(lambda: None) == 250.0
+    assert asked["quantiles"] == [0.5]
 
 
 def test_a_rounding_is_no_other_result():
