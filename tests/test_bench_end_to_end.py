@@ -76,8 +76,10 @@ def test_a_lucky_loss_of_the_reference_condemns_nobody(seed):
             assert problem.check(provider.bind(problem, None).run(), provider.sparse).right, provider.name
 
 
-def test_cusparselt_takes_the_place_of_our_linear_layers(step, monkeypatch):
+@pytest.mark.parametrize("shape", [SHAPE, ModelShape("dit-tiny", 2)], ids=["uvit", "dit"])
+def test_cusparselt_takes_the_place_of_our_linear_layers(shape, monkeypatch):
     """The library is played by torch; what it would be given is the masked weight and the columns of x."""
+    step = NetworkProblem(shape, "step", torch.float32, "cpu")
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda w, x, bias, **how: (w @ x).t() + (0 if bias is None else bias))
     monkeypatch.setattr(rivals, "tuned_algorithm", lambda *shape: rivals.Algorithm(0))

@@ -131,11 +131,14 @@ class CuSparseLtLinear(nn.Module):
         self.register_buffer("packed", torch._cslt_compress(weight))
         self.bias, self.activation, self.features = layer.bias, layer.activation, layer.out_features
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, scale=None):
+        """As of `layers.Linear`, without a second source."""
         rows = x.reshape(-1, x.shape[-1])
         algorithm = tuned_algorithm(*rows.shape[:1], self.features, rows.shape[1], rows.dtype, rows.device)
         y = ACTIVATIONS[self.activation](cusparselt_product(self.packed, rows, self.bias, algorithm))
         y = y.view(*x.shape[:-1], self.features)
+        if scale is not None:
+            y = y * (scale if scale.dim() == 1 else scale.unflatten(0, (-1, *[1] * (y.dim() - 2))))
         return y if residual is None else y + residual
 
 
