@@ -105,6 +105,14 @@ def test_time_is_bounded_but_everybody_is_measured_once():
     assert {name: t.count for name, t in times.items()} == {"a": 1, "b": 1}
 
 
+def test_what_is_slow_gets_fewer_samples_but_no_fewer_rounds():
+    clock = HandClock()
+    timed = {name: clock.ready(clock.lasting(name, 1e5)) for name in "ab"}
+    times = interleaved(timed, rounds=8, per_round=5, seconds=4.0)
+    assert "".join(clock.calls[:14]) == "aaaaabbbbb" + "bbaa", "five each, then two each"
+    assert {name: t.count for name, t in times.items()} == {"a": 5 + 7 * 2, "b": 5 + 7 * 2}
+
+
 def test_nothing_to_measure():
     assert interleaved({}) == {}
 
