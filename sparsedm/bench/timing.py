@@ -172,8 +172,8 @@ def clock_for(device, graphs=True):
 def interleaved(timed, rounds=10, per_round=5, seconds=math.inf):
     """{name: Timed} -> {name: Times}, measured in turns; each round starts with another one.
 
-    What is slow is measured fewer times in a round rather than in fewer rounds. After one full round it stops as soon as
-    what it has measured adds up to `seconds`.
+    What is slow is measured fewer times in each round rather than in fewer rounds. After one full round it stops as
+    soon as what it has measured adds up to `seconds`.
     """
     names, collected, spent = list(timed), {name: [] for name in timed}, 0.0
     for i in range(rounds):
