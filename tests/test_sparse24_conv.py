@@ -341,8 +341,8 @@ def test_on_the_gpu_every_weight_comes_out_in_its_place(stride, config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_on_the_gpu_random_images(name):
+@pytest.mark.parametrize("name", [*(pytest.param(name, id=f"random-{name}") for name in QUICK), *SLOW])
+def test_on_the_gpu_as_well_as_torch(name):
     c = Convolution(**(QUICK | SLOW)[name])
     c.y = launched_on_the_gpu(kernel, "wgmma", c, configuration(c))
     assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))

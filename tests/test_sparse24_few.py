@@ -101,8 +101,8 @@ def test_on_the_gpu_every_weight_comes_out_in_its_place():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*CASES, *SLOW])
-def test_on_the_gpu_random_matrices(name):
+@pytest.mark.parametrize("name", [*(pytest.param(name, id=f"random-{name}") for name in CASES), *SLOW])
+def test_on_the_gpu_as_well_as_torch(name):
     _, sizes = (CASES | SLOW)[name]
     problem = Problem(**sizes)
     launch_on_the_gpu(few, "few", problem)
@@ -112,7 +112,7 @@ def test_on_the_gpu_random_matrices(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", few.CONFIGS, ids=str)
 @pytest.mark.parametrize("M", [1, 16, 29, 64])
-def test_on_the_gpu_random_sums_do_not_depend_on_the_order_of_programs(M, config):
+def test_on_the_gpu_sums_do_not_depend_on_the_order_of_programs(M, config):
     results = []
     for _ in range(2):
         problem = Problem(M=M, N=520, K=4104, bias=True, activation="gelu", residual=True)

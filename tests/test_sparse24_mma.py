@@ -144,8 +144,8 @@ def test_on_the_gpu_every_weight_comes_out_in_its_place(config, matrix):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_on_the_gpu_random_matrices(name):
+@pytest.mark.parametrize("name", [*(pytest.param(name, id=f"random-{name}") for name in QUICK), *SLOW])
+def test_on_the_gpu_as_well_as_torch(name):
     config, _, sizes = (QUICK | SLOW)[name]
     problem = Problem(**sizes)
     launch_on_the_gpu(mma, "mma", problem, config=config)

@@ -251,8 +251,8 @@ def test_on_the_gpu_every_weight_comes_out_in_its_place(config, matrix):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_on_the_gpu_random_matrices(name):
+@pytest.mark.parametrize("name", [*(pytest.param(name, id=f"random-{name}") for name in QUICK), *SLOW])
+def test_on_the_gpu_as_well_as_torch(name):
     config, sizes = (QUICK | SLOW)[name]
     problem = Problem(**sizes)
     launch_on_the_gpu(wgmma, "wgmma", problem, config=config)
@@ -261,7 +261,7 @@ def test_on_the_gpu_random_matrices(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", wgmma.CONFIGS, ids=str)
-def test_on_the_gpu_random_matrices_of_many_tiles(config):
+def test_on_the_gpu_many_tiles_for_each_block(config):
     """Several tiles for each block of the persistent grid, so that rings and phases wrap from one to the next."""
     problem = Problem(M=5000, N=2056, K=520, **EPILOGUE)
     launch_on_the_gpu(wgmma, "wgmma", problem, config=config)

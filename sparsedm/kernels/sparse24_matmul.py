@@ -70,7 +70,7 @@ def sparse24_linear(
     x: (..., K) bf16 or fp16 for the kernels, any floating dtype for torch. skip: (..., K2) with the leading dimensions
     of x, or None; then W is (N, K + K2). bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     scale: (N,), or (G, N) whose row g scales rows g M/G .. (g+1) M/G of y: the gate of each image in an adaLN block.
-    residual: (..., N) as y. out_dtype: dtype of y, that of x by default; fp32 keeps the accumulator.
+    residual: (..., N) as y. out_dtype: dtype of y, that of x by default; fp32 keeps a kernel's accumulator.
     arranged: a dict that the caller keeps with the weight (start with {}); what `arrange` makes is kept in it until the
     weight changes. Without it, it is made at every call.
 
