@@ -170,3 +170,16 @@ def test_values_and_metadata_must_belong_together():
         fmt.unpack(values[:, :24], metadata)
     with pytest.raises(InputError, match=r"\(8, 4\) int32"):
         fmt.unpack(values, metadata.int())
+
+
+def test_the_metadata_of_a_warp_is_what_cutlass_gives_the_same_instruction():
+    """CUTLASS, whose order torch knows, and which runs, is a witness beside the text of the PTX ISA.
+
+    Its lane 4 g + 2 i + c reads word 4 g + 2 i + c of 32 rows, for tile i of two and all steps of 32 columns; ours hold
+    one tile and two steps.
+    """
+    weight = pruned(64, 128)
+    _, reordered = cutlass.sparse_semi_structured_from_dense_cutlass(weight)
+    words = reordered.flatten().view(torch.int32).view(2, 2, 2, 8, 2, 2)  # k64, f, 32 rows, g, tile, c
+    ours = fmt.fragment_metadata(fmt.pack(weight)[1]).view(2, 2, 2, 8, 2, 2)  # 32 rows, tile, k64, g, f, c
+    assert torch.equal(ours, words.permute(2, 4, 0, 3, 1, 5))
