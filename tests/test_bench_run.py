@@ -125,7 +125,7 @@ def test_an_error_that_the_device_survives_is_no_reason_to_start_again(tmp_path,
 
 def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
     late = threading.Event()
-    monkeypatch.setattr(run, "PATIENCE", 0.2)
+    monkeypatch.setattr(run, "patience", lambda provider: 0.2 if provider == "sparsedm choose" else 60)
     monkeypatch.setattr(mask_providers.Choose, "bind", lambda *_: late.wait(10) and None)
     run_suite("mask", session(tmp_path / "r.csv", "square@256", late=late.set))
     assert late.is_set()

@@ -56,8 +56,6 @@ NETWORK_SUITES = ("end-to-end", "train", "table3")
 SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
 
 
-PATIENCE, PATIENCE_WITH_COMPILER = 120, 480  # seconds that a provider may take to be ready, or all to be timed
-
 COMPILES = 60  # seconds that compiling a whole network takes at least
 
 
@@ -117,7 +115,7 @@ class Session:
                 return False
             self.results.begin(identity | {"provider": name})
             if self.late:
-                self.watch.expect(PATIENCE_WITH_COMPILER if compiled else PATIENCE)
+                self.watch.expect(patience(name))
             return True
 
         starting("")
@@ -132,6 +130,13 @@ class Session:
         finally:
             self.watch.done()
         release(self.device)
+
+
+def patience(provider):
+    """Seconds that a provider may take to be ready, or if it has no name all of them to be timed, until it hangs."""
+    if not provider:
+        return 180
+    return 480 if provider.endswith("compiled") else 75
 
 
 def run_suite(suite, session, progress=False):
