@@ -156,6 +156,22 @@ def test_providers_that_there_is_no_time_for_are_left_for_the_next_time(tmp_path
     assert {r["provider"] for r in read(tmp_path / "r.csv") if r["suite"] == "end-to-end"} == set(names)
 
 
+def test_a_crash_while_sampling_costs_only_the_samples(tmp_path, monkeypatch):
+    def crashes(*arguments):
+        raise SystemExit("as if the process had been killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(run, "sampling_rows", crashes)
+        with pytest.raises(SystemExit):
+            run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
+    names = ("dense", "sparsedm masked")
+    run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=names))
+    rows = {(r["mode"], r["provider"], r["status"]) for r in read(tmp_path / "r.csv") if r["metric"] in ("", "time")}
+    sampling = "sampling, 4 steps"
+    steps = {("step", name, "ok") for name in names}
+    assert rows == steps | {(sampling, "", "failed"), (sampling, "sparsedm masked", "ok")}
+
+
 def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
     run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
     run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=("dense", "torch topk")))

@@ -39,7 +39,7 @@ from sparsedm.bench.measure import DeviceLost, answers, measure, release
 from sparsedm.bench.restart import Watch, start_again
 from sparsedm.bench.results import IDENTITY, Results
 from sparsedm.bench.rivals import PROVIDERS
-from sparsedm.bench.sampling import sampling_rows
+from sparsedm.bench.sampling import sampling_mode, sampling_rows
 from sparsedm.bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from sparsedm.bench.timing import clock_for
 from sparsedm.errors import InputError
@@ -107,13 +107,13 @@ class Session:
             self.cut += 1
             return
 
-        def starting(name):
+        def starting(name, **other):
             compiled = name.endswith("compiled")
             needed = COMPILES if compiled and suite in NETWORK_SUITES else 0
             if name and time.monotonic() + needed >= self.deadline:
                 self.cut += 1
                 return False
-            self.results.begin(identity | {"provider": name})
+            self.results.begin(identity | {"provider": name} | other)
             if self.late:
                 self.watch.expect(patience(name))
             return True
@@ -186,9 +186,11 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
     problem = kind(shape, mode, session.dtype, session.device)
     rows = measure(suite, problem, providers, session.clock, packing=False, starting=starting, **session.limits)
     if suite == "end-to-end":
-        starting("")
+        session.results.add(rows)  # they are worth more than the samples, which take longer
+        steps = 4 if session.quick else 50
+        starting("", mode=sampling_mode(steps))
         able = {row["provider"] for row in rows if row["status"] == "ok" and row["method"] != "cuda events"}
-        rows += sampling_rows(suite, problem, [p for p in providers if p.name in able], 4 if session.quick else 50)
+        rows = sampling_rows(suite, problem, [p for p in providers if p.name in able], steps)
     return rows
 
 

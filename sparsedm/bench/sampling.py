@@ -18,13 +18,17 @@ from sparsedm.cuda_graph import Graphs
 SAMPLER = "dpm++2m"
 
 
+def sampling_mode(steps):
+    return f"sampling, {steps} steps"
+
+
 def sampling_rows(suite, problem, providers, steps, rounds=3):
     """Rows for whole sampling by every provider that can run: time, images/s, memory, and how far its images are off.
 
     "image difference" is max |a - b| of images in about [-1, 1], drawn from the same noise by this provider and by the
     same sparse network computed densely. A provider that raises gets one row that says so.
     """
-    common = {"suite": suite, **problem.columns(), "mode": f"sampling, {steps} steps"}
+    common = {"suite": suite, **problem.columns(), "mode": sampling_mode(steps)}
     graphs = Graphs(problem.device) if problem.device.type == "cuda" else None
     calls, images, rows = {}, {}, []
     for provider in [provider for provider in providers if provider.supports(problem) is None]:
