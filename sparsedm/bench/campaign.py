@@ -56,12 +56,13 @@ def sanitizer(tool):
 
 
 def gpu_suites():
-    """In order of importance: a number is worth nothing before the tests, and little without its ceiling.
-
-    What torch.compile has to tune for minutes comes after what is quick, and adds its rows to the same problems.
+    """In order of importance: a number is worth nothing before the tests, and little without its ceiling; then what the
+    project's targets ask for, then the curves. What torch.compile has to tune for minutes comes after what is quick,
+    but for whole networks, whose dense and 2:4 times must come from the same rounds.
     """
     layers = "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,dit-xl-2@64,uvit-cifar10-small@64"
-    networks = ("--shapes", "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,uvit-cifar10-small@64")
+    networks = "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,uvit-cifar10-small@64"
+    compared = ("--providers", "dense,dense compiled,sparsedm 2:4,sparsedm 2:4 compiled")
     # in several processes, one of which dies with a test that crashes or hangs, and is replaced
     workers = ("-n", str(max(1, (os.cpu_count() or 1) // 2))) if importlib.util.find_spec("xdist") else ()
     counters = (sys.executable, "-m", "sparsedm.bench.counters", "{csv}", "--out", "{folder}/counters.txt")
@@ -71,16 +72,16 @@ def gpu_suites():
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         Suite("ceiling", bench("ceiling"), 0.2),
-        Suite("gemm: square", bench("gemm", "--shapes", "square", quick), 0.3),
+        Suite("gemm: 8192", bench("gemm", "--shapes", "square@8192", "--modes", "plain", quick), 0.3),
         Suite("gemm: models", bench("gemm", "--shapes", layers, quick), 0.4),
-        Suite("end-to-end", bench("end-to-end", *networks, quick), 0.4),
-        Suite("end-to-end: compiled", bench("end-to-end", *networks), 0.6),
         Suite("mask", bench("mask"), 0.2),
-        Suite("masked-train", bench("masked-train", "--shapes", layers), 0.3),
-        Suite("train", bench("train", "--shapes", "uvit-cifar10-small@128"), 0.5),
+        Suite("end-to-end", bench("end-to-end", "--shapes", networks, *compared), 0.6),
+        Suite("masked-train", bench("masked-train", "--shapes", layers), 0.4),
+        Suite("train", bench("train", "--shapes", "uvit-cifar10-small@128"), 0.6),
         Suite("counters", counters, 0.3, needs="ncu"),
-        Suite("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 0.5),
+        Suite("gemm: square", bench("gemm", "--shapes", "square", quick), 0.5),
         Suite("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16", quick), 0.5),
+        Suite("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 0.5),
         Suite("gemm: compiled", bench("gemm", "--shapes", f"square,{layers}"), 0.6),
         Suite("table3", bench("table3", quick)),
         Suite("gemm: all", bench("gemm", quick)),
