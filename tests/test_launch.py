@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -144,6 +145,46 @@ def test_candidates_that_fail_are_passed_over_with_a_warning(tmp_path, caplog):
     assert "m=1" not in section
 
 
+def _ends_the_process(candidate):
+    return os._exit(1) if candidate["BLOCK"] == 32 else work(candidate)
+
+
+def _loses_the_device(candidate):
+    def faulty(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    if candidate["BLOCK"] == 32:
+        torch.cuda.is_available, torch.cuda.synchronize = lambda: True, faulty
+        faulty()
+    return work(candidate)
+
+
+@pytest.mark.parametrize("fault", [_ends_the_process, _loses_the_device])
+def test_a_candidate_that_ended_a_process_is_not_tried_again(tmp_path, caplog, fault):
+    """As one that hangs does, when its process is ended from outside."""
+    times = {16: 9.0, 32: 4.0, 64: 5.0}
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=lambda: tuner(Timer(times)).best(fault, GPU, m=1))
+    child.start()
+    child.join()
+    assert child.exitcode == 1
+    assert best(tuner(Timer(times)), m=2) == {"BLOCK": 64}
+    (note,) = (tmp_path / "tuned").glob("*.running")
+    assert "candidate {'BLOCK': 32} does not run here: RuntimeError: a process ended while it ran" in caplog.text
+    assert f"delete {note}" in caplog.text
+    note.unlink()
+    assert best(tuner(Timer(times)), m=3) == {"BLOCK": 32}
+
+
+def test_a_candidate_that_another_process_tries_just_now_is_tried_here_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # a process that lives
+    with launch._noted(f"{tuner(Timer({})).section}, {{'BLOCK': 32}}"):
+        monkeypatch.undo()
+        monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+        monkeypatch.setattr(launch, "device_name", lambda device: "NVIDIA Imaginary/1 sm_90")
+        assert best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))) == {"BLOCK": 32}
+
+
 @pytest.mark.parametrize(
     "wrong", [(1.03 * torch.ones(4), torch.arange(4)), (torch.ones(4), torch.arange(1, 5))], ids=str
 )
@@ -203,6 +244,7 @@ def test_a_folder_that_cannot_be_written_only_warns(tmp_path, monkeypatch, caplo
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "file" / "below"))
     assert best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))) == {"BLOCK": 32}
     assert "cannot be written" in caplog.text
+    assert "does not run" not in caplog.text
 
 
 def _add_many(path, name):

@@ -16,6 +16,7 @@ import inspect
 import json
 import logging
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -133,6 +134,7 @@ class Autotuner:
 
     A candidate that raises, or whose result differs from that of the first, is passed over: neither timed nor, if it is
     what a table says, taken. The table's is run once per process to see, except while a CUDA graph is being captured.
+    So is one during which an earlier process ended.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
@@ -189,7 +191,7 @@ class Autotuner:
         times = {}
         with torch.cuda.device_of(expected[0]):  # the timer's events are of the current device
             for i, candidate in enumerate(self.candidates):
-                with self._passing_over(candidate):
+                with self._passing_over(candidate), _noted(f"{self.section}, {candidate}"):
                     if self._agrees(run(candidate), expected, candidate):
                         times[i] = self.timer(functools.partial(run, candidate))
         return times
@@ -215,6 +217,56 @@ class Autotuner:
         except Exception as error:  # it may need more registers or shared memory than this GPU has
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             log.warning("%s: candidate %s does not run here: %s", self.name, candidate, reason)
+            if _device_is_lost():
+                raise
+
+
+@contextlib.contextmanager
+def _noted(what):
+    """Leaves a note while `what` runs, and refuses it where a process on this computer ended with such a note left.
+
+    A kernel that hangs ends with its process only, and one that leaves the device in error ends it; either would stop
+    every later process at the same place.
+    """
+    name = hashlib.sha256(f"{platform.node()}, {what}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "tuned"
+    for note in folder.glob(f"{name}.*.running"):
+        if not _alive(int(note.name.split(".")[1])):
+            raise RuntimeError(f"a process ended while it ran; to try it again, delete {note}")
+    mine = folder / f"{name}.{os.getpid()}.running"
+    with contextlib.suppress(OSError):  # a read-only folder
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.touch()
+    keep = False
+    try:
+        yield
+    except Exception:
+        keep = _device_is_lost()
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            if not keep:
+                mine.unlink()
+
+
+def _device_is_lost():
+    """Whether a kernel has faulted, so that everything this process asks of the GPU from now on fails."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _alive(process):
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _tensors(result):
