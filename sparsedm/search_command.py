@@ -46,7 +46,7 @@ class Scale:
 _NET = {"image_size": 12, "multipliers": (1, 2), "attention": (6,)}
 _TRAINING = replace(SYNTHETIC.options, weighting="noise", lr=1e-3)
 _STUDENTS = [Stage(p.replace(":", "of"), 150, p, lr=1e-3, **TRANSFER) for p in ("2:4", "1:4", "1:8")]
-_LITE = TrainOptions(steps=1, ema=0.999, cosine=True, weighting="velocity")
+_LITE = TrainOptions(steps=1, lr=4e-4, ema=0.999, cosine=True, weighting="velocity")
 _LITE_STUDENTS = [Stage(p.replace(":", "of"), 600, p, **TRANSFER) for p in ("3:4", "2:4", "1:4")]
 _FULL_STUDENTS = [Stage(p.replace(":", "of"), 50_000, p, **TRANSFER) for p in ("3:4", "2:4", "1:4")]
 _SUPERNET = TrainOptions(steps=1, batch_size=256, lr=4e-4, betas=(0.9, 0.999), weight_decay=0.0)

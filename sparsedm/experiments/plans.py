@@ -84,7 +84,8 @@ SCALES = {
         seeds=2,
         samples=5000,
         sampling_steps=25,
-        options=replace(TrainOptions(), ema=0.999, cosine=True, weighting="velocity", save_every=2000),
+        # twice the published lr: a distance over samples of a network that has learnt too little does not see pruning
+        options=replace(TrainOptions(), lr=4e-4, ema=0.999, cosine=True, weighting="velocity", save_every=2000),
     ),
     "full": Scale(
         summary="the paper's settings: U-ViT S/2 on CIFAR-10, 500,000 dense steps; days on a GPU",
