@@ -7,7 +7,7 @@ import pytest
 
 from sparsedm.bench.publish import main, publish
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import read_table
+from sparsedm.kernels.tuning import read_table
 
 
 def entry(microseconds):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsedm import layers
-from sparsedm.kernels import launch, masked_dispatch, masked_matmul, masked_matmul_kernels
-from sparsedm.kernels.launch import Autotuner
+from sparsedm.kernels import masked_dispatch, masked_matmul, masked_matmul_kernels, tuning
+from sparsedm.kernels.tuning import Autotuner
 from sparsedm.layers import Linear
 from sparsedm.sparsity import set_masking
 from tests.tolerance import assert_as_good_as_torch
@@ -36,8 +36,8 @@ class Gpu:
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(launch, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(launch, "device_name", lambda device: "NVIDIA Imaginary sm_90")
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary sm_90")
     for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     for module in (masked_matmul, masked_dispatch):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels import launch
+from sparsedm.kernels import launch, tuning
 from sparsedm.kernels import sparse24_dispatch as dispatch
-from sparsedm.kernels.launch import Autotuner
 from sparsedm.kernels.sparse24_dispatch import CONV, LINEAR, Choice, choices, choose_backend, configs, pick
 from sparsedm.kernels.sparse24_matmul import sparse24_linear
+from sparsedm.kernels.tuning import Autotuner
 from tests.sparse24_problem import Problem, hang_guard
 
 BF16 = torch.bfloat16
@@ -125,8 +125,8 @@ class Work:
 def gpu(tmp_path, monkeypatch):
     """-> a function that picks as on an sm_90a GPU with empty tables, timing the given work."""
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(launch, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(launch, "device_name", lambda device: "NVIDIA Imaginary sm_90")
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary sm_90")
     for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
         monkeypatch.delenv(name, raising=False)
 

@@ -1,7 +1,7 @@
 """A campaign's files to where the repository keeps results: `python -m sparsedm.bench.publish runs/gpu FOLDER`.
 
 Results, log and counters are copied, the pictures unpacked beside them; the tuned configurations are added to the
-tables that the package ships (`kernels/launch.py`), entry by entry. index.json goes along: it says what failed.
+tables that the package ships (`kernels/tuning.py`), entry by entry. index.json goes along: it says what failed.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, write_json
-from sparsedm.kernels import launch
+from sparsedm.kernels import tuning
 
 
-def publish(campaign, results, tables=launch.SHIPPED):
+def publish(campaign, results, tables=tuning.SHIPPED):
     """Returns the paths that were written. Raises: InputError if the folder `campaign` holds none."""
     campaign, results = Path(campaign), Path(results)
     if not (campaign / "index.json").is_file():
@@ -47,7 +47,7 @@ def _unpacked(archive, folder):
 def _merged(found, tables):
     for name, table in found.items():
         path = tables / Path(name).name
-        shipped = launch.read_table(path)
+        shipped = tuning.read_table(path)
         for section, shapes in table.items():
             shipped.setdefault(section, {}).update(shapes)
         path.parent.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import Autotuner, bucket, jit, operator, tl, triton, uses_triton
+from sparsedm.kernels.launch import jit, operator, tl, triton, uses_triton
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
@@ -33,6 +33,7 @@ from sparsedm.kernels.pattern import (
     unpack_bits,
 )
 from sparsedm.kernels.sparse24_format import pack
+from sparsedm.kernels.tuning import Autotuner, bucket
 
 # Not tuned on a GPU yet (no run so far). BLOCK = weights of one program.
 CONFIGS = [{"BLOCK": block, "num_warps": warps} for block, warps in [(2048, 4), (1024, 4), (4096, 4), (4096, 8)]]

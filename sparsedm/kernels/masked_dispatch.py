@@ -2,7 +2,7 @@
 
 torch's way is right on every GPU, compiles well and has every derivative, so the kernels must earn their place. All
 that a layer needs at a size (y; with a backward also dx and dw) is done both ways, the results must agree, and the
-quicker is kept in the tuned table. What a table says is checked against torch once per process, too (see launch.py), so
+quicker is kept in the tuned table. What a table says is checked against torch once per process, too (see tuning.py), so
 that a kernel that fails or errs on a new GPU is passed over.
 """
 
@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.kernels import masked_matmul, masked_matmul_kernels
-from sparsedm.kernels.launch import Autotuner, bucket, forced_backend, uses_triton
+from sparsedm.kernels.launch import forced_backend, uses_triton
 from sparsedm.kernels.masked_matmul import ACTIVATIONS, transformed
 from sparsedm.kernels.straight_through import apply_rates
+from sparsedm.kernels.tuning import Autotuner, bucket
 
 WAYS = [{"by": "torch"}, {"by": "kernels"}]
 

@@ -1,6 +1,6 @@
 """Which kernel serves a 2:4 product, and with which of its configurations: a rule of thumb until it has been measured.
 
-`choose_backend` is the rule, arithmetic alone. On a GPU `pick` asks the autotuner of `launch.py`, whose tables hold
+`choose_backend` is the rule, arithmetic alone. On a GPU `pick` asks the autotuner of `tuning.py`, whose tables hold
 what was quickest for the GPU, dtype, epilogue and size; a size that no table has is timed once, torch's dense product
 on the decompressed weight beside the sparse kernels, so that where dense is quicker, dense it is. The rule is what runs
 where nothing may be timed: SPARSEDM_AUTOTUNE=off, a CUDA graph being captured, a model being traced.
@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from sparsedm.kernels.launch import BACKENDS, Autotuner, bucket, exporting, forced_backend
+from sparsedm.kernels.launch import BACKENDS, exporting, forced_backend
+from sparsedm.kernels.tuning import Autotuner, bucket
 
 NO_GPU = "not an NVIDIA GPU, or no Triton"
 FEW_TOKENS = 64

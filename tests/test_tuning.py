@@ -1,0 +1,276 @@
+"""Tuning is remembered, merged safely, never trusted blindly; the timer and the GPU's name are fakes."""
+
+import json
+import logging
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.kernels import launch, tuning
+from sparsedm.kernels.tuning import Autotuner
+
+GPU = torch.device("cuda", 0)
+CANDIDATES = [{"BLOCK": 16}, {"BLOCK": 32}, {"BLOCK": 64}]
+
+
+def kernel(x):
+    return x + 1
+
+
+def other_kernel(x):
+    return x + 2
+
+
+def work(candidate):
+    """Every block size gives the same result, as it should."""
+    work.candidate = candidate
+    return torch.ones(4), torch.arange(4)
+
+
+class Timer:
+    """Pretends to measure: microseconds by BLOCK; counts its calls."""
+
+    def __init__(self, microseconds):
+        self.microseconds, self.calls = microseconds, 0
+
+    def __call__(self, run):
+        self.calls += 1
+        run()
+        return self.microseconds[work.candidate["BLOCK"]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary/1 sm_90")
+    for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def tuner(timer, kernels=(kernel,), candidates=CANDIDATES):
+    return Autotuner("double", candidates, kernels, timer)
+
+
+def best(tuned, **key):
+    return tuned.best(work, GPU, **(key or {"dtype": "bf16", "m": 64}))
+
+
+def table(tmp_path, folder="tuned"):
+    return tmp_path / folder / "nvidia-imaginary-1-sm-90.json"
+
+
+def test_the_fastest_is_chosen_once_and_remembered_by_another_process(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    first = tuner(timer)
+    assert best(first) == best(first) == {"BLOCK": 32}
+    assert timer.calls == 3
+    assert "tuning double for dtype=bf16 m=64" in caplog.text
+    assert best(tuner(timer)) == {"BLOCK": 32}  # a new tuner has an empty memory, as a new process has
+    assert timer.calls == 3
+    (section,) = json.loads(table(tmp_path).read_text()).items()
+    assert section[0] == first.section
+    assert section[1] == {"dtype=bf16 m=64": {"config": {"BLOCK": 32}, "microseconds": 4.0, "measured": 3}}
+
+
+def test_every_part_of_the_key_tunes_again():
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    tuned = tuner(timer)
+    for i, key in enumerate([{"dtype": "bf16", "m": 64}, {"dtype": "fp16", "m": 64}, {"dtype": "bf16", "m": 128}]):
+        best(tuned, **key)
+        assert timer.calls == 3 * (i + 1)
+
+
+def test_another_kernel_source_or_triton_tunes_again(monkeypatch):
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    best(tuner(timer))
+    best(tuner(timer, kernels=(other_kernel,)))
+    assert timer.calls == 6
+    monkeypatch.setattr(tuning.triton, "__version__", "9.9")
+    best(tuner(timer))
+    assert timer.calls == 9
+
+
+def test_a_config_that_is_no_longer_offered_is_not_used():
+    best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0})))
+    assert best(tuner(Timer({16: 9.0, 64: 5.0}), candidates=[{"BLOCK": 16}, {"BLOCK": 64}])) == {"BLOCK": 64}
+
+
+def test_the_shipped_table_serves_and_the_users_comes_first(tmp_path):
+    timer = Timer({})
+    section = tuner(timer).section
+    tuning.merge_table(table(tmp_path, "shipped"), section, "m=8", {"config": {"BLOCK": 64}})
+    assert best(tuner(timer), m=8) == {"BLOCK": 64}
+    tuning.merge_table(table(tmp_path), section, "m=8", {"config": {"BLOCK": 16}})
+    assert best(tuner(timer), m=8) == {"BLOCK": 16}
+
+
+def test_off_takes_the_default_without_measuring(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
+    assert best(tuner(Timer({}))) == {"BLOCK": 16}
+    assert "is not tuned for dtype=bf16 m=64" in caplog.text
+    assert not table(tmp_path).exists()
+
+
+def test_a_rule_may_give_another_default_which_no_measurement_follows(monkeypatch):
+    tuned = tuner(Timer({16: 4.0, 32: 9.0, 64: 5.0}))
+    assert tuned.best(work, torch.device("cpu"), default={"BLOCK": 64}, m=8) == {"BLOCK": 64}
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    assert tuned.best(work, GPU, default={"BLOCK": 64}, m=8) == {"BLOCK": 64}
+    monkeypatch.setattr(tuning, "_capturing", lambda: False)
+    assert tuned.best(work, GPU, default={"BLOCK": 64}, m=8) == {"BLOCK": 16}
+
+
+def test_nothing_is_timed_or_remembered_while_a_cuda_graph_is_captured(monkeypatch):
+    tuned = tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    assert best(tuned) == {"BLOCK": 16}
+    monkeypatch.setattr(tuning, "_capturing", lambda: False)
+    assert best(tuned) == {"BLOCK": 32}
+
+
+def test_candidates_that_fail_are_passed_over_with_a_warning(tmp_path, caplog):
+    assert best(tuner(Timer({64: 5.0}))) == {"BLOCK": 64}
+    assert "double: candidate {'BLOCK': 32} does not run here: KeyError: 32" in caplog.text
+    assert best(tuner(Timer({})), m=1) == {"BLOCK": 16}
+    assert "nothing could be timed for m=1" in caplog.text
+    (section,) = tuning.read_table(table(tmp_path)).values()
+    assert "m=1" not in section
+
+
+def _ends_the_process(candidate):
+    return os._exit(1) if candidate["BLOCK"] == 32 else work(candidate)
+
+
+def _loses_the_device(candidate):
+    def faulty(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    if candidate["BLOCK"] == 32:
+        torch.cuda.is_available, torch.cuda.synchronize = lambda: True, faulty
+        faulty()
+    return work(candidate)
+
+
+@pytest.mark.parametrize("fault", [_ends_the_process, _loses_the_device])
+def test_a_candidate_that_ended_a_process_is_not_tried_again(tmp_path, caplog, fault):
+    """As one that hangs does, when its process is ended from outside."""
+    times = {16: 9.0, 32: 4.0, 64: 5.0}
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=lambda: tuner(Timer(times)).best(fault, GPU, m=1))
+    child.start()
+    child.join()
+    assert child.exitcode == 1
+    assert best(tuner(Timer(times)), m=2) == {"BLOCK": 64}
+    (note,) = (tmp_path / "tuned").glob("*.running")
+    assert "candidate {'BLOCK': 32} does not run here: RuntimeError: a process ended while it ran" in caplog.text
+    assert f"delete {note}" in caplog.text
+    os.utime(note, (0, 0))  # long ago
+    assert best(tuner(Timer(times)), m=3) == {"BLOCK": 32}
+
+
+def test_a_candidate_that_another_process_tries_just_now_is_tried_here_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # a process that lives
+    with tuning._noted(f"{tuner(Timer({})).section}, {{'BLOCK': 32}}"):
+        monkeypatch.undo()
+        monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+        monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary/1 sm_90")
+        assert best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))) == {"BLOCK": 32}
+
+
+@pytest.mark.parametrize(
+    "wrong", [(1.03 * torch.ones(4), torch.arange(4)), (torch.ones(4), torch.arange(1, 5))], ids=str
+)
+def test_a_candidate_with_another_result_is_never_timed(caplog, wrong):
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+
+    def sometimes_wrong(candidate):
+        right = work(candidate)
+        return wrong if candidate["BLOCK"] == 32 else right
+
+    assert tuner(timer).best(sometimes_wrong, GPU, m=1) == {"BLOCK": 64}
+    assert timer.calls == 2
+    assert "candidate {'BLOCK': 32} gives another result than the default" in caplog.text
+
+
+def test_candidates_are_timed_on_the_device_of_their_result(current_device):
+    """The events of a timer are of the current device, and would say nothing of work on another."""
+    made, timed_on = torch.ones(4), []
+    tuned = tuner(lambda run: timed_on.append(*current_device) or 1.0)
+    assert tuned.best(lambda candidate: made, GPU, m=1) == {"BLOCK": 16}
+    assert [tuple(tensor.shape) for tensor in timed_on] == 3 * [(4,)]
+
+
+def test_the_timer_gives_microseconds_of_one_run(monkeypatch):
+    asked = {}
+
+    def do_bench(run, **options):
+        asked.update(options)
+        run()
+        return 0.25  # milliseconds, a single number because one quantile is asked for
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", do_bench)
+    assert tuning.median_microseconds(lambda: None) == 250.0
+    assert asked["quantiles"] == [0.5]
+
+
+def test_a_rounding_is_no_other_result():
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+
+    def rounded(candidate):
+        return work(candidate)[0] + 0.01 * (candidate["BLOCK"] == 32)
+
+    assert tuner(timer).best(rounded, GPU, m=1) == {"BLOCK": 32}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', '{"a": {"b": 1}}', "\udc80"], ids=repr)
+def test_a_damaged_table_is_ignored_and_replaced(tmp_path, caplog, text):
+    table(tmp_path).parent.mkdir()
+    table(tmp_path).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))) == {"BLOCK": 32}
+    assert "is ignored" in caplog.text
+    assert best(tuner(Timer({}))) == {"BLOCK": 32}
+
+
+def test_a_folder_that_cannot_be_written_only_warns(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "file" / "below"))
+    assert best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))) == {"BLOCK": 32}
+    assert "cannot be written" in caplog.text
+    assert "does not run" not in caplog.text
+
+
+def _add_many(path, name):
+    for i in range(10):
+        tuning.merge_table(path, "double", f"{name} {i}", {"config": {}})
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    workers = [spawn.Process(target=_add_many, args=(table(tmp_path), name)) for name in "abc"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(tuning.read_table(table(tmp_path))["double"]) == 30
+
+
+@pytest.mark.parametrize("name", ["SPARSEDM_BACKEND", "SPARSEDM_AUTOTUNE"])
+def test_an_unknown_setting_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "fast")
+    with pytest.raises(InputError, match=f"{name}='fast' is unknown: it must be one of"):
+        launch.forced_backend() if name == "SPARSEDM_BACKEND" else best(tuner(Timer({})))
+
+
+def test_off_a_gpu_the_default_is_used_and_nothing_measured():
+    assert tuner(Timer({})).best(work, torch.device("cpu"), m=64) == {"BLOCK": 16}
+
+
+def test_buckets():
+    sizes = (0, 1, 16, 17, 32, 33, 16384, 16448)
+    assert [tuning.bucket(n) for n in sizes] == [16, 16, 16, 32, 32, 64, 16384, 32768]
