@@ -14,7 +14,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
-LONGEST = 120  # seconds of one test on a GPU: a kernel that waits for ever is ended by the end of its process only
+LONGEST = 120  # seconds of one gpu test, if its marker says nothing else: what hangs ends with its process only
 
 
 def pytest_collection_modifyitems(items):
@@ -32,10 +32,11 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _one_fault_is_one_failure(request):
     """On a GPU, end the process of a test that hangs or leaves the device in error; pytest-xdist starts another."""
-    if "gpu" not in request.keywords:
+    marker = request.node.get_closest_marker("gpu")
+    if not marker:
         yield
         return
-    faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(marker.kwargs.get("seconds", LONGEST), exit=True, file=sys.__stderr__)
     yield
     try:
         torch.cuda.synchronize()

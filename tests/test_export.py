@@ -64,7 +64,7 @@ def test_a_network_runs_compiled_ahead_of_time(network, tmp_path):
     assert_as_good_as_torch(y, network.double()(*doubled(inputs)), usual)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(seconds=300)  # it compiles a whole network
 @torch.no_grad()
 def test_a_network_runs_in_cuda_graphs(network, monkeypatch):
     """A compressed one by a sparse kernel; which is the quickest is not the question here."""

@@ -11,7 +11,6 @@ from tests.ptx import tensor_cores
 from tests.ptx.launch import run
 from tests.ptx.memory import swizzle
 from tests.sass import Build, compile_offline
-from tests.sparse24_problem import hang_guard
 
 TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TURNS = 3
@@ -139,14 +138,12 @@ def test_on_a_gpu(name):
     if name != "mma":  # one block, whose every register is known: the simplest that the sparse instructions can do
         kernel, tensors, constants = rates.launch_arguments(name, torch.bfloat16, device, 1)
         of_integers(tensors)
-        with hang_guard():
-            kernel[(1,)](*tensors.values(), TURNS, **constants, num_warps=rates.WARPS)
-            torch.cuda.synchronize()
+        kernel[(1,)](*tensors.values(), TURNS, **constants, num_warps=rates.WARPS)
+        torch.cuda.synchronize()
         if name == "mma.sp":
             assert_mma_sp_is_right(tensors)
         else:
             assert np.array_equal(tensors["y_ptr"][0].cpu().numpy(), wgmma_answer(name, tensors))
     call, _ = rates.prepare(name, device, torch.bfloat16)
-    with hang_guard():
-        call()
-        torch.cuda.synchronize()
+    call()
+    torch.cuda.synchronize()
