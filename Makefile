@@ -27,7 +27,7 @@ lint: $(STAMP)
 # the operations of the tests are too small for two threads, and a few compare with one thread bit for bit
 test test-slow: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
