@@ -163,13 +163,13 @@ def _pictures(folder):
 
 
 def _quality(folder):
-    """quality.zip: reports, tables and pictures of the studies, without their checkpoints."""
+    """quality.zip: reports, tables and pictures of the studies and their runs, without checkpoints."""
     studies = folder.with_name(f"{folder.name}-quality")
-    paths = [path for path in sorted(studies.glob("*/*")) if path.suffix in (".md", ".csv", ".json", ".png")]
+    paths = [path for path in sorted(studies.rglob("*")) if path.suffix in (".md", ".csv", ".png")]
     if paths:
         with atomic_file(folder / "quality.zip") as partial, zipfile.ZipFile(partial, "w") as archive:
             for path in paths:
-                archive.write(path, f"{path.parent.name}-{path.name}")
+                archive.write(path, "-".join(path.relative_to(studies).parts))
 
 
 def _tuned(folder):
