@@ -61,3 +61,15 @@ def current_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     return tensors
+
+
+@pytest.fixture
+def imaginary_gpu(tmp_path, monkeypatch):
+    """The tables of a GPU on which nothing has been tuned yet; nothing is forced."""
+    from sparsedm.kernels import tuning
+
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary/1 sm_90")
+    for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
+        monkeypatch.delenv(name, raising=False)

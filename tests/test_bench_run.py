@@ -100,7 +100,7 @@ def test_a_gpu_that_is_lost_fails_who_lost_it_and_the_process_starts_again(tmp_p
     with monkeypatch.context() as broken:
         broken.setattr(mask_providers.TopK, "bind", lost)
         for module in (measure, run):
-            broken.setattr(module, "answers", lambda device: False)
+            broken.setattr(module, "device_is_lost", lambda device: True)
         broken.setattr(run, "start_again", lambda module, arguments: restarts.append((module, arguments)))
         main([*arguments, "--seconds", "1000"])
     ((module, again),) = restarts

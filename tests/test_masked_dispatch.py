@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsedm import layers
-from sparsedm.kernels import masked_dispatch, masked_matmul, masked_matmul_kernels, tuning
+from sparsedm.kernels import masked_dispatch, masked_matmul, masked_matmul_kernels
 from sparsedm.kernels.tuning import Autotuner
 from sparsedm.layers import Linear
 from sparsedm.sparsity import set_masking
@@ -34,12 +34,7 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary sm_90")
-    for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
+def gpu(imaginary_gpu, monkeypatch):
     for module in (masked_matmul, masked_dispatch):
         monkeypatch.setattr(module, "uses_triton", lambda *tensors: True)
     for product, config in PRODUCTS.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels import launch, tuning
+from sparsedm.kernels import launch
 from sparsedm.kernels import sparse24_dispatch as dispatch
 from sparsedm.kernels.sparse24_dispatch import CONV, LINEAR, Choice, choices, choose_backend, configs, pick
 from sparsedm.kernels.sparse24_matmul import sparse24_linear
@@ -122,13 +122,8 @@ class Work:
 
 
 @pytest.fixture
-def gpu(tmp_path, monkeypatch):
+def gpu(imaginary_gpu, monkeypatch):
     """-> a function that picks as on an sm_90a GPU with empty tables, timing the given work."""
-    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary sm_90")
-    for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
 
     def picked(work, kept, rows=4096, rule=WGMMA, device=GPU, dtype=BF16, n=512):
         monkeypatch.setattr(dispatch, "Autotuner", functools.partial(Autotuner, timer=work.timer))

@@ -12,6 +12,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels import launch, tuning
 from sparsedm.kernels.tuning import Autotuner
 
+pytestmark = pytest.mark.usefixtures("imaginary_gpu")
 GPU = torch.device("cuda", 0)
 CANDIDATES = [{"BLOCK": 16}, {"BLOCK": 32}, {"BLOCK": 64}]
 
@@ -40,15 +41,6 @@ class Timer:
         self.calls += 1
         run()
         return self.microseconds[work.candidate["BLOCK"]]
-
-
-@pytest.fixture(autouse=True)
-def _fresh(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary/1 sm_90")
-    for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def tuner(timer, kernels=(kernel,), candidates=CANDIDATES):
@@ -120,17 +112,17 @@ def test_off_takes_the_default_without_measuring(tmp_path, monkeypatch, caplog):
 def test_a_rule_may_give_another_default_which_no_measurement_follows(monkeypatch):
     tuned = tuner(Timer({16: 4.0, 32: 9.0, 64: 5.0}))
     assert tuned.best(work, torch.device("cpu"), default={"BLOCK": 64}, m=8) == {"BLOCK": 64}
-    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "capturing", lambda: True)
     assert tuned.best(work, GPU, default={"BLOCK": 64}, m=8) == {"BLOCK": 64}
-    monkeypatch.setattr(tuning, "_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "capturing", lambda: False)
     assert tuned.best(work, GPU, default={"BLOCK": 64}, m=8) == {"BLOCK": 16}
 
 
 def test_nothing_is_timed_or_remembered_while_a_cuda_graph_is_captured(monkeypatch):
     tuned = tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))
-    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "capturing", lambda: True)
     assert best(tuned) == {"BLOCK": 16}
-    monkeypatch.setattr(tuning, "_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "capturing", lambda: False)
     assert best(tuned) == {"BLOCK": 32}
 
 

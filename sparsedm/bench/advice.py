@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sparsedm.bench import problems
 from sparsedm.bench.end_to_end import STEP_PROVIDERS, ModelShape, NetworkProblem
 from sparsedm.bench.measure import measure, release
-from sparsedm.bench.providers import DENSE
+from sparsedm.bench.providers import DENSE, OURS
 from sparsedm.bench.results import Results
 from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.run import DTYPES
@@ -24,7 +24,6 @@ from sparsedm.errors import InputError
 from sparsedm.models import build_model
 
 SUITE = "advice"
-OURS = "sparsedm 2:4"
 WORTH = 1.02  # recommend a layer that gains at least this factor: less is within the noise
 ON_A_CPU = """This was measured on a CPU, which has no sparse tensor cores: there 2:4 weights are decompressed for every
 product, and a gain is an accident or noise. It says nothing about a GPU."""

@@ -26,7 +26,7 @@ import torch
 from sparsedm.bench.environment import stamp
 from sparsedm.bench.plot import draw_all
 from sparsedm.bench.suite import Suite, side_by_side
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, program
 from sparsedm.files import atomic_file, cache_folder, write_json, write_text
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
@@ -179,6 +179,7 @@ def _tuned(folder):
         write_json(folder / "tuned.json", tables)
 
 
+@program("bench")
 def main(arguments=None):
     """Returns the exit code: 0 if every suite ran, 1 if one failed, 3 if time was short, 2 for bad input."""
     text = argparse.RawDescriptionHelpFormatter
@@ -191,15 +192,10 @@ def main(arguments=None):
     parser.add_argument("--resume", action="store_true", help="run what an earlier campaign in this folder left")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("bench: a campaign measures a GPU, and torch sees none: use `make bench` on a CPU", file=sys.stderr)
-        return 2
+        raise InputError("a campaign measures a GPU, and torch sees none: use `make bench` on a CPU")
     suites = (*gpu_suites(), *(quality_suites(options.data) if options.data else ()))
     suites = [suite for suite in suites if not options.only or suite.name in options.only]
-    try:
-        index = run_campaign(suites, options.out, options.minutes, resume=options.resume, device="cuda")
-    except InputError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    index = run_campaign(suites, options.out, options.minutes, resume=options.resume, device="cuda")
     for entry in index["suites"]:
         print(f"{entry['status']:<8} {entry['name']:<14} {entry.get('seconds', ''):>6}  {entry['reason']}")
     if (targets := Path(options.out) / "targets.md").exists():

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.bench.environment import stamp
-from sparsedm.bench.measure import DeviceLost, answers, one_line, time_columns
+from sparsedm.bench.measure import DeviceLost, one_line, time_columns
 from sparsedm.bench.timing import interleaved
 from sparsedm.kernels import instruction_rates
+from sparsedm.kernels.tuning import device_is_lost
 
 SUITE = "ceiling"
 COPIED, COPIED_QUICK = 1 << 30, 1 << 26  # bytes
@@ -65,7 +66,7 @@ def rows(session, ceiling, missing, starting):
         times = interleaved({"only": timed}, **session.limits)["only"]
     except Exception as error:
         row |= {"status": "failed", "reason": one_line(error)}
-        if not answers(session.device):
+        if device_is_lost(session.device):
             raise DeviceLost(row) from error
         return [row]
     return [row | {"status": "ok"} | rate(times.p50) | time_columns(times, timed.method) | stamp(session.device)]

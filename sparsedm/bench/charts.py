@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from sparsedm.bench.providers import OURS
 from sparsedm.bench.shapes import SWEEPS
 from sparsedm.bench.speedups import speedups, timed
 from sparsedm.kernels.launch import BACKENDS
@@ -21,7 +22,6 @@ MARKERS, DASHES, HATCHES = (
     ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))),
     ("", "//", "..", "xx"),
 )
-OURS = "sparsedm 2:4"  # what the dispatcher does: the provider of the heat maps
 FORCED = tuple(f"{OURS} {backend}" for backend in BACKENDS)  # the kernels that it chooses from
 
 

@@ -14,11 +14,11 @@ import sys
 import torch
 
 from sparsedm.bench.problems import LinearProblem
-from sparsedm.bench.providers import Dense, Sparse24
+from sparsedm.bench.providers import OURS, Dense, Sparse24
 from sparsedm.bench.results import read
 from sparsedm.bench.shapes import LinearShape, select
 from sparsedm.bench.speedups import speedups
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, program
 from sparsedm.files import write_text
 
 SECTIONS = (
@@ -32,7 +32,7 @@ def extremes(rows, count):
 
     Raises: InputError if none was timed against dense.
     """
-    ours = [s for s in speedups(rows, ("gemm",)) if s.row["provider"] == Sparse24().name]
+    ours = [s for s in speedups(rows, ("gemm",)) if s.row["provider"] == OURS]
     if not ours:
         raise InputError("these results hold no 2:4 product that was timed against dense: run --suite gemm first")
     ours.sort(key=lambda s: -s.p50)
@@ -63,6 +63,7 @@ def command(cases):
     return ["ncu", *options, *(part for name in SECTIONS for part in ("--section", name)), *watched]
 
 
+@program("bench")
 def main(arguments=None):
     """Returns the exit code: that of ncu; 2 for bad input."""
     text = argparse.RawDescriptionHelpFormatter
@@ -71,15 +72,11 @@ def main(arguments=None):
     parser.add_argument("--out", default="counters.txt", help="report (default: %(default)s)")
     parser.add_argument("--count", type=int, default=2, help="shapes at each end (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        cases = extremes(read(options.results), options.count)
-        if not shutil.which("ncu"):
-            raise InputError("ncu (Nsight Compute) is not on the PATH")
-        done = subprocess.run(command(cases), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        write_text(options.out, done.stdout)
-    except InputError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    cases = extremes(read(options.results), options.count)
+    if not shutil.which("ncu"):
+        raise InputError("ncu (Nsight Compute) is not on the PATH")
+    done = subprocess.run(command(cases), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    write_text(options.out, done.stdout)
     if done.returncode:
         print("\n".join(done.stdout.splitlines()[-20:]), file=sys.stderr)
     return done.returncode

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsedm.bench.problems import Problem
-from sparsedm.bench.providers import Bound, Provider, max_autotune
+from sparsedm.bench.providers import OURS, Bound, Provider, max_autotune
 from sparsedm.bench.rivals import CuSparseLtLinear
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model
@@ -219,8 +219,8 @@ STEP_PROVIDERS = (
     NetworkProvider("dense", dense, sparse=False),
     NetworkProvider("dense compiled", dense, sparse=False, compiled=True),
     NetworkProvider("sparsedm masked", with_masks, sparse=True),
-    NetworkProvider("sparsedm 2:4", compressed, sparse=True),
-    NetworkProvider("sparsedm 2:4 compiled", tuned, sparse=True, compiled=True),
+    NetworkProvider(OURS, compressed, sparse=True),
+    NetworkProvider(f"{OURS} compiled", tuned, sparse=True, compiled=True),
     NetworkProvider("cuSPARSELt", with_cusparselt, sparse=True),
 )
 TRAINING_PROVIDERS = (

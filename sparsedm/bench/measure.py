@@ -7,6 +7,7 @@ import torch
 from sparsedm.bench.environment import stamp
 from sparsedm.bench.providers import DENSE
 from sparsedm.bench.timing import interleaved
+from sparsedm.kernels.tuning import device_is_lost
 
 
 class DeviceLost(RuntimeError):
@@ -62,7 +63,7 @@ def measure(
                 ready[provider] = (row, bound, prepared is not None, clock.ready(bound.run))
             except Exception as error:  # one implementation that fails must not end the comparison of the others
                 rows.append(row | {"status": "failed", "reason": one_line(error)})
-                if not answers(problem.device):
+                if device_is_lost(problem.device):
                     raise DeviceLost(rows[-1]) from error
         starting("")
         limits = dict(rounds=rounds, per_round=per_round, seconds=seconds)
@@ -83,16 +84,6 @@ def measure(
                 rows += packing_rows(row, provider, problem, clock, limits, dense, times[provider].p50)
     order = [provider.name for provider in providers]
     return [row | now for row in sorted(rows, key=lambda row: order.index(row["provider"]))]
-
-
-def answers(device):
-    """Whether the device still works after an error."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
 
 
 def checked(problem, bound, provider):

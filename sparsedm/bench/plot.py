@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from sparsedm.bench import charts, targets
 from sparsedm.bench.results import read
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, program
 from sparsedm.files import atomic_file, write_text
 
 DPI = 110
@@ -109,6 +109,7 @@ def caption(rows):
     return f"{first}\n{', '.join(versions)}\n{meaning}"
 
 
+@program("bench")
 def main(arguments=None):
     """Returns the exit code."""
     text = argparse.RawDescriptionHelpFormatter
@@ -116,11 +117,7 @@ def main(arguments=None):
     parser.add_argument("results", nargs="+", help="CSV files of `sparsedm.bench.run`, all of one device")
     parser.add_argument("--out", default="plots", help="folder for the pictures (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        written = draw_all(options.results, options.out)
-    except InputError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    written = draw_all(options.results, options.out)
     print(f"{len(written)} files in {options.out}: {', '.join(p.stem for p in written if '-dark' not in p.stem)}")
     return 0
 

@@ -27,6 +27,7 @@ from sparsedm.kernels.sparse24_matmul import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import Conv2d
 
 DENSE = ("dense", "dense fused", "dense compiled")
+OURS = "sparsedm 2:4"  # what the dispatcher does
 HALF = (torch.bfloat16, torch.float16)
 MOST_OF_FEW = 4 * FEW_TOKENS  # rows with which `few` is still tried
 
@@ -137,7 +138,7 @@ class Sparse24(Provider):
 
     def __init__(self, backend=None):
         self.backend, self.sweeps = backend, bool(backend)
-        self.name = "sparsedm 2:4" + (f" {backend}" if backend else "")
+        self.name = OURS + (f" {backend}" if backend else "")
 
     def supports(self, problem):
         if reason := super().supports(problem):
@@ -240,7 +241,7 @@ class DenseConvCompiled(DenseConv):
 
 
 class SparseConv24(Provider):
-    name = "sparsedm 2:4"
+    name = OURS
 
     def prepare(self, problem):
         shape = problem.shape

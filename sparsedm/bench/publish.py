@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, program
 from sparsedm.files import atomic_file, write_json
 from sparsedm.kernels import tuning
 
@@ -55,6 +55,7 @@ def _merged(found, tables):
         yield path
 
 
+@program("bench")
 def main(arguments=None):
     """Returns the exit code: 0, or 2 for bad input."""
     text = argparse.RawDescriptionHelpFormatter
@@ -62,11 +63,7 @@ def main(arguments=None):
     parser.add_argument("campaign", help="folder of `python -m sparsedm.bench.campaign`")
     parser.add_argument("results", help="folder to write to, one for each device")
     options = parser.parse_args(arguments)
-    try:
-        print(*publish(options.campaign, options.results), sep="\n")
-    except InputError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    print(*publish(options.campaign, options.results), sep="\n")
     return 0
 
 

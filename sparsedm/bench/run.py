@@ -35,14 +35,15 @@ from sparsedm.bench.end_to_end import (
     TrainingStepProblem,
     table3_shapes,
 )
-from sparsedm.bench.measure import DeviceLost, answers, measure, release
+from sparsedm.bench.measure import DeviceLost, measure, release
 from sparsedm.bench.restart import Watch, start_again
 from sparsedm.bench.results import IDENTITY, Results
 from sparsedm.bench.rivals import PROVIDERS
 from sparsedm.bench.sampling import sampling_mode, sampling_rows
 from sparsedm.bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from sparsedm.bench.timing import clock_for
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, program
+from sparsedm.kernels.tuning import device_is_lost
 from sparsedm.models import MODELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -194,6 +195,7 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
     return rows
 
 
+@program("bench")
 def main(arguments=None):
     """Returns the exit code: 0 done, 2 bad input, 3 some of it left out: --seconds were over, or it was ended."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -201,9 +203,6 @@ def main(arguments=None):
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as from the keyboard
     try:
         return run(options, arguments)
-    except InputError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("bench: ended; the same command with --resume goes on", file=sys.stderr)
         return 3
@@ -245,7 +244,7 @@ def run(options, arguments):
         for suite in options.suite.split(","):
             run_suite(suite, session, progress=True)
     except RuntimeError:
-        if answers(device):
+        if not device_is_lost(device):
             raise
         again()
     statuses = [row["status"] for row in session.results.rows]

@@ -9,13 +9,12 @@ import math
 import sys
 from typing import NamedTuple
 
-from sparsedm.bench.providers import DENSE
+from sparsedm.bench.providers import DENSE, OURS
 from sparsedm.bench.results import read
 from sparsedm.bench.speedups import key, speedups, timed
-from sparsedm.errors import InputError
+from sparsedm.errors import program
 from sparsedm.files import write_text
 
-OURS = "sparsedm 2:4"
 COMPILED = "dense compiled"
 LINEAR_MODELS = ("uvit-imagenet256-large@64", "uvit-imagenet256-huge@64", "dit-xl-2@64")
 STEPS = {"uvit-imagenet256-huge@64": 1.35, "uvit-imagenet256-large@64": 1.35, "uvit-cifar10-small@64": 1.1}
@@ -194,6 +193,7 @@ def report(rows):
     return "\n".join([*lines, "", "Quality is measured by `sparsedm experiment`, not here.", ""])
 
 
+@program("bench")
 def main(arguments=None):
     """Returns the exit code."""
     text = argparse.RawDescriptionHelpFormatter
@@ -201,15 +201,11 @@ def main(arguments=None):
     parser.add_argument("results", nargs="+", help="CSV files of `sparsedm.bench.run`, all of one device")
     parser.add_argument("--out", help="Markdown file (default: print it)")
     options = parser.parse_args(arguments)
-    try:
-        found = report(read(*options.results))
-        if options.out:
-            write_text(options.out, found)
-        else:
-            print(found)
-    except InputError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    found = report(read(*options.results))
+    if options.out:
+        write_text(options.out, found)
+    else:
+        print(found)
     return 0
 
 

@@ -167,12 +167,14 @@ def _compare(figure, values, runs, plan):
             colour = COLOURS[1] if run == plan.control else COLOURS[0]
             axes.barh(place, statistics.fmean(found[run]), color=colour, alpha=0.55, height=0.7)
             axes.plot(found[run], [place] * len(found[run]), "o", color=colour, markeredgecolor="white", markersize=6)
+        meaning = "less is better; dots: seeds"
         if found.get(plan.control):
+            meaning += f"; shaded: up to {CLOSE:.0%} more"
             mean = statistics.fmean(found[plan.control])
             axes.axvline(mean, color=COLOURS[1], linewidth=1, linestyle="--")
             axes.axvspan(mean, mean * (1 + CLOSE), color=COLOURS[1], alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(order)), order)
-        _styled(axes, f"{measure} (less is better; dots: seeds)")
+        _styled(axes, f"{measure} ({meaning})")
     return True
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.kernels.launch import BACKENDS, exporting, forced_backend
-from sparsedm.kernels.tuning import Autotuner, bucket
+from sparsedm.kernels.tuning import Autotuner, bucket, capturing
 
 NO_GPU = "not an NVIDIA GPU, or no Triton"
 FEW_TOKENS = 64
@@ -182,7 +182,7 @@ def pick(operation, offered, rule, run, device, rows, kept, **key):
         **key,
         m=bucket(rows),
     )
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if not capturing():
         kept[known] = described[_text(best)]
     return described[_text(best)]
 

@@ -73,7 +73,7 @@ class Autotuner:
         if known not in self._chosen:
             shape = " ".join(f"{k}={v}" for k, v in key.items())
             found = self._find(run, device_name(device), shape, default)
-            if _capturing():
+            if capturing():
                 return found
             self._chosen[known] = found
         return self._chosen[known]
@@ -88,9 +88,9 @@ class Autotuner:
     def _find(self, run, gpu, shape, default):
         for folder in (cache_folder() / "tuned", SHIPPED):
             entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
-            if entry.get("config") in self.candidates and (_capturing() or self._is_right(run, entry["config"])):
+            if entry.get("config") in self.candidates and (capturing() or self._is_right(run, entry["config"])):
                 return entry["config"]
-        if setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "off" or _capturing():
+        if setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "off" or capturing():
             log.info("%s: %s is not tuned for %s; the default %s is used", gpu, self.name, shape, default)
             return default
         log.info("%s: tuning %s for %s, once", gpu, self.name, shape)
@@ -135,7 +135,7 @@ class Autotuner:
         except Exception as error:  # it may need more registers or shared memory than this GPU has
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             log.warning("%s: candidate %s does not run here: %s", self.name, candidate, reason)
-            if _device_is_lost():
+            if device_is_lost():
                 raise
 
 
@@ -160,7 +160,7 @@ def _noted(what):
     try:
         yield
     except Exception:
-        keep = _device_is_lost()
+        keep = device_is_lost()
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -168,11 +168,11 @@ def _noted(what):
                 mine.unlink()
 
 
-def _device_is_lost():
-    """Whether a kernel has faulted, so that everything this process asks of the GPU from now on fails."""
+def device_is_lost(device=None):
+    """Whether a kernel has faulted on a GPU (default: the current one), which answers this process nothing any more."""
     try:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if (device is None or device.type == "cuda") and torch.cuda.is_available():
+            torch.cuda.synchronize(device)
     except RuntimeError:
         return True
     return False
@@ -200,7 +200,7 @@ def _agree(result, expected):
     return bool(difference <= 0.02 * expected.float().norm())
 
 
-def _capturing():
+def capturing():
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
