@@ -113,7 +113,8 @@ def _assemble(ptx, shared):
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         architecture = re.search(r"^\.target (sm_\w+)", ptx, re.M)[1]
-        log = _run(tools / "ptxas", "-v", f"-arch={architecture}", source, "-o", binary)
+        old = re.search(r"^\.version (\d+\.\d+)", ptx, re.M)[1] <= "8.8"  # else made for the other ptxas
+        log = _run(tools / ("ptxas" if old else "ptxas-blackwell"), "-v", f"-arch={architecture}", source, "-o", binary)
         sass = _run(tools / "cuobjdump", "-sass", binary)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     warnings = [line for line in log.splitlines() if "warning" in line.lower() or re.search(r"\bC7\d\d\d\b", line)]

@@ -34,6 +34,8 @@ from sparsedm.kernels.sparse24_ptx import (
     barrier_arrive,
     barrier_expect,
     barrier_wait,
+    box_in,
+    box_out,
     shared_base,
     tma_load,
     tma_load_5d,
@@ -51,6 +53,9 @@ class Config:
 
 # The default for more than 128 features, that for up to 128, and one with more tiles: tuned on no GPU yet.
 CONFIGS = (Config(256, 128, 4), Config(128, 256, 3), Config(128, 128, 5))
+
+
+PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
@@ -131,8 +136,11 @@ def _consumer(
         if RESIDUAL:
             mbarrier.expect(arrived.index(WARPGROUP), TILES * BLOCK_M * 128)
             for i in gl.static_range(TILES):
-                panel = panels.index(FIRST + i)._reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
-                tma.async_copy_global_to_shared(r_desc, [b, h, w, n + 64 * i], arrived.index(WARPGROUP), panel)
+                if PUBLIC:
+                    panel = panels.index(FIRST + i).reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
+                else:
+                    panel = panels.index(FIRST + i)._reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
+                box_in(r_desc, [b, h, w, n + 64 * i], arrived.index(WARPGROUP), panel)
             mbarrier.wait(arrived.index(WARPGROUP), residual_phase)
             residual_phase = residual_phase ^ 1
         for i in gl.static_range(TILES):
@@ -147,8 +155,11 @@ def _consumer(
             panel.store(y.to(DTYPE))
         fence_async_shared()
         for i in gl.static_range(TILES):
-            panel = panels.index(FIRST + i)._reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
-            tma.async_copy_shared_to_global(y_desc, [b, h, w, n + 64 * i], panel)
+            if PUBLIC:
+                panel = panels.index(FIRST + i).reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
+            else:
+                panel = panels.index(FIRST + i)._reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
+            box_out(y_desc, [b, h, w, n + 64 * i], panel)
     tma.store_wait(0)
 
 
@@ -163,14 +174,66 @@ def conv_specialized(
 ):  # fmt: skip
     """One consumer warpgroup per half of BLOCK_N and one TMA warp, as linear_specialized."""
     ring, panels, arrived = allocate(BLOCK_N, TB * TH * TW, 64, False, STAGES, 64, y_desc.dtype, False)
-    consume: gl.constexpr = (BLOCK_N, TB, TH, TW, KH, KW, STAGES, KIND, ACTIVATION, BIAS, RESIDUAL)
-    load: gl.constexpr = (BLOCK_N, TB, TH, TW, KH, KW, STRIDE, STAGES, "conv_specialized")
-    store = (y_desc, r_desc, bias_ptr, panels, arrived, N, HO, WO, CIN, tiles)
     gl.warp_specialize(
         [
-            (_consumer, (0,) + store + consume),
-            (_consumer, (1,) + store + consume),
-            (_producer, (N, HO, WO, CIN, PAD_H, PAD_W, tiles) + load),
+            (
+                _consumer,
+                (
+                    0,
+                    y_desc,
+                    r_desc,
+                    bias_ptr,
+                    panels,
+                    arrived,
+                    N,
+                    HO,
+                    WO,
+                    CIN,
+                    tiles,
+                    BLOCK_N,
+                    TB,
+                    TH,
+                    TW,
+                    KH,
+                    KW,
+                    STAGES,
+                    KIND,
+                    ACTIVATION,
+                    BIAS,
+                    RESIDUAL,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    1,
+                    y_desc,
+                    r_desc,
+                    bias_ptr,
+                    panels,
+                    arrived,
+                    N,
+                    HO,
+                    WO,
+                    CIN,
+                    tiles,
+                    BLOCK_N,
+                    TB,
+                    TH,
+                    TW,
+                    KH,
+                    KW,
+                    STAGES,
+                    KIND,
+                    ACTIVATION,
+                    BIAS,
+                    RESIDUAL,
+                ),
+            ),
+            (
+                _producer,
+                (N, HO, WO, CIN, PAD_H, PAD_W, tiles, BLOCK_N, TB, TH, TW, KH, KW, STRIDE, STAGES, "conv_specialized"),
+            ),
         ],
         [4, 1],
         [232, 40],

@@ -16,6 +16,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from sparsedm.kernels.sparse24_ptx import activate, block_barrier, mma_sp
 
+words_in = (
+    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+)  # 3.8; before
+
 
 @gluon.constexpr_function
 def fragment_layout(warps_n, warps_m, tiles_n, tiles_m):
@@ -110,7 +114,7 @@ def joined_addresses(source, word, step):
 def _copy_step(slot, source, word, step, last, ADDRESSES: gl.constexpr):
     """64 columns of x to one slot: zeros where there is none, and beyond the last step."""
     pointers, inside = ADDRESSES(source, word, step)
-    async_copy.async_copy_global_to_shared(slot, pointers, mask=inside & (step < last))
+    words_in(slot, pointers, mask=inside & (step < last))
     async_copy.commit_group()
 
 

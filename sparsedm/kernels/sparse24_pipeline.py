@@ -14,6 +14,8 @@ from sparsedm.kernels.sparse24_ptx import (
     barrier_expect,
     barrier_init,
     barrier_wait,
+    box_in,
+    box_out,
     effect,
     load_shared,
     metadata_to_accumulator,
@@ -247,7 +249,7 @@ def epilogue(
                 effect("bar.sync 0;")  # ... for every warp, not only for the one that stored
             mbarrier.expect(arrived, TILES * BLOCK_M * ROWS * 2)
             for b in gl.static_range(TILES):
-                tma.async_copy_global_to_shared(r_desc, [m, n + b * ROWS], arrived, panels.index(FIRST + b))
+                box_in(r_desc, [m, n + b * ROWS], arrived, panels.index(FIRST + b))
             mbarrier.wait(arrived, phase)
     row = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
     for b in gl.static_range(TILES):
@@ -277,4 +279,4 @@ def epilogue(
     if not DIRECT:
         fence_async_shared()
         for b in gl.static_range(TILES):
-            tma.async_copy_shared_to_global(y_desc, [m, n + b * ROWS], panels.index(FIRST + b))
+            box_out(y_desc, [m, n + b * ROWS], panels.index(FIRST + b))
