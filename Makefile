@@ -34,11 +34,11 @@ test-slow: $(STAMP)
 
 bench: $(STAMP)
 	rm -rf runs/bench
-	$(BIN)/python -m sparsedm.bench.run --quick --suite $(SUITES) --out runs/bench/results.csv
-	$(BIN)/python -m sparsedm.bench.plot runs/bench/results.csv --out runs/bench/plots
+	$(BIN)/python -m bench.run --quick --suite $(SUITES) --out runs/bench/results.csv
+	$(BIN)/python -m bench.plot runs/bench/results.csv --out runs/bench/plots
 
 gpu: $(STAMP)
-	$(BIN)/python -m sparsedm.bench.campaign --minutes $(MINUTES) --out runs/gpu $(GPU_OPTIONS)
+	$(BIN)/python -m bench.campaign --minutes $(MINUTES) --out runs/gpu $(GPU_OPTIONS)
 
 # threads that wait by sleeping: by spinning, two of them slow down to a crawl as soon as another process is busy
 quickstart: export OMP_WAIT_POLICY = PASSIVE

@@ -16,10 +16,15 @@ import textwrap
 
 import torch
 
-from sparsedm import __version__, commands, drawing, importing, quickstart, samplers, search_command
-from sparsedm.bench import advice
+from bench import advise as advice
+from bench.experiments import runner
+from sparsedm import __version__, samplers
+from sparsedm.commands import quickstart
+from sparsedm.commands import sample as drawing
+from sparsedm.commands import search as search_command
+from sparsedm.commands import train as commands
 from sparsedm.errors import InputError
-from sparsedm.experiments import runner
+from sparsedm.models import convert as importing
 from sparsedm.train.distributed import local_device
 from sparsedm.train.loop import Interrupted
 

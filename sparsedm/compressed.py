@@ -8,10 +8,10 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, ungroup
-from sparsedm.kernels.sparse24_conv import sparse24_conv2d
-from sparsedm.kernels.sparse24_dispatch import last_choice
-from sparsedm.kernels.sparse24_format import check_metadata, pack, unpack
-from sparsedm.kernels.sparse24_matmul import sparse24_linear
+from sparsedm.kernels.sparse24.conv import sparse24_conv2d
+from sparsedm.kernels.sparse24.dispatch import last_choice
+from sparsedm.kernels.sparse24.format import check_metadata, pack, unpack
+from sparsedm.kernels.sparse24.linear import sparse24_linear
 from sparsedm.layers import Conv2d, Linear, product_dtype
 
 

@@ -14,10 +14,10 @@ from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
 from sparsedm.kernels.launch import capability
 from sparsedm.kernels.pattern import Pattern, group_view, holds
-from sparsedm.kernels.sparse24_conv import choose_conv_backend
-from sparsedm.kernels.sparse24_matmul import choose_backend
+from sparsedm.kernels.sparse24.conv import choose_conv_backend
+from sparsedm.kernels.sparse24.linear import choose_backend
 from sparsedm.layers import Linear
-from sparsedm.sparsity import uncompressed_because
+from sparsedm.sparsify import uncompressed_because
 
 ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
 GEOMETRY = ("stride", "padding", "dilation")

@@ -17,12 +17,12 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.choose import choose, choose_packed
 from sparsedm.kernels.launch import autocast_dtype, exporting
+from sparsedm.kernels.mask import choose, choose_packed
 from sparsedm.kernels.masked_dispatch import kernels_serve, kernels_win
 from sparsedm.kernels.masked_matmul import masked_linear, transformed
 from sparsedm.kernels.pattern import Pattern, pack_bits
-from sparsedm.kernels.sparse24_matmul import ACTIVATIONS
+from sparsedm.kernels.sparse24.linear import ACTIVATIONS
 from sparsedm.kernels.straight_through import straight_through
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
-from sparsedm.kernels.sparse24_dispatch import Choice
-from sparsedm.sparsity import compress, sparsify
+from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.sparsify import compress, sparsify
 
 
 class Model(nn.Module):

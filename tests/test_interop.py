@@ -14,7 +14,7 @@ from sparsedm.compressed import Compressed
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
 from sparsedm.permutation import permute_channels
-from sparsedm.sparsity import FAMILIES, compress, decompress, masked_layers, sparsify
+from sparsedm.sparsify import FAMILIES, compress, decompress, masked_layers, sparsify
 from sparsedm.train.checkpoint import load_model, save_model
 from tests.tolerance import assert_as_good_as_torch
 

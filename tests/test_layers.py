@@ -10,7 +10,7 @@ import sparsedm.layers
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import compress, set_masking
+from sparsedm.sparsify import compress, set_masking
 from tests.tolerance import assert_as_good_as_torch
 
 PATTERNS = ["1:2", "2:4", "3:4", "1:8", "4:16", "31:32"]

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
-from sparsedm.kernels.choose import choose, choose_packed
 from sparsedm.kernels.launch import autocast_dtype, forced_backend, uses_triton
+from sparsedm.kernels.mask import choose, choose_packed
 from sparsedm.kernels.pattern import Pattern, check_weight, choose_mask_ref, unpack_bits
 from sparsedm.kernels.straight_through import apply_rates, straight_through
 from sparsedm.kernels.tuning import Autotuner, bucket

@@ -11,8 +11,8 @@ ptxas serialises the wgmmas (C7515).
 
 import torch
 
-from sparsedm.kernels.choose import keep_largest
 from sparsedm.kernels.launch import jit, tl, triton
+from sparsedm.kernels.mask import keep_largest
 
 
 def _config(way, m, n, k, warps, stages, **more):

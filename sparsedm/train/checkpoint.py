@@ -23,8 +23,8 @@ from torch import nn
 from sparsedm.compressed import Conv2d24, Linear24
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, atomic_folder, write_json, writing
-from sparsedm.sparsity import compress, masked_layers, sparsify
-from sparsedm.tensor_files import fill, read_tensors, write_shards, write_tensors
+from sparsedm.model_files import fill, read_tensors, write_shards, write_tensors
+from sparsedm.sparsify import compress, masked_layers, sparsify
 
 # ---- a run folder ----------------------------------------------------------------------------------------------------
 

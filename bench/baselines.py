@@ -1,0 +1,251 @@
+"""Other people's 2:4 products, behind the interface of `providers.py`, and the list of everybody.
+
+    cuSPARSELt   through torch, with its default algorithm and with the best of its algorithms
+    CUTLASS      through torch; it refuses what is not compute capability 8.x, which is recorded like any other result
+    torchao      where it can be imported: its tensor subclass on top of the above, up to release 0.18
+    2:4 tile     training with masks that are 2:4 along rows and columns, so that dx is sparse too: torch's, xFormers'
+
+Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it. xFormers' products for
+inference are torch's (its 2:4 tensors are the same classes). TileLang has a file of its own.
+"""
+
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench.baseline_tilelang import TileLang
+from bench.mask_providers import (
+    Cast,
+    Choose,
+    ChoosePacked,
+    TopK,
+    TrainDense,
+    TrainingProvider,
+    TrainMasked,
+    TrainTopK,
+)
+from bench.problems import LinearProblem
+from bench.providers import (
+    Bound,
+    Dense,
+    DenseCompiled,
+    DenseConv,
+    DenseConvCompiled,
+    DenseFused,
+    Masked,
+    Rival,
+    Sparse24,
+    SparseConv24,
+    with_epilogue,
+)
+from bench.shapes import LinearShape
+from bench.timing import clock_for, fastest
+from sparsedm.kernels.sparse24.linear import ACTIVATIONS
+
+SEGMENTS = -1  # "parts" of K by which the kernels for sm_90 are told to balance it over the GPU themselves
+SPLITS = [(parts, mode) for mode in (1, 2) for parts in (2, 4, 8)]  # for older GPUs; summed in one kernel, or in two
+
+
+class CuSparseLt(Rival):
+    name, cusparselt = "cuSPARSELt", True
+
+    def prepare(self, problem):
+        return torch._cslt_compress(problem.masked)
+
+    def bind(self, problem, prepared):
+        run = functools.partial(cusparselt_product, prepared, problem.x, problem.bias, Algorithm(0))
+        return Bound(with_epilogue(problem, run), "algorithm 0")
+
+
+class Algorithm(NamedTuple):
+    """How cuSPARSELt multiplies: as numbered by it, K in so many parts; mode: see SPLITS."""
+
+    number: int
+    split_k: int = 1
+    mode: int = -1
+
+    def __str__(self):
+        return f"{self.number}" if self.split_k == 1 else f"{self.number} split {self.split_k} mode {self.mode}"
+
+
+def cusparselt_product(packed, x, bias, algorithm):
+    # the result is (tokens, features), row-major, because the library is told to write it transposed
+    how = dict(alg_id=algorithm.number, split_k=algorithm.split_k, split_k_mode=algorithm.mode)
+    return torch._cslt_sparse_mm(packed, x.t(), bias=bias, transpose_result=True, **how)
+
+
+class CuSparseLtTuned(CuSparseLt):
+    """The fastest algorithm among those whose result is right: some of them are known to be wrong at some shapes."""
+
+    name = "cuSPARSELt tuned"
+
+    def bind(self, problem, prepared):
+        best, right, wrong = self.search(problem, prepared)
+        detail = f"algorithm {best} of {len(right) + len(wrong)}"
+        return Bound(right[best], detail + (f"; wrong results: {', '.join(map(str, wrong))}" if wrong else ""))
+
+    def search(self, problem, prepared):
+        """(the fastest Algorithm, {Algorithm: call} with right results, [Algorithm] with wrong ones).
+
+        Every number with K whole and in segments, what the library's own search takes, and splits of the fastest.
+        """
+        clock = clock_for(problem.device)
+        *theirs, last = torch._C._cusparselt.mm_search(prepared, problem.x.t(), problem.bias, None, None, True)
+        every = [Algorithm(number, parts) for number in range(last + 1) for parts in (1, SEGMENTS)]
+        right, wrong = self.tried(problem, prepared, dict.fromkeys([*every, Algorithm(*theirs)]))
+        if not right:
+            raise RuntimeError(f"none of its {len(wrong)} algorithms gives a right result")
+        best = fastest(right, clock)
+        split = self.tried(problem, prepared, [Algorithm(best.number, *parts) for parts in SPLITS])
+        best = fastest({best: right[best]} | split[0], clock)
+        return best, right | split[0], wrong + split[1]
+
+    def tried(self, problem, prepared, algorithms):
+        """({Algorithm: call} with right results, [Algorithm] with wrong ones), without those that it refuses."""
+        right, wrong = {}, []
+        for algorithm in algorithms:
+            product = functools.partial(cusparselt_product, prepared, problem.x, problem.bias, algorithm)
+            run = with_epilogue(problem, product)
+            problem.poison(sparse=True)
+            try:
+                out = run()
+            except RuntimeError:  # this device, or this size, is not for it
+                continue
+            if problem.check(out, sparse=True).right:
+                right[algorithm] = run
+            else:
+                wrong.append(algorithm)
+        return right, wrong
+
+
+class CuSparseLtLinear(nn.Module):
+    """A layer of a whole network, `layer` with its masks, on the algorithm that is fastest for its first input."""
+
+    def __init__(self, layer):
+        super().__init__()
+        weight = layer.effective_weight().detach() + 0.0  # without -0.0
+        self.register_buffer("packed", torch._cslt_compress(weight))
+        self.bias, self.activation, self.features = layer.bias, layer.activation, layer.out_features
+
+    def forward(self, x, residual=None, scale=None):
+        """As of `layers.Linear`, without a second source."""
+        rows = x.reshape(-1, x.shape[-1])
+        algorithm = tuned_algorithm(*rows.shape[:1], self.features, rows.shape[1], rows.dtype, rows.device)
+        y = ACTIVATIONS[self.activation](cusparselt_product(self.packed, rows, self.bias, algorithm))
+        y = y.view(*x.shape[:-1], self.features)
+        if scale is not None:
+            y = y * (scale if scale.dim() == 1 else scale.unflatten(0, (-1, *[1] * (y.dim() - 2))))
+        return y if residual is None else y + residual
+
+
+@functools.cache
+def tuned_algorithm(M, N, K, dtype, device):
+    problem, provider = LinearProblem(LinearShape("", "", M, N, K), "plain", dtype, device), CuSparseLtTuned()
+    return provider.search(problem, provider.prepare(problem))[0]
+
+
+class Cutlass(Rival):
+    name = "CUTLASS"
+    rows, columns = 32, 64
+
+    def prepare(self, problem):
+        return torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(problem.masked)
+
+    def bind(self, problem, prepared):
+        def product():
+            return torch._sparse_semi_structured_linear(problem.x, prepared.packed, prepared.meta, bias=problem.bias)
+
+        return Bound(with_epilogue(problem, product), "mma.sp of compute capability 8.x")
+
+
+class TorchAo(Rival):
+    name = "torchao"
+
+    def supports(self, problem):
+        if not importlib.util.find_spec("torchao"):
+            return "torchao is not installed"
+        return super().supports(problem)
+
+    def prepare(self, problem):
+        from torchao.sparsity import semi_sparse_weight, sparsify_
+
+        layer = nn.Linear(problem.shape.K, problem.shape.N, device=problem.device, dtype=problem.dtype)
+        layer.weight, layer.bias = nn.Parameter(problem.masked), nn.Parameter(problem.bias)
+        sparsify_(nn.Sequential(layer), semi_sparse_weight())
+        return layer.requires_grad_(False)
+
+    def bind(self, problem, prepared):
+        return Bound(with_epilogue(problem, lambda: prepared(problem.x)), "sparsify_(semi_sparse_weight())")
+
+
+class TrainTile(Rival, TrainingProvider):
+    """Masks from 4x4 tiles: 2:4 along both axes, so that y and dx are sparse products. Checked with its own masks."""
+
+    name, cusparselt = "torch 2:4 tile", True
+    rows, columns = 128, 128  # of cuSPARSELt's layout as torch writes it
+
+    def bind(self, problem, prepared):
+        weight = self.pruned(problem.weight.to(problem.dtype))
+        identity = torch.eye(problem.shape.K, dtype=problem.dtype, device=problem.device)
+        return super().bind(problem, prepared)._replace(weight=(weight @ identity).to(problem.weight.dtype))
+
+    def layer(self, inputs, outputs):
+        return TileLinear(inputs, outputs, self.pruned)
+
+    @staticmethod
+    def pruned(weight):
+        return torch.sparse.SparseSemiStructuredTensorCUSPARSELT.prune_dense_static_sort(weight)
+
+
+class TileLinear(nn.Linear):
+    def __init__(self, inputs, outputs, pruned):
+        super().__init__(inputs, outputs)
+        self.pruned = pruned
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):  # which does not know the sparse tensor
+            weight = _StraightThroughTile.apply(self.weight.to(x.dtype), self.pruned)
+            return F.linear(x, weight, self.bias.to(x.dtype))
+
+
+class _StraightThroughTile(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, pruned):
+        return pruned(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+class TrainXFormers(TrainTile):
+    name = "xFormers"
+
+    def supports(self, problem):
+        return super().supports(problem) if importlib.util.find_spec("xformers") else "xFormers is not installed"
+
+    @staticmethod
+    def pruned(weight):
+        from xformers.ops import sparsify24
+
+        return sparsify24(weight, backend="cusparselt")
+
+
+OURS_AND_DENSE = {  # kernel: implementations, the denominators first
+    "linear": (
+        *(Dense(), DenseFused(), DenseCompiled(), Masked()),
+        *(Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma"), Sparse24("few")),
+    ),
+    "conv": (DenseConv(), DenseConvCompiled(), SparseConv24()),
+    "mask": (Cast(), TopK(), Choose(), ChoosePacked()),
+    "masked-train": (TrainDense(), TrainTopK(), TrainMasked()),
+}
+
+PROVIDERS = OURS_AND_DENSE | {
+    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TorchAo(), TileLang()),
+    "masked-train": (*OURS_AND_DENSE["masked-train"], TrainTile(), TrainXFormers()),
+}

@@ -1,0 +1,112 @@
+"""What this device can do at most, measured: the grey lines of the plots.
+
+    copy            bytes read plus bytes written by a copy that no cache can hold
+    dense product   the best of a few large square products, by torch
+    instructions    tensor-core instructions alone, from registers and shared memory: `kernels/instruction_rates.py`
+
+All on random data.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from bench import instruction_rates
+from bench.environment import stamp
+from bench.measure import DeviceLost, one_line, time_columns
+from bench.timing import interleaved
+from sparsedm.kernels.tuning import device_is_lost
+
+SUITE = "ceiling"
+COPIED, COPIED_QUICK = 1 << 30, 1 << 26  # bytes
+SIDES, SIDES_QUICK = (4096, 8192, 12288), (512, 1024)
+
+
+class Source(NamedTuple):
+    """Who wrote the code that is measured."""
+
+    name: str
+
+
+class Ceiling(NamedTuple):
+    """prepare: () -> (the call, microseconds -> the columns of its rate). reason: why it cannot run, or None."""
+
+    name: str
+    provider: Source
+    columns: dict
+    prepare: Callable
+    reason: str | None = None
+
+
+TORCH, OURS = Source("torch"), Source("sparsedm")
+
+
+def run(session):
+    """Measure all ceilings of the session's device into its results, unless they are there already."""
+    for ceiling in ceilings(session):
+        session.do(SUITE, ceiling, "", [ceiling.provider], functools.partial(rows, session, ceiling))
+
+
+def rows(session, ceiling, missing, starting):
+    """The row of one ceiling; a probe that does not run costs no other."""
+    if not starting(ceiling.provider.name):
+        return []
+    dtype = str(session.dtype).removeprefix("torch.")
+    row = {"suite": SUITE, "model": SUITE, "dtype": dtype, "shape": ceiling.name, "provider": ceiling.provider.name}
+    row |= ceiling.columns
+    if ceiling.reason:
+        return [row | {"status": "unsupported", "reason": ceiling.reason}]
+    try:
+        call, rate = ceiling.prepare()
+        timed = session.clock.ready(call)
+        session.clock.warm()
+        times = interleaved({"only": timed}, **session.limits)["only"]
+    except Exception as error:
+        row |= {"status": "failed", "reason": one_line(error)}
+        if device_is_lost(session.device):
+            raise DeviceLost(row) from error
+        return [row]
+    return [row | {"status": "ok"} | rate(times.p50) | time_columns(times, timed.method) | stamp(session.device)]
+
+
+def ceilings(session):
+    size = COPIED_QUICK if session.quick else COPIED
+    columns = {"kernel": "copy", "metric": "bandwidth", "unit": "GB/s"}
+    yield Ceiling(f"copy of {size >> 20} MiB", TORCH, columns, lambda: copy(session, size))
+    for side in SIDES_QUICK if session.quick else SIDES:
+        columns = {"kernel": "dense", "metric": "rate", "unit": "TFLOP/s", **dict.fromkeys("MNK", side)}
+        yield Ceiling(f"dense {side}", TORCH, columns, functools.partial(dense, session, side))
+    for name in instruction_rates.NAMES:
+        columns = {"kernel": name, "metric": "rate", "unit": "TFLOP/s"}
+        prepare = functools.partial(instructions, session, name)
+        reason = instruction_rates.unsupported(name, session.device, session.dtype)
+        yield Ceiling(f"{name} instructions", OURS, columns, prepare, reason)
+
+
+def copy(session, size):
+    source = torch.randn(size // 4, device=session.device)
+    target = torch.empty_like(source)
+
+    def rate(microseconds):
+        rate = 2 * size / microseconds / 1e3
+        return {"value": rate, "gbps": rate}
+
+    return lambda: target.copy_(source), rate
+
+
+def dense(session, side):
+    x, w = (torch.randn(side, side, device=session.device).to(session.dtype) for _ in range(2))
+    return lambda: F.linear(x, w), functools.partial(teraflops, 2 * side**3)
+
+
+def instructions(session, name):
+    call, operations = instruction_rates.prepare(name, session.device, session.dtype)
+    return call, functools.partial(teraflops, operations)
+
+
+def teraflops(operations, microseconds):
+    rate = operations / microseconds / 1e6
+    return {"value": rate, "dense_equivalent_tflops": rate}

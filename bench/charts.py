@@ -1,0 +1,245 @@
+"""The charts: each function takes rows of a results file and fills a figure, or returns False if the rows hold nothing.
+
+Colours are those of Okabe and Ito, told apart by the colour-blind; lines differ in marker and dash as well, bars in
+hatching, so that a grey print can be read. The losing region, where dense is faster, is shaded in every speed-up chart.
+"""
+
+import itertools
+
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from bench.providers import OURS
+from bench.shapes import SWEEPS
+from bench.speedups import speedups, timed
+from sparsedm.kernels.launch import BACKENDS
+
+# cycles of different lengths, so that a colour which comes again brings another marker, dash and hatching
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+MARKERS, DASHES, HATCHES = (
+    "os^Dv<P>X",
+    ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))),
+    ("", "//", "..", "xx"),
+)
+FORCED = tuple(f"{OURS} {backend}" for backend in BACKENDS)  # the kernels that it chooses from
+
+
+def looks(names):
+    """{name: (colour, marker, dash, hatch)}, the same for the same list of names."""
+    cycles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), itertools.cycle(DASHES), itertools.cycle(HATCHES))
+    return dict(zip(dict.fromkeys(names), cycles))
+
+
+def losing_region(axes, vertical=False):
+    """Shade below 1x, draw the lines at 1x and 2x."""
+    span, line = (axes.axvspan, axes.axvline) if vertical else (axes.axhspan, axes.axhline)
+    span(0, 1, color="#d55e00", alpha=0.12, linewidth=0, zorder=0)
+    line(1, color=axes.xaxis.label.get_color(), linewidth=1.2, zorder=1)
+    line(2, color=axes.xaxis.label.get_color(), linewidth=0.8, linestyle=":", zorder=1)
+
+
+def plain_log(axis, values):
+    """A logarithmic axis whose ticks are the values themselves, as plain numbers."""
+    axis.set_ticks(values, [f"{value:g}" for value in values], rotation=45 if len(values) > 8 else 0)
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(LogLocator(numticks=1))
+
+
+def sweep(figure, rows, name):
+    """Speed-up over dense against the size of a sweep ("square": M = N = K, "m-sweep": M), with its p20-p80 band."""
+    found = [s for s in speedups(rows, {"gemm"}) if s.row["model"] == name]
+    modes = list(dict.fromkeys(s.row["mode"] for s in found))
+    if not found:
+        return False
+    look = looks(s.row["provider"] for s in found)
+    for axes, mode in zip(figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], modes):
+        for provider, (colour, marker, dash, _) in look.items():
+            line = sorted((s for s in found if (s.row["provider"], s.row["mode"]) == (provider, mode)), key=_rows)
+            x = [_rows(s) for s in line]
+            style = dict(color=colour, marker=marker, linestyle=dash, markersize=5, linewidth=1.6)
+            axes.plot(x, [s.p50 for s in line], label=provider, **style)
+            axes.fill_between(x, [s.low for s in line], [s.high for s in line], color=colour, alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+        plain_log(axes.xaxis, sorted({_rows(s) for s in found}))
+        losing_region(axes)
+        axes.set_ylim(min(0.4, *(s.p50 / 1.3 for s in found)), max(2.2, *(s.p50 * 1.3 for s in found)))
+        axes.set_title(mode, loc="left")
+        axes.set_xlabel("M = N = K" if name == "square" else "M (rows of x)")
+    figure.axes[0].set_ylabel("times as fast as the fastest dense\n(shaded: slower)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
+    return True
+
+
+def _rows(speedup):
+    return speedup.row["M"]
+
+
+def roofline(figure, rows):
+    """Dense-equivalent TFLOP/s against arithmetic intensity, under the ceilings measured on the same device."""
+    linear = [r for r in timed(rows, {"gemm"}) if r["dense_equivalent_tflops"] and r["gbps"]]
+    linear = [r for r in linear if r["provider"] not in FORCED]
+    if not linear:
+        return False
+    axes = figure.subplots()
+    intensity = {id(r): 1e3 * r["dense_equivalent_tflops"] / r["gbps"] for r in linear}
+    size, alpha = (5, 0.8) if len(linear) < 400 else (2.5, 0.5)
+    for provider, (colour, marker, *_) in looks(r["provider"] for r in linear).items():
+        mine = [r for r in linear if r["provider"] == provider]
+        points = [intensity[id(r)] for r in mine], [r["dense_equivalent_tflops"] for r in mine]
+        axes.plot(*points, marker, color=colour, markersize=size, alpha=alpha, linestyle="none", label=provider)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    left, right = min(intensity.values()) / 1.5, max(intensity.values()) * 1.5
+    grey, flat = dict(color="#808080", linewidth=1.2, zorder=0), {}
+    for row in rows:
+        if row["suite"] != "ceiling" or row["status"] != "ok":
+            continue
+        if row["kernel"] == "copy":
+            axes.plot([left, right], [row["gbps"] * x / 1e3 for x in (left, right)], **grey)
+            axes.annotate(
+                f" copy {row['gbps']:.0f} GB/s", (left, row["gbps"] * left / 1e3), color="#808080", fontsize=8
+            )
+        else:
+            flat[row["kernel"]] = max(row["value"], flat.get(row["kernel"], 0))
+    lowest = min(r["dense_equivalent_tflops"] for r in linear) / 2
+    highest = max([r["dense_equivalent_tflops"] for r in linear] + list(flat.values())) * 3
+    apart, above = (highest / lowest) ** 0.025, 0.0  # a line of text in this range
+    for kernel, rate in sorted(flat.items(), key=lambda item: item[1]):
+        axes.axhline(rate, **grey)
+        above = max(rate, above * apart)
+        name = "dense product" if kernel == "dense" else kernel
+        label = dict(color="#808080", fontsize=8, va="center", annotation_clip=False)
+        axes.annotate(f" {name} {rate:.0f}", (right, above), **label)
+    axes.set_xlim(left, right)
+    axes.set_ylim(lowest, highest)
+    axes.set_xlabel("dense-equivalent operations per byte that has to move")
+    axes.set_ylabel("dense-equivalent TFLOP/s")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", markerscale=5 / size)
+    return True
+
+
+def heat(figure, rows):
+    """Speed-up of the dispatcher over (M, N) at fixed K; below 1 dense is faster."""
+    found = [s for s in speedups(rows, {"gemm"}) if s.row["model"] == "grid" and s.row["provider"] == OURS]
+    modes = list(dict.fromkeys(s.row["mode"] for s in found))
+    if not found:
+        return False
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes):
+        cells = {(int(s.row["M"]), int(s.row["N"])): s.p50 for s in found if s.row["mode"] == mode}
+        _table(axes, cells, "N", "M")
+        axes.set_title(f"{mode}, K = {found[0].row['K']:.0f}", loc="left")
+    return True
+
+
+def _table(axes, cells, x_name, y_name):
+    """A heat map of speed-ups with the numbers in its cells: orange loses, purple wins, white is 1."""
+    ys, xs = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+    grid = np.array([[cells.get((y, x), np.nan) for x in xs] for y in ys])
+    # logarithmic, so that half as fast is as dark as twice as fast
+    image = axes.imshow(np.log2(grid), cmap="PuOr", norm=TwoSlopeNorm(0, -1, 1), origin="lower", aspect="auto")
+    for (y, x), value in np.ndenumerate(grid):
+        if np.isnan(value):  # not measured
+            continue
+        ink = "#000000" if abs(np.log2(value)) < 0.5 else "#ffffff"
+        axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=9, color=ink)
+    axes.set_xticks(range(len(xs)), [f"{v:g}" for v in xs])
+    axes.set_yticks(range(len(ys)), [f"{v:g}" for v in ys])
+    axes.set_xlabel(x_name)
+    axes.set_ylabel(y_name)
+    axes.grid(False)
+    return image
+
+
+def layers(figure, rows, model, mode):
+    """Bars: the speed-up of every layer shape of one model at one batch size, without the back ends that are forced."""
+    found = [s for s in speedups(rows, {"gemm", "conv"}) if s.row["model"] == model]
+    found = [s for s in found if s.row["provider"] not in FORCED]
+    found = [s for s in found if s.row["mode"] == mode or s.row["suite"] == "conv"]
+    if not found:
+        return False
+    names = list(dict.fromkeys(s.row["shape"] for s in found))
+    sizes = {
+        s.row["shape"]: f"{s.row['layers']:.0f} x {s.row['M']:.0f}x{s.row['N']:.0f}x{s.row['K']:.0f}" for s in found
+    }
+    labels = [f"{name.removeprefix(model).strip()}\n{sizes[name]}" for name in names]
+    _bars(figure, [(names.index(s.row["shape"]), s.row["provider"], s) for s in found], labels)
+    return True
+
+
+def networks(figure, rows, suite):
+    """Bars: the speed-up of whole networks, a sampler step, whole sampling or a training step."""
+    found = speedups(rows, {suite})
+    if not found:
+        return False
+    names = list(dict.fromkeys((s.row["shape"], s.row["mode"]) for s in found))
+    labels = [f"{shape}\n{mode}" for shape, mode in names]
+    _bars(figure, [(names.index((s.row["shape"], s.row["mode"])), s.row["provider"], s) for s in found], labels)
+    return True
+
+
+def _bars(figure, entries, labels):
+    """entries: (row of the chart, provider, Speedup). Numbers stand beside the bars, whiskers are p20 to p80."""
+    axes = figure.subplots()
+    look = looks(provider for _, provider, _ in entries)
+    height = 0.8 / len(look)
+    right = max(2.2, *(s.p50 * 1.25 for *_, s in entries))
+    for i, (provider, (colour, _, _, hatch)) in enumerate(look.items()):
+        mine = [(row, s) for row, name, s in entries if name == provider]
+        y = [row - 0.4 + height * (i + 0.5) for row, _ in mine]
+        whiskers = [[s.p50 - s.low for _, s in mine], [s.high - s.p50 for _, s in mine]]
+        style = dict(color=colour, hatch=hatch, edgecolor=axes.get_facecolor(), linewidth=0)
+        axes.barh(y, [s.p50 for _, s in mine], height * 0.92, label=provider, **style)
+        axes.errorbar([s.p50 for _, s in mine], y, xerr=whiskers, fmt="none", ecolor="#808080", elinewidth=1)
+        for at, (_, s) in zip(y, mine):
+            behind = dict(facecolor=axes.get_facecolor(), edgecolor="none", pad=0.5, alpha=0.8)  # whiskers may cross it
+            axes.text(min(s.high, right * 0.93), at, f" {s.p50:.2f}", va="center", fontsize=8, bbox=behind)
+    losing_region(axes, vertical=True)
+    axes.set_xlim(0, right)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("times as fast as the fastest dense (shaded: slower)")
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+
+
+def table3(figure, rows):
+    """SparseDM's speed table: patch by MLP ratio, one panel per width and depth."""
+    found = [s for s in speedups(rows, {"table3"}) if s.row["provider"] == OURS]
+    panels = {}
+    for s in found:
+        grid, patch, ratio = s.row["model"].rsplit(", ", 2)
+        panels.setdefault(grid, {})[int(ratio.split()[1]), int(patch.split()[1])] = s.p50
+    if not panels:
+        return False
+    for axes, (grid, cells) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        _table(axes, cells, "patch", "MLP ratio")
+        axes.set_title(grid, loc="left")
+    return True
+
+
+def masks(figure, rows):
+    """Bandwidth of choosing, casting and packing masks, against the plain cast and the measured copy."""
+    found = [r for r in timed(rows, {"mask"}) if r["gbps"]]
+    if not found:
+        return False
+    axes = figure.subplots()
+    for provider, (colour, marker, dash, _) in looks(r["provider"] for r in found).items():
+        line = sorted((r["N"] * r["K"], r["gbps"]) for r in found if r["provider"] == provider)
+        name = "cast without a mask" if provider == "dense" else provider
+        axes.plot(*zip(*line), color=colour, marker=marker, linestyle=dash, markersize=5, label=name)
+    for row in rows:
+        if row["suite"] == "ceiling" and row["kernel"] == "copy":
+            axes.axhline(row["gbps"], color="#808080", linewidth=1.2)
+            axes.annotate(f"copy {row['gbps']:.0f} GB/s", (line[0][0], row["gbps"]), color="#808080", va="bottom")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("weights")
+    axes.set_ylabel("GB/s of the bytes that have to move")
+    axes.legend(frameon=False, fontsize=8)
+    return True
+
+
+SWEEP_NAMES = [name for name in SWEEPS if name != "grid"]

@@ -1,0 +1,86 @@
+"""The GPU's counters where 2:4 gains most and least: `python -m bench.counters results.csv`.
+
+Of the products in a results file it takes the shapes with the greatest and the least speed-up, and runs dense and 2:4
+once each under `ncu` (Nsight Compute), which replays every kernel until it has read all counters. In the report each
+kernel bears the name of its shape, mode and provider. The clocks are left as they are.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from bench.problems import LinearProblem
+from bench.providers import OURS, Dense, Sparse24
+from bench.results import read
+from bench.shapes import LinearShape, select
+from bench.speedups import speedups
+from sparsedm.errors import InputError, program
+from sparsedm.files import write_text
+
+SECTIONS = (
+    *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis"),
+    *("SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy"),
+)
+
+
+def extremes(rows, count):
+    """[(model, shape, mode, dtype)] of the `count` greatest and `count` least speed-ups of our 2:4 product.
+
+    Raises: InputError if none was timed against dense.
+    """
+    ours = [s for s in speedups(rows, ("gemm",)) if s.row["provider"] == OURS]
+    if not ours:
+        raise InputError("these results hold no 2:4 product that was timed against dense: run --suite gemm first")
+    ours.sort(key=lambda s: -s.p50)
+    cases = [tuple(s.row[name] for name in ("model", "shape", "mode", "dtype")) for s in ours]
+    return list(dict.fromkeys(cases[:count] + cases[-count:]))
+
+
+def run(cases, device="cuda"):
+    """What ncu watches: one call of dense and one of 2:4 for each case, after one that tunes and compiles unwatched."""
+    for model, name, mode, dtype in cases:
+        (shape,) = (shape for shape in select(model, LinearShape) if shape.name == name)
+        problem = LinearProblem(shape, mode, getattr(torch, dtype), device)
+        for provider in (Dense(), Sparse24()):
+            call = provider.bind(problem, provider.prepare(problem)).run
+            call()
+            torch.cuda.synchronize()
+            with torch.cuda.nvtx.range(re.sub(r"\W+", "_", f"{name} {mode} {provider.name}")):
+                torch.cuda.profiler.start()
+                call()
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+
+
+def command(cases):
+    """The command line of ncu."""
+    watched = (sys.executable, "-c", f"from bench.counters import run; run({cases!r})")
+    options = ("--profile-from-start", "off", "--clock-control", "none", "--nvtx", "--print-nvtx-rename", "kernel")
+    return ["ncu", *options, *(part for name in SECTIONS for part in ("--section", name)), *watched]
+
+
+@program("bench")
+def main(arguments=None):
+    """Returns the exit code: that of ncu; 2 for bad input."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench.counters", description=__doc__, formatter_class=text)
+    parser.add_argument("results", help="results file that `python -m bench.run --suite gemm` wrote")
+    parser.add_argument("--out", default="counters.txt", help="report (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=2, help="shapes at each end (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    cases = extremes(read(options.results), options.count)
+    if not shutil.which("ncu"):
+        raise InputError("ncu (Nsight Compute) is not on the PATH")
+    done = subprocess.run(command(cases), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    write_text(options.out, done.stdout)
+    if done.returncode:
+        print("\n".join(done.stdout.splitlines()[-20:]), file=sys.stderr)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Whole networks: one sampler step, whole sampling, one training step; dense, masked, 2:4 of ours, 2:4 of cuSPARSELt.
+
+The dense network has random weights; the sparse ones hold the same weights under 2:4 magnitude masks in the model's
+own `sparse_layers`. A sparse step is checked against the same sparse network computed densely in higher precision. On a
+GPU a step is timed as a replayed CUDA graph, dense and sparse alike. Whole sampling is in `sampling.py`.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from bench.baselines import CuSparseLtLinear
+from bench.problems import Problem
+from bench.providers import OURS, Bound, Provider, max_autotune
+from sparsedm.inspection import inspect
+from sparsedm.models import build_model
+from sparsedm.sparsify import compress, masked_layers, sparsify
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A preset, or with `options` a variant of it that `label` names."""
+
+    preset: str
+    batch: int
+    options: tuple = ()
+    label: str = ""
+    layers: int = 1
+    N: str = ""
+    K: str = ""
+
+    @property
+    def model(self):
+        return self.label or self.preset
+
+    @property
+    def name(self):
+        return f"{self.model}@{self.batch}"
+
+    @property
+    def M(self):
+        return self.batch
+
+
+class NetworkProblem(Problem):
+    """One evaluation of a network. Its `weight` is the dense network, its `masked` the sparse one, with fresh masks."""
+
+    kernel = "network"
+    modes = ("step",)
+    passes = 1  # a backward counts as two
+
+    def __init__(self, shape, mode, dtype, device, seed=0, where=None):
+        super().__init__(shape, mode, dtype, device, seed)
+        options = {"device": self.device, "dtype": self.parameter_dtype, **dict(shape.options)}
+        self.weight = build_model(shape.preset, **options).eval()
+        with torch.no_grad():
+            for parameter in self.weight.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(self._weight(*parameter.shape, dtype=parameter.dtype))
+        self.masked = sparsify(copy.deepcopy(self.weight), "2:4", where)
+        self.inputs = tuple(self._input(x) for x in self.weight.example_inputs(shape.batch))
+        self.built = {}  # provider -> Built
+        self.operations = 2 * shape.batch * inspect(self.weight).totals()["macs_with_attention"] * self.passes
+
+    @property
+    def parameter_dtype(self):
+        return self.dtype
+
+    def _input(self, x):
+        if x is None or not x.is_floating_point():
+            return x  # labels
+        if x.dim() == 1:
+            return torch.full_like(x, 500)  # the middle of the noise levels
+        return self._normal(*x.shape, dtype=self.parameter_dtype)
+
+    def answer(self, network, dtype):
+        inputs = [x.to(dtype) if x is not None and x.dim() > 1 else x for x in self.inputs]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.outputs(baked(network).to(dtype), inputs)
+
+    def outputs(self, network, inputs):
+        with torch.no_grad():
+            return (network(*inputs),)
+
+    def traffic(self, sparse):
+        return 0  # not counted for a whole network
+
+
+class TrainingStepProblem(NetworkProblem):
+    """Loss, gradients and an AdamW step, from fp32 master weights, dropout off.
+
+    The learning rate is zero, so that every call starts from the same weights; they count as changed all the same, and
+    the masks are chosen anew. The outputs are the loss and the gradients of the first and the last sparse weight.
+    """
+
+    kernel = "training"
+    modes = ("training step",)
+    passes = 3
+
+    @property
+    def parameter_dtype(self):
+        return torch.float32
+
+    def outputs(self, network, inputs):
+        predicted = network(*inputs)
+        loss = predicted.to(torch.promote_types(predicted.dtype, torch.float32)).square().mean()
+        loss.backward()
+        names = [name for name, _ in masked_layers(self.masked)]
+        ends = [network.get_submodule(name).weight.grad for name in (names[0], names[-1])]
+        return (loss.detach(), *ends)
+
+
+def baked(network):
+    """A plain dense network whose weights are what `network` multiplies with."""
+    plain = copy.deepcopy(network)
+    with torch.no_grad():
+        for _, layer in masked_layers(plain):
+            layer.weight.copy_(layer.effective_weight())
+            layer.set_pattern(None)
+    return plain
+
+
+# ---- providers: bind runs `network(problem)`
+
+
+class Built(NamedTuple):
+    """A network after its first step. bytes: on the GPU, of its weights in all the forms that are kept of them."""
+
+    network: Callable
+    bytes: int
+
+
+class NetworkProvider(Provider):
+    def __init__(self, name, network, sparse, compiled=False):
+        self.name, self.network, self.sparse, self.compiled = name, network, sparse, compiled
+
+    def supports(self, problem):
+        on_gpu = problem.device.type == "cuda"
+        if self.compiled and not on_gpu:
+            return "max-autotune compares GPU kernels: there is none on a CPU"
+        if self.network is with_cusparselt and not on_gpu:
+            return "needs a CUDA device"
+        return None
+
+    def made(self, problem):
+        network = self.network(problem)
+        return max_autotune(network) if self.compiled else network
+
+    def built(self, problem):
+        """-> Built. Kept with the problem: compiling takes minutes, and whole sampling needs the network again."""
+        if self not in problem.built:
+            problem.poison(self.sparse)  # makes the references, and with them the workspaces that all share
+            before = allocated(problem.device)
+            network = self.made(problem)
+            problem.outputs(network, problem.inputs)
+            problem.built[self] = Built(network, allocated(problem.device) - before)
+        return problem.built[self]
+
+    def bind(self, problem, prepared):
+        network = self.built(problem).network
+        return Bound(lambda: problem.outputs(network, problem.inputs), "compiled" if self.compiled else "eager")
+
+
+def allocated(device):
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+class TrainingProvider(NetworkProvider):
+    def bind(self, problem, prepared):
+        network = self.made(problem)
+        on_gpu = problem.device.type == "cuda"
+        options = {"fused": True, "capturable": on_gpu}
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.0, **options)
+
+        def run():
+            optimizer.zero_grad()
+            with torch.autocast(problem.device.type, problem.dtype, enabled=problem.dtype != torch.float32):
+                results = problem.outputs(network, problem.inputs)
+            optimizer.step()
+            return results
+
+        return Bound(run, "compiled" if self.compiled else "eager")
+
+
+def dense(problem):
+    return copy.deepcopy(problem.weight)
+
+
+def with_masks(problem):
+    return copy.deepcopy(problem.masked)
+
+
+def compressed(problem):
+    return compress(problem.masked)
+
+
+def tuned(problem):
+    """The compressed network after a step: compiled code runs the kernels that were measured to be best in eager."""
+    network = compressed(problem)
+    problem.outputs(network, problem.inputs)
+    return network
+
+
+def with_cusparselt(problem):
+    """The compressed network with cuSPARSELt in place of our linear layers; its convolutions as in `baked`."""
+    network = baked(problem.masked)
+    for name, layer in masked_layers(problem.masked):
+        if isinstance(layer, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, CuSparseLtLinear(layer))
+    return network
+
+
+STEP_PROVIDERS = (
+    NetworkProvider("dense", dense, sparse=False),
+    NetworkProvider("dense compiled", dense, sparse=False, compiled=True),
+    NetworkProvider("sparsedm masked", with_masks, sparse=True),
+    NetworkProvider(OURS, compressed, sparse=True),
+    NetworkProvider(f"{OURS} compiled", tuned, sparse=True, compiled=True),
+    NetworkProvider("cuSPARSELt", with_cusparselt, sparse=True),
+)
+TRAINING_PROVIDERS = (
+    TrainingProvider("dense", dense, sparse=False),
+    TrainingProvider("dense compiled", dense, sparse=False, compiled=True),
+    TrainingProvider("sparsedm masked", with_masks, sparse=True),
+    TrainingProvider("sparsedm masked compiled", with_masks, sparse=True, compiled=True),
+)
+
+
+TABLE3_WIDTH, TABLE3_BATCH = 8192, 16
+
+
+def table3_shapes(quick=False):
+    """SparseDM's speed table (arXiv 2404.10445): CIFAR-10 U-ViTs of patch 1, 2, 4 and MLP ratio 1, 2, 4, 8.
+
+    Once as they had it, one block of width 8192, and once at the real width and depth. They do not say their batch.
+    """
+    grids = [("one block", TABLE3_WIDTH, 0), ("full depth", 512, 12)]
+    if quick:
+        grids = [("one block", 256, 0)]
+    shapes = []
+    for name, width, depth in grids:
+        for patch in (1, 2, 4):
+            for ratio in (1, 2, 4, 8):
+                if quick and patch == 1:
+                    continue
+                options = {"dim": width, "depth": depth, "heads": width // 64, "patch_size": patch, "mlp_ratio": ratio}
+                label = f"{name}, width {width}, patch {patch}, mlp {ratio}"
+                batch = 1 if quick else TABLE3_BATCH
+                shapes.append(ModelShape("uvit-cifar10-small", batch, tuple(options.items()), label))
+    return shapes

@@ -1,0 +1,126 @@
+"""Every chart from results files alone: `python -m bench.plot results.csv --out plots`.
+
+Each chart is written twice, for light and for dark pages (NAME.png, NAME-dark.png). The caption says which device,
+when, and with which versions; on a CPU the chart says so in large letters, because its ratios mean nothing for a GPU.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from bench import charts, targets
+from bench.results import read
+from sparsedm.errors import InputError, program
+from sparsedm.files import atomic_file, write_text
+
+DPI = 110
+THEMES = {"": ("#ffffff", "#222222", "#d9d9d9"), "-dark": ("#0d1117", "#e6edf3", "#30363d")}  # paper, ink, grid
+
+
+def draw_all(paths, folder):
+    """Draw every chart that the rows of the CSV files `paths` have data for. Returns the files written; of a GPU also
+    targets.md, its results against the project's targets.
+
+    Raises: InputError if the files hold no measurement, or those of several devices, which one picture must not mix.
+    """
+    every = read(*paths)
+    rows = [row for row in every if row["status"] == "ok"]
+    devices = sorted({row["device"] for row in rows})
+    if len(devices) != 1:
+        held = " and ".join(devices) or "no measurement"
+        raise InputError(f"{', '.join(map(str, paths))}: a plot shows one device, these files hold {held}")
+    written = []
+    for name, (title, draw, size) in all_charts(rows).items():
+        for suffix, theme in THEMES.items():
+            path = Path(folder) / f"{name}{suffix}.png"
+            if save(path, title, draw, size(rows) if callable(size) else size, rows, theme):
+                written.append(path)
+    if not on_cpu(rows):
+        written.append(Path(folder) / "targets.md")
+        write_text(written[-1], targets.report(every))
+    return written
+
+
+def on_cpu(rows):
+    return rows[0]["device"].startswith("CPU")
+
+
+def all_charts(rows):
+    """{file name: (title, function of figure and rows, size in inches)}."""
+    wide, square = (11, 4.8), (9, 6)
+    found = {
+        f"speedup-{name}": (f"2:4 against dense: {name}", functools.partial(charts.sweep, name=name), wide)
+        for name in charts.SWEEP_NAMES
+    }
+    found["roofline"] = ("Roofline under measured ceilings", charts.roofline, square)
+    found["heat"] = (f"{charts.OURS} against dense, at fixed K", charts.heat, wide)
+    for model in dict.fromkeys(r["model"] for r in rows if "@" in r["model"] and r["suite"] in ("gemm", "conv")):
+        draw = functools.partial(charts.layers, model=model, mode="epilogue")
+        count = len({r["shape"] for r in rows if r["model"] == model and r["suite"] in ("gemm", "conv")})
+        found[f"layers-{model.replace('@', '-batch')}"] = (f"Layers of {model}", draw, (9, 2.5 + 0.7 * count))
+    for suite, title in (
+        ("end-to-end", "Whole networks: step and sampling"),
+        ("train", "Whole networks: training step"),
+    ):
+        count = len({(r["shape"], r["mode"]) for r in rows if r["suite"] == suite})
+        found[suite] = (title, functools.partial(charts.networks, suite=suite), (9, 2.5 + 0.8 * count))
+    found["table3"] = ("U-ViT by patch and MLP ratio: 2:4 against dense", charts.table3, wide)
+    found["masks"] = ("Choosing and packing masks", charts.masks, square)
+    return found
+
+
+def save(path, title, draw, size, rows, theme):
+    """Draw one chart into `path`. Returns False, and writes nothing, if there is nothing to draw."""
+    paper, ink, grid = theme
+    style = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper)
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
+    style |= {"grid.color": grid, "axes.grid": True, "axes.axisbelow": True, "font.size": 10, "hatch.linewidth": 0.6}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        if not draw(figure, rows):
+            return False
+        figure.suptitle(title + ("\nCPU (no GPU was measured)" if on_cpu(rows) else ""), x=0.01, ha="left", fontsize=13)
+        figure.supxlabel(caption(rows), x=0.01, ha="left", fontsize=7)
+        if on_cpu(rows):
+            figure.text(0.5, 0.5, "CPU", fontsize=140, weight="bold", alpha=0.10, ha="center", va="center", rotation=25)
+        with atomic_file(path) as partial:
+            figure.savefig(partial, dpi=DPI)
+    return True
+
+
+def caption(rows):
+    """Device, dates, versions and commits of all rows, in three lines."""
+
+    def values(column):
+        return ", ".join(dict.fromkeys(row[column] for row in rows if row[column]))
+
+    dates = sorted(row["date"][:10] for row in rows)
+    versions = [
+        f"{name} {values(name)}" for name in ("driver", "cuda", "torch", "triton", "cusparselt") if values(name)
+    ]
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    first = f"{values('device')}, {values('dtype')}, {when}, sparsedm {values('commit') or values('sparsedm')}"
+    meaning = "TFLOP/s are dense-equivalent. Bands and whiskers: 20th to 80th percentile."
+    return f"{first}\n{', '.join(versions)}\n{meaning}"
+
+
+@program("bench")
+def main(arguments=None):
+    """Returns the exit code."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench.plot", description=__doc__, formatter_class=text)
+    parser.add_argument("results", nargs="+", help="CSV files of `bench.run`, all of one device")
+    parser.add_argument("--out", default="plots", help="folder for the pictures (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    written = draw_all(options.results, options.out)
+    print(f"{len(written)} files in {options.out}: {', '.join(p.stem for p in written if '-dark' not in p.stem)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""The implementations that are compared. One small class each:
+
+    supports(problem) -> None, or the reason why not, for the results file
+    prepare(problem)  -> what is made once of a weight (packing), timed apart
+    bind(problem, prepared) -> Bound: the call that is timed, and what was chosen for it
+
+`sparse` says which weight a provider multiplies with: the dense one, or the 2:4 one. The denominators of every speed-up
+are the providers in DENSE and nothing else. Masks, and layers in training, are in `mask_providers.py`; other people's
+sparse products, and the list of everybody, in `rivals.py`.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from bench.problems import TWO_FOUR
+from sparsedm.compressed import Conv2d24
+from sparsedm.kernels.launch import capability
+from sparsedm.kernels.mask import choose
+from sparsedm.kernels.sparse24.dispatch import FEW_TOKENS, choose_backend, last_choice
+from sparsedm.kernels.sparse24.format import pack
+from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
+from sparsedm.layers import Conv2d
+
+DENSE = ("dense", "dense fused", "dense compiled")
+OURS = "sparsedm 2:4"  # what the dispatcher does
+HALF = (torch.bfloat16, torch.float16)
+MOST_OF_FEW = 4 * FEW_TOKENS  # rows with which `few` is still tried
+
+
+class Bound(NamedTuple):
+    """weight: the one that `run` multiplies with, where that is neither the problem's dense nor its masked weight."""
+
+    run: Callable
+    detail: str = ""
+    weight: torch.Tensor | None = None
+
+
+class Provider:
+    """sweeps: whether it is measured in sweeps over sizes only."""
+
+    name = ""
+    sparse = True
+    sweeps = False
+
+    def supports(self, problem):
+        if self.sparse and problem.masked is None:
+            return f"the input axis {problem.weight.shape[1]} is not a multiple of {TWO_FOUR.group}"
+        return None
+
+    def prepare(self, problem):
+        return None
+
+    def traffic(self, problem):
+        """Bytes that have to move at least; 0 where they are not counted."""
+        return problem.traffic(self.sparse)
+
+
+# ---- y = act(x W^T + b) + r
+
+
+def torch_linear(problem, weight):
+    """The product and its epilogue as torch computes them: what eager code and a compiler start from."""
+    activate, residual = ACTIVATIONS[problem.activation], problem.residual
+
+    def run():
+        y = activate(F.linear(problem.x, weight, problem.bias))
+        return y if residual is None else y + residual
+
+    return run
+
+
+class Dense(Provider):
+    name, sparse = "dense", False
+
+    def bind(self, problem, prepared):
+        return Bound(torch_linear(problem, problem.weight), "torch eager")
+
+
+class DenseFused(Provider):
+    """cuBLAS with the epilogue it has, bias and tanh GELU: what a compiler may choose, without one."""
+
+    name, sparse = "dense fused", False
+
+    def supports(self, problem):
+        if problem.device.type != "cuda":
+            return "needs a CUDA device"
+        return None if problem.activation == "gelu_tanh" else f"cuBLAS fuses tanh GELU, not {problem.activation}"
+
+    def bind(self, problem, prepared):
+        x, weight, bias, residual = problem.x, problem.weight.t(), problem.bias, problem.residual
+
+        def run():
+            y = torch._addmm_activation(bias, x, weight, use_gelu=True)
+            return y if residual is None else y + residual
+
+        return Bound(run, "torch._addmm_activation")
+
+
+class DenseCompiled(Provider):
+    name, sparse = "dense compiled", False
+
+    def supports(self, problem):
+        return None if problem.device.type == "cuda" else "max-autotune compares GPU kernels: there is none on a CPU"
+
+    def bind(self, problem, prepared):
+        return Bound(max_autotune(torch_linear(problem, problem.weight)), "torch.compile max-autotune")
+
+
+def max_autotune(call):
+    """`call` compiled for exactly its shapes, at best speed; CUDA graphs are the clock's business.
+
+    By default dynamo gives up after eight shapes, and compiles for sizes that may vary from the second on: both would
+    quietly turn the strongest rival into a weak one.
+    """
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+    return torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+class Masked(Provider):
+    """Ours without sparse tensor cores: the dense product with the masked weight, which training uses."""
+
+    name = "sparsedm masked"
+
+    def prepare(self, problem):
+        return choose(problem.weight, TWO_FOUR)[0]
+
+    def bind(self, problem, prepared):
+        return Bound(torch_linear(problem, prepared), "torch, pre-masked")
+
+
+class Sparse24(Provider):
+    """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else forced by SPARSEDM_BACKEND."""
+
+    def __init__(self, backend=None):
+        self.backend, self.sweeps = backend, bool(backend)
+        self.name = OURS + (f" {backend}" if backend else "")
+
+    def supports(self, problem):
+        if reason := super().supports(problem):
+            return reason
+        rows = problem.shape.M
+        if self.backend == "few" and rows > MOST_OF_FEW:
+            return f"{rows} rows: it is made for few, and with more than {MOST_OF_FEW} would only cost time"
+        with self._forced():
+            chosen, why = self._choice(problem)
+        return None if self.backend in (None, chosen) else why
+
+    def prepare(self, problem):
+        return pack(problem.masked)
+
+    def bind(self, problem, prepared):
+        arranged = {}
+
+        def run():
+            with self._forced():
+                return sparse24_linear(problem.x, *prepared, problem.bias, **problem.epilogue, arranged=arranged)
+
+        with self._forced():
+            backend, why = self._choice(problem)
+        run()  # on a GPU this measures the candidates, unless the tuned table has them
+        measured = last_choice(arranged.get("choices", {}), problem.shape.M)
+        if measured:
+            backend, why = measured.backend, f"measured, configuration {measured.config}"
+        return Bound(run, f"{backend}: {why}")
+
+    def _choice(self, problem):
+        shape = problem.shape
+        return choose_backend(capability(problem.device), shape.M, shape.N, shape.K, problem.dtype)
+
+    @contextlib.contextmanager
+    def _forced(self):
+        before = os.environ.get("SPARSEDM_BACKEND")
+        if self.backend:
+            os.environ["SPARSEDM_BACKEND"] = self.backend
+        try:
+            yield
+        finally:
+            if self.backend:
+                os.environ.pop("SPARSEDM_BACKEND")
+                if before is not None:
+                    os.environ["SPARSEDM_BACKEND"] = before
+
+
+# ---- what the products of other libraries have in common (they are in `rivals.py`)
+
+
+class Rival(Provider):
+    """Rules that all of them share: a CUDA device, 16-bit types, sizes in multiples of `rows`, `columns`, `tokens`."""
+
+    rows, columns, tokens = 16, 16, 8
+    cusparselt = False  # whether it stands on that library
+
+    def supports(self, problem):
+        shape = problem.shape
+        if problem.device.type != "cuda":
+            return "needs a CUDA device"
+        if problem.dtype not in HALF:
+            return f"takes bfloat16 and float16, not {str(problem.dtype)[6:]}"
+        if self.cusparselt and not torch.backends.cusparselt.is_available():
+            return "this torch has no cuSPARSELt"
+        if shape.N % self.rows or shape.K % self.columns or shape.M % self.tokens:
+            sizes = f"N, K, M = {shape.N}, {shape.K}, {shape.M}"
+            return f"{sizes} are not multiples of {self.rows}, {self.columns}, {self.tokens}"
+        return super().supports(problem)
+
+
+def with_epilogue(problem, product):
+    activate, residual = ACTIVATIONS[problem.activation], problem.residual
+
+    def run():
+        y = activate(product())
+        return y if residual is None else y + residual
+
+    return run
+
+
+# ---- convolutions
+
+
+class DenseConv(Provider):
+    name, sparse = "dense", False
+
+    def bind(self, problem, prepared):
+        shape = problem.shape
+        return Bound(
+            lambda: F.conv2d(problem.x, problem.weight, problem.bias, shape.stride, shape.padding), "torch eager"
+        )
+
+
+class DenseConvCompiled(DenseConv):
+    name = "dense compiled"
+    supports = DenseCompiled.supports
+
+    def bind(self, problem, prepared):
+        return Bound(max_autotune(super().bind(problem, prepared).run), "torch.compile max-autotune")
+
+
+class SparseConv24(Provider):
+    name = OURS
+
+    def prepare(self, problem):
+        shape = problem.shape
+        layer = Conv2d(shape.channels, shape.filters, shape.kernel, shape.stride, shape.padding, pattern=TWO_FOUR)
+        layer = layer.to(problem.x)
+        with torch.no_grad():
+            layer.weight.copy_(problem.masked)
+            layer.bias.copy_(problem.bias)
+            return Conv2d24(layer)
+
+    def bind(self, problem, prepared):
+        return Bound(lambda: prepared(problem.x), "Conv2d24")

@@ -1,0 +1,213 @@
+"""The project's targets, each with what was measured: `python -m bench.targets results.csv`.
+
+Only rows of a results file count: bf16, the median, against the fastest dense at the same shape. A target that nothing
+was measured for is "not measured", never met; where a dense rival is missing, the note says so.
+"""
+
+import argparse
+import math
+import sys
+from typing import NamedTuple
+
+from bench.providers import DENSE, OURS
+from bench.results import read
+from bench.speedups import key, speedups, timed
+from sparsedm.errors import program
+from sparsedm.files import write_text
+
+COMPILED = "dense compiled"
+LINEAR_MODELS = ("uvit-imagenet256-large@64", "uvit-imagenet256-huge@64", "dit-xl-2@64")
+STEPS = {"uvit-imagenet256-huge@64": 1.35, "uvit-imagenet256-large@64": 1.35, "uvit-cifar10-small@64": 1.1}
+
+
+class Finding(NamedTuple):
+    """measured: a ratio, or None. met: None where it cannot be said. note: what the ratio does not tell."""
+
+    target: str
+    wanted: str
+    measured: float | None = None
+    met: bool | None = None
+    note: str = ""
+
+
+def at_least(target, wanted, measured, note="", spoiled=False):
+    """spoiled: something failed that the target asks for."""
+    return Finding(target, f"at least {wanted:g}", measured, measured >= wanted and not spoiled, note)
+
+
+def findings(rows):
+    """[Finding], in the order of the targets. rows: all of a results file."""
+    rows = [row for row in rows if row["dtype"] == "bfloat16"]
+    return [
+        large_product(rows),
+        *against_cusparselt(rows),
+        linears(rows),
+        never_slower(rows),
+        *(step(rows, shape, wanted) for shape, wanted in STEPS.items()),
+        training(rows),
+        choosing(rows),
+    ]
+
+
+def large_product(rows):
+    name, wanted = "2:4 product of 8192 x 8192 x 8192 against dense", 1.6
+    for s in speedups(rows, {"gemm"}):
+        if (s.row["provider"], s.row["shape"], s.row["mode"]) == (OURS, "square 8192", "plain"):
+            return at_least(name, wanted, s.p50, f"{s.low:.2f} to {s.high:.2f}{uncompiled(rows, [s])}")
+    return Finding(name, f"at least {wanted:g}")
+
+
+def against_cusparselt(rows):
+    """The least and the geometric mean over all products that both can do."""
+    times = {}
+    for row in timed(rows, {"gemm"}):
+        times.setdefault(key(row), {})[row["provider"]] = row["p50_us"]
+    ratios = {}
+    for at, of in times.items():
+        rival = min((of[name] for name in ("cuSPARSELt", "cuSPARSELt tuned") if name in of), default=None)
+        if rival and OURS in of:
+            ratios[at] = rival / of[OURS]
+    least, mean = "against cuSPARSELt, the least of all products", "against cuSPARSELt, geometric mean of all products"
+    if not ratios:
+        return Finding(least, "at least 1"), Finding(mean, "at least 1.15")
+    worst = min(ratios, key=ratios.get)
+    untuned = sum("cuSPARSELt tuned" not in times[at] for at in ratios)
+    note = f"{len(ratios)} products" + (f", its algorithms not searched in {untuned}" if untuned else "")
+    return (
+        at_least(least, 1.0, ratios[worst], f"{worst[2]}, {worst[3]}; {note}"),
+        at_least(mean, 1.15, geometric_mean(ratios.values()), note),
+    )
+
+
+def linears(rows):
+    """Every layer of the networks counts once; the mean over their distinct shapes stands in the note."""
+    name, wanted = "linear layers of U-ViT L/2, H/2 and DiT-XL/2, batch 64, with epilogue, geometric mean", 1.3
+    found = [s for s in speedups(rows, {"gemm"}) if s.row["provider"] == OURS and s.row["mode"] == "epilogue"]
+    found = [s for s in found if s.row["model"] in LINEAR_MODELS]
+    if {s.row["model"] for s in found} != set(LINEAR_MODELS):
+        return Finding(name, f"at least {wanted:g}", note=missing(LINEAR_MODELS, found))
+    mean = geometric_mean([s.p50 for s in found], [s.row["layers"] for s in found])
+    shapes = f"{geometric_mean([s.p50 for s in found]):.2f} over the {len(found)} shapes"
+    return at_least(name, wanted, mean, shapes + uncompiled(rows, found))
+
+
+def never_slower(rows):
+    name, wanted = "any product or convolution through the dispatcher against dense, the least", 0.98
+    found = [s for s in speedups(rows, {"gemm", "conv"}) if s.row["provider"] == OURS]
+    tried = [r for r in rows if r["provider"] == OURS and r["suite"] in ("gemm", "conv")]
+    broken = {r["shape"] for r in tried if r["status"] in ("failed", "wrong")}
+    failed = f"; failed at {', '.join(sorted(broken))}" if broken else ""
+    if not found:
+        return Finding(name, f"at least {wanted:g}", note=failed.removeprefix("; "))
+    worst = min(found, key=lambda s: s.p50)
+    note = f"{worst.row['shape']}, {worst.row['mode']}; {len(found)} products{failed}{uncompiled(rows, found)}"
+    return at_least(name, wanted, worst.p50, note, spoiled=bool(broken))
+
+
+def step(rows, shape, wanted):
+    name = f"whole sampler step of {shape} against dense compiled, both as CUDA graphs"
+    of = best(rows, "end-to-end", shape, "step")
+    ours = min((row for p, row in of.items() if p.startswith(OURS)), key=microseconds, default=None)
+    if not ours or COMPILED not in of:
+        missing = "dense compiled" if ours else "2:4"
+        return Finding(name, f"at least {wanted:g}", note=f"no time of {missing}")
+    dense = min((of[p] for p in DENSE if p in of), key=microseconds)
+    ways = {ours["method"], dense["method"]}
+    note = f"{ours['provider']} {ours['p50_us'] / 1e3:.2f} ms, {dense['provider']} {dense['p50_us'] / 1e3:.2f} ms"
+    return at_least(name, wanted, dense["p50_us"] / ours["p50_us"], note + unlike(ways))
+
+
+def training(rows):
+    """The worst of the networks that were trained."""
+    name, wanted = "masked training step, time over that of dense compiled", 1.05
+    ratios = {}
+    for shape in dict.fromkeys(row["shape"] for row in timed(rows, {"train"})):
+        of = best(rows, "train", shape, "training step")
+        masked = min((row for p, row in of.items() if p.startswith("sparsedm masked")), key=microseconds, default=None)
+        if masked and COMPILED in of:
+            dense = min((of[p] for p in DENSE if p in of), key=microseconds)
+            note = f"{shape}: {masked['provider']} {masked['p50_us'] / 1e3:.2f} ms, "
+            note += f"{dense['provider']} {dense['p50_us'] / 1e3:.2f} ms"
+            ratios[masked["p50_us"] / dense["p50_us"]] = note + unlike({masked["method"], dense["method"]})
+    if not ratios:
+        return Finding(name, f"at most {wanted:g}", note="needs times of both in the suite train")
+    return Finding(name, f"at most {wanted:g}", max(ratios), max(ratios) <= wanted, ratios[max(ratios)])
+
+
+def choosing(rows):
+    """At the largest weight: the smaller ones fit into the cache."""
+    name, wanted = "mask, cast and 2:4 form of a weight in one pass, share of the bandwidth of a copy", 0.8
+    copies = [r["gbps"] for r in rows if r["suite"] == "ceiling" and r["kernel"] == "copy" and r["status"] == "ok"]
+    passes = [row for row in timed(rows, {"mask"}) if row["provider"] == "sparsedm choose + pack"]
+    if not copies or not passes:
+        return Finding(name, f"at least {wanted:g}", note="needs the suites ceiling and mask")
+    largest = max(passes, key=lambda row: row["N"] * row["K"])
+    note = f"{largest['shape']}: {largest['gbps']:.0f} of {max(copies):.0f} GB/s"
+    return at_least(name, wanted, largest["gbps"] / max(copies), note)
+
+
+def best(rows, suite, shape, mode):
+    """{provider: its row} of what was timed there."""
+    return {row["provider"]: row for row in timed(rows, {suite}) if (row["shape"], row["mode"]) == (shape, mode)}
+
+
+def microseconds(row):
+    return row["p50_us"]
+
+
+def geometric_mean(values, weights=None):
+    values = list(values)
+    weights = weights or [1] * len(values)
+    return math.exp(sum(w * math.log(v) for v, w in zip(values, weights)) / sum(weights))
+
+
+def uncompiled(rows, found):
+    """Where the compiled dense product, which may be the quicker one, was not measured."""
+    compiled = {key(row) for row in timed(rows) if row["provider"] == COMPILED}
+    without = sum(key(s.row) not in compiled for s in found)
+    return f"; dense compiled not measured in {without} of {len(found)}" if without else ""
+
+
+def unlike(methods):
+    return f"; timed in different ways: {' and '.join(sorted(methods))}" if len(methods) > 1 else ""
+
+
+def missing(wanted, found):
+    return f"not measured: {', '.join(sorted(set(wanted) - {s.row['model'] for s in found}))}"
+
+
+def report(rows):
+    """The table in Markdown, under the device and the commits it was measured with. rows: of one device."""
+    measured = [row for row in rows if row["status"] == "ok"]
+    devices, commits = (", ".join(dict.fromkeys(r[c] for r in measured)) for c in ("device", "commit"))
+    verdict = {True: "met", False: "**missed**", None: "not measured"}
+    lines = [
+        f"{devices or 'Nothing was measured'}; commit {commits or 'unknown'}.",
+        "",
+        "| target | wanted | measured | | |",
+        "|---|---|---|---|---|",
+    ]
+    for f in findings(rows):
+        value = "" if f.measured is None else f"{f.measured:.3f}"
+        lines.append(f"| {f.target} | {f.wanted} | {value} | {verdict[f.met]} | {f.note} |")
+    return "\n".join([*lines, "", "Quality is measured by `sparsedm experiment`, not here.", ""])
+
+
+@program("bench")
+def main(arguments=None):
+    """Returns the exit code."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench.targets", description=__doc__, formatter_class=text)
+    parser.add_argument("results", nargs="+", help="CSV files of `bench.run`, all of one device")
+    parser.add_argument("--out", help="Markdown file (default: print it)")
+    options = parser.parse_args(arguments)
+    found = report(read(*options.results))
+    if options.out:
+        write_text(options.out, found)
+    else:
+        print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

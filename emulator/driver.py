@@ -1,0 +1,204 @@
+"""gpu-marked tests without a GPU, by a pytest plugin: `pytest -p emulator.driver -m gpu tests/kernels/sparse24`.
+
+Triton compiles as for an H200 and launches through its own launcher, which finds driver.c as libcuda; the kernels run
+in the emulator, on CPU tensors that the package and the tests take for CUDA tensors. So tensor maps, clusters, shared
+memory and the order of the parameters are those of a real launch. Streams, graphs and timing do not exist here.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+from torch.overrides import TorchFunctionMode
+
+from emulator.machine import execute
+from emulator.memory import GlobalMemory, TensorMap
+from emulator.parse import Program
+
+H200 = (9, 0)
+MULTIPROCESSORS = 132
+MAGIC = 0x70616D54
+BYTES = (1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4)  # of an element, in the order of CUtensorMapDataType
+SCALARS = {
+    **dict.fromkeys(("u64", "b64", "s64"), ctypes.c_uint64),
+    **dict.fromkeys(("u32", "b32", "s32"), ctypes.c_int32),
+    "f32": ctypes.c_float,
+}
+
+
+class Map(ctypes.Structure):
+    """What driver.c writes into a CUtensorMap; innermost dimension first."""
+
+    _fields_ = (
+        *(("magic", ctypes.c_uint32), ("type", ctypes.c_uint32), ("address", ctypes.c_uint64)),
+        *(("size", ctypes.c_uint64 * 5), ("stride", ctypes.c_uint64 * 4), ("box", ctypes.c_uint32 * 5)),
+        *(("rank", ctypes.c_uint32), ("swizzle", ctypes.c_uint32)),
+    )
+
+
+class Device:
+    """Runs what is launched. launches: names of the kernels, for the end of the report."""
+
+    def __init__(self):
+        self.kernels, self.tensors, self.launches, self.error = {}, [], [], None
+
+    def start(self, kernel, launch, arguments):
+        """Triton's launch of a compiled kernel with these arguments."""
+        bases = [getattr(a, "base", a) for a in arguments]
+        self.tensors = [tensor for tensor in bases if isinstance(tensor, torch.Tensor) and tensor.numel()]
+        self.kernels[kernel.function], self.error = kernel, None
+        try:
+            return launch(*arguments)
+        except RuntimeError as refused:
+            raise self.error or refused from None
+
+    def launch(self, function, x, y, z, threads, cluster, parameters):
+        """What the driver does. An exception cannot pass through C: it waits in `error`."""
+        try:
+            kernel = self.kernels[function]
+            program = Program(kernel.asm["ptx"])
+            assert program.threads == threads, f"{threads} threads were launched, of {program.threads}"
+            kinds = parameter_kinds(kernel.asm["ptx"])
+            values = [self._parameter(kind, size, parameters[i]) for i, (kind, size) in enumerate(kinds)]
+            execute(program, values, self._memory(), (x, y, z), cluster=cluster)
+            self.launches.append(kernel.name)
+            return 0
+        except BaseException as error:
+            self.error = error
+            return 1
+
+    def _parameter(self, kind, size, address):
+        return self._tensor_map(Map.from_address(address)) if size == 128 else SCALARS[kind].from_address(address).value
+
+    def _tensor_map(self, found):
+        assert found.magic == MAGIC, "a kernel takes a tensor map here, and was given something else"
+        element, rank = BYTES[found.type], found.rank
+        sizes, box = list(found.size)[:rank][::-1], list(found.box)[:rank][::-1]
+        strides = [*list(found.stride)[: rank - 1][::-1], element]
+        data = self._bytes(found.address, element + sum((n - 1) * stride for n, stride in zip(sizes, strides)))
+        array = np.lib.stride_tricks.as_strided(data.view({2: np.int16, 4: np.int32}[element]), sizes, strides)
+        return TensorMap(array, box, found.swizzle)
+
+    def _bytes(self, address, count):
+        for tensor in self.tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() <= address and address + count <= storage.data_ptr() + storage.nbytes():
+                return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address))
+        raise AssertionError("a tensor map leads out of the tensors that were launched with it")
+
+    def _memory(self):
+        """Every tensor from its first to its last element; all else is out of bounds."""
+        memory, spans = GlobalMemory(), {}
+        for tensor in self.tensors:
+            span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            spans[tensor.data_ptr()] = max(spans.get(tensor.data_ptr(), 0), span * tensor.element_size())
+        memory.buffers = [(address, self._bytes(address, count)) for address, count in spans.items()]
+        return memory
+
+
+def parameter_kinds(ptx):
+    """[(type, size in bytes of an array or None)] of a kernel's parameters."""
+    entry = re.search(r"\.entry \w+\((.*?)\)\s", ptx, re.S)[1]
+    found = []
+    for text in entry.split(","):
+        size = re.search(r"\[(\d+)\]\s*$", text.strip())
+        found.append((re.search(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)", text)[1], int(size[1]) if size else None))
+    return found
+
+
+def build_driver():
+    """Compile driver.c and load it, so that whoever asks for libcuda.so.1 in this process finds it."""
+    folder = Path(tempfile.mkdtemp())
+    headers = Path(triton.__file__).parent / "backends/nvidia/include"
+    source, library = Path(__file__).with_name("driver.c"), folder / "libcuda.so.1"
+    flags = ("-shared", "-fPIC", "-O1", f"-I{headers}", "-Wl,-soname,libcuda.so.1")
+    subprocess.run(["cc", *flags, str(source), "-o", str(library)], check=True)
+    (folder / "libcuda.so").symlink_to(library.name)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def use(device):
+    """Let Triton launch on `device`."""
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    library = build_driver()
+    signature = (ctypes.c_int, ctypes.c_void_p, *5 * (ctypes.c_uint,), ctypes.POINTER(ctypes.c_void_p))
+    device.callback = ctypes.CFUNCTYPE(*signature)(device.launch)
+    library.set_on_launch(device.callback)
+    cuda = CudaDriver()
+    cuda.get_current_stream = lambda index=0: 0
+    cuda.get_current_device = lambda: 0
+    cuda.get_device_capability = lambda index=0: H200
+    cuda.get_active_torch_device = lambda: torch.device("cpu")
+    driver.set_active(cuda)
+    loaded = CompiledKernel._init_handles
+
+    def load(kernel):
+        known = getattr(kernel, "function", None) in device.kernels
+        loaded(kernel)
+        if not known:
+            launch = kernel._run
+            kernel._run = lambda *arguments: device.start(kernel, launch, arguments)
+
+    CompiledKernel._init_handles = load
+
+
+class OnTheCpu(TorchFunctionMode):
+    """What torch is told to do on "cuda" it does on the CPU."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        if "device" in options:
+            options["device"] = cpu(options["device"])
+        if function is torch.Tensor.to:
+            arguments = tuple(cpu(a) if isinstance(a, str | torch.device) else a for a in arguments)
+        return function(*arguments, **options)
+
+
+def cpu(device):
+    return torch.device("cpu") if device is not None and torch.device(device).type == "cuda" else device
+
+
+def pretend():
+    """Torch and the package find an H200."""
+    properties = type("Properties", (), {"multi_processor_count": MULTIPROCESSORS, "major": 9, "minor": 0})
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_properties = lambda device=None: properties
+    torch.cuda.get_device_capability = lambda device=None: H200
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.device = torch.cuda.device_of = lambda device: contextlib.nullcontext()
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.Tensor.cuda = lambda tensor: tensor.clone() if tensor.is_contiguous() else tensor
+    OnTheCpu().__enter__()
+    from sparsedm.kernels import launch
+    from sparsedm.kernels.sparse24 import conv as sparse24_conv
+    from sparsedm.kernels.sparse24 import linear as sparse24_matmul
+
+    for module in (launch, sparse24_conv, sparse24_matmul):
+        module.capability = lambda device: H200
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config):
+    """Before any kernel is decorated."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    early_config.emulated = Device()
+    use(early_config.emulated)
+    pretend()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    launches = config.emulated.launches
+    terminalreporter.write_line(f"{len(launches)} launches of {', '.join(sorted(set(launches)))}")

@@ -1,0 +1,274 @@
+"""Choose, cast and pack in one pass: the weight is read once, and whatever is asked for is written.
+
+    w (rows, K) -> masked = (w*m).to(dtype),  m as bool or as bits,  how many bits flipped,  2:4 values and metadata
+
+rows are a Linear's outputs, or a Conv2d's (out, tap) pairs, read through their strides; m is the mask of `pattern.py`.
+bits (rows, ceil(K / 32)) int32: bit k % 32 of word k // 32 is m[row, k], bits beyond K are 0. values and metadata are
+those of `sparse24_format.pack`.
+
+A weight's key is  (|w| as an integer) * group + (group - 1 - its place in the group): keys order like magnitudes, ties
+go to the lower index, and no two are equal. The keys of a group are sorted by a network in registers (`tl.sort`), and
+kept is whose key is at least the keep-th largest. Bound by memory: fp32 to bf16 with bits moves 6.1 bytes per weight.
+
+Hardware: any GPU that Triton serves. Weights of fp32, bf16, fp16. A NaN is reported through `nan_ptr`, without waiting.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.launch import jit, operator, tl, triton, uses_triton
+from sparsedm.kernels.pattern import (
+    Pattern,
+    check_weight,
+    choose_mask_of_fours,
+    choose_mask_ref,
+    choose_untied_mask,
+    group_view,
+    memory_format,
+    pack_bits,
+    ungroup,
+    unpack_bits,
+)
+from sparsedm.kernels.sparse24.format import pack
+from sparsedm.kernels.tuning import Autotuner, bucket
+
+# Not tuned on a GPU yet (no run so far). BLOCK = weights of one program.
+CONFIGS = [{"BLOCK": block, "num_warps": warps} for block, warps in [(2048, 4), (1024, 4), (4096, 4), (4096, 8)]]
+
+
+@jit
+def _choose_kernel(
+    w_ptr, masked_ptr, mask_ptr, bits_ptr, previous_ptr, flips_ptr, values_ptr, metadata_ptr, nan_ptr,
+    ROWS, TAPS, K, stride_wo, stride_wt, stride_wk, stride_mo, stride_mt, stride_mk,
+    KEEP: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # one program owns BLOCK_R rows x BLOCK_K columns
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    out, tap = row // TAPS, row % TAPS
+    inside = (row < ROWS)[:, None] & (k < K)[None, :]
+
+    w_offs = (out * stride_wo + tap * stride_wt)[:, None] + (k * stride_wk)[None, :]
+    w = tl.load(w_ptr + w_offs, mask=inside, other=0.0)
+    number = w.to(tl.float32)
+    tl.store(nan_ptr + w_offs * 0, 1, mask=number != number)
+
+    kept = keep_largest(w, KEEP, GROUP)
+    mask = kept.reshape(BLOCK_R, BLOCK_K) & inside
+
+    m_offs = (out * stride_mo + tap * stride_mt)[:, None] + (k * stride_mk)[None, :]
+    tl.store(masked_ptr + m_offs, tl.where(mask, w, 0.0).to(masked_ptr.dtype.element_ty), mask=inside)
+    if mask_ptr is not None:
+        tl.store(mask_ptr + m_offs, mask.to(tl.int8), mask=inside)
+    if bits_ptr is not None:
+        WORDS: tl.constexpr = BLOCK_K // 32
+        lane = tl.arange(0, 32)[None, None, :]
+        bits = tl.sum(mask.reshape(BLOCK_R, WORDS, 32).to(tl.int32) << lane, 2)
+        word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+        b_offs = (row * tl.cdiv(K, 32))[:, None] + word[None, :]
+        b_inside = (row < ROWS)[:, None] & (word * 32 < K)[None, :]
+        if previous_ptr is not None:
+            flipped = _popcount(bits ^ tl.load(previous_ptr + b_offs, mask=b_inside, other=0))
+            tl.atomic_add(flips_ptr, tl.sum(flipped))
+        tl.store(bits_ptr + b_offs, bits, mask=b_inside)
+    if values_ptr is not None:
+        place = tl.arange(0, GROUP)[None, :]
+        code = tl.sum(kept.to(tl.int32) << place, 1)  # two of the four bits are set
+        first = tl.where(code & 1 != 0, 0, tl.where(code & 2 != 0, 1, 2))
+        second = tl.where(code & 8 != 0, 3, tl.where(code & 4 != 0, 2, 1))
+        groups = number.reshape(BLOCK_R * BLOCK_K // GROUP, GROUP)
+        low = tl.sum(tl.where(place == first[:, None], groups, 0.0), 1)
+        high = tl.sum(tl.where(place == second[:, None], groups, 0.0), 1)
+        values = tl.join(low, high).reshape(BLOCK_R, BLOCK_K // 2)
+        column = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        width = tl.cdiv(K, 16) * 8
+        v_offs = (row * width)[:, None] + column[None, :]
+        v_inside = (row < ROWS)[:, None] & (column < width)[None, :]
+        tl.store(values_ptr + v_offs, values.to(values_ptr.dtype.element_ty), mask=v_inside)
+        nibbles = (first | second << 2).reshape(BLOCK_R, BLOCK_K // 16, 4)
+        words = tl.sum(nibbles << (4 * tl.arange(0, 4))[None, None, :], 2)
+        word = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
+        e_offs = (row * tl.cdiv(K, 16))[:, None] + word[None, :]
+        e_inside = (row < ROWS)[:, None] & (word * 16 < K)[None, :]
+        tl.store(metadata_ptr + e_offs, words.to(tl.int16), mask=e_inside)
+
+
+@jit
+def keep_largest(w, KEEP: tl.constexpr, GROUP: tl.constexpr):
+    """w: a tile whose last axis is whole groups -> (groups, GROUP) of bool."""
+    if w.dtype == tl.float32:
+        magnitude = (w.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    else:
+        magnitude = w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    place = tl.arange(0, GROUP)[None, :]
+    key = magnitude.reshape(w.numel // GROUP, GROUP) * GROUP + (GROUP - 1 - place)
+    last_kept = tl.sum(tl.where(place == GROUP - KEEP, tl.sort(key), 0), 1)
+    return key >= last_kept[:, None]
+
+
+@jit
+def _popcount(x):
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+_tuner = Autotuner("choose", CONFIGS, [_choose_kernel, keep_largest])
+_nan_flags = {}
+
+
+def _launch(weight, pattern, previous, outputs, name):
+    """Fill `outputs` (those of `_outputs`), leaving out the empty ones; weight of fp32, bf16 or fp16."""
+    masked, mask, bits, flips, values, metadata = (t if t.numel() else None for t in outputs)
+    if masked is None:
+        return
+    # (out, taps, in); the weight is copied where its kh and kw cannot be one axis
+    w, m = (t.reshape(*t.shape[:2], -1).transpose(1, 2) for t in (weight, masked))
+    rows, taps, K = w.shape[0] * w.shape[1], w.shape[1], w.shape[2]
+    nan = _nan_flag(name, weight.is_cuda)
+    block_k = min(128, max(32, triton.next_power_of_2(K)))
+
+    def run(config):
+        if flips is not None:
+            flips.zero_()
+        block_r = max(1, config["BLOCK"] // block_k)
+        _choose_kernel[(triton.cdiv(rows, block_r), triton.cdiv(K, block_k))](
+            w, m, None if mask is None else mask.view(torch.int8), bits, previous, flips, values, metadata, nan,
+            rows, taps, K, *w.stride(), *m.stride(),
+            KEEP=pattern.keep, GROUP=pattern.group, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=config["num_warps"],
+        )  # fmt: skip
+        return outputs
+
+    names = ("masked", "mask", "bits", "flips", "values", "metadata")
+    wanted = "+".join(n for n, t in zip(names, outputs) if t.numel())
+    dtypes = f"{weight.dtype}->{masked.dtype}"
+    run(_tuner.best(run, weight.device, dtypes=dtypes, pattern=pattern, wanted=wanted, rows=bucket(rows), k=K))
+    if nan.item():
+        nan.zero_()
+        raise InputError(f"{name}: some of its weights are NaN, which has no magnitude order")
+
+
+def _nan_flag(name, pinned):
+    """One int32 per name, in host memory that the GPU writes to, so that looking at it waits for nothing."""
+    if (name, pinned) not in _nan_flags:
+        _nan_flags[name, pinned] = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+    return _nan_flags[name, pinned]
+
+
+def _choose_in_torch(weight, pattern, dtype, name):
+    """-> (masked, mask)"""
+    finite = math.isfinite(weight.sum().item())  # or its sum overflows: then the slower ways below are right, too
+    if not finite and (nans := int(weight.isnan().sum())):
+        raise InputError(f"{name}: {nans} of its weights are NaN, which has no magnitude order")
+    rows = group_view(weight)
+    if pattern.group == 4:
+        chosen = choose_mask_of_fours(rows, pattern.keep)
+    else:
+        chosen = choose_untied_mask(rows, pattern)
+        chosen = choose_mask_ref(rows, pattern) if chosen is None else chosen
+    mask = ungroup(chosen, weight.shape).contiguous(memory_format=memory_format(weight))
+    # a product is cheaper than a choice, and from bytes cheaper than from bool, but a pruned infinity would be NaN
+    masked = mask.view(torch.uint8).to(weight.dtype).mul_(weight) if finite else torch.where(mask, weight, 0)
+    return masked.to(dtype, memory_format=memory_format(weight)), mask
+
+
+def _outputs(weight, dtype, want_mask, want_bits, want_flips, want_compressed):
+    """New tensors for masked, mask, bits, flips, values, metadata; empty where not wanted."""
+    rows, columns = weight.numel() // weight.shape[1], weight.shape[1]
+    words = -(-columns // 16)
+    masked = torch.empty_like(weight, dtype=dtype, memory_format=memory_format(weight))
+    return (
+        masked,
+        torch.empty_like(masked, dtype=torch.bool) if want_mask else weight.new_empty(0, dtype=torch.bool),
+        weight.new_empty((rows, -(-columns // 32)) if want_bits else 0, dtype=torch.int32),
+        weight.new_empty(int(want_flips), dtype=torch.int32),
+        weight.new_empty((rows, 8 * words) if want_compressed else 0, dtype=dtype),
+        weight.new_empty((rows, words) if want_compressed else 0, dtype=torch.int16),
+    )
+
+
+def _choose(
+    weight: torch.Tensor,
+    previous: torch.Tensor | None,
+    keep: int,
+    group: int,
+    dtype: torch.dtype,
+    want_mask: bool,
+    want_bits: bool,
+    want_compressed: bool,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    pattern = Pattern(keep, group)
+    if uses_triton(weight, previous) and {weight.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
+        outputs = _outputs(weight, dtype, want_mask, want_bits, previous is not None, want_compressed)
+        with torch.cuda.device_of(weight):  # Triton launches on the current device
+            _launch(weight, pattern, previous, outputs, name)
+        return outputs
+    masked, mask = _choose_in_torch(weight, pattern, dtype, name)
+    _, no_mask, bits, flips, values, metadata = _outputs(weight[:0], dtype, False, False, False, False)
+    if want_bits:
+        bits = pack_bits(group_view(mask))
+    if previous is not None:
+        flips = unpack_bits(bits ^ previous, weight.shape[1]).sum(dtype=torch.int32).view(1)
+    if want_compressed:
+        values, metadata = pack(masked)
+    return masked, mask if want_mask else no_mask, bits, flips, values, metadata
+
+
+def _choose_fake(weight, previous, keep, group, dtype, want_mask, want_bits, want_compressed, name):
+    return _outputs(weight, dtype, want_mask, want_bits, previous is not None, want_compressed)
+
+
+_operator = operator("sparsedm::choose", _choose, _choose_fake)
+
+
+def choose(weight, pattern, dtype=None, name="weight"):
+    """The masked weight and its mask, for a layer to keep until its weight changes.
+
+    weight: (out, in) or (out, in, kh, kw), floating point. dtype: of the masked weight, default the weight's own.
+    Returns (masked, mask), detached, of the weight's shape and `memory_format`; mask is bool.
+    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis or a weight is NaN (which
+    on a GPU shows at one of the next calls, because nothing here waits for the GPU).
+    """
+    check_weight(weight, pattern, name)
+    weight, dtype = weight.detach(), dtype or weight.dtype
+    if type(weight) is torch.Tensor and weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _choose_in_torch(weight, pattern, dtype, name)  # where nothing traces, the operator would only cost time
+    return _operator(weight, None, pattern.keep, pattern.group, dtype, True, False, False, name)[:2]
+
+
+class Choice(NamedTuple):
+    """What `choose_packed` returns. rows: those of `group_view`."""
+
+    masked: torch.Tensor  # the weight's shape
+    bits: torch.Tensor  # (rows, ceil(K / 32)) int32: the mask as `pack_bits` packs it
+    flips: torch.Tensor | None  # int32 (1,): mask entries that differ from `previous`
+    values: torch.Tensor | None  # (N, 8 ceil(K / 16)), the 2:4 form of `sparse24_format`
+    metadata: torch.Tensor | None  # (N, ceil(K / 16)) int16
+    mask: torch.Tensor | None = None  # bool, the weight's shape
+
+
+def choose_packed(weight, pattern, dtype=None, name="weight", *, previous=None, compressed=False, mask=False):
+    """`choose` with the mask as bits, and in the same pass over the weight what else is wanted of it: a `Choice`.
+
+    previous: bits of an earlier choice, to count the flips against. compressed: also values and metadata (2:4 of a
+    Linear only). mask: also the mask as bool. Raises: InputError as `choose`, and for `previous` or `compressed` that
+    does not belong to the weight.
+    """
+    check_weight(weight, pattern, name)
+    rows, words = weight.numel() // weight.shape[1], -(-weight.shape[1] // 32)
+    if previous is not None and (previous.shape != (rows, words) or previous.dtype != torch.int32):
+        found = f"{tuple(previous.shape)} {previous.dtype}"
+        raise InputError(f"{name}: the previous mask's bits must be ({rows}, {words}) torch.int32, not {found}")
+    if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):
+        raise InputError(f"{name}: only a 2:4 Linear has values and metadata, not {pattern} of {tuple(weight.shape)}")
+    masked, chosen, bits, flips, values, metadata = _operator(
+        weight.detach(), previous, pattern.keep, pattern.group, dtype or weight.dtype, mask, True, compressed, name
+    )
+    compressed_form = (values, metadata) if compressed else (None, None)
+    return Choice(masked, bits, None if previous is None else flips, *compressed_form, chosen if mask else None)

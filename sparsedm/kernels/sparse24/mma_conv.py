@@ -1,0 +1,123 @@
+"""y = act(conv2d(x, W24) + b) + r in NHWC as an implicit product on `mma.sp.m16n8k32` (sm_80 and later).
+
+    y[b, h, w, n] = act(sum_{i, j, c} x[b, S h + i - P, S w + j - P, c] W[n, i, j, c] + b[n]) + r[b, h, w, n]
+
+The rows of the product are the pixels of y, and K runs over (i, j, c); a step of the ring is 64 channels at one kernel
+position (i, j), or of several where CIN is no multiple of 64; of 8 it must be one, for copies of 16 bytes. Pixels
+outside the image are not copied: cp.async fills with zeros, and that is the padding. The rest is that of sparse24_mma.
+NOT YET RUN ON A GPU: the compiled PTX is executed by the emulator of the tests.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from sparsedm.kernels.sparse24.fragments import copy_layout, products, store, tile
+from sparsedm.kernels.sparse24.mma import Config, tile_constants
+
+# The first is the default until these are timed: tuned on no GPU yet.
+CONFIGS = (Config(128, 128, 4, 2, 4), Config(128, 64, 2, 2, 4), Config(64, 64, 2, 2, 4))
+
+
+@gluon.jit
+def pixels_of(
+    x_ptr, H, W, HO, WO, chunks, pad_h, pad_w, m, M, BLOCK_M: gl.constexpr, WARPS: gl.constexpr, KH: gl.constexpr,
+    KW: gl.constexpr, STRIDE: gl.constexpr,
+):  # fmt: skip
+    """A source for `products`: what lies under the kernel at the output pixels m .. m + BLOCK_M - 1."""
+    row = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout(WARPS)))
+    image = m // (HO * WO)
+    h = row % (HO * WO) // WO * STRIDE - pad_h
+    w = row % WO * STRIDE - pad_w
+    pixel = ((row // (HO * WO) - image) * H + h) * W + w
+    return x_ptr + image.to(gl.int64) * (H * W * chunks * 4), pixel, h, w, row < M, H, W, chunks, KH, KW
+
+
+@gluon.jit
+def pixel_addresses(source, word, step):
+    """Where the words of 64-channel step `step` lie, and which of them are inside the image: CIN a multiple of 64."""
+    x, pixel, h, w, exists, H, W, chunks, _, KW = source
+    position = step // (chunks // 8)
+    i = position // KW
+    j = position % KW
+    inside = exists & (h >= -i) & (h < H - i) & (w >= -j) & (w < W - j)
+    channel = step % (chunks // 8) * 32 + word
+    return x + ((pixel + i * W + j)[:, None] * (chunks * 4) + channel[None, :]), inside[:, None]
+
+
+@gluon.jit
+def narrow_addresses(source, word, step):
+    """The same for any CIN: every 16 bytes of the 64 columns have a kernel position of their own."""
+    x, pixel, h, w, exists, H, W, chunks, KH, KW = source
+    chunk = step * 8 + word // 4
+    position = chunk // chunks
+    i = (position // KW)[None, :]
+    j = (position % KW)[None, :]
+    h = h[:, None] + i
+    w = w[:, None] + j
+    inside = exists[:, None] & (position < KH * KW)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    channel = chunk % chunks * 4 + word % 4
+    return x + ((pixel[:, None] + (i * W + j)) * (chunks * 4) + channel[None, :]), inside
+
+
+@gluon.jit
+def conv_mma(
+    w_ptr, e_ptr, x_ptr, y_ptr, bias_ptr, r_ptr, H, W, HO, WO, chunks, pad_h, pad_w, M, N, steps,
+    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, WARPS_N: gl.constexpr, WARPS_M: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, STRIDE: gl.constexpr, NARROW: gl.constexpr,
+    KIND: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """One program per tile of y (M = B HO WO, N). x int32 (two channels each), chunks = CIN / 8 of 16 bytes."""
+    WARPS: gl.constexpr = WARPS_N * WARPS_M
+    n, m = tile(gl.program_id(0), M, N, BLOCK_N, BLOCK_M, GROUP)
+    source = pixels_of(x_ptr, H, W, HO, WO, chunks, pad_h, pad_w, m, M, BLOCK_M, WARPS, KH, KW, STRIDE)
+    acc = products(
+        w_ptr, e_ptr, source, n, 0, steps, steps, BLOCK_N, BLOCK_M, WARPS_N, WARPS_M, STAGES, KIND,
+        narrow_addresses if NARROW else pixel_addresses,
+    )  # fmt: skip
+    store(
+        acc, n, m, M, N, y_ptr, bias_ptr, bias_ptr, 1, r_ptr, N, BLOCK_N, BLOCK_M, WARPS, ACTIVATION, BIAS, False,
+        RESIDUAL,
+    )  # fmt: skip
+
+
+def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
+    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `arrange` made them for mma."""
+    arguments, constants = operands(
+        config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
+    )
+    grid = -(-arguments["N"] // config.block_n) * -(-arguments["M"] // config.block_m)
+    conv_mma[(grid,)](**arguments, **constants, num_warps=config.warps_n * config.warps_m)
+
+
+def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):
+    """-> (run-time, compile-time) arguments."""
+    _, height, width, channels = x.shape
+    images, rows, columns, features = y.shape
+    return {
+        "w_ptr": values,
+        "e_ptr": metadata,
+        "x_ptr": x.view(torch.int32),
+        "y_ptr": y,
+        "bias_ptr": y if bias is None else bias.contiguous(),
+        "r_ptr": y if residual is None else residual,
+        "H": height,
+        "W": width,
+        "HO": rows,
+        "WO": columns,
+        "chunks": channels // 8,
+        "pad_h": padding[0],
+        "pad_w": padding[1],
+        "M": images * rows * columns,
+        "N": features,
+        "steps": metadata.shape[1],
+    }, tile_constants(config) | {
+        "KH": kernel_size[0],
+        "KW": kernel_size[1],
+        "STRIDE": stride,
+        "NARROW": channels % 64 != 0,  # the general way costs the others 31 of 213 instructions in the loop
+        "KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[x.dtype],
+        "ACTIVATION": activation,
+        "BIAS": bias is not None,
+        "RESIDUAL": residual is not None,
+    }

@@ -1,0 +1,175 @@
+"""y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r by `wgmma.mma_async.sp` (sm_90a): configurations and launch.
+
+The kernels are in sparse24_wgmma_kernels. NOT YET RUN ON A GPU: their compiled PTX is executed by the emulator of the
+tests. The order of CONFIGS is not the result of any measurement.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparsedm.kernels.sparse24.dispatch import stores_directly
+from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
+from sparsedm.kernels.sparse24.wgmma_pipeline import boxes
+
+
+@dataclass(frozen=True)
+class Config:
+    block_n: int  # features
+    block_m: int  # rows of x
+    block_k: int
+    stages: int
+    cluster: str = "none"  # "x", "w": what the two blocks of a cluster share
+    specialized: bool = True
+    group: int = 8  # tiles along M that are walked before the next along N, for L2
+
+
+# The first, without clusters, is the default until these are timed.
+CONFIGS = (
+    Config(256, 128, 64, 4),
+    Config(256, 128, 64, 4, specialized=False),
+    Config(256, 128, 64, 4, "w"),
+    Config(256, 128, 64, 4, "x"),
+    Config(128, 256, 64, 3, "x"),
+    Config(256, 128, 128, 2, "w"),
+    Config(256, 128, 64, 4, "w", specialized=False),
+    Config(128, 128, 64, 5),
+    Config(128, 64, 64, 6),  # the last: the only one whose epilogue spills nothing where it stores directly
+)
+
+
+ENDLESS = 1 << 30  # steps of a first source of x that has no second
+
+
+def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
+    """y (M, N) of rows x (M, K), all on one sm_90a device. values (256 n, 64 k) and metadata as `arrange` made them.
+
+    bias (N,), residual (M, N), skip (M, K2), scale (G, N) or None; rows of x, skip and residual 16-byte aligned.
+    """
+    kernel, tensors, arguments, constants = operands(
+        config, x, values, metadata, y, bias, activation, residual, skip, scale
+    )
+    arguments |= {name: descriptor(tensors[name], *box) for name, box in maps(config).items()}
+    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
+    cluster = 1 if config.cluster == "none" else 2
+    grid = min(blocks // cluster, count_tiles(*y.shape, config))
+    start(kernel, grid, arguments, constants, num_warps=warps(config), cluster=cluster)
+
+
+def operands(config, x, values, metadata, y, bias, activation, residual, skip, scale):
+    """-> (kernel, the tensor of each tensor map, the other run-time arguments, the compile-time ones)."""
+    if skip is not None and x.shape[1] % config.block_k:
+        x, skip = torch.cat((x, skip), 1), None  # a TMA box may not straddle the two
+    M, N = y.shape
+    direct = stores_directly(N, y.dtype, residual)
+    stored = x if direct else y
+    tensors = {
+        "w_desc": values,
+        "x_desc": x,
+        "e_desc": metadata,
+        "y_desc": stored,
+        "r_desc": stored if residual is None or direct else residual,
+        "s_desc": x if skip is None else skip,
+    }
+    arguments = {
+        "y_ptr": y,
+        "r_ptr": y if residual is None else residual,
+        "stride_r": N if residual is None else residual.stride(0),
+        "bias_ptr": y if bias is None else bias.contiguous(),
+        "scale_ptr": y if scale is None else scale.contiguous(),
+        "rows_per_scale": M if scale is None else M // scale.shape[0],
+        "split": ENDLESS if skip is None else x.shape[1] // config.block_k,
+        "M": M,
+        "N": N,
+        "K": 2 * values.shape[1],
+    }
+    constants = {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "CLUSTER": config.cluster,
+        "STAGES": config.stages,
+        "GROUP": config.group,
+        "KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[x.dtype],
+        "ACTIVATION": activation,
+        "BIAS": bias is not None,
+        "RESIDUAL": residual is not None,
+        "SCALE": scale is not None,
+        "SKIP": skip is not None,
+        "DIRECT": direct,
+    }
+    return linear_specialized if config.specialized else linear_flat, tensors, arguments, constants
+
+
+def warps(config):
+    """Of the launch; warp specialisation adds its own."""
+    return 4 if config.specialized else 8
+
+
+def count_tiles(M, N, config):
+    """Tiles, or pairs of tiles in a cluster."""
+    tiles_n, tiles_m = -(-N // config.block_n), -(-M // config.block_m)
+    if config.cluster == "x":
+        tiles_n = -(-tiles_n // 2)
+    if config.cluster == "w":
+        tiles_m = -(-tiles_m // 2)
+    return tiles_n * tiles_m
+
+
+@functools.cache
+def maps(config):
+    """Tensor map -> (box, swizzle in bytes), in the order of the kernel's arguments."""
+    rows_x, rows_w, words = boxes(config.block_n, config.block_m, config.block_k, config.cluster)
+    panel = ((config.block_m, 64 if config.specialized else 128), 128)
+    return {
+        "w_desc": ((rows_w, config.block_k // 2), config.block_k),
+        "x_desc": ((rows_x, 64), 128),
+        "e_desc": ((config.block_k // 64, words), 0),
+        "y_desc": panel,
+        "r_desc": panel,
+        "s_desc": ((rows_x, 64), 128),
+    }
+
+
+def descriptor(tensor, box, swizzle):
+    """The tensor map's description of a tensor, of which all but the address is remembered.
+
+    No address is kept anywhere, so that nothing is stale after a model was moved, copied or loaded, or while the
+    allocator hands out the same memory again.
+    """
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.__dict__.update(_checked_fields(tensor.shape, tensor.stride(), tensor.dtype, box, swizzle), base=tensor)
+    return made
+
+
+@functools.lru_cache(4096)
+def _checked_fields(shape, stride, dtype, box, swizzle):
+    """Of a descriptor, built once on any 16-byte aligned address: its checks cost more than all else about it."""
+    base = torch.empty(16, dtype=dtype)
+    layout = gl.NVMMASharedLayout(swizzle, 8 * base.element_size(), len(box))
+    return vars(TensorDescriptor(base, list(shape), list(stride), list(box), layout))
+
+
+_compiled = {}
+
+
+def start(kernel, grid, arguments, constants, *, num_warps, cluster=1):
+    """kernel[(grid,)](...) in a tenth of the time, as `grid` clusters of blocks.
+
+    Integers and alignments are kept out of the specialisation of these kernels (see their decorators), so that the key
+    below is all that decides which compiled kernel runs, and Triton need not look at every argument again. A kernel is
+    compiled for single blocks, whose layouts know nothing of clusters; the launcher takes the cluster size from
+    `packed_metadata`, so that grid (g,) becomes `cluster` g blocks.
+    """
+    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    key = (kernel, *constants.values(), *(tensor.dtype for tensor in tensors), tensors[0].device)
+    if key not in _compiled:
+        compiled = kernel.warmup(**arguments, **constants, num_warps=num_warps, grid=(1,))
+        warps, _, shared = compiled.packed_metadata
+        compiled.packed_metadata = (warps, cluster, shared)
+        _compiled[key] = compiled
+    values = constants | arguments
+    _compiled[key][grid, 1, 1](*[values[name] for name in kernel.arg_names])

@@ -1,0 +1,302 @@
+"""Whole models: `sparsify` gives layers a pattern, `compress` makes the form that runs, `decompress` goes back."""
+
+import contextlib
+import copy
+import re
+
+import torch
+from torch import nn
+
+from sparsedm.compressed import Compressed, Conv2d24, Linear24
+from sparsedm.errors import InputError
+from sparsedm.kernels.pattern import Pattern, group_view, holds
+from sparsedm.kernels.sparse24.torch_layouts import TORCH_TENSORS, to_torch
+from sparsedm.layers import Conv2d, Linear, Masked, invalid_because
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+_TRANSFORMER = (
+    r"blocks\.\d+\.(attn\d?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
+    r"|ff(_context)?\.net\.(0\.proj|2)|proj_(mlp|out))$"
+)
+_SMALL = "an embedding, a modulation or an end layer: few MACs, and every token depends on it"
+FAMILIES = {  # class of the model: (the layers to make sparse unless told otherwise, why the others stay dense)
+    "UNet2DModel": (r"^(?!conv_in$)", "the first convolution, of few channels"),  # the layers of our own DDPM
+    "UNet2DConditionModel": (r"(down|mid|up)_blocks?\.(?!.*time_emb_proj$)", _SMALL),
+    "DiTTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "PixArtTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "SD3Transformer2DModel": (_TRANSFORMER, _SMALL),
+    "FluxTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "VisionTransformer": (r"\.(attn\.(qkv|proj)|mlp\.(fc[12]|[03]))$", _SMALL),  # timm's and torchvision's
+}
+
+
+def _selection(model, where):
+    """((name, module) -> whether it is selected, name -> why it stays dense if it is not)."""
+    if where is not None:
+        return _selector(model, where), lambda name: "not selected"
+    known = {}  # prefix of its names -> (selector, reason): the model itself, or those in a wrapper as DDP or PEFT
+    for name, module in model.named_modules():
+        where, reason = _known_layers(module)
+        if where and not any(name.startswith(prefix) for prefix in known):
+            known[f"{name}." if name else ""] = _selector(module, where), reason
+    if not known:
+        return _selector(model, "all"), lambda name: "not selected"
+
+    def inside(name):
+        return next((prefix for prefix in known if name.startswith(prefix)), None)
+
+    def selected(name, module):
+        prefix = inside(name)
+        return prefix is not None and known[prefix][0](name.removeprefix(prefix), module)
+
+    def reason(name):
+        prefix = inside(name)
+        return "outside of the known model inside: name it in where=" if prefix is None else known[prefix][1]
+
+    return selected, reason
+
+
+def _known_layers(module):
+    """(where, why the others stay dense) for one of our models or of FAMILIES, (None, None) for any other."""
+    if getattr(module, "sparse_layers", None):
+        return module.sparse_layers, "not selected"
+    for kind in type(module).__mro__:
+        where, reason = FAMILIES.get(kind.__name__, (None, None))
+        if where and any(re.search(where, name) for name, _ in module.named_modules()):  # not only of the same name
+            return where, reason
+    return None, None
+
+
+def _selector(model, where):
+    if where == "all":
+        return lambda name, module: True
+    if callable(where):
+        return where
+    if isinstance(where, str):
+        try:
+            expression = re.compile(where)
+        except re.error as error:
+            raise InputError(f"where={where!r} is not a regular expression: {error}") from None
+        return lambda name, module: expression.search(name)
+    try:
+        names = list(where)
+    except TypeError:
+        raise InputError(f"where={where!r}: an expression, a list of names, or a predicate (name, module)") from None
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear | nn.Conv2d)}
+    unknown = [str(name) for name in names if name not in layers]
+    if unknown:
+        raise InputError(f"where names layers the model does not have: {', '.join(unknown)}")
+    chosen = {layers[name] for name in names}
+    return lambda name, module: module in chosen
+
+
+def _dense_reason(name, module, parent, pattern):
+    """None if `module` can take `pattern`, else why it stays dense."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other tensors (parametrize, weight_norm and the like)"
+    if type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__}"
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        return f"{type(parent).__name__} reads its weight without calling it"
+    if not isinstance(module, Masked) and type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} is a special kind of {type(module).__mro__[1].__name__}"
+    if "lora_" in name:
+        return "a LoRA factor: merge it into its layer first"
+    if "forward" in vars(module):
+        return "its forward was replaced (by a hook of accelerate or diffusers): sparsify before that"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if pattern is None:
+        return "no pattern was set"
+    return invalid_because(module.weight, pattern)
+
+
+# ---- masked models ---------------------------------------------------------------------------------------------------
+
+
+def sparsify(model, pattern, where=None):
+    """Give the layers of `model` a pattern, in place, and return the model.
+
+    Plain `nn.Linear` and `nn.Conv2d` modules of any model are swapped for ours; parameters, hooks and optimizer state
+    stay as they are. Layers that cannot hold the pattern, or are not selected, are dense afterwards, also where an
+    earlier call had given them a pattern, and `inspect` says why.
+
+    pattern: "2:4", Pattern, or None / "dense" to take patterns away.
+    where: None (the model's own `sparse_layers` if it has one, else what FAMILIES says of its class, else all), "all",
+        a regular expression searched for in the dotted names, a list of names, or a predicate (name, module) -> bool.
+    Raises: InputError if nothing was selected or no selected layer can hold the pattern.
+    """
+    pattern = Pattern.parse(pattern)
+    selected, unselected = _selection(model, where)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    parents = {child: parent for parent in model.modules() for child in parent._modules.values()}
+    reasons = {n: _dense_reason(n, m, parents.get(m), pattern) if selected(n, m) else unselected(n) for n, m in found}
+    chosen = [n for n, m in found if selected(n, m)]
+    if not chosen:
+        if any(isinstance(m, Compressed) for m in model.modules()):
+            raise InputError("the model is compressed and has no weights to mask: decompress(model) gives them back")
+        raise InputError(f"where={where!r} selects none of the {len(found)} linear and convolution layers")
+    if pattern and all(reasons.values()):
+        raise InputError(f"no selected layer can hold {pattern}: {reasons[chosen[0]]}")
+    swapped = {}
+    for name, module in found:
+        if not reasons[name] and not isinstance(module, Masked):
+            swapped[module] = module = _adopt(module)
+        if isinstance(module, Masked):
+            module.set_pattern(None if reasons[name] else pattern)
+        if reasons[name]:
+            module.dense_reason = reasons[name]
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():  # named_children() passes over a module that stands in two places
+            if child in swapped:
+                setattr(parent, key, swapped[child])
+    return swapped.get(model, model)
+
+
+def _adopt(module):
+    """Our layer in place of a plain one, sharing everything the plain one holds."""
+    kind = Linear if type(module) is nn.Linear else Conv2d
+    layer = kind.__new__(kind)
+    layer.__dict__.update(module.__dict__)
+    layer._start_masking()
+    return layer
+
+
+def masked_layers(model):
+    """[(name, layer)] of the layers that hold a pattern."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, Masked) and m.pattern is not None]
+
+
+def set_masking(model, *, decay=0.0, kept=1.0, dropped=1.0, frozen=False):
+    """Gradient settings of every layer that has a pattern.
+
+    dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
+    frozen=True is ASP. frozen=True keeps today's masks for good (they are then saved with the weights). Every backward
+    adds the decay: to accumulate gradients over n parts of a batch, divide the gradients by n, not the losses.
+    """
+    for _, layer in masked_layers(model):
+        layer.decay, layer.kept, layer.dropped = float(decay), float(kept), float(dropped)
+        if frozen != (layer.mask is not None):
+            layer.freeze_mask(frozen)
+
+
+def masks(model):
+    """{layer name: bool mask with the weight's shape} of the layers that have a pattern."""
+    return {name: layer.current_mask() for name, layer in masked_layers(model)}
+
+
+@contextlib.contextmanager
+def hold_masks(*models):
+    """For compiled models: choose the masks now, for every forward of the block, instead of choosing in each.
+
+    A compiled graph cannot see whether a weight has changed. Between two optimizer steps it does not, so this belongs
+    around the forwards and backwards of one step (and under the autocast they run in). Eager layers need no block.
+    Raises: InputError at the end of the block, naming the layer, if a weight was changed inside of it.
+    """
+    layers = [found for model in models for found in masked_layers(model)]
+    try:
+        for _, layer in layers:
+            layer.hold_choice()
+        yield
+    finally:
+        changed = [name for name, layer in layers if not layer.release_choice()]
+    if changed:
+        raise InputError(f"the weight of {changed[0]} was changed while its mask was held: step after the block")
+
+
+# ---- compressed models -----------------------------------------------------------------------------------------------
+
+
+def compress(model):
+    """A new model whose layers hold only what they multiply with: 2:4 weights as values + metadata, others as they are.
+
+    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes Linear24 / Conv2d24, and so
+    does a linear layer whose weight is torch's SparseSemiStructuredTensor; a masked layer that is denser, such as 3:4,
+    becomes a dense layer with its mask applied. Forward hooks move along. The input model is not touched.
+    """
+    layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
+    if not layers:
+        raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
+    compressed = {layer: _compress_layer(layer) for layer in layers}
+    small = _with_layers(model, compressed).eval()
+    small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    return small.requires_grad_(False)
+
+
+def decompress(model, form="masked"):
+    """A new model with a dense weight, value for value, in place of every compressed one; in eval mode, as `model` is.
+
+    Parameters can be trained, but for those that could not when `model` was compressed. Tied weights are tied no more.
+
+    form: "masked": layers of the pattern 2:4, to be trained on. "cutlass" or "cusparselt": the linear layers hold
+    torch's SparseSemiStructuredTensor for that library, and run only on a GPU; the convolutions are dense.
+    Raises: InputError if no layer is compressed, or the library cannot hold a layer.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
+    if form not in ("masked", *TORCH_TENSORS):
+        raise InputError(f"form={form!r}: one of masked, {', '.join(TORCH_TENSORS)}")
+    if not layers:
+        raise InputError("the model holds no compressed layer")
+    dense = _with_layers(model, {layer: layer.masked() for layer in layers.values()})
+    dense.train(model.training)
+    if form == "masked":
+        for name, parameter in dense.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and name not in getattr(model, "_frozen", ()))
+        return dense
+    for name in layers:
+        layer = dense.get_submodule(name)
+        layer.set_pattern(None)
+        if isinstance(layer, Linear):
+            layer.weight = nn.Parameter(to_torch(layer.weight.detach(), form), requires_grad=False)
+    return dense
+
+
+def _with_layers(model, replacements):
+    for old, new in replacements.items():
+        for hooks in _HOOKS:
+            setattr(new, hooks, getattr(old, hooks).copy())
+    memo = {id(old): new for old, new in replacements.items()}  # deepcopy puts the new layers in the old ones' places
+    return copy.deepcopy(model, memo)
+
+
+def _is_torch_sparse(module):
+    return isinstance(module, nn.Linear) and isinstance(module.weight, tuple(TORCH_TENSORS.values()))
+
+
+def _compress_layer(layer):
+    with torch.no_grad():
+        if _is_torch_sparse(layer):
+            twin = copy.copy(layer)
+            twin._buffers = dict(layer._buffers)
+            return Linear24(_adopt(twin), layer.weight.to_dense())
+        layer._choice = None  # libraries write weights in ways that torch does not count: EMA copies, merged LoRA
+        reason = uncompressed_because(layer)
+        if not reason:
+            return Linear24(layer) if isinstance(layer, Linear) else Conv2d24(layer)
+        dense = copy.deepcopy(layer)
+        dense.weight.copy_(layer.effective_weight())
+        dense.set_pattern(None)
+        dense.dense_reason = reason
+        return dense
+
+
+def uncompressed_because(layer):
+    """None if a masked layer can be held as 2:4 values + metadata, else the reason as a short phrase."""
+    if isinstance(layer, Conv2d) and (
+        layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
+        return "convolutions with groups, or padded other than by a number of zeros, have no compressed form"
+    reason = invalid_because(layer.weight, Pattern(2, 4))
+    if reason:
+        return reason
+    if layer.weight.is_meta:  # no values to look at
+        fits = layer.pattern.keep <= 2
+    else:
+        fits = holds(group_view(layer.effective_weight()), Pattern(2, 4))
+    return None if fits else f"{layer.pattern} keeps more than 2 of every 4 somewhere"

@@ -1,0 +1,234 @@
+"""Which network at which step: a diffusion model does not need its whole network at every noise level (DDSM).
+
+family     networks that predict the same noise at different cost: the widths of a slimmable network, the N:M students
+           of a chain, or both
+strategy   one index into the family per step of a sampler, first the noisiest
+cost       Σ over steps of (evaluations of that step) * (cost of its network), per image
+"""
+
+import copy
+import hashlib
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+
+import torch
+
+from sparsedm import samplers
+from sparsedm.diffusion import evaluating, schedule_of, validation_loss
+from sparsedm.errors import InputError
+from sparsedm.files import write_json
+from sparsedm.inspection import inspect
+from sparsedm.sparsify import compress, masked_layers
+
+UNITS = ("MACs", "seconds")
+
+
+@dataclass(frozen=True)
+class Family:
+    """networks: `model(x, t, y)` with equal inputs and schedule. names, costs: of each; cost of one image, in `unit`.
+
+    MACs are those of linear and convolution layers, kept weights only. Raises InputError for what is no family.
+    """
+
+    name: str
+    networks: tuple
+    names: tuple
+    costs: tuple
+    unit: str = "MACs"
+    fingerprints: tuple = ()  # of the weights of each; () where that does not matter
+
+    def __post_init__(self):
+        if not self.networks:
+            raise InputError(f"the family {self.name} is empty: a strategy needs at least one network")
+        if not len(self.networks) == len(self.names) == len(self.costs) == len(set(self.names)):
+            raise InputError(f"the family {self.name} needs one cost and one name of its own per network")
+        if not all(0 < cost < math.inf for cost in self.costs):
+            raise InputError(f"the family {self.name} has costs {self.costs}: each must be more than 0, and finite")
+        kinds = {(schedule_of(n), n.config.image_size, n.config.channels, n.config.num_classes) for n in self.networks}
+        if len(kinds) > 1:
+            raise InputError(
+                f"the networks of {self.name} differ in schedule, images or classes: one sampler needs one"
+            )
+
+    @property
+    def schedule(self):
+        return schedule_of(self.networks[0])
+
+    @property
+    def shape(self):
+        config = self.networks[0].config
+        return config.channels, config.image_size, config.image_size
+
+    def cost(self, sampler, indices):
+        """Of one image drawn with the strategy `indices`, in the family's unit."""
+        counts = samplers.evaluations(sampler, len(indices))
+        return sum(count * self.costs[index] for count, index in zip(counts, indices))
+
+
+def family(name, networks, *, unit="MACs", batch=64):
+    """The Family of {name: network}. unit: "MACs", or "seconds", measured here for `batch` images at a time.
+
+    In seconds, networks that hold a pattern are compressed, as they would be to save any, and on a GPU all are timed in
+    bf16, as `sparsedm sample --compress` runs them: the 2:4 kernels know no fp32.
+    """
+    if unit not in UNITS:
+        raise InputError(f"unknown unit {unit!r}: one of {', '.join(UNITS)}")
+    models, marks = tuple(networks.values()), tuple(fingerprint(m) for m in networks.values())
+    if unit == "seconds":
+        models = tuple(compress(m) if masked_layers(m) else m for m in models)
+    if unit == "MACs":
+        costs = [inspect(m).totals()["macs_after"] for m in models]
+    else:
+        costs = seconds_per_image([_as_run(m, m.example_inputs(1)[0].device) for m in models], batch)
+    return Family(name, models, tuple(networks), tuple(costs), unit, marks)
+
+
+def _as_run(network, device):
+    return copy.deepcopy(network).bfloat16() if device.type == "cuda" else network
+
+
+def fingerprint(network):
+    """16 hexadecimal digits that change with the configuration, the patterns and the weights, wherever they lie."""
+    patterns = {name: str(layer.pattern) for name, layer in masked_layers(network)}
+    config = getattr(network, "config", None)
+    digest = hashlib.sha256(json.dumps([asdict(config) if is_dataclass(config) else config, patterns]).encode())
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def widths(model):
+    """{name: network} of a SlimmableDDPM, the widest first."""
+    return {f"{k}/8": model.export(k) for k in reversed(model.config.eighths)}
+
+
+def seconds_per_image(networks, batch=64, rounds=7):
+    """The median time of one call of each network on `batch` images, over `batch`; they take turns, round by round."""
+    times = [[] for _ in networks]
+    for count in range(rounds + 1):  # the first warms up
+        for network, seconds in zip(networks, times):
+            inputs = network.example_inputs(batch)
+            with evaluating(network):
+                _wait(inputs[0])
+                start = time.perf_counter()
+                network(*inputs)
+                _wait(inputs[0])
+            if count:
+                seconds.append((time.perf_counter() - start) / batch)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def _wait(tensor):
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+# ---- strategies
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """indices[i]: the network of step i. The rest says for what it was found; nothing else is accepted."""
+
+    family: str
+    networks: tuple  # names
+    sampler: str
+    indices: tuple
+    data: str = ""
+    fingerprints: tuple = ()  # of the networks' weights
+
+    def __post_init__(self):
+        for name in ("networks", "indices", "fingerprints"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        names, indices = self.networks, self.indices
+        if len(self.fingerprints) not in (0, len(names)):
+            raise InputError(f"{len(self.fingerprints)} fingerprints were given for {len(names)} networks")
+        if self.sampler not in samplers.SAMPLERS:
+            raise InputError(f"unknown sampler {self.sampler!r}, expected one of {', '.join(samplers.SAMPLERS)}")
+        if not indices:
+            raise InputError("a strategy needs at least one step")
+        for step, index in enumerate(indices):
+            if type(index) is not int or not 0 <= index < len(names):
+                raise InputError(f"step {step} asks for network {index!r}: the family has 0 to {len(names) - 1}")
+
+    @property
+    def steps(self):
+        return len(self.indices)
+
+    def models(self, family, *, sampler=None, steps=None):
+        """[network] per step, for `samplers.sample`. Raises InputError where the strategy was found for another case.
+
+        sampler, steps: what the caller is about to use; None where it asks the strategy.
+        """
+        marked = self.fingerprints and family.fingerprints  # then a folder may have been moved
+        name = None if marked else family.name
+        asked = {"family": name, "networks": family.names, "sampler": sampler, "steps": steps}
+        for what, value in asked.items():
+            if value is not None and value != getattr(self, what):
+                raise InputError(f"the strategy is for {what} {_text(getattr(self, what))}, not {_text(value)}")
+        if marked:
+            changed = [n for n, a, b in zip(self.networks, self.fingerprints, family.fingerprints) if a != b]
+            if changed:
+                raise InputError(f"the strategy was found for other weights of {', '.join(changed)}: search again")
+        return [family.networks[index] for index in self.indices]
+
+    def save(self, file):
+        write_json(file, {**asdict(self), "steps": self.steps})
+
+
+def _text(value):
+    return ", ".join(value) if isinstance(value, tuple) else value
+
+
+def load_strategy(file):
+    """A Strategy from its JSON file. Raises InputError naming the file and what is wrong with it."""
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        steps, knows_weights = values.pop("steps"), "fingerprints" in values
+        strategy = Strategy(**values)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{file} is missing or holds no strategy: {error}") from error
+    if steps != strategy.steps:
+        raise InputError(f"{file} says {steps} steps and has {strategy.steps} indices")
+    if not knows_weights:
+        raise InputError(f"{file} was made by an older version, which did not say for which weights: search again")
+    return strategy
+
+
+def sample(family, strategy, count, **settings):
+    """(count, C, H, W): `samplers.sample` with the network that the strategy names at each step; settings as there."""
+    return samplers.sample(
+        strategy.models(family),
+        family.schedule,
+        count,
+        family.shape,
+        sampler=strategy.sampler,
+        steps=strategy.steps,
+        **settings,
+    )
+
+
+# ---- a cheap proxy for quality
+
+
+def loss_table(family, x0, sampler, steps, *, y=None, seed=0, batch_size=256, progress=False):
+    """(networks, steps) float64: the validation loss of each network at the noise level of each step, measured once.
+
+    x0 (n, C, H, W) held-out images in [-1, 1]; y (n,) or None. All networks see the same noise. A strategy's proxy is
+    the sum of its entries: it costs no sampling, and knows nothing of how the errors of different steps combine.
+    """
+    times = samplers.time_grid(family.schedule, steps, samplers.SAMPLERS[sampler][1])
+    rows = [
+        validation_loss(
+            network, x0, family.schedule, y=y, times=times, seed=seed, batch_size=batch_size, progress=progress
+        )
+        for network in family.networks
+    ]
+    return torch.stack(rows)

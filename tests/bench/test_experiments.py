@@ -1,0 +1,468 @@
+"""Plans are equal terms by construction; a run is made once; tables and pictures come from the results file alone."""
+
+import itertools
+import os
+import shutil
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.experiments import measures, report, results, runner
+from bench.experiments.plans import EXPERIMENTS, SCALES, Scale, planned
+from sparsedm import cli
+from sparsedm.commands.quickstart import SYNTHETIC
+from sparsedm.diffusion import schedule_of, validation_loss
+from sparsedm.errors import InputError
+from sparsedm.inspection import inspect
+from sparsedm.kernels.pattern import Pattern
+from sparsedm.models import build_model, model_config
+from sparsedm.sparsify import sparsify
+from sparsedm.train import checkpoint, data, loop
+from sparsedm.train.methods import LADDER, METHODS
+from sparsedm.train.metrics import read_metrics, usual_speed
+
+TINY = Scale(
+    summary="for the tests",
+    model="uvit-tiny",
+    overrides={**SYNTHETIC.model, "dim": 32, "depth": 2, "heads": 2},
+    conditional=True,
+    data="synthetic",
+    base_steps=6,
+    steps=4,
+    ladder=("3:4",),
+    seeds=2,
+    samples=16,
+    sampling_steps=2,
+    options=SYNTHETIC.options,
+    validation=16,
+)
+RUNS = ("dense", "oneshot", "chain", "small-dense")
+
+
+def command(folder, *more):
+    only = itertools.chain.from_iterable(("--only", run) for run in RUNS)
+    return cli.main(["experiment", "arms", "--scale", "tiny", "--out", str(folder), *only, *more])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(SCALES, "tiny", TINY)
+    monkeypatch.setattr(runner, "load_images", lambda *a, limit=None: data.load("synthetic", a[1], size=a[2], limit=64))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arms")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.__wrapped__(patch)
+        assert command(folder) == 0
+    return folder
+
+
+def numbers(folder, run, measure, seed=0):
+    rows = results.read(folder / "results.csv")
+    return [(r["x"], r["value"]) for r in rows if (r["run"], r["measure"], r["seed"]) == (run, measure, seed)]
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["smoke", "lite", "full"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_runs_of_a_plan_are_distinct_and_spend_the_same(name, scale):
+    _, scale, runs = planned(name, scale)
+    assert len({run.name for run in runs}) == len(runs)
+    spent = {run.name: sum(stage.steps for stage in run.stages) for run in runs}
+    exceptions = {"oneshot": 0, "small-dense": scale.base_steps + scale.steps}
+    assert spent == {name: exceptions.get(name, scale.steps) for name in spent}
+
+
+@pytest.mark.parametrize("scale", ["smoke", "lite", "full"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_run_of_a_plan_is_made_twice_under_two_names(name, scale):
+    plan, _, runs = planned(name, scale)
+    made = [(tuple(replace(stage, name="-") for stage in run.stages), run.where) for run in runs]
+    assert len({*made}) == len(made)
+    assert plan.control in {run.name for run in runs}
+
+
+def test_what_the_plans_vary():
+    def stages(experiment):
+        return {run.name: run.stages for run in planned(experiment, "full")[2]}
+
+    assert [s.pattern for s in stages("arms")["chain"]] == ["31:32", "15:16", "7:8", "3:4", "2:4"]
+    ratio = {run.name: run.x for run in planned("ratio", "full")[2]}
+    assert ratio == {"dense": 1.0} | {p: Pattern.parse(p).density for p in LADDER}
+    assert set(stages("arms")) == {*METHODS, "small-dense"}
+    ablate = stages("ablate")
+    changed = {name: stages[0] for name, stages in ablate.items()}
+    assert [changed[f"w_kd={w}"].w_kd for w in ("0", "0.03", "0.3", "1")] == [0, 0.03, 0.3, 1]
+    assert [changed[f"decay={d}"].decay for d in ("0", "2e-05", "0.002")] == [0, 2e-5, 2e-3]
+    assert (changed["default"].w_kd, changed["default"].decay, changed["default"].teacher) == (0.1, 2e-4, "dense")
+    assert {s.teacher for s in ablate["5 students, teacher previous"]} == {"previous"}
+    assert {s.learns_from for s in ablate["5 students, no teacher"]} == {"none"}
+    assert ablate["teacher alone"][0].w_noise == 0
+    assert [len(ablate[name]) for name in ("default", "3 students", "5 students")] == [1, 3, 5]
+    assert all(stage.inplace for stage in stages("fixed-vs-inplace-vs-chain")["inplace"])
+
+
+def test_what_answers_the_question_comes_first():
+    first = {name: [run.name for run in planned(name, "lite")[2]][:2] for name in EXPERIMENTS}
+    assert first["arms"] == first["fixed-vs-inplace-vs-chain"] == ["dense", "chain"]
+    assert first["ratio"] == ["dense", "2:4"]
+    assert first["ablate"][0] == EXPERIMENTS["ablate"].control
+
+
+@pytest.mark.parametrize("model", ["uvit-tiny", "uvit-cifar10-small"])
+def test_the_small_dense_network_has_the_macs_of_the_sparse_one(model):
+    config = runner.asdict(model_config(model))
+    target = inspect(sparsify(build_model(config, device="meta"), "2:4")).totals()["macs_after"]
+    small = runner.small_config(config)
+    macs = inspect(build_model(small, device="meta")).totals()["macs"]
+    assert small["dim"] < config["dim"]
+    assert abs(macs / target - 1) < 0.05
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_everything(done):
+    text = (done / "report.md").read_text()
+    assert all(f"| {run} |" in text for run in RUNS)
+    assert "Mean of 2 seeds" in text
+    for picture in ("compare.png", "training.png", "noise-levels.png", "health.png", "flips.png"):
+        assert (done / picture).stat().st_size > 5000
+        assert picture in text
+    for run in RUNS:
+        assert len(numbers(done, run, "validation loss")) == len(numbers(done, run, "validation loss", 1)) == 1
+        assert len(numbers(done, run, "loss at noise level")) == measures.LEVELS
+    assert numbers(done, "dense", "validation loss") != numbers(done, "dense", "validation loss", 1)
+    base = done / "seed-0" / "base" / "00-dense"
+    for record in read_metrics(done / "seed-0" / "dense" / "00-dense"):
+        assert record["speed_to_dense"] == record["images_per_second"] / usual_speed(base)
+    assert numbers(done, "chain", "density")[-1][1] == 0.5
+    assert numbers(done, "chain", "distance over training")[-1][1] > 0.1
+    assert len(numbers(done, "chain", "flip rate of in_blocks.0.attn.qkv")) == len(numbers(done, "chain", "flip rate"))
+    assert numbers(done, "chain", "validation over training")[-1][0] == 4 * TINY.options.batch_size
+    assert numbers(done, "small-dense", "images") == [(None, 10 * TINY.options.batch_size)]
+
+
+def test_every_run_starts_from_the_base_of_its_seed(done, tiny):
+    """Pruning in one shot is the base with its masks and nothing else."""
+    base = runner._Work("arms", "tiny", TINY, done, torch.device("cpu")).base(1).ema
+    pruned = sparsify(base, "2:4")
+    x, y = data.batch(data.load("synthetic", "test", size=12, limit=64), torch.arange(64))
+    expected = float(validation_loss(pruned, x, schedule_of(pruned), y=y))
+    assert numbers(done, "oneshot", "validation loss", 1) == [(None, expected)]
+
+
+def test_a_start_that_is_not_that_of_the_other_runs_is_refused(done, tiny, tmp_path, capsys):
+    """On a GPU a second training of the dense network gives other bits: then the terms would not be equal."""
+    folder = tmp_path / "moved"
+    shutil.copytree(done, folder, ignore=shutil.ignore_patterns("seed-*"))
+    rows = [row for row in results.read(folder / "results.csv") if row["run"] != "oneshot"]
+    results.write(folder / "results.csv", rows)
+    assert command(folder, "--seeds", "1") == 0, "on a CPU the bits are the same"
+    for row in rows:
+        row["value"] += 1e-6 * (row["measure"] == runner.BASE and row["seed"] == 1)
+    results.write(folder / "results.csv", rows)
+    assert command(folder) == 2
+    assert "holds runs of seed 1 that began from another dense network" in capsys.readouterr().err
+    assert {row["run"] for row in results.read(folder / "results.csv") if row["seed"] == 0} == set(RUNS)
+
+
+def test_on_a_gpu_nothing_is_tuned_unless_it_is_asked_for(tmp_path, monkeypatch):
+    def work(*arguments):
+        raise InputError(f"SPARSEDM_AUTOTUNE={os.environ.get('SPARSEDM_AUTOTUNE')}")
+
+    monkeypatch.setattr(runner, "_Work", work)
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "on")
+    options = {"name": "arms", "scale": "lite", "data": None, "features": None, "out": tmp_path, "only": None}
+    options |= {"seeds": None, "seed": 0, "minutes": None, "dry_run": False, "report_only": False}
+    for device, given, expected in (("cuda", "on", "on"), ("cpu", None, None), ("cuda", None, "off")):
+        if given is None:
+            monkeypatch.delenv("SPARSEDM_AUTOTUNE", raising=False)
+        with pytest.raises(InputError, match=f"SPARSEDM_AUTOTUNE={expected}"):
+            runner.experiment(SimpleNamespace(**options, device=torch.device(device)))
+
+
+@pytest.mark.gpu
+def test_a_study_on_a_gpu(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")  # as the command sets it, and taken back
+    assert command(tmp_path, "--device", "cuda", "--seeds", "1") == 0
+    for run in RUNS:
+        for measure in ("validation loss", "Fréchet distance"):
+            [(_, value)] = numbers(tmp_path, run, measure)
+            assert 0 < value < float("inf")
+    assert numbers(tmp_path, "chain", "density")[-1][1] == 0.5
+    assert "within 5%" in (tmp_path / "report.md").read_text()
+
+
+def test_what_is_finished_is_not_repeated(done, tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "again"
+    shutil.copytree(done, folder)
+    before = (folder / "results.csv").read_text()
+    kept = [row for row in results.read(folder / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    runner.write(folder / "results.csv", kept)
+    measured, train = [], runner._Work.train
+    monkeypatch.setattr(runner._Work, "train", lambda *a: measured.append((a[1], a[2].name)) or train(*a))
+    monkeypatch.setattr("sparsedm.train.step.Step.__call__", lambda *a: pytest.fail("trained again"))
+    assert command(folder) == 0
+    assert measured == [(1, "chain")]
+    fresh = {(r["run"], r["seed"], r["measure"], r["x"]): r["value"] for r in results.read(folder / "results.csv")}
+    (tmp_path / "before.csv").write_text(before)
+    for row in results.read(tmp_path / "before.csv"):
+        if "seconds" not in row["measure"] and row["measure"] != "peak memory":
+            key = (row["run"], row["seed"], row["measure"], row["x"])
+            assert fresh[key] == row["value"] or row["value"] != row["value"], key
+
+
+def test_a_study_that_is_cut_again_and_again_is_that_of_one_piece(done, tiny, tmp_path, monkeypatch, capsys):
+    """The clock goes on by a second whenever it is looked at, so that every place where time can be up is one."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
+    for module in (runner, measures, loop):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(measures, "BATCH", 8)
+    cuts = []
+    while (code := command(tmp_path, "--seeds", "1", "--minutes", f"{(runner.RESERVE + 6) / 60}")) and len(cuts) < 20:
+        assert code == 3
+        cuts.append(capsys.readouterr())
+        assert cuts[-1].err.rstrip().endswith("to go on, run the same command again")
+    assert code == 0
+    assert "before step" in "".join(cut.err for cut in cuts)
+    assert "is saved in" in "".join(cut.err for cut in cuts)
+    assert "of 16 samples" in "".join(cut.err for cut in cuts)
+    for number, cut in enumerate(cuts):
+        finished = [run for run in RUNS if f"| {run} |" in cut.out]
+        assert finished == list(RUNS)[: len(finished)], "the report of what was finished then"
+        assert bool(finished) == ("report.md" in cut.out), number
+
+    def values(folder):
+        rows = [row for row in results.read(folder / "results.csv") if row["seed"] == 0]
+        return {(r["run"], r["measure"], r["x"]): r["value"] for r in rows}
+
+    whole, pieces = values(done), values(tmp_path)
+    assert whole.keys() == pieces.keys()
+    timed = ("seconds", "seconds with measuring", "peak memory")
+    different = {key for key in whole if key[1] not in timed and whole[key] != pieces[key]}
+    assert all(whole[key] != whole[key] for key in different), "NaN, and nothing else"
+    ends = [f"seed-0/{run}/checkpoints" for run in ("small-dense", "chain/01-2of4", "dense/00-dense")]
+    for end in ends:
+        for file in sorted((done / end).glob("step-*/*.safetensors"))[-3:]:
+            assert file.read_bytes() == (tmp_path / file.relative_to(done)).read_bytes()
+
+
+def test_networks_run_in_the_precision_of_their_training_and_the_measures_exactly(done, tiny, monkeypatch):
+    work = runner._Work("arms", "tiny", TINY, done, torch.device("cpu"))
+    base, measured, ran = work.base(0).ema, [], []
+    evaluate = measures.evaluate.evaluate
+    for name, function in (("evaluate", evaluate), ("weight_distance", measures.weight_distance)):
+        place = measures.evaluate if name == "evaluate" else measures
+        monkeypatch.setattr(
+            place, name, lambda *a, f=function: measured.append(torch.is_autocast_enabled("cpu")) or f(*a)
+        )
+    base.mid_block.mlp.fc1.register_forward_hook(lambda module, inputs, out: ran.append((out.device.type, out.dtype)))
+    bf16 = torch.autocast("cpu", torch.bfloat16)
+    images = measures.draw(base, TINY, 0, bf16)
+    assert set(ran) == {("cpu", torch.bfloat16)}
+    ran.clear()
+    measures.measure(base, images, work.validation, work.reference, work.features, base, bf16)
+    assert set(ran) == {("cpu", torch.bfloat16), ("meta", torch.float32)}, "meta: where MACs are counted"
+    assert measured == [False, False]
+
+
+def test_samples_are_those_of_one_batch(done, tiny, monkeypatch):
+    base = runner._Work("arms", "tiny", TINY, done, torch.device("cpu")).base(0).ema
+    off = torch.autocast("cpu", enabled=False)
+    whole = measures.draw(base, TINY, 1, off)
+    monkeypatch.setattr(measures, "BATCH", 5)
+    assert (measures.draw(base, TINY, 1, off).int() - whole.int()).abs().max() <= 1
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_needs_the_results_file_alone(done, tiny, tmp_path, capsys):
+    shutil.copy(done / "results.csv", tmp_path)
+    assert command(tmp_path, "--report-only") == 0
+    assert (tmp_path / "report.md").read_text() == (done / "report.md").read_text()
+    assert (tmp_path / "compare.png").read_bytes() == (done / "compare.png").read_bytes()
+    assert "| chain |" in capsys.readouterr().out
+
+
+def test_the_table_is_the_mean_and_half_the_range():
+    assert report._cell([0.02, 0.04], "validation loss") == "0.0300 ± 0.0100"
+    assert report._cell([3.0], "Fréchet distance") == "3.00"
+    assert report._cell([float("nan")], "distance to dense weights") == "-"
+
+
+def test_the_report_says_whether_a_run_is_as_good_as_dense(done, tmp_path):
+    """Within 5% of the control of the same seed; and that the measure sees nothing, where it does not."""
+    distances = {"dense": (10, 20), "chain": (10.4, 20.9), "small-dense": (10.4, 21.1), "oneshot": (11, 40)}
+
+    def rows(distances):
+        found = results.read(done / "results.csv")
+        planted = [row for row in found if row["measure"] == "Fréchet distance"]
+        others = [row for row in found if row["measure"] != "Fréchet distance"]
+        return [*(row | {"value": distances[row["run"]][row["seed"]]} for row in planted), *others]
+
+    text = report.write(tmp_path, rows(distances), EXPERIMENTS["arms"])
+    assert "| against dense | Fréchet distance | validation loss | within 5% |" in text
+    lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text.splitlines() if line.count("|") == 5}
+    assert lines["chain"][0] == "1.042 ± 0.002"
+    assert {run: line[-1] for run, line in lines.items() if run in RUNS} == {
+        "chain": "yes |",
+        "small-dense": "in some seeds |",
+        "oneshot": "no |",
+    }
+    losses = [numbers(done, run, "validation loss", s)[0][1] for s in (0, 1) for run in ("chain", "dense")]
+    first, second = losses[0] / losses[1], losses[2] / losses[3]
+    assert lines["chain"][1] == f"{(first + second) / 2:.3f} ± {abs(first - second) / 2:.3f}"
+    assert "Even pruning without training" not in text
+    text = report.write(tmp_path, rows(distances | {"oneshot": (10, 20)}), EXPERIMENTS["arms"])
+    assert "Even pruning without training is within it" in text
+    alone = [row for row in rows(distances) if row["run"] != "dense"]
+    assert "against dense" not in report.write(tmp_path, alone, EXPERIMENTS["arms"])
+
+
+def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
+    rows = results.read(done / "results.csv")
+    for run, x in (("dense", 1.0), ("chain", 0.5)):
+        rows += [{**rows[0], "run": run, "seed": seed, "measure": "axis", "x": None, "value": x} for seed in (0, 1)]
+    rows = [row for row in rows if row["run"] in ("dense", "chain")]
+    text = report.write(tmp_path, rows[::-1], EXPERIMENTS["ratio"])
+    assert (tmp_path / "ratio.png").stat().st_size > 5000
+    assert text.index("| dense |") < text.index("| chain |"), "from the densest, in whatever order they were made"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_of_a_plan_has_a_line_of_its_own(name, done, tmp_path):
+    names = [run.name for run in planned(name, "full")[2]]
+    styles = report._styles(names, EXPERIMENTS[name].control)
+    assert len({*styles.values()}) == len(names)
+    rows = [row for row in results.read(done / "results.csv") if row["run"] == "chain"]
+    report.write(tmp_path, [row | {"run": run} for run in names for row in rows], EXPERIMENTS[name])
+    assert (tmp_path / "training.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("drawn", [(0.98, 1.1), (0.08, 0.17), (1, 90)])
+def test_every_range_has_several_numbers_on_its_axis(drawn):
+    axes = report.Figure().subplots()
+    axes.plot(drawn)
+    report._logarithmic(axes)
+    axes.figure.draw_without_rendering()
+    shown = [label for label in axes.get_yticklabels() if drawn[0] <= label.get_position()[1] <= drawn[1]]
+    assert 3 <= len({label.get_text() for label in shown}) == len(shown) <= 7
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["arm"], "unknown experiment 'arm': one of arms, ratio"),
+        (["arms", "--scale", "huge"], "unknown scale 'huge': one of smoke, lite, full"),
+        (["arms", "--only", "sgd"], "unknown run sgd: they are dense, chain, oneshot"),
+        (["arms", "--seeds", "0"], "--seeds 0: at least one is needed"),
+        (["arms", "--minutes", "0.5"], "--minutes 0.5: more than 40 seconds are needed to stop cleanly"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert cli.main(["experiment", *arguments, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_another_experiment_is_refused(done, tiny, capsys):
+    assert command(done, "--data", "cifar10") == 2
+    assert "was made by other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "seed,x,value\n", "run,seed\nx,1\n", "seed,x,value\n1,,much\n", "seed,value,x\n1,2\n"]
+)
+def test_a_damaged_results_file_is_refused(tmp_path, content):
+    (tmp_path / "results.csv").write_text(content)
+    if not content:
+        (tmp_path / "results.csv").unlink()
+    with pytest.raises(InputError, match="cannot be read as the results of an experiment"):
+        results.read(tmp_path / "results.csv")
+
+
+def lines(done):
+    return (done / "results.csv").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda found: [found[0].replace("group,", ""), *found[1:]], "it has no column group"),
+        (lambda found: [*found[:5], found[5].rpartition(",")[0]], "a row is cut short"),
+        (
+            lambda found: [line for line in found if ",chain,1,Fréchet" not in line],
+            "chain of seed 1 has no Fréchet",
+        ),
+        (lambda found: [found[0], found[1].replace(",0,", ",zero,", 1)], "invalid literal for int"),
+    ],
+    ids=["column", "row", "measure", "seed"],
+)
+def test_a_results_file_that_lost_something_is_refused(done, tiny, tmp_path, capsys, damage, message):
+    changed = damage(lines(done))
+    assert changed != lines(done)
+    (tmp_path / "results.csv").write_text("\n".join(changed))
+    assert command(tmp_path, "--report-only") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_results_of_another_experiment_are_refused(done, tiny, tmp_path, capsys):
+    shutil.copy(done / "results.csv", tmp_path)
+    for more in ([], ["--report-only"]):
+        assert cli.main(["experiment", "ratio", "--scale", "tiny", "--out", str(tmp_path), *more]) == 2
+        assert "holds results of arms (tiny), not of ratio (tiny)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["results.csv"]
+
+
+def test_a_mistyped_option_leaves_the_folder_free_for_the_right_one(tiny, tmp_path, capsys):
+    assert command(tmp_path, "--features", "random-cnov") == 2
+    assert "'random-cnov' are neither random-conv" in capsys.readouterr().err
+    assert not (tmp_path / "options.json").exists()
+
+
+def test_two_processes_do_not_share_a_folder(done, tiny, capsys):
+    before = (done / "results.csv").read_bytes()
+    with checkpoint.folder_lock(done):
+        assert command(done) == 2
+    assert f"another process is training in {done}" in capsys.readouterr().err
+    assert (done / "results.csv").read_bytes() == before
+
+
+def test_the_table_says_which_runs_have_fewer_seeds_and_what_they_ran_on(done, tmp_path):
+    rows = [row for row in results.read(done / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    rows[-1]["device"] = "another"
+    text = report.write(tmp_path, rows, EXPERIMENTS["arms"])
+    assert "Mean of 2 seeds ± half their range (chain has 1)." in text
+    assert f"{rows[0]['device']}, {rows[0]['threads']} threads" in text
+    assert " and another, " in text
+
+
+def test_outside_of_a_repository_the_version_stands_for_the_commit(done, tmp_path):
+    rows = [row | {"commit": ""} for row in results.read(done / "results.csv")]
+    assert f"commit {rows[0]['sparsedm']}" in report.write(tmp_path, rows, EXPERIMENTS["arms"])
+
+
+def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
+    assert cli.main(["experiment", "arms", "--scale", "full", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in METHODS)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_smoke_ranks_dense_above_pruning_in_one_shot(tmp_path):
+    assert cli.main(["experiment", "arms", "--out", str(tmp_path), "--seeds", "1"]) == 0
+    losses = {run: numbers(tmp_path, run, "validation loss")[0][1] for run in ("dense", "sr-ste+kd", "oneshot")}
+    assert losses["dense"] < losses["sr-ste+kd"] < losses["oneshot"]

@@ -1,0 +1,180 @@
+"""Charts from made-up rows (no measurement), and from the committed results files alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from bench import charts, plot
+from bench.baselines import PROVIDERS
+from bench.results import COLUMNS, write
+from bench.speedups import speedups
+from sparsedm.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("_small_pictures")
+COMMITTED = sorted((Path(__file__).parents[2] / "bench/results").glob("*/results.csv"))
+
+
+@pytest.fixture
+def _small_pictures(monkeypatch):
+    monkeypatch.setattr(plot, "DPI", 20)  # a fifth of the pixels in each direction, and of the time
+
+
+def row(provider, p50, **changes):
+    base = {"suite": "gemm", "kernel": "linear", "model": "square", "shape": "square 256", "mode": "plain"}
+    base |= {"metric": "time", "dtype": "bfloat16", "M": 256, "N": 256, "K": 256, "layers": 1, "status": "ok"}
+    base |= {
+        "p20_us": 0.9 * p50,
+        "p50_us": p50,
+        "p80_us": 1.2 * p50,
+        "device": "Some GPU",
+        "date": "2030-01-02T03:04:05",
+    }
+    base |= {"dense_equivalent_tflops": 100 / p50, "gbps": 50 / p50, "value": None, "torch": "9.9", "commit": "abc"}
+    return dict.fromkeys(COLUMNS, "") | base | {"provider": provider} | changes
+
+
+def made_up():
+    """Rows for every chart."""
+    rows = []
+    for size in (256, 512, 1024):
+        sizes = {"shape": f"square {size}", "M": size, "N": size, "K": size}
+        rows += [row("dense", 10, **sizes), row(charts.OURS, 8, **sizes), row("cuSPARSELt", 12, **sizes)]
+    for m in (128, 256):
+        sizes = {"model": "grid", "shape": f"grid {m}", "M": m}
+        rows += [row("dense", 10, **sizes), row(charts.OURS, 5, **sizes)]
+    rows += [r | {"model": "m-sweep", "shape": f"m-sweep {r['M']}"} for r in rows[:9]]
+    rows += [r | {"model": "net@4", "shape": "net@4 fc", "mode": "epilogue"} for r in rows[:3]]
+    network = {"model": "net", "shape": "net@4", "mode": "step", "M": 4, "N": None, "K": None}
+    for suite in ("end-to-end", "train"):
+        rows += [row(p, t, suite=suite, **network) for p, t in (("dense", 9), (charts.OURS, 7))]
+    cell = {"suite": "table3", "model": "one block, width 8, patch 2, mlp 4", "shape": "t"}
+    rows += [row("dense", 9, **cell), row(charts.OURS, 7, **cell)]
+    rows += [row("sparsedm choose", 9, suite="mask", shape="square 256", mode="choose")]
+    for kernel, value in (("copy", 4000.0), ("dense", 700.0), ("mma.sp", 900.0)):
+        rows.append(row("torch", 1, suite="ceiling", kernel=kernel, metric="rate", gbps=value, value=value))
+    return rows
+
+
+def test_speed_up_is_against_the_fastest_dense_and_nothing_else():
+    rows = [row("dense", 10), row("dense compiled", 8), row("ours", 4), row("sparsedm 2:4 dense", 9)]
+    rows += [row("ours", 1, metric="packing"), row("ours", 1, status="wrong"), row("ours", 4, shape="no dense here")]
+    found = {s.row["provider"]: s for s in speedups(rows)}
+    assert set(found) == {"ours", "sparsedm 2:4 dense"}
+    assert found["ours"].p50 == 2
+    assert found["ours"].low == pytest.approx(0.9 * 8 / (1.2 * 4))
+    assert found["ours"].high == pytest.approx(1.2 * 8 / (0.9 * 4))
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float16"}, {"mode": "epilogue"}, {"device": "Another GPU"}])
+def test_denominators_are_not_borrowed(other):
+    assert not speedups([row("dense", 10, **other), row("ours", 5)])
+
+
+def test_every_chart_is_drawn_for_light_and_dark_pages(tmp_path):
+    write(tmp_path / "r.csv", made_up())
+    names = {path.name for path in plot.draw_all([tmp_path / "r.csv"], tmp_path / "plots")}
+    wanted = {"speedup-square", "speedup-m-sweep", "roofline", "heat", "layers-net-batch4", "end-to-end", "train"}
+    wanted |= {"table3", "masks"}
+    assert names == {f"{name}{suffix}.png" for name in wanted for suffix in ("", "-dark")} | {"targets.md"}
+    light, dark = (np.array(Image.open(tmp_path / f"plots/heat{s}.png").convert("L")) for s in ("", "-dark"))
+    assert light[0, 0] > 240
+    assert dark[0, 0] < 30
+
+
+def test_a_cpu_is_named_in_large_letters_and_a_gpu_is_not(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: saved.append(figure))
+    for device, on_cpu in (("CPU: abacus", True), ("Some GPU", False)):
+        rows = [r | {"device": device} for r in made_up()]
+        assert plot.save(tmp_path / "x.png", "Title", charts.heat, (6, 4), rows, plot.THEMES[""])
+        figure = saved[-1]
+        large = [t for t in figure.texts if t.get_text() == "CPU"]
+        assert [t.get_fontsize() >= 100 for t in large] == [True] * on_cpu
+        assert ("no GPU was measured" in figure.get_suptitle()) is on_cpu
+        assert device in figure.get_supxlabel()
+
+
+def test_the_caption_says_what_was_measured_when_and_with_what():
+    rows = [row("dense", 1, driver="600.1"), row("dense", 1, date="2030-02-01T00:00:00", commit="def")]
+    text = plot.caption(rows)
+    assert text.startswith("Some GPU, bfloat16, 2030-01-02 to 2030-02-01, sparsedm abc, def\ndriver 600.1, torch 9.9\n")
+    assert "TFLOP/s are dense-equivalent" in text
+
+
+def test_no_two_providers_look_alike():
+    names = [p.name for p in PROVIDERS["linear"]]
+    assert len(names) > len(charts.COLOURS)
+    for i in (1, 2, 3):  # colour and marker, colour and dash, colour and hatching
+        assert len({(look[0], look[i]) for look in charts.looks(names).values()}) == len(names)
+
+
+def test_ceilings_that_lie_close_together_are_labelled_apart():
+    rows = [*made_up(), row("torch", 1, suite="ceiling", kernel="mma", metric="rate", value=710.0)]
+    figure = Figure()
+    assert charts.roofline(figure, rows)
+    labels = {t.get_text(): t.xy[1] for t in figure.axes[0].texts}
+    assert labels[" dense product 700"] == 700
+    assert labels[" mma 710"] > 1.05 * 700
+
+
+def test_the_losing_region_is_shaded_up_to_one():
+    figure = Figure()
+    axes = figure.subplots()
+    charts.losing_region(axes)
+    (patch,) = axes.patches
+    assert (patch.get_y(), patch.get_height()) == (0, 1)
+    assert sorted(line.get_ydata()[0] for line in axes.lines) == [1, 2]
+
+
+def test_heat_shows_each_ratio_in_its_cell():
+    figure = Figure()
+    assert charts.heat(figure, made_up())
+    assert [t.get_text() for t in figure.axes[0].texts] == ["2.00", "2.00"]
+
+
+def test_heat_leaves_cells_empty_that_were_not_measured():
+    corner = {"model": "grid", "shape": "grid corner", "M": 128, "N": 512}
+    figure = Figure()
+    assert charts.heat(figure, [*made_up(), row("dense", 10, **corner), row(charts.OURS, 40, **corner)])
+    assert [t.get_text() for t in figure.axes[0].texts] == ["2.00", "0.25", "2.00"], "three of four cells"
+
+
+def test_the_roofline_draws_the_measured_ceilings():
+    figure = Figure()
+    assert charts.roofline(figure, made_up())
+    said = " ".join(t.get_text() for t in figure.axes[0].texts)
+    assert "copy 4000 GB/s" in said
+    assert "dense product 700" in said
+    assert "mma.sp 900" in said
+
+
+def test_nothing_to_draw_writes_nothing(tmp_path):
+    write(tmp_path / "r.csv", [row("dense", 1)])
+    assert [p.stem for p in plot.draw_all([tmp_path / "r.csv"], tmp_path)] == ["roofline", "roofline-dark", "targets"]
+
+
+def test_devices_are_not_mixed(tmp_path):
+    write(tmp_path / "r.csv", [row("dense", 1), row("dense", 1, device="Another GPU")])
+    with pytest.raises(InputError, match="a plot shows one device, these files hold Another GPU and Some GPU"):
+        plot.draw_all([tmp_path / "r.csv"], tmp_path)
+
+
+def test_files_without_a_measurement_are_refused(tmp_path, capsys):
+    write(tmp_path / "r.csv", [row("dense", 1, status="wrong")])
+    assert plot.main([str(tmp_path / "r.csv"), "--out", str(tmp_path)]) == 2
+    assert "these files hold no measurement" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.parent.name)
+def test_committed_results_are_enough_for_the_charts(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "THEMES", {"": plot.THEMES[""]})  # half the time
+    written = {p.stem for p in plot.draw_all([path], tmp_path)}
+    assert written >= {"speedup-square", "roofline", "heat", "end-to-end", "masks"}
+    assert ("targets" in written) is (path.parent.name != "cpu"), "the targets are for a GPU"
+
+
+def test_there_are_committed_results():
+    assert COMMITTED

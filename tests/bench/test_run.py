@@ -1,0 +1,295 @@
+import functools
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from bench import ceilings, mask_providers, measure, run
+from bench import networks as end_to_end
+from bench.baselines import OURS_AND_DENSE
+from bench.results import Results, read
+from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, main, run_suite
+from sparsedm.errors import InputError
+
+FAST = {"rounds": 1, "per_round": 1}
+
+
+def session(path, shapes=None, resume=False, **options):
+    return Session(
+        Results(path, resume), torch.device("cpu"), torch.float32, quick=True, shapes=shapes, limits=FAST, **options
+    )
+
+
+@pytest.mark.parametrize("suite", LAYER_SUITES)
+def test_layer_suites_measure_each_shape_in_each_mode(suite, tmp_path):
+    shapes = "ddpm-tiny@1" if suite == "conv" else "uvit-tiny@1"
+    run_suite(suite, session(tmp_path / "r.csv", shapes))
+    rows = read(tmp_path / "r.csv")
+    kind = LAYER_SUITES[suite][0]
+    assert {r["mode"] for r in rows} == set(kind.of_models or kind.modes)
+    assert {r["kernel"] for r in rows} == {kind.kernel}
+    assert {r["status"] for r in rows} <= {"ok", "unsupported"}
+    assert {r["provider"] for r in rows if r["status"] == "ok"} >= {"dense"}
+    assert all(r["p20_us"] <= r["p50_us"] <= r["p80_us"] for r in rows if r["metric"] == "time" and r["status"] == "ok")
+
+
+def test_sweeps_have_all_modes_and_back_ends_and_layers_their_own_epilogue(tmp_path):
+    run_suite("gemm", session(tmp_path / "r.csv", "square@128,uvit-tiny@1"))
+    found = {(r["model"], r["mode"], r["provider"]) for r in read(tmp_path / "r.csv")}
+    assert {mode for model, mode, _ in found if model == "square"} == {"plain", "epilogue"}
+    assert {mode for model, mode, _ in found if model != "square"} == {"epilogue"}
+    forced = {model for model, _, provider in found if provider == "sparsedm 2:4 wgmma"}
+    assert forced == {"square"}
+    assert {model for model, _, provider in found if provider == "sparsedm 2:4"} == {"square", "uvit-tiny@1"}
+
+
+def test_rows_are_in_the_file_before_the_next_shape_begins(tmp_path, monkeypatch):
+    seen = []
+
+    def only_notes(suite, problem, *rest, **limits):
+        path = tmp_path / "r.csv"
+        seen.append(len(read(path)) if path.exists() else 0)
+        return [{"suite": suite, "provider": "dense", "status": "ok", **problem.columns()}]
+
+    monkeypatch.setattr(run, "measure", only_notes)
+    run_suite("mask", session(tmp_path / "r.csv", "square"))
+    assert seen == [1, 2, 3, 4], "the rows of those before, and the note that this one is under way"
+    assert {r["status"] for r in read(tmp_path / "r.csv")} == {"ok"}
+
+
+def test_a_crash_is_recorded_and_passed_over_by_resume(tmp_path, monkeypatch):
+    real = run.measure
+
+    def crashing(suite, problem, *rest, **limits):
+        if problem.shape.N == 256:
+            raise MemoryError("as if the process had been killed")
+        return real(suite, problem, *rest, **limits)
+
+    monkeypatch.setattr(run, "measure", crashing)
+    with pytest.raises(MemoryError):
+        run_suite("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
+    run_suite("mask", session(tmp_path / "r.csv", "square", resume=True, providers=("dense",)))
+    states = {r["shape"]: r["status"] for r in read(tmp_path / "r.csv")}
+    assert states == {"square 128": "ok", "square 256": "failed", "square 512": "ok", "square 1024": "ok"}
+
+
+def test_who_crashed_has_failed_and_resume_measures_the_others(tmp_path, monkeypatch):
+    def crashes(self, problem, prepared):
+        raise SystemExit("as if the process had been killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(mask_providers.TopK, "bind", crashes)
+        with pytest.raises(SystemExit):
+            run_suite("mask", session(tmp_path / "r.csv", "square@256"))
+    run_suite("mask", session(tmp_path / "r.csv", "square@256", resume=True))
+    states = {r["provider"]: (r["status"], r["reason"]) for r in read(tmp_path / "r.csv")}
+    assert states.pop("torch topk") == ("failed", "the process ended in the middle of this: a crash, or a hang")
+    assert set(states.values()) == {("ok", "")}
+    assert len(states) == 3
+
+
+def lost(self, problem, prepared):
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_a_gpu_that_is_lost_fails_who_lost_it_and_the_process_starts_again(tmp_path, monkeypatch):
+    restarts = []
+    arguments = ["--suite", "mask", "--quick", "--shapes", "square@256,square@512", "--out", str(tmp_path / "r.csv")]
+    with monkeypatch.context() as broken:
+        broken.setattr(mask_providers.TopK, "bind", lost)
+        for module in (measure, run):
+            broken.setattr(module, "device_is_lost", lambda device: True)
+        broken.setattr(run, "start_again", lambda module, arguments: restarts.append((module, arguments)))
+        main([*arguments, "--seconds", "1000"])
+    ((module, again),) = restarts
+    assert (module, again[:-1]) == ("bench.run", [*arguments, "--seconds", "1000", "--resume", "--seconds"])
+    assert 900 < int(again[-1]) <= 1000
+    (row,) = read(tmp_path / "r.csv")
+    assert (row["provider"], row["status"]) == ("torch topk", "failed")
+    assert row["reason"] == "RuntimeError: an illegal memory access was encountered"
+    assert main(again) == 0
+    names = {r["provider"] for r in read(tmp_path / "r.csv") if r["shape"] == "square 256" and r["status"] == "ok"}
+    assert names == {"dense", "sparsedm choose", "sparsedm choose + pack"}
+
+
+def test_an_error_that_the_device_survives_is_no_reason_to_start_again(tmp_path, monkeypatch):
+    def broken(*arguments, **limits):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(run, "measure", broken)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["--suite", "mask", "--quick", "--shapes", "square@256", "--out", str(tmp_path / "r.csv")])
+
+
+def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
+    late = threading.Event()
+    monkeypatch.setattr(run, "patience", lambda provider: 0.2 if provider == "sparsedm choose" else 60)
+    monkeypatch.setattr(mask_providers.Choose, "bind", lambda *_: late.wait(10) and None)
+    run_suite("mask", session(tmp_path / "r.csv", "square@256", late=late.set))
+    assert late.is_set()
+
+
+def test_who_is_ended_from_outside_has_not_failed(tmp_path, monkeypatch):
+    arguments = ["--suite", "mask", "--quick", "--shapes", "square@256", "--out", str(tmp_path / "r.csv")]
+    with monkeypatch.context() as slow:
+        slow.setattr(mask_providers.TopK, "bind", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(arguments) == 3
+    assert not read(tmp_path / "r.csv")
+    assert main([*arguments, "--resume"]) == 0
+    assert {r["status"] for r in read(tmp_path / "r.csv")} == {"ok"}
+
+
+def test_providers_that_there_is_no_time_for_are_left_for_the_next_time(tmp_path, monkeypatch):
+    """The second of two networks to compile would begin too late; those that are not compiled are measured."""
+    monkeypatch.setattr(end_to_end.NetworkProvider, "supports", lambda self, problem: None)
+    monkeypatch.setattr(end_to_end, "max_autotune", lambda network: network)
+    monkeypatch.setattr(run, "COMPILES", 1000)
+    names = ("dense", "dense compiled", "sparsedm 2:4")
+    first = session(tmp_path / "r.csv", "uvit-tiny@1", providers=names, deadline=time.monotonic() + 900)
+    run_suite("train", first)
+    run_suite("end-to-end", first)
+    assert first.cut == 2
+    assert {r["provider"] for r in read(tmp_path / "r.csv") if r["suite"] == "end-to-end"} == {"dense", "sparsedm 2:4"}
+    run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=names))
+    assert {r["provider"] for r in read(tmp_path / "r.csv") if r["suite"] == "end-to-end"} == set(names)
+
+
+def test_a_crash_while_sampling_costs_only_the_samples(tmp_path, monkeypatch):
+    def crashes(*arguments):
+        raise SystemExit("as if the process had been killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(run, "sampling_rows", crashes)
+        with pytest.raises(SystemExit):
+            run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
+    names = ("dense", "sparsedm masked")
+    run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=names))
+    rows = {(r["mode"], r["provider"], r["status"]) for r in read(tmp_path / "r.csv") if r["metric"] in ("", "time")}
+    sampling = "sampling, 4 steps"
+    steps = {("step", name, "ok") for name in names}
+    assert rows == steps | {(sampling, "", "failed"), (sampling, "sparsedm masked", "ok")}
+
+
+def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
+    run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
+    run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=("dense", "torch topk")))
+    names = [r["provider"] for r in read(tmp_path / "r.csv")]
+    assert names.count("dense") == names.count("torch topk") > 0
+
+
+def test_without_compilation_its_providers_are_left_out(tmp_path):
+    run_suite("conv", session(tmp_path / "r.csv", "ddpm-tiny@1", compiled=False))
+    assert {r["provider"] for r in read(tmp_path / "r.csv")} == {"dense", "sparsedm 2:4"}
+
+
+def test_modes_can_be_chosen(tmp_path):
+    run_suite("gemm", session(tmp_path / "r.csv", "square@128", providers=("dense",), modes=("epilogue",)))
+    assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"epilogue"}
+
+
+def test_a_deadline_leaves_out_and_resume_goes_on(tmp_path):
+    first = session(tmp_path / "r.csv", "square", deadline=-1.0)
+    run_suite("mask", first)
+    assert first.cut == 4
+    assert not first.results.rows
+    run_suite("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
+    count = len(read(tmp_path / "r.csv"))
+    again = session(tmp_path / "r.csv", "square", resume=True, providers=("dense",), deadline=-1.0)
+    run_suite("mask", again)
+    assert (again.cut, len(again.results.rows)) == (0, count)
+
+
+def test_ceilings_of_a_cpu(tmp_path):
+    small = session(tmp_path / "r.csv")
+    run_suite("ceiling", small)
+    run_suite("ceiling", small)
+    rows = read(tmp_path / "r.csv")
+    assert [r["kernel"] for r in rows if r["kernel"] == "copy"] == ["copy"], "once, not once for each call"
+    assert all(r["value"] > 0 for r in rows if r["status"] == "ok")
+    assert {r["status"] for r in rows if r["kernel"] not in ("copy", "dense")} == {"unsupported"}
+
+
+def test_a_probe_that_fails_or_ends_the_process_costs_no_other_ceiling(tmp_path, monkeypatch):
+    def prepare(name, device, dtype):
+        if name == "mma":
+            raise RuntimeError("out of registers")
+        raise SystemExit("as if the process had been killed")
+
+    monkeypatch.setattr(ceilings.instruction_rates, "unsupported", lambda name, *_: None if "w" not in name else "old")
+    monkeypatch.setattr(ceilings.instruction_rates, "prepare", prepare)
+    with pytest.raises(SystemExit):
+        run_suite("ceiling", session(tmp_path / "r.csv"))
+    run_suite("ceiling", session(tmp_path / "r.csv", resume=True))
+    states = {r["shape"].split()[0]: (r["status"], r["reason"]) for r in read(tmp_path / "r.csv")}
+    assert states["copy"] == states["dense"] == ("ok", "")
+    assert states["mma"] == ("failed", "RuntimeError: out of registers")
+    assert states["mma.sp"] == ("failed", "the process ended in the middle of this: a crash, or a hang")
+    assert states["wgmma"] == states["wgmma.sp"] == ("unsupported", "old")
+
+
+def test_the_command_line(tmp_path, capsys):
+    out = tmp_path / "r.csv"
+    arguments = ["--suite", "mask", "--quick", "--shapes", "uvit-tiny@1", "--providers", "dense", "--out", str(out)]
+    assert main(arguments) == 0
+    assert "rows (" in capsys.readouterr().out
+    assert {r["provider"] for r in read(out)} == {"dense"}
+    assert main([*arguments, "--resume", "--shapes", "square", "--seconds", "0"]) == 3, "3: left out for time"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "speed"], f"unknown suite 'speed': one of {', '.join(SUITES)}"),
+        (["--suite", "gemm", "--providers", "cublas"], "unknown providers cublas: they are CUTLASS"),
+        (["--suite", "gemm", "--modes", "fused"], "unknown modes fused: they are backward, choose, epilogue, forward"),
+        (["--suite", "train", "--shapes", "dit-xl-2@1"], "a whole network is model@batch"),
+        (["--suite", "conv", "--shapes", "dit-xl-2@1"], "hold no convolution layer"),
+        (["--suite", "gemm", "--shapes", "sqare"], "unknown shapes 'sqare'"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "r.csv")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_existing_file_is_refused(tmp_path):
+    Results(tmp_path / "r.csv").add([])
+    with pytest.raises(InputError, match="exists"):
+        session(tmp_path / "r.csv")
+
+
+SMALL = {
+    "ceiling": None,
+    "mask": "square@256",
+    "masked-train": "square@256",
+    "gemm": "square@256,uvit-tiny@4",
+    "conv": "ddpm-tiny@4",
+    "end-to-end": "uvit-tiny@4",
+    "train": "uvit-tiny@4",
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suite", SMALL)
+def test_on_a_gpu_everything_of_torch_and_of_ours_is_right_and_timed_by_graphs(suite, tmp_path, monkeypatch):
+    # what a compiler makes of the graphs is torch's affair, and takes minutes
+    compiler = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
+    monkeypatch.setattr(end_to_end, "max_autotune", compiler)
+    names = [p.name for kernel in OURS_AND_DENSE.values() for p in kernel if not p.name.endswith("compiled")]
+    networks = [p.name for p in end_to_end.STEP_PROVIDERS + end_to_end.TRAINING_PROVIDERS if p.name != "cuSPARSELt"]
+    names += networks if suite in NETWORK_SUITES else ["torch", "sparsedm"]  # the last two of the ceilings
+    results = Results(tmp_path / "r.csv")
+    options = {"quick": True, "shapes": SMALL[suite], "providers": tuple(names), "limits": FAST}
+    run_suite(suite, Session(results, torch.device("cuda"), torch.bfloat16, **options))
+    rows = read(tmp_path / "r.csv")
+    assert not [(r["provider"], r["mode"], r["reason"]) for r in rows if r["status"] in ("failed", "wrong")]
+    times = [r for r in rows if r["samples"] and r["metric"] not in ("host", "packing") and "sampling" not in r["mode"]]
+    assert {r["method"] for r in times} == {"cuda graph"}
+    if suite == "end-to-end":
+        step = {p.name for p in end_to_end.STEP_PROVIDERS if p.name != "cuSPARSELt"}
+        assert {r["provider"] for r in rows if "sampling" in r["mode"]} == {r["provider"] for r in times} == step

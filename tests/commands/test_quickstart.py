@@ -1,0 +1,83 @@
+"""The main job from start to end, on a recipe of a few steps."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sparsedm.cli import main
+from sparsedm.commands import quickstart
+from sparsedm.train.chain import Stage
+from sparsedm.train.data import load
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    stages = tuple(replace(stage, steps=2) for stage in quickstart.SYNTHETIC.stages)
+    model = {**quickstart.SYNTHETIC.model, "dim": 32, "depth": 2, "heads": 2}
+    recipe = replace(quickstart.SYNTHETIC, stages=stages, model=model, samples=24, sampling_steps=2, threads=1)
+    monkeypatch.setattr(quickstart, "SYNTHETIC", recipe)
+
+
+def test_it_leaves_what_it_says(few_steps, tmp_path, capsys):
+    assert main(["quickstart", "--run", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "one-shot 2:4" in out
+    assert str(tmp_path / "samples.png") in out
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left >= {
+        *("00-dense", "01-3of4", "02-2of4", "one-shot-2of4.safetensors", "chain-2of4-compressed.safetensors"),
+        *("samples.png", "loss.png", "layers.png", "report.md", "report.json"),
+    }
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["model"]: row for row in report["models"]}
+    assert list(rows) == ["dense", "one-shot 2:4", "chain 3:4", "chain 2:4"]
+    assert rows["dense"]["density"] == 1
+    assert 0.5 < rows["chain 2:4"]["density"] == rows["one-shot 2:4"]["density"] < rows["chain 3:4"]["density"] < 1
+    assert all(row["validation_loss"] > 0 and row["frechet_distance"] > 0 for row in rows.values())
+    assert rows["dense"]["features"] == "random-conv-1"
+    assert "not an FID" in (tmp_path / "report.md").read_text()
+
+
+def test_the_networks_it_leaves_can_be_sampled_and_a_rerun_changes_nothing(few_steps, tmp_path):
+    assert main(["quickstart", "--run", str(tmp_path)]) == 0
+    before = (tmp_path / "samples.png").read_bytes()
+    for file in ("one-shot-2of4.safetensors", "chain-2of4-compressed.safetensors"):
+        out = tmp_path / "drawn.png"
+        sample = ["sample", str(tmp_path / file), "--count", "2", "--sampling-steps", "2", "--out", str(out)]
+        assert main(sample) == 0
+        assert out.exists()
+    assert main(["quickstart", "--run", str(tmp_path)]) == 0
+    assert (tmp_path / "samples.png").read_bytes() == before
+
+
+def test_a_column_shows_one_class(few_steps):
+    images = load("synthetic", size=12)
+    shown = quickstart._real_row(images)
+    matches = (images.images[None] == shown[:, None]).flatten(2).all(2).int().argmax(1)
+    assert images.labels[matches].tolist() == [column % 5 for column in range(quickstart.SHOWN)]
+    assert len(shown.unique(dim=0)) == quickstart.SHOWN
+    assert len(quickstart._real_row(replace(images, labels=images.labels.clamp(max=3)))) == quickstart.SHOWN
+    assert len(quickstart._real_row(replace(images, labels=None, class_names=()))) == quickstart.SHOWN
+
+
+def test_latents_are_refused(tmp_path, capsys):
+    np.savez(tmp_path / "latents.npz", x=np.zeros((80, 4, 32, 32), np.float32))
+    assert main(["quickstart", "--data", str(tmp_path / "latents.npz"), "--run", str(tmp_path / "run")]) == 2
+    assert "holds latents" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_the_chain_of_the_readme():
+    for recipe in (quickstart.SYNTHETIC, quickstart.REAL):
+        assert [stage.pattern for stage in recipe.stages] == ["dense", "3:4", "2:4"]
+        assert all(isinstance(stage, Stage) for stage in recipe.stages)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

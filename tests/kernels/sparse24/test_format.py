@@ -1,0 +1,185 @@
+"""The compressed format: bit-for-bit round trips, words written by hand, torch's own converter."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.sparse import _semi_structured_conversions as cutlass
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.sparse24 import format as fmt
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+INTEGER = {2: torch.int16, 4: torch.int32}
+
+
+def bits(tensor):
+    return tensor.contiguous().view(INTEGER[tensor.element_size()])
+
+
+def pruned(rows, columns, dtype=torch.bfloat16, drop=0.0):
+    """A random 2:4 weight; `drop` empties further entries, so that groups with one and no non-zero occur."""
+    weight = torch.randn(rows, columns).to(dtype)
+    keep = choose_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
+    return torch.where(keep, weight, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("drop", [0.0, 0.6], ids=["full-groups", "sparser-groups"])
+def test_round_trip_is_bit_for_bit(dtype, drop):
+    weight = pruned(37, 96, dtype, drop)
+    values, metadata = fmt.pack(weight)
+    assert values.shape == (37, 48)
+    assert values.dtype == dtype
+    assert metadata.shape == (37, 6)
+    assert metadata.dtype == torch.int16
+    assert torch.equal(bits(fmt.unpack(values, metadata)), bits(weight))
+
+
+@pytest.mark.parametrize("columns", [4, 12, 20, 36])
+def test_columns_that_do_not_fill_a_word_are_padded_with_zeros(columns):
+    weight = pruned(5, columns)
+    values, metadata = fmt.pack(weight)
+    assert metadata.shape == (5, -(-columns // 16))
+    assert torch.equal(fmt.unpack(values, metadata, columns), weight)
+    assert not fmt.unpack(values, metadata)[:, columns:].any()
+
+
+def test_nan_comes_back_and_minus_zero_counts_as_zero():
+    weight = torch.tensor([[-0.0, 1.0, -0.0, float("nan"), -0.0, -0.0, -0.0, -0.0] + [0.0] * 8])
+    values, metadata = fmt.pack(weight)
+    dense = fmt.unpack(values, metadata)
+    assert torch.equal(bits(dense), bits(torch.where(weight == 0, 0.0, weight)))
+
+
+def test_every_group_occupancy_has_an_increasing_legal_pair():
+    codes = [c for c in range(16) if bin(c).count("1") <= 2]
+    weight = torch.tensor([[float(c >> i & 1) for c in codes for i in range(4)] + [0.0] * 4])
+    values, metadata = fmt.pack(weight)
+    nibbles = [int(word) >> s & 15 for word in metadata[0] for s in (0, 4, 8, 12)]
+    assert set(nibbles) == set(fmt.LEGAL_NIBBLES)
+    assert all(nibble & 3 < nibble >> 2 for nibble in nibbles)
+    assert torch.equal(fmt.unpack(values, metadata), weight)
+
+
+# Groups as they stand in a row of sixteen columns; the word has the first group in its lowest four bits.
+HAND_WRITTEN = [
+    ("1200 1020 1002 0120", 0x9C84),
+    ("0102 0012 1200 1200", 0x44ED),
+    ("0000 0000 0000 0000", 0x4444),  # nothing to keep: positions 0 and 1
+    ("0001 0010 0100 1000", 0x448C),  # one non-zero, and the lowest free position beside it
+]
+
+
+@pytest.mark.parametrize(("row", "word"), HAND_WRITTEN)
+def test_words_written_by_hand(row, word):
+    weight = torch.tensor([[float(c) for c in row.replace(" ", "")]])
+    _, metadata = fmt.pack(weight)
+    assert int(metadata[0, 0]) & 0xFFFF == word
+
+
+def test_agrees_with_the_cutlass_layout_of_torch():
+    weight = pruned(64, 256)
+    values, metadata = fmt.pack(weight)
+    torch_values, torch_metadata = cutlass.sparse_semi_structured_from_dense_cutlass(weight)
+    offsets = cutlass._calculate_meta_reordering_scatter_offsets(64, 16, torch.int16, "cpu")
+    assert torch.equal(bits(values), bits(torch_values))
+    assert torch.equal(metadata, torch_metadata.view(-1)[offsets].view(64, 16))
+
+
+def test_fragments_hold_what_the_ptx_isa_figures_say():
+    """mma.sp.m16n8k32: register r of lane l holds row l/4 + 8 (r%2), kept columns 2 (l%4) + 8 (r/2) and the next."""
+    values, metadata = fmt.pack(pruned(48, 128))
+    fragments = fmt.fragment_values(values).numpy().view(np.uint16)  # (N/16, K/32, 32, 8)
+    words = fmt.fragment_metadata(metadata).numpy().view(np.uint16)  # (N/16, K/64, 64)
+    value_bits, metadata_bits = bits(values).numpy().view(np.uint16), metadata.numpy().view(np.uint16)
+    for lane in range(32):
+        group, thread = lane // 4, lane % 4
+        for register in range(4):
+            row, column = group + 8 * (register % 2), 2 * thread + 8 * (register // 2)
+            for half in range(2):
+                expected = value_bits[row::16, column + half :: 16]
+                np.testing.assert_array_equal(fragments[:, :, lane, 2 * register + half], expected)
+        for half in range(2):
+            expected = metadata_bits[group + 8 * half :: 16, thread::4]
+            np.testing.assert_array_equal(words[:, :, 2 * lane + half], expected)
+
+
+def test_tma_metadata_is_the_fragments_of_64_rows_side_by_side():
+    _, metadata = fmt.pack(pruned(128, 192))
+    fragments = fmt.fragment_metadata(metadata)  # (8, 3, 32)
+    ordered = fmt.tma_metadata(metadata)
+    assert ordered.shape == (3, 256)
+    for step in range(3):
+        for tile in range(8):
+            assert torch.equal(ordered[step, 32 * tile : 32 * tile + 32], fragments[tile, step])
+
+
+def test_padding_is_zero_and_legal():
+    weight = pruned(5, 48)
+    values, metadata = fmt.pad(*fmt.pack(weight), 16, 64)
+    assert values.shape == (16, 32)
+    assert metadata.shape == (16, 4)
+    dense = fmt.unpack(values, metadata)
+    assert torch.equal(dense[:5, :48], weight)
+    assert not dense[5:].any()
+    assert not dense[:, 48:].any()
+
+
+def test_packing_a_large_weight_takes_well_under_a_second():
+    weight = pruned(4096, 4096)
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        fmt.check_metadata(fmt.pack(weight)[1])
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1
+
+
+def test_a_weight_that_is_not_24_is_refused_with_its_place():
+    weight = pruned(6, 32)
+    weight[4, 8:12] = torch.tensor([1.0, 2.0, float("nan"), 0.0])
+    with pytest.raises(InputError, match=r"row 4, group 2 \(columns 8 to 11\) holds 3 non-zeros"):
+        fmt.pack(weight)
+
+
+def test_columns_must_be_groups_of_four():
+    with pytest.raises(InputError, match=r"\(8, 6\).*multiple of 4"):
+        fmt.pack(torch.zeros(8, 6))
+
+
+@pytest.mark.parametrize("nibble", sorted(set(range(16)) - set(fmt.LEGAL_NIBBLES)))
+def test_an_illegal_pair_is_refused_with_its_place(nibble):
+    metadata = torch.full((3, 4), fmt.ZERO_WORD, dtype=torch.int16)
+    metadata[2, 1] = (0x4404 | nibble << 4) - (1 << 16 if 0x4404 | nibble << 4 > 0x7FFF else 0)
+    with pytest.raises(InputError, match=rf"row 2, group 5 keeps positions {nibble & 3} and {nibble >> 2}"):
+        fmt.check_metadata(metadata)
+    with pytest.raises(InputError, match="row 2, group 5"):
+        fmt.unpack(torch.zeros(3, 32), metadata)
+
+
+def test_legal_metadata_passes():
+    fmt.check_metadata(fmt.pack(pruned(16, 64, drop=0.5))[1])
+
+
+def test_values_and_metadata_must_belong_together():
+    values, metadata = fmt.pack(pruned(8, 64))
+    with pytest.raises(InputError, match=r"\(8, 24\) do not belong to metadata of shape \(8, 4\)"):
+        fmt.unpack(values[:, :24], metadata)
+    with pytest.raises(InputError, match=r"\(8, 4\) int32"):
+        fmt.unpack(values, metadata.int())
+
+
+def test_the_metadata_of_a_warp_is_what_cutlass_gives_the_same_instruction():
+    """CUTLASS, whose order torch knows, and which runs, is a witness beside the text of the PTX ISA.
+
+    Its lane 4 g + 2 i + c reads word 4 g + 2 i + c of 32 rows, for tile i of two and all steps of 32 columns; ours hold
+    one tile and two steps.
+    """
+    weight = pruned(64, 128)
+    _, reordered = cutlass.sparse_semi_structured_from_dense_cutlass(weight)
+    words = reordered.flatten().view(torch.int32).view(2, 2, 2, 8, 2, 2)  # k64, f, 32 rows, g, tile, c
+    ours = fmt.fragment_metadata(fmt.pack(weight)[1]).view(2, 2, 2, 8, 2, 2)  # 32 rows, tile, k64, g, f, c
+    assert torch.equal(ours, words.permute(2, 4, 0, 3, 1, 5))

@@ -1,0 +1,263 @@
+"""The operator: reference against plain torch, dispatch, refusals, torch.compile and export, and the launch path."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.sparse24 import dispatch
+from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.kernels.sparse24.format import ZERO_WORD, pack, unpack
+from sparsedm.kernels.sparse24.linear import _rows, sparse24_linear
+from tests.kernels.sparse24.problem import Problem, arranged, pruned
+
+BF16 = torch.bfloat16
+
+
+def linear(problem, **other):
+    p = problem
+    arguments = dict(bias=p.bias, activation=p.activation, residual=p.residual, skip=p.skip, scale=p.scale) | other
+    return sparse24_linear(p.x, p.values, p.metadata, **arguments)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_equals_torch_on_the_decompressed_weight(activation, dtype):
+    torch.manual_seed(1)
+    weight, x, skip = pruned(24, 60, dtype), torch.randn(2, 6, 40).to(dtype), torch.randn(2, 6, 20).to(dtype)
+    bias, residual, gate = torch.randn(24).to(dtype), torch.randn(2, 6, 24).to(dtype), torch.randn(2, 24).to(dtype)
+    act = {None: lambda y: y, "gelu": F.gelu, "silu": F.silu}.get(activation, lambda y: F.gelu(y, approximate="tanh"))
+    expected = act(F.linear(torch.cat((x, skip), -1), weight, bias)) * gate[:, None] + residual
+    y = sparse24_linear(x, *pack(weight), bias, activation, residual, skip=skip, scale=gate)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+
+
+def test_a_scale_of_one_row_serves_all_rows():
+    p = Problem(M=6, N=16, K=32, dtype=torch.float32)
+    gate = torch.randn(16)
+    assert torch.equal(linear(p, scale=gate), linear(p) * gate)
+
+
+def test_no_rows():
+    p = Problem(M=3, N=16, K=32)
+    assert sparse24_linear(p.x[:0], p.values, p.metadata).shape == (0, 16)
+
+
+def test_out_dtype():
+    p = Problem(M=3, N=16, K=32)
+    assert linear(p, out_dtype=torch.float32).dtype == torch.float32
+
+
+def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    p, kept = Problem(M=3, N=16, K=32), {}
+    first = linear(p, arranged=kept)
+    assert torch.equal(linear(p), first)
+    _, (dense,) = kept["dense"]
+    assert torch.equal(dense, unpack(p.values, p.metadata))
+    dense.zero_()
+    assert not linear(p, arranged=kept).any(), "what was kept is used"
+    p.values.mul_(2)
+    assert torch.equal(linear(p, arranged=kept), 2 * first)
+    p.values = p.values.clone()
+    kept["dense"][1][0].zero_()
+    assert torch.equal(linear(p, arranged=kept), 2 * first)
+
+
+def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    p, kept = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu", dtype=torch.float32), {}
+    expected = linear(p)
+
+    def pick(operation, offered, rule, run, device, rows, kept, **key):
+        assert (operation, rule, device, rows) == ("sparse24_linear", Choice("dense"), p.x.device, 3)
+        assert key == dict(
+            dtype=torch.float32, out=torch.float32, activation="gelu", bias=True, scale=False, residual=False, skip=16,
+            n=16, k=48,
+        )  # fmt: skip
+        for choice in (Choice("dense"), Choice("torch")):
+            assert torch.equal(run(choice), expected)
+        return Choice("torch")
+
+    monkeypatch.setattr(dispatch, "pick", pick)
+    assert torch.equal(linear(p, arranged=kept), expected)
+    assert set(kept) == {"choices", "torch"}
+
+
+REFUSED = {
+    "columns": (dict(x=torch.ones(3, 48)), "x has 48 columns and the weight 32"),
+    "dtype": (dict(x=torch.ones(3, 32, dtype=BF16)), "x is bfloat16 and the weight float32"),
+    "bias": (dict(bias=torch.ones(17)), r"bias \(17,\) float32 must have the shape \(16,\)"),
+    "bias-dtype": (dict(bias=torch.ones(16).half()), r"bias \(16,\) float16 must .* dtype of x \(3, 32\) float32"),
+    "residual": (dict(residual=torch.ones(3, 17)), r"residual \(3, 17\) float32 must have the shape of y, \(3, 16\)"),
+    "skip-rows": (dict(x=torch.ones(3, 16), skip=torch.ones(4, 16)), r"skip \(4, 16\) float32 must have the leading"),
+    "scale": (dict(scale=torch.ones(2, 16)), r"scale \(2, 16\) float32 must be .* G a divisor of the 3 rows"),
+    "activation": (dict(activation="relu"), "unknown activation 'relu'"),
+    "metadata": (dict(metadata=torch.full((16, 2), ZERO_WORD, dtype=torch.int32)), r"\(16, 2\) int32"),
+    "illegal-pair": (dict(metadata=torch.zeros(16, 2, dtype=torch.int16)), "row 0, group 0 keeps positions 0 and 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    p = Problem(M=3, N=16, K=32, dtype=torch.float32)
+    wrong, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        sparse24_linear(**(dict(x=p.x, values=p.values, metadata=p.metadata) | wrong))
+
+
+def test_operator_is_registered_correctly():
+    p = Problem(M=6, N=16, K=32, skip=16, groups=2, bias=True, activation="silu", residual=True, dtype=torch.float32)
+    arguments = (p.x, p.values, p.metadata, [], p.bias, p.activation, p.residual, p.skip, p.scale, torch.float32)
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_linear, (*arguments, "torch", 0))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, problem):
+        super().__init__()
+        self.arranged = {}
+        self.register_buffer("values", problem.values)
+        self.register_buffer("metadata", problem.metadata)
+
+    def forward(self, x):
+        return sparse24_linear(x, self.values, self.metadata, activation="gelu", arranged=self.arranged) + 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_compiles_whole_and_exports(backend, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", backend)
+    p = Problem(M=6, N=16, K=32, dtype=torch.float32)
+    expected = Layer(p)(p.x)
+    assert torch.equal(torch.compile(Layer(p), fullgraph=True, backend="aot_eager")(p.x), expected)
+    layer = Layer(p)
+    layer(p.x)
+    assert torch.equal(torch.export.export(layer, (p.x,)).module()(p.x), expected)
+
+
+def test_rows_are_copied_only_where_the_kernels_cannot_read_them():
+    wide = torch.zeros(2, 6, 48, dtype=BF16)
+    strided = wide[..., 8:40]
+    assert _rows(strided).data_ptr() == strided.data_ptr()
+    assert _rows(strided).shape == (12, 32)
+    for unaligned in (wide[..., 4:36], wide[..., ::2], torch.zeros(4, 36, dtype=BF16)[:, :32]):
+        assert _rows(unaligned).is_contiguous()
+        assert _rows(unaligned).data_ptr() % 16 == 0
+
+
+def test_the_weight_takes_nine_sixteenths_of_its_bytes():
+    values, metadata = pack(pruned(64, 128))
+    assert values.nbytes + metadata.nbytes == 64 * 128 * 2 * 9 // 16
+    assert unpack(values, metadata).nbytes == 64 * 128 * 2
+
+
+def test_launches_reach_the_driver_with_the_right_grid():
+    """The whole launch path of Triton with a driver that records and does not launch: see __main__ below."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    child = subprocess.run([sys.executable, "-m", __name__], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    recorded = json.loads(child.stdout)
+    # (kernel, blocks or clusters along x, blocks in a cluster), for 1 x 3 tiles and then again from the cache
+    assert recorded["specialized"] == 2 * [["linear_specialized", 6, 1]]
+    assert recorded["cluster"] == 2 * [["linear_flat", 3, 2]]
+    assert recorded["mma"] == 2 * [["linear_mma", 10, 1]]
+    assert recorded["few"] == 2 * [["linear_few", 40, 1], ["reduce_few", 50, 1]]
+    assert recorded["conv"] == 2 * [["conv_specialized", 8, 1]]
+    assert recorded["compiled"] == [1, 2]
+    assert recorded["conv-mma"] == 2 * [["conv_mma", 16, 1]]
+    # numbers of the tensor maps among the PTX parameters, which fill_slot and the convolution's producer rely on
+    assert recorded["maps"] == [0, 5, 10, 15, 20, 25]
+    assert recorded["conv-maps"] == [0, 5, 10, 21, 30]
+
+
+def _record_launches():
+    import re
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    class Recorder:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=0: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+        get_device_interface = staticmethod(lambda: None)
+
+    calls, texts = [], []
+
+    def handles(compiled):
+        def launch(*arguments):
+            packed = next(
+                a for a in arguments if isinstance(a, tuple) and len(a) == 3 and a == compiled.packed_metadata
+            )
+            calls.append((compiled.name, arguments[0], packed[1]))
+            texts.append(compiled.asm["ptx"])
+
+        compiled._run = launch
+
+    driver.set_active(Recorder())
+    CompiledKernel._init_handles = handles
+    torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
+
+    from sparsedm.kernels.sparse24 import mma as sparse24_mma
+    from sparsedm.kernels.sparse24 import mma_conv as sparse24_conv_mma
+    from sparsedm.kernels.sparse24 import mma_splitk as sparse24_few
+    from sparsedm.kernels.sparse24 import wgmma as sparse24_wgmma
+    from sparsedm.kernels.sparse24 import wgmma_conv as sparse24_conv_wgmma
+    from tests.kernels.sparse24.test_conv import Convolution, nhwc
+
+    recorded = {}
+
+    def twice(name, launch, backend, **config):
+        p = Problem(M=200, N=600, K=256, bias=True, residual=True)
+        tensors = arranged(p, backend)
+        for _ in range(2):
+            launch(
+                p.x, *tensors, p.y, bias=p.bias, activation=None, residual=p.residual, skip=None, scale=None, **config
+            )
+        recorded[name] = calls.copy()
+        calls.clear()
+
+    twice("specialized", sparse24_wgmma.launch, "wgmma")
+    p = Problem(M=520, N=600, K=256, bias=True, residual=True)
+    other = Problem(M=520, N=600, K=256, bias=True, residual=True)
+    other.bias = other.bias.float()
+    for problem in (p, other):  # other sizes run the same compiled kernel, another dtype of the bias does not
+        sparse24_wgmma.launch(
+            problem.x, *arranged(problem, "wgmma"), problem.y, bias=problem.bias, activation=None,
+            residual=problem.residual, skip=None, scale=None,
+        )  # fmt: skip
+        recorded.setdefault("compiled", []).append(len(sparse24_wgmma._compiled))
+    recorded["maps"] = [int(number) for number in re.findall(r"linear_specialized_param_(\d+)\[128\]", texts[0])]
+    config = next(c for c in sparse24_wgmma.CONFIGS if c.cluster == "w" and not c.specialized)
+    calls.clear()
+    twice("cluster", sparse24_wgmma.launch, "wgmma", config=config)
+    twice("mma", sparse24_mma.launch, "mma")
+    twice("few", sparse24_few.launch, "few")
+    c = Convolution(B=2, C=64, H=32, W=32, N=64, bias=True, residual=True)
+    for _ in range(2):
+        sparse24_conv_wgmma.launch(
+            nhwc(c.x), *arranged(c, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
+            padding=(1, 1), bias=c.bias, activation="silu", residual=nhwc(c.residual),
+            config=sparse24_conv_wgmma.CONFIGS[1],
+        )  # fmt: skip
+    recorded["conv"] = calls.copy()
+    calls.clear()
+    for _ in range(2):
+        sparse24_conv_mma.launch(
+            nhwc(c.x), *arranged(c, "mma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1, padding=(1, 1),
+            bias=c.bias, activation="silu", residual=nhwc(c.residual),
+        )  # fmt: skip
+    recorded["conv-mma"] = calls
+    recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-3])]
+    print(json.dumps(recorded))
+
+
+if __name__ == "__main__":
+    _record_launches()

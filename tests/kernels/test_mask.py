@@ -1,0 +1,262 @@
+"""Choose, cast and pack: torch and the kernel (in Triton's interpreter) against the definition, bit for bit.
+
+The kernel sorts integers and moves bits, no arithmetic on weights, so that even bf16 is right in the interpreter.
+"""
+
+import pytest
+import torch
+
+from emulator.sass import Build, compile_offline
+from sparsedm.errors import InputError
+from sparsedm.kernels import mask as choose_file
+from sparsedm.kernels.mask import choose, choose_packed
+from sparsedm.kernels.pattern import GROUPS, Pattern, choose_mask_ref, group_view, pack_bits, ungroup
+from sparsedm.kernels.sparse24.format import pack
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["torch", "kernel"])
+def way(request, monkeypatch):
+    if request.param == "kernel":
+        monkeypatch.setattr(choose_file, "uses_triton", lambda *tensors: True)
+        # small blocks: the interpreter's sort is slow, and several programs should run
+        monkeypatch.setattr(choose_file._tuner, "candidates", [{"BLOCK": 128, "num_warps": 1}])
+    return request.param
+
+
+def weights(*shape, dtype=torch.float32):
+    """Few distinct values, so that there are ties, zeros and negative zeros."""
+    weight = (4 * torch.rand(shape) - 2).round().to(dtype)
+    weight.view(-1)[::5] = -0.0
+    return weight
+
+
+def masked_and_mask(weight, pattern, dtype=None):
+    mask = ungroup(choose_mask_ref(group_view(weight), pattern), weight.shape)
+    return torch.where(mask, weight, 0).to(dtype or weight.dtype), mask
+
+
+SHAPES = [
+    (2, 32),  # one block
+    (3, 96),  # several, the last half empty; several words of bits
+    (5, 16),  # a group and a word of metadata only half there
+    (2, 8, 3, 2),  # a convolution
+]
+
+
+CASES = [
+    (p, s) for p in map(Pattern.parse, ("2:4", "1:2", "5:8", "3:16", "31:32")) for s in SHAPES if s[1] % p.group == 0
+]
+
+
+@pytest.mark.parametrize(("pattern", "shape"), CASES, ids=str)
+def test_everything_at_once(way, pattern, shape):
+    weight = weights(*shape)
+    compressed = pattern == Pattern(2, 4) and len(shape) == 2
+    masked, mask = masked_and_mask(weight, pattern)
+    rows = group_view(mask)
+    earlier = torch.rand(rows.shape) < 0.5
+    choice = choose_packed(weight, pattern, previous=pack_bits(earlier), compressed=compressed, mask=True)
+    assert torch.equal(choice.masked, masked)
+    assert torch.equal(choice.mask, mask)
+    assert torch.equal(choice.bits, pack_bits(rows))
+    assert choice.flips.tolist() == [int((rows != earlier).sum())]
+    if compressed:
+        values, metadata = pack(masked)
+        assert torch.equal(choice.values, values)
+        assert torch.equal(choice.metadata, metadata)
+    else:
+        assert choice.values is choice.metadata is None
+
+
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("target", [torch.float32, torch.float16], ids=str)
+def test_casts(way, source, target):
+    weight = torch.randn(4, 32).to(source)
+    out, chosen = choose(weight, Pattern(2, 4), target)
+    masked, mask = masked_and_mask(weight, Pattern(2, 4), target)
+    assert torch.equal(out, masked)
+    assert torch.equal(chosen, mask)
+
+
+@pytest.mark.parametrize("extreme", [float("inf"), -float("inf"), 3e38, 1e-45])
+def test_extreme_magnitudes(way, extreme):
+    weight = torch.tensor([[extreme, 1.0, extreme, 0.5], [-extreme, extreme, extreme, -extreme]]).repeat(1, 4)
+    masked, mask = masked_and_mask(weight, Pattern(2, 4))
+    out, chosen = choose(weight, Pattern(2, 4))
+    assert torch.equal(chosen, mask)
+    assert torch.equal(out, masked)
+
+
+def test_any_strides(way):
+    weight = weights(16, 48)
+    for view in (weight[:, 8:40:2], weight.t()[8:40], weight[::3, 4:20]):
+        out, chosen = choose(view, Pattern(2, 4))
+        masked, mask = masked_and_mask(view, Pattern(2, 4))
+        assert torch.equal(out, masked)
+        assert torch.equal(chosen, mask)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "taps are no single axis"])
+def test_a_convolution_keeps_its_memory_format(way, layout):
+    weight = weights(3, 8, 2, 3)
+    if layout == "NHWC":
+        weight = weight.to(memory_format=torch.channels_last)
+    elif layout != "NCHW":
+        weight = weight.transpose(2, 3)
+    out, chosen = choose(weight, Pattern(2, 4))
+    masked, mask = masked_and_mask(weight, Pattern(2, 4))
+    assert torch.equal(out, masked)
+    assert torch.equal(chosen, mask)
+    if layout != "taps are no single axis":
+        assert out.stride() == chosen.stride() == weight.stride()
+
+
+def test_an_empty_weight_has_an_empty_mask(way):
+    out, chosen = choose(torch.empty(0, 8), Pattern(2, 4))
+    assert out.shape == chosen.shape == (0, 8)
+
+
+def test_the_result_is_detached(way):
+    out, chosen = choose(torch.randn(2, 8, requires_grad=True), Pattern(2, 4))
+    assert not out.requires_grad
+    assert not chosen.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(4, 6), r"fc1: the input axis of shape \(4, 6\) must be a positive multiple of 4"),
+        (torch.ones(4, 0), r"fc1: the input axis of shape \(4, 0\) must be a positive multiple of 4"),
+        (torch.ones(8, 3, 3, 3), r"fc1: the input axis of shape \(8, 3, 3, 3\) must be a positive multiple of 4"),
+        (torch.ones(8), r"fc1: a masked weight has 2 .* dimensions, not shape \(8,\)"),
+        (torch.ones(4, 8, dtype=torch.int32), "fc1: .*floating-point weights, not torch.int32"),
+        (torch.tensor([[1.0, float("nan"), 0.0, float("nan")]]), "fc1: .* of its weights are NaN"),
+        (torch.tensor([[float("nan"), 1.0, 2.0, 3.0], [0.0] * 4]), "fc1: .* of its weights are NaN"),
+        (torch.full((2, 4), -float("nan")), "fc1: .* of its weights are NaN"),
+        (torch.full((2, 4), float("nan"), dtype=torch.bfloat16), "fc1: .* of its weights are NaN"),
+    ],
+)
+def test_refusals(way, weight, message):
+    for chooser in (choose, choose_packed):
+        with pytest.raises(InputError, match=message):
+            chooser(weight, Pattern(2, 4), name="fc1")
+    choose(torch.ones(2, 4), Pattern(2, 4), name="fc1")  # and the next weight of that name is not blamed
+
+
+def test_the_kernel_is_launched_on_the_weights_device(current_device, monkeypatch):
+    launched_on = []
+    monkeypatch.setattr(choose_file, "uses_triton", lambda *tensors: True)
+    monkeypatch.setattr(choose_file, "_launch", lambda *arguments: launched_on.extend(current_device))
+    weight = torch.randn(2, 8)
+    choose_packed(weight, Pattern(2, 4))
+    assert [tensor.data_ptr() for tensor in launched_on] == [weight.data_ptr()]
+
+
+def test_refusals_of_packing():
+    with pytest.raises(InputError, match=r"fc1: the previous mask's bits must be \(4, 2\) torch.int32, not \(4, 1\)"):
+        choose_packed(torch.ones(4, 64), Pattern(2, 4), name="fc1", previous=torch.ones(4, 1, dtype=torch.int32))
+    with pytest.raises(InputError, match="only a 2:4 Linear has values and metadata, not 1:4"):
+        choose_packed(torch.ones(4, 64), Pattern(1, 4), compressed=True)
+
+
+def test_it_is_an_operator_without_graph_breaks():
+    weight, previous = torch.randn(8, 16), torch.zeros(8, 1, dtype=torch.int32)
+    for arguments in (
+        (None, 2, 4, torch.float16, True, False, False),
+        (previous, 2, 4, torch.float32, False, True, True),
+    ):
+        torch.library.opcheck(torch.ops.sparsedm.choose.default, (weight, *arguments, "w"))
+    compiled = torch.compile(lambda w: choose(w, Pattern(2, 4)), fullgraph=True, backend="aot_eager")
+    for out, expected in zip(compiled(weight), choose(weight, Pattern(2, 4))):
+        assert torch.equal(out, expected)
+
+
+POINTERS = {
+    "masked_ptr": "*bf16", "mask_ptr": "*i8", "bits_ptr": "*i32", "previous_ptr": "*i32", "flips_ptr": "*i32",
+    "values_ptr": "*bf16", "metadata_ptr": "*i16", "nan_ptr": "*i32",
+}  # fmt: skip
+
+
+def build(weight, keep, group, *absent, capability=90):
+    """A Linear's weight with K and strides divisible by 16, the outputs named in `absent` not wanted."""
+    sizes = {name: "i32" for name in ("ROWS", "K", "stride_wo", "stride_mo")}
+    given = {"w_ptr": weight, **{k: v for k, v in POINTERS.items() if k not in absent}}
+    ones = dict.fromkeys(["TAPS", "stride_wt", "stride_wk", "stride_mt", "stride_mk"], 1)
+    blocks = {"KEEP": keep, "GROUP": group, "BLOCK_R": choose_file.CONFIGS[0]["BLOCK"] // 128, "BLOCK_K": 128}
+    return Build(
+        "sparsedm.kernels.mask:_choose_kernel",
+        given | sizes,
+        ones | blocks | dict.fromkeys(absent),
+        {"num_warps": choose_file.CONFIGS[0]["num_warps"]},
+        tuple(given) + ("K", "stride_wo", "stride_mo"),
+        capability,
+    )
+
+
+def assert_lean(builds):
+    for compiled in compile_offline(builds):
+        assert compiled.spills == compiled.count("LDL") == compiled.count("STL") == 0
+        assert compiled.count("LDG.E.128") > 0
+        assert compiled.count("STG.E.128") > 0
+
+
+COMPRESSED, COUNTED = ("values_ptr", "metadata_ptr"), ("previous_ptr", "flips_ptr")
+
+
+def test_it_compiles_to_wide_loads_and_stores_without_spills():
+    assert_lean([build("*fp32", 2, 4), build("*bf16", 15, 16, "mask_ptr", *COMPRESSED, capability=80)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_pattern_size_compiles_without_spills(capability):
+    ways = [("bits_ptr", *COUNTED, *COMPRESSED), ("mask_ptr", *COUNTED, *COMPRESSED), ("mask_ptr", *COMPRESSED)]
+    sizes = [(weight, group, way) for weight in ("*fp32", "*bf16") for group in GROUPS for way in ways]
+    assert_lean([build(weight, group - 1, group, *way, capability=capability) for weight, group, way in sizes])
+
+
+@pytest.fixture
+def untuned(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+
+
+def assert_as_on_the_cpu(weight, pattern, target):
+    rows, words = weight.numel() // weight.shape[1], weight.shape[1] // 32
+    previous = torch.randint(-(2**31), 2**31, (rows, words)).int()
+    here = choose_packed(weight, pattern, target, previous=previous)
+    there = choose_packed(weight.cuda(), pattern, target, previous=previous.cuda())
+    for a, b in zip(here[:3], there[:3]):
+        assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(7, 8), Pattern(31, 32)], ids=str)
+def test_on_a_gpu_as_on_the_cpu(untuned, pattern, dtype):
+    for weight in (weights(257, 1152, dtype=dtype), torch.randn(64, 96, 3, 3).to(dtype)):
+        for target in DTYPES:
+            assert_as_on_the_cpu(weight, pattern, target)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", choose_file.CONFIGS, ids=str)
+def test_on_a_gpu_in_every_configuration(untuned, monkeypatch, config):
+    monkeypatch.setattr(choose_file._tuner, "candidates", [config])
+    monkeypatch.setattr(choose_file._tuner, "_chosen", {})
+    assert_as_on_the_cpu(weights(1000, 96), Pattern(2, 4), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_nan_is_seen_without_waiting_at_the_latest_after_the_next_synchronisation(untuned):
+    weight = torch.full((4, 64), float("nan"), device="cuda")
+
+    def choose_twice():
+        choose(weight, Pattern(2, 4), name="fc1")
+        torch.cuda.synchronize()
+        choose(weight, Pattern(2, 4), name="fc1")
+
+    with pytest.raises(InputError, match=r"fc1: .* of its weights are NaN"):
+        choose_twice()

@@ -1,0 +1,209 @@
+"""A whole search on networks that know nothing, which is enough to see what is measured, kept and refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sparsedm import evaluate
+from sparsedm.cli import main
+from sparsedm.commands.sample import family_of
+from sparsedm.errors import InputError
+from sparsedm.features import load_features
+from sparsedm.models import build_model
+from sparsedm.sparsify import sparsify
+from sparsedm.stepaware import study as search_study
+from sparsedm.stepaware.family import Strategy, load_strategy, sample
+from sparsedm.stepaware.search import SearchOptions
+from sparsedm.stepaware.study import Plan, study
+from sparsedm.train import checkpoint
+
+UVIT = {"image_size": 12, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "num_classes": 5}
+
+
+def save(folder, model, step=1):
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"updates": 1, "seconds": 2.5}
+    checkpoint.save(folder, step, model=model, ema=model, optimizer=optimizer, state=state)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A run folder with a dense network, its 2:4 and its 1:4 student."""
+    folder = tmp_path_factory.mktemp("run") / "chain"
+    torch.manual_seed(0)
+    model = build_model("uvit-tiny", **UVIT)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for number, pattern in enumerate(("dense", "2:4", "1:4")):
+        save(folder / f"{number:02d}-{pattern.replace(':', 'of')}", sparsify(model, pattern))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(search_study, "load_images", lambda *a, limit=None: LOAD(*a, limit=min(limit or 40, 40)))
+
+
+LOAD = search_study.load_images
+
+
+def plan(run, folder, **changes):
+    options = SearchOptions(population=8, generations=2, seed=3)
+    few = {"count": 6, "final_count": 8, "validation": 8, "search": options}
+    return Plan(**{"run": run, "folder": folder, "data": "synthetic", "sampler": "ddim", "steps": 3} | few | changes)
+
+
+def test_a_search_leaves_what_it_found_and_goes_on_where_it_stopped(chain, tmp_path, monkeypatch):
+    drawn, draw = [], search_study._draw
+
+    def stops(family, strategy, count, seed):
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        drawn.append((strategy.indices, count, seed))
+        return draw(family, strategy, count, seed)
+
+    def planted(images):
+        first, second, third = drawn[-1][0]
+        return 9 * (second != 0) + (first != 2) + (third != 2)
+
+    monkeypatch.setattr(search_study, "_draw", stops)
+    monkeypatch.setattr(search_study, "_distance_to", lambda images, plan: planted)
+    with pytest.raises(KeyboardInterrupt):
+        study(plan(chain, tmp_path))
+    assert {(count, seed) for _, count, seed in drawn} == {(6, 3)}
+    before = set(drawn)
+    drawn[:] = [()] * 6
+    report = study(plan(chain, tmp_path))
+    made = drawn[6:]
+    assert not before & set(made), "what was measured is not measured again"
+    assert {(count, seed) for _, count, seed in made} == {(6, 3), (8, 4), (search_study.SHOWN, 4)}
+
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left >= {"front.png", "strategies.png", "proxy.png", "samples.png", "report.md", "report.json"}
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
+    groups = {row["group"] for row in report["rows"]}
+    assert groups == {"uniform", "random", "by hand", "found"}
+    assert [row["cost"] for row in report["rows"]] == sorted((row["cost"] for row in report["rows"]), reverse=True)
+    assert report["names"] == ("dense", "2:4", "1:4")
+    assert report["seconds"]["training"] == 7.5
+    found = next(row for row in report["rows"] if row["group"] == "found")
+    strategy = load_strategy(tmp_path / "strategies" / f"{found['strategy'].replace(' ', '-')}.json")
+    family = family_of(chain)
+    assert strategy.indices == found["indices"]
+    assert strategy.models(family, sampler="ddim", steps=3)
+    assert family.cost("ddim", strategy.indices) == found["cost"]
+
+    drawn[:] = [()] * 6
+    assert study(plan(chain, tmp_path))["rows"] == report["rows"]
+    assert {count for _, count, _ in drawn[6:]} == {search_study.SHOWN}, "only the picture is drawn again"
+    with pytest.raises(InputError, match="steps is 3 there and 4 here"):
+        study(plan(chain, tmp_path, steps=4))
+
+
+@pytest.fixture
+def one_thread():
+    """As a worker of the search has: more threads add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_distances_are_those_of_the_samples(chain, tmp_path, one_thread):
+    report = study(plan(chain, tmp_path))
+    family = family_of(chain)
+    features = load_features()
+    real = evaluate.summarize(search_study.load_images("synthetic", "train", 12).images, features, "real")
+    row = next(row for row in report["rows"] if row["group"] == "random")
+    strategy = Strategy(family.name, family.names, "ddim", row["indices"])
+    for count, seed, value in ((6, 3, row["search_quality"]), (8, 4, row["quality"])):
+        images = sample(family, strategy, count, seed=seed, y=torch.arange(count) % 5, clip=1.0)
+        mine = evaluate.summarize(images, features, "ours")
+        assert evaluate.frechet_distance(mine.mean, mine.covariance, real.mean, real.covariance) == value
+
+
+def test_the_report_measures_what_it_says(chain, tmp_path):
+    report = study(plan(chain, tmp_path, quality="proxy"))
+    logarithms = np.log(np.array(report["losses"]))
+    for row in report["rows"]:
+        assert (
+            row["quality"] == row["search_quality"] == sum(logarithms[i, step] for step, i in enumerate(row["indices"]))
+        )
+    assert report["rank_correlation"]["logarithms"] == pytest.approx(1)
+    by_hand = {row["strategy"]: row["indices"] for row in report["rows"] if row["group"] == "by hand"}
+    assert by_hand == {"costly last": (2, 1, 0), "costly first": (0, 1, 2)}
+    assert report["dearest"] == max(row["cost"] for row in report["rows"])
+
+
+def test_a_slimmable_chain_is_a_family_of_both(tmp_path):
+    model = build_model("slimmable-tiny", image_size=12, multipliers=(1, 1), attention=(), eighths=(4, 8))
+    save(tmp_path / "00-dense", model)
+    save(tmp_path / "01-2of4", sparsify(model, "2:4"))
+    family = family_of(tmp_path)
+    assert family.names == ("dense 8/8", "2:4 8/8", "dense 4/8", "2:4 4/8")
+    assert list(family.costs) == sorted(family.costs, reverse=True)
+    assert len(set(family.fingerprints)) == len(family.networks)
+
+
+def test_latents_are_searched_by_the_proxy(tmp_path):
+    """A three-level U-Net on 4-channel latents in an .npz: everything but the Fréchet distance and the samples."""
+    np.savez(tmp_path / "latents.npz", x=np.random.default_rng(0).normal(size=(80, 4, 8, 8)).astype(np.float32))
+    shape = {"image_size": 8, "channels": 4, "multipliers": (1, 1, 2), "attention": (4,)}
+    save(tmp_path / "run" / "00-dense", build_model("slimmable-tiny", **shape))
+    wanted = plan(tmp_path / "run", tmp_path / "out", data=str(tmp_path / "latents.npz"))
+    with pytest.raises(InputError, match=r"holds latents.*--quality proxy"):
+        study(wanted)
+    assert not (tmp_path / "out").exists()
+    report = study(replace(wanted, quality="proxy"))
+    assert report["names"] == ("dense 8/8", "dense 6/8", "dense 4/8", "dense 2/8")
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"front.png", "strategies.png", "report.md"}
+    assert not (tmp_path / "out" / "samples.png").exists()
+    found, drawn = min((tmp_path / "out" / "strategies").iterdir()), tmp_path / "drawn.npz"
+    command = ["sample", str(tmp_path / "run"), "--strategy", str(found), "--count", "2", "--out", str(drawn)]
+    assert main(command) == 0
+    latents = np.load(drawn)["images"]
+    assert latents.shape == (2, 4, 8, 8)
+    assert np.isfinite(latents).all()
+
+
+def test_measured_seconds_are_kept(chain, tmp_path):
+    wanted = plan(chain, tmp_path, quality="proxy", unit="seconds")
+    first = study(wanted)
+    assert first["unit"] == "seconds"
+    assert study(wanted)["costs"] == first["costs"]
+
+
+def test_refusals(chain, tmp_path):
+    with pytest.raises(InputError, match="one network only"):
+        study(plan(chain / "00-dense", tmp_path))
+    with pytest.raises(InputError, match="population of 2 is too small"):
+        study(plan(chain, tmp_path, search=SearchOptions(2), quality="proxy"))
+    with pytest.raises(InputError, match="count is 1: at least 2 images"):
+        plan(chain, tmp_path, count=1)
+    with pytest.raises(InputError, match="steps is 0"):
+        plan(chain, tmp_path, steps=0)
+    with pytest.raises(InputError, match="workers is 2: a GPU measures one strategy at a time"):
+        plan(chain, tmp_path, workers=2, device="cuda")
+
+
+def test_networks_run_in_the_precision_of_their_training(chain, monkeypatch):
+    """In bf16 on a GPU: here amp_of says so of the CPU."""
+    family, seen = family_of(chain), []
+    for network in family.networks:
+        layer = network.mid_block.mlp.fc1
+        layer.register_forward_hook(lambda module, inputs, out: seen.append((torch.is_grad_enabled(), out.dtype)))
+    strategy = Strategy(family.name, family.names, "ddim", (0, 1, 2))
+    for amp, dtype in ((None, torch.float32), ("bf16", torch.bfloat16)):
+        monkeypatch.setattr(search_study, "amp_of", lambda device, amp=amp: amp)
+        seen.clear()
+        assert search_study._draw(family, strategy, 2, 0).dtype == torch.uint8
+        assert seen == [(False, dtype)] * 3
+
+
+def test_workers_change_no_bit_of_what_is_measured(chain, tmp_path):
+    rows = [study(plan(chain, tmp_path / str(workers), workers=workers))["rows"] for workers in (1, 3)]
+    assert rows[0] == rows[1]

@@ -1,0 +1,118 @@
+"""What the other files of this kind hold, whole, foreign and hostile, is tested in test_checkpoint.py."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from sparsedm import model_files as tensor_files
+from sparsedm.errors import InputError
+from sparsedm.model_files import fill, read_tensors, write_shards, write_tensors
+from sparsedm.models import build_model
+from sparsedm.sparsify import compress, sparsify
+from sparsedm.train.checkpoint import load_model, save_model
+
+TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
+
+
+def test_shards_are_no_larger_than_asked_and_come_back_in_order(tmp_path):
+    index = write_shards(tmp_path / "m.safetensors", TENSORS, {"sparsedm": "{}"}, 50)
+    assert index == tmp_path / "m.safetensors.index.json"
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"m-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert json.loads(index.read_text())["metadata"]["total_size"] == 24 + 12 + 400 + 4
+    tensors, header = read_tensors(index)
+    assert list(tensors) == list(TENSORS)
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+    assert header == {"sparsedm": "{}"}
+
+
+@pytest.mark.parametrize("form", ["masked", "compressed"])
+def test_a_model_in_shards_is_built_again(form, tmp_path):
+    model = sparsify(build_model("uvit-tiny"), "2:4")
+    model = compress(model) if form == "compressed" else model
+    index = save_model(tmp_path / "m.safetensors", model, shard_bytes=200_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    loaded = load_model(index, build_model)
+    assert loaded.kind == form
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.state_dict().values(), model.state_dict().values()))
+
+
+def test_a_writing_cut_short_leaves_no_index(tmp_path, monkeypatch):
+    index = write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
+    calls = []
+
+    def full_disk(file, *arguments):
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write_tensors(file, *arguments)
+
+    monkeypatch.setattr(tensor_files, "write_tensors", full_disk)
+    with pytest.raises((OSError, InputError), match="No space left"):
+        write_shards(tmp_path / "m.safetensors", {name: value + 1 for name, value in TENSORS.items()}, {}, 50)
+    assert not index.exists()
+
+
+def test_an_index_that_cannot_be_replaced_is_one_sentence(tmp_path):
+    (tmp_path / "m.safetensors.index.json").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*m\.safetensors\.index\.json: "):
+        write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
+
+
+def test_tied_weights_are_written_under_both_names(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    write_tensors(tmp_path / "a.safetensors", model.state_dict(), {})
+    tensors, _ = read_tensors(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["0.weight"], model[0].weight)
+    assert torch.equal(tensors["1.weight"], model[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda index: index.write_text("{"), "is damaged: it must map each tensor to its file"),
+        (lambda index: index.write_text('{"weight_map": ["a"]}'), "is damaged"),
+        (
+            lambda index: index.write_text('{"weight_map": {"a": "../else.safetensors"}}'),
+            r"else.safetensors is missing",
+        ),
+        (
+            lambda index: index.with_name("m-00002-of-00003.safetensors").unlink(),
+            "00003.safetensors is missing",
+        ),
+        (lambda index: index.write_text(index.read_text().replace('"d"', '"e"')), r"lack 1 tensors \(e\)"),
+    ],
+    ids=["json", "list", "elsewhere", "shard", "tensor"],
+)
+def test_damaged_shards_are_refused(damage, message, tmp_path):
+    index = write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
+    damage(index)
+    with pytest.raises(InputError, match=message):
+        read_tensors(index)
+
+
+@pytest.mark.parametrize("content", [{1: torch.ones(1)}, {"a": 1}, [torch.ones(1)]], ids=["number", "value", "list"])
+def test_only_names_of_tensors_are_a_state_dict(content, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"a\.pth is not a state dict: it must map names to tensors"):
+        read_tensors(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(("count", "end"), [(6, r"5\)"), (7, r"5, \.\.\.\)")])
+def test_at_most_six_of_what_does_not_fit_are_named(count, end):
+    with pytest.raises(InputError, match=rf"{count} missing \(0, 1, 2, 3, 4, {end}"):
+        fill(nn.ParameterDict({str(i): torch.ones(1) for i in range(count)}), {}, "a.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hi\n", b"PK\x03\x04 no archive", bytes(range(256))], ids=["empty", "text", "zip", "bytes"]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
+def test_whatever_is_in_a_file_it_is_refused_in_one_sentence(content, suffix, tmp_path):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"a{suffix} is (missing, truncated or of another format|refused)"):
+        read_tensors(file)

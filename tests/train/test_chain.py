@@ -1,0 +1,350 @@
+import copy
+import math
+import os
+import signal
+import statistics
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from sparsedm import diffusion
+from sparsedm.diffusion import VPSDE
+from sparsedm.errors import InputError
+from sparsedm.sparsify import masked_layers, masks, sparsify
+from sparsedm.train import checkpoint, step
+from sparsedm.train.chain import Stage, divide, parse_chain, plan, run_chain
+from sparsedm.train.data import batch_indices
+from sparsedm.train.loop import Interrupted, train
+from tests.tiny import OPTIONS, Tiny, python_signals, same_state, tiny, tiny_images
+
+IMAGES, SCHEDULE = tiny_images(), VPSDE()
+STAGES = parse_chain("dense,3:4,2:4", 16)
+
+
+def run(folder, stages=STAGES, model=None, options=OPTIONS, **settings):
+    return run_chain(model or tiny(), stages, IMAGES, SCHEDULE, options, folder, **{"progress": False, **settings})
+
+
+def bits(results):
+    files = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+    return [(r.result.checkpoint / name).read_bytes() for r in results for name in files]
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    with python_signals():
+        yield
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("unbroken"))
+
+
+# ---- the chain -------------------------------------------------------------------------------------------------------
+
+
+def test_each_student_is_a_model_of_its_own(unbroken):
+    networks = [n for r in unbroken for n in (r.model, r.ema)]
+    storages = {p.data_ptr() for n in networks for p in n.parameters()}
+    assert len(storages) == sum(len(list(n.parameters())) for n in networks)
+    for result, expected in zip(unbroken, (None, "3:4", "2:4")):
+        for network in (result.model, result.ema):
+            assert [str(layer.pattern) for _, layer in masked_layers(network)] == [expected] * 2 * bool(expected)
+        assert result.folder.name == {None: "00-dense", "3:4": "01-3of4", "2:4": "02-2of4"}[expected]
+        assert result.metrics[-1]["step"] == result.stage.steps
+    assert [record["transfer_loss"] > 0 for r in unbroken for record in r.metrics[-1:]] == [False, True, True]
+
+
+def test_speeds_are_logged_against_the_dense_stage_and_said(tmp_path, caplog):
+    caplog.set_level("INFO", "sparsedm.train.chain")
+    results = run(tmp_path, dense_speed=7.0, progress=True)
+    speeds = [statistics.median(record["images_per_second"] for record in r.metrics) for r in results]
+    for result, dense in zip(results, (7.0, speeds[0], speeds[0])):
+        for record in result.metrics:
+            assert record["speed_to_dense"] == record["images_per_second"] / dense
+    shares = [speed / dense for speed, dense in zip(speeds, (7.0, speeds[0], speeds[0]))]
+    assert [record.message for record in caplog.records] == [
+        f"{r.folder.name}: {speed:,.0f} images/s in training, {share:.2f} times the dense network's"
+        for r, speed, share in zip(results, speeds, shares)
+    ]
+    caplog.clear()
+    run(tmp_path, progress=False)
+    assert not caplog.records
+
+
+def test_without_a_dense_stage_nothing_is_made_up(tmp_path, caplog):
+    caplog.set_level("INFO", "sparsedm.train.chain")
+    (result,) = run(tmp_path, [Stage("a", 3, "2:4")], progress=True)
+    assert all("speed_to_dense" not in record for record in result.metrics)
+    assert caplog.messages[0].endswith(" images/s in training")
+
+
+def test_students_start_from_the_previous_network_and_average(tmp_path, unbroken):
+    stages = [replace(stage, steps=0) if stage.name != "dense" else stage for stage in STAGES]
+    dense, three, two = run(tmp_path, stages)
+    assert bits([dense]) == bits(unbroken[:1])
+    for student in (three, two):
+        assert same_state(student.model.state_dict(), dense.model.state_dict())
+        assert same_state(student.ema.state_dict(), dense.ema.state_dict())
+        assert not same_state(student.model.state_dict(), student.ema.state_dict())
+
+
+def test_neither_start_is_changed(tmp_path):
+    model, ema = tiny(1), tiny(2)
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(ema.state_dict())
+    run(tmp_path, STAGES[1:], model, ema=ema)
+    assert same_state(model.state_dict(), before[0])
+    assert same_state(ema.state_dict(), before[1])
+    assert not masked_layers(model)
+    assert not masked_layers(ema)
+
+
+@pytest.mark.parametrize("policy", ["dense", "previous"])
+def test_teachers(tmp_path, monkeypatch, policy):
+    stages = [*STAGES, Stage("tail", 2), Stage("last", 2, "1:4")]
+    stages = [replace(stage, teacher=policy, w_kd=0.5) if stage.pattern != "dense" else stage for stage in stages]
+    seen = []
+
+    def spied(*args, teacher, w_kd, **settings):
+        seen.append(teacher)
+        return whole_loss(*args, teacher=teacher, w_kd=w_kd, **settings)
+
+    whole_loss = diffusion.loss
+    monkeypatch.setattr(diffusion, "loss", spied)
+    results = run(tmp_path, stages)
+    steps = [seen[sum(s.steps for s in stages[:index])] for index in range(5)]
+    of = {"dense": [None, 0, 0, None, 3], "previous": [None, 0, 1, None, 3]}[policy]
+    for teacher, expected in zip(steps, of):
+        assert (teacher is None) == (expected is None)
+        if expected is not None:
+            assert teacher is results[expected].ema
+            assert len(masked_layers(teacher)) == 2 * (results[expected].stage.pattern != "dense")
+
+
+def test_stages_share_one_stream_of_batches(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        step, "batch_indices", lambda n, size, step, seed: seen.append(step) or batch_indices(n, size, step, seed)
+    )
+    run(tmp_path)
+    assert seen == list(range(16))
+
+
+def test_in_place_goes_on_with_optimizer_and_average(tmp_path):
+    """Two stages in place under one pattern are one stage, to the bit: nothing was left behind at the switch."""
+    one = run(tmp_path / "one", [Stage("whole", 10, "2:4", decay=2e-4)])
+    two = run(tmp_path / "two", [Stage("a", 4, "2:4", decay=2e-4), Stage("b", 6, "2:4", decay=2e-4, inplace=True)])
+    assert bits(one) == bits(two[1:])
+    fresh = run(tmp_path / "fresh", [Stage("a", 4, "2:4", decay=2e-4), Stage("b", 6, "2:4", decay=2e-4)])
+    assert bits(fresh[:1]) == bits(two[:1])
+    assert bits(fresh[1:]) != bits(two[1:])
+
+
+def test_in_place_changes_the_pattern_of_one_network(tmp_path):
+    results = run(tmp_path, [Stage("a", 3, "3:4"), Stage("b", 3, "2:4", inplace=True)])
+    assert results[0].model is results[1].model
+    assert results[0].ema is not results[1].ema
+    for network in (results[1].model, results[1].ema):
+        assert {str(layer.pattern) for _, layer in masked_layers(network)} == {"2:4"}
+
+
+def test_frozen_mask_is_kept_and_dropped_weights_rest(tmp_path):
+    options = replace(OPTIONS, weight_decay=0.0, lr=0.1)
+    model, ema = tiny(1), tiny(2)
+    stage = Stage("asp", 8, "2:4", frozen_mask=True, dropped=0.0)
+    [result] = run(tmp_path, [stage], model, options, ema=ema)
+    chosen = masks(sparsify(copy.deepcopy(model), "2:4"))
+    assert same_state(masks(result.model), chosen)
+    assert same_state(masks(result.ema), chosen)
+    for name, mask in chosen.items():
+        moved = result.model.get_submodule(name).weight != model.get_submodule(name).weight
+        assert not moved[~mask].any()
+        assert moved[mask].float().mean() > 0.9
+    free = run(tmp_path / "free", [replace(stage, frozen_mask=False)], model, options, ema=ema)
+    assert not same_state(masks(free[0].model), chosen)
+    loaded = checkpoint.load_model(result.folder, lambda config: tiny()).model
+    assert same_state(masks(loaded), chosen)
+
+
+def test_a_stage_after_a_frozen_one_chooses_again(tmp_path):
+    frozen = Stage("asp", 3, "2:4", frozen_mask=True, dropped=0.0)
+    for inplace in (False, True):
+        results = run(tmp_path / str(inplace), [frozen, Stage("ste", 3, "2:4", inplace=inplace)])
+        assert all(layer.mask is None and layer.dropped == 1 for _, layer in masked_layers(results[1].model))
+
+
+def test_random_start(tmp_path):
+    dense, average = tiny(1), tiny(2)
+    state = torch.random.get_rng_state()
+    stage = Stage("random", 0, "2:4", init="random")
+    build = partial(Tiny, dense.config)
+    [first] = run(tmp_path / "a", [stage], dense, ema=average, build=build)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(3)
+    [again] = run(tmp_path / "b", [stage], dense, ema=average, build=build)
+    assert same_state(first.model.state_dict(), again.model.state_dict())
+    assert not torch.equal(first.model.first.weight, dense.first.weight)
+    assert not torch.equal(first.model.first.weight, tiny(OPTIONS.seed).first.weight)
+    assert same_state(first.ema.state_dict(), average.state_dict())
+
+
+# ---- stopping and resuming -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [3, 9, 13], ids=["dense", "second", "third"])
+def test_resumes_in_the_middle_of_a_stage(tmp_path, unbroken, monkeypatch, position):
+    def stopping(n, size, step, seed):
+        steps.append(step)
+        if step == position and len(steps) == position + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_indices(n, size, step, seed)
+
+    steps = []
+    monkeypatch.setattr(step, "batch_indices", stopping)
+    with pytest.raises(Interrupted, match="to resume"):
+        run(tmp_path)
+    assert bits(run(tmp_path)) == bits(unbroken)
+    assert steps == list(range(16))  # no step twice, so finished stages were loaded
+    assert bits(run(tmp_path)) == bits(unbroken)
+    assert steps == list(range(16))
+
+
+def test_in_place_resumes(tmp_path, monkeypatch):
+    stages = [Stage("a", 4, "3:4"), Stage("b", 4, "2:4", inplace=True), Stage("c", 4, "1:4", inplace=True)]
+    expected = bits(run(tmp_path / "unbroken", stages))
+    for position in (2, 5, 7, 9):
+        with monkeypatch.context() as patch:
+
+            def stopping(n, size, step, seed, position=position):
+                if step == position:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return batch_indices(n, size, step, seed)
+
+            patch.setattr(step, "batch_indices", stopping)
+            with pytest.raises(Interrupted, match="to resume"):
+                run(tmp_path / str(position), stages)
+        assert bits(run(tmp_path / str(position), stages)) == expected
+
+
+def test_another_chain_in_the_folder_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(InputError, match=r"stages.2.pattern is 2:4 there and 1:4 here"):
+        run(tmp_path, parse_chain("dense,3:4,1:4", 16))
+    with pytest.raises(InputError, match=r"where is None there and all here"):
+        run(tmp_path, where="all")
+    with pytest.raises(InputError, match=r"data is not set there and cats here"):
+        run(tmp_path, record={"data": "cats"})
+
+
+def test_stage_settings_reach_the_layers(tmp_path, monkeypatch):
+    settings = []
+
+    def spied(model, *args, **kwargs):
+        settings.append([(layer.decay, layer.dropped) for _, layer in masked_layers(model)] + [kwargs["w_noise"]])
+        return train(model, *args, **kwargs)
+
+    monkeypatch.setattr("sparsedm.train.chain.train", spied)
+    stages = [Stage("a", 1, "2:4", decay=0.5), Stage("b", 1, "2:4", dropped=0.25), Stage("c", 1, "2:4", w_noise=0.0)]
+    results = run(tmp_path, [*stages, Stage("d", 1, lr=0.5)])
+    assert settings == [[(0.5, 1), (0.5, 1), 1], [(0, 0.25), (0, 0.25), 1], [(0, 1), (0, 1), 0], [1]]
+    assert [r.metrics[0]["lr"] for r in results] == [0.0025, 0.0025, 0.0025, 0.125]  # the first of four warm-up steps
+
+
+# ---- chains as text, plans, refusals ---------------------------------------------------------------------------------
+
+
+def test_parse_chain():
+    assert [(s.name, s.pattern, s.steps) for s in parse_chain("dense, 3:4,2:4", 100)] == [
+        ("dense", "dense", 50), ("3of4", "3:4", 25), ("2of4", "2:4", 25)
+    ]  # fmt: skip
+    assert [(s.w_kd, s.teacher, s.decay) for s in parse_chain("dense,2:4", 9)] == [(0, "none", 0), (0.1, "dense", 2e-4)]
+    assert [s.steps for s in parse_chain("dense", 7)] == [7]
+    assert [s.steps for s in parse_chain("3:4,2:4", 7)] == [4, 3]
+    assert [s.steps for s in parse_chain("dense,3:4,2:4", 100, "2,1,7")] == [20, 10, 70]
+    assert parse_chain("dense,2:4", 9, [1, 2], w_kd=0.0, teacher="none", lr=1.0)[1] == Stage(
+        "2of4", 6, "2:4", decay=2e-4, lr=1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dense,3:2", 100), "pattern 3:2"),
+        (("dense,,2:4", 100), "unknown pattern ''"),
+        (("sparse", 100), "unknown pattern 'sparse'"),
+        (("dense,2:4", 1), "1 steps are too few for 2 stages"),
+        (("dense,2:4", 100, "1"), r"split \[1.0\] must be 2 positive numbers"),
+        (("dense,2:4", 100, [1, 0]), "must be 2 positive numbers"),
+        (("dense,2:4", 100, [1, float("nan")]), "must be 2 positive numbers"),
+        (("dense,2:4", 100, "1,two"), "split '1,two' must be numbers"),
+    ],
+)
+def test_parse_chain_refuses(arguments, message):
+    with pytest.raises(InputError, match=message):
+        parse_chain(*arguments)
+
+
+def test_divide_keeps_the_sum():
+    for steps in range(7, 40):
+        parts = divide(steps, [1, 2, 1, 1.5, 1], 5)
+        assert sum(parts) == steps
+        assert all(abs(part - steps * share / 6.5) < 1 for part, share in zip(parts, [1, 2, 1, 1.5, 1]))
+
+
+def test_plan_writes_nothing_and_matches_the_run(tmp_path, unbroken):
+    rows = plan(STAGES, OPTIONS, tiny(), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    model, weights = tiny(), sum(p.numel() * 4 for p in tiny().parameters())
+    masked_weights = model.first.weight.numel() + model.second.weight.numel()
+    total = sum(p.numel() for p in model.parameters())
+    assert [row["parameters_kept"] for row in rows] == [total, total - masked_weights // 4, total - masked_weights // 2]
+    assert [row["memory_bytes"] for row in rows] == [5 * weights, 6 * weights, 6 * weights]
+    assert [row["images"] for row in rows] == [8 * stage.steps for stage in STAGES]
+    assert [row["steps_done"] for row in rows] == [0, 0, 0]
+    done = plan(STAGES, OPTIONS, tiny(), unbroken[0].folder.parent)
+    assert [row["steps_done"] for row in done] == [stage.steps for stage in STAGES]
+    assert [row["folder"] for row in done] == [str(r.folder) for r in unbroken]
+    written = sum(
+        (unbroken[0].result.checkpoint / f).stat().st_size for f in ("model.safetensors", "optimizer.safetensors")
+    )
+    assert 0 < rows[0]["checkpoint_bytes"] - weights <= written
+    with torch.device("meta"):
+        assert plan(STAGES, OPTIONS, tiny(), tmp_path)[1]["parameters_kept"] == rows[1]["parameters_kept"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": "2:5"}, "pattern 2:5"),
+        ({"name": "a/b"}, "stage name 'a/b' must be letters"),
+        ({"teacher": "parent"}, "teacher='parent' must be one of none, dense, previous"),
+        ({"init": "zero"}, "init='zero' must be one of previous, random"),
+        ({"steps": -1}, "steps=-1 must be 0 or more"),
+        ({"w_kd": math.nan, "teacher": "dense"}, "w_kd=nan must be 0 or more, and finite"),
+        ({"decay": -1.0}, "decay=-1.0 must be 0 or more"),
+        ({"lr": 0.0}, "lr=0.0 must be more than 0"),
+        ({"w_kd": 0.1}, "w_kd=0.1 needs a teacher"),
+        ({"inplace": True, "init": "random"}, "in place cannot start at random"),
+    ],
+)
+def test_stage_refuses(fields, message):
+    with pytest.raises(InputError, match=message):
+        Stage(**{"name": "a", "steps": 1, **fields})
+
+
+def test_what_could_not_be_finished_is_not_begun(tmp_path):
+    taught = {"w_kd": 0.1, "pattern": "2:4"}
+    for stages, ema, message in (
+        ([], None, "at least one stage"),
+        ([Stage("a", 1, teacher="dense", **taught)], None, "stage a needs a dense teacher"),
+        ([Stage("a", 1, teacher="dense", **taught)], sparsify(tiny(), "2:4"), "stage a needs a dense teacher"),
+        ([Stage("a", 1, teacher="previous", **taught)], None, "stage a needs a previous teacher"),
+        ([Stage("a", 1), Stage("b", 1, init="random")], None, "stage b starts at random, which needs a way to build"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tmp_path, stages, ema=ema)
+    assert not list(tmp_path.iterdir())
+    run(tmp_path, [Stage("a", 1, teacher="dense", pattern="2:4")])  # with w_kd = 0 no teacher is needed
