@@ -14,10 +14,11 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.inspection import ARCHS, inspect
+from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.diffusers import from_diffusers
 from sparsedm.sparsify import sparsify
-from sparsedm.train import checkpoint, distributed
+from sparsedm.train import distributed
 from sparsedm.train.chain import check_stages, distilled, parse_chain, plan, run_chain
 from sparsedm.train.data import load_images
 from sparsedm.train.loop import TrainOptions, amp_of
@@ -158,7 +159,7 @@ def load_named(options, path=None, which="ema"):
     named = options.model or options.set
     config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None
     convert = from_diffusers if config and config.kind == "ddpm" else None
-    loaded = checkpoint.load_model(path, build_model, which=which, config=config, convert=convert)
+    loaded = load_model(path, build_model, which=which, config=config, convert=convert)
     if config and config != loaded.model.config:
         raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")
     return loaded

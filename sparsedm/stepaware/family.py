@@ -22,9 +22,9 @@ from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.inspection import inspect
+from sparsedm.model_files import describe, load_model
 from sparsedm.models import build_model
 from sparsedm.sparsify import compress, masked_layers
-from sparsedm.train import checkpoint
 
 UNITS = ("MACs", "seconds")
 
@@ -97,8 +97,8 @@ def family_of(run, unit="MACs", device="cpu"):
     run = Path(run)
     networks, stages = {}, {}
     for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
-        loaded = checkpoint.load_model(stage, build_model)
-        name = " + ".join(sorted(set(checkpoint.describe(loaded.model)["patterns"].values()))) or "dense"
+        loaded = load_model(stage, build_model)
+        name = " + ".join(sorted(set(describe(loaded.model)["patterns"].values()))) or "dense"
         name = f"{name} ({stage.name})" if name in stages else name
         stages[name] = stage
         slimmable = loaded.model.config.kind == "slimmable"
