@@ -1,4 +1,4 @@
-"""`sparsedm experiment NAME`: train and measure every run of a plan that the folder does not hold yet, then draw it.
+"""`python -m bench.experiments NAME`: trains and measures every run of a plan that the folder lacks, then draws it.
 
     OUT/results.csv                     every measurement, one a row; the tables and pictures are made of it alone
     OUT/seed-0/base/                    the dense network that all runs of this seed start from
@@ -29,7 +29,6 @@ from bench.experiments.report import FLIPS
 from bench.experiments.results import STAMPED, read, write
 from sparsedm import diffusion, evaluate
 from sparsedm import plots as pictures
-from sparsedm.commands.train import amp_of, load_images
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import cache_folder
@@ -38,7 +37,8 @@ from sparsedm.models import build_model, model_config
 from sparsedm.sparsify import sparsify
 from sparsedm.train import checkpoint
 from sparsedm.train.chain import Stage, StageResult, run_chain
-from sparsedm.train.loop import Interrupted, train
+from sparsedm.train.data import load_images
+from sparsedm.train.loop import Interrupted, amp_of, train
 from sparsedm.train.metrics import read_metrics, usual_speed
 
 log = logging.getLogger(__name__)
