@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import triton
 from torch.overrides import TorchFunctionMode
 
 from emulator.machine import execute
@@ -46,7 +45,7 @@ class Map(ctypes.Structure):
 
 
 def start(capability=H200, execute=True):
-    """Let Triton and torch find a GPU in this process, for good. Call it before any kernel is decorated.
+    """Let Triton and torch find a GPU in this process, for good. Call it before Triton is imported.
 
     execute=False: kernels are compiled and launched, and do nothing. Only an H200's kernels can be executed.
     Returns the Device.
@@ -133,6 +132,8 @@ def parameter_kinds(ptx):
 
 def build_driver():
     """Compile driver.c and load it, so that whoever asks for libcuda.so.1 in this process finds it."""
+    import triton
+
     folder = Path(tempfile.mkdtemp())
     headers = Path(triton.__file__).parent / "backends/nvidia/include"
     source, library = Path(__file__).with_name("driver.c"), folder / "libcuda.so.1"

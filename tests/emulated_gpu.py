@@ -18,7 +18,7 @@ def start(capability=driver.H200, execute=True):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config):
-    """Before any kernel is decorated."""
+    """Before Triton is imported."""
     early_config.emulated = start()
 
 
