@@ -2,7 +2,7 @@
 
     copy            bytes read plus bytes written by a copy that no cache can hold
     dense product   the best of a few large square products, by torch
-    instructions    tensor-core instructions alone, from registers and shared memory: `kernels/instruction_rates.py`
+    instructions    tensor-core instructions alone, from registers and shared memory: `instruction_rates.py`
 
 All on random data.
 """
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import instruction_rates
-from bench.environment import stamp
-from bench.measure import DeviceLost, one_line, time_columns
+from bench.measure import one_line, time_columns
+from bench.results import stamp
 from bench.timing import interleaved
 from sparsedm.kernels.tuning import device_is_lost
 
@@ -29,6 +29,7 @@ class Source(NamedTuple):
     """Who wrote the code that is measured."""
 
     name: str
+    compiled: bool = False
 
 
 class Ceiling(NamedTuple):
@@ -51,25 +52,26 @@ def run(session):
 
 
 def rows(session, ceiling, missing, starting):
-    """The row of one ceiling; a probe that does not run costs no other."""
+    """Yields the row of one ceiling; a probe that does not run costs no other."""
     if not starting(ceiling.provider.name):
-        return []
+        return
     dtype = str(session.dtype).removeprefix("torch.")
     row = {"suite": SUITE, "model": SUITE, "dtype": dtype, "shape": ceiling.name, "provider": ceiling.provider.name}
     row |= ceiling.columns
     if ceiling.reason:
-        return [row | {"status": "unsupported", "reason": ceiling.reason}]
+        yield [row | {"status": "unsupported", "reason": ceiling.reason}]
+        return
     try:
         call, rate = ceiling.prepare()
         timed = session.clock.ready(call)
         session.clock.warm()
         times = interleaved({"only": timed}, **session.limits)["only"]
     except Exception as error:
-        row |= {"status": "failed", "reason": one_line(error)}
+        yield [row | {"status": "failed", "reason": one_line(error)}]
         if device_is_lost(session.device):
-            raise DeviceLost(row) from error
-        return [row]
-    return [row | {"status": "ok"} | rate(times.p50) | time_columns(times, timed.method) | stamp(session.device)]
+            raise
+        return
+    yield [row | {"status": "ok"} | rate(times.p50) | time_columns(times, timed.method) | stamp(session.device)]
 
 
 def ceilings(session):

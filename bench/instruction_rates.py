@@ -5,7 +5,7 @@
 
 The operands are random, finite and the same in every turn, so these are upper bounds of what a kernel can reach, not
 predictions. y = iterations * (A B^T), which is what the tests check. Sources: PTX ISA 8.5, as in `sparse24_ptx`.
-NOT YET RUN ON A GPU: the sparse ones are executed by the emulator of the tests, all are compiled and their SASS read.
+The wgmma loops are in a file of their own, which is imported where there is a GPU: Gluon needs Triton.
 """
 
 import torch

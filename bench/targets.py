@@ -9,10 +9,9 @@ import math
 import sys
 from typing import NamedTuple
 
-from bench.providers import DENSE, OURS
-from bench.results import read
-from bench.speedups import key, speedups, timed
-from sparsedm.errors import program
+from bench import program
+from bench.providers import OURS
+from bench.results import DENSE, key, read, speedups, timed
 from sparsedm.files import write_text
 
 COMPILED = "dense compiled"

@@ -4,7 +4,6 @@ from torch import nn
 
 from bench import baselines as rivals
 from bench import networks as end_to_end
-from bench import sampling
 from bench.networks import (
     STEP_PROVIDERS,
     TRAINING_PROVIDERS,
@@ -13,12 +12,14 @@ from bench.networks import (
     NetworkProvider,
     TrainingStepProblem,
     baked,
+    draw,
+    replayed,
+    sampling_rows,
     table3_shapes,
     with_cusparselt,
 )
 from bench.results import Results, read
 from bench.run import Session, run_suite
-from bench.sampling import draw, replayed, sampling_rows
 from sparsedm.cuda_graph import Graphs
 from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
@@ -174,10 +175,9 @@ def test_peak_memory_counts_all_forms_of_the_weights_and_the_activations(step, m
         return network
 
     monkeypatch.setattr(end_to_end, "allocated", lambda device: memory["held"])
-    monkeypatch.setattr(sampling, "allocated", lambda device: memory["held"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory["peak"])
-    assert sampling.peak_memory(NetworkProvider("n", made, sparse=False), step) == 50 + 300 + 77
+    assert end_to_end.peak_memory(NetworkProvider("n", made, sparse=False), step) == 50 + 300 + 77
 
 
 def test_table3_is_the_published_grid():
