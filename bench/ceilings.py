@@ -14,15 +14,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench import instruction_rates
 from bench.measure import one_line, time_columns
+from bench.providers import HALF
 from bench.results import stamp
 from bench.timing import interleaved
+from sparsedm.kernels.launch import capability
 from sparsedm.kernels.tuning import device_is_lost
 
 SUITE = "ceiling"
 COPIED, COPIED_QUICK = 1 << 30, 1 << 26  # bytes
 SIDES, SIDES_QUICK = (4096, 8192, 12288), (512, 1024)
+
+INSTRUCTIONS = ("mma", "mma.sp", "wgmma", "wgmma.sp")
 
 
 class Source(NamedTuple):
@@ -81,10 +84,10 @@ def ceilings(session):
     for side in SIDES_QUICK if session.quick else SIDES:
         columns = {"kernel": "dense", "metric": "rate", "unit": "TFLOP/s", **dict.fromkeys("MNK", side)}
         yield Ceiling(f"dense {side}", TORCH, columns, functools.partial(dense, session, side))
-    for name in instruction_rates.NAMES:
+    for name in INSTRUCTIONS:
         columns = {"kernel": name, "metric": "rate", "unit": "TFLOP/s"}
         prepare = functools.partial(instructions, session, name)
-        reason = instruction_rates.unsupported(name, session.device, session.dtype)
+        reason = unsupported(name, session.device, session.dtype)
         yield Ceiling(f"{name} instructions", OURS, columns, prepare, reason)
 
 
@@ -104,7 +107,22 @@ def dense(session, side):
     return lambda: F.linear(x, w), functools.partial(teraflops, 2 * side**3)
 
 
+def unsupported(name, device, dtype):
+    """None, or why the loop `name` cannot run on `device`."""
+    if capability(device) is None:
+        return "needs an NVIDIA GPU"
+    if dtype not in HALF:
+        return f"takes bfloat16 and float16, not {str(dtype)[6:]}"
+    if capability(device) < (8, 0):
+        return "needs sm_80 or later"
+    if name.startswith("wgmma") and capability(device) != (9, 0):
+        return "needs sm_90a"
+    return None
+
+
 def instructions(session, name):
+    from bench import instruction_rates  # Gluon: needs Triton
+
     call, operations = instruction_rates.prepare(name, session.device, session.dtype)
     return call, functools.partial(teraflops, operations)
 

@@ -9,8 +9,7 @@ import time
 import pytest
 import torch
 
-from bench import ceilings, measure, providers, run
-from bench import networks as end_to_end
+from bench import ceilings, measure, networks, providers, run
 from bench.baselines import OURS_AND_DENSE
 from bench.results import Results, read
 from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, Watch, main, run_suite
@@ -173,8 +172,8 @@ def test_eager_rows_are_in_the_file_before_anything_compiles(tmp_path, monkeypat
 
 def test_providers_that_there_is_no_time_for_are_left_for_the_next_time(tmp_path, monkeypatch):
     """The second of two networks to compile would begin too late; those that are not compiled are measured."""
-    monkeypatch.setattr(end_to_end.NetworkProvider, "supports", lambda self, problem: None)
-    monkeypatch.setattr(end_to_end, "max_autotune", lambda network: network)
+    monkeypatch.setattr(networks.NetworkProvider, "supports", lambda self, problem: None)
+    monkeypatch.setattr(networks, "max_autotune", lambda network: network)
     monkeypatch.setattr(run, "COMPILES", 1000)
     names = ("dense", "dense compiled", "sparsedm 2:4")
     first = session(tmp_path / "r.csv", "uvit-tiny@1", providers=names, deadline=time.monotonic() + 900)
@@ -247,8 +246,8 @@ def test_a_probe_that_fails_or_ends_the_process_costs_no_other_ceiling(tmp_path,
             raise RuntimeError("out of registers")
         raise SystemExit("as if the process had been killed")
 
-    monkeypatch.setattr(ceilings.instruction_rates, "unsupported", lambda name, *_: None if "w" not in name else "old")
-    monkeypatch.setattr(ceilings.instruction_rates, "prepare", prepare)
+    monkeypatch.setattr(ceilings, "unsupported", lambda name, *_: None if "w" not in name else "old")
+    monkeypatch.setattr("bench.instruction_rates.prepare", prepare)
     with pytest.raises(SystemExit):
         run_suite("ceiling", session(tmp_path / "r.csv"))
     run_suite("ceiling", session(tmp_path / "r.csv", resume=True))
@@ -339,10 +338,10 @@ SMALL = {
 def test_on_a_gpu_everything_of_torch_and_of_ours_is_right_and_timed_by_graphs(suite, tmp_path, monkeypatch):
     # what a compiler makes of the graphs is torch's affair, and takes minutes
     compiler = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
-    monkeypatch.setattr(end_to_end, "max_autotune", compiler)
+    monkeypatch.setattr(networks, "max_autotune", compiler)
     names = [p.name for kernel in OURS_AND_DENSE.values() for p in kernel if not p.name.endswith("compiled")]
-    networks = [p.name for p in end_to_end.STEP_PROVIDERS + end_to_end.TRAINING_PROVIDERS if p.name != "cuSPARSELt"]
-    names += networks if suite in NETWORK_SUITES else ["torch", "sparsedm"]  # the last two of the ceilings
+    of_networks = [p.name for p in networks.STEP_PROVIDERS + networks.TRAINING_PROVIDERS if p.name != "cuSPARSELt"]
+    names += of_networks if suite in NETWORK_SUITES else ["torch", "sparsedm"]  # the last two of the ceilings
     results = Results(tmp_path / "r.csv")
     options = {"quick": True, "shapes": SMALL[suite], "providers": tuple(names), "limits": FAST}
     run_suite(suite, Session(results, torch.device("cuda"), torch.bfloat16, **options))
@@ -351,5 +350,5 @@ def test_on_a_gpu_everything_of_torch_and_of_ours_is_right_and_timed_by_graphs(s
     times = [r for r in rows if r["samples"] and r["metric"] not in ("host", "packing") and "sampling" not in r["mode"]]
     assert {r["method"] for r in times} == {"cuda graph"}
     if suite == "end-to-end":
-        step = {p.name for p in end_to_end.STEP_PROVIDERS if p.name != "cuSPARSELt"}
+        step = {p.name for p in networks.STEP_PROVIDERS if p.name != "cuSPARSELt"}
         assert {r["provider"] for r in rows if "sampling" in r["mode"]} == {r["provider"] for r in times} == step
