@@ -9,7 +9,7 @@ from torch import nn
 
 from bench.problems import TWO_FOUR
 from bench.providers import Bound, Provider
-from sparsedm.kernels.mask import choose, choose_packed
+from sparsedm.kernels.mask import select_mask
 from sparsedm.layers import Linear
 
 # ---- masks
@@ -45,7 +45,7 @@ class Choose(Provider):
         return super().traffic(problem) + problem.weight.numel() * 7 / 8
 
     def bind(self, problem, prepared):
-        return Bound(lambda: choose(problem.weight, TWO_FOUR, problem.dtype)[0], "masked weight and mask")
+        return Bound(lambda: select_mask(problem.weight, TWO_FOUR, problem.dtype).masked, "masked weight and mask")
 
 
 class ChoosePacked(Provider):
@@ -57,7 +57,8 @@ class ChoosePacked(Provider):
 
     def bind(self, problem, prepared):
         def run():
-            return choose_packed(problem.weight, TWO_FOUR, problem.dtype, compressed=True).masked
+            wanted = {"mask": False, "bits": True, "compressed": True}
+            return select_mask(problem.weight, TWO_FOUR, problem.dtype, **wanted).masked
 
         return Bound(run, "masked weight, bits, values, metadata")
 

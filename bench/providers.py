@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from bench.problems import TWO_FOUR
 from sparsedm.kernels.launch import capability
-from sparsedm.kernels.mask import choose
+from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.sparse24.dispatch import FEW_TOKENS, choose_backend, last_choice
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
@@ -126,7 +126,7 @@ class Masked(Provider):
     name = "sparsedm masked"
 
     def prepare(self, problem):
-        return choose(problem.weight, TWO_FOUR)[0]
+        return select_mask(problem.weight, TWO_FOUR).masked
 
     def bind(self, problem, prepared):
         return Bound(torch_linear(problem, prepared), "torch, pre-masked")

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.pattern import Pattern, select_mask_ref
 from sparsedm.kernels.sparse24.torch_layouts import TORCH_TENSORS, to_torch
 from tests.tolerance import assert_as_good_as_torch
 
 
 def sparse_weight(rows, columns, dtype=torch.bfloat16, device="cpu"):
     weight = torch.randn(rows, columns, device=device).to(dtype)
-    return weight * choose_mask_ref(weight, Pattern(2, 4))
+    return weight * select_mask_ref(weight, Pattern(2, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
