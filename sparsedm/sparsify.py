@@ -11,7 +11,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern, group_view, holds
-from sparsedm.kernels.sparse24.torch_layouts import TORCH_TENSORS, to_torch
+from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
 from sparsedm.layers import (
     Compressed,
     CompressedConv2d,

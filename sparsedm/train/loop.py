@@ -273,6 +273,11 @@ def train(
     )
 
 
+def amp_of(device):
+    """Products in bf16 on a GPU, in fp32 elsewhere."""
+    return "bf16" if device.type == "cuda" else None
+
+
 def check_data(model, images, validation):
     """Raise InputError where the network and the images do not fit each other."""
     if describe(model)["kind"] == "compressed":
