@@ -25,7 +25,7 @@ def compiled(capability):
     from tests.kernels.sparse24.test_conv import Convolution, launched_on_the_gpu
 
     def launch(module, name, config):
-        backend = {"mma_splitk": "few"}.get(name, name.removesuffix("_conv"))
+        backend = {"mma_splitk": "splitk"}.get(name, name.removesuffix("_conv"))
         if name.endswith("conv"):
             launched_on_the_gpu(module, backend, Convolution(**CONVOLUTION), config)
         else:
