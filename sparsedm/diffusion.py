@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sparsedm.errors import InputError
-from sparsedm.sparsify import hold_masks, is_sharded
+from sparsedm.sparsity import hold_masks, is_sharded
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 

@@ -1,11 +1,11 @@
-"""A sparse layer in its two states: masked, to train and run anywhere; compressed, to run fast. Models: `sparsify.py`.
+"""A sparse layer in its two states: masked, to train and run anywhere; compressed, to run fast. Models: `sparsity.py`.
 
 Masked layer:      y = act(x (w * m)^T + b) * s + r, with m = the pattern's choice from w; w is the dense master weight.
 Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through), plus decay * (1 - m) * w (SR-STE,
-                   arXiv 2102.04010); `sparsify.set_masking` sets the decay, and multipliers for kept and dropped.
+                   arXiv 2102.04010); `sparsity.set_masking` sets the decay, and multipliers for kept and dropped.
 
 A mask is a function of the pattern and of today's weight, whoever wrote it. Every forward selects it again;
-`sparsify.hold_masks` is the only place where a selection is used twice.
+`sparsity.hold_masks` is the only place where a selection is used twice.
 """
 
 import torch
@@ -55,7 +55,7 @@ class Masked:
     """What Linear and Conv2d share: the pattern, the choice of the mask, and the gradient rule.
 
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
-    rule: see `sparsify.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
+    rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
     """
 
     def _start_masking(self, pattern=None, activation=None):

@@ -15,7 +15,7 @@ from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungro
 from sparsedm.layers import Compressed
 from sparsedm.model_files import load_model, save_model
 from sparsedm.permutation import permute_channels
-from sparsedm.sparsify import FAMILIES, compress, decompress, masked_layers, sparsify
+from sparsedm.sparsity import FAMILIES, compress, decompress, masked_layers, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 pytestmark = pytest.mark.interop

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsify import compress, hold_masks, set_masking
+from sparsedm.sparsity import compress, hold_masks, set_masking
 from tests.tolerance import assert_as_good_as_torch
 
 PATTERNS = ["1:2", "2:4", "3:4", "1:8", "4:16", "31:32"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sparsedm import diffusion
 from sparsedm.errors import InputError
 from sparsedm.model_files import describe
-from sparsedm.sparsify import hold_masks
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.data import batch
 from sparsedm.train.metrics import MetricsLog

@@ -27,7 +27,7 @@ from sparsedm.kernels.masked_matmul import (
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.tuning import Autotuner
 from sparsedm.layers import Linear
-from sparsedm.sparsify import set_masking
+from sparsedm.sparsity import set_masking
 from tests.tolerance import assert_as_good_as_torch
 
 HALF = Pattern(2, 4)

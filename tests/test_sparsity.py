@@ -13,7 +13,7 @@ from sparsedm.kernels.pattern import Pattern, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS
 from sparsedm.layers import CompressedConv2d, CompressedLinear, Linear
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
+from sparsedm.sparsity import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2}
@@ -34,7 +34,7 @@ class Small(nn.Module):
 # ---- sparsify --------------------------------------------------------------------------------------------------------
 
 
-def test_sparsify_swaps_plain_layers_and_keeps_everything_they_hold():
+def test_sparsity_swaps_plain_layers_and_keeps_everything_they_hold():
     model, x = Small(), torch.randn(2, 3, 8, 8)
     keys, before = list(model.state_dict()), dict(model.named_parameters())
     calls = []
