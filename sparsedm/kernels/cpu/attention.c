@@ -1,8 +1,8 @@
-/* y = softmax(q k^T / sqrt(D)) v in fp32, queries along the lanes. A tile is up to TILE vectors of queries of one head;
+/* y = softmax(q k^T / sqrt(D)) v in fp32, queries along the lanes. A tile is up to QUERIES vectors of queries of one head;
  * its scores, (keys, queries), stay in L2; k and v are broadcast by memory operands, from where they lie. */
 #include "vectors.h"
 
-#define TILE (LANES == 8 ? 2 : 4) /* vectors of queries */
+#define QUERIES (LANES == 8 ? 2 : 4) /* vectors of queries */
 
 typedef struct {
   const float *q, *k, *v; /* (B, H, L, D), all with these strides; D is contiguous and a multiple of LANES */
@@ -15,7 +15,7 @@ INLINE void product(int R, int P, const float *a, long step_n, long step_p, cons
   vec s[24];
   UNROLL for (int i = 0; i < P * R; i++) s[i] = (vec){0};
   for (long k = 0; k < n; k++, a += step_n, tile += R * LANES) {
-    vec x[TILE];
+    vec x[QUERIES];
     UNROLL for (int r = 0; r < R; r++) x[r] = *(const vec *)(tile + r * LANES);
     UNROLL for (int p = 0; p < P; p++) {
       vec w = splat(a[p * step_p]);
@@ -39,7 +39,7 @@ INLINE void products(int R, const float *a, long step_n, long step_p, const floa
 
 /* s (keys, queries) -> e^(s - largest of the query), whose sums it returns. A NaN makes all of its query NaN. */
 INLINE void exponentials(int R, float *s, long L, vec *sum) {
-  vec top[TILE];
+  vec top[QUERIES];
   UNROLL for (int r = 0; r < R; r++) top[r] = *(vec *)(s + r * LANES), sum[r] = (vec){0};
   for (long j = 1; j < L; j++) {
     UNROLL for (int r = 0; r < R; r++) top[r] = max(top[r], *(vec *)(s + (j * R + r) * LANES));
@@ -58,7 +58,7 @@ INLINE void queries(int R, const attention_t *p, long from, long offset, int hav
   float *s = tile + D * R * LANES, *o = s + p->L * R * LANES;
   const float *q = p->q + offset + from * step;
   float scale = 1.4426950408889634f / sqrtf(D); /* powers are of 2 */
-  vec sum[TILE];
+  vec sum[QUERIES];
   for (int r = 0; r < R; r++)
     for (long d = 0; d < D; d += LANES) {
       vec v[LANES];
@@ -81,13 +81,13 @@ INLINE void queries(int R, const attention_t *p, long from, long offset, int hav
 
 /* Returns 0, or 1 where there is no memory. */
 int nm_attention(const attention_t *p) {
-  long vectors = (p->L + LANES - 1) / LANES, each = (vectors + TILE - 1) / TILE, tiles = p->B * p->H * each;
+  long vectors = (p->L + LANES - 1) / LANES, each = (vectors + QUERIES - 1) / QUERIES, tiles = p->B * p->H * each;
   int failed = 0;
 #pragma omp parallel for schedule(dynamic) reduction(| : failed) if (tiles > 1)
   for (long i = 0; i < tiles; i++) {
     long part = i % each, h = i / each % p->H, b = i / each / p->H, offset = b * p->stride_b + h * p->stride_h;
     long first = vectors * part / each, R = vectors * (part + 1) / each - first, from = first * LANES;
-    float *tile = scratch((2 * p->D + p->L) * TILE * LANES), *y = p->y + ((b * p->L + from) * p->H + h) * p->D;
+    float *tile = scratch((2 * p->D + p->L) * QUERIES * LANES), *y = p->y + ((b * p->L + from) * p->H + h) * p->D;
     int have = least(p->L - from, R * LANES);
     if (!tile) failed |= 1;
     else if (R == 1) queries(1, p, from, offset, have, y, tile);

@@ -46,7 +46,7 @@ class _Unavailable(Exception):
 
 
 def instruction_set():
-    """"avx512", "avx2", "neon", or None where the library does not serve the CPU."""
+    """ "avx512", "avx2", "neon", or None where the library does not serve the CPU."""
     if not sys.platform.startswith("linux"):
         return None
     if platform.machine() == "aarch64":

@@ -228,10 +228,11 @@ int nm_linear(const linear_t *p) {
 /* ---- few rows: outputs along the lanes, so that a weight is read once -------------------------------------------------
  *
  * For LANES rows of W and each window of columns: the kept weights of all lanes one after the other, a vector of values
- * and a vector of places in the window. A window is LANES columns of x, in a register from which a shuffle picks, or
- * one group where groups are larger, and then a gather reads x. */
+ * and a vector of places in the window. A window is four columns, repeated over a register, from which a shuffle within
+ * 128 bits picks; or LANES columns, from which a slower one picks; or one group, if it is larger, which is gathered. */
 
-INLINE int window_of(int group) { return group > LANES ? group : LANES; }
+enum { QUADS, WINDOWS, GATHERS };
+INLINE int window_of(int group) { return group <= 4 ? 4 : group <= LANES ? LANES : group; }
 
 /* sums of T rows of x and B blocks of LANES outputs, from row `row` and output n on */
 static __attribute__((noinline)) void write_few(const out_t *out, const vec *sums, int T, int B, long row, long n) {
@@ -247,7 +248,7 @@ static __attribute__((noinline)) void write_few(const out_t *out, const vec *sum
   }
 }
 
-INLINE void few_rows(int T, int B, int wide, const linear_t *p, const float *x, long ldx, long row, long n) {
+INLINE void few_rows(int T, int B, int way, const linear_t *p, const float *x, long ldx, long row, long n) {
   long K = p->K1 + p->K2, kept = K * p->keep / p->group;
   int window = window_of(p->group), nz = window * p->keep / p->group;
   const float *v = p->values + n * kept;
@@ -256,13 +257,17 @@ INLINE void few_rows(int T, int B, int wide, const linear_t *p, const float *x, 
   UNROLL for (int i = 0; i < T * B; i++) a[i] = (vec){0};
   for (long left = kept; left > 0; left -= nz, x += window) {
     vec xs[4];
-    UNROLL for (int t = 0; t < T; t++) xs[t] = wide ? (vec){0} : load(x + t * ldx);
+    UNROLL for (int t = 0; t < T; t++) xs[t] = way == QUADS ? QUAD(x + t * ldx) : load(x + t * ldx);
     for (int j = 0; j < nz && j < left; j++, v += LANES, o += LANES) {
       UNROLL for (int b = 0; b < B; b++) {
         ivec index = widen(o + b * kept * LANES);
         vec w = load(v + b * kept * LANES);
-        UNROLL for (int t = 0; t < T; t++)
-          a[b * T + t] += w * (wide ? gather_some(x + t * ldx, index, some(ALL)) : pick(xs[t], index));
+        UNROLL for (int t = 0; t < T; t++) {
+          vec chosen = way == QUADS     ? pick_quad(xs[t], index)
+                       : way == WINDOWS ? pick(xs[t], index)
+                                        : gather_some(x + t * ldx, index, some(ALL));
+          a[b * T + t] += w * chosen;
+        }
       }
     }
   }
@@ -271,8 +276,9 @@ INLINE void few_rows(int T, int B, int wide, const linear_t *p, const float *x, 
 
 #define FEW(T, B)                                                                              \
   static void few_##T##_##B(const linear_t *p, const float *x, long ldx, long row, long n) {   \
-    if (p->group > LANES) few_rows(T, B, 1, p, x, ldx, row, n);                                \
-    else few_rows(T, B, 0, p, x, ldx, row, n);                                                 \
+    if (p->group <= 4) few_rows(T, B, QUADS, p, x, ldx, row, n);                               \
+    else if (p->group <= LANES) few_rows(T, B, WINDOWS, p, x, ldx, row, n);                    \
+    else few_rows(T, B, GATHERS, p, x, ldx, row, n);                                           \
   }
 FEW(1, 1) FEW(1, 4) FEW(2, 1) FEW(2, 4) FEW(4, 1) FEW(4, 2)
 

@@ -58,6 +58,9 @@ class _Attention(ctypes.Structure):
     _fields_ = [*_fields("q k v y", POINTER), *_fields("B H L D stride_b stride_h stride_l", LONG)]
 
 
+_empty = torch.empty  # tests put guarded memory here
+
+
 def _address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
@@ -83,8 +86,8 @@ def prepack(order, weight, mask, pattern, width=0):
     weight, mask = (group_view(t.detach()).reshape(t.shape[0], -1, t.shape[1]).contiguous() for t in (weight, mask))
     N, taps, C = weight.shape
     rows = -(-N // lanes()) * lanes() if order == "few" else N
-    values = torch.empty(rows, taps * C * pattern.keep // pattern.group)
-    offsets = torch.empty_like(values, dtype=torch.uint8 if order == "few" else torch.int16)
+    values = _empty(rows, taps * C * pattern.keep // pattern.group)
+    offsets = _empty(values.shape, dtype=torch.uint8 if order == "few" else torch.int16)
     pointers = [POINTER(t.data_ptr()) for t in (weight, mask, values, offsets)]
     sizes = [LONG(N), LONG(taps), LONG(C), pattern.keep, pattern.group, LONG(width)]
     if library().nm_prepack(ORDERS.index(order), *pointers[:2], *sizes, *pointers[2:]):
@@ -108,12 +111,13 @@ def halo_serves(kernel_size, stride, padding, width, pattern):
 
 
 def _rows(tensor):
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _out(y, ldy, bias, activation, residual=None, ld_residual=0, scale=None, per=1):
-    out = _Out(_address(bias), _address(scale), _address(residual), y.data_ptr())
-    out.ld_residual, out.ldy, out.per, out.act = ld_residual, ldy, per, ACTIVATIONS[activation]
+def _out(y, N, bias, activation, residual):
+    out = _Out(_address(bias), None, _address(residual), y.data_ptr())
+    out.N = out.ldy = out.ld_residual = N
+    out.per, out.act = 1, ACTIVATIONS[activation]
     return out
 
 
@@ -122,20 +126,22 @@ def linear(x, prepacked, pattern, N, *, bias=None, activation=None, residual=Non
 
     prepacked: of "linear", or of "few" where `few`.
     """
-    M, y = x.shape[0], x.new_empty(x.shape[0], N)
+    M, y = x.shape[0], _empty(x.shape[0], N)
     if not M:
         return y
-    x, skip, residual = _rows(x), skip if skip is None else _rows(skip), residual if residual is None else _rows(residual)
-    scale = scale if scale is None else scale.reshape(-1, N).contiguous()
+    x, skip, residual = _rows(x), _rows(skip), _rows(residual)
     bias = bias if bias is None else bias.contiguous()
-    out = _out(y, N, bias, activation, residual)
-    out.N, out.scale = N, _address(scale)
-    out.ld_residual = 0 if residual is None else residual.stride(0)
-    out.per = 1 if scale is None else M // scale.shape[0]
     values, offsets = prepacked
     call = _Linear(x.data_ptr(), _address(skip), values.data_ptr(), offsets.data_ptr(), x.stride(0))
-    call.ld_skip, call.K2 = (0, 0) if skip is None else (skip.stride(0), skip.shape[1])
-    call.M, call.K1, call.keep, call.group, call.out = M, x.shape[1], pattern.keep, pattern.group, out
+    call.M, call.K1, call.keep, call.group = M, x.shape[1], pattern.keep, pattern.group
+    call.out = _out(y, N, bias, activation, residual)
+    if skip is not None:
+        call.ld_skip, call.K2 = skip.stride(0), skip.shape[1]
+    if residual is not None:
+        call.out.ld_residual = residual.stride(0)
+    if scale is not None:
+        scale = scale.reshape(-1, N).contiguous()
+        call.out.scale, call.out.per = scale.data_ptr(), M // scale.shape[0]
     _call("nm_linear_few" if few else "nm_linear", ctypes.byref(call))
     return y
 
@@ -145,25 +151,26 @@ def output_size(size, kernel_size, stride, padding):
     return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding))
 
 
-def conv2d(x, prepacked, pattern, N, kernel_size, stride, padding, *, bias=None, activation=None, residual=None, halo=False):
-    """y (B, N, OH, OW) in the memory format of x (B, C, H, W); residual as y. stride: the same on both axes.
+def conv2d(x, prepacked, pattern, N, geometry, *, bias=None, activation=None, residual=None, halo=False):
+    """y (B, N, OH, OW) in the memory format of x (B, C, H, W); residual as y.
 
-    prepacked: of "conv", or of "halo" where `halo`.
+    geometry: (kernel_size, stride, padding), pairs; both strides are the same. prepacked: of "conv", or of "halo" where
+    `halo`.
     """
-    (B, C, H, W), (OH, OW) = x.shape, output_size(x.shape[2:], kernel_size, stride, padding)
+    kernel_size, stride, padding = geometry
+    (B, C, H, W), (OH, OW) = x.shape, output_size(x.shape[2:], *geometry)
     layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
-    y = torch.empty(B, N, OH, OW, memory_format=layout)
+    y = _empty(B, N, OH, OW, memory_format=layout)
     if not y.numel():
         return y
     residual = residual if residual is None else residual.contiguous(memory_format=layout)
     bias = bias if bias is None else bias.contiguous()
-    out = _out(y, N, bias, activation, residual)
-    out.N, out.ld_residual, out.per = N, N, 1
     values, offsets = prepacked
-    nhwc = int(layout == torch.channels_last)
-    geometry = (*kernel_size, stride[0], *padding, pattern.keep, pattern.group, nhwc)
-    call = _Conv(x.data_ptr(), values.data_ptr(), offsets.data_ptr(), B, C, H, W, OH, OW, *geometry, out)
+    sizes = B, C, H, W, OH, OW, *kernel_size, stride[0], *padding
+    pattern_and_layout = pattern.keep, pattern.group, int(layout == torch.channels_last)
+    out = _out(y, N, bias, activation, residual)
+    call = _Conv(x.data_ptr(), values.data_ptr(), offsets.data_ptr(), *sizes, *pattern_and_layout, out)
     _call("nm_conv_halo" if halo else "nm_conv", ctypes.byref(call))
     return y
 
@@ -174,7 +181,7 @@ def attention(q, k, v):
     Returns (B, L, H * D).
     """
     B, H, L, D = q.shape
-    y = q.new_empty(B, L, H * D)
+    y = _empty(B, L, H * D)
     if y.numel():
         pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
         _call("nm_attention", ctypes.byref(_Attention(*pointers, B, H, L, D, *q.stride()[:3])))
@@ -191,8 +198,8 @@ def select_mask(weight, pattern):
     """
     layout = memory_format(weight)
     weight = weight.detach().contiguous(memory_format=layout)
-    masked = torch.empty_like(weight)
-    mask = torch.empty_like(weight, dtype=torch.bool)
+    masked = _empty(weight.shape, memory_format=layout)
+    mask = _empty(weight.shape, dtype=torch.bool, memory_format=layout)
     inner = weight.shape[2:].numel() if weight.dim() == 4 and layout == torch.contiguous_format else 1
     outer = weight.numel() // (pattern.group * inner)
     sizes = LONG(outer), pattern.group, LONG(inner), pattern.keep

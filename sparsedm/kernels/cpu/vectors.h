@@ -3,6 +3,7 @@
  * Only what the extensions cannot say is written with intrinsics. -DGENERIC -DLANES=16 compiles the code of 16 lanes
  * for a machine that has no AVX-512, for tests.
  */
+#pragma once
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -52,8 +53,9 @@ INLINE vec splat(float f) { return (vec){0} + f; }
 INLINE vec load(const float *at) { return (vec) * (const loose *)at; }
 INLINE void store(float *at, vec v) { *(loose *)at = v; }
 
-/* lanes: a set of lanes, made of bits. QUAD(at) and SPREAD(quad, at, i) give a vector of at[i], i < 4, by one load for
- * all four, because loads are the bottleneck. pick(x, index) is x[index]; gather(at, index) is at[index]. */
+/* lanes: a set of lanes, made of bits. QUAD(at) repeats four floats, and SPREAD(quad, at, i) is a vector of at[i]: one
+ * load for all four, because loads are the bottleneck. pick(x, index) is x[index], pick_quad(QUAD(at), index) is
+ * at[index], index < 4, and gather_some(at, index) is at[index] of any index. */
 #if defined(__AVX512F__) && !defined(GENERIC)
 typedef __mmask16 lanes;
 INLINE lanes some(uint32_t bits) { return (lanes)bits; }
@@ -63,6 +65,7 @@ INLINE vec gather_some(const float *at, ivec index, lanes m) {
   return (vec)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, (__m512i)index, at, 4);
 }
 INLINE vec pick(vec x, ivec index) { return (vec)_mm512_permutexvar_ps((__m512i)index, (__m512)x); }
+INLINE vec pick_quad(vec quad, ivec index) { return (vec)_mm512_permutevar_ps((__m512)quad, (__m512i)index); }
 INLINE ivec widen(const uint8_t *at) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)); }
 INLINE vec max(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); } /* b where either is NaN */
 INLINE vec min(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -80,6 +83,7 @@ INLINE vec gather_some(const float *at, ivec index, lanes m) {
   return (vec)_mm256_mask_i32gather_ps(_mm256_setzero_ps(), at, (__m256i)index, (__m256)m, 4);
 }
 INLINE vec pick(vec x, ivec index) { return (vec)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index); }
+INLINE vec pick_quad(vec quad, ivec index) { return (vec)_mm256_permutevar_ps((__m256)quad, (__m256i)index); }
 INLINE ivec widen(const uint8_t *at) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)); }
 INLINE vec max(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vec min(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
@@ -109,6 +113,7 @@ INLINE vec pick(vec x, ivec index) {
   for (int i = 0; i < LANES; i++) v[i] = x[index[i]];
   return v;
 }
+INLINE vec pick_quad(vec quad, ivec index) { return pick(quad, index); }
 INLINE ivec widen(const uint8_t *at) {
   ivec v;
   for (int i = 0; i < LANES; i++) v[i] = at[i];
@@ -122,7 +127,11 @@ INLINE vec min(vec a, vec b) {
   ivec m = a < b;
   return (vec)((m & (ivec)a) | (~m & (ivec)b));
 }
-#define QUAD(at) (vec){0}
+INLINE vec QUAD(const float *at) {
+  vec v;
+  for (int i = 0; i < LANES; i++) v[i] = at[i % 4];
+  return v;
+}
 #define SPREAD(quad, at, i) splat((at)[i])
 #endif
 
