@@ -23,10 +23,11 @@ from pathlib import Path
 
 import torch
 
-from bench.environment import stamp
+from bench import program
 from bench.plot import draw_all
+from bench.results import stamp
 from bench.suite import Suite, side_by_side
-from sparsedm.errors import InputError, program
+from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder, write_json, write_text
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
@@ -49,7 +50,8 @@ def pytest(*arguments):
 def sanitizer(tool):
     """The sparse kernels under compute-sanitizer, on memory that torch asks the driver for piece by piece: in its own
     pool an access beyond a tensor would be none beyond an allocation."""
-    files = [str(TESTS / f"test_sparse24_{kernel}.py") for kernel in ("mma", "wgmma", "few", "conv_mma", "conv")]
+    names = ("mma", "mma_splitk", "mma_conv", "wgmma", "conv")
+    files = [str(TESTS / f"kernels/sparse24/test_{name}.py") for name in names]
     tests = pytest("--verbose", "-k", "random", *files)  # one problem of each kind
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests)
     return Suite(tool, ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched), 0.3, "checks", "compute-sanitizer")
@@ -92,7 +94,7 @@ def quality_suites(data):
     """What training and searching give, on images from `data`; their folders are too large for the campaign's own."""
     suites = []
     for name in ("arms", "search", "ratio", "fixed-vs-inplace-vs-chain"):
-        command = (sys.executable, "-m", "sparsedm.cli", *(("search",) if name == "search" else ("experiment", name)))
+        command = (sys.executable, "-m", *(("sparsedm.cli",) if name == "search" else ("bench.experiments",)), name)
         places = ("--out", f"{{folder}}-quality/{name}", "--minutes", "{minutes}")
         suites.append(Suite(f"quality: {name}", (*command, "--scale", "lite", "--data", data, *places), least=120))
     return tuple(suites)

@@ -2,22 +2,24 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Pattern": "sparsedm.kernels.pattern",
     "Linear": "sparsedm.layers",
     "Conv2d": "sparsedm.layers",
-    "Linear24": "sparsedm.compressed",
-    "Conv2d24": "sparsedm.compressed",
+    "CompressedLinear": "sparsedm.layers",
+    "CompressedConv2d": "sparsedm.layers",
+    "Linear24": "sparsedm.layers",
+    "Conv2d24": "sparsedm.layers",
     "sparsify": "sparsedm.sparsify",
     "compress": "sparsedm.sparsify",
     "decompress": "sparsedm.sparsify",
     "permute_channels": "sparsedm.permutation",
     "inspect": "sparsedm.inspection",
     "build_model": "sparsedm.models",
-    "save_model": "sparsedm.train.checkpoint",
-    "load_model": "sparsedm.train.checkpoint",
+    "save_model": "sparsedm.model_files",
+    "load_model": "sparsedm.model_files",
     "InputError": "sparsedm.errors",
 }
 __all__ = list(_HOME)

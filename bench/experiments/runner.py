@@ -1,4 +1,4 @@
-"""`sparsedm experiment NAME`: train and measure every run of a plan that the folder does not hold yet, then draw it.
+"""`python -m bench.experiments NAME`: trains and measures every run of a plan that the folder lacks, then draws it.
 
     OUT/results.csv                     every measurement, one a row; the tables and pictures are made of it alone
     OUT/seed-0/base/                    the dense network that all runs of this seed start from
@@ -22,14 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.environment import stamp
 from bench.experiments import measures, report
 from bench.experiments.plans import EXPERIMENTS, SCALES, planned
 from bench.experiments.report import FLIPS
-from bench.experiments.results import STAMPED, read, write
+from bench.results import STAMPED, read_experiment, stamp, write_experiment
 from sparsedm import diffusion, evaluate
 from sparsedm import plots as pictures
-from sparsedm.commands.train import amp_of, load_images
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import cache_folder
@@ -38,7 +36,8 @@ from sparsedm.models import build_model, model_config
 from sparsedm.sparsify import sparsify
 from sparsedm.train import checkpoint
 from sparsedm.train.chain import Stage, StageResult, run_chain
-from sparsedm.train.loop import Interrupted, train
+from sparsedm.train.data import load_images
+from sparsedm.train.loop import Interrupted, amp_of, train
 from sparsedm.train.metrics import read_metrics, usual_speed
 
 log = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ def experiment(options):
 
 
 def _report(options, folder, plan):
-    print(report.write(folder, read(folder / "results.csv", options.name, options.scale), plan))
+    print(report.write(folder, read_experiment(folder / "results.csv", options.name, options.scale), plan))
     print(f"\ntables and pictures: {folder / 'report.md'}", flush=True)
 
 
@@ -140,7 +139,9 @@ class _Work:
         classes = len(self.images.class_names) if scale.conditional else 0
         fitting = {"channels": self.images.images.shape[1], "num_classes": classes}
         self.config = asdict(model_config(scale.model, **scale.overrides, **fitting))
-        self.rows = read(folder / "results.csv", name, scale_name) if (folder / "results.csv").exists() else []
+        self.rows = (
+            read_experiment(folder / "results.csv", name, scale_name) if (folder / "results.csv").exists() else []
+        )
         self.features = load_features(scale.features, device)
         self.reference = evaluate.summarize(
             self.images.images, self.features, f"{self.images.source} train", cache=cache_folder(), progress=True
@@ -186,7 +187,7 @@ class _Work:
             for measure, values in measured.items()
             for x, value in values
         ]
-        write(self.folder / "results.csv", self.rows)
+        write_experiment(self.folder / "results.csv", self.rows)
         loss, distance = (measured[name][0][1] for name in ("validation loss", "Fréchet distance"))
         log.info("seed %d, %s: validation loss %.4f, Fréchet distance %.2f", seed, run.name, loss, distance)
 

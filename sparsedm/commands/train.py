@@ -4,7 +4,6 @@ A command is a function of the parsed command line (`cli.py`). Bad input raises 
 """
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +14,14 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.inspection import ARCHS, inspect
+from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.diffusers import from_diffusers
 from sparsedm.sparsify import sparsify
-from sparsedm.train import checkpoint, data, distributed
-from sparsedm.train.chain import check_stages, parse_chain, plan, run_chain
-from sparsedm.train.image_files import different_sizes
-from sparsedm.train.loop import TrainOptions
+from sparsedm.train import distributed
+from sparsedm.train.chain import check_stages, distilled, parse_chain, plan, run_chain
+from sparsedm.train.data import load_images
+from sparsedm.train.loop import TrainOptions, amp_of
 from sparsedm.train.methods import METHODS, method_stages
 
 TRAINING = ("steps", "batch_size", "accumulate", "lr", "warmup", "cosine", "ema")
@@ -139,21 +139,6 @@ def train(options):
     print(f"curves: {folder / 'loss.png'}   next: sparsedm sample {folder}")
 
 
-def load_images(source, split, size, limit=None):
-    """Images of the size the network takes. Mixed sizes are refused; one other size is fitted, and it is said."""
-    found = data.load(source, split, size=size, limit=limit)
-    if len(found.sizes) > 1:
-        raise InputError(f"{source}: {different_sizes(found.sizes)}")
-    if found.sizes and (held := next(iter(found.sizes))) != f"{size}x{size}":
-        print(f"the {split} images of {held} pixels are cropped to squares and resized to {size}x{size}")
-    return found
-
-
-def amp_of(device):
-    """Products in bf16 on a GPU, in fp32 elsewhere."""
-    return "bf16" if device.type == "cuda" else None
-
-
 def dense_part(run):
     """Where the dense network of a run lies: the first stage of a chain's folder, anything else as it is."""
     return next(iter(sorted(Path(run).glob("[0-9][0-9]-*"))), Path(run))
@@ -174,7 +159,7 @@ def load_named(options, path=None, which="ema"):
     named = options.model or options.set
     config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None
     convert = from_diffusers if config and config.kind == "ddpm" else None
-    loaded = checkpoint.load_model(path, build_model, which=which, config=config, convert=convert)
+    loaded = load_model(path, build_model, which=which, config=config, convert=convert)
     if config and config != loaded.model.config:
         raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")
     return loaded
@@ -191,15 +176,6 @@ def _stages(options, ema):
     if ema is None and options.method not in ("dense", "random-init"):
         raise InputError(f"--method {options.method} starts from a dense network: give its run folder with --init")
     return distilled(method_stages(options.method, options.steps, options.pattern), options.distill)
-
-
-def distilled(stages, weight):
-    """The stages; with a weight, a slimmable network learns from its widest self in the dense ones."""
-    if weight is None:
-        return stages
-    if not any(stage.pattern == "dense" for stage in stages):
-        raise InputError("--distill is for dense stages, and there is none: sparse ones learn from the dense network")
-    return [replace(s, teacher="widest", w_kd=weight) if s.pattern == "dense" else s for s in stages]
 
 
 def show_plan(stages, training, model, folder, where=None):

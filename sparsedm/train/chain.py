@@ -199,6 +199,15 @@ def parse_chain(text, steps, split=None, **settings):
     ]
 
 
+def distilled(stages, weight):
+    """The stages; with a weight, a slimmable network learns from its widest self in the dense ones."""
+    if weight is None:
+        return stages
+    if not any(stage.pattern == "dense" for stage in stages):
+        raise InputError("--distill is for dense stages, and there is none: sparse ones learn from the dense network")
+    return [replace(s, teacher="widest", w_kd=weight) if s.pattern == "dense" else s for s in stages]
+
+
 def divide(steps, shares, stages):
     """Divide steps among so many stages in proportion to shares: whole numbers, each at least 1, with the same sum."""
     if len(shares) != stages or not all(0 < share < float("inf") for share in shares):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sparsedm import diffusion
 from sparsedm.errors import InputError
+from sparsedm.model_files import describe
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.data import batch
 from sparsedm.train.metrics import MetricsLog
@@ -168,7 +169,7 @@ def train(
     if teacher is not None:
         teacher = teacher.to(device).eval().requires_grad_(False)
     images, validation = images.to(device), validation and validation.to(device)
-    facts = {"options": asdict(options), "model": checkpoint.describe(model), "w_kd": w_kd, "w_noise": w_noise}
+    facts = {"options": asdict(options), "model": describe(model), "w_kd": w_kd, "w_noise": w_noise}
     facts |= {"first_step": first_step, "images": len(images), **(record or {})}
     state = {"step": 0, "updates": 0, "seconds": 0.0, "loss": None, "validation_loss": None}
 
@@ -268,9 +269,14 @@ def train(
     )
 
 
+def amp_of(device):
+    """Products in bf16 on a GPU, in fp32 elsewhere."""
+    return "bf16" if device.type == "cuda" else None
+
+
 def check_data(model, images, validation):
     """Raise InputError where the network and the images do not fit each other."""
-    if checkpoint.describe(model)["kind"] == "compressed":
+    if describe(model)["kind"] == "compressed":
         raise InputError("a compressed model is for inference: train the masked model it was made from")
     config, classes = getattr(model, "config", None), classes_of(model)
     for found in filter(None, (images, validation)):

@@ -13,11 +13,10 @@ from PIL import Image
 from sparsedm.cli import main
 from sparsedm.commands import sample as drawing
 from sparsedm.commands import train as commands
-from sparsedm.commands.sample import family_of
+from sparsedm.model_files import load_model, save_model
 from sparsedm.models import MODELS, build_model
-from sparsedm.stepaware.family import Strategy
+from sparsedm.stepaware.family import Strategy, family_of
 from sparsedm.train import data
-from sparsedm.train.checkpoint import load_model, save_model
 from sparsedm.train.methods import METHODS
 
 TINY = ["--set", "image_size=8", "--set", "dim=32", "--set", "depth=2", "--set", "heads=2", "--set", "num_classes=6"]
@@ -29,6 +28,13 @@ def run(*arguments):
         return main([str(a) for a in arguments])
     except SystemExit as exit:  # argparse's own refusals
         return exit.code
+
+
+@pytest.mark.parametrize(("old", "new"), [("bench", "inspect --time"), ("experiment", "python -m bench.experiments")])
+def test_a_command_that_left_the_package_says_where_it_went(old, new, capsys):
+    assert run(old, "--model", "uvit-tiny") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert new in line
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from sparsedm import diffusion
 from sparsedm.cli import main
 from sparsedm.diffusion import DDPMSchedule, evaluating
 from sparsedm.errors import InputError
+from sparsedm.model_files import load_model
 from sparsedm.models import build_model
-from sparsedm.train import checkpoint
 from sparsedm.train.chain import Stage, run_chain
 from sparsedm.train.data import ImageSet
 from sparsedm.train.loop import Interrupted, TrainOptions
@@ -80,7 +80,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
     resumed = train(supernet(), tmp_path / "stopped", distill=0.5)
     assert same_state(resumed.model.state_dict(), whole.model.state_dict())
     assert same_state(resumed.ema.state_dict(), whole.ema.state_dict())
-    loaded = checkpoint.load_model(tmp_path / "stopped", build_model).model
+    loaded = load_model(tmp_path / "stopped", build_model).model
     assert loaded.config == model.config
     assert same_state(loaded.state_dict(), whole.ema.state_dict())
 

@@ -12,8 +12,9 @@ import torch
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
+from sparsedm.model_files import load_model
 from sparsedm.sparsify import masked_layers, masks, sparsify
-from sparsedm.train import checkpoint, step
+from sparsedm.train import step
 from sparsedm.train.chain import Stage, divide, parse_chain, plan, run_chain
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
@@ -165,7 +166,7 @@ def test_frozen_mask_is_kept_and_dropped_weights_rest(tmp_path):
         assert moved[mask].float().mean() > 0.9
     free = run(tmp_path / "free", [replace(stage, frozen_mask=False)], model, options, ema=ema)
     assert not same_state(masks(free[0].model), chosen)
-    loaded = checkpoint.load_model(result.folder, lambda config: tiny()).model
+    loaded = load_model(result.folder, lambda config: tiny()).model
     assert same_state(masks(loaded), chosen)
 
 
