@@ -18,7 +18,7 @@ from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import STE, kernels_serve, masked_linear, straight_through
 from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
-from sparsedm.kernels.sparse24.dispatch import last_choice
+from sparsedm.kernels.sparse24.dispatch import last_measured
 from sparsedm.kernels.sparse24.format import check_metadata, pack, unpack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 
@@ -194,10 +194,9 @@ class Compressed(nn.Module):
             raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def measured_backend(self, rows=None):
-        """The back end the GPU's tables gave the latest new size, or to `rows` rows; None before a call there."""
-        choice = last_choice(self._prepacked.get("choices", {}), rows)
-        return choice and choice.backend
+    def measured(self, rows=None):
+        """What the GPU's tables say of the latest new size, or of `rows` rows (`dispatch.Measured`); None before."""
+        return last_measured(self._prepacked, rows)
 
     @property
     def weight(self):
