@@ -2,7 +2,8 @@
 
 import torch
 
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.pattern import Pattern, select_mask_ref
+from sparsedm.kernels.sparse24.dispatch import LINEAR, row_of
 from sparsedm.kernels.sparse24.format import pack, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
 from sparsedm.kernels.sparse24.linear import sparse24_linear_ref
@@ -14,7 +15,7 @@ POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp3
 def pruned(rows, columns, dtype=torch.bfloat16, drop=0.1):
     """A 2:4 weight, of which a part `drop` of the entries is zero besides: groups with fewer than two non-zeros."""
     weight = torch.randn(rows, columns) / columns**0.5
-    keep = choose_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
+    keep = select_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
     return torch.where(keep, weight, 0).to(dtype)
 
 
@@ -99,8 +100,8 @@ def launch_on_the_gpu(module, backend, problem, **config):
 
 def prepacked(problem, backend):
     """Its weight as the kernels of `backend` take it."""
-    values, metadata = problem.values, problem.metadata
-    return kernel_tensors(values, prepack(values, metadata, backend, 2 * values.shape[1]))
+    values, metadata, layout = problem.values, problem.metadata, row_of(LINEAR, backend).layout
+    return kernel_tensors(values, prepack(values, metadata, layout, 2 * values.shape[1]))
 
 
 def kinds(arguments):
