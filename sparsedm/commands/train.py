@@ -4,6 +4,7 @@ A command is a function of the parsed command line (`cli.py`). Bad input raises 
 """
 
 import copy
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def load_named(options, path=None, which="ema"):
     path = Path(path or options.run)
     named = options.model or options.set
     config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None
-    convert = from_diffusers if config and config.kind == "ddpm" else None
+    convert = functools.partial(from_diffusers, config=config) if config and config.kind == "ddpm" else None
     loaded = checkpoint.load_model(path, build_model, which=which, config=config, convert=convert)
     if config and config != loaded.model.config:
         raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")

@@ -17,8 +17,8 @@ from pathlib import Path
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.model_files import INDEX, fill, read_tensors
-from sparsedm.models import MODELS, build_model, dit_diffusers, model_config, parse_overrides
-from sparsedm.models import diffusers as ddpm_diffusers
+from sparsedm.models import MODELS, build_model, model_config, parse_overrides
+from sparsedm.models.diffusers import config_from_diffusers, from_diffusers
 from sparsedm.train.checkpoint import save_model
 
 
@@ -83,12 +83,11 @@ def read_foreign(source, name=None, overrides=None):
         raise InputError(
             f"{file} holds a UNet2DModel without its configuration: take its folder, or name it with --model"
         )
-    if config is not None and config.kind == "dit":
-        tensors = dit_diffusers.from_diffusers(tensors, config)
-    elif config is not None or _is_unet(tensors):
-        tensors = ddpm_diffusers.from_diffusers(tensors)
+    theirs = config is not None or _is_unet(tensors)
     if name:
         config, about = model_config(name), f"taken as {name}"
+    if theirs:
+        tensors = from_diffusers(tensors, config)
     elif config is None:
         config, about, notes = recognise(tensors, file, overrides)
     model = build_model(config, device="meta", **overrides)  # random weights would take as long as all the rest
@@ -101,11 +100,6 @@ _AS_OFFICIAL = (
     "computed as by the official code, where the published weights come from: diffusers has another epsilon and other "
     "time frequencies, which weights trained there would need"
 )
-_DIFFUSERS = {  # class there: (how to read its configuration, notes)
-    "UNet2DModel": (ddpm_diffusers.config_from_diffusers, []),
-    "DiTTransformer2DModel": (dit_diffusers.config_from_diffusers, [_AS_OFFICIAL]),
-    "Transformer2DModel": (dit_diffusers.config_from_diffusers, [_AS_OFFICIAL]),  # its name until 2024
-}
 
 
 def _diffusers_folder(folder):
@@ -113,22 +107,18 @@ def _diffusers_folder(folder):
     inner = next((folder / part for part in ("unet", "transformer") if (folder / part).is_dir()), folder)
     try:
         options = json.loads((inner / "config.json").read_text(encoding="utf-8"))
-        kind = options.get("_class_name", "UNet2DModel")
+        kind = options.get("_class_name", "model")
     except (OSError, ValueError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{inner / 'config.json'} is missing or damaged ({reason}): no diffusers folder") from error
-    if kind not in list(_DIFFUSERS):
-        raise InputError(
-            f"{inner} holds a {kind}, and only {' and '.join(list(_DIFFUSERS)[:2])} have a counterpart here: "
-            "sparsify the diffusers model itself"
-        )
+    config = config_from_diffusers(options)
     names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
     names.append("diffusion_pytorch_model.bin")
     file = next((inner / name for name in names if (inner / name).exists()), None)
     if file is None:
         raise InputError(f"{inner} holds none of {', '.join(names)}")
-    read, notes = _DIFFUSERS[kind]
-    return file, read(options), f"a {kind} of diffusers {options.get('_diffusers_version', '')}", notes
+    notes = [_AS_OFFICIAL] if config.kind == "dit" else []
+    return file, config, f"a {kind} of diffusers {options.get('_diffusers_version', '')}", notes
 
 
 # ---- what the shapes say ---------------------------------------------------------------------------------------------

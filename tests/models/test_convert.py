@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from sparsedm import cli
 from sparsedm.errors import InputError
 from sparsedm.model_files import write_shards
-from sparsedm.models import MODELS, build_model, dit_diffusers
+from sparsedm.models import MODELS, build_model, model_config
 from sparsedm.models.convert import read_foreign, recognise
 from sparsedm.models.diffusers import config_to_diffusers, to_diffusers
 from sparsedm.train.checkpoint import load_model, save_model
@@ -78,7 +78,7 @@ def test_a_diffusers_folder_becomes_a_model_file(inner, tmp_path, capsys):
     folder.mkdir(parents=True)
     config = {"_class_name": "UNet2DModel", "_diffusers_version": "0.30.0"} | config_to_diffusers(model.config)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(to_diffusers(model.state_dict()), folder / "diffusion_pytorch_model.safetensors")
+    save_file(to_diffusers(model.state_dict(), model.config), folder / "diffusion_pytorch_model.safetensors")
     out = tmp_path / "out.safetensors"
     assert cli.main(["import", str(tmp_path / "ddpm"), "--out", str(out)]) == 0
     assert "a UNet2DModel of diffusers 0.30.0" in capsys.readouterr().out
@@ -92,9 +92,9 @@ def test_a_diffusers_folder_becomes_a_model_file(inner, tmp_path, capsys):
 def test_a_diffusers_dit_becomes_the_official_one(kind, tmp_path):
     model, folder = build_model(DIT), tmp_path / "dit" / "transformer"
     folder.mkdir(parents=True)
-    config = {"_class_name": kind, "norm_type": "ada_norm_zero"} | dit_diffusers.config_to_diffusers(model.config)
+    config = {"_class_name": kind, "norm_type": "ada_norm_zero"} | config_to_diffusers(model.config)
     (folder / "config.json").write_text(json.dumps(config))
-    torch.save(dit_diffusers.to_diffusers(model.state_dict()), folder / "diffusion_pytorch_model.bin")
+    torch.save(to_diffusers(model.state_dict(), model.config), folder / "diffusion_pytorch_model.bin")
     found = read_foreign(tmp_path / "dit")
     assert found.model.config == model.config
     assert "computed as by the official code" in found.notes[0]
@@ -211,7 +211,10 @@ def test_the_file_is_named_after_its_source(source, name, tmp_path, monkeypatch)
     if source == "v1.5":
         (tmp_path / source).mkdir()
         (tmp_path / source / "config.json").write_text(json.dumps(config_to_diffusers(build_model(DDPM).config)))
-        torch.save(to_diffusers(build_model(DDPM).state_dict()), tmp_path / source / "diffusion_pytorch_model.bin")
+        torch.save(
+            to_diffusers(build_model(DDPM).state_dict(), model_config(DDPM)),
+            tmp_path / source / "diffusion_pytorch_model.bin",
+        )
     elif source.endswith(".pt"):
         torch.save(build_model(DIT).state_dict(), source)
     else:
@@ -228,7 +231,7 @@ def test_what_would_not_be_read_again_is_not_written(tmp_path, capsys):
 
 
 def test_a_unet_without_its_configuration_is_named_as_that(tmp_path):
-    save_file(to_diffusers(build_model(DDPM).state_dict()), tmp_path / "u.safetensors")
+    save_file(to_diffusers(build_model(DDPM).state_dict(), model_config(DDPM)), tmp_path / "u.safetensors")
     with pytest.raises(InputError, match="holds a UNet2DModel without its configuration: take its folder"):
         read_foreign(tmp_path / "u.safetensors")
 
