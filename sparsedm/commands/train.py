@@ -130,7 +130,7 @@ def train(options):
             record={"data": options.data, "init": options.init},
             device=options.device,
         )
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
     curves = [(f"{r.stage.name} {r.stage.pattern}", r.metrics) for r in results]
     pictures.plot_losses(folder / "loss.png", curves, training.batch_size, str(folder))

@@ -130,9 +130,9 @@ def run_chain(
         check_supernet(model, options.batch_size)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
-    if distributed.first():
+    if distributed.is_main_process():
         checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE)
-    distributed.wait()
+    distributed.barrier()
 
     dense = previous = ema
     results, first_step = [], 0
@@ -168,7 +168,7 @@ def run_chain(
         )
         results.append(StageResult(stage, path, result))
         model, previous, speed = result.model, result.ema, usual_speed(path)
-        if speed and progress and distributed.first():
+        if speed and progress and distributed.is_main_process():
             share = f", {speed / dense_speed:.2f} times the dense network's" if dense_speed else ""
             log.info("%s: %s images/s in training%s", path.name, f"{speed:,.0f}", share)
         if Pattern.parse(stage.pattern) is None:

@@ -173,10 +173,10 @@ def train(
     state = {"step": 0, "updates": 0, "seconds": 0.0, "loss": None, "validation_loss": None}
 
     with contextlib.ExitStack() as stack:
-        if distributed.first():
+        if distributed.is_main_process():
             stack.enter_context(checkpoint.run_lock(folder))
             checkpoint.claim(folder, facts, MAY_CHANGE)
-        distributed.wait()
+        distributed.barrier()
         one_step = Step(model, ema, images, schedule, options, teacher, w_kd, w_noise, device)
         if continue_from is not None:
             state["updates"] = checkpoint.load_optimizer(continue_from, model, one_step.optimizer)["updates"]
@@ -192,15 +192,15 @@ def train(
                 desc=folder.name,
                 initial=state["step"],
                 total=options.steps,
-                disable=None if progress and distributed.first() else True,
+                disable=None if progress and distributed.is_main_process() else True,
             )
         )
 
         def keep():
             distributed.check_masks(model)
-            if distributed.first():
+            if distributed.is_main_process():
                 checkpoint.save(folder, state["step"], model=model, ema=ema, optimizer=one_step.optimizer, state=state)
-            distributed.wait()
+            distributed.barrier()
             return checkpoint.latest(folder)
 
         def validate():
@@ -243,7 +243,7 @@ def train(
                 out_of_time = not last and late()
                 if due_save or out_of_time:
                     saved = keep()
-                    if bar.disable and progress and distributed.first():  # in the log of a job: a sign of life
+                    if bar.disable and progress and distributed.is_main_process():  # in the log of a job: a sign of life
                         words = ", ".join(f"{what} {value}" for what, value in shown.items())
                         logger.info("%s: step %s of %s, %s", folder.name, f"{step:,}", f"{options.steps:,}", words)
                 if out_of_time and not stopping:

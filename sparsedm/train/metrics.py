@@ -53,7 +53,7 @@ class MetricsLog:
         self.folder, self.file, self.model, self.device = folder, folder / "metrics.jsonl", model, device
         self.dense, self.dense_speed = dense, dense_speed
         self.looks_each_step = device.type == "cpu"  # where looking at a value makes nobody wait
-        if distributed.first() and self.file.exists():  # steps after the checkpoint will be made, and logged, again
+        if distributed.is_main_process() and self.file.exists():  # steps after the checkpoint will be made, and logged, again
             kept = [json.dumps(r) + "\n" for r in read_metrics(folder) if r["step"] <= step and "diverged" not in r]
             write_text(self.file, "".join(kept))
         self.masks = masks(model)
@@ -107,7 +107,7 @@ class MetricsLog:
         return record
 
     def write(self, record):
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
         with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

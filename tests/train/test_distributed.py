@@ -88,7 +88,7 @@ def command(name, folder, out):
 
 
 def draw_all(folder):
-    """What `distributed.drawn` gives and asks for, in each process."""
+    """What `distributed.gather` gives and asks for, in each process."""
     for count, size in COUNTS:
         asked = []
 
@@ -96,7 +96,7 @@ def draw_all(folder):
             asked.append((start, stop))
             return torch.stack([torch.full((2, 3), i, dtype=torch.float64) for i in range(start, stop)]).clone()
 
-        out = distributed.drawn(count, size, draw)
+        out = distributed.gather(count, size, draw)
         torch.save((out, asked), folder / f"drawn-{count}-{size}-{distributed.rank()}.pt")
 
 
@@ -195,7 +195,7 @@ def test_the_parts_of_a_batch_average_to_its_gradient(parts):
 
 
 def test_alone_nothing_is_exchanged():
-    assert (distributed.rank(), distributed.world(), distributed.first()) == (0, 1, True)
+    assert (distributed.rank(), distributed.world(), distributed.is_main_process()) == (0, 1, True)
     assert distributed.shares(6, 3) == [(0, slice(0, 2)), (1, slice(2, 4)), (2, slice(4, 6))]
     model, values = network(), torch.ones(2)
     assert distributed.parallel(model) is model
