@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from bench.problems import TWO_FOUR
-from sparsedm.compressed import Conv2d24
 from sparsedm.kernels.launch import capability
 from sparsedm.kernels.mask import choose
 from sparsedm.kernels.sparse24.dispatch import FEW_TOKENS, choose_backend, last_choice
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
-from sparsedm.layers import Conv2d
+from sparsedm.layers import CompressedConv2d, Conv2d
 
 DENSE = ("dense", "dense fused", "dense compiled")
 OURS = "sparsedm 2:4"  # what the dispatcher does
@@ -250,7 +249,7 @@ class SparseConv24(Provider):
         with torch.no_grad():
             layer.weight.copy_(problem.masked)
             layer.bias.copy_(problem.bias)
-            return Conv2d24(layer)
+            return CompressedConv2d(layer)
 
     def bind(self, problem, prepared):
-        return Bound(lambda: prepared(problem.x), "Conv2d24")
+        return Bound(lambda: prepared(problem.x), "CompressedConv2d")

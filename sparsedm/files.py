@@ -101,6 +101,14 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(file):
+    """The value in a JSON file. Raises: InputError if it is missing, unreadable or no JSON."""
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is missing or damaged: {error}") from error
+
+
 def cache_folder():
     """For downloads and decoded data: $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm, else ~/.cache/sparsedm."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"

@@ -9,14 +9,13 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsedm.compressed import Compressed, Linear24
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
 from sparsedm.kernels.launch import capability
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.conv import choose_conv_backend
 from sparsedm.kernels.sparse24.linear import choose_backend
-from sparsedm.layers import Linear
+from sparsedm.layers import Compressed, CompressedLinear, Linear
 from sparsedm.sparsify import uncompressed_because
 
 ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
@@ -245,10 +244,10 @@ def _sparse_backend(layer, shape, calls, arch, batch):
     if arch:
         architecture, dtype = ARCHS[arch], torch.bfloat16
     elif isinstance(layer, Compressed):
-        measured = layer.measured_backend(batch * calls.rows if isinstance(layer, Linear24) else None)
+        measured = layer.measured_backend(batch * calls.rows if isinstance(layer, CompressedLinear) else None)
         if measured:
             return measured, "what its call of this size took: see the tuned table of the GPU"
-    if isinstance(layer, Linear | Linear24):
+    if isinstance(layer, Linear | CompressedLinear):
         return choose_backend(architecture, batch * calls.rows, *shape, dtype)
     geometry = [getattr(layer, k) for k in GEOMETRY]
     pixels = batch * calls.macs // math.prod(shape)

@@ -1,10 +1,14 @@
-"""Named tensors in files: safetensors, whole or in shards, and other people's .pth, .pt, .th, .bin, read without risk.
+"""Models and their tensors in files: safetensors, whole or in shards, and other people's .pth, .pt, .th, .bin.
+
+A model file's header says what model it is, so that `load_model` can build it again. Reading runs no code of a file:
+nothing of ours is pickled, and a foreign .pth is read by torch's restricted unpickler, which refuses code.
 
 Shards follow the custom of the hubs: name.safetensors.index.json lists which tensor is in which
 name-00001-of-00003.safetensors. It is written last: a writing cut short leaves no index, rather than a mixture.
 """
 
 import argparse
+import dataclasses
 import json
 import pickle
 import warnings
@@ -13,11 +17,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, write_json, writing
+from sparsedm.files import atomic_file, read_json, write_json, writing
+from sparsedm.layers import Compressed
+from sparsedm.sparsify import compress, masked_layers, sparsify
 
 INDEX = ".index.json"
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def write_tensors(file, tensors, header):
@@ -141,3 +150,105 @@ def fill(model, tensors, file):
     if listed:
         raise InputError(f"{file} does not fit the model: {'; '.join(listed)}")
     model.load_state_dict(tensors, assign=any(value.is_meta for value in expected.values()))
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What `load_model` found. model is in eval mode; kind: "dense", "masked" or "compressed"."""
+
+    model: nn.Module
+    kind: str
+    file: Path
+    state: dict  # a checkpoint's state.json: step and so on; empty for a single file
+
+
+def describe(model):
+    """{"kind", "config", "patterns"}: what `load_model` needs, beside the tensors, to build the model again."""
+    compressed = {name: "2:4" for name, m in model.named_modules() if isinstance(m, Compressed)}
+    masked = {name: str(layer.pattern) for name, layer in masked_layers(model)}
+    config = getattr(model, "config", None)
+    return {
+        "kind": "compressed" if compressed else "masked" if masked else "dense",
+        "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,
+        "patterns": compressed or masked,
+    }
+
+
+def save_model(file, model, shard_bytes=None):
+    """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
+
+    shard_bytes: split it into files of at most that size beside FILE.index.json, whose path is returned.
+    """
+    if shard_bytes:
+        return write_shards(file, model.state_dict(), _header(model), shard_bytes)
+    with atomic_file(file) as partial:
+        write_model(partial, model)
+    return Path(file)
+
+
+def load_model(path, build, *, which="ema", config=None, convert=None):
+    """Build a model from a run folder, a checkpoint folder, a model file, an index of shards, or a foreign file.
+
+    build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
+    which: "ema" or "model", for the folders. Of a chain's folder the last stage that has a checkpoint is read.
+    convert: for foreign files (.safetensors, .pth, .pt, .bin), their state dict -> ours. Returns Loaded, on the CPU.
+    Raises: InputError: unreadable, truncated, holding code, or not fitting the model (keys and shapes are listed).
+    """
+    file, state = _find(Path(path), which)
+    tensors, header = read_tensors(file)
+    try:
+        description = json.loads(header["sparsedm"]) if "sparsedm" in header else None
+        patterns = description["patterns"] if description else {}
+        config = description["config"] if description and description["config"] is not None else config
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{file} has a damaged description in its header") from None
+    if config is None:
+        raise InputError(f"{file} does not say what model it holds: name one (--model; in Python config=, for build)")
+    model = build(config)
+    if description:
+        model = _as_described(model, description["kind"], patterns, tensors)
+    elif convert:
+        tensors = convert(tensors)
+    fill(model, tensors, file)
+    return Loaded(model.eval(), describe(model)["kind"], file, state)
+
+
+def _as_described(model, kind, patterns, tensors):
+    for pattern in dict.fromkeys(patterns.values()):  # makes every named layer one of ours
+        sparsify(model, pattern, [name for name in patterns if patterns[name] == pattern])
+    for name, pattern in patterns.items():
+        layer = model.get_submodule(name)
+        layer.set_pattern(pattern)
+        layer.freeze_mask(f"{name}.mask" in tensors)
+    return compress(model) if kind == "compressed" else model
+
+
+def _find(path, which):
+    if which not in ("ema", "model"):
+        raise InputError(f"which={which!r}: 'ema' or 'model'")
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if path.is_file():
+        return path, {}
+    runs = [path, *sorted(path.glob("[0-9][0-9]-*"), reverse=True)]
+    found = path if (path / "state.json").exists() else next(filter(None, map(checkpoints, runs)), [None])[-1]
+    if found is None:
+        raise InputError(f"{path} holds no checkpoint")
+    return found / f"{which}.safetensors", read_json(found / "state.json")
+
+
+def checkpoints(folder):
+    """The checkpoints of a run folder, the oldest first."""
+    return sorted(Path(folder).glob("checkpoints/step-*"))
+
+
+def write_model(file, model):
+    """`save_model` to one file, but not atomic by itself."""
+    write_tensors(file, model.state_dict(), _header(model))
+
+
+def _header(model):
+    return {"sparsedm": json.dumps(describe(model))}

@@ -134,7 +134,7 @@ _READERS = (  # name of the reader -> of the maker
 )
 
 
-_KNOWN = ("sparsedm.models", "diffusers.models")
+_KNOWN = ("sparsedm.models.", "diffusers.models.")
 _KNOWN += ("timm.models.vision_transformer", "timm.layers.mlp", "timm.layers.attention")
 _BESIDE = {  # layers with weights that may stand beside the two, in the same block
     "norm_q", "norm_k", "q_norm", "k_norm", "group_norm", "spatial_norm", "norm_cross", "to_q", "to_k",

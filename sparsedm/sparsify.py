@@ -7,11 +7,10 @@ import re
 import torch
 from torch import nn
 
-from sparsedm.compressed import Compressed, Conv2d24, Linear24
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.torch_layouts import TORCH_TENSORS, to_torch
-from sparsedm.layers import Conv2d, Linear, Masked, invalid_because
+from sparsedm.layers import Compressed, CompressedConv2d, CompressedLinear, Conv2d, Linear, Masked, invalid_because
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -216,9 +215,10 @@ def hold_masks(*models):
 def compress(model):
     """A new model whose layers hold only what they multiply with: 2:4 weights as values + metadata, others as they are.
 
-    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes Linear24 / Conv2d24, and so
-    does a linear layer whose weight is torch's SparseSemiStructuredTensor; a masked layer that is denser, such as 3:4,
-    becomes a dense layer with its mask applied. Forward hooks move along. The input model is not touched.
+    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes a CompressedLinear or a
+    CompressedConv2d, and so does a linear layer whose weight is torch's SparseSemiStructuredTensor. A denser masked
+    layer, such as 3:4, becomes a dense layer with its mask applied. Forward hooks move along. The input model is not
+    touched.
     """
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
     if not layers:
@@ -274,11 +274,11 @@ def _compress_layer(layer):
         if _is_torch_sparse(layer):
             twin = copy.copy(layer)
             twin._buffers = dict(layer._buffers)
-            return Linear24(_adopt(twin), layer.weight.to_dense())
+            return CompressedLinear(_adopt(twin), layer.weight.to_dense())
         layer._choice = None  # libraries write weights in ways that torch does not count: EMA copies, merged LoRA
         reason = uncompressed_because(layer)
         if not reason:
-            return Linear24(layer) if isinstance(layer, Linear) else Conv2d24(layer)
+            return CompressedLinear(layer) if isinstance(layer, Linear) else CompressedConv2d(layer)
         dense = copy.deepcopy(layer)
         dense.weight.copy_(layer.effective_weight())
         dense.set_pattern(None)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.layers import Compressed
 from sparsedm.sparsify import compress, sparsify
 
 

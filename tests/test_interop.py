@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedm.compressed import Compressed
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
+from sparsedm.layers import Compressed
+from sparsedm.model_files import load_model, save_model
 from sparsedm.permutation import permute_channels
 from sparsedm.sparsify import FAMILIES, compress, decompress, masked_layers, sparsify
-from sparsedm.train.checkpoint import load_model, save_model
 from tests.tolerance import assert_as_good_as_torch
 
 pytestmark = pytest.mark.interop

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedm import model_files as tensor_files
+from sparsedm import model_files
 from sparsedm.errors import InputError
-from sparsedm.model_files import fill, read_tensors, write_shards, write_tensors
+from sparsedm.model_files import fill, load_model, read_tensors, save_model, write_shards, write_tensors
 from sparsedm.models import build_model
 from sparsedm.sparsify import compress, sparsify
-from sparsedm.train.checkpoint import load_model, save_model
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
 
@@ -49,7 +48,7 @@ def test_a_writing_cut_short_leaves_no_index(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         write_tensors(file, *arguments)
 
-    monkeypatch.setattr(tensor_files, "write_tensors", full_disk)
+    monkeypatch.setattr(model_files, "write_tensors", full_disk)
     with pytest.raises((OSError, InputError), match="No space left"):
         write_shards(tmp_path / "m.safetensors", {name: value + 1 for name, value in TENSORS.items()}, {}, 50)
     assert not index.exists()

@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparsedm.compressed import Conv2d24, Linear24
 from sparsedm.errors import InputError
 from sparsedm.kernels import mask as choose_file
 from sparsedm.kernels.pattern import Pattern, holds
 from sparsedm.kernels.sparse24.torch_layouts import TORCH_TENSORS
-from sparsedm.layers import Linear
+from sparsedm.layers import CompressedConv2d, CompressedLinear, Linear
 from sparsedm.models import build_model
 from sparsedm.sparsify import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
@@ -302,8 +301,8 @@ def assert_same_network(compressed, model, x):
 def test_compressed_model_is_the_masked_model():
     model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
     small = compress(model)
-    assert isinstance(small.head, Linear24)
-    assert isinstance(small.conv, Conv2d24)
+    assert isinstance(small.head, CompressedLinear)
+    assert isinstance(small.conv, CompressedConv2d)
     assert torch.equal(small.head.dense_weight(), model.head.effective_weight())
     assert torch.equal(small.conv.dense_weight(), model.conv.effective_weight())
     assert_same_network(small, model, x)
@@ -327,7 +326,7 @@ def test_compress_keeps_denser_patterns_dense_and_says_so():
 def test_compress_holds_sparser_patterns_as_2_of_4(pattern):
     model, x = sparsify(Small(), pattern, "head|conv"), torch.randn(2, 3, 8, 8)
     small = compress(model)
-    assert isinstance(small.head, Linear24)
+    assert isinstance(small.head, CompressedLinear)
     assert holds(small.head.dense_weight(), Pattern.parse(pattern))
     assert_same_network(small, model, x)
 
@@ -375,7 +374,7 @@ def test_decompressed_weights_are_the_masked_ones_bit_for_bit_and_can_be_trained
     assert all(torch.equal(a, b) for a, b in zip(compress(again).state_dict().values(), small.state_dict().values()))
     again(x).sum().backward()
     assert all(p.grad is not None for p in again.parameters())
-    assert isinstance(small.head, Linear24), "decompress must not touch the model it is given"
+    assert isinstance(small.head, CompressedLinear), "decompress must not touch the model it is given"
 
 
 def test_layers_move_to_torchs_sparse_tensors_and_back():

@@ -15,11 +15,13 @@ from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
 from sparsedm.inspection import inspect
+from sparsedm.model_files import save_model
 from sparsedm.models import build_model, model_config
 from sparsedm.sparsify import compress, sparsify
-from sparsedm.train import checkpoint, data
-from sparsedm.train.chain import Stage, run_chain
+from sparsedm.train import data
+from sparsedm.train.chain import Start, run_chain
 from sparsedm.train.loop import TrainOptions
+from sparsedm.train.stages import Stage
 from sparsedm.train.synthetic import CLASSES
 
 TRANSFER = {"teacher": "dense", "w_kd": 0.1, "decay": 2e-4}
@@ -117,8 +119,8 @@ def quickstart(options):
     torch.set_num_threads(min(recipe.threads, torch.get_num_threads()))
     results = _train(recipe, training, images, validation, folder, options)
     networks = _networks(results)
-    checkpoint.save_model(folder / "one-shot-2of4.safetensors", networks["one-shot 2:4"])
-    checkpoint.save_model(folder / "chain-2of4-compressed.safetensors", compress(networks["chain 2:4"]))
+    save_model(folder / "one-shot-2of4.safetensors", networks["one-shot 2:4"])
+    save_model(folder / "chain-2of4-compressed.safetensors", compress(networks["chain 2:4"]))
     rows, samples = _measure(networks, results, recipe, images, validation, options)
     _draw(folder, networks, results, samples, images, training)
     report = {
@@ -144,7 +146,7 @@ def _train(recipe, training, images, validation, folder, options):
     model = build_model("uvit-tiny", **recipe.model, channels=channels, num_classes=classes)
     print(f"training {' -> '.join(s.pattern for s in recipe.stages)} on {len(images):,} images of {images.source}")
     return run_chain(
-        model,
+        Start(model),
         recipe.stages,
         images,
         diffusion.schedule_of(model),

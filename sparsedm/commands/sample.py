@@ -17,10 +17,11 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import atomic_file, cache_folder, check_writable, write_json
+from sparsedm.model_files import describe, load_model
 from sparsedm.models import build_model
 from sparsedm.sparsify import compress, masked_layers
 from sparsedm.stepaware import family as stepaware
-from sparsedm.train import checkpoint, distributed
+from sparsedm.train import distributed
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,8 +34,8 @@ def family_of(run, unit="MACs", device="cpu"):
     run = Path(run)
     networks, stages = {}, {}
     for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
-        loaded = checkpoint.load_model(stage, build_model)
-        name = " + ".join(sorted(set(checkpoint.describe(loaded.model)["patterns"].values()))) or "dense"
+        loaded = load_model(stage, build_model)
+        name = " + ".join(sorted(set(describe(loaded.model)["patterns"].values()))) or "dense"
         name = f"{name} ({stage.name})" if name in stages else name
         stages[name] = stage
         slimmable = loaded.model.config.kind == "slimmable"
@@ -178,7 +179,7 @@ def evaluate_samples(options):
             summary = evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)
         paired = None
         if options.dense:
-            dense = checkpoint.load_model(dense_part(options.dense), build_model, which=options.which).model
+            dense = load_model(dense_part(options.dense), build_model, which=options.which).model
             paired = _draw(source._replace(networks=[dense] * source.steps), options)
         images = _draw(source, options)
     if images is None:

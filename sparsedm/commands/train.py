@@ -16,14 +16,15 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.inspection import ARCHS, inspect
+from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.diffusers import from_diffusers
 from sparsedm.sparsify import sparsify
-from sparsedm.train import checkpoint, data, distributed
-from sparsedm.train.chain import check_stages, parse_chain, plan, run_chain
+from sparsedm.train import data, distributed
+from sparsedm.train.chain import Start, check_chain, plan, run_chain
 from sparsedm.train.image_files import different_sizes
 from sparsedm.train.loop import TrainOptions
-from sparsedm.train.methods import METHODS, method_stages
+from sparsedm.train.stages import METHODS, method_stages, parse_chain
 
 TRAINING = ("steps", "batch_size", "accumulate", "lr", "warmup", "cosine", "ema")
 TRAINING += ("weighting", "seed", "compile", "log_every")
@@ -108,8 +109,9 @@ def train(options):
     stages = _stages(options, ema)
     name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
+    start = Start(model, ema, build=lambda: build_model(model.config))
     if options.dry_run:
-        check_stages(stages, ema, build_model)
+        check_chain(start, stages, None, training, options.where)
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size
@@ -117,15 +119,13 @@ def train(options):
     validation = load_images(options.data, "test", size, limit=2048)
     with distributed.process_group(options.device):
         results = run_chain(
-            model,
+            start,
             stages,
             images,
             schedule_of(model),
             training,
             folder,
-            ema=ema,
             where=options.where,
-            build=lambda: build_model(model.config),
             validation=validation,
             record={"data": options.data, "init": options.init},
             device=options.device,
@@ -175,7 +175,7 @@ def load_named(options, path=None, which="ema"):
     named = options.model or options.set
     config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None
     convert = functools.partial(from_diffusers, config=config) if config and config.kind == "ddpm" else None
-    loaded = checkpoint.load_model(path, build_model, which=which, config=config, convert=convert)
+    loaded = load_model(path, build_model, which=which, config=config, convert=convert)
     if config and config != loaded.model.config:
         raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")
     return loaded

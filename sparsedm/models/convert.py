@@ -16,10 +16,9 @@ from pathlib import Path
 
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
-from sparsedm.model_files import INDEX, fill, read_tensors
+from sparsedm.model_files import INDEX, fill, read_tensors, save_model
 from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.diffusers import config_from_diffusers, from_diffusers
-from sparsedm.train.checkpoint import save_model
 
 
 def add_arguments(parser):

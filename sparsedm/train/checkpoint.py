@@ -1,16 +1,12 @@
-"""Checkpoints and model files: safetensors and JSON, written so that no crash, kill or full disk leaves half of one.
+"""Run folders and checkpoints: safetensors and JSON, written so that no crash, kill or full disk leaves half of one.
 
 A run folder:   options.json                    what made the run; the same command resumes it, another one is refused
                 metrics.jsonl                   one record per log
                 checkpoints/step-00001000/      model.safetensors  ema.safetensors  optimizer.safetensors  state.json
-A model file:   one safetensors file whose header says what model it is, so that `load_model` can build it again. The
-                network files inside a checkpoint are such files too.
-
-Nothing of ours is pickled. A foreign .pth is read by torch's restricted unpickler, which refuses code.
+The network files inside a checkpoint are model files (`model_files.py`).
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -18,13 +14,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from sparsedm.compressed import Conv2d24, Linear24
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, atomic_folder, write_json, writing
-from sparsedm.model_files import fill, read_tensors, write_shards, write_tensors
-from sparsedm.sparsify import compress, masked_layers, sparsify
+from sparsedm.files import atomic_folder, read_json, write_json, writing
+from sparsedm.model_files import checkpoints, describe, fill, read_tensors, write_model, write_tensors
 
 # ---- a run folder ----------------------------------------------------------------------------------------------------
 
@@ -71,7 +64,7 @@ def claim(folder, record, free=()):
     if not file.exists():
         write_json(file, record)
         return
-    there, here = _flat(_read_json(file), free), _flat(record, free)
+    there, here = _flat(read_json(file), free), _flat(record, free)
     different = [
         f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here"
         for name in dict.fromkeys([*there, *here])
@@ -109,12 +102,12 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         f"{names[parameter]}/{key}": value for parameter, slot in optimizer.state.items() for key, value in slot.items()
     }
     with atomic_folder(path) as partial:
-        _write_model(partial / "model.safetensors", model)
-        _write_model(partial / "ema.safetensors", ema)
+        write_model(partial / "model.safetensors", model)
+        write_model(partial / "ema.safetensors", ema)
         write_tensors(partial / "optimizer.safetensors", moments, {})
         versions = {"torch": torch.__version__}
         write_json(partial / "state.json", {"step": step, **state, "model": describe(model), "versions": versions})
-    for old in _checkpoints(folder)[:-keep]:
+    for old in checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.partial")  # gone at once, even if the removal is cut short
         old.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
@@ -123,7 +116,7 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
 
 def latest(folder):
     """The newest checkpoint of a run folder, or None."""
-    return (_checkpoints(folder) or [None])[-1]
+    return (checkpoints(folder) or [None])[-1]
 
 
 def load(path, model, ema):
@@ -144,7 +137,7 @@ def load_optimizer(path, model, optimizer):
     places = {name: place for place, (name, _) in enumerate(model.named_parameters())}
     slots = {}
     with _or_the_one_before(path):
-        state, moments = _read_json(Path(path) / "state.json"), read_tensors(file)[0]
+        state, moments = read_json(Path(path) / "state.json"), read_tensors(file)[0]
     for key, value in moments.items():
         name, _, moment = key.rpartition("/")
         if name not in places:
@@ -160,117 +153,7 @@ def _or_the_one_before(path):
     try:
         yield
     except InputError as error:
-        older = [other for other in _checkpoints(Path(path).parents[1]) if other.name < Path(path).name]
+        older = [other for other in checkpoints(Path(path).parents[1]) if other.name < Path(path).name]
         if not older:
             raise
         raise InputError(f"{error}; to go on from {older[-1].name} instead, delete {path}") from error
-
-
-def _checkpoints(folder):
-    return sorted(Path(folder).glob("checkpoints/step-*"))
-
-
-# ---- model files -----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """What `load_model` found. model is in eval mode; kind: "dense", "masked" or "compressed"."""
-
-    model: nn.Module
-    kind: str
-    file: Path
-    state: dict  # a checkpoint's state.json: step and so on; empty for a single file
-
-
-def describe(model):
-    """{"kind", "config", "patterns"}: what `load_model` needs, beside the tensors, to build the model again."""
-    compressed = {name: "2:4" for name, m in model.named_modules() if isinstance(m, Linear24 | Conv2d24)}
-    masked = {name: str(layer.pattern) for name, layer in masked_layers(model)}
-    config = getattr(model, "config", None)
-    return {
-        "kind": "compressed" if compressed else "masked" if masked else "dense",
-        "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,
-        "patterns": compressed or masked,
-    }
-
-
-def save_model(file, model, shard_bytes=None):
-    """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
-
-    shard_bytes: split it into files of at most that size beside FILE.index.json, whose path is returned.
-    """
-    if shard_bytes:
-        return write_shards(file, model.state_dict(), _header(model), shard_bytes)
-    with atomic_file(file) as partial:
-        _write_model(partial, model)
-    return Path(file)
-
-
-def load_model(path, build, *, which="ema", config=None, convert=None):
-    """Build a model from a run folder, a checkpoint folder, a model file, an index of shards, or a foreign file.
-
-    build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
-    which: "ema" or "model", for the folders. Of a chain's folder the last stage that has a checkpoint is read.
-    convert: for foreign files (.safetensors, .pth, .pt, .bin), their state dict -> ours. Returns Loaded, on the CPU.
-    Raises: InputError: unreadable, truncated, holding code, or not fitting the model (keys and shapes are listed).
-    """
-    file, state = _find(Path(path), which)
-    tensors, header = read_tensors(file)
-    try:
-        description = json.loads(header["sparsedm"]) if "sparsedm" in header else None
-        patterns = description["patterns"] if description else {}
-        config = description["config"] if description and description["config"] is not None else config
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{file} has a damaged description in its header") from None
-    if config is None:
-        raise InputError(f"{file} does not say what model it holds: name one (--model; in Python config=, for build)")
-    model = build(config)
-    if description:
-        model = _as_described(model, description["kind"], patterns, tensors)
-    elif convert:
-        tensors = convert(tensors)
-    fill(model, tensors, file)
-    return Loaded(model.eval(), describe(model)["kind"], file, state)
-
-
-def _as_described(model, kind, patterns, tensors):
-    for pattern in dict.fromkeys(patterns.values()):  # makes every named layer one of ours
-        sparsify(model, pattern, [name for name in patterns if patterns[name] == pattern])
-    for name, pattern in patterns.items():
-        layer = model.get_submodule(name)
-        layer.set_pattern(pattern)
-        layer.freeze_mask(f"{name}.mask" in tensors)
-    return compress(model) if kind == "compressed" else model
-
-
-def _find(path, which):
-    if which not in ("ema", "model"):
-        raise InputError(f"which={which!r}: 'ema' or 'model'")
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if path.is_file():
-        return path, {}
-    runs = [path, *sorted(path.glob("[0-9][0-9]-*"), reverse=True)]
-    found = path if (path / "state.json").exists() else next(filter(None, map(latest, runs)), None)
-    if found is None:
-        raise InputError(f"{path} holds no checkpoint")
-    return found / f"{which}.safetensors", _read_json(found / "state.json")
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _write_model(file, model):
-    write_tensors(file, model.state_dict(), _header(model))
-
-
-def _header(model):
-    return {"sparsedm": json.dumps(describe(model))}
-
-
-def _read_json(file):
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is missing or damaged: {error}") from error

@@ -19,8 +19,8 @@ from bench.networks import (
 from bench.results import Results, read
 from bench.run import Session, run_suite
 from bench.sampling import draw, replayed, sampling_rows
-from sparsedm.compressed import Linear24
 from sparsedm.cuda_graph import Graphs
+from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
 from sparsedm.sparsify import masked_layers
 
@@ -87,7 +87,7 @@ def test_cusparselt_takes_the_place_of_our_linear_layers(shape, monkeypatch):
     monkeypatch.setattr(rivals, "tuned_algorithm", lambda *shape: rivals.Algorithm(0))
     network = with_cusparselt(step)
     assert step.check(step.outputs(network, step.inputs), sparse=True).right
-    left = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | Linear24)}
+    left = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | CompressedLinear)}
     assert not left & {name for name, _ in masked_layers(step.masked)}
 
 
@@ -126,7 +126,7 @@ def test_compiled_code_gets_what_eager_calls_were_tuned_to(monkeypatch):
     problem, known = NetworkProblem(SHAPE, "step", torch.float32, "cpu"), []
 
     def compiler(network):
-        known.extend(bool(m._arranged) for m in network.modules() if isinstance(m, Linear24))
+        known.extend(bool(m._arranged) for m in network.modules() if isinstance(m, CompressedLinear))
         return network
 
     monkeypatch.setattr(end_to_end, "max_autotune", compiler)

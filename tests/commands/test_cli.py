@@ -14,11 +14,11 @@ from sparsedm.cli import main
 from sparsedm.commands import sample as drawing
 from sparsedm.commands import train as commands
 from sparsedm.commands.sample import family_of
+from sparsedm.model_files import load_model, save_model
 from sparsedm.models import MODELS, build_model
 from sparsedm.stepaware.family import Strategy
 from sparsedm.train import data
-from sparsedm.train.checkpoint import load_model, save_model
-from sparsedm.train.methods import METHODS
+from sparsedm.train.stages import METHODS
 
 TINY = ["--set", "image_size=8", "--set", "dim=32", "--set", "depth=2", "--set", "heads=2", "--set", "num_classes=6"]
 

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsedm import diffusion, samplers
-from sparsedm.compressed import Linear24
 from sparsedm.cuda_graph import Graphs
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
+from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
 from sparsedm.sparsify import compress, masked_layers, sparsify
 from sparsedm.stepaware import family as stepaware
@@ -220,8 +220,8 @@ def test_fingerprints_tell_configurations_and_patterns_apart_where_the_weights_a
 
 def test_seconds_are_those_of_the_compressed_networks(chain):
     timed = stepaware.family("chain", dict(zip(chain.names, chain.networks)), unit="seconds", batch=2)
-    kinds = [{type(m) for m in network.modules()} & {Linear24} for network in timed.networks]
-    assert kinds == [set(), {Linear24}, {Linear24}]
+    kinds = [{type(m) for m in network.modules()} & {CompressedLinear} for network in timed.networks]
+    assert kinds == [set(), {CompressedLinear}, {CompressedLinear}]
     assert timed.fingerprints == chain.fingerprints, "the strategy fits the family in either unit"
 
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparsedm.compressed import Linear24
 from sparsedm.errors import InputError
+from sparsedm.layers import CompressedLinear
+from sparsedm.model_files import describe, load_model, save_model
 from sparsedm.sparsify import compress, masks, set_masking, sparsify
 from sparsedm.train import checkpoint
-from sparsedm.train.checkpoint import load_model, save_model
 from tests.tiny import TinyConfig, same_state, tiny, tiny_from
 
 
@@ -234,8 +234,8 @@ def test_a_model_file_is_enough_to_build_the_model(tmp_path, kind):
     assert not loaded.model.training
     assert same_state(loaded.model.state_dict(), model.state_dict())
     assert same_state(masks(loaded.model), masks(model))
-    assert checkpoint.describe(loaded.model) == checkpoint.describe(model)
-    assert isinstance(loaded.model.first, Linear24) == (kind == "compressed")
+    assert describe(loaded.model) == describe(model)
+    assert isinstance(loaded.model.first, CompressedLinear) == (kind == "compressed")
     x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([3.0, 700.0]), torch.tensor([0, 3])
     assert torch.equal(loaded.model(x, t, y), model(x, t, y))
 
@@ -371,7 +371,7 @@ def test_a_pattern_that_does_not_fit_is_refused(tmp_path):
 def test_header_of_a_model_file_is_plain_json(tmp_path):
     save_model(tmp_path / "a.safetensors", network("masked"))
     assert load_file(tmp_path / "a.safetensors").keys() == tiny().state_dict().keys()
-    described = checkpoint.describe(network("masked"))
+    described = describe(network("masked"))
     assert described == {
         "kind": "masked",
         "config": {**TinyConfig().__dict__},

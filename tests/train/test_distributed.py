@@ -17,13 +17,15 @@ import torch.multiprocessing
 from sparsedm import cli
 from sparsedm.diffusion import VPSDE, loss
 from sparsedm.errors import InputError
+from sparsedm.model_files import save_model
 from sparsedm.models import build_model
 from sparsedm.sparsify import set_masking, sparsify
 from sparsedm.train import distributed, step
-from sparsedm.train.checkpoint import latest, save_model
+from sparsedm.train.checkpoint import latest
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
 from sparsedm.train.metrics import read_metrics
+from sparsedm.train.step import Loss, Student
 from tests.tiny import OPTIONS, tiny_images
 from tests.tolerance import assert_as_good_as_torch
 from tests.train.test_loop import final_bits
@@ -41,8 +43,9 @@ def network():
 
 
 def run(folder, **options):
-    settings = {"teacher": network(), "w_kd": 0.1, "validation": tiny_images(16, seed=1), "progress": False}
-    return train(network(), tiny_images(), VPSDE(), replace(OPTIONS, **options), folder, **settings)
+    student, loss = Student(network()), Loss(VPSDE(), network(), w_kd=0.1)
+    settings = {"validation": tiny_images(16, seed=1), "progress": False}
+    return train(student, tiny_images(), loss, replace(OPTIONS, **options), folder, **settings)
 
 
 def worker(rank, ports, folder):
