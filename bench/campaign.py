@@ -49,7 +49,8 @@ def pytest(*arguments):
 def sanitizer(tool):
     """The sparse kernels under compute-sanitizer, on memory that torch asks the driver for piece by piece: in its own
     pool an access beyond a tensor would be none beyond an allocation."""
-    files = [str(TESTS / f"test_sparse24_{kernel}.py") for kernel in ("mma", "wgmma", "few", "conv_mma", "conv")]
+    names = ("mma", "mma_splitk", "mma_conv", "wgmma", "conv")
+    files = [str(TESTS / f"kernels/sparse24/test_{name}.py") for name in names]
     tests = pytest("--verbose", "-k", "random", *files)  # one problem of each kind
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests)
     return Suite(tool, ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched), 0.3, "checks", "compute-sanitizer")
@@ -92,7 +93,7 @@ def quality_suites(data):
     """What training and searching give, on images from `data`; their folders are too large for the campaign's own."""
     suites = []
     for name in ("arms", "search", "ratio", "fixed-vs-inplace-vs-chain"):
-        command = (sys.executable, "-m", "sparsedm.cli", *(("search",) if name == "search" else ("experiment", name)))
+        command = (sys.executable, "-m", *(("sparsedm.cli",) if name == "search" else ("bench.experiments",)), name)
         places = ("--out", f"{{folder}}-quality/{name}", "--minutes", "{minutes}")
         suites.append(Suite(f"quality: {name}", (*command, "--scale", "lite", "--data", data, *places), least=120))
     return tuple(suites)

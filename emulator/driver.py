@@ -1,8 +1,8 @@
-"""gpu-marked tests without a GPU, by a pytest plugin: `pytest -p emulator.driver -m gpu tests/kernels/sparse24`.
+"""A process without a GPU that launches Triton kernels as on an H200: `start()`.
 
-Triton compiles as for an H200 and launches through its own launcher, which finds driver.c as libcuda; the kernels run
-in the emulator, on CPU tensors that the package and the tests take for CUDA tensors. So tensor maps, clusters, shared
-memory and the order of the parameters are those of a real launch. Streams, graphs and timing do not exist here.
+Triton compiles for sm_90a and launches through its own launcher, which finds driver.c as libcuda. The kernels run in
+the emulator, on CPU tensors that torch calls CUDA tensors. So tensor maps, clusters, shared memory and the order of the
+parameters are the same as in a real launch. Streams, graphs and timing do not exist here.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import triton
 from torch.overrides import TorchFunctionMode
@@ -44,13 +43,25 @@ class Map(ctypes.Structure):
     )
 
 
+def start():
+    """Let Triton and torch find an H200 in this process, for good. Call it before any kernel is decorated.
+
+    Returns the Device; its `launches` are the names of the kernels that ran.
+    """
+    os.environ.pop("TRITON_INTERPRET", None)
+    device = Device()
+    use(device)
+    pretend()
+    return device
+
+
 class Device:
-    """Runs what is launched. launches: names of the kernels, for the end of the report."""
+    """Runs what is launched. launches: the kernels' names, in order."""
 
     def __init__(self):
         self.kernels, self.tensors, self.launches, self.error = {}, [], [], None
 
-    def start(self, kernel, launch, arguments):
+    def run(self, kernel, launch, arguments):
         """Triton's launch of a compiled kernel with these arguments."""
         bases = [getattr(a, "base", a) for a in arguments]
         self.tensors = [tensor for tensor in bases if isinstance(tensor, torch.Tensor) and tensor.numel()]
@@ -149,7 +160,7 @@ def use(device):
         loaded(kernel)
         if not known:
             launch = kernel._run
-            kernel._run = lambda *arguments: device.start(kernel, launch, arguments)
+            kernel._run = lambda *arguments: device.run(kernel, launch, arguments)
 
     CompiledKernel._init_handles = load
 
@@ -171,7 +182,7 @@ def cpu(device):
 
 
 def pretend():
-    """Torch and the package find an H200."""
+    """Let torch find an H200."""
     properties = type("Properties", (), {"multi_processor_count": MULTIPROCESSORS, "major": 9, "minor": 0})
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_properties = lambda device=None: properties
@@ -182,23 +193,3 @@ def pretend():
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.Tensor.cuda = lambda tensor: tensor.clone() if tensor.is_contiguous() else tensor
     OnTheCpu().__enter__()
-    from sparsedm.kernels import launch
-    from sparsedm.kernels.sparse24 import conv as sparse24_conv
-    from sparsedm.kernels.sparse24 import linear as sparse24_matmul
-
-    for module in (launch, sparse24_conv, sparse24_matmul):
-        module.capability = lambda device: H200
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config):
-    """Before any kernel is decorated."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    early_config.emulated = Device()
-    use(early_config.emulated)
-    pretend()
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    launches = config.emulated.launches
-    terminalreporter.write_line(f"{len(launches)} launches of {', '.join(sorted(set(launches)))}")

@@ -16,8 +16,6 @@ import textwrap
 
 import torch
 
-from bench import advise as advice
-from bench.experiments import runner
 from sparsedm import __version__, samplers
 from sparsedm.commands import quickstart
 from sparsedm.commands import sample as drawing
@@ -34,6 +32,10 @@ def main(arguments=None):
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):  # into a pipe, too, line by line; and a path may hold any character
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in MOVED:
+        print(f"sparsedm: {arguments[0]} is now: {MOVED[arguments[0]]}", file=sys.stderr)
+        return 2
     options = _parser().parse_args(arguments)
     try:
         options.run_command(options)
@@ -183,6 +185,10 @@ def _device(text):
 
 
 WITHOUT_SEED = ("inspect", "import")  # nor --device: they draw no random numbers, and compute on the CPU
+MOVED = {  # what left the package for `bench/` in the repository, and where it is now
+    "bench": "sparsedm inspect --time",
+    "experiment": "python -m bench.experiments, in a checkout of the repository",
+}
 COMMANDS = (  # name, what it does, its arguments, a summary, examples
     (
         "quickstart",
@@ -240,25 +246,11 @@ COMMANDS = (  # name, what it does, its arguments, a summary, examples
         ["cifar10_uvit_small.pth", "DiT-XL-2-256x256.pt", "ddpm-cifar10-32 --out ddpm.safetensors"],
     ),
     (
-        "bench",
-        advice.advise,
-        advice.add_arguments,
-        "measure whether 2:4 would make the layers of a model faster on this device",
-        ["--model uvit-tiny --batch 4", "--model uvit-imagenet256-large --batch 64 --out layers.csv"],
-    ),
-    (
         "search",
         search_command.run_search,
         search_command.add_arguments,
         "find which network of a family to use at which step: N:M students, widths of a slimmable network, or both",
         ["--scale smoke", "--scale smoke --family widths", "runs/quickstart", "--scale lite --family both --dry-run"],
-    ),
-    (
-        "experiment",
-        runner.experiment,
-        runner.add_arguments,
-        "compare methods on equal terms, with several seeds: tables and pictures",
-        ["arms", "arms --scale lite --seeds 3", "fixed-vs-inplace-vs-chain", "ratio --dry-run"],
     ),
 )
 

@@ -1,4 +1,4 @@
-"""`sparsedm experiment NAME`: train and measure every run of a plan that the folder does not hold yet, then draw it.
+"""`python -m bench.experiments NAME`: trains and measures every run of a plan that the folder lacks, then draws it.
 
     OUT/results.csv                     every measurement, one a row; the tables and pictures are made of it alone
     OUT/seed-0/base/                    the dense network that all runs of this seed start from

@@ -1,3 +1,4 @@
+import argparse
 import re
 
 import pytest
@@ -7,7 +8,7 @@ from bench import advise as advice
 from bench.advise import Layer, recommended, report, where
 from bench.results import read
 from bench.shapes import LinearShape
-from sparsedm import cli
+from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.sparsify import masked_layers, sparsify
 
@@ -78,10 +79,16 @@ def test_where_works_in_sparsify():
     assert {name for name, _ in masked_layers(model)} == set(chosen)
 
 
+def advised(*arguments):
+    parser = argparse.ArgumentParser()
+    advice.add_arguments(parser)
+    parser.set_defaults(device=torch.device("cpu"), seed=0)
+    advice.advise(parser.parse_args(arguments))
+
+
 def test_the_command_measures_every_layer_and_admits_the_cpu(tmp_path, capsys):
     out = tmp_path / "rows.csv"
-    arguments = ["bench", "--model", "uvit-tiny", "--device", "cpu", "--seconds-per-layer", "0", "--out", str(out)]
-    assert cli.main(arguments) == 0
+    advised("--model", "uvit-tiny", "--seconds-per-layer", "0", "--out", str(out))
     text = capsys.readouterr().out
     assert "It says nothing about a GPU" in text
     assert len([line for line in text.splitlines() if line.startswith("in_blocks.0.")]) == 4
@@ -99,6 +106,6 @@ def test_the_command_measures_every_layer_and_admits_the_cpu(tmp_path, capsys):
         (["--model", "uvit-tiny", "--batch", "0"], "--batch 0"),
     ],
 )
-def test_bad_input_is_refused(arguments, message, capsys):
-    assert cli.main(["bench", "--device", "cpu", *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_bad_input_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        advised(*arguments)

@@ -1,5 +1,6 @@
 """The campaign with suites of its own kind: small processes that write, fail, hang and run out of time."""
 
+import argparse
 import json
 import os
 import signal
@@ -206,12 +207,16 @@ def test_the_gpu_suites_begin_with_checks_and_parse():
 
 
 def test_the_studies_of_quality_parse_and_leave_their_reports(tmp_path):
+    from bench.experiments import runner
     from sparsedm.cli import _parser
 
+    experiments = argparse.ArgumentParser()
+    runner.add_arguments(experiments)
     suites = campaign.quality_suites("images.zip")
     assert suites[0].name == "quality: arms", "what answers the question first"
     for suite in suites:
-        options = _parser().parse_args([part.format(folder="gpu", minutes="8.50") for part in suite.command[3:]])
+        module, *arguments = (part.format(folder="gpu", minutes="8.50") for part in suite.command[2:])
+        options = {"sparsedm.cli": _parser(), "bench.experiments": experiments}[module].parse_args(arguments)
         assert (options.scale, options.data, options.minutes) == ("lite", "images.zip", 8.5)
         assert options.out.startswith("gpu-quality/")
     code = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); (out / 'seed-0').mkdir(parents=True)\n"
@@ -229,8 +234,8 @@ def test_the_sanitizer_s_tests_are_there():
     (suite,) = (suite for suite in gpu_suites() if suite.name == "memcheck")
     command = suite.command[suite.command.index(sys.executable) :]
     listed = subprocess.run([*command, "--collect-only"], capture_output=True, text=True).stdout
-    for kernel in ("mma", "wgmma", "few", "conv_mma", "conv"):
-        assert f"<Module test_sparse24_{kernel}.py>" in listed
+    for kernel in ("mma", "mma_splitk", "mma_conv", "wgmma", "conv"):
+        assert f"<Module test_{kernel}.py>" in listed
 
 
 def test_without_a_gpu_nothing_is_claimed(tmp_path, capsys, monkeypatch):

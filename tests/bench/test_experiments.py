@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench.experiments import measures, report, results, runner
+from bench.experiments.__main__ import main
 from bench.experiments.plans import EXPERIMENTS, SCALES, Scale, planned
-from sparsedm import cli
 from sparsedm.commands.quickstart import SYNTHETIC
 from sparsedm.diffusion import schedule_of, validation_loss
 from sparsedm.errors import InputError
@@ -44,7 +44,7 @@ RUNS = ("dense", "oneshot", "chain", "small-dense")
 
 def command(folder, *more):
     only = itertools.chain.from_iterable(("--only", run) for run in RUNS)
-    return cli.main(["experiment", "arms", "--scale", "tiny", "--out", str(folder), *only, *more])
+    return main(["arms", "--scale", "tiny", "--out", str(folder), *only, *more])
 
 
 @pytest.fixture
@@ -373,7 +373,7 @@ def test_every_range_has_several_numbers_on_its_axis(drawn):
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
-    assert cli.main(["experiment", *arguments, "--dry-run"]) == 2
+    assert main([*arguments, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -421,7 +421,7 @@ def test_a_results_file_that_lost_something_is_refused(done, tiny, tmp_path, cap
 def test_results_of_another_experiment_are_refused(done, tiny, tmp_path, capsys):
     shutil.copy(done / "results.csv", tmp_path)
     for more in ([], ["--report-only"]):
-        assert cli.main(["experiment", "ratio", "--scale", "tiny", "--out", str(tmp_path), *more]) == 2
+        assert main(["ratio", "--scale", "tiny", "--out", str(tmp_path), *more]) == 2
         assert "holds results of arms (tiny), not of ratio (tiny)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["results.csv"]
 
@@ -455,7 +455,7 @@ def test_outside_of_a_repository_the_version_stands_for_the_commit(done, tmp_pat
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
-    assert cli.main(["experiment", "arms", "--scale", "full", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
+    assert main(["arms", "--scale", "full", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS)
     assert not (tmp_path / "x").exists()
@@ -463,6 +463,6 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_smoke_ranks_dense_above_pruning_in_one_shot(tmp_path):
-    assert cli.main(["experiment", "arms", "--out", str(tmp_path), "--seeds", "1"]) == 0
+    assert main(["arms", "--out", str(tmp_path), "--seeds", "1"]) == 0
     losses = {run: numbers(tmp_path, run, "validation loss")[0][1] for run in ("dense", "sr-ste+kd", "oneshot")}
     assert losses["dense"] < losses["sr-ste+kd"] < losses["oneshot"]

@@ -31,6 +31,13 @@ def run(*arguments):
         return exit.code
 
 
+@pytest.mark.parametrize(("old", "new"), [("bench", "inspect --time"), ("experiment", "python -m bench.experiments")])
+def test_a_command_that_left_the_package_says_where_it_went(old, new, capsys):
+    assert run(old, "--model", "uvit-tiny") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert new in line
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "chain"

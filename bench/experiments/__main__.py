@@ -1,0 +1,31 @@
+"""`python -m bench.experiments NAME`: see `runner.py`."""
+
+import argparse
+import logging
+import sys
+
+from bench.experiments import runner
+from sparsedm.cli import _device, _seed
+from sparsedm.errors import program
+from sparsedm.train.loop import Interrupted
+
+
+@program("experiments")
+def main(arguments=None):
+    """Returns the exit code: 0 done, 2 bad input, 3 when --minutes were over, 128 + signal when it was interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench.experiments", description=runner.__doc__, formatter_class=text)
+    runner.add_arguments(parser)
+    parser.add_argument("--seed", type=_seed, default=0, help="the first of --seeds (default: 0)")
+    parser.add_argument("--device", type=_device, default=_device("auto"), help="auto, cpu, cuda or cuda:1")
+    try:
+        runner.experiment(parser.parse_args(arguments))
+    except Interrupted as interruption:
+        print(f"experiments: {interruption}", file=sys.stderr)
+        return interruption.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
