@@ -52,13 +52,19 @@ class SlimmableConfig(DDPMConfig):
     def at(self, k):
         """The configuration of the plain DDPM at width k/8."""
         shape = {field.name: getattr(self, field.name) for field in fields(DDPMConfig) if field.name != "kind"}
-        return DDPMConfig(**shape | {"width": self.width if k == 8 else max(8, 8 * round(self.width * k / 64))})
+        return DDPMConfig(**shape | {"width": self.width if k == 8 else _divisible(self.width * k / 8)})
 
 
 PRESETS = {
     "slimmable-tiny": SlimmableConfig(width=32, multipliers=(1, 2, 2), blocks=1, attention=(8,), groups=8, dropout=0.0),
     "slimmable-cifar10": SlimmableConfig(),
 }
+
+
+def _divisible(width):
+    """The multiple of 8 nearest to a width, at least 8; the larger one of two, and never less than 9/10 of the width."""
+    near = max(8, int(width + 4) // 8 * 8)
+    return near + 8 if near < 0.9 * width else near
 
 
 class SlimmableDDPM(DDPM):
