@@ -238,7 +238,7 @@ class TrainXFormers(TrainTile):
 OURS_AND_DENSE = {  # kernel: implementations, the denominators first
     "linear": (
         *(Dense(), DenseFused(), DenseCompiled(), Masked()),
-        *(Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma"), Sparse24("few")),
+        *(Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma"), Sparse24("splitk")),
     ),
     "conv": (DenseConv(), DenseConvCompiled(), SparseConv24()),
     "mask": (Cast(), TopK(), Choose(), ChoosePacked()),

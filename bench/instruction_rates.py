@@ -4,7 +4,7 @@
     wgmma, wgmma.sp  m64n256k16 and m64n256k32: both operands in shared memory, two warpgroups in a block
 
 The operands are random, finite and the same in every turn, so these are upper bounds of what a kernel can reach, not
-predictions. y = iterations * (A B^T), which is what the tests check. Sources: PTX ISA 8.5, as in `sparse24_ptx`.
+predictions. y = iterations * (A B^T), which is what the tests check. Sources: PTX ISA 8.5, as in `sparse24/ptx.py`.
 NOT YET RUN ON A GPU: the sparse ones are executed by the emulator of the tests, all are compiled and their SASS read.
 """
 

@@ -1,6 +1,6 @@
 """The wgmma loops of `instruction_rates`, in Gluon: one block of eight warps on each multiprocessor.
 
-image: int32 words of shared memory, as a slot of `sparse24_pipeline` holds them: two panels of x, 256 rows of 128 bytes
+image: int32 words of shared memory, as a slot of `wgmma_pipeline.py` holds them: two panels of x, 256 rows of 128 bytes
 each, then W, 128 rows of 128 bytes. To wgmma.sp that is W (128, 128) compressed and x (256, 128); wgmma reads the same
 bytes as W (128, 64) dense and the first panel of x (256, 64). y (blocks, 128, 256) fp32 = iterations * (W x^T).
 """

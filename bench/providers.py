@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from bench.problems import TWO_FOUR
 from sparsedm.kernels.launch import capability
 from sparsedm.kernels.mask import choose
-from sparsedm.kernels.sparse24.dispatch import FEW_TOKENS, choose_backend, last_choice
+from sparsedm.kernels.sparse24.dispatch import SPLITK_ROWS, choose_backend, last_choice
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import CompressedConv2d, Conv2d
@@ -28,7 +28,7 @@ from sparsedm.layers import CompressedConv2d, Conv2d
 DENSE = ("dense", "dense fused", "dense compiled")
 OURS = "sparsedm 2:4"  # what the dispatcher does
 HALF = (torch.bfloat16, torch.float16)
-MOST_OF_FEW = 4 * FEW_TOKENS  # rows with which `few` is still tried
+MOST_SPLITK_ROWS = 4 * SPLITK_ROWS  # rows with which `splitk` is still tried
 
 
 class Bound(NamedTuple):
@@ -143,8 +143,8 @@ class Sparse24(Provider):
         if reason := super().supports(problem):
             return reason
         rows = problem.shape.M
-        if self.backend == "few" and rows > MOST_OF_FEW:
-            return f"{rows} rows: it is made for few, and with more than {MOST_OF_FEW} would only cost time"
+        if self.backend == "splitk" and rows > MOST_SPLITK_ROWS:
+            return f"{rows} rows: it is made for few, and with more than {MOST_SPLITK_ROWS} would only cost time"
         with self._forced():
             chosen, why = self._choice(problem)
         return None if self.backend in (None, chosen) else why
@@ -153,16 +153,16 @@ class Sparse24(Provider):
         return pack(problem.masked)
 
     def bind(self, problem, prepared):
-        arranged = {}
+        cache = {}
 
         def run():
             with self._forced():
-                return sparse24_linear(problem.x, *prepared, problem.bias, **problem.epilogue, arranged=arranged)
+                return sparse24_linear(problem.x, *prepared, problem.bias, **problem.epilogue, cache=cache)
 
         with self._forced():
             backend, why = self._choice(problem)
         run()  # on a GPU this measures the candidates, unless the tuned table has them
-        measured = last_choice(arranged.get("choices", {}), problem.shape.M)
+        measured = last_choice(cache.get("choices", {}), problem.shape.M)
         if measured:
             backend, why = measured.backend, f"measured, configuration {measured.config}"
         return Bound(run, f"{backend}: {why}")

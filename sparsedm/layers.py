@@ -225,7 +225,7 @@ class Compressed(nn.Module):
         self.register_buffer("values", values)
         self.register_buffer("metadata", metadata)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-        self._arranged = {}  # the same weight in the order a kernel reads it, made at the first call
+        self._prepacked = {}  # the same weight in the order a kernel reads it, made at the first call
         self._cast = None  # under autocast: (what the values were, the values in its dtype)
 
     def _operands(self, *tensors):
@@ -251,7 +251,7 @@ class Compressed(nn.Module):
 
     def measured_backend(self, rows=None):
         """The back end the GPU's tables gave the latest new size, or to `rows` rows; None before a call there."""
-        choice = last_choice(self._arranged.get("choices", {}), rows)
+        choice = last_choice(self._prepacked.get("choices", {}), rows)
         return choice and choice.backend
 
     @property
@@ -267,7 +267,7 @@ class Compressed(nn.Module):
         return layer
 
     def __getstate__(self):
-        return {**self.__dict__, "_arranged": {}, "_cast": None}
+        return {**self.__dict__, "_prepacked": {}, "_cast": None}
 
     def extra_repr(self):
         return f"weight {self.weight_shape}, pattern=2:4 compressed, activation={self.activation}"
@@ -286,7 +286,7 @@ class CompressedLinear(Compressed):
     def forward(self, x, residual=None, skip=None, scale=None):
         values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
         dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # as a sum of tensors has
-        rest = {"skip": skip, "scale": scale, "out_dtype": dtype, "arranged": self._arranged}
+        rest = {"skip": skip, "scale": scale, "out_dtype": dtype, "cache": self._prepacked}
         return sparse24_linear(x, values, self.metadata, bias, self.activation, residual, **rest)
 
     def dense_weight(self):
@@ -322,7 +322,7 @@ class CompressedConv2d(Compressed):
             bias,
             self.activation,
             None if apart else residual,
-            arranged=self._arranged,
+            cache=self._prepacked,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, group_view, holds
-from sparsedm.kernels.sparse24.torch_layouts import TORCH_TENSORS, to_torch
+from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
 from sparsedm.layers import Compressed, CompressedConv2d, CompressedLinear, Conv2d, Linear, Masked, invalid_because
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

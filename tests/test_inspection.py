@@ -94,7 +94,7 @@ def test_a_model_without_example_inputs_needs_them():
     ("arch", "batch", "backend"),
     [
         ("cpu", 64, "dense"),
-        ("sm_80", 2, "few"),
+        ("sm_80", 2, "splitk"),
         ("sm_80", 512, "mma"),
         ("sm_90a", 512, "wgmma"),
         ("sm_90a", 16, "dense"),
@@ -118,7 +118,7 @@ def test_arch_of_a_convolution():
 
 def test_a_1x1_convolution_is_the_product_that_serves_its_pixels():
     model = compress(sparsify(nn.Sequential(nn.Conv2d(64, 64, 1)), "2:4"))
-    for batch, backend in ((1, "few"), (64, "wgmma"), (8, "dense")):
+    for batch, backend in ((1, "splitk"), (64, "wgmma"), (8, "dense")):
         (row,) = inspect(model, (torch.zeros(1, 64, 8, 8),), arch="sm_90a", batch=batch).rows
         assert row.backend == backend
         assert row.why.startswith("a 1 x 1 kernel is a product over the pixels: ")
@@ -156,7 +156,7 @@ def test_a_layer_without_weights_is_counted(recwarn):
 def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
     x = torch.zeros(1, 512, 64) if isinstance(layer, nn.Linear) else torch.zeros(1, 64, 8, 8)
-    model[0]._arranged["choices"] = {(512, "", "cuda:0"): Choice("wgmma", 2)}
+    model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Choice("wgmma", 2)}
     assert inspect(model, (x,)).rows[0].backend == "wgmma"
     assert "tuned table" in inspect(model, (x,)).rows[0].why
     assert inspect(model, (x,), arch="cpu").rows[0].backend == "dense"

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sparsedm.errors import InputError
 from sparsedm.kernels import mask as choose_file
 from sparsedm.kernels.pattern import Pattern, holds
-from sparsedm.kernels.sparse24.torch_layouts import TORCH_TENSORS
+from sparsedm.kernels.sparse24.format import TORCH_TENSORS
 from sparsedm.layers import CompressedConv2d, CompressedLinear, Linear
 from sparsedm.models import build_model
 from sparsedm.sparsify import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify

@@ -29,7 +29,6 @@ from bench.experiments.report import FLIPS
 from bench.experiments.results import STAMPED, read, write
 from sparsedm import diffusion, evaluate
 from sparsedm import plots as pictures
-from sparsedm.commands.train import amp_of, load_images
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import cache_folder
@@ -38,7 +37,8 @@ from sparsedm.models import build_model, model_config
 from sparsedm.sparsify import sparsify
 from sparsedm.train import checkpoint
 from sparsedm.train.chain import StageResult, Start, run_chain
-from sparsedm.train.loop import Interrupted, train
+from sparsedm.train.data import load_images
+from sparsedm.train.loop import Interrupted, amp_of, train
 from sparsedm.train.metrics import read_metrics, usual_speed
 from sparsedm.train.stages import Stage
 from sparsedm.train.step import Loss, Student

@@ -10,7 +10,7 @@ import torch
 
 from sparsedm import diffusion, evaluate, samplers
 from sparsedm import plots as pictures
-from sparsedm.commands.train import amp_of, load_images, show_plan
+from sparsedm.commands.train import show_plan
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
@@ -20,7 +20,8 @@ from sparsedm.models import build_model, model_config
 from sparsedm.sparsify import compress, sparsify
 from sparsedm.train import data
 from sparsedm.train.chain import Start, run_chain
-from sparsedm.train.loop import TrainOptions
+from sparsedm.train.data import load_images
+from sparsedm.train.loop import TrainOptions, amp_of
 from sparsedm.train.stages import Stage
 from sparsedm.train.synthetic import CLASSES
 

@@ -3,7 +3,6 @@
 What they draw from is a model, or with --strategy the networks of a run folder in turn (see `stepaware.py`).
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,41 +11,19 @@ import torch
 
 from sparsedm import evaluate, samplers
 from sparsedm import plots as pictures
-from sparsedm.commands.train import dense_part, load_images, load_named, picture_name
+from sparsedm.commands.train import dense_part, load_named, picture_name
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import atomic_file, cache_folder, check_writable, write_json
-from sparsedm.model_files import describe, load_model
+from sparsedm.model_files import load_model
 from sparsedm.models import build_model
 from sparsedm.sparsify import compress, masked_layers
 from sparsedm.stepaware import family as stepaware
 from sparsedm.train import distributed
+from sparsedm.train.data import load_images
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def family_of(run, unit="MACs", device="cpu"):
-    """The stepaware.Family of a run folder: its stages, each at all its widths if it is slimmable, the costliest first.
-
-    Raises InputError for a run of one network.
-    """
-    run = Path(run)
-    networks, stages = {}, {}
-    for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
-        loaded = load_model(stage, build_model)
-        name = " + ".join(sorted(set(describe(loaded.model)["patterns"].values()))) or "dense"
-        name = f"{name} ({stage.name})" if name in stages else name
-        stages[name] = stage
-        slimmable = loaded.model.config.kind == "slimmable"
-        found = stepaware.widths(loaded.model) if slimmable else {"": loaded.model}
-        networks |= {f"{name} {width}".strip(): network.to(device) for width, network in found.items()}
-    if len(networks) < 2:
-        raise InputError(f"{run} holds one network only: there is nothing to choose from")
-    family = stepaware.family(run.parent.name if run.name == "family" else run.name, networks, unit=unit)
-    order = sorted(range(len(networks)), key=lambda i: -family.costs[i])
-    fields = ("networks", "names", "costs", "fingerprints")
-    return replace(family, **{field: tuple(getattr(family, field)[i] for i in order) for field in fields})
 
 
 class _Source(NamedTuple):
@@ -74,7 +51,7 @@ def _source(options):
         return _Source(f"the {loaded.kind} model in {loaded.file}", [loaded.model] * steps, sampler, steps)
     if options.model or options.set or options.which != "ema":
         raise InputError("--strategy goes with a run folder alone: leave --model, --set and --which away")
-    strategy, family = stepaware.load_strategy(options.strategy), family_of(options.run)
+    strategy, family = stepaware.load_strategy(options.strategy), stepaware.family_of(options.run)
     networks = strategy.models(family, sampler=options.sampler, steps=options.sampling_steps)
     macs, dearest = (family.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
     share = f"{macs / dearest:.0%} of the MACs of {family.names[0]}"

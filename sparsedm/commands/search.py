@@ -15,8 +15,7 @@ import torch
 
 from sparsedm import diffusion, samplers
 from sparsedm.commands.quickstart import SYNTHETIC, TRANSFER
-from sparsedm.commands.sample import family_of
-from sparsedm.commands.train import amp_of, distilled, load_images, show_plan
+from sparsedm.commands.train import show_plan
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.stepaware import family as stepaware
@@ -24,8 +23,9 @@ from sparsedm.stepaware.report import NOTE, table
 from sparsedm.stepaware.search import SearchOptions, check_installed
 from sparsedm.stepaware.study import QUALITIES, Plan, study
 from sparsedm.train.chain import Start, run_chain
-from sparsedm.train.loop import TrainOptions
-from sparsedm.train.stages import Stage
+from sparsedm.train.data import load_images
+from sparsedm.train.loop import TrainOptions, amp_of
+from sparsedm.train.stages import Stage, distilled
 
 RESERVE = 40  # seconds of --minutes for what is left after the deadline: a checkpoint, or a strategy and the report
 
@@ -205,7 +205,7 @@ def _train(options, scale, plan):
 def _show(options, scale, plan):
     """Print what the command would do; writes nothing."""
     if options.run:
-        family = family_of(plan.run, device=plan.device)
+        family = stepaware.family_of(plan.run, device=plan.device)
         print(
             f"family {family.name}: " + ", ".join(f"{n} {c / 1e6:,.1f} M" for n, c in zip(family.names, family.costs))
         )

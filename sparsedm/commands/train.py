@@ -5,7 +5,6 @@ A command is a function of the parsed command line (`cli.py`). Bad input raises 
 
 import copy
 import functools
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,11 +19,11 @@ from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.diffusers import from_diffusers
 from sparsedm.sparsify import sparsify
-from sparsedm.train import data, distributed
+from sparsedm.train import distributed
 from sparsedm.train.chain import Start, check_chain, plan, run_chain
-from sparsedm.train.image_files import different_sizes
-from sparsedm.train.loop import TrainOptions
-from sparsedm.train.stages import METHODS, method_stages, parse_chain
+from sparsedm.train.data import load_images
+from sparsedm.train.loop import TrainOptions, amp_of
+from sparsedm.train.stages import METHODS, distilled, method_stages, parse_chain
 
 TRAINING = ("steps", "batch_size", "accumulate", "lr", "warmup", "cosine", "ema")
 TRAINING += ("weighting", "seed", "compile", "log_every")
@@ -140,21 +139,6 @@ def train(options):
     print(f"curves: {folder / 'loss.png'}   next: sparsedm sample {folder}")
 
 
-def load_images(source, split, size, limit=None):
-    """Images of the size the network takes. Mixed sizes are refused; one other size is fitted, and it is said."""
-    found = data.load(source, split, size=size, limit=limit)
-    if len(found.sizes) > 1:
-        raise InputError(f"{source}: {different_sizes(found.sizes)}")
-    if found.sizes and (held := next(iter(found.sizes))) != f"{size}x{size}":
-        print(f"the {split} images of {held} pixels are cropped to squares and resized to {size}x{size}")
-    return found
-
-
-def amp_of(device):
-    """Products in bf16 on a GPU, in fp32 elsewhere."""
-    return "bf16" if device.type == "cuda" else None
-
-
 def dense_part(run):
     """Where the dense network of a run lies: the first stage of a chain's folder, anything else as it is."""
     return next(iter(sorted(Path(run).glob("[0-9][0-9]-*"))), Path(run))
@@ -192,15 +176,6 @@ def _stages(options, ema):
     if ema is None and options.method not in ("dense", "random-init"):
         raise InputError(f"--method {options.method} starts from a dense network: give its run folder with --init")
     return distilled(method_stages(options.method, options.steps, options.pattern), options.distill)
-
-
-def distilled(stages, weight):
-    """The stages; with a weight, a slimmable network learns from its widest self in the dense ones."""
-    if weight is None:
-        return stages
-    if not any(stage.pattern == "dense" for stage in stages):
-        raise InputError("--distill is for dense stages, and there is none: sparse ones learn from the dense network")
-    return [replace(s, teacher="widest", w_kd=weight) if s.pattern == "dense" else s for s in stages]
 
 
 def show_plan(stages, training, model, folder, where=None):

@@ -4,7 +4,7 @@ Kernel files take `tl` and `jit` from here, so that they can be imported where T
 on a GPU too old for the tensor-core instructions every operation runs in plain torch.
 
 The environment variable SPARSEDM_BACKEND forces one way of computing: torch (no Triton anywhere), dense, or a 2:4
-kernel: mma, few, wgmma.
+kernel: mma, splitk, wgmma.
 """
 
 import functools
@@ -29,7 +29,7 @@ except ImportError:
         return kernel
 
 
-BACKENDS = ("torch", "dense", "mma", "few", "wgmma")
+BACKENDS = ("torch", "dense", "mma", "splitk", "wgmma")
 
 
 def setting(name, choices, default=None):

@@ -4,7 +4,7 @@
 
 rows are a Linear's outputs, or a Conv2d's (out, tap) pairs, read through their strides; m is the mask of `pattern.py`.
 bits (rows, ceil(K / 32)) int32: bit k % 32 of word k // 32 is m[row, k], bits beyond K are 0. values and metadata are
-those of `sparse24_format.pack`.
+those of `sparse24.format.pack`.
 
 A weight's key is  (|w| as an integer) * group + (group - 1 - its place in the group): keys order like magnitudes, ties
 go to the lower index, and no two are equal. The keys of a group are sorted by a network in registers (`tl.sort`), and
@@ -248,7 +248,7 @@ class Choice(NamedTuple):
     masked: torch.Tensor  # the weight's shape
     bits: torch.Tensor  # (rows, ceil(K / 32)) int32: the mask as `pack_bits` packs it
     flips: torch.Tensor | None  # int32 (1,): mask entries that differ from `previous`
-    values: torch.Tensor | None  # (N, 8 ceil(K / 16)), the 2:4 form of `sparse24_format`
+    values: torch.Tensor | None  # (N, 8 ceil(K / 16)), the 2:4 form of `sparse24/format.py`
     metadata: torch.Tensor | None  # (N, ceil(K / 16)) int16
     mask: torch.Tensor | None = None  # bool, the weight's shape
 

@@ -212,7 +212,7 @@ class DiT(nn.Module):
         x: images (B, channels, image_size, image_size), in the dtype of the weights (any float under autocast).
         t: timesteps (B,) in units 0..999, fractions allowed.
         y: class labels (B,) int64 in 0..num_classes; None means the null label. Only for class-conditional models.
-        variance: whether to return twice the channels, the second half v for the variance, see `diffusion.log_variance`.
+        variance: whether to return twice the channels, the second half for the variance, see `samplers.ddpm`.
         Returns: noise, shape of x.
         Raises: InputError if a shape differs from the above, a label is missing or not asked for, or the network has
         no variance.

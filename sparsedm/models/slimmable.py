@@ -62,7 +62,7 @@ PRESETS = {
 
 
 def _divisible(width):
-    """The multiple of 8 nearest to a width, at least 8; the larger one of two, and never less than 9/10 of the width."""
+    """The multiple of 8 nearest to a width, the larger one of two; at least 8, and at least 9/10 of the width."""
     near = max(8, int(width + 4) // 8 * 8)
     return near + 8 if near < 0.9 * width else near
 

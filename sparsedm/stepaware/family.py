@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.inspection import inspect
+from sparsedm.model_files import describe, load_model
+from sparsedm.models import build_model
 from sparsedm.sparsify import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
@@ -85,6 +87,29 @@ def family(name, networks, *, unit="MACs", batch=64):
     else:
         costs = seconds_per_image([_as_run(m, m.example_inputs(1)[0].device) for m in models], batch)
     return Family(name, models, tuple(networks), tuple(costs), unit, marks)
+
+
+def family_of(run, unit="MACs", device="cpu"):
+    """The Family of a run folder: its stages, each at all its widths if it is slimmable, the costliest first.
+
+    Raises InputError for a run of one network.
+    """
+    run = Path(run)
+    networks, stages = {}, {}
+    for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
+        loaded = load_model(stage, build_model)
+        name = " + ".join(sorted(set(describe(loaded.model)["patterns"].values()))) or "dense"
+        name = f"{name} ({stage.name})" if name in stages else name
+        stages[name] = stage
+        slimmable = loaded.model.config.kind == "slimmable"
+        found = widths(loaded.model) if slimmable else {"": loaded.model}
+        networks |= {f"{name} {width}".strip(): network.to(device) for width, network in found.items()}
+    if len(networks) < 2:
+        raise InputError(f"{run} holds one network only: there is nothing to choose from")
+    found = family(run.parent.name if run.name == "family" else run.name, networks, unit=unit)
+    order = sorted(range(len(networks)), key=lambda i: -found.costs[i])
+    fields = ("networks", "names", "costs", "fingerprints")
+    return replace(found, **{field: tuple(getattr(found, field)[i] for i in order) for field in fields})
 
 
 def _as_run(network, device):

@@ -15,18 +15,16 @@ import torch
 
 from sparsedm import evaluate, samplers
 from sparsedm import plots as pictures
-from sparsedm.commands.sample import family_of
-from sparsedm.commands.train import amp_of, load_images
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, write_json
 from sparsedm.stepaware import family as stepaware
-from sparsedm.stepaware.family import Strategy
+from sparsedm.stepaware.family import Strategy, family_of
 from sparsedm.stepaware.report import write_report
 from sparsedm.stepaware.search import Evaluations, SearchOptions, front, proxy_optima, rank_correlation, search
 from sparsedm.train import checkpoint
-from sparsedm.train.data import batch
-from sparsedm.train.loop import OutOfTime
+from sparsedm.train.data import batch, load_images
+from sparsedm.train.loop import OutOfTime, amp_of
 
 QUALITIES = ("frechet", "proxy")
 SHOWN = 16  # images of each strategy in the picture

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder
 from sparsedm.train.array_files import cifar10_folder, download_cifar10, read_cifar10, read_npz
-from sparsedm.train.image_files import Parts, read_image_files, resized
+from sparsedm.train.image_files import Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
 
 SPLITS = ("train", "test")
@@ -91,6 +91,16 @@ def load(source, split="train", *, size=None, limit=None, progress=True, cache=N
         chosen = torch.arange(limit) * len(images) // limit
         images, labels = images[chosen], None if labels is None else labels[chosen]
     return ImageSet(images, labels, class_names, source, sizes)
+
+
+def load_images(source, split, size, limit=None):
+    """Images of the size the network takes. Mixed sizes are refused; one other size is fitted, and it is said."""
+    found = load(source, split, size=size, limit=limit)
+    if len(found.sizes) > 1:
+        raise InputError(f"{source}: {different_sizes(found.sizes)}")
+    if found.sizes and (held := next(iter(found.sizes))) != f"{size}x{size}":
+        print(f"the {split} images of {held} pixels are cropped to squares and resized to {size}x{size}")
+    return found
 
 
 def batch(images, indices, *, flip_generator=None):

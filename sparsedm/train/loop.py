@@ -301,6 +301,11 @@ class _Run:
             logger.info("%s: step %s of %s, %s", self.folder.name, f"{state.step:,}", f"{step.options.steps:,}", words)
 
 
+def amp_of(device):
+    """Products in bf16 on a GPU, in fp32 elsewhere."""
+    return "bf16" if device.type == "cuda" else None
+
+
 def check_data(model, images, validation):
     """Raise InputError where the network and the images do not fit each other."""
     if describe(model)["kind"] == "compressed":

@@ -7,7 +7,7 @@ same steps on the same batches, and is a row of settings for the one loop.
 import itertools
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
@@ -79,6 +79,15 @@ def parse_chain(text, steps, split=None, **settings):
         Stage(pattern.replace(":", "of"), share, pattern, **(settings if Pattern.parse(pattern) else {}))
         for pattern, share in zip(patterns, divide(steps, split, len(patterns)))
     ]
+
+
+def distilled(stages, weight):
+    """The stages; with a weight, a slimmable network learns from its widest self in the dense ones."""
+    if weight is None:
+        return stages
+    if not any(stage.pattern == "dense" for stage in stages):
+        raise InputError("--distill is for dense stages, and there is none: sparse ones learn from the dense network")
+    return [replace(s, teacher="widest", w_kd=weight) if s.pattern == "dense" else s for s in stages]
 
 
 def divide(steps, shares, stages):

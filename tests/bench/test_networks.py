@@ -126,14 +126,14 @@ def test_compiled_code_gets_what_eager_calls_were_tuned_to(monkeypatch):
     problem, known = NetworkProblem(SHAPE, "step", torch.float32, "cpu"), []
 
     def compiler(network):
-        known.extend(bool(m._arranged) for m in network.modules() if isinstance(m, CompressedLinear))
+        known.extend(bool(m._prepacked) for m in network.modules() if isinstance(m, CompressedLinear))
         return network
 
     monkeypatch.setattr(end_to_end, "max_autotune", compiler)
     (provider,) = [p for p in STEP_PROVIDERS if p.name == "sparsedm 2:4 compiled"]
     provider.bind(problem, None)
     assert known
-    assert all(known), "every layer has arranged its weight for a call"
+    assert all(known), "every layer has prepacked its weight for a call"
 
 
 def test_samples_by_replayed_graphs_are_the_same(step):

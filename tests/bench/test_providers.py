@@ -21,7 +21,7 @@ from bench.baselines import (
     TrainXFormers,
 )
 from bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
-from bench.providers import DENSE, MOST_OF_FEW, DenseCompiled, DenseFused, Rival, Sparse24
+from bench.providers import DENSE, MOST_SPLITK_ROWS, DenseCompiled, DenseFused, Rival, Sparse24
 from bench.shapes import ConvShape, LinearShape
 from sparsedm.kernels.pattern import holds
 from sparsedm.kernels.sparse24.dispatch import Choice
@@ -119,10 +119,9 @@ def test_rules_of_the_rivals(provider, problem, reason):
 
 
 def test_the_kernel_for_few_rows_is_not_tried_with_many():
-    problem = LinearProblem(LinearShape("m", "l", MOST_OF_FEW + 8, 16, 16), "plain", torch.float32, "cpu")
-    assert (
-        Sparse24("few").supports(problem) == "264 rows: it is made for few, and with more than 256 would only cost time"
-    )
+    problem = LinearProblem(LinearShape("m", "l", MOST_SPLITK_ROWS + 8, 16, 16), "plain", torch.float32, "cpu")
+    reason = "264 rows: it is made for few, and with more than 256 would only cost time"
+    assert Sparse24("splitk").supports(problem) == reason
 
 
 def test_a_torch_without_cusparselt_is_recorded(monkeypatch):

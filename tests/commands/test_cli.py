@@ -13,10 +13,9 @@ from PIL import Image
 from sparsedm.cli import main
 from sparsedm.commands import sample as drawing
 from sparsedm.commands import train as commands
-from sparsedm.commands.sample import family_of
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import MODELS, build_model
-from sparsedm.stepaware.family import Strategy
+from sparsedm.stepaware.family import Strategy, family_of
 from sparsedm.train import data
 from sparsedm.train.stages import METHODS
 

@@ -9,13 +9,12 @@ import torch
 
 from sparsedm import evaluate
 from sparsedm.cli import main
-from sparsedm.commands.sample import family_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.models import build_model
 from sparsedm.sparsify import sparsify
 from sparsedm.stepaware import study as search_study
-from sparsedm.stepaware.family import Strategy, load_strategy, sample
+from sparsedm.stepaware.family import Strategy, family_of, load_strategy, sample
 from sparsedm.stepaware.search import SearchOptions
 from sparsedm.stepaware.study import Plan, study
 from sparsedm.train import checkpoint

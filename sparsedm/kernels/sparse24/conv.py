@@ -1,12 +1,12 @@
 """y = act(conv2d(x, W) + b) + r with a 2:4 compressed W: reference, dispatch and the operator `sparse24_conv2d`.
 
 W (N, C, kh, kw) is kept as rows (N, kh kw C), groups of four along C: values (N, kh kw C / 2) and metadata
-(N, kh kw C / 16) of `sparse24_format.pack(group_view(W).reshape(N, -1))`. Images are (B, C, H, W) as in torch; the
+(N, kh kw C / 16) of `format.pack(group_view(W).reshape(N, -1))`. Images are (B, C, H, W) as in torch; the
 kernels read and write them in channels_last. Inference only: nothing here has a gradient.
 
 Back ends (`choose_conv_backend` says which will run, and why):
-    wgmma   implicit product on `wgmma.mma_async.sp` (sm_90a)       sparse24_conv_wgmma.py
-    mma     implicit product on `mma.sp` (sm_80, 86, 89)            sparse24_conv_mma.py
+    wgmma   implicit product on `wgmma.mma_async.sp` (sm_90a)       wgmma_conv.py
+    mma     implicit product on `mma.sp` (sm_80, 86, 89)            mma_conv.py
     linear  1 x 1 kernels are `sparse24_linear` on the pixels
     dense   the decompressed weight, kept, and torch's conv2d
     torch   decompressed at every call (`sparse24_conv2d_ref`): any device, any geometry
@@ -29,7 +29,7 @@ from sparsedm.kernels.sparse24.dispatch import (
     without_kernels,
 )
 from sparsedm.kernels.sparse24.format import check_shapes, unpack
-from sparsedm.kernels.sparse24.layouts import arrange_once, kernel_tensors
+from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 
 
@@ -51,7 +51,7 @@ def _weight(values, metadata, channels, kernel_size):
 def choose_conv_backend(capability, channels, kernel_size, stride, padding, dilation, pixels, features, dtype):
     """Which back end serves a convolution to `features` channels of so many pixels in all, and why: (name, reason).
 
-    Rules, not measurement: where there is a kernel, `pick` of sparse24_dispatch times dense beside it.
+    Rules, not measurement: where there is a kernel, `dispatch.pick` times dense beside it.
     SPARSEDM_BACKEND=torch | dense | mma | wgmma overrules them wherever the named one can run; 1 x 1 kernels obey it as
     products.
     """
@@ -118,12 +118,12 @@ def sparse24_conv2d(
     stride=1,
     padding=0,
     dilation=1,
-    arranged=None,
+    cache=None,
 ):
     """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual, W the 2:4 weight that values and metadata hold.
 
     x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair; padding also "same" or "valid".
-    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. arranged: a dict that the caller
+    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. cache: a dict that the caller
     keeps with the weight (start with {}), as in `sparse24_linear`. y has the dtype of x, in channels_last.
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
@@ -139,13 +139,13 @@ def sparse24_conv2d(
     )
     if backend == "linear":
         pixels = lambda image: None if image is None else image.permute(0, 2, 3, 1)  # noqa: E731
-        y = sparse24_linear(pixels(x), values, metadata, bias, activation, pixels(residual), arranged=arranged)
+        y = sparse24_linear(pixels(x), values, metadata, bias, activation, pixels(residual), cache=cache)
         return y.permute(0, 3, 1, 2)
-    kept = {} if arranged is None else arranged
+    kept = {} if cache is None else cache
 
     def run(choice, kept):
         columns = channels * kernel_size[0] * kernel_size[1]
-        tensors = arrange_once(values, metadata, choice.backend, columns, kept)
+        tensors = prepack_once(values, metadata, choice.backend, columns, kept)
         return _conv(
             x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size,
             *choice,
@@ -171,7 +171,7 @@ def _conv(
     x: torch.Tensor,
     values: torch.Tensor,
     metadata: torch.Tensor,
-    arranged: list[torch.Tensor],
+    prepacked: list[torch.Tensor],
     kernel_size: list[int],
     bias: torch.Tensor | None,
     activation: str | None,
@@ -184,7 +184,7 @@ def _conv(
     config: int,
 ) -> torch.Tensor:
     y = _conv_fake(
-        x, values, metadata, arranged, kernel_size, bias, activation, residual, stride, padding, dilation, size,
+        x, values, metadata, prepacked, kernel_size, bias, activation, residual, stride, padding, dilation, size,
         backend, config,
     )  # fmt: skip
     if not y.numel():
@@ -192,14 +192,14 @@ def _conv(
     if backend in ("mma", "wgmma"):
         with torch.cuda.device(x.device):
             module(CONV, backend).launch(
-                _pixels(x), *kernel_tensors(values, arranged), y.permute(0, 2, 3, 1), kernel_size=kernel_size,
+                _pixels(x), *kernel_tensors(values, prepacked), y.permute(0, 2, 3, 1), kernel_size=kernel_size,
                 stride=stride[0], padding=padding, bias=bias, activation=activation,
                 residual=None if residual is None else _pixels(residual).to(y.dtype),
                 config=configs(CONV, backend)[config],
             )  # fmt: skip
         return y
     if backend == "dense":
-        weight = arranged[0].view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)
+        weight = prepacked[0].view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)
     else:
         weight = _weight(values, metadata, x.shape[1], kernel_size)
     result = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
@@ -208,7 +208,7 @@ def _conv(
 
 @_conv.register_fake
 def _conv_fake(
-    x, values, metadata, arranged, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend,
+    x, values, metadata, prepacked, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend,
     config,
 ):  # fmt: skip
     shape = (x.shape[0], values.shape[0], *size)

@@ -18,14 +18,14 @@ from sparsedm.kernels.launch import BACKENDS, exporting, forced_backend
 from sparsedm.kernels.tuning import Autotuner, bucket, capturing
 
 NO_GPU = "not an NVIDIA GPU, or no Triton"
-FEW_TOKENS = 64
+SPLITK_ROWS = 64
 SMALLEST_GRID, SMALLEST_N = 32, 64
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
 KERNELS = {  # operation and back end: the module with `launch` and CONFIGS, then the others that hold its code
-    (LINEAR, "mma"): ("mma", "fragments", "ptx"),
-    (LINEAR, "few"): ("mma_splitk", "fragments", "ptx"),
+    (LINEAR, "mma"): ("mma", "ptx"),
+    (LINEAR, "splitk"): ("mma_splitk", "mma", "ptx"),
     (LINEAR, "wgmma"): ("wgmma", "wgmma_kernels", "wgmma_pipeline", "ptx"),
-    (CONV, "mma"): ("mma_conv", "fragments", "ptx"),
+    (CONV, "mma"): ("mma_conv", "mma", "ptx"),
     (CONV, "wgmma"): ("wgmma_conv", "wgmma_pipeline", "ptx"),
 }
 
@@ -42,7 +42,7 @@ def choose_backend(capability, M, N, K, dtype):
 
     capability: the device's compute capability as (major, minor), None where `launch.capability` is.
     Returns (name, reason). The rules are arithmetic, not measurement: none of the kernels has been timed yet.
-    SPARSEDM_BACKEND = torch | dense | mma | few | wgmma overrules them wherever the named kernel can run.
+    SPARSEDM_BACKEND = torch | dense | mma | splitk | wgmma overrules them wherever the named kernel can run.
     """
     forced = forced_backend()
     able, obstacle = _able(capability, K, dtype)
@@ -52,8 +52,8 @@ def choose_backend(capability, M, N, K, dtype):
         return "torch", f"SPARSEDM_BACKEND={forced} cannot run: {obstacle}"
     if "mma" not in able:
         return without_kernels(), obstacle
-    if M <= FEW_TOKENS:
-        return "few", f"{M} rows: bound by reading the weight, 1.125 bytes instead of 2"
+    if M <= SPLITK_ROWS:
+        return "splitk", f"{M} rows: bound by reading the weight, 1.125 bytes instead of 2"
     too_small = smallness(M, N)
     if too_small:
         return "dense", too_small
@@ -96,12 +96,12 @@ def _able(capability, K, dtype):
     if K % 8:
         return ("torch", "dense"), f"K = {K}: rows must be multiples of 16 bytes, K a multiple of 8"
     if capability != (9, 0):
-        return ("torch", "dense", "mma", "few"), f"{name} has no wgmma (sm_90a has)"
+        return ("torch", "dense", "mma", "splitk"), f"{name} has no wgmma (sm_90a has)"
     return BACKENDS, ""
 
 
 def stores_directly(N, out_dtype, residual):
-    """Whether wgmma has to write y from registers, because TMA cannot: see `epilogue` of sparse24_pipeline."""
+    """Whether wgmma has to write y from registers, because TMA cannot: see `epilogue` of `wgmma_pipeline.py`."""
     return out_dtype == torch.float32 or N % 8 != 0 or (residual is not None and residual.dtype != out_dtype)
 
 
@@ -114,7 +114,7 @@ def rule_of_thumb(backend, directly):
 def choices(capability, few, directly, K, dtype, forced):
     """The choices of a linear layer that are timed: dense first, because the others are held against its result.
 
-    few: for up to FEW_TOKENS rows. directly: see `stores_directly`. forced: the back end that SPARSEDM_BACKEND names,
+    few: for up to SPLITK_ROWS rows. directly: see `stores_directly`. forced: the back end that SPARSEDM_BACKEND names,
     of which alone the configurations are timed. () where no kernel can run.
     """
     able, _ = _able(capability, K, dtype)
@@ -125,7 +125,7 @@ def choices(capability, few, directly, K, dtype, forced):
     if few:
         area = lambda tile: tile.block_n * tile.block_m  # noqa: E731
         smallest = min(every(LINEAR, "mma"), key=lambda choice: area(configs(LINEAR, "mma")[choice.config]))
-        return Choice("dense"), *every(LINEAR, "few"), smallest
+        return Choice("dense"), *every(LINEAR, "splitk"), smallest
     return Choice("dense"), *_every("wgmma" if "wgmma" in able else "mma", directly)
 
 
@@ -204,7 +204,7 @@ def _tuner(operation, offered, forced):
 
 
 def _describe(operation, choice):
-    """What the tables hold, for example {"backend": "few", "programs": 4}."""
+    """What the tables hold, for example {"backend": "splitk", "programs": 4}."""
     if (operation, choice.backend) not in KERNELS:
         return {"backend": choice.backend}
     return {"backend": choice.backend} | asdict(configs(operation, choice.backend)[choice.config])

@@ -1,13 +1,13 @@
 """y = act([x | skip] @ W^T + b) * s + r with a 2:4 compressed W: reference, dispatch, operator.
 
-Shapes: x (..., K), W (N, K) as values (N, 8c) and metadata (N, c) int16 of `sparse24_format`, y (..., N). M below is
+Shapes: x (..., K), W (N, K) as values (N, 8c) and metadata (N, c) int16 of `format.py`, y (..., N). M below is
 the number of rows of x. `[x | skip]` is the concatenation along K that U-ViT's `skip_linear` multiplies; the kernels
 read the two tensors in turn and never make it. Inference only: nothing here has a gradient.
 
-Back ends (sparse24_dispatch.py: which will run, and why):
-    wgmma   `wgmma.mma_async.sp` on sm_90a                       sparse24_wgmma.py
-    mma     `mma.sp` on sm_80 and later                          sparse24_mma.py
-    few     `mma.sp` with K split over the grid, M up to 64      sparse24_few.py
+Back ends (dispatch.py: which will run, and why):
+    wgmma   `wgmma.mma_async.sp` on sm_90a                       wgmma.py
+    mma     `mma.sp` on sm_80 and later                          mma.py
+    splitk  `mma.sp` with K split over the grid, M up to 64      mma_splitk.py
     dense   the decompressed weight, kept, and torch's matmul: any device, any dtype, and where the kernels would lose
     torch   decompressed at every call (`sparse24_linear_ref`): in exported programs, which hold the weight once
 """
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.sparse24 import dispatch
-from sparsedm.kernels.sparse24.dispatch import FEW_TOKENS, LINEAR, choose_backend
+from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, choose_backend
 from sparsedm.kernels.sparse24.format import check_shapes, unpack
-from sparsedm.kernels.sparse24.layouts import arrange_once, kernel_tensors
+from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
 
 ACTIVATIONS = {
     None: lambda y: y,
@@ -63,7 +63,7 @@ def sparse24_linear(
     skip=None,
     scale=None,
     out_dtype=None,
-    arranged=None,
+    cache=None,
 ):
     """y = act([x | skip] @ W^T + bias) * scale + residual, W the 2:4 weight that values and metadata hold.
 
@@ -71,20 +71,20 @@ def sparse24_linear(
     of x, or None; then W is (N, K + K2). bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     scale: (N,), or (G, N) whose row g scales rows g M/G .. (g+1) M/G of y: the gate of each image in an adaLN block.
     residual: (..., N) as y. out_dtype: dtype of y, that of x by default; fp32 keeps a kernel's accumulator.
-    arranged: a dict that the caller keeps with the weight (start with {}); what `arrange` makes is kept in it until the
+    cache: a dict that the caller keeps with the weight (start with {}); what `prepack` makes is kept in it until the
     weight changes. Without it, it is made at every call.
 
-    The back end is what sparse24_dispatch knows to be quickest, on a GPU by timing each new size once. Accumulates in
+    The back end is what `dispatch.py` knows to be quickest, on a GPU by timing each new size once. Accumulates in
     fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or dtypes that do not
     belong together.
     """
     _check(x, values, metadata, bias, activation, residual, skip, scale)
     M, N, K = math.prod(x.shape[:-1]), values.shape[0], x.shape[-1] + (0 if skip is None else skip.shape[-1])
     out_dtype = out_dtype or x.dtype
-    kept = {} if arranged is None else arranged
+    kept = {} if cache is None else cache
 
     def run(choice, kept):
-        tensors = arrange_once(values, metadata, choice.backend, K, kept)
+        tensors = prepack_once(values, metadata, choice.backend, K, kept)
         return _linear(x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice)
 
     directly = dispatch.stores_directly(N, out_dtype, residual)
@@ -93,7 +93,7 @@ def sparse24_linear(
         for_timing = {}  # what the losers read is not kept
         choice = dispatch.pick(
             LINEAR,
-            lambda: dispatch.choices(capability(x.device), M <= FEW_TOKENS, directly, K, x.dtype, forced_backend()),
+            lambda: dispatch.choices(capability(x.device), M <= SPLITK_ROWS, directly, K, x.dtype, forced_backend()),
             choice, lambda other: run(other, for_timing), x.device, M, kept.setdefault("choices", {}),
             dtype=x.dtype, out=out_dtype, activation=activation, bias=bias is not None, scale=scale is not None,
             residual=residual is not None, skip=0 if skip is None else skip.shape[-1], n=N, k=K,
@@ -106,7 +106,7 @@ def _linear(
     x: torch.Tensor,
     values: torch.Tensor,
     metadata: torch.Tensor,
-    arranged: list[torch.Tensor],
+    prepacked: list[torch.Tensor],
     bias: torch.Tensor | None,
     activation: str | None,
     residual: torch.Tensor | None,
@@ -121,7 +121,7 @@ def _linear(
             x, values, metadata, bias, activation, residual, skip=skip, scale=scale, out_dtype=out_dtype
         )
     if backend == "dense":
-        return _linear_dense(x, arranged[0], bias, activation, residual, skip, scale, out_dtype)
+        return _linear_dense(x, prepacked[0], bias, activation, residual, skip, scale, out_dtype)
     rows = _rows(x)
     M, N = rows.shape[0], values.shape[0]
     y = x.new_empty(M, N, dtype=out_dtype)
@@ -129,7 +129,7 @@ def _linear(
         with torch.cuda.device(x.device):
             dispatch.module(LINEAR, backend).launch(
                 rows,
-                *kernel_tensors(values, arranged),
+                *kernel_tensors(values, prepacked),
                 y,
                 bias=bias,
                 activation=activation,
@@ -142,7 +142,7 @@ def _linear(
 
 
 @_linear.register_fake
-def _(x, values, metadata, arranged, bias, activation, residual, skip, scale, out_dtype, backend, config):
+def _(x, values, metadata, prepacked, bias, activation, residual, skip, scale, out_dtype, backend, config):
     return x.new_empty(*x.shape[:-1], values.shape[0], dtype=out_dtype)
 
 

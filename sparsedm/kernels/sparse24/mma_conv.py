@@ -4,18 +4,16 @@
 
 The rows of the product are the pixels of y, and K runs over (i, j, c); a step of the ring is 64 channels at one kernel
 position (i, j), or of several where CIN is no multiple of 64; of 8 it must be one, for copies of 16 bytes. Pixels
-outside the image are not copied: cp.async fills with zeros, and that is the padding. The rest is that of sparse24_mma.
-NOT YET RUN ON A GPU: the compiled PTX is executed by the emulator of the tests.
+outside the image are not copied: cp.async fills with zeros, and that is the padding. The rest is as in `mma.py`.
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparsedm.kernels.sparse24.fragments import copy_layout, products, store, tile
-from sparsedm.kernels.sparse24.mma import Config, tile_constants
+from sparsedm.kernels.sparse24.mma import Config, copy_layout, products, store, tile, tile_constants
 
-# The first is the default until these are timed: tuned on no GPU yet.
+# The first is the default until these are timed.
 CONFIGS = (Config(128, 128, 4, 2, 4), Config(128, 64, 2, 2, 4), Config(64, 64, 2, 2, 4))
 
 
@@ -82,7 +80,7 @@ def conv_mma(
 
 
 def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
-    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `arrange` made them for mma."""
+    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `prepack` made them for mma."""
     arguments, constants = operands(
         config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
     )

@@ -3,7 +3,7 @@
 So few rows are bound by reading the weight once, 1.125 bytes per weight instead of 2. A tile of 64 features alone would
 give too few programs to keep that many bytes in flight, so every tile's K is divided among `splits` programs, which
 write fp32 partial sums (splits, M, N); a second kernel adds them, in a fixed order, and applies the epilogue. The sums
-therefore do not depend on the order in which programs run. NOT YET RUN ON A GPU.
+therefore do not depend on the order in which programs run.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,19 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparsedm.kernels.sparse24 import mma as sparse24_mma
-from sparsedm.kernels.sparse24.fragments import (
+from sparsedm.kernels.sparse24 import mma
+from sparsedm.kernels.sparse24.mma import (
     finish,
     joined_addresses,
+    operands,
     output_layout,
     products,
     row_addresses,
     rows_of,
     tile,
+    tile_constants,
     to_rows,
 )
-from sparsedm.kernels.sparse24.mma import operands, tile_constants
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Config:
 
 
 CONFIGS = (Config(4), Config(2), Config(8))  # the first is the default until these are timed
-TILES = tuple(sparse24_mma.Config(64, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
+TILES = tuple(mma.Config(64, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
 REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
 
 
 @gluon.jit
-def linear_few(
+def linear_splitk(
     w_ptr, e_ptr, x_ptr, s_ptr, part_ptr, stride_x, stride_s, chunks_x, chunks_s, split, M, N, steps, share,
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, WARPS_N: gl.constexpr, WARPS_M: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
@@ -61,7 +62,7 @@ def linear_few(
 
 
 @gluon.jit
-def reduce_few(
+def reduce_splitk(
     part_ptr, y_ptr, bias_ptr, scale_ptr, r_ptr, stride_r, rows_per_scale, M, N, splits,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, SCALE: gl.constexpr,
     RESIDUAL: gl.constexpr,
@@ -93,7 +94,7 @@ def choose(M, N, steps, programs):
 
 
 def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
-    """As `sparse24_mma.launch`, meant for M up to 64."""
+    """As `mma.launch`, meant for M up to 64."""
     M, N = y.shape
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     config, share = choose(M, N, metadata.shape[1], multiprocessors * config.programs)
@@ -102,12 +103,12 @@ def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, c
         config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale
     )
     tiles = -(-N // config.block_n) * -(-M // config.block_m)
-    linear_few[(tiles, len(parts))](**product, **constants, num_warps=config.warps_n * config.warps_m)
-    reduce_few[(-(-M // REDUCE_ROWS), -(-N // REDUCE_COLUMNS))](**reduction, **finishing, num_warps=4)
+    linear_splitk[(tiles, len(parts))](**product, **constants, num_warps=config.warps_n * config.warps_m)
+    reduce_splitk[(-(-M // REDUCE_ROWS), -(-N // REDUCE_COLUMNS))](**reduction, **finishing, num_warps=4)
 
 
 def stages(config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale):
-    """-> run-time and compile-time arguments of `linear_few`, then those of `reduce_few`."""
+    """-> run-time and compile-time arguments of `linear_splitk`, then those of `reduce_splitk`."""
     arguments, flags = operands(x, values, metadata, y, bias, residual, skip, scale)
     arguments |= {"part_ptr": parts, "share": share, "splits": len(parts)}
     product = (

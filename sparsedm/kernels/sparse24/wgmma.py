@@ -1,7 +1,6 @@
 """y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r by `wgmma.mma_async.sp` (sm_90a): configurations and launch.
 
-The kernels are in sparse24_wgmma_kernels. NOT YET RUN ON A GPU: their compiled PTX is executed by the emulator of the
-tests. The order of CONFIGS is not the result of any measurement.
+The kernels are in `wgmma_kernels.py`.
 """
 
 import functools
@@ -45,7 +44,7 @@ ENDLESS = 1 << 30  # steps of a first source of x that has no second
 
 
 def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
-    """y (M, N) of rows x (M, K), all on one sm_90a device. values (256 n, 64 k) and metadata as `arrange` made them.
+    """y (M, N) of rows x (M, K), all on one sm_90a device. values (256 n, 64 k) and metadata as `prepack` made them.
 
     bias (N,), residual (M, N), skip (M, K2), scale (G, N) or None; rows of x, skip and residual 16-byte aligned.
     """

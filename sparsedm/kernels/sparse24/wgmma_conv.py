@@ -7,8 +7,7 @@ and CIN must be a multiple of 64. One tile is BLOCK_N features x a patch of TB i
 output. Its part of x is one TMA box of the five-dimensional view (B, H/S, S, W/S, S C) of x: with stride 2 a kernel
 position reads every other row and column, which in this view is an index of the third axis and an offset in the last;
 images of odd sides are copied for it, with a row or column of zeros behind.
-Outside the image TMA fills with zeros, and that is the padding. Everything else is as in sparse24_wgmma_kernels. NOT
-YET RUN ON A GPU: the compiled PTX is executed by the emulator of the tests.
+Outside the image TMA fills with zeros, and that is the padding. Everything else is as in `wgmma_kernels.py`.
 """
 
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ class Config:
     stages: int
 
 
-# The default for more than 128 features, that for up to 128, and one with more tiles: tuned on no GPU yet.
+# The default for more than 128 features, that for up to 128, and one with more tiles.
 CONFIGS = (Config(256, 128, 4), Config(128, 256, 3), Config(128, 128, 5))
 
 
@@ -242,7 +241,7 @@ def conv_specialized(
 
 
 def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
-    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `arrange` made them for wgmma."""
+    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `prepack` made them for wgmma."""
     tensors, arguments, constants = operands(
         config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
     )

@@ -3,7 +3,7 @@
 One tile of y^T is BLOCK_N features x BLOCK_M rows: the compressed W is the sparse operand A of m64nNk32 and x is B,
 both in shared memory, the accumulator is fp32 in registers. The grid is persistent; TMA fills a ring of STAGES slots.
 
-Two main loops share everything else (sparse24_pipeline):
+Two main loops share everything else (`wgmma_pipeline.py`):
 * specialized: two consumer warpgroups and a TMA warp. Metadata is a register input of wgmma, so each consumer waits for
   its own wgmma once per slot; the other warpgroup keeps the tensor core busy meanwhile.
 * flat: eight warps, of which warp 0 also issues TMA; two slots in turn with their own metadata registers, so that the

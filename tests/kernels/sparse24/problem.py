@@ -4,7 +4,7 @@ import torch
 
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref
 from sparsedm.kernels.sparse24.format import pack, unpack
-from sparsedm.kernels.sparse24.layouts import arrange, kernel_tensors
+from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
 from sparsedm.kernels.sparse24.linear import sparse24_linear_ref
 from tests.tolerance import assert_as_good_as_torch
 
@@ -91,16 +91,16 @@ def launch_on_the_gpu(module, backend, problem, **config):
 
     p, y = problem, moved(problem.y)
     module.launch(
-        moved(p.x), *map(moved, arranged(p, backend)), y, bias=moved(p.bias), activation=p.activation,
+        moved(p.x), *map(moved, prepacked(p, backend)), y, bias=moved(p.bias), activation=p.activation,
         residual=moved(p.residual), skip=moved(p.skip), scale=moved(p.scale), **config,
     )  # fmt: skip
     p.y = y.cpu()
 
 
-def arranged(problem, backend):
+def prepacked(problem, backend):
     """Its weight as the kernels of `backend` take it."""
     values, metadata = problem.values, problem.metadata
-    return kernel_tensors(values, arrange(values, metadata, backend, 2 * values.shape[1]))
+    return kernel_tensors(values, prepack(values, metadata, backend, 2 * values.shape[1]))
 
 
 def kinds(arguments):

@@ -18,7 +18,7 @@ from sparsedm.kernels.sparse24.conv import _pair, _pixels, choose_conv_backend, 
 from sparsedm.kernels.sparse24.dispatch import Choice
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS
-from tests.kernels.sparse24.problem import arranged, kinds
+from tests.kernels.sparse24.problem import kinds, prepacked
 from tests.tolerance import assert_as_good_as_torch
 
 BF16 = torch.bfloat16
@@ -125,7 +125,7 @@ def configuration(c):
 
 
 def operands(c):
-    values, metadata = arranged(c, "wgmma")
+    values, metadata = prepacked(c, "wgmma")
     y = c.y.permute(0, 2, 3, 1)
     return kernel.operands(
         configuration(c), nhwc(c.x), values, metadata, y, c.kernel_size, *c.geometry.values(), c.bias, c.activation,
@@ -230,16 +230,16 @@ def test_dispatch_says_what_runs_and_why(
     assert words in reason
 
 
-@pytest.mark.parametrize(("rule", "forced"), [("wgmma", ""), ("dense", ""), ("wgmma", "few"), ("wgmma", "wgmma")])
+@pytest.mark.parametrize(("rule", "forced"), [("wgmma", ""), ("dense", ""), ("wgmma", "splitk"), ("wgmma", "wgmma")])
 def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, forced, monkeypatch):
     """Also where the rule, for so few pixels, is dense; and a kernel is timed alone only if it is the forced one."""
     monkeypatch.setenv("SPARSEDM_BACKEND", forced)
-    c, kept = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
-    call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, arranged=kept)  # noqa: E731
+    c, cache = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
+    call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, cache=cache)  # noqa: E731
     expected = call()
-    kept.clear()
+    cache.clear()
 
-    def pick(operation, offered, choice, run, device, rows, kept, **key):
+    def pick(operation, offered, choice, run, device, rows, cache, **key):
         assert (operation, choice, device, rows) == ("sparse24_conv2d", (rule, rule == "wgmma"), c.x.device, 2 * 4 * 3)
         dense = [] if forced == "wgmma" else ["dense"]
         assert [choice.backend for choice in offered()] == dense + ["wgmma"] * len(kernel.CONFIGS)
@@ -254,7 +254,7 @@ def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, force
     monkeypatch.setattr(conv, "conv_kernel", lambda *geometry: ("wgmma", ""))
     monkeypatch.setattr(conv, "pick", pick)
     assert torch.equal(call(), expected)
-    assert set(kept) == {"choices", "torch"}
+    assert set(cache) == {"choices", "torch"}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, force
         ("mma", (9, 0), "mma"),
         ("wgmma", (9, 0), "wgmma"),
         ("wgmma", (8, 0), "dense"),
-        ("few", (8, 0), "mma"),
+        ("splitk", (8, 0), "mma"),
         ("torch", (9, 0), "torch"),
         ("dense", (8, 0), "dense"),
         ("torch", None, "torch"),
@@ -314,7 +314,7 @@ def launched_on_the_gpu(module, backend, c, config):
     move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
     y = c.y.cuda()
     module.launch(
-        move(nhwc(c.x)), *map(move, arranged(c, backend)), y.permute(0, 2, 3, 1), kernel_size=c.kernel_size,
+        move(nhwc(c.x)), *map(move, prepacked(c, backend)), y.permute(0, 2, 3, 1), kernel_size=c.kernel_size,
         **c.geometry, bias=move(c.bias), activation=c.activation, residual=move(nhwc(c.residual)), config=config,
     )  # fmt: skip
     return y.cpu()

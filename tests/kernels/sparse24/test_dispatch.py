@@ -24,8 +24,8 @@ DISPATCH = [
     ((7, 5), 8192, 8192, 8192, BF16, "dense", "sm_75 has no sparse tensor cores"),
     ((9, 0), 8192, 8192, 8192, torch.float32, "dense", "take bfloat16 and float16"),
     ((9, 0), 8192, 8192, 8196, BF16, "dense", "K = 8196"),
-    ((9, 0), 1, 4096, 4096, BF16, "few", "1 rows"),
-    ((8, 0), 64, 4096, 4096, torch.float16, "few", "64 rows"),
+    ((9, 0), 1, 4096, 4096, BF16, "splitk", "1 rows"),
+    ((8, 0), 64, 4096, 4096, torch.float16, "splitk", "64 rows"),
     ((9, 0), 65, 512, 512, BF16, "dense", "4 tiles"),
     ((8, 0), 16448, 12, 512, BF16, "dense", "12 features leave most of a tile of 128 x 128 empty"),
     ((9, 0), 16448, 64, 512, BF16, "wgmma", "sm_90a"),
@@ -51,7 +51,7 @@ def test_dispatch_can_be_forced(monkeypatch):
     assert name == "torch"
     assert "SPARSEDM_BACKEND=mma cannot run: not an NVIDIA GPU" in reason
     monkeypatch.setenv("SPARSEDM_BACKEND", "cublas")
-    with pytest.raises(InputError, match="'cublas' is unknown: it must be one of torch, dense, mma, few, wgmma"):
+    with pytest.raises(InputError, match="'cublas' is unknown: it must be one of torch, dense, mma, splitk, wgmma"):
         choose_backend(None, 1, 1, 1, BF16)
 
 
@@ -90,7 +90,7 @@ def test_few_rows_are_also_timed_in_the_smallest_tile():
 
 def test_every_configuration_is_offered_somewhere():
     for (operation, backend), offered in {
-        (LINEAR, "few"): choices((8, 0), True, False, 512, BF16, None),
+        (LINEAR, "splitk"): choices((8, 0), True, False, 512, BF16, None),
         (LINEAR, "mma"): choices((8, 0), False, False, 512, BF16, None),
         (LINEAR, "wgmma"): choices((9, 0), False, False, 512, BF16, None),
     }.items():
@@ -125,10 +125,10 @@ class Work:
 def gpu(imaginary_gpu, monkeypatch):
     """-> a function that picks as on an sm_90a GPU with empty tables, timing the given work."""
 
-    def picked(work, kept, rows=4096, rule=WGMMA, device=GPU, dtype=BF16, n=512):
+    def picked(work, cache, rows=4096, rule=WGMMA, device=GPU, dtype=BF16, n=512):
         monkeypatch.setattr(dispatch, "Autotuner", functools.partial(Autotuner, timer=work.timer))
         offered = lambda: choices((9, 0), rows <= 64, False, 512, BF16, launch.forced_backend())  # noqa: E731
-        return pick(LINEAR, offered, rule, work, device, rows, kept, dtype=dtype, n=n)
+        return pick(LINEAR, offered, rule, work, device, rows, cache, dtype=dtype, n=n)
 
     dispatch._tuner.cache_clear()
     yield picked
@@ -136,8 +136,8 @@ def gpu(imaginary_gpu, monkeypatch):
 
 
 def test_dense_is_chosen_where_it_was_measured_to_be_quicker(gpu, tmp_path):
-    work, kept = Work(dense=5.0, wgmma=7.0), {}
-    assert gpu(work, kept) == gpu(work, kept) == Choice("dense")
+    work, cache = Work(dense=5.0, wgmma=7.0), {}
+    assert gpu(work, cache) == gpu(work, cache) == Choice("dense")
     assert work.timed == 1 + len(configs(LINEAR, "wgmma"))
     assert gpu(Work(), {}) == Choice("dense"), "another layer of the same shape finds it"
     (sections,) = (json.loads(path.read_text()) for path in (tmp_path / "tuned").glob("*.json"))
@@ -165,25 +165,25 @@ def test_a_kernel_with_another_result_than_dense_is_never_chosen(gpu, caplog):
 
 
 def test_sizes_of_one_power_of_two_are_timed_once_and_others_again(gpu):
-    work, kept = Work(dense=5.0), {}
+    work, cache = Work(dense=5.0), {}
     for rows, timed in ((2049, 10), (4096, 10), (4097, 20), (60, 25)):
-        gpu(work, kept, rows=rows, rule=Choice("wgmma" if rows > 64 else "few"))
+        gpu(work, cache, rows=rows, rule=Choice("wgmma" if rows > 64 else "splitk"))
         assert work.timed == timed
 
 
 @pytest.mark.parametrize("key", [{"dtype": torch.float16}, {"n": 1024}, {"device": torch.device("cuda", 1)}], ids=str)
 def test_what_is_kept_serves_nothing_else(gpu, key):
-    work, kept = Work(dense=5.0), {}
-    gpu(work, kept)
-    gpu(work, kept, **key)
-    assert len(kept) == 2
+    work, cache = Work(dense=5.0), {}
+    gpu(work, cache)
+    gpu(work, cache, **key)
+    assert len(cache) == 2
 
 
 def test_a_forced_back_end_leaves_the_other_verdict_alone(gpu, monkeypatch):
-    work, kept = Work(dense=5.0), {}
-    assert gpu(work, kept) == Choice("dense")
+    work, cache = Work(dense=5.0), {}
+    assert gpu(work, cache) == Choice("dense")
     monkeypatch.setenv("SPARSEDM_BACKEND", "wgmma")
-    assert gpu(work, kept) == WGMMA
+    assert gpu(work, cache) == WGMMA
     monkeypatch.delenv("SPARSEDM_BACKEND")
     dispatch._tuner.cache_clear()
     assert gpu(Work(wgmma=1.0), {}) == Choice("dense")
@@ -202,23 +202,23 @@ def test_nothing_is_timed_while_a_cuda_graph_is_captured(gpu, monkeypatch, caplo
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    work, kept = Work(dense=5.0), {}
-    assert gpu(work, kept) == Choice("wgmma")
+    work, cache = Work(dense=5.0), {}
+    assert gpu(work, cache) == Choice("wgmma")
     assert work.runs == []
-    assert kept == {}
+    assert cache == {}
     assert "is not tuned" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert gpu(work, kept) == Choice("dense"), "the default of a captured call is not remembered"
+    assert gpu(work, cache) == Choice("dense"), "the default of a captured call is not remembered"
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_model_takes_what_eager_calls_measured_and_measures_nothing(gpu, dynamic):
-    kept = {}
-    assert gpu(Work(dense=5.0), kept, rows=64, rule=Choice("few")) == Choice("dense")
+    cache = {}
+    assert gpu(Work(dense=5.0), cache, rows=64, rule=Choice("splitk")) == Choice("dense")
     work = Work()
 
     def function(x):
-        choice = pick(LINEAR, None, Choice("few"), work, GPU, x.shape[0], kept, dtype=BF16, n=512)
+        choice = pick(LINEAR, None, Choice("splitk"), work, GPU, x.shape[0], cache, dtype=BF16, n=512)
         return x * (2 if choice.backend == "dense" else 3)
 
     compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=dynamic)
@@ -246,7 +246,7 @@ def test_on_the_gpu_a_first_call_inside_a_capture_is_refused():
         pytest.raises(InputError, match="must be called once before a CUDA graph of it is captured"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        sparse24_linear(x, values, metadata, arranged={})
+        sparse24_linear(x, values, metadata, cache={})
 
 
 @pytest.mark.gpu(seconds=300)  # it compiles every configuration
@@ -256,9 +256,9 @@ def test_on_the_gpu_a_size_is_timed_once_and_a_capture_times_nothing(tmp_path, m
     for name in ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     dispatch._tuner.cache_clear()
-    p, kept = Problem(M=1024, N=1024, K=512, bias=True, activation="gelu", residual=True), {}
+    p, cache = Problem(M=1024, N=1024, K=512, bias=True, activation="gelu", residual=True), {}
     x, values, metadata, bias, residual = (t.cuda() for t in (p.x, p.values, p.metadata, p.bias, p.residual))
-    call = lambda rows: sparse24_linear(x[:rows], values, metadata, bias, "gelu", residual[:rows], arranged=kept)  # noqa: E731
+    call = lambda rows: sparse24_linear(x[:rows], values, metadata, bias, "gelu", residual[:rows], cache=cache)  # noqa: E731
     p.y = call(1024).cpu()
     p.check()
     ((_, entries),) = json.loads(next((tmp_path / "tuned").glob("*.json")).read_text()).items()
@@ -268,11 +268,11 @@ def test_on_the_gpu_a_size_is_timed_once_and_a_capture_times_nothing(tmp_path, m
     monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
     expected = call(200)  # another size, and the rule's back end for it
     monkeypatch.delenv("SPARSEDM_AUTOTUNE")
-    kept["choices"].clear()
+    cache["choices"].clear()
     dispatch._tuner.cache_clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = call(200)
-    assert kept["choices"] == {}
+    assert cache["choices"] == {}
     graph.replay()
     assert torch.equal(y, expected)

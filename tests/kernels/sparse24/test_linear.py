@@ -14,7 +14,7 @@ from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import Choice
 from sparsedm.kernels.sparse24.format import ZERO_WORD, pack, unpack
 from sparsedm.kernels.sparse24.linear import _rows, sparse24_linear
-from tests.kernels.sparse24.problem import Problem, arranged, pruned
+from tests.kernels.sparse24.problem import Problem, prepacked, pruned
 
 BF16 = torch.bfloat16
 
@@ -56,26 +56,26 @@ def test_out_dtype():
 
 def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
     monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
-    p, kept = Problem(M=3, N=16, K=32), {}
-    first = linear(p, arranged=kept)
+    p, cache = Problem(M=3, N=16, K=32), {}
+    first = linear(p, cache=cache)
     assert torch.equal(linear(p), first)
-    _, (dense,) = kept["dense"]
+    _, (dense,) = cache["dense"]
     assert torch.equal(dense, unpack(p.values, p.metadata))
     dense.zero_()
-    assert not linear(p, arranged=kept).any(), "what was kept is used"
+    assert not linear(p, cache=cache).any(), "what is kept is used"
     p.values.mul_(2)
-    assert torch.equal(linear(p, arranged=kept), 2 * first)
+    assert torch.equal(linear(p, cache=cache), 2 * first)
     p.values = p.values.clone()
-    kept["dense"][1][0].zero_()
-    assert torch.equal(linear(p, arranged=kept), 2 * first)
+    cache["dense"][1][0].zero_()
+    assert torch.equal(linear(p, cache=cache), 2 * first)
 
 
 def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch):
     monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
-    p, kept = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu", dtype=torch.float32), {}
+    p, cache = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu", dtype=torch.float32), {}
     expected = linear(p)
 
-    def pick(operation, offered, rule, run, device, rows, kept, **key):
+    def pick(operation, offered, rule, run, device, rows, cache, **key):
         assert (operation, rule, device, rows) == ("sparse24_linear", Choice("dense"), p.x.device, 3)
         assert key == dict(
             dtype=torch.float32, out=torch.float32, activation="gelu", bias=True, scale=False, residual=False, skip=16,
@@ -86,8 +86,8 @@ def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch
         return Choice("torch")
 
     monkeypatch.setattr(dispatch, "pick", pick)
-    assert torch.equal(linear(p, arranged=kept), expected)
-    assert set(kept) == {"choices", "torch"}
+    assert torch.equal(linear(p, cache=cache), expected)
+    assert set(cache) == {"choices", "torch"}
 
 
 REFUSED = {
@@ -121,12 +121,12 @@ def test_operator_is_registered_correctly():
 class Layer(torch.nn.Module):
     def __init__(self, problem):
         super().__init__()
-        self.arranged = {}
+        self.cache = {}
         self.register_buffer("values", problem.values)
         self.register_buffer("metadata", problem.metadata)
 
     def forward(self, x):
-        return sparse24_linear(x, self.values, self.metadata, activation="gelu", arranged=self.arranged) + 1
+        return sparse24_linear(x, self.values, self.metadata, activation="gelu", cache=self.cache) + 1
 
 
 @pytest.mark.parametrize("backend", ["torch", "dense"])
@@ -166,7 +166,7 @@ def test_launches_reach_the_driver_with_the_right_grid():
     assert recorded["specialized"] == 2 * [["linear_specialized", 6, 1]]
     assert recorded["cluster"] == 2 * [["linear_flat", 3, 2]]
     assert recorded["mma"] == 2 * [["linear_mma", 10, 1]]
-    assert recorded["few"] == 2 * [["linear_few", 40, 1], ["reduce_few", 50, 1]]
+    assert recorded["splitk"] == 2 * [["linear_splitk", 40, 1], ["reduce_splitk", 50, 1]]
     assert recorded["conv"] == 2 * [["conv_specialized", 8, 1]]
     assert recorded["compiled"] == [1, 2]
     assert recorded["conv-mma"] == 2 * [["conv_mma", 16, 1]]
@@ -205,18 +205,14 @@ def _record_launches():
     CompiledKernel._init_handles = handles
     torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
 
-    from sparsedm.kernels.sparse24 import mma as sparse24_mma
-    from sparsedm.kernels.sparse24 import mma_conv as sparse24_conv_mma
-    from sparsedm.kernels.sparse24 import mma_splitk as sparse24_few
-    from sparsedm.kernels.sparse24 import wgmma as sparse24_wgmma
-    from sparsedm.kernels.sparse24 import wgmma_conv as sparse24_conv_wgmma
+    from sparsedm.kernels.sparse24 import mma, mma_conv, mma_splitk, wgmma, wgmma_conv
     from tests.kernels.sparse24.test_conv import Convolution, nhwc
 
     recorded = {}
 
     def twice(name, launch, backend, **config):
         p = Problem(M=200, N=600, K=256, bias=True, residual=True)
-        tensors = arranged(p, backend)
+        tensors = prepacked(p, backend)
         for _ in range(2):
             launch(
                 p.x, *tensors, p.y, bias=p.bias, activation=None, residual=p.residual, skip=None, scale=None, **config
@@ -224,34 +220,34 @@ def _record_launches():
         recorded[name] = calls.copy()
         calls.clear()
 
-    twice("specialized", sparse24_wgmma.launch, "wgmma")
+    twice("specialized", wgmma.launch, "wgmma")
     p = Problem(M=520, N=600, K=256, bias=True, residual=True)
     other = Problem(M=520, N=600, K=256, bias=True, residual=True)
     other.bias = other.bias.float()
     for problem in (p, other):  # other sizes run the same compiled kernel, another dtype of the bias does not
-        sparse24_wgmma.launch(
-            problem.x, *arranged(problem, "wgmma"), problem.y, bias=problem.bias, activation=None,
+        wgmma.launch(
+            problem.x, *prepacked(problem, "wgmma"), problem.y, bias=problem.bias, activation=None,
             residual=problem.residual, skip=None, scale=None,
         )  # fmt: skip
-        recorded.setdefault("compiled", []).append(len(sparse24_wgmma._compiled))
+        recorded.setdefault("compiled", []).append(len(wgmma._compiled))
     recorded["maps"] = [int(number) for number in re.findall(r"linear_specialized_param_(\d+)\[128\]", texts[0])]
-    config = next(c for c in sparse24_wgmma.CONFIGS if c.cluster == "w" and not c.specialized)
+    config = next(c for c in wgmma.CONFIGS if c.cluster == "w" and not c.specialized)
     calls.clear()
-    twice("cluster", sparse24_wgmma.launch, "wgmma", config=config)
-    twice("mma", sparse24_mma.launch, "mma")
-    twice("few", sparse24_few.launch, "few")
+    twice("cluster", wgmma.launch, "wgmma", config=config)
+    twice("mma", mma.launch, "mma")
+    twice("splitk", mma_splitk.launch, "splitk")
     c = Convolution(B=2, C=64, H=32, W=32, N=64, bias=True, residual=True)
     for _ in range(2):
-        sparse24_conv_wgmma.launch(
-            nhwc(c.x), *arranged(c, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
+        wgmma_conv.launch(
+            nhwc(c.x), *prepacked(c, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
             padding=(1, 1), bias=c.bias, activation="silu", residual=nhwc(c.residual),
-            config=sparse24_conv_wgmma.CONFIGS[1],
+            config=wgmma_conv.CONFIGS[1],
         )  # fmt: skip
     recorded["conv"] = calls.copy()
     calls.clear()
     for _ in range(2):
-        sparse24_conv_mma.launch(
-            nhwc(c.x), *arranged(c, "mma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1, padding=(1, 1),
+        mma_conv.launch(
+            nhwc(c.x), *prepacked(c, "mma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1, padding=(1, 1),
             bias=c.bias, activation="silu", residual=nhwc(c.residual),
         )  # fmt: skip
     recorded["conv-mma"] = calls

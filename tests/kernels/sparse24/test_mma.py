@@ -12,12 +12,12 @@ from emulator.sass import Build, compile_offline
 from sparsedm.kernels.sparse24 import mma
 from tests.kernels.sparse24.problem import (
     Problem,
-    arranged,
     check_places,
     divisible,
     hand_made,
     kinds,
     launch_on_the_gpu,
+    prepacked,
 )
 
 EPILOGUE = {"bias": True, "activation": "gelu", "residual": True}
@@ -54,7 +54,7 @@ CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 def arguments(config, problem):
     p = problem
-    values, metadata = arranged(p, "mma")
+    values, metadata = prepacked(p, "mma")
     scalars, constants = mma.operands(p.x, values, metadata, p.y, p.bias, p.residual, p.skip, p.scale)
     return scalars, constants | mma.tile_constants(config) | {"ACTIVATION": p.activation}
 

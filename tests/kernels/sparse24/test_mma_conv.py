@@ -10,7 +10,7 @@ from emulator.errors import EmulatorError
 from emulator.launch import run
 from emulator.sass import Build, compile_offline
 from sparsedm.kernels.sparse24 import mma_conv as kernel
-from tests.kernels.sparse24.problem import arranged, divisible, kinds
+from tests.kernels.sparse24.problem import divisible, kinds, prepacked
 from tests.kernels.sparse24.test_conv import Convolution, launched_on_the_gpu, nhwc, one_pixel_each
 from tests.tolerance import assert_as_good_as_torch
 
@@ -43,7 +43,7 @@ CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def operands(config, c):
-    values, metadata = arranged(c, "mma")
+    values, metadata = prepacked(c, "mma")
     return kernel.operands(
         config, nhwc(c.x), values, metadata, c.y.permute(0, 2, 3, 1), c.kernel_size, *c.geometry.values(), c.bias,
         c.activation, nhwc(c.residual),

@@ -7,15 +7,15 @@ import torch
 
 from emulator.launch import run
 from emulator.sass import Build, compile_offline
-from sparsedm.kernels.sparse24 import mma_splitk as few
+from sparsedm.kernels.sparse24 import mma_splitk as splitk
 from tests.kernels.sparse24.problem import (
     Problem,
-    arranged,
     check_places,
     divisible,
     hand_made,
     kinds,
     launch_on_the_gpu,
+    prepacked,
 )
 
 # name -> (share: steps of K for one program, problem). 72 rows are more than the kernel is meant for.
@@ -33,10 +33,10 @@ NAMES = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 def prepare(name):
     share, sizes = (CASES | SLOW)[name]
     p = Problem(**sizes)
-    values, metadata = arranged(p, "few")
-    config, _ = few.choose(*p.y.shape, metadata.shape[1], 4 * 132)
+    values, metadata = prepacked(p, "splitk")
+    config, _ = splitk.choose(*p.y.shape, metadata.shape[1], 4 * 132)
     parts = torch.full((-(-metadata.shape[1] // share), *p.y.shape), float("nan"))
-    stages = few.stages(
+    stages = splitk.stages(
         config, share, parts, p.x, values, metadata, p.y, p.bias, p.activation, p.residual, p.skip, p.scale
     )
     return p, config, parts, stages
@@ -46,8 +46,8 @@ def builds(name):
     _, _, _, (product, constants, reduction, finishing) = prepare(name)
     module = "sparsedm.kernels.sparse24.mma_splitk"
     return [
-        Build(f"{module}:linear_few", kinds(product), constants, {"num_warps": 4}, divisible(product), 80),
-        Build(f"{module}:reduce_few", kinds(reduction), finishing, {"num_warps": 4}, divisible(reduction), 80),
+        Build(f"{module}:linear_splitk", kinds(product), constants, {"num_warps": 4}, divisible(product), 80),
+        Build(f"{module}:reduce_splitk", kinds(reduction), finishing, {"num_warps": 4}, divisible(reduction), 80),
     ]
 
 
@@ -70,7 +70,7 @@ def test_compiled_kernels_are_right_in_the_emulator(name, early):
     M, N = problem.y.shape
     tiles = -(-N // config.block_n) * -(-M // config.block_m)
     run(first, built.ptx, product, (tiles, len(parts)), early=early)
-    run(second, reducing.ptx, reduction, (-(-M // few.REDUCE_ROWS), -(-N // few.REDUCE_COLUMNS)), early=early)
+    run(second, reducing.ptx, reduction, (-(-M // splitk.REDUCE_ROWS), -(-N // splitk.REDUCE_COLUMNS)), early=early)
     assert torch.isfinite(parts).all(), "a partial sum was not written"
     problem.check()
 
@@ -86,7 +86,7 @@ def test_sass(name):
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 100])
 @pytest.mark.parametrize(("N", "steps"), [(512, 8), (4096, 64), (64, 3)])
 def test_the_split_covers_k_and_fills_the_gpu(M, N, steps):
-    config, share = few.choose(M, N, steps, programs=4 * 132)
+    config, share = splitk.choose(M, N, steps, programs=4 * 132)
     programs = -(-N // 64) * -(-M // config.block_m) * -(-steps // share)
     assert 1 <= share <= steps
     assert config.block_m >= min(M, 64)
@@ -96,7 +96,7 @@ def test_the_split_covers_k_and_fills_the_gpu(M, N, steps):
 @pytest.mark.gpu
 def test_on_the_gpu_every_weight_comes_out_in_its_place():
     problem = hand_made("identity", N=136, K=64)
-    launch_on_the_gpu(few, "few", problem)
+    launch_on_the_gpu(splitk, "splitk", problem)
     check_places(problem)
 
 
@@ -105,18 +105,18 @@ def test_on_the_gpu_every_weight_comes_out_in_its_place():
 def test_on_the_gpu_as_well_as_torch(name):
     _, sizes = (CASES | SLOW)[name]
     problem = Problem(**sizes)
-    launch_on_the_gpu(few, "few", problem)
+    launch_on_the_gpu(splitk, "splitk", problem)
     problem.check()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", few.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", splitk.CONFIGS, ids=str)
 @pytest.mark.parametrize("M", [1, 16, 29, 64])
 def test_on_the_gpu_sums_do_not_depend_on_the_order_of_programs(M, config):
     results = []
     for _ in range(2):
         problem = Problem(M=M, N=520, K=4104, bias=True, activation="gelu", residual=True)
-        launch_on_the_gpu(few, "few", problem, config=config)
+        launch_on_the_gpu(splitk, "splitk", problem, config=config)
         results.append(problem.y.clone())
         problem.check()
     assert torch.equal(*results)

@@ -17,7 +17,7 @@ from emulator.sass import Build, compile_offline
 from sparsedm.kernels.sparse24 import wgmma
 from sparsedm.kernels.sparse24 import wgmma_pipeline as pipeline
 from sparsedm.kernels.sparse24.wgmma import Config
-from tests.kernels.sparse24.problem import Problem, arranged, check_places, hand_made, kinds, launch_on_the_gpu
+from tests.kernels.sparse24.problem import Problem, check_places, hand_made, kinds, launch_on_the_gpu, prepacked
 
 EPILOGUE = {"bias": True, "activation": "gelu", "residual": True}
 
@@ -62,7 +62,7 @@ CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def arguments(config, problem):
-    values, metadata = arranged(problem, "wgmma")
+    values, metadata = prepacked(problem, "wgmma")
     p = problem
     return wgmma.operands(config, p.x, values, metadata, p.y, p.bias, p.activation, p.residual, p.skip, p.scale)
 
