@@ -23,7 +23,7 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.models.slimmable import WidestTeacher, check_supernet
 from sparsedm.sparsify import masked_layers, set_masking, sparsify
 from sparsedm.train import checkpoint, distributed
-from sparsedm.train.loop import MAY_CHANGE, TrainResult, check_data, train
+from sparsedm.train.loop import MAY_CHANGE, TrainOptions, TrainResult, check_data, train
 from sparsedm.train.metrics import Reference, read_metrics, usual_speed
 from sparsedm.train.stages import Stage
 from sparsedm.train.step import Loss, Student
@@ -93,7 +93,7 @@ def run_chain(
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     if distributed.is_main_process():
-        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE)
+        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage])
     distributed.barrier()
 
     results, dense, first_step = [], Reference(start.ema, start.speed), 0
@@ -146,7 +146,9 @@ def check_chain(start, stages, images, options, where=None, validation=None):
     if images is not None:
         check_data(start.model, images, validation)
     distributed.shares(options.batch_size, options.accumulate)
-    if any(stage.learns_from == "widest" for stage in stages) or getattr(start.model, "passes", 0):
+    if any(stage.learns_from == "widest" for stage in stages) or getattr(
+        getattr(start.model, "config", None), "passes", 0
+    ):
         check_supernet(start.model, options.batch_size)
     network = copy.deepcopy(start.model)
     for pattern in dict.fromkeys(stage.pattern for stage in stages):

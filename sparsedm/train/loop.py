@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -179,7 +179,9 @@ def train(
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
             stack.enter_context(checkpoint.run_lock(folder))
-            checkpoint.claim(folder, facts, MAY_CHANGE)
+            config = getattr(student.model, "config", None)
+            classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
+            checkpoint.claim(folder, facts, MAY_CHANGE, classes)
         distributed.barrier()
         step = Step(student, images.to(device), loss, options, device)
         run = _Run(

@@ -156,7 +156,7 @@ def test_distillation_from_the_command_line(tmp_path, capsys):
 
 def test_refusals(tmp_path):
     with pytest.raises(InputError, match="this one trains one width"):
-        train(build_model("ddpm-tiny"), tmp_path, distill=0.5)
+        train(build_model("ddpm-tiny", image_size=8), tmp_path, distill=0.5)
     with pytest.raises(InputError, match="this one trains one width"):
         train(supernet(passes=0), tmp_path, distill=0.5)
     with pytest.raises(InputError, match="batch_size=8 cannot be divided among 9 widths"):
