@@ -24,6 +24,12 @@ from sparsedm.models.ddpm import DDPM, DDPMConfig
 from sparsedm.sparsify import masked_layers
 
 
+def _divisible(width):
+    """The multiple of 8 nearest to a width, the larger one of two; at least 8, and at least 9/10 of the width."""
+    near = max(8, int(width + 4) // 8 * 8)
+    return near + 8 if near < 0.9 * width else near
+
+
 @dataclass(frozen=True)
 class SlimmableConfig(DDPMConfig):
     """The shape of the whole network, as of a DDPM, and `eighths`: the widths at which it can run.
@@ -59,12 +65,6 @@ PRESETS = {
     "slimmable-tiny": SlimmableConfig(width=32, multipliers=(1, 2, 2), blocks=1, attention=(8,), groups=8, dropout=0.0),
     "slimmable-cifar10": SlimmableConfig(),
 }
-
-
-def _divisible(width):
-    """The multiple of 8 nearest to a width, the larger one of two; at least 8, and at least 9/10 of the width."""
-    near = max(8, int(width + 4) // 8 * 8)
-    return near + 8 if near < 0.9 * width else near
 
 
 class SlimmableDDPM(DDPM):
