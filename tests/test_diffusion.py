@@ -25,7 +25,7 @@ SCHEDULES = pytest.mark.parametrize("schedule", diffusion.SCHEDULES.values(), id
 
 
 class Gaussian:
-    """The exact noise predictor for N(mean, covariance), as a network: it knows the time in units of 0..999 only."""
+    """The exact noise predictor for N(mean, covariance), as a network: it knows the time in its own units only."""
 
     def __init__(self, schedule, mean=MEAN, covariance=COVARIANCE):
         self.schedule, self.mean = schedule, mean
@@ -33,7 +33,7 @@ class Gaussian:
 
     def __call__(self, x, t):
         assert t.shape == (len(x),)
-        t = t[0] if isinstance(self.schedule, DDPMSchedule) else t[0] / 999
+        t = t[0] - self.schedule.first_index if isinstance(self.schedule, DDPMSchedule) else t[0] / 999
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         centred = (x.flatten(1) - alpha * self.mean) @ self.basis
         return (sigma * centred / self._variance(t) @ self.basis.T).view(x.shape)
@@ -81,6 +81,8 @@ def test_schedule_matches_its_definition(schedule):
     if isinstance(schedule, DDPMSchedule):
         t = torch.arange(1000, dtype=torch.float64)
         beta = 1e-4 + (0.02 - 1e-4) * t / 999
+        if schedule.scaled:  # Stable Diffusion's
+            beta = (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2
         alpha = torch.stack([torch.prod(1 - beta[: k + 1]) for k in range(1000)]).sqrt()
     else:
         t = torch.linspace(1e-4, 1, 1000, dtype=torch.float64)
@@ -146,7 +148,7 @@ def hand_written_loss(weight, x0, schedule, seed, teacher_weight, w_noise, w_kd)
     u = torch.rand(len(x0), generator=g).to(x0)
     noise = torch.randn(x0.shape, generator=g).to(x0)
     t = 1 - u if isinstance(schedule, VPSDE) else torch.floor(1000 * u)
-    k = 999 * t if isinstance(schedule, VPSDE) else t
+    k = 999 * t if isinstance(schedule, VPSDE) else t + schedule.first_index
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     base = (alpha * x0 + sigma * noise) * (1 + k[:, None, None, None] / 999)
     noise_error, transfer_error = weight * base - noise, (weight - teacher_weight) * base

@@ -287,11 +287,16 @@ def from_diffusers(state, config):
     """
     form = _format(config)
     names = {theirs: ours for ours, theirs in form.names.items()} | form.old_names
-    split = {name: compute(config) for name, compute in form.computed.items()}
+    return rename_state(state, names, {name: compute(config) for name, compute in form.computed.items()})
+
+
+def rename_state(state, names, computed=None):
+    """A state dict with the dotted parts that `names` lists renamed and each q, k, v joined to qkv. computed: added."""
+    split = dict(computed or {})
     for key, value in state.items():
         name = _rename(key, names)
         if name in split and not torch.equal(split[name], value):
-            raise InputError(f"{key} differs from that of another block, and {config.kind} has one for all")
+            raise InputError(f"{key} differs from that of another block, and our network has one for all")
         split[name] = value
     renamed = {}
     for key, value in split.items():
@@ -300,7 +305,7 @@ def from_diffusers(state, config):
             parts = [match[1] + letter + match[2] for letter in "qkv"]
             missing = [part for part in parts if part not in split]
             if missing:
-                raise InputError(f"the diffusers state dict has {key} but not {' and '.join(missing)}")
+                raise InputError(f"the state dict has {key} but not {' and '.join(missing)}")
             value = torch.cat([split[part] for part in parts])
         renamed[f"{match[1]}qkv{match[2]}" if match else key] = value
     return renamed
