@@ -207,7 +207,7 @@ def _labels(tensors, table, overrides):
 def _uvit(tensors, overrides):
     dim, channels, patch, _ = _shape(tensors, "patch_embed.proj.weight", 4)
     labels, null_label = _labels(tensors, "label_emb.weight", overrides)
-    hidden = null_label
+    hidden = dict(null_label)
     tokens, context = 0, {}
     if "context_embed.weight" in tensors:
         given = overrides.get("context_tokens")
