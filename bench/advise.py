@@ -15,8 +15,8 @@ from bench import problems
 from bench.baselines import PROVIDERS
 from bench.measure import measure, release
 from bench.networks import STEP_PROVIDERS, ModelShape, NetworkProblem
-from bench.providers import DENSE, OURS
-from bench.results import Results
+from bench.providers import OURS
+from bench.results import DENSE, Results
 from bench.run import DTYPES
 from bench.shapes import LinearShape, trace
 from bench.timing import clock_for
@@ -82,7 +82,8 @@ def _measured(shape, names, dtype, device, limits):
         (problems.LinearProblem, "epilogue") if isinstance(shape, LinearShape) else (problems.ConvProblem, "plain")
     )
     providers = [p for p in PROVIDERS[kind.kernel] if p.name in (*DENSE, OURS)]
-    rows = measure(SUITE, kind(shape, mode, dtype, device), providers, clock_for(device), packing=False, **limits)
+    found = measure(SUITE, kind(shape, mode, dtype, device), providers, clock_for(device), packing=False, **limits)
+    rows = [row for rows in found for row in rows]
     release(device)
     return Layer(shape, names, rows)
 
@@ -96,7 +97,8 @@ def network_rows(model, batch, dtype, device, chosen, limits):
     """Rows of one step of the whole network: dense, and if there are any with the chosen layers compressed."""
     problem = NetworkProblem(ModelShape(model, batch), "step", dtype, device, where=chosen or None)
     wanted = [p for p in STEP_PROVIDERS if not p.sparse or (chosen and p.name.startswith(OURS))]
-    return measure(SUITE, problem, wanted, clock_for(device), packing=False, **limits)
+    found = measure(SUITE, problem, wanted, clock_for(device), packing=False, **limits)
+    return [row for rows in found for row in rows]
 
 
 def where(chosen, every):

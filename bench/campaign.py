@@ -23,10 +23,11 @@ from pathlib import Path
 
 import torch
 
-from bench.environment import stamp
+from bench import program
 from bench.plot import draw_all
+from bench.results import stamp
 from bench.suite import Suite, side_by_side
-from sparsedm.errors import InputError, program
+from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder, write_json, write_text
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are

@@ -11,8 +11,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.providers import OURS
+from bench.results import speedups, timed
 from bench.shapes import SWEEPS
-from bench.speedups import speedups, timed
 from sparsedm.kernels.launch import BACKENDS
 
 # cycles of different lengths, so that a colour which comes again brings another marker, dash and hatching

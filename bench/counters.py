@@ -13,12 +13,12 @@ import sys
 
 import torch
 
+from bench import program
 from bench.problems import LinearProblem
 from bench.providers import OURS, Dense, Sparse24
-from bench.results import read
+from bench.results import read, speedups
 from bench.shapes import LinearShape, select
-from bench.speedups import speedups
-from sparsedm.errors import InputError, program
+from sparsedm.errors import InputError
 from sparsedm.files import write_text
 
 SECTIONS = (

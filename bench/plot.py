@@ -12,9 +12,9 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bench import charts, targets
+from bench import charts, program, targets
 from bench.results import read
-from sparsedm.errors import InputError, program
+from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, write_text
 
 DPI = 110

@@ -5,8 +5,8 @@
     bind(problem, prepared) -> Bound: the call that is timed, and what was chosen for it
 
 `sparse` says which weight a provider multiplies with: the dense one, or the 2:4 one. The denominators of every speed-up
-are the providers in DENSE and nothing else. Masks, and layers in training, are in `mask_providers.py`; other people's
-sparse products, and the list of everybody, in `rivals.py`.
+are the providers in DENSE and nothing else. Other people's sparse products, and the list of everybody, are in
+`baselines.py`.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from bench.problems import TWO_FOUR
 from sparsedm.kernels.launch import capability
-from sparsedm.kernels.mask import choose
+from sparsedm.kernels.mask import choose, choose_packed
 from sparsedm.kernels.sparse24.dispatch import SPLITK_ROWS, choose_backend, last_choice
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
-from sparsedm.layers import CompressedConv2d, Conv2d
+from sparsedm.layers import CompressedConv2d, Conv2d, Linear
 
-DENSE = ("dense", "dense fused", "dense compiled")
 OURS = "sparsedm 2:4"  # what the dispatcher does
 HALF = (torch.bfloat16, torch.float16)
 MOST_SPLITK_ROWS = 4 * SPLITK_ROWS  # rows with which `splitk` is still tried
@@ -45,6 +45,11 @@ class Provider:
     name = ""
     sparse = True
     sweeps = False
+
+    @property
+    def compiled(self):
+        """By torch.compile, which takes long."""
+        return self.name.endswith("compiled")
 
     def supports(self, problem):
         if self.sparse and problem.masked is None:
@@ -114,7 +119,7 @@ def max_autotune(call):
     """`call` compiled for exactly its shapes, at best speed; CUDA graphs are the clock's business.
 
     By default dynamo gives up after eight shapes, and compiles for sizes that may vary from the second on: both would
-    quietly turn the strongest rival into a weak one.
+    quietly turn the strongest baseline into a weak one.
     """
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
     return torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -185,10 +190,10 @@ class Sparse24(Provider):
                     os.environ["SPARSEDM_BACKEND"] = before
 
 
-# ---- what the products of other libraries have in common (they are in `rivals.py`)
+# ---- what the products of other libraries have in common (they are in `baselines.py`)
 
 
-class Rival(Provider):
+class Baseline(Provider):
     """Rules that all of them share: a CUDA device, 16-bit types, sizes in multiples of `rows`, `columns`, `tokens`."""
 
     rows, columns, tokens = 16, 16, 8
@@ -253,3 +258,93 @@ class SparseConv24(Provider):
 
     def bind(self, problem, prepared):
         return Bound(lambda: prepared(problem.x), "CompressedConv2d")
+
+
+# ---- masks
+
+
+class Cast(Provider):
+    name, sparse = "dense", False
+
+    def bind(self, problem, prepared):
+        return Bound(lambda: problem.weight.to(problem.dtype, copy=True), "cast without a mask")
+
+
+class TopK(Provider):
+    """How masks are usually made: indices of the two largest of each four, and a scatter."""
+
+    name = "torch topk"
+
+    def bind(self, problem, prepared):
+        def run():
+            groups = problem.weight.view(len(problem.weight), -1, TWO_FOUR.group)
+            keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
+            mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0)
+            return (groups * mask).view_as(problem.weight).to(problem.dtype)
+
+        return Bound(run, "topk + scatter")
+
+
+class Choose(Provider):
+    name = "sparsedm choose"
+
+    def traffic(self, problem):
+        """Its mask is of bool, a byte for each weight instead of a bit."""
+        return super().traffic(problem) + problem.weight.numel() * 7 / 8
+
+    def bind(self, problem, prepared):
+        return Bound(lambda: choose(problem.weight, TWO_FOUR, problem.dtype)[0], "masked weight and mask")
+
+
+class ChoosePacked(Provider):
+    name = "sparsedm choose + pack"
+
+    def traffic(self, problem):
+        """Besides masked weight and mask it writes half the values, and their metadata of 2 bits each."""
+        return super().traffic(problem) + problem.weight.numel() * (problem.dtype.itemsize / 2 + 1 / 8)
+
+    def bind(self, problem, prepared):
+        def run():
+            return choose_packed(problem.weight, TWO_FOUR, problem.dtype, compressed=True).masked
+
+        return Bound(run, "masked weight, bits, values, metadata")
+
+
+# ---- one linear layer in training
+
+
+class TrainingProvider(Provider):
+    """A layer with the problem's weight; `layer(N, K)` makes it."""
+
+    def bind(self, problem, prepared):
+        layer = self.layer(problem.shape.K, problem.shape.N).to(problem.device)
+        with torch.no_grad():
+            layer.weight.copy_(problem.weight)
+            layer.bias.copy_(problem.bias)
+        return Bound(lambda: problem.run(layer), type(layer).__name__)
+
+
+class TrainDense(TrainingProvider):
+    name, sparse, layer = "dense", False, staticmethod(nn.Linear)
+
+
+class TrainMasked(TrainingProvider):
+    name = "sparsedm masked"
+
+    @staticmethod
+    def layer(inputs, outputs):
+        return Linear(inputs, outputs, pattern=TWO_FOUR)
+
+
+class TopKLinear(nn.Linear):
+    """Straight-through masking as it is usually written, in torch operations."""
+
+    def forward(self, x):
+        groups = self.weight.detach().view(len(self.weight), -1, TWO_FOUR.group)
+        keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
+        mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0).view_as(self.weight)
+        return F.linear(x, self.weight + (self.weight * mask - self.weight).detach(), self.bias)
+
+
+class TrainTopK(TrainingProvider):
+    name, layer = "torch topk", TopKLinear

@@ -11,7 +11,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from sparsedm.errors import InputError, program
+from bench import program
+from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, write_json
 from sparsedm.kernels import tuning
 

@@ -1,7 +1,7 @@
 """The project's targets, each with what was measured: `python -m bench.targets results.csv`.
 
 Only rows of a results file count: bf16, the median, against the fastest dense at the same shape. A target that nothing
-was measured for is "not measured", never met; where a dense rival is missing, the note says so.
+was measured for is "not measured", never met; where a dense baseline is missing, the note says so.
 """
 
 import argparse
@@ -9,10 +9,9 @@ import math
 import sys
 from typing import NamedTuple
 
-from bench.providers import DENSE, OURS
-from bench.results import read
-from bench.speedups import key, speedups, timed
-from sparsedm.errors import program
+from bench import program
+from bench.providers import OURS
+from bench.results import DENSE, key, read, speedups, timed
 from sparsedm.files import write_text
 
 COMPILED = "dense compiled"
@@ -64,9 +63,9 @@ def against_cusparselt(rows):
         times.setdefault(key(row), {})[row["provider"]] = row["p50_us"]
     ratios = {}
     for at, of in times.items():
-        rival = min((of[name] for name in ("cuSPARSELt", "cuSPARSELt tuned") if name in of), default=None)
-        if rival and OURS in of:
-            ratios[at] = rival / of[OURS]
+        theirs = min((of[name] for name in ("cuSPARSELt", "cuSPARSELt tuned") if name in of), default=None)
+        if theirs and OURS in of:
+            ratios[at] = theirs / of[OURS]
     least, mean = "against cuSPARSELt, the least of all products", "against cuSPARSELt, geometric mean of all products"
     if not ratios:
         return Finding(least, "at least 1"), Finding(mean, "at least 1.15")

@@ -100,8 +100,13 @@ def _compile(build):
         constexprs={(position(k),): v for k, v in value.items()},
         attrs={(position(k),): [["tt.divisibility", 16]] for k in build.divisible},
     )
-    built = compile(source, target=GPUTarget("cuda", build.capability, 32), options=build.options)
-    return asdict(Compiled(name, built.asm["ptx"], *_assemble(built.asm["ptx"], built.metadata.shared)))
+    options = {"enable_fp_fusion": True} | build.options  # Triton 3.10 has another default than 3.9
+    return asdict(inspected(compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)))
+
+
+def inspected(kernel):
+    """Triton's compiled kernel -> Compiled."""
+    return Compiled(kernel.metadata.name, kernel.asm["ptx"], *_assemble(kernel.asm["ptx"], kernel.metadata.shared))
 
 
 def _assemble(ptx, shared):

@@ -5,20 +5,20 @@ import pytest
 from emulator import driver
 
 
-def start():
-    """Let Triton, torch and sparsedm find an H200 in this process. Returns the emulator's Device."""
-    device = driver.start()
+def start(capability=driver.H200, execute=True):
+    """Let Triton, torch and sparsedm find a GPU in this process. Returns the emulator's Device."""
+    emulated = driver.start(capability, execute)
     from sparsedm.kernels import launch
     from sparsedm.kernels.sparse24 import conv, linear
 
     for module in (launch, conv, linear):
-        module.capability = lambda device: driver.H200
-    return device
+        module.capability = lambda device: capability
+    return emulated
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config):
-    """Before any kernel is decorated."""
+    """Before Triton is imported."""
     early_config.emulated = start()
 
 

@@ -55,7 +55,7 @@ def imports(source):
                 yield name if name in MODULES else node.module
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             name = node.value.split(":")[0]
-            if name in MODULES:
+            if "." in name and name in MODULES:  # "bench" alone is a word
                 yield name
 
 

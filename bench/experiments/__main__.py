@@ -4,9 +4,9 @@ import argparse
 import logging
 import sys
 
+from bench import program
 from bench.experiments import runner
 from sparsedm.cli import _device, _seed
-from sparsedm.errors import program
 from sparsedm.train.loop import Interrupted
 
 

@@ -22,11 +22,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.environment import stamp
 from bench.experiments import measures, report
 from bench.experiments.plans import EXPERIMENTS, SCALES, planned
 from bench.experiments.report import FLIPS
-from bench.experiments.results import STAMPED, read, write
+from bench.results import STAMPED, read_experiment, stamp, write_experiment
 from sparsedm import diffusion, evaluate
 from sparsedm import plots as pictures
 from sparsedm.errors import InputError
@@ -114,7 +113,7 @@ def experiment(options):
 
 
 def _report(options, folder, plan):
-    print(report.write(folder, read(folder / "results.csv", options.name, options.scale), plan))
+    print(report.write(folder, read_experiment(folder / "results.csv", options.name, options.scale), plan))
     print(f"\ntables and pictures: {folder / 'report.md'}", flush=True)
 
 
@@ -142,7 +141,9 @@ class _Work:
         classes = len(self.images.class_names) if scale.conditional else 0
         fitting = {"channels": self.images.images.shape[1], "num_classes": classes}
         self.config = asdict(model_config(scale.model, **scale.overrides, **fitting))
-        self.rows = read(folder / "results.csv", name, scale_name) if (folder / "results.csv").exists() else []
+        self.rows = (
+            read_experiment(folder / "results.csv", name, scale_name) if (folder / "results.csv").exists() else []
+        )
         self.features = load_features(scale.features, device)
         self.reference = evaluate.summarize(
             self.images.images, self.features, f"{self.images.source} train", cache=cache_folder(), progress=True
@@ -188,7 +189,7 @@ class _Work:
             for measure, values in measured.items()
             for x, value in values
         ]
-        write(self.folder / "results.csv", self.rows)
+        write_experiment(self.folder / "results.csv", self.rows)
         loss, distance = (measured[name][0][1] for name in ("validation loss", "Fréchet distance"))
         log.info("seed %d, %s: validation loss %.4f, Fréchet distance %.2f", seed, run.name, loss, distance)
 

@@ -2,9 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import baselines as rivals
-from bench import networks as end_to_end
-from bench import sampling
+from bench import baselines, networks
 from bench.networks import (
     STEP_PROVIDERS,
     TRAINING_PROVIDERS,
@@ -13,12 +11,14 @@ from bench.networks import (
     NetworkProvider,
     TrainingStepProblem,
     baked,
+    draw,
+    replayed,
+    sampling_rows,
     table3_shapes,
     with_cusparselt,
 )
 from bench.results import Results, read
 from bench.run import Session, run_suite
-from bench.sampling import draw, replayed, sampling_rows
 from sparsedm.cuda_graph import Graphs
 from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
@@ -84,7 +84,7 @@ def test_cusparselt_takes_the_place_of_our_linear_layers(shape, monkeypatch):
     step = NetworkProblem(shape, "step", torch.float32, "cpu")
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda w, x, bias, **how: (w @ x).t() + (0 if bias is None else bias))
-    monkeypatch.setattr(rivals, "tuned_algorithm", lambda *shape: rivals.Algorithm(0))
+    monkeypatch.setattr(baselines, "tuned_algorithm", lambda *shape: baselines.Algorithm(0))
     network = with_cusparselt(step)
     assert step.check(step.outputs(network, step.inputs), sparse=True).right
     left = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | CompressedLinear)}
@@ -129,7 +129,7 @@ def test_compiled_code_gets_what_eager_calls_were_tuned_to(monkeypatch):
         known.extend(bool(m._prepacked) for m in network.modules() if isinstance(m, CompressedLinear))
         return network
 
-    monkeypatch.setattr(end_to_end, "max_autotune", compiler)
+    monkeypatch.setattr(networks, "max_autotune", compiler)
     (provider,) = [p for p in STEP_PROVIDERS if p.name == "sparsedm 2:4 compiled"]
     provider.bind(problem, None)
     assert known
@@ -173,11 +173,10 @@ def test_peak_memory_counts_all_forms_of_the_weights_and_the_activations(step, m
         memory["held"] += 50
         return network
 
-    monkeypatch.setattr(end_to_end, "allocated", lambda device: memory["held"])
-    monkeypatch.setattr(sampling, "allocated", lambda device: memory["held"])
+    monkeypatch.setattr(networks, "allocated", lambda device: memory["held"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory["peak"])
-    assert sampling.peak_memory(NetworkProvider("n", made, sparse=False), step) == 50 + 300 + 77
+    assert networks.peak_memory(NetworkProvider("n", made, sparse=False), step) == 50 + 300 + 77
 
 
 def test_table3_is_the_published_grid():

@@ -9,8 +9,7 @@ from PIL import Image
 
 from bench import charts, plot
 from bench.baselines import PROVIDERS
-from bench.results import COLUMNS, write
-from bench.speedups import speedups
+from bench.results import COLUMNS, speedups, write
 from sparsedm.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("_small_pictures")

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bench.baselines import OURS_AND_DENSE, PROVIDERS
-from bench.mask_providers import TrainMasked
 from bench.problems import ConvProblem, LinearProblem, MaskProblem, TrainingProblem, masked
+from bench.providers import TrainMasked
 from bench.shapes import ConvShape, LinearShape
 from sparsedm import layers
 from sparsedm.kernels.mask import choose

@@ -7,21 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 
-from bench import baseline_tilelang as rival_tilelang
-from bench import providers
-from bench.baseline_tilelang import TILES, TileLang
+from bench import baselines, providers
 from bench.baselines import (
     PROVIDERS,
+    TILES,
     Algorithm,
     CuSparseLt,
     CuSparseLtTuned,
     Cutlass,
+    TileLang,
     TorchAo,
     TrainTile,
     TrainXFormers,
 )
 from bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
-from bench.providers import DENSE, MOST_SPLITK_ROWS, DenseCompiled, DenseFused, Rival, Sparse24
+from bench.providers import MOST_SPLITK_ROWS, Baseline, DenseCompiled, DenseFused, Sparse24
+from bench.results import DENSE
 from bench.shapes import ConvShape, LinearShape
 from sparsedm.kernels.pattern import holds
 from sparsedm.kernels.sparse24.dispatch import Choice
@@ -107,10 +108,10 @@ class OnPaper:
 @pytest.mark.parametrize(
     ("provider", "problem", "reason"),
     [
-        (Rival(), OnPaper(), None),
-        (Rival(), OnPaper(dtype=torch.float32), "takes bfloat16 and float16, not float32"),
-        (Rival(), OnPaper(M=60), "N, K, M = 64, 64, 60 are not multiples of 16, 16, 8"),
-        (Rival(), OnPaper(N=72), "N, K, M = 72, 64, 64 are not multiples of 16, 16, 8"),
+        (Baseline(), OnPaper(), None),
+        (Baseline(), OnPaper(dtype=torch.float32), "takes bfloat16 and float16, not float32"),
+        (Baseline(), OnPaper(M=60), "N, K, M = 64, 64, 60 are not multiples of 16, 16, 8"),
+        (Baseline(), OnPaper(N=72), "N, K, M = 72, 64, 64 are not multiples of 16, 16, 8"),
         (Cutlass(), OnPaper(K=96), "N, K, M = 64, 96, 64 are not multiples of 32, 64, 8"),
     ],
 )
@@ -206,7 +207,7 @@ def test_tilelang_gets_the_weight_and_the_wrong_blocks_are_left_out(monkeypatch)
         return lambda values, metadata, x: (unpack(values, metadata.view(torch.int16), 128) @ x.t()) * wrong
 
     monkeypatch.setitem(sys.modules, "tilelang", types.SimpleNamespace(compile=compiled))
-    monkeypatch.setattr(rival_tilelang, "product", lambda shape, tile, dtype: tile)
+    monkeypatch.setattr(baselines, "tilelang_product", lambda shape, tile, dtype: tile)
     bound = TileLang().bind(problem, TileLang().prepare(problem))
     assert problem.check(bound.run(), sparse=True).right
     assert bound.detail.endswith(f"{len(TILES) - 2} of {len(TILES)} blocks right")

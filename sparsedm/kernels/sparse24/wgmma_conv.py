@@ -23,6 +23,7 @@ from sparsedm.kernels.sparse24.ptx import (
     barrier_arrive,
     barrier_expect,
     barrier_wait,
+    block_barrier,
     box_in,
     box_out,
     shared_base,
@@ -153,6 +154,7 @@ def _consumer(
                 y = y + panel.load(ACC).to(gl.float32)
             panel.store(y.to(DTYPE))
         fence_async_shared()
+        block_barrier()  # of all warps before one stores: Triton 3.9 sees no dependence through `reinterpret`
         for i in gl.static_range(TILES):
             if PUBLIC:
                 panel = panels.index(FIRST + i).reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
