@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sparsedm import diffusion
 from sparsedm.errors import InputError
 from sparsedm.model_files import describe
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.data import batch
 from sparsedm.train.metrics import MetricsLog, Reference
@@ -191,6 +192,9 @@ def train(
             validation and validation.to(device),
             (reference or Reference()).to(device),
         )
+        if loss.teacher is not None:
+            with step.autocast:
+                stack.enter_context(hold_masks(loss.teacher))
         stop = stack.enter_context(_signals())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(run.show(progress))

@@ -19,7 +19,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.files import write_text, writing
-from sparsedm.sparsify import masked_layers, masks
+from sparsedm.sparsity import masked_layers, masks
 from sparsedm.train import checkpoint, distributed
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
-from sparsedm.sparsify import hold_masks
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 
@@ -63,7 +63,6 @@ class Step:
         self.schedule, teacher, self.device = loss.schedule, loss.teacher, device
         self.shares = distributed.shares(options.batch_size, options.accumulate)
         self.network = distributed.parallel(torch.compile(self.model) if options.compile else self.model)
-        self.masked = [self.model] if teacher is None else [self.model, teacher]
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
         self.loss = {"teacher": teacher, "w_kd": loss.w_kd, "w_noise": loss.w_noise, "weighting": options.weighting}
         self.parameters = list(self.model.parameters())
@@ -85,7 +84,9 @@ class Step:
         self.optimizer.zero_grad()
         losses = torch.zeros(3, device=x.device)
         draws = self.generator.get_state()
-        with self._held_masks():
+        with contextlib.ExitStack() as held:
+            with self.autocast:
+                held.enter_context(hold_masks(self.model))
             for number, rows in self.shares:
                 self.generator.set_state(draws)
                 torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))
@@ -104,15 +105,6 @@ class Step:
         self.optimizer.step()
         self._update_ema(decay)
         return torch.cat((distributed.mean(losses), norm[None]))
-
-    @contextlib.contextmanager
-    def _held_masks(self):
-        """Eager layers know by themselves that the weights stay as they are until the optimizer's step."""
-        with contextlib.ExitStack() as held:
-            if self.options.compile:
-                with self.autocast:
-                    held.enter_context(hold_masks(*self.masked))
-            yield
 
     def _averages_gradients(self, last):
         """Processes average their gradients once per step: in the backward of the last part of the batch."""

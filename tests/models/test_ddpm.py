@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.models import build_model
 from sparsedm.models.ddpm import PRESETS
-from sparsedm.sparsify import masks, sparsify
+from sparsedm.sparsity import masks, sparsify
 
 # ---- published sizes -------------------------------------------------------------------------------------------------
 

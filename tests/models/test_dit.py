@@ -3,7 +3,7 @@ from torch import nn
 
 from sparsedm.models import build_model
 from sparsedm.samplers import guided
-from sparsedm.sparsify import compress, masks, sparsify
+from sparsedm.sparsity import compress, masks, sparsify
 from tests.models.references import dit
 from tests.tolerance import assert_as_good_as_torch
 
