@@ -18,7 +18,10 @@ from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_th
 from sparsedm.layers import Compressed, CompressedLinear, Linear
 from sparsedm.sparsity import uncompressed_because
 
-ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
+ARCHS = {
+    **{"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
+    **{"sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0)},
+}
 GEOMETRY = ("stride", "padding", "dilation")
 LAYERS = (nn.Linear, nn.Conv2d, Compressed)
 FOREIGN = (nn.MultiheadAttention, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)  # never a pattern
@@ -135,7 +138,9 @@ class Inspection:
             figure.savefig(partial, dpi=120)
 
 
-def inspect(model, example_inputs=None, *, arch=None, batch=1):
+def inspect(
+    model: nn.Module, example_inputs: tuple | dict | None = None, *, arch: str | None = None, batch: int = 1
+) -> Inspection:
     """Inspect a model: its linear and convolution layers, what each holds and costs.
 
     Computes nothing (meta tensors), unless the model cannot run so; then it runs once, as it is.
