@@ -4,26 +4,14 @@ The kernels are in `wgmma_kernels.py`.
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
-from sparsedm.kernels.sparse24.wgmma_pipeline import boxes
-
-
-@dataclass(frozen=True)
-class Config:
-    block_n: int  # features
-    block_m: int  # rows of x
-    block_k: int
-    stages: int
-    cluster: str = "none"  # "x", "w": what the two blocks of a cluster share
-    specialized: bool = True
-    group: int = 8  # tiles along M that are walked before the next along N, for L2
-
+from sparsedm.kernels.sparse24.wgmma_pipeline import Config, boxes
 
 # The first, without clusters, is the default until these are timed.
 CONFIGS = (
@@ -84,21 +72,8 @@ def operands(config, x, values, metadata, y, bias, activation, residual, skip, s
         "N": N,
         "K": 2 * values.shape[1],
     }
-    constants = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "BLOCK_K": config.block_k,
-        "CLUSTER": config.cluster,
-        "STAGES": config.stages,
-        "GROUP": config.group,
-        "KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[x.dtype],
-        "ACTIVATION": activation,
-        "BIAS": bias is not None,
-        "RESIDUAL": residual is not None,
-        "SCALE": scale is not None,
-        "SKIP": skip is not None,
-        "DIRECT": direct,
-    }
+    epilogue = Epilogue(activation, bias is not None, scale is not None, residual is not None, direct)
+    constants = {"CONFIG": config, "EPILOGUE": epilogue, "KIND": KIND[x.dtype], "SKIP": skip is not None}
     return linear_specialized if config.specialized else linear_flat, tensors, arguments, constants
 
 
@@ -120,7 +95,7 @@ def count_tiles(M, N, config):
 @functools.cache
 def maps(config):
     """Tensor map -> (box, swizzle in bytes), in the order of the kernel's arguments."""
-    rows_x, rows_w, words = boxes(config.block_n, config.block_m, config.block_k, config.cluster)
+    rows_x, rows_w, words = boxes(config)
     panel = ((config.block_m, 64 if config.specialized else 128), 128)
     return {
         "w_desc": ((rows_w, config.block_k // 2), config.block_k),
