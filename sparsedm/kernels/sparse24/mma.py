@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from sparsedm.kernels.launch import Launch
 from sparsedm.kernels.sparse24.ptx import KIND, Epilogue, activate, block_barrier, mma_sp
 
 words_in = (
@@ -254,15 +255,27 @@ def linear_mma(
     store(acc, n, m, M, N, y_ptr, (bias_ptr, scale_ptr, rows_per_scale, r_ptr, stride_r), CONFIG, EPILOGUE)
 
 
-def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
-    """y (M, N) of rows x (M, K). values and metadata in fragment order, as `prepack` made them, N padded to 128.
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        step.start()
+
+
+def plan(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
+    """[Launch] that computes y (M, N) of rows x (M, K); the weight in the layout "fragments".
 
     bias (N,), residual (M, N), skip (M, K2), scale (G, N) or None; rows of x, skip and residual 16-byte aligned.
     """
-    M, N = y.shape
     arguments, constants = operands(config, x, values, metadata, y, bias, activation, residual, skip, scale)
-    grid = -(-N // config.block_n) * -(-M // config.block_m)
-    linear_mma[(grid,)](**arguments, **constants, num_warps=config.warps_n * config.warps_m)
+    return [Launch(linear_mma, (tile_count(*y.shape, config),), arguments, constants, warps(config))]
+
+
+def tile_count(M, N, config):
+    return -(-N // config.block_n) * -(-M // config.block_m)
+
+
+def warps(config):
+    return config.warps_n * config.warps_m
 
 
 def operands(config, x, values, metadata, y, bias, activation, residual, skip, scale):

@@ -13,7 +13,8 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparsedm.kernels.sparse24.mma import Config, copy_layout, products, store, tile
+from sparsedm.kernels.launch import Launch
+from sparsedm.kernels.sparse24.mma import Config, copy_layout, products, store, tile, tile_count, warps
 from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 
 # The first is the default until these are timed.
@@ -83,20 +84,18 @@ def conv_mma(
     store(acc, n, m, M, N, y_ptr, (bias_ptr, bias_ptr, 1, r_ptr, N), CONFIG, EPILOGUE)
 
 
-def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
-    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `prepack` made them for mma."""
-    arguments, constants = operands(
-        config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
-    )
-    grid = -(-arguments["N"] // config.block_n) * -(-arguments["M"] // config.block_m)
-    conv_mma[(grid,)](**arguments, **constants, num_warps=config.warps_n * config.warps_m)
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        step.start()
 
 
-def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):
-    """-> (run-time, compile-time) arguments."""
+def plan(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
+    """[Launch] that computes y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; the weight as "fragments"."""
     _, height, width, channels = x.shape
     images, rows, columns, features = y.shape
-    return {
+    pixels = images * rows * columns
+    arguments = {
         "w_ptr": values,
         "e_ptr": metadata,
         "x_ptr": x.view(torch.int32),
@@ -110,12 +109,14 @@ def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias,
         "chunks": channels // 8,
         "pad_h": padding[0],
         "pad_w": padding[1],
-        "M": images * rows * columns,
+        "M": pixels,
         "N": features,
         "steps": metadata.shape[1],
-    }, {
+    }
+    constants = {
         "CONFIG": config,
         "EPILOGUE": Epilogue(activation, bias=bias is not None, residual=residual is not None),
         "KIND": KIND[x.dtype],
         "WINDOW": Window(*kernel_size, stride, channels % 64 != 0),
     }
+    return [Launch(conv_mma, (tile_count(pixels, features, config),), arguments, constants, warps(config))]

@@ -12,6 +12,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from sparsedm.kernels.launch import Launch, multiprocessors
 from sparsedm.kernels.sparse24 import mma
 from sparsedm.kernels.sparse24.mma import (
     finish,
@@ -22,7 +23,9 @@ from sparsedm.kernels.sparse24.mma import (
     row_addresses,
     rows_of,
     tile,
+    tile_count,
     to_rows,
+    warps,
 )
 
 
@@ -88,30 +91,28 @@ def choose(M, N, steps, programs):
     return config, min(max(4, steps // -(-programs // tiles)), steps)
 
 
-def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
-    """As `mma.launch`, meant for M up to 64."""
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        step.start()
+
+
+def plan(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0], share=None):
+    """[Launch, Launch] as `mma.plan`, meant for M up to 64. share: by default as `choose` says."""
     M, N = y.shape
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config, share = choose(M, N, metadata.shape[1], multiprocessors * config.programs)
+    programs = config.programs * multiprocessors(x.device) if share is None else 1
+    tiles, chosen = choose(M, N, metadata.shape[1], programs)
+    share = share or chosen
     parts = y.new_empty(-(-metadata.shape[1] // share), M, N, dtype=torch.float32)
-    product, constants, reduction, finishing = stages(
-        config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale
-    )
-    tiles = -(-N // config.block_n) * -(-M // config.block_m)
-    linear_splitk[(tiles, len(parts))](**product, **constants, num_warps=config.warps_n * config.warps_m)
-    reduce_splitk[(-(-M // REDUCE_ROWS), -(-N // REDUCE_COLUMNS))](**reduction, **finishing, num_warps=4)
-
-
-def stages(config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale):
-    """-> run-time and compile-time arguments of `linear_splitk`, then those of `reduce_splitk`."""
-    arguments, constants = operands(config, x, values, metadata, y, bias, activation, residual, skip, scale)
+    arguments, constants = operands(tiles, x, values, metadata, y, bias, activation, residual, skip, scale)
     arguments |= {"part_ptr": parts, "share": share, "splits": len(parts)}
-    product = (
-        "w_ptr", "e_ptr", "x_ptr", "s_ptr", "part_ptr", "stride_x", "stride_s", "chunks_x", "chunks_s", "split",
-        "M", "N", "steps", "share",
-    )  # fmt: skip
-    reduction = (
-        "part_ptr", "y_ptr", "bias_ptr", "scale_ptr", "r_ptr", "stride_r", "rows_per_scale", "M", "N", "splits",
-    )  # fmt: skip
     finishing = {"ROWS": REDUCE_ROWS, "COLUMNS": REDUCE_COLUMNS, "EPILOGUE": constants.pop("EPILOGUE")}
-    return {k: arguments[k] for k in product}, constants, {k: arguments[k] for k in reduction}, finishing
+    product, reduction = (
+        {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        for kernel in (linear_splitk, reduce_splitk)
+    )
+    blocks = -(-M // REDUCE_ROWS), -(-N // REDUCE_COLUMNS)
+    return [
+        Launch(linear_splitk, (tile_count(M, N, tiles), len(parts)), product, constants, warps(tiles)),
+        Launch(reduce_splitk, blocks, reduction, finishing, 4),
+    ]

@@ -9,6 +9,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparsedm.kernels.launch import Launch, multiprocessors
 from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
 from sparsedm.kernels.sparse24.wgmma_pipeline import Config, boxes
@@ -30,23 +31,18 @@ CONFIGS = (
 ENDLESS = 1 << 30  # steps of a first source of x that has no second
 
 
-def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
-    """y (M, N) of rows x (M, K), all on one sm_90a device. values (256 n, 64 k) and metadata as `prepack` made them.
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        start(step)
+
+
+def plan(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0], blocks=None):
+    """[Launch] that computes y (M, N) of rows x (M, K), all on one sm_90a device; the weight in the layout "tma".
 
     bias (N,), residual (M, N), skip (M, K2), scale (G, N) or None; rows of x, skip and residual 16-byte aligned.
+    blocks: of the persistent grid at most, by default one on every multiprocessor.
     """
-    kernel, tensors, arguments, constants = operands(
-        config, x, values, metadata, y, bias, activation, residual, skip, scale
-    )
-    arguments |= {name: descriptor(tensors[name], *box) for name, box in maps(config).items()}
-    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    cluster = 1 if config.cluster == "none" else 2
-    grid = min(blocks // cluster, count_tiles(*y.shape, config))
-    start(kernel, grid, arguments, constants, num_warps=warps(config), cluster=cluster)
-
-
-def operands(config, x, values, metadata, y, bias, activation, residual, skip, scale):
-    """-> (kernel, the tensor of each tensor map, the other run-time arguments, the compile-time ones)."""
     if skip is not None and x.shape[1] % config.block_k:
         x, skip = torch.cat((x, skip), 1), None  # a TMA box may not straddle the two
     M, N = y.shape
@@ -72,14 +68,13 @@ def operands(config, x, values, metadata, y, bias, activation, residual, skip, s
         "N": N,
         "K": 2 * values.shape[1],
     }
-    epilogue = Epilogue(activation, bias is not None, scale is not None, residual is not None, direct)
-    constants = {"CONFIG": config, "EPILOGUE": epilogue, "KIND": KIND[x.dtype], "SKIP": skip is not None}
-    return linear_specialized if config.specialized else linear_flat, tensors, arguments, constants
-
-
-def warps(config):
-    """Of the launch; warp specialisation adds its own."""
-    return 4 if config.specialized else 8
+    finish = Epilogue(activation, bias is not None, scale is not None, residual is not None, direct)
+    constants = {"CONFIG": config, "EPILOGUE": finish, "KIND": KIND[x.dtype], "SKIP": skip is not None}
+    kernel, num_warps = (linear_specialized, 4) if config.specialized else (linear_flat, 8)
+    cluster = 1 if config.cluster == "none" else 2
+    grid = min((blocks or multiprocessors(x.device)) // cluster, count_tiles(M, N, config))
+    maps = {name: (tensors[name], *box) for name, box in boxes_of(config).items()}
+    return [Launch(kernel, (grid,), arguments, constants, num_warps, maps, cluster)]
 
 
 def count_tiles(M, N, config):
@@ -93,7 +88,7 @@ def count_tiles(M, N, config):
 
 
 @functools.cache
-def maps(config):
+def boxes_of(config):
     """Tensor map -> (box, swizzle in bytes), in the order of the kernel's arguments."""
     rows_x, rows_w, words = boxes(config)
     panel = ((config.block_m, 64 if config.specialized else 128), 128)
@@ -129,20 +124,21 @@ def _checked_fields(shape, stride, dtype, box, swizzle):
 _compiled = {}
 
 
-def start(kernel, grid, arguments, constants, *, num_warps, cluster=1):
-    """kernel[(grid,)](...) in a tenth of the time, as `grid` clusters of blocks.
+def start(step):
+    """A Launch in a tenth of the time that Triton takes.
 
     Integers and alignments are kept out of the specialisation of these kernels (see their decorators), so that the key
     below is all that decides which compiled kernel runs, and Triton need not look at every argument again. A kernel is
     compiled for single blocks, whose layouts know nothing of clusters; the launcher takes the cluster size from
     `packed_metadata`, so that grid (g,) becomes `cluster` g blocks.
     """
-    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
-    key = (kernel, *constants.values(), *(tensor.dtype for tensor in tensors), tensors[0].device)
+    arguments = step.arguments | {name: descriptor(*tensor_map) for name, tensor_map in step.maps.items()}
+    tensors = [value for value in step.arguments.values() if isinstance(value, torch.Tensor)]
+    key = (step.kernel, *step.constants.values(), *(tensor.dtype for tensor in tensors), tensors[0].device)
     if key not in _compiled:
-        compiled = kernel.warmup(**arguments, **constants, num_warps=num_warps, grid=(1,))
+        compiled = step.kernel.warmup(**arguments, **step.constants, num_warps=step.num_warps, grid=(1,))
         warps, _, shared = compiled.packed_metadata
-        compiled.packed_metadata = (warps, cluster, shared)
+        compiled.packed_metadata = (warps, step.cluster, shared)
         _compiled[key] = compiled
-    values = constants | arguments
-    _compiled[key][grid, 1, 1](*[values[name] for name in kernel.arg_names])
+    values = step.constants | arguments
+    _compiled[key][step.grid[0], 1, 1](*[values[name] for name in step.kernel.arg_names])

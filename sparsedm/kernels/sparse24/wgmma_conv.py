@@ -12,14 +12,14 @@ Outside the image TMA fills with zeros, and that is the padding. Everything else
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from sparsedm.kernels.launch import Launch, multiprocessors
 from sparsedm.kernels.sparse24.ptx import KIND, Epilogue, shared_base, tma_load_5d
-from sparsedm.kernels.sparse24.wgmma import descriptor, start
+from sparsedm.kernels.sparse24.wgmma import start
 from sparsedm.kernels.sparse24.wgmma_pipeline import (
     Config,
     allocate,
@@ -138,19 +138,16 @@ def conv_specialized(
     ring._keep_alive()
 
 
-def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
-    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `prepack` made them for wgmma."""
-    tensors, arguments, constants = operands(
-        config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
-    )
-    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    grid = min(blocks, arguments["tiles"])
-    arguments |= {name: descriptor(*map_) for name, map_ in tensors.items()}
-    start(conv_specialized, grid, arguments, constants, num_warps=4)
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        start(step)
 
 
-def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):
-    """-> ({tensor map: (tensor, box, swizzle)}, run-time arguments, compile-time arguments)."""
+def plan(
+    x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0], blocks=None
+):
+    """[Launch] that computes y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; the weight in the layout "tma"."""
     images, height, width, channels = x.shape
     _, rows, columns, features = y.shape
     if height % stride or width % stride:
@@ -160,7 +157,7 @@ def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias,
     split = x.view(images, height // stride, stride, width // stride, stride * channels)
     words = boxes(config)[2]
     pixels = (*patch, 64)
-    tensors = {
+    maps = {
         "w_desc": (values, (config.block_n, 32), 64),
         "e_desc": (metadata, (1, words), 0),
         "x_desc": (split, (patch[0], patch[1], 1, patch[2], 64), 128),
@@ -180,7 +177,9 @@ def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias,
     }
     finish = Epilogue(activation, bias=bias is not None, residual=residual is not None)
     window = Window(*kernel_size, stride, patch)
-    return tensors, arguments, {"CONFIG": config, "EPILOGUE": finish, "KIND": KIND[x.dtype], "WINDOW": window}
+    constants = {"CONFIG": config, "EPILOGUE": finish, "KIND": KIND[x.dtype], "WINDOW": window}
+    grid = min(blocks or multiprocessors(x.device), arguments["tiles"])
+    return [Launch(conv_specialized, (grid,), arguments, constants, 4, maps)]
 
 
 def choose_patch(pixels, rows, columns):
