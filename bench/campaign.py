@@ -50,7 +50,7 @@ def pytest(*arguments):
 def sanitizer(tool):
     """The sparse kernels under compute-sanitizer, on memory that torch asks the driver for piece by piece: in its own
     pool an access beyond a tensor would be none beyond an allocation."""
-    names = ("mma", "mma_splitk", "mma_conv", "wgmma", "conv")
+    names = ("mma", "mma_splitk", "mma_conv", "wgmma", "wgmma_conv")
     files = [str(TESTS / f"kernels/sparse24/test_{name}.py") for name in names]
     tests = pytest("--verbose", "-k", "random", *files)  # one problem of each kind
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests)

@@ -10,9 +10,9 @@ Two main loops share everything else (`wgmma_pipeline.py`):
   tensor core is never drained inside a tile. ptxas accepts this only without the `setmaxnreg` of warp specialisation
   (C7512). K must fill an even number of slots.
 
-CONFIG.cluster = "x" or "w" runs pairs of blocks. The two tiles of a pair share their rows of x (of W and metadata): each
-block loads half of them and multicasts it to both. It divides the traffic between L2 and the multiprocessors, which by
-our model limits this product. An odd last tile is computed twice, with equal results.
+CONFIG.cluster = "x" or "w" runs pairs of blocks. The two tiles of a pair share their rows of x (of W and metadata):
+each block loads half of them and multicasts it to both. That divides the traffic between L2 and multiprocessors, which
+by our model limits this product. An odd last tile is computed twice, with equal results.
 
 Sources: PTX ISA 8.5 (wgmma.mma_async.sp, matrix descriptors, sparsity metadata, mbarrier, multicast). Unlike CUTLASS's
 sm90 sparse main loop, the flat one waits for the wgmma of the slot before, not for its own.

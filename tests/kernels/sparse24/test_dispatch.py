@@ -27,7 +27,7 @@ from sparsedm.kernels.sparse24.dispatch import (
 from sparsedm.kernels.sparse24.layouts import LAYOUTS
 from sparsedm.kernels.sparse24.linear import sparse24_linear
 from sparsedm.kernels.tuning import Autotuner
-from tests.kernels.sparse24.problem import Problem
+from tests.kernels.sparse24.kernel_case import Problem
 
 BF16 = torch.bfloat16
 
