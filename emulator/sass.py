@@ -123,7 +123,7 @@ def _assemble(ptx, shared):
         sass = _run(tools / "cuobjdump", "-sass", binary)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     warnings = [line for line in log.splitlines() if "warning" in line.lower() or re.search(r"\bC7\d\d\d\b", line)]
-    return sass, int(re.search(r"Used (\d+) registers", log)[1]), spills, shared, warnings
+    return sass, int(re.search(r"Used (\d+) registers", log)[1]), spills, shared, tuple(warnings)
 
 
 def _run(*command):

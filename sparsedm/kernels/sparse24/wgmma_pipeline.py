@@ -175,12 +175,12 @@ def load_weight(
     SIZE: gl.constexpr = stage_bytes(CONFIG)
     BOX: gl.constexpr = boxes(CONFIG)
     STEPS: gl.constexpr = CONFIG.block_k // 64
-    column = k * (CONFIG.block_k // 2)
+    HALF: gl.constexpr = CONFIG.block_k // 2
     if CONFIG.cluster == "w":
-        tma_load(w + rank * (SIZE[1] // 2), column, n + rank * BOX[1], full, 0, KERNEL, W_DESC, -1, True)
+        tma_load(w + rank * (SIZE[1] // 2), k * HALF, n + rank * BOX[1], full, 0, KERNEL, W_DESC, -1, True)
         tma_load(e + rank * (SIZE[2] // 2), 2 * n + rank * BOX[2], k * STEPS, full, 0, KERNEL, E_DESC, -1, True)
     else:
-        tma_load(w, column, n, full, 0, KERNEL, W_DESC, -1, False)
+        tma_load(w, k * HALF, n, full, 0, KERNEL, W_DESC, -1, False)
         for q in gl.static_range(2 * CONFIG.block_n // BOX[2]):
             part = e + q * (STEPS * BOX[2] * 4)
             tma_load(part, 2 * n + q * BOX[2], k * STEPS, full, 0, KERNEL, E_DESC, -1, False)
