@@ -35,7 +35,13 @@ _KINDS = {
 }
 
 
-def build_model(model, *, device=None, dtype=None, **overrides):
+def build_model(
+    model: str | dict | object,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides,
+) -> torch.nn.Module:
     """A network with fresh random weights, drawn from torch's global generator of the device.
 
     model: a name in MODELS, a configuration object, or a configuration as a dict (such as a checkpoint's JSON).
