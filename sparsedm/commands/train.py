@@ -14,7 +14,7 @@ from sparsedm import plots as pictures
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
-from sparsedm.inspection import ARCHS, inspect
+from sparsedm.inspection import ARCHS, inspect, time_report
 from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.diffusers import from_diffusers
@@ -233,7 +233,8 @@ def add_inspect_arguments(parser):
     parser.add_argument("--pattern", help="N:M to apply, for example 2:4")
     parser.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
     parser.add_argument("--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time, for --arch (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time, for --arch and --time (default: 1)")
+    parser.add_argument("--time", action="store_true", help="time each 2:4 layer here, dense and compressed")
     parser.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers")
 
@@ -254,6 +255,8 @@ def inspect_model(options):
         sparsify(model, options.pattern, options.where)
     table = inspect(model, arch=options.arch, batch=options.batch)
     print(table)
+    if options.time:
+        print(f"\n{time_report(model, options.batch)}")
     if options.json:
         write_json(options.json, table.to_dict())
         print(f"numbers: {options.json}")
