@@ -272,5 +272,6 @@ def check_stages(stages, ema, build):
 def _set_pattern(student, average, stage, where):
     for network in (student, average):
         sparsify(network, stage.pattern, where)
-    set_masking(student, decay=stage.decay, dropped=stage.dropped, frozen=stage.frozen_mask)
-    set_masking(average, frozen=stage.frozen_mask)  # its own mask until the first step, then it follows the student's
+    if masked_layers(student):
+        set_masking(student, decay=stage.decay, dropped=stage.dropped, frozen=stage.frozen_mask)
+        set_masking(average, frozen=stage.frozen_mask)  # its own mask until the first step, then that of the student
