@@ -236,6 +236,7 @@ COMMANDS = (  # name, what it does, its arguments, a summary, examples
             "--model uvit-cifar10-small --pattern 2:4 --where all",
             "runs/quickstart",
             "--model uvit-imagenet256-large --pattern 2:4 --arch sm_90a --batch 64",
+            "--model uvit-imagenet256-large --pattern 2:4 --time --batch 64",
         ],
     ),
     (
