@@ -36,8 +36,9 @@ from sparsedm.kernels.sparse24.format import pack
 
 COMPILES = 240  # seconds that compiling one configuration for all epilogues may take at most
 COMPILED, RIGHT = "compiled", "right"  # what a process says, a line each
-EPILOGUES = (  # of the layers of U-ViT and DiT, and of the sweeps
+EPILOGUES = (  # the first two are checked; the others are of the layers of U-ViT and DiT, and of the sweeps
     {"bias": True},
+    {"bias": True, "activation": "gelu", "residual": True},
     {},
     {"bias": True, "residual": True},
     {"bias": True, "activation": "gelu"},
@@ -109,7 +110,7 @@ def check(choice, device, small=False):
 
 def contact(choice, device, small):
     """What one process does; see the head of this file."""
-    compile_all(choice, device, EPILOGUES[:1] if small else EPILOGUES)
+    compile_all(choice, device, EPILOGUES[:2] if small else EPILOGUES)
     print(COMPILED, flush=True)
     with trying(LINEAR, choice):
         check(choice, device, small)

@@ -93,7 +93,8 @@ def run_chain(
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     if distributed.is_main_process():
-        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage])
+        longer = {"may_grow": ("options.steps", f"stages.{len(stages) - 1}.steps"), "because": options.fixed_length}
+        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage], **longer)
     distributed.barrier()
 
     results, dense, first_step = [], Reference(start.ema, start.speed), 0

@@ -16,9 +16,14 @@ The Gluon names that differ between Triton 3.6.0 and 3.7.1, both supported, are 
 Source: PTX ISA 8.5, sections on wgmma.mma_async.sp, mma.sp, mbarrier, cp.async.bulk.tensor, barrier.cluster.
 """
 
+from dataclasses import dataclass
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+
+KIND = {torch.bfloat16: "bf16", torch.float16: "f16"}  # dtype -> its name in the instructions
 
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # 3.6.0; 3.7.1
 box_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # 3.8; before
@@ -250,6 +255,17 @@ def mma_sp(a, b, acc, metadata, KIND: gl.constexpr, SELECTOR: gl.constexpr):
 
 
 # ------------------------------------------------------------------------------------------------ epilogue
+@dataclass(frozen=True)
+class Epilogue:
+    """y = act(acc + b) * s + r: what of it there is. One compile-time argument of every kernel."""
+
+    activation: str | None = None
+    bias: bool = False
+    scale: bool = False
+    residual: bool = False
+    direct: bool = False  # wgmma: y is stored from registers, because TMA cannot store it
+
+
 @gluon.jit
 def _tanh(x):
     """Relative error 2^-11: for results that are rounded to bf16."""
