@@ -9,6 +9,7 @@ and never waits for their values, so that all of it can be recorded as a CUDA gr
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -226,6 +227,25 @@ def _step(step, model, clip, y, x, noise, times, *before):
     return x.to(dtype), *before
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How samples are computed. Apart from null_label none of it changes more than rounding.
+
+    null_label: the label for "no class", None for the model's config.num_classes. batch_size: samples at a time, None
+    for all. device: None for the model's. dtype: of the samples, in which the sampler computes. network_dtype: of the x
+    that the network is given, None for the same. progress: show a bar on a terminal. cuda_graph: replay whole steps,
+    network and update, as CUDA graphs (cuda_graph.py): the same samples, in less host time.
+    """
+
+    null_label: int | None = None
+    batch_size: int | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype = torch.float32
+    network_dtype: torch.dtype | None = None
+    progress: bool = False
+    cuda_graph: bool = False
+
+
 def sample(
     model,
     schedule,
@@ -239,58 +259,49 @@ def sample(
     start=0,
     y=None,
     guidance=None,
-    null_label=None,
     clip="never",
-    batch_size=None,
-    device=None,
-    dtype=torch.float32,
-    network_dtype=None,
-    progress=False,
-    cuda_graph=False,
+    **execution,
 ):
-    """Draw `count` samples (count, *shape) of `dtype`, images in about [-1, 1], on the device (None: the model's).
+    """Draw `count` samples (count, *shape), images in about [-1, 1]. execution: fields of `Execution`, by name.
 
     Sample i depends on (seed, start + i) alone, never on the batch it is drawn in: its noise is a stream of its own,
     drawn on the CPU so that a seed means the same picture on every device. (A network's own rounding may still depend
     on the batch size.) model: `model(x, t)` or `model(x, t, y)`, or a list of `steps` such, one per step, first the
     noisiest. steps: network evaluations, for heun 2 steps - 1. spacing: None for the sampler's own, see time_grid.
-    y (count,) int64; guidance as in `guided`; null_label: None for the model's config.num_classes. clip: "every" keeps
-    every x̂_0 in [-1, 1], for images (DDPM's code; "static thresholding", arXiv 2205.11487, section 2.3): a small
-    network's errors at high noise, where they are divided by α, would else carry the sample away. "final" clips the
-    sample alone, as DDSM does; "never", as U-ViT, nothing, and latents want no other. network_dtype: of the
-    x that the network is given, where it is not `dtype`, in which the sampler itself computes. cuda_graph: replay whole
-    steps, network and update, as CUDA graphs (cuda_graph.py): the same samples, in less host time.
+    y (count,) int64; guidance as in `guided`. clip, for images: "every" keeps every x̂_0 in [-1, 1] (DDPM's; "static
+    thresholding", arXiv 2205.11487, section 2.3), as a small network's errors at high noise, where they are divided by
+    α, would else carry the sample away; "final" clips the sample alone, as DDSM does; "never" nothing, as U-ViT.
     Raises InputError for an unknown sampler, spacing or clip, for counts and labels that do not fit together or the
     model, for a learned variance of a network without one, and for a graph off a GPU.
     """
+    run = Execution(**execution)
     for what, name, known in (("sampler", sampler, SAMPLERS), ("clip", clip, CLIPS)):
         if name not in known:
             raise InputError(f"unknown {what} {name!r}, expected one of {', '.join(known)}")
-    if count < 1 or (batch_size is not None and batch_size < 1):
-        raise InputError(f"count is {count} and batch_size {batch_size}, both must be at least 1")
+    if count < 1 or (run.batch_size is not None and run.batch_size < 1):
+        raise InputError(f"count is {count} and batch_size {run.batch_size}, both must be at least 1")
     if y is not None and len(y) != count:
         raise InputError(f"{len(y)} labels were given for {count} samples")
     times = time_grid(schedule, steps, spacing or SAMPLERS[sampler].spacing)
     models = model if isinstance(model, list | tuple) else [model] * steps
     for network in {id(m): m for m in models}.values():
         _check(getattr(network, "config", None), sampler, y)
-    batch_size = batch_size or count
+    batch_size, device = run.batch_size or count, run.device
     if device is None:
         device = next((p.device for m in models if isinstance(m, torch.nn.Module) for p in m.parameters()), "cpu")
 
-    asked = functools.partial(_prepared, guidance=guidance, null_label=null_label, dtype=network_dtype)
-    prepared = {id(m): asked(m, variance=SAMPLERS[sampler].learned) for m in models}
+    prepared = {id(m): _prepared(m, guidance, run, SAMPLERS[sampler].learned) for m in models}
     networks = [prepared[id(m)] for m in models]  # those of equal networks are equal, and recorded once
-    graphs = Graphs(device) if cuda_graph else None
+    graphs = Graphs(device) if run.cuda_graph else None
     samples = []
     starts = range(0, count, batch_size)
-    hidden = None if progress else True  # None: unless stderr is a terminal
+    hidden = None if run.progress else True  # None: unless stderr is a terminal
     with evaluating(*models), tqdm(total=steps * len(starts), disable=hidden, desc=sampler) as bar:
         for first in starts:
             size = min(batch_size, count - first)
             streams = noise_streams(size, seed, start + first)
             labels = None if y is None else torch.as_tensor(y[first : first + size], device=device)
-            noise = functools.partial(draw_noise, streams, shape, device, dtype)
+            noise = functools.partial(draw_noise, streams, shape, device, run.dtype)
             x = integrate(networks, schedule, noise(), times, sampler, noise, bar, clip, y=labels, graphs=graphs)
             samples.append(x)
     return torch.cat(samples)
@@ -306,11 +317,13 @@ def _check(config, sampler, y):
             raise InputError(f"labels from {low} to {high}: the network has the classes 0 to {classes - 1}")
 
 
-def _prepared(model, guidance, null_label, dtype, variance):
+def _prepared(model, guidance, run, variance):
     """`model` as `integrate` calls it."""
     asked = functools.partial(model, variance=True) if variance else model
-    config = getattr(model, "config", None)
-    return lambda x, t, y=None: guided(asked, y, guidance, null_label, config)(x if dtype is None else x.to(dtype), t)
+    config, dtype = getattr(model, "config", None), run.network_dtype
+    return lambda x, t, y=None: guided(asked, y, guidance, run.null_label, config)(
+        x if dtype is None else x.to(dtype), t
+    )
 
 
 def guided(model, y, guidance=None, null_label=None, config=None):
