@@ -19,11 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from sparsedm.kernels.launch import Launch
-from sparsedm.kernels.sparse24.ptx import KIND, Epilogue, activate, block_barrier, mma_sp
-
-words_in = (
-    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-)  # 3.8; before
+from sparsedm.kernels.sparse24.ptx import KIND, Epilogue, activate, block_barrier, mma_sp, words_in
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ What the callers must keep to, because the compiler knows nothing of it:
   serialises every wgmma and says C7513).
 * Assembly with side effects is `is_pure=False`; it keeps its order, but Triton inserts no barrier for it.
 
-The Gluon names that differ between Triton 3.6.0 and 3.7.1, both supported, are resolved here and nowhere else.
+The Gluon names that differ between Triton 3.6.0 and 3.9.0, all supported, are resolved here and nowhere else.
 Source: PTX ISA 8.5, sections on wgmma.mma_async.sp, mma.sp, mbarrier, cp.async.bulk.tensor, barrier.cluster.
 """
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 KIND = {torch.bfloat16: "bf16", torch.float16: "f16"}  # dtype -> its name in the instructions
@@ -28,6 +29,8 @@ KIND = {torch.bfloat16: "bf16", torch.float16: "f16"}  # dtype -> its name in th
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # 3.6.0; 3.7.1
 box_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # 3.8; before
 box_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+words_in = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # 3.9; `_reinterpret` before
 
 
 @gluon.jit

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparsedm.kernels.sparse24.ptx import (
+    PUBLIC,
     activate,
     barrier_arrive,
     barrier_expect,
@@ -28,8 +29,6 @@ from sparsedm.kernels.sparse24.ptx import (
     wgmma_sp,
     wgmma_wait,
 )
-
-PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # since Triton 3.9
 
 
 @dataclass(frozen=True)
