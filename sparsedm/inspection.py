@@ -20,7 +20,7 @@ from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
 from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Compressed, CompressedLinear, Linear
-from sparsedm.sparsity import compress, masked_layers, uncompressed_because
+from sparsedm.sparsity import compress, masked_layers, replaced_methods, uncompressed_because
 
 ARCHS = {
     **{"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
@@ -54,11 +54,15 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """rows: one per linear and convolution layer. other_parameters: norms, embeddings. attention_macs: QK^T and PV."""
+    """rows: one per linear and convolution layer. other_parameters: norms, embeddings. attention_macs: QK^T and PV.
+
+    notes: what else is to be known, a sentence each.
+    """
 
     rows: tuple
     other_parameters: int
     attention_macs: int
+    notes: tuple = ()
 
     def totals(self):
         """Parameters and MACs before and after, with and without the attention products: a dict of ints."""
@@ -98,7 +102,7 @@ class Inspection:
             for row in [head, *body]
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*(line.rstrip() for line in lines), "", self.summary()])
+        return "\n".join([*(line.rstrip() for line in lines), "", *self.notes, self.summary()])
 
     def summary(self):
         """The totals in three lines, saying which convention each MAC count follows."""
@@ -171,7 +175,11 @@ def inspect(
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
-    return Inspection(rows, other, attention)
+    notes = tuple(
+        f"{name}.{attribute} was replaced by a function, which a compressed model cannot take along"
+        for name, attribute in replaced_methods(model)
+    )
+    return Inspection(rows, other, attention, notes)
 
 
 def _is_layer(module):
@@ -219,6 +227,8 @@ def _row(name, layer, calls, arch, batch):
         why = getattr(layer, "dense_reason", None) or _foreign_reason(layer)
     elif not compressed and not arch:
         backend = "torch, masked weight"
+        if layer.mask is not None:
+            why = "its mask is frozen: freeze_mask(False) lets it change in training"
         if not calls.macs:
             why = "not called in a forward: whatever reads its weight elsewhere passes over the mask"
     elif compressed or not (why := uncompressed_because(layer)):

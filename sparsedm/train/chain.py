@@ -208,7 +208,7 @@ def check_stages(stages, ema, build):
 def _set_pattern(student, stage, where):
     for network in (student.model, student.ema):
         sparsify(network, stage.pattern, where)
-    set_masking(student.model, decay=stage.decay, dropped=stage.dropped, frozen=stage.frozen_mask)
-    set_masking(
-        student.ema, frozen=stage.frozen_mask
-    )  # its own mask until the first step, then it follows the student's
+    if masked_layers(student.model):
+        set_masking(student.model, decay=stage.decay, dropped=stage.dropped, frozen=stage.frozen_mask)
+        # the average has a mask of its own until the first step, then it follows the student's
+        set_masking(student.ema, frozen=stage.frozen_mask)
