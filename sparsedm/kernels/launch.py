@@ -31,6 +31,9 @@ except ImportError:
         return kernel
 
 
+FUSED = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns that 3.10 has another default
+
+
 class Launch(NamedTuple):
     """One start of a kernel, whose arguments go by keyword."""
 
@@ -44,7 +47,7 @@ class Launch(NamedTuple):
 
     def start(self):
         """In Triton's usual way; for kernels without tensor maps and clusters."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps)
+        self.kernel[self.grid](**self.arguments, **self.constants, **FUSED, num_warps=self.num_warps)
 
 
 BACKENDS = ("torch", "dense", "mma", "splitk", "wgmma")
