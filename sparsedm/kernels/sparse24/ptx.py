@@ -301,15 +301,15 @@ def _gelu_erf(y):
 
 
 @gluon.jit
-def activate(y, ACTIVATION: gl.constexpr, BF16: gl.constexpr):
+def activate(y, EPILOGUE: gl.constexpr, BF16: gl.constexpr):
     """y fp32 -> act(y) fp32. BF16: the result will be rounded to bf16, so the hardware's tanh is exact enough."""
-    if ACTIVATION == "gelu":
+    if EPILOGUE.activation == "gelu":
         y = _gelu_erf(y)
-    elif ACTIVATION == "gelu_tanh":
+    elif EPILOGUE.activation == "gelu_tanh":
         u = y * (0.7978845608028654 + 0.035677408136300125 * (y * y))
         y = 0.5 * y + 0.5 * y * _tanh(u) if BF16 else y * _reciprocal(1 + _exp2(-2.885390081777927 * u))
-    elif ACTIVATION == "silu":
+    elif EPILOGUE.activation == "silu":
         y = 0.5 * y + 0.5 * y * _tanh(0.5 * y) if BF16 else y * _reciprocal(1 + _exp2(-1.4426950408889634 * y))
     else:
-        gl.static_assert(ACTIVATION is None, "unknown activation")
+        gl.static_assert(EPILOGUE.activation is None, "unknown activation")
     return y

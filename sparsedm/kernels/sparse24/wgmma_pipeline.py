@@ -322,7 +322,7 @@ def epilogue(
         y = acc[b]
         if EPILOGUE.bias:
             y = y + gl.load(bias_ptr + feature, mask=feature < N, other=0).to(gl.float32)[:, None]
-        y = activate(y, EPILOGUE.activation, gl.bfloat16 == DTYPE)
+        y = activate(y, EPILOGUE, gl.bfloat16 == DTYPE)
         if EPILOGUE.scale:
             for g in range(m // rows_per_scale, (gl.minimum(m + BLOCK_M, M) - 1) // rows_per_scale + 1):
                 gate = gl.load(scale_ptr + g.to(gl.int64) * N + feature, mask=feature < N, other=0).to(gl.float32)
