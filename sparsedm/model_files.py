@@ -12,6 +12,8 @@ import dataclasses
 import json
 import pickle
 import warnings
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -262,7 +264,7 @@ def describe(model):
     }
 
 
-def save_model(file, model, shard_bytes=None):
+def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None = None) -> Path:
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
     What torch.compile, DDP and the like wrap is written without the wrapper. shard_bytes: split it into files of at
@@ -280,7 +282,14 @@ def save_model(file, model, shard_bytes=None):
     return file
 
 
-def load_model(path, build, *, which="ema", config=None, convert=None):
+def load_model(
+    path: str | PathLike,
+    build: Callable[..., nn.Module],
+    *,
+    which: str = "ema",
+    config: object = None,
+    convert: Callable[[dict], dict] | None = None,
+) -> Loaded:
     """Build a model from a run folder, a checkpoint folder, a model file, an index of shards, or a foreign file.
 
     build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
