@@ -1,0 +1,84 @@
+"""Where the C kernels are worth calling: arithmetic alone, never a clock, so that a resumed training is bit for bit the same.
+
+The constants were fitted to measurements with one thread: AVX-512 on a Zen 5, AVX2 on a Zen 1. NEON was never timed; it
+gets the constants of AVX-512. A change of any rule changes RULE_VERSION, which checkpoints record.
+"""
+
+import torch
+
+from sparsedm.kernels.cpu import library
+from sparsedm.kernels.launch import autocast_dtype
+
+RULE_VERSION = 1
+SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
+LANES = {"avx512": 16, "avx2": 8, "neon": 4}
+# time over that of the best dense product, of whole vectors of rows: slope * density + offset
+COST = {"avx512": (1.14, 0.1), "avx2": (1.05, 0.07), "neon": (1.14, 0.1)}
+CONV_SLOPE = {"avx512": 1.14, "avx2": 1.1, "neon": 1.14}
+ATTENTION_TOKENS = {
+    "avx512": 1 << 20,
+    "avx2": 64,
+    "neon": 0,
+}  # up to so many: torch's is 1.2 times as quick at 256 with AVX2
+
+
+def linear_way(M, N, K, pattern, instructions):
+    """ "linear" or "few": how `products.linear` serves (M, K) x (K, N); or why dense is quicker, as a longer phrase.
+
+    pattern: Pattern. instructions: a name of `library.instruction_set`.
+    """
+    if M * N * K < SMALLEST:
+        return f"{M} x {K} x {N}: the call would cost more than it saves"
+    few, tile = _few(M, pattern, instructions), _tile(M, pattern, instructions)
+    if min(few, tile) >= 1:
+        return f"{pattern} of {M} rows takes about {min(few, tile):.2f} of the dense product's time"
+    return "few" if few < tile else "linear"
+
+
+def _tile(M, pattern, instructions):
+    """Relative time of the kernel whose lanes are rows of x: vectors are padded, and one alone waits for its loads."""
+    (slope, offset), lanes = COST[instructions], LANES[instructions]
+    vectors = -(-M // lanes)
+    return (slope * pattern.density + offset) * vectors * lanes / M * (1.4 if vectors == 1 else 1)
+
+
+def _few(M, pattern, instructions):
+    """Relative time of the kernel whose lanes are outputs."""
+    if pattern.group > LANES[instructions]:  # gathers
+        return 9.5 * pattern.density if LANES[instructions] // 8 >= M else 9
+    if instructions == "avx512":
+        return (0.84 + 0.05 * M) * pattern.density if M <= 16 else 9
+    return (1.9 if M <= 2 else 2.2) * pattern.density if LANES[instructions] // 2 >= M else 9
+
+
+def conv_obstacle(pattern, instructions, vectors, N, K, planes):
+    """None where `products.conv2d` serves, or why dense is quicker.
+
+    vectors: of LANES pixels, of all images. N: output channels. K: columns, kh kw C. planes: whether x is NCHW and the
+    kernel 1 x 1 or strided, where packing costs more.
+    """
+    if vectors * LANES[instructions] * N * K < SMALLEST:
+        return f"{N} x {K}, {vectors} vectors of pixels: the call would cost more than it saves"
+    if vectors < (4 if instructions == "avx512" else 2):
+        return f"{vectors} vectors of pixels: reading the weight decides"
+    cost = CONV_SLOPE[instructions] * pattern.density + 0.06 + 9 / N + 0.2 * planes
+    return f"{pattern} takes about {cost:.2f} of the dense convolution's time" if cost >= 1 else None
+
+
+def attention_serves(q):
+    """Whether `products.attention` is called for q (B, H, L, D)."""
+    (B, H, L, D), instructions = q.shape, library.instruction_set()
+    if instructions is None or L < 16 or ATTENTION_TOKENS[instructions] < L or B * H * L * L * D < SMALLEST:
+        return False
+    return serves(q) and D % LANES[instructions] == 0
+
+
+def serves(*tensors):
+    """Whether the kernels can be called with these tensors: fp32 on a CPU, in eager code, and there is a library."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    fit = all(
+        t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided)
+        for t in tensors
+    )
+    return fit and autocast_dtype(torch.device("cpu")) is None and library.library() is not None
