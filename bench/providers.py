@@ -9,8 +9,6 @@ are the providers in DENSE and nothing else. Other people's sparse products, and
 `baselines.py`.
 """
 
-import contextlib
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.problems import TWO_FOUR
-from sparsedm.kernels.launch import capability
+from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.mask import choose, choose_packed
-from sparsedm.kernels.sparse24.dispatch import SPLITK_ROWS, choose_backend, last_choice
+from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Request, last_measured, rule_of_thumb
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import CompressedConv2d, Conv2d, Linear
@@ -138,7 +136,7 @@ class Masked(Provider):
 
 
 class Sparse24(Provider):
-    """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else forced by SPARSEDM_BACKEND."""
+    """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else the one with this name."""
 
     def __init__(self, backend=None):
         self.backend, self.sweeps = backend, bool(backend)
@@ -150,44 +148,30 @@ class Sparse24(Provider):
         rows = problem.shape.M
         if self.backend == "splitk" and rows > MOST_SPLITK_ROWS:
             return f"{rows} rows: it is made for few, and with more than {MOST_SPLITK_ROWS} would only cost time"
-        with self._forced():
-            chosen, why = self._choice(problem)
-        return None if self.backend in (None, chosen) else why
+        choice, why = self._choice(problem)
+        return None if self.backend in (None, choice.backend) else why
 
     def prepare(self, problem):
         return pack(problem.masked)
 
     def bind(self, problem, prepared):
-        cache = {}
+        cache, options = {}, {**problem.epilogue, "backend": self.backend}
 
         def run():
-            with self._forced():
-                return sparse24_linear(problem.x, *prepared, problem.bias, **problem.epilogue, cache=cache)
+            return sparse24_linear(problem.x, *prepared, problem.bias, **options, cache=cache)
 
-        with self._forced():
-            backend, why = self._choice(problem)
+        choice, why = self._choice(problem)
         run()  # on a GPU this measures the candidates, unless the tuned table has them
-        measured = last_choice(cache.get("choices", {}), problem.shape.M)
+        measured = last_measured(cache, problem.shape.M)
         if measured:
-            backend, why = measured.backend, f"measured, configuration {measured.config}"
-        return Bound(run, f"{backend}: {why}")
+            choice, why = measured.choice, f"measured, configuration {measured.choice.config}"
+        return Bound(run, f"{choice.backend}: {why}")
 
     def _choice(self, problem):
         shape = problem.shape
-        return choose_backend(capability(problem.device), shape.M, shape.N, shape.K, problem.dtype)
-
-    @contextlib.contextmanager
-    def _forced(self):
-        before = os.environ.get("SPARSEDM_BACKEND")
-        if self.backend:
-            os.environ["SPARSEDM_BACKEND"] = self.backend
-        try:
-            yield
-        finally:
-            if self.backend:
-                os.environ.pop("SPARSEDM_BACKEND")
-                if before is not None:
-                    os.environ["SPARSEDM_BACKEND"] = before
+        device = capability(problem.device)
+        backend = self.backend or forced_backend()
+        return rule_of_thumb(Request(LINEAR, device, problem.dtype, shape.M, shape.N, shape.K, backend=backend))
 
 
 # ---- what the products of other libraries have in common (they are in `baselines.py`)

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
-from sparsedm.kernels.launch import capability
+from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.pattern import Pattern, group_view, holds
-from sparsedm.kernels.sparse24.conv import choose_conv_backend
-from sparsedm.kernels.sparse24.linear import choose_backend
+from sparsedm.kernels.sparse24.conv import conv_request
+from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
 from sparsedm.layers import Compressed, CompressedLinear, Linear
 from sparsedm.sparsify import uncompressed_because
 
@@ -244,18 +244,18 @@ def _sparse_backend(layer, shape, calls, arch, batch):
     if arch:
         architecture, dtype = ARCHS[arch], torch.bfloat16
     elif isinstance(layer, Compressed):
-        measured = layer.measured_backend(batch * calls.rows if isinstance(layer, CompressedLinear) else None)
+        measured = layer.measured(batch * calls.rows if isinstance(layer, CompressedLinear) else None)
         if measured:
-            return measured, "what its call of this size took: see the tuned table of the GPU"
+            return measured.choice.backend, str(measured)
+    others = {"backend": forced_backend(), "device": None if arch else held.device}
     if isinstance(layer, Linear | CompressedLinear):
-        return choose_backend(architecture, batch * calls.rows, *shape, dtype)
-    geometry = [getattr(layer, k) for k in GEOMETRY]
+        choice, why = rule_of_thumb(Request(LINEAR, architecture, dtype, batch * calls.rows, *shape, **others))
+        return choice.backend, why
     pixels = batch * calls.macs // math.prod(shape)
-    backend, why = choose_conv_backend(architecture, shape[1], shape[2:], *geometry, pixels, shape[0], dtype)
-    if backend == "linear":
-        backend, product = choose_backend(architecture, pixels, *shape[:2], dtype)
-        why = f"{why}: {product}"
-    return backend, why
+    geometry = [getattr(layer, k) for k in GEOMETRY]
+    request = conv_request(architecture, dtype, pixels, *shape[:2], shape[2:], *geometry, **others)
+    choice, why = rule_of_thumb(request)
+    return choice.backend, why if request.operation == CONV else f"a 1 x 1 kernel is a product over the pixels: {why}"
 
 
 @dataclass

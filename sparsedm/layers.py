@@ -23,7 +23,7 @@ from sparsedm.kernels.masked_dispatch import kernels_serve, kernels_win
 from sparsedm.kernels.masked_matmul import masked_linear, transformed
 from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
-from sparsedm.kernels.sparse24.dispatch import last_choice
+from sparsedm.kernels.sparse24.dispatch import last_measured
 from sparsedm.kernels.sparse24.format import check_metadata, pack, unpack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.kernels.straight_through import straight_through
@@ -249,10 +249,9 @@ class Compressed(nn.Module):
             raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def measured_backend(self, rows=None):
-        """The back end the GPU's tables gave the latest new size, or to `rows` rows; None before a call there."""
-        choice = last_choice(self._prepacked.get("choices", {}), rows)
-        return choice and choice.backend
+    def measured(self, rows=None):
+        """What the GPU's tables say of the latest new size, or of `rows` rows (`dispatch.Measured`); None before."""
+        return last_measured(self._prepacked, rows)
 
     @property
     def weight(self):

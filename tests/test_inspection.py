@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
-from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.kernels.sparse24.dispatch import Choice, Measured
 from sparsedm.layers import Compressed
 from sparsedm.sparsify import compress, sparsify
 
@@ -156,7 +156,7 @@ def test_a_layer_without_weights_is_counted(recwarn):
 def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
     x = torch.zeros(1, 512, 64) if isinstance(layer, nn.Linear) else torch.zeros(1, 64, 8, 8)
-    model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Choice("wgmma", 2)}
+    model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Measured(Choice("wgmma", 2), {}, {})}
     assert inspect(model, (x,)).rows[0].backend == "wgmma"
     assert "tuned table" in inspect(model, (x,)).rows[0].why
     assert inspect(model, (x,), arch="cpu").rows[0].backend == "dense"

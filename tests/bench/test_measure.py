@@ -112,7 +112,7 @@ def test_one_that_raises_does_not_stop_the_others():
 def test_one_that_cannot_run_says_why():
     rows = rows_of(Sparse24("wgmma"))
     assert [(r["status"], r["reason"]) for r in rows] == [
-        ("unsupported", "SPARSEDM_BACKEND=wgmma cannot run: not an NVIDIA GPU, or no Triton")
+        ("unsupported", "backend=wgmma cannot run: not an NVIDIA GPU, or no Triton")
     ]
 
 

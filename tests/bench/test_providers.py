@@ -1,4 +1,3 @@
-import os
 import sys
 import types
 
@@ -25,7 +24,7 @@ from bench.providers import MOST_SPLITK_ROWS, Baseline, DenseCompiled, DenseFuse
 from bench.results import DENSE
 from bench.shapes import ConvShape, LinearShape
 from sparsedm.kernels.pattern import holds
-from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.kernels.sparse24.dispatch import Choice, Measured
 from sparsedm.kernels.sparse24.format import unpack
 
 SHAPE = LinearShape("square", "64", 64, 64, 64, "gelu")
@@ -38,7 +37,7 @@ def test_everything_that_needs_a_gpu_says_so_on_a_cpu():
     assert able == {"dense", "sparsedm masked", "sparsedm 2:4", "sparsedm 2:4 dense"}
     assert reasons["cuSPARSELt"] == reasons["cuSPARSELt tuned"] == reasons["CUTLASS"] == "needs a CUDA device"
     assert reasons["dense compiled"] == "max-autotune compares GPU kernels: there is none on a CPU"
-    assert reasons["sparsedm 2:4 mma"] == "SPARSEDM_BACKEND=mma cannot run: not an NVIDIA GPU, or no Triton"
+    assert reasons["sparsedm 2:4 mma"] == "backend=mma cannot run: not an NVIDIA GPU, or no Triton"
 
 
 def test_names_are_unique_and_the_denominators_are_there():
@@ -49,18 +48,14 @@ def test_names_are_unique_and_the_denominators_are_there():
         assert all(not p.sparse for p in every if p.name in DENSE)
 
 
-def test_a_forced_back_end_runs_and_the_environment_is_put_back(monkeypatch):
+def test_a_back_end_that_is_asked_for_runs_whatever_the_environment_says(monkeypatch):
     problem = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu")
     monkeypatch.setenv("SPARSEDM_BACKEND", "torch")
     provider = Sparse24("dense")
     assert provider.supports(problem) is None
     bound = provider.bind(problem, provider.prepare(problem))
-    assert bound.detail == "dense: SPARSEDM_BACKEND=dense"
+    assert bound.detail == "dense: backend=dense"
     assert problem.check(bound.run(), sparse=True).right
-    assert os.environ["SPARSEDM_BACKEND"] == "torch"
-    monkeypatch.delenv("SPARSEDM_BACKEND")
-    bound.run()
-    assert "SPARSEDM_BACKEND" not in os.environ
 
 
 def test_compilation_is_for_each_shape_and_never_gives_up(monkeypatch):
@@ -90,9 +85,8 @@ def test_the_epilogue_of_cublas_is_the_strongest_dense_without_a_compiler():
 def test_what_ran_is_what_was_measured_not_what_the_rule_says(monkeypatch):
     problem, provider = LinearProblem(SHAPE, "plain", torch.float32, "cpu"), Sparse24()
     assert provider.bind(problem, provider.prepare(problem)).detail.startswith("dense: ")
-    monkeypatch.setattr(
-        providers, "last_choice", lambda kept, rows: Choice("mma", 2) if rows == problem.shape.M else None
-    )
+    measured = Measured(Choice("mma", 2), {}, {})
+    monkeypatch.setattr(providers, "last_measured", lambda cache, rows: measured if rows == problem.shape.M else None)
     assert provider.bind(problem, provider.prepare(problem)).detail == "mma: measured, configuration 2"
 
 

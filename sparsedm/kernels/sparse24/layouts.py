@@ -9,12 +9,6 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.sparse24.format import ZERO_WORD, check_metadata, check_shapes, unpack
 
-PADDING = {
-    "wgmma": (256, 128),
-    "mma": (128, 64),
-    "splitk": (128, 64),
-}  # multiples of rows and columns: the largest tiles
-
 
 def pad(values, metadata, row_multiple, column_multiple):
     """Appends rows and columns of zeros, with legal metadata, up to the next multiples (or returns its arguments)."""
@@ -56,40 +50,42 @@ def tma_metadata(metadata):
     return fragments.transpose(0, 1).reshape(fragments.shape[1], -1).contiguous()
 
 
+def _fragments(values, metadata, columns):
+    """For mma.sp: (values, metadata) in fragment order, padded to its largest tiles."""
+    values, metadata = pad(values, metadata, 128, 64)
+    return [fragment_values(values), fragment_metadata(metadata)]
+
+
+def _tma(values, metadata, columns):
+    """For wgmma.sp: (values, metadata) padded to its largest tiles; the metadata alone, where that changes no value."""
+    padded, metadata = pad(values, metadata, 256, 128)
+    return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
+
+
+LAYOUTS = {  # name -> (values, metadata, columns) -> tensors
+    "fragments": _fragments,
+    "tma": _tma,
+    "dense": lambda values, metadata, columns: [unpack(values, metadata, columns).contiguous()],
+    "torch": lambda values, metadata, columns: [metadata.new_empty(0)],  # AOTInductor passes no empty lists
+}
+
+
 @torch.library.custom_op("sparsedm::sparse24_prepack", mutates_args=())
-def prepack(values: torch.Tensor, metadata: torch.Tensor, backend: str, columns: int) -> list[torch.Tensor]:
-    """The tensors that `backend` reads instead of values and metadata; for wgmma, where no padding is needed, instead
-    of the metadata alone. columns: K.
+def prepack(values: torch.Tensor, metadata: torch.Tensor, layout: str, columns: int) -> list[torch.Tensor]:
+    """The tensors that a back end reads instead of values and metadata, by a name in LAYOUTS. columns: K.
 
     An operator, because it looks at the metadata and refuses illegal pairs, which torch.compile could not follow.
     """
     check_shapes(values, metadata)
     check_metadata(metadata)
-    if backend == "torch":
-        return [metadata.new_empty(0)]  # AOTInductor cannot hand an empty list to an operator
-    if backend == "dense":
-        return [unpack(values, metadata, columns).contiguous()]
-    if backend == "wgmma":
-        padded, metadata = pad(values, metadata, *PADDING[backend])
-        return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
-    values, metadata = pad(values, metadata, *PADDING[backend])
-    return [fragment_values(values), fragment_metadata(metadata)]
+    return LAYOUTS[layout](values, metadata, columns)
 
 
 @prepack.register_fake
-def _(values, metadata, backend, columns):
-    if backend == "torch":
-        return [metadata.new_empty(0)]
-    if backend == "dense":
+def _(values, metadata, layout, columns):
+    if layout == "dense":  # `unpack` looks at the metadata
         return [values.new_empty(values.shape[0], columns)]
-    multiple_n, multiple_k = PADDING[backend]
-    N, K = values.shape[0], 2 * values.shape[1]
-    n, k = N + -N % multiple_n, K + -K % multiple_k
-    words = lambda *shape: values.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    if backend == "wgmma":
-        same = (n, k) == (N, K) and values.is_contiguous()
-        return ([] if same else [values.new_empty(n, k // 2)]) + [words(k // 64, 2 * n)]
-    return [words(n // 16, k // 32, 32, 4), words(n // 16, k // 64, 32)]
+    return LAYOUTS[layout](values, metadata, columns)
 
 
 def kernel_tensors(values, prepacked):
@@ -97,18 +93,15 @@ def kernel_tensors(values, prepacked):
     return prepacked if len(prepacked) == 2 else [values, *prepacked]
 
 
-def prepack_once(values, metadata, backend, columns, kept):
-    """`prepack`, unless `kept`, the caller's dict or None, still holds what it gave for these very values."""
-    if kept is None:
-        return prepack(values, metadata, backend, columns)
-    family = "fragments" if backend in ("mma", "splitk") else backend
+def prepack_once(values, metadata, layout, columns, cache):
+    """`prepack`, unless `cache`, the caller's dict, still holds what it gave for these very values."""
     # while tracing there are no addresses, and then the weight cannot change either
     stamp = None if torch.compiler.is_compiling() else [_stamp(values), _stamp(metadata)]
-    if family not in kept or (stamp is not None and kept[family][0] != stamp):
+    if layout not in cache or (stamp is not None and cache[layout][0] != stamp):
         if stamp and values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InputError("a layer with a 2:4 weight must be called once before a CUDA graph of it is captured")
-        kept[family] = stamp, prepack(values, metadata, backend, columns)
-    return kept[family][1]
+        cache[layout] = stamp, prepack(values, metadata, layout, columns)
+    return cache[layout][1]
 
 
 def _stamp(tensor):

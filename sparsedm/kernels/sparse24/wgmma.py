@@ -10,7 +10,6 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparsedm.kernels.sparse24.dispatch import stores_directly
 from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
 from sparsedm.kernels.sparse24.wgmma_pipeline import boxes
 
@@ -63,7 +62,7 @@ def operands(config, x, values, metadata, y, bias, activation, residual, skip, s
     if skip is not None and x.shape[1] % config.block_k:
         x, skip = torch.cat((x, skip), 1), None  # a TMA box may not straddle the two
     M, N = y.shape
-    direct = stores_directly(N, y.dtype, residual)
+    direct = y.dtype == torch.float32 or N % 8 != 0 or (residual is not None and residual.dtype != y.dtype)
     stored = x if direct else y
     tensors = {
         "w_desc": values,

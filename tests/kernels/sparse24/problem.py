@@ -3,6 +3,7 @@
 import torch
 
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.sparse24.dispatch import LINEAR, row_of
 from sparsedm.kernels.sparse24.format import pack, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
 from sparsedm.kernels.sparse24.linear import sparse24_linear_ref
@@ -99,8 +100,8 @@ def launch_on_the_gpu(module, backend, problem, **config):
 
 def prepacked(problem, backend):
     """Its weight as the kernels of `backend` take it."""
-    values, metadata = problem.values, problem.metadata
-    return kernel_tensors(values, prepack(values, metadata, backend, 2 * values.shape[1]))
+    values, metadata, layout = problem.values, problem.metadata, row_of(LINEAR, backend).layout
+    return kernel_tensors(values, prepack(values, metadata, layout, 2 * values.shape[1]))
 
 
 def kinds(arguments):

@@ -11,11 +11,11 @@ from emulator.memory import SHARED_BYTES
 from emulator.sass import Build, compile_offline
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
-from sparsedm.kernels.sparse24 import conv
+from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24 import wgmma_conv as kernel
 from sparsedm.kernels.sparse24 import wgmma_pipeline as pipeline
-from sparsedm.kernels.sparse24.conv import _pair, _pixels, choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
-from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.kernels.sparse24.conv import _pair, _pixels, sparse24_conv2d, sparse24_conv2d_ref
+from sparsedm.kernels.sparse24.dispatch import CONV, Choice, Request
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS
 from tests.kernels.sparse24.problem import kinds, prepacked
@@ -192,88 +192,35 @@ def test_patches(pixels, rows, columns):
     assert height <= 2 * rows
 
 
-DISPATCH = [
-    # capability, channels, kernel, stride, dilation, pixels, features, dtype -> back end, words of the reason
-    (None, 64, 3, 1, 1, 4096, 64, BF16, "dense", "not an NVIDIA GPU"),
-    ((9, 0), 64, 1, 1, 1, 4096, 64, BF16, "linear", "over the pixels"),
-    ((9, 0), 64, 3, 1, 1, 4096, 64, BF16, "wgmma", "sm_90a"),
-    ((9, 0), 64, 3, 2, 1, 4096, 64, BF16, "wgmma", "sm_90a"),
-    ((9, 0), 96, 3, 1, 1, 4096, 64, BF16, "dense", "96 input channels: the wgmma kernel needs a multiple of 64"),
-    ((9, 0), 64, 3, 1, 1, 4096, 3, BF16, "dense", "3 output channels"),
-    ((9, 0), 64, 3, 1, 1, 1984, 256, BF16, "wgmma", "sm_90a"),
-    ((9, 0), 64, 3, 1, 1, 1920, 256, BF16, "dense", "30 tiles of 128 x 128 leave most of the GPU idle"),
-    ((9, 0), 64, 3, 1, 2, 4096, 64, BF16, "dense", "no dilation"),
-    ((9, 0), 64, 3, 1, 1, 4096, 64, torch.float32, "dense", "float32"),
-    ((9, 0), 64, 3, 3, 1, 4096, 64, BF16, "dense", "strides 1 and 2"),
-    ((8, 0), 64, 3, 1, 1, 4096, 64, BF16, "mma", "sm_80"),
-    ((8, 9), 64, 3, 2, 1, 4096, 67, BF16, "mma", "sm_89"),
-    ((8, 9), 64, 3, 2, 1, 4096, 3, BF16, "dense", "3 features leave most of a tile of 128 x 128 empty"),
-    ((8, 0), 96, 3, 1, 1, 4096, 64, BF16, "mma", "sm_80"),
-    ((8, 0), 100, 3, 1, 1, 4096, 64, BF16, "dense", "100 input channels: the mma kernel needs a multiple of 8"),
-    ((8, 0), 64, 3, 1, 1, 64, 64, BF16, "dense", "1 tiles of 128 x 128"),
-    ((7, 5), 64, 3, 1, 1, 4096, 64, BF16, "dense", "sm_75 has no sparse tensor cores"),
-    ((10, 0), 64, 3, 1, 1, 4096, 64, BF16, "dense", "wgmma.sp needs sm_90a"),
-]
-
-
-@pytest.mark.parametrize(
-    ("capability", "channels", "kernel", "stride", "dilation", "pixels", "features", "dtype", "backend", "words"),
-    DISPATCH,
-)
-def test_dispatch_says_what_runs_and_why(
-    capability, channels, kernel, stride, dilation, pixels, features, dtype, backend, words, monkeypatch
-):
-    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
-    geometry = ((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (dilation, dilation))
-    chosen, reason = choose_conv_backend(capability, channels, *geometry, pixels, features, dtype)
-    assert chosen == backend
-    assert words in reason
-
-
-@pytest.mark.parametrize(("rule", "forced"), [("wgmma", ""), ("dense", ""), ("wgmma", "splitk"), ("wgmma", "wgmma")])
-def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, forced, monkeypatch):
-    """Also where the rule, for so few pixels, is dense; and a kernel is timed alone only if it is the forced one."""
-    monkeypatch.setenv("SPARSEDM_BACKEND", forced)
+def test_the_dispatcher_is_told_of_the_convolution_and_decides(monkeypatch):
     c, cache = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
-    call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, cache=cache)  # noqa: E731
+    call = lambda: sparse24_conv2d(  # noqa: E731
+        c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, cache=cache, backend="wgmma"
+    )
     expected = call()
     cache.clear()
 
-    def pick(operation, offered, choice, run, device, rows, cache, **key):
-        assert (operation, choice, device, rows) == ("sparse24_conv2d", (rule, rule == "wgmma"), c.x.device, 2 * 4 * 3)
-        dense = [] if forced == "wgmma" else ["dense"]
-        assert [choice.backend for choice in offered()] == dense + ["wgmma"] * len(kernel.CONFIGS)
-        assert key == dict(
-            dtype=torch.float32, activation=None, bias=True, residual=False, kernel=(3, 3), stride=2, image=(4, 3),
-            n=16, c=64,
+    def serve(request, run, cache):
+        assert request == Request(
+            CONV, None, torch.float32, 2 * 4 * 3, 16, 9 * 64, device=c.x.device, out_dtype=torch.float32, bias=True,
+            channels=64, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), image=(4, 3),
+            backend="wgmma",
         )  # fmt: skip
-        assert torch.equal(run(Choice("dense")), expected)
-        return Choice("torch")
+        assert torch.equal(run(Choice("dense"), {}, True), expected)
+        return run(Choice("torch"), cache, False)
 
-    monkeypatch.setattr(conv, "choose_conv_backend", lambda *geometry: (rule, ""))
-    monkeypatch.setattr(conv, "conv_kernel", lambda *geometry: ("wgmma", ""))
-    monkeypatch.setattr(conv, "pick", pick)
+    monkeypatch.setattr(dispatch, "serve", serve)
     assert torch.equal(call(), expected)
-    assert set(cache) == {"choices", "torch"}
+    assert set(cache) == {"torch"}
 
 
-@pytest.mark.parametrize(
-    ("forced", "capability", "expected"),
-    [
-        ("mma", (9, 0), "mma"),
-        ("wgmma", (9, 0), "wgmma"),
-        ("wgmma", (8, 0), "dense"),
-        ("splitk", (8, 0), "mma"),
-        ("torch", (9, 0), "torch"),
-        ("dense", (8, 0), "dense"),
-        ("torch", None, "torch"),
-        ("mma", None, "dense"),
-    ],
-)
-def test_dispatch_can_be_forced(forced, capability, expected, monkeypatch):
-    monkeypatch.setenv("SPARSEDM_BACKEND", forced)
-    pair = (1, 1)
-    assert choose_conv_backend(capability, 64, (3, 3), pair, pair, pair, 4096, 64, BF16)[0] == expected
+def test_a_kernel_that_does_not_run_is_computed_in_torch(monkeypatch):
+    c = Convolution(2, 64, 8, 6, 16, bias=True, activation="silu", residual=True)
+    call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, "silu", c.residual, padding=1)  # noqa: E731
+    expected = call()
+    monkeypatch.setattr(dispatch, "rule_of_thumb", lambda request: (Choice("mma"), ""))
+    monkeypatch.setattr(dispatch, "launch", lambda *arguments, **_: False)
+    assert torch.equal(call(), expected)
 
 
 REFUSED = {
@@ -306,7 +253,7 @@ def test_operator_is_registered_correctly(memory_format):
     c = Convolution(2, 32, 8, 8, 8, bias=True, activation="silu", residual=True, dtype=torch.float32)
     x = c.x.to(memory_format=memory_format)
     arguments = (x, c.values, c.metadata, [], [3, 3], c.bias, "silu", c.residual, [1, 1], [1, 1], [1, 1], [8, 8])
-    torch.library.opcheck(torch.ops.sparsedm.sparse24_conv2d, (*arguments, "torch", 0))
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_conv2d, (*arguments, "torch", 0, True))
 
 
 def launched_on_the_gpu(module, backend, c, config):

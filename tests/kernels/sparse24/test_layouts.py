@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch.sparse import _semi_structured_conversions as cutlass
 
-from sparsedm.kernels.launch import BACKENDS
 from sparsedm.kernels.sparse24 import layouts
 from sparsedm.kernels.sparse24.format import pack, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
@@ -15,35 +14,35 @@ from tests.kernels.sparse24.problem import pruned
 BF16 = torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_prepack_keeps_the_weight(backend):
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_prepack_keeps_the_weight(layout):
     """Whatever the order, it is the same weight: the prepacked values hold the same numbers, padded with zeros."""
     weight = pruned(24, 72)
     values, metadata = pack(weight)
-    tensors = prepack(values, metadata, backend, 72)
-    assert len(tensors) == {"torch": 1, "dense": 1}.get(backend, 2)
-    assert backend != "torch" or not tensors[0].numel(), "nothing is kept, and yet the list is not empty"
-    if backend == "dense":
+    tensors = prepack(values, metadata, layout, 72)
+    assert len(tensors) == {"torch": 1, "dense": 1}.get(layout, 2)
+    assert layout != "torch" or not tensors[0].numel(), "nothing is kept, and yet the list is not empty"
+    if layout == "dense":
         assert torch.equal(tensors[0], weight)
-    elif backend != "torch":
+    elif layout != "torch":
         numbers = tensors[0].view(BF16).flatten().float().sort().values
         expected = F.pad(weight[weight != 0].float(), (0, numbers.numel() - int((weight != 0).sum()))).sort().values
         assert torch.equal(numbers, expected)
-    if backend == "wgmma":
+    if layout == "tma":
         assert tensors[0].shape == (256, 64)
         assert tensors[1].shape == (2, 512)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("shape", [(24, 72), (256, 128)], ids=["padded", "as-it-is"])
-def test_prepack_is_registered_correctly(backend, shape):
+def test_prepack_is_registered_correctly(layout, shape):
     values, metadata = pack(pruned(*shape))
-    torch.library.opcheck(torch.ops.sparsedm.sparse24_prepack, (values, metadata, backend, shape[1]))
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_prepack, (values, metadata, layout, shape[1]))
 
 
 def test_values_that_need_no_padding_are_not_copied():
     values, metadata = pack(pruned(256, 128))
-    prepacked = prepack(values, metadata, "wgmma", 128)
+    prepacked = prepack(values, metadata, "tma", 128)
     assert len(prepacked) == 1
     assert kernel_tensors(values, prepacked) == [values, *prepacked]
 

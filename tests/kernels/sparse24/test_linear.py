@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.sparse24 import dispatch
-from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.kernels.sparse24.dispatch import LINEAR, Choice, Request
 from sparsedm.kernels.sparse24.format import ZERO_WORD, pack, unpack
 from sparsedm.kernels.sparse24.linear import _rows, sparse24_linear
 from tests.kernels.sparse24.problem import Problem, prepacked, pruned
@@ -70,24 +70,41 @@ def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
     assert torch.equal(linear(p, cache=cache), 2 * first)
 
 
-def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch):
-    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+def test_the_dispatcher_is_told_of_the_product_and_decides(monkeypatch):
     p, cache = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu", dtype=torch.float32), {}
     expected = linear(p)
 
-    def pick(operation, offered, rule, run, device, rows, cache, **key):
-        assert (operation, rule, device, rows) == ("sparse24_linear", Choice("dense"), p.x.device, 3)
-        assert key == dict(
-            dtype=torch.float32, out=torch.float32, activation="gelu", bias=True, scale=False, residual=False, skip=16,
-            n=16, k=48,
+    def serve(request, run, cache):
+        assert request == Request(
+            LINEAR, None, torch.float32, 3, 16, 48, device=p.x.device, out_dtype=torch.float32, activation="gelu",
+            bias=True, skip=16, backend="mma",
         )  # fmt: skip
-        for choice in (Choice("dense"), Choice("torch")):
-            assert torch.equal(run(choice), expected)
-        return Choice("torch")
+        assert torch.equal(run(Choice("dense"), {}, True), expected)
+        return run(Choice("torch"), cache, False)
 
-    monkeypatch.setattr(dispatch, "pick", pick)
-    assert torch.equal(linear(p, cache=cache), expected)
-    assert set(cache) == {"choices", "torch"}
+    monkeypatch.setattr(dispatch, "serve", serve)
+    assert torch.equal(linear(p, cache=cache, backend="mma"), expected)
+    assert set(cache) == {"torch"}
+
+
+def test_the_environment_names_a_back_end_where_the_call_does_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dispatch, "serve", lambda request, *_: asked.append(request.backend))
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    p = Problem(M=3, N=16, K=32)
+    linear(p), linear(p, backend="torch")
+    assert asked == ["dense", "torch"]
+
+
+def test_a_kernel_that_does_not_run_is_computed_in_torch_unless_it_was_asked_for(monkeypatch):
+    p = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu")
+    expected, stricts = linear(p), []
+    choice = Choice("splitk")
+    monkeypatch.setattr(dispatch, "rule_of_thumb", lambda request: (choice, ""))
+    monkeypatch.setattr(dispatch, "launch", lambda *arguments, **_: stricts.append(arguments[3]))
+    assert torch.equal(linear(p), expected)
+    assert torch.equal(linear(p, backend="splitk"), expected)
+    assert stricts == [False, True]
 
 
 REFUSED = {
@@ -115,7 +132,7 @@ def test_refusals(case):
 def test_operator_is_registered_correctly():
     p = Problem(M=6, N=16, K=32, skip=16, groups=2, bias=True, activation="silu", residual=True, dtype=torch.float32)
     arguments = (p.x, p.values, p.metadata, [], p.bias, p.activation, p.residual, p.skip, p.scale, torch.float32)
-    torch.library.opcheck(torch.ops.sparsedm.sparse24_linear, (*arguments, "torch", 0))
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_linear, (*arguments, "torch", 0, True))
 
 
 class Layer(torch.nn.Module):
