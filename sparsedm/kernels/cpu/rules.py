@@ -1,4 +1,4 @@
-"""Where the C kernels are worth calling: arithmetic alone, never a clock, so that a resumed training is bit for bit the same.
+"""Where the C kernels are worth calling: arithmetic, never a clock, so that a resumed training stays bit-exact.
 
 The constants were fitted to measurements with one thread: AVX-512 on a Zen 5, AVX2 on a Zen 1. NEON was never timed; it
 gets the constants of AVX-512. A change of any rule changes RULE_VERSION, which checkpoints record.
@@ -22,17 +22,13 @@ ATTENTION_TOKENS = {
 }  # up to so many: torch's is 1.2 times as quick at 256 with AVX2
 
 
-def linear_way(M, N, K, pattern, instructions):
-    """ "linear" or "few": how `products.linear` serves (M, K) x (K, N); or why dense is quicker, as a longer phrase.
+def linear_cost(M, N, K, pattern, instructions):
+    """(time over that of the best dense product, "linear" or "few") of `products.linear` for (M, K) x (K, N).
 
-    pattern: Pattern. instructions: a name of `library.instruction_set`.
+    pattern: Pattern. instructions: as `library.instruction_set` gives them.
     """
-    if M * N * K < SMALLEST:
-        return f"{M} x {K} x {N}: the call would cost more than it saves"
-    few, tile = _few(M, pattern, instructions), _tile(M, pattern, instructions)
-    if min(few, tile) >= 1:
-        return f"{pattern} of {M} rows takes about {min(few, tile):.2f} of the dense product's time"
-    return "few" if few < tile else "linear"
+    cost = min((_tile(M, pattern, instructions), "linear"), (_few(M, pattern, instructions), "few"))
+    return (max(cost[0], 2.0) if M * N * K < SMALLEST else cost[0]), cost[1]
 
 
 def _tile(M, pattern, instructions):
@@ -51,18 +47,31 @@ def _few(M, pattern, instructions):
     return (1.9 if M <= 2 else 2.2) * pattern.density if LANES[instructions] // 2 >= M else 9
 
 
-def conv_obstacle(pattern, instructions, vectors, N, K, planes):
-    """None where `products.conv2d` serves, or why dense is quicker.
+def conv_cost(pixels, N, K, pattern, instructions):
+    """Time over that of the best dense convolution, in NHWC.
 
-    vectors: of LANES pixels, of all images. N: output channels. K: columns, kh kw C. planes: whether x is NCHW and the
-    kernel 1 x 1 or strided, where packing costs more.
+    pixels: (images, H' W'). N: output channels. K: kh kw C.
     """
-    if vectors * LANES[instructions] * N * K < SMALLEST:
-        return f"{N} x {K}, {vectors} vectors of pixels: the call would cost more than it saves"
-    if vectors < (4 if instructions == "avx512" else 2):
-        return f"{vectors} vectors of pixels: reading the weight decides"
-    cost = CONV_SLOPE[instructions] * pattern.density + 0.06 + 9 / N + 0.2 * planes
-    return f"{pattern} takes about {cost:.2f} of the dense convolution's time" if cost >= 1 else None
+    lanes = LANES[instructions]
+    vectors = pixels[0] * -(-pixels[1] // lanes)
+    if vectors * lanes * N * K < SMALLEST or vectors < (4 if instructions == "avx512" else 2):
+        return 2.0
+    return CONV_SLOPE[instructions] * pattern.density + 0.06 + 9 / N
+
+
+def halo_serves(kernel_size, stride, padding, width, pattern, instructions):
+    """Whether a convolution can go the halo way, which is quicker: 3 x 3, stride 1, y as large as x.
+
+    The same arithmetic as `nm_halo_channels` in C, because torch.compile cannot look into that.
+    """
+    if (*kernel_size, *stride, *padding) != (3, 3, 1, 1, 1, 1):
+        return False
+    lanes = LANES[instructions]
+    vectors, room = (8, 40960) if lanes == 16 else (12, 28672)
+    per = width // lanes
+    if width % lanes or not 1 <= per <= vectors:
+        return False
+    return min(32, room // (12 * lanes * (vectors // per + 2) * per)) >= pattern.group
 
 
 def attention_serves(q):
