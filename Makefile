@@ -7,11 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help test test-slow lint quickstart bench gpu clean
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+
+.PHONY: help test test-slow test-versions lint quickstart bench gpu clean
 help:
 	@echo "make quickstart [DATA=path]   train dense -> 3:4 -> 2:4, sample, measure; leaves pictures in runs/quickstart*"
 	@echo "make test                     lint and the whole default test suite"
 	@echo "make test-slow                the tests that take minutes"
+	@echo "make test-versions            the kernel tests under each of Triton $(TRITONS); most of an hour"
 	@echo "make bench                    measure small shapes here (a CPU will do), draw every chart: runs/bench"
 	@echo "make gpu [MINUTES=9]          everything that needs a GPU: tests, ceilings, benchmarks, counters: runs/gpu"
 
@@ -32,6 +35,22 @@ test: lint
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 
+# one environment, and each Triton in a folder that is found before the environment's own
+test-versions: export OMP_NUM_THREADS = 1
+test-versions: $(TRITONS:%=.venvs/triton-%/.tested)
+
+.venvs/triton-%/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	touch $@
+
+.venvs/triton-%/.tested: .venvs/triton-%/.installed FORCE
+	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__version__"
+	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 emulator/tests tests/kernels tests/bench/test_instruction_rates.py
+	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m tests.kernels.compile_table > $@ && cat $@
+
+.PHONY: FORCE
+.PRECIOUS: .venvs/triton-%/.installed
+
 bench: $(STAMP)
 	rm -rf runs/bench
 	$(BIN)/python -m bench.run --quick --suite $(SUITES) --out runs/bench/results.csv
@@ -46,4 +65,4 @@ quickstart: $(STAMP)
 	$(BIN)/sparsedm quickstart $(if $(DATA),--data '$(DATA)')
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venvs .pytest_cache .ruff_cache

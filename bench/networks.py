@@ -24,7 +24,7 @@ from sparsedm import diffusion, samplers
 from sparsedm.cuda_graph import Graphs
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, masked_layers, sparsify
+from sparsedm.sparsity import compress, masked_layers, sparsify
 
 
 @dataclass(frozen=True)

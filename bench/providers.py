@@ -18,7 +18,7 @@ from torch import nn
 
 from bench.problems import TWO_FOUR
 from sparsedm.kernels.launch import capability, forced_backend
-from sparsedm.kernels.mask import choose, choose_packed
+from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Request, last_measured, rule_of_thumb
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
@@ -129,7 +129,7 @@ class Masked(Provider):
     name = "sparsedm masked"
 
     def prepare(self, problem):
-        return choose(problem.weight, TWO_FOUR)[0]
+        return select_mask(problem.weight, TWO_FOUR).masked
 
     def bind(self, problem, prepared):
         return Bound(torch_linear(problem, prepared), "torch, pre-masked")
@@ -277,7 +277,7 @@ class Choose(Provider):
         return super().traffic(problem) + problem.weight.numel() * 7 / 8
 
     def bind(self, problem, prepared):
-        return Bound(lambda: choose(problem.weight, TWO_FOUR, problem.dtype)[0], "masked weight and mask")
+        return Bound(lambda: select_mask(problem.weight, TWO_FOUR, problem.dtype).masked, "masked weight and mask")
 
 
 class ChoosePacked(Provider):
@@ -289,7 +289,8 @@ class ChoosePacked(Provider):
 
     def bind(self, problem, prepared):
         def run():
-            return choose_packed(problem.weight, TWO_FOUR, problem.dtype, compressed=True).masked
+            wanted = {"mask": False, "bits": True, "compressed": True}
+            return select_mask(problem.weight, TWO_FOUR, problem.dtype, **wanted).masked
 
         return Bound(run, "masked weight, bits, values, metadata")
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sparsedm.errors import InputError
+from sparsedm.sparsity import hold_masks, is_sharded
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -241,12 +242,13 @@ def draw_noise(streams, shape, device, dtype):
 
 @contextlib.contextmanager
 def evaluating(*models):
-    """No gradients, and every module in eval mode, restored afterwards."""
+    """No gradients, masks selected once, and every module in eval mode, restored afterwards."""
     was = {module: module.training for m in models if isinstance(m, torch.nn.Module) for module in m.modules()}
     for module in was:
         module.training = False
+    whole = [m for m in models if isinstance(m, torch.nn.Module) and not any(map(is_sharded, m.parameters()))]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), hold_masks(*whole):
             yield
     finally:
         for module, training in was.items():

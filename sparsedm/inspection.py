@@ -16,7 +16,7 @@ from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
 from sparsedm.layers import Compressed, CompressedLinear, Linear
-from sparsedm.sparsify import uncompressed_because
+from sparsedm.sparsity import uncompressed_because
 
 ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
 GEOMETRY = ("stride", "padding", "dilation")

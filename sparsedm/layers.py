@@ -1,41 +1,26 @@
-"""A sparse layer in its two states: masked, to train and run anywhere; compressed, to run fast. Models: `sparsify.py`.
+"""A sparse layer in its two states: masked, to train and run anywhere; compressed, to run fast. Models: `sparsity.py`.
 
 Masked layer:      y = act(x (w * m)^T + b) * s + r, with m = the pattern's choice from w; w is the dense master weight.
 Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through), plus decay * (1 - m) * w (SR-STE,
-                   arXiv 2102.04010); `sparsify.set_masking` sets the decay, and multipliers for kept and dropped.
+                   arXiv 2102.04010); `sparsity.set_masking` sets the decay, and multipliers for kept and dropped.
 
-A mask is a function of the weight and the pattern: chosen again when the weight has changed, and otherwise cached.
-What counts as a change is torch's version counter. Every in-place operation moves it, with two exceptions: optimizers
-with fused=True, for which a hook below moves it, and writes through `weight.data`, which are not supported.
+A mask is a function of the pattern and of today's weight, whoever wrote it. Every forward selects it again;
+`sparsity.hold_masks` is the only place where a selection is used twice.
 """
-
-import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import autocast_dtype, exporting
-from sparsedm.kernels.mask import choose, choose_packed
-from sparsedm.kernels.masked_dispatch import kernels_serve, kernels_win
-from sparsedm.kernels.masked_matmul import masked_linear, transformed
+from sparsedm.kernels.mask import Selection, select_mask
+from sparsedm.kernels.masked_matmul import STE, kernels_serve, masked_linear, straight_through
 from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import last_measured
 from sparsedm.kernels.sparse24.format import check_metadata, pack, unpack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
-from sparsedm.kernels.straight_through import straight_through
-
-
-def _count_fused_step_as_a_change(optimizer, args, kwargs):
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
-
-
-register_optimizer_step_post_hook(_count_fused_step_as_a_change)
 
 
 def _check_activation(activation):
@@ -67,19 +52,18 @@ def invalid_because(weight, pattern):
 
 
 class Masked:
-    """What Linear and Conv2d share: the pattern, the choice of the mask, and the gradient settings.
+    """What Linear and Conv2d share: the pattern, the choice of the mask, and the gradient rule.
 
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
-    decay, kept, dropped: see `sparsify.set_masking`. mask: None, or the frozen mask, a buffer,
-    saved with the weights.
+    rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
     """
 
     def _start_masking(self, pattern=None, activation=None):
         self.activation = _check_activation(activation)
         self.dense_reason = "no pattern was set"
-        self.decay, self.kept, self.dropped = 0.0, 1.0, 1.0
+        self.rule = STE
         self.register_buffer("mask", None)
-        self._choice = self._held = None
+        self._held = None  # (the weight, its Selection), inside of `hold_masks`
         self.pattern = None
         if pattern is not None:
             self.set_pattern(pattern)
@@ -90,81 +74,44 @@ class Masked:
         reason = invalid_because(self.weight, pattern)
         if reason:
             raise InputError(f"pattern {pattern} does not fit weight {tuple(self.weight.shape)}: {reason}")
-        self.pattern, self.mask, self._choice, self._held = pattern, None, None, None
+        self.pattern, self.mask, self._held = pattern, None, None
         self.dense_reason = None if pattern else "no pattern was set"
 
     def freeze_mask(self, frozen=True):
-        """Keep today's mask from now on, whatever the weight does; with frozen=False choose again."""
+        """Keep today's mask from now on, whatever the weight does; with frozen=False select it again."""
         self.mask = self.current_mask().clone() if frozen else None
-        self._choice = self._held = None
+        self._held = None
 
     def current_mask(self):
         """bool, shape of the weight: what the layer multiplies its weight with. All true when dense."""
         if self.pattern is None:
             return torch.ones_like(self.weight, dtype=torch.bool)
-        return self._chosen(self.weight.dtype)[1]
+        return self.selection(self.weight.dtype).mask
 
     def effective_weight(self):
         """The weight that multiplies x, in the dtype of the product, with the straight-through gradient attached."""
         if self.pattern is None:
             return self.weight
-        masked, mask, _ = self._chosen(product_dtype(self.weight))
+        masked, mask, *_ = self.selection(product_dtype(self.weight))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return masked
-        return straight_through(self.weight, masked, mask, decay=self.decay, kept=self.kept, dropped=self.dropped)
+        return straight_through(self.weight, masked, mask, self.rule)
 
-    def _chosen(self, dtype):
-        """(masked weight in `dtype`, mask, its bits where the kernels may want them), detached, of today's weight."""
-        weight = self.weight.detach()
-        in_graph = torch.compiler.is_compiling() and not exporting()
-        if in_graph and self._held and self._held[0] is self.weight:
-            _, choice, _ = self._held
-            if choice[0].dtype == dtype:
-                return choice
-        if transformed():  # inside a graph the choice is a part of it: a cached one would go stale
-            return self._choose(weight, dtype)
-        key, cached = self._choice_key(dtype), self._choice
-        if cached and key and cached[0]() is self.weight and cached[1] == key:
-            return cached[2]
-        with torch.no_grad():
-            choice = self._choose(weight, dtype)
-        self._choice = (weakref.ref(self.weight), key, choice)
-        return choice
-
-    def _choice_key(self, dtype):
-        """What a choice in `dtype` depends on, to be compared; None where torch does not count changes."""
-        tensors = [self.weight] if self.mask is None else [self.weight, self.mask]
-        if any(t.is_inference() for t in tensors):
-            return None
-        return dtype, *((t._version, t.data_ptr(), t.device) for t in tensors)
-
-    def hold_choice(self):
-        """Let compiled graphs use today's choice, until `release_choice`: see `sparsify.hold_masks`."""
-        dtype = product_dtype(self.weight)
-        key, (masked, mask, _) = self._choice_key(dtype), self._chosen(dtype)
-        self._held = (self.weight, (masked, mask, None), key) if key else None
-
-    def release_choice(self):
-        """Choose in compiled graphs again. False if the weight was changed while its choice was held."""
-        held, self._held = self._held, None
-        return not held or (held[0] is self.weight and held[2] == self._choice_key(held[2][0]))
-
-    def _choose(self, weight, dtype):
-        packed = isinstance(self, nn.Linear) and kernels_serve(weight)
-        if self.mask is not None:
-            return (weight * self.mask).to(dtype), self.mask, pack_bits(self.mask) if packed else None
-        if not packed:
-            return *choose(weight, self.pattern, dtype), None
-        choice = choose_packed(weight, self.pattern, dtype, mask=True)
-        return choice.masked, choice.mask, choice.bits
-
-    def train(self, mode=True):
-        """As of every module; and what was chosen is forgotten, as libraries write weights unseen between the two."""
-        self._choice = None
-        return super().train(mode)
+    @torch.no_grad()
+    def selection(self, dtype):
+        """The Selection of today's weight, the masked weight in `dtype`, with bits where a kernel may want them."""
+        weight, mask = self.weight.detach(), self.mask
+        if self._held and self._held[0] is self.weight and not exporting():
+            if self._held[1].masked.dtype == dtype:
+                return self._held[1]
+            mask = self._held[1].mask
+        bits = isinstance(self, nn.Linear) and kernels_serve(weight)
+        if mask is None:
+            return select_mask(weight, self.pattern, dtype, bits=bits)
+        return Selection((weight * mask).to(dtype), mask, pack_bits(mask) if bits else None)
 
     def __getstate__(self):
-        return {**self.__dict__, "_choice": None, "_held": None}  # a weak reference cannot be copied or pickled
+        return {**self.__dict__, "_held": None}  # a copy is another layer
 
     def extra_repr(self):
         pattern = f", pattern={self.pattern}" if self.pattern else ""
@@ -189,11 +136,9 @@ class Linear(Masked, nn.Linear):
         if skip is not None:
             x = torch.cat((x, skip), -1)
         if self.pattern is not None and kernels_serve(self.weight):
-            masked, mask, bits = self._chosen(product_dtype(self.weight))
-            rates = {"decay": self.decay, "kept": self.kept, "dropped": self.dropped}
             product = x, self.weight, self.pattern, self.bias, self.activation
-            if kernels_win(*product, masked, mask, bits, list(rates.values())):
-                return _epilogue(masked_linear(*product, masked=masked, bits=bits, **rates), None, residual, scale)
+            y = masked_linear(*product, selection=self.selection(product_dtype(self.weight)), rule=self.rule)
+            return _epilogue(y, None, residual, scale)
         return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual, scale)
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, read_json, write_json, writing
 from sparsedm.layers import Compressed
-from sparsedm.sparsify import compress, masked_layers, sparsify
+from sparsedm.sparsity import compress, masked_layers, sparsify
 
 INDEX = ".index.json"
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsify import compress, sparsify
+from sparsedm.sparsity import compress, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 

@@ -18,7 +18,7 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.samplers import SAMPLERS, sample
-from sparsedm.sparsify import compress, sparsify
+from sparsedm.sparsity import compress, sparsify
 
 
 class Tape(TorchDispatchMode):

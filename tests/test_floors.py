@@ -16,7 +16,7 @@ FLOORS = (  # the room that names a module most closely counts
     (5, "sparsedm.stepaware", "sparsedm.recipes"),
     (4, "sparsedm.train", "sparsedm.evaluate"),
     (3, "sparsedm.models", "sparsedm.diffusion", "sparsedm.samplers"),
-    (2, "sparsedm.layers", "sparsedm.sparsify", "sparsedm.inspection", "sparsedm.model_files", "sparsedm.permutation"),
+    (2, "sparsedm.layers", "sparsedm.sparsity", "sparsedm.inspection", "sparsedm.model_files", "sparsedm.permutation"),
     (1, "sparsedm.kernels"),
     (0, "sparsedm.files", "sparsedm.errors", "sparsedm.plots", "sparsedm.features", "sparsedm.cuda_graph"),
 )
@@ -117,6 +117,7 @@ def test_every_public_name_is_there():
     assert sparsedm.__all__
     for name in sparsedm.__all__:
         assert callable(getattr(sparsedm, name))
+        assert f"sparsedm.{name}" not in MODULES, "once imported, the module would hide the function"
     with pytest.raises(AttributeError, match="no attribute 'pruning'"):
         _ = sparsedm.pruning
 

@@ -8,7 +8,7 @@ from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.sparse24.dispatch import Choice, Measured
 from sparsedm.layers import Compressed
-from sparsedm.sparsify import compress, sparsify
+from sparsedm.sparsity import compress, sparsify
 
 
 class Model(nn.Module):

@@ -6,18 +6,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import sparsedm.layers
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
+from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsify import compress, set_masking
+from sparsedm.sparsity import compress, hold_masks, set_masking
 from tests.tolerance import assert_as_good_as_torch
 
 PATTERNS = ["1:2", "2:4", "3:4", "1:8", "4:16", "31:32"]
 
 
 def reference_mask(weight, pattern):
-    return ungroup(choose_mask_ref(group_view(weight), pattern), weight.shape)
+    return ungroup(select_mask_ref(group_view(weight), pattern), weight.shape)
 
 
 def layers_and_inputs(pattern, dtype=torch.float64, **kwargs):
@@ -129,24 +128,7 @@ def test_a_layer_under_torchs_transformations(kind):
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
-# ---- once per weight version -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def count_choices(monkeypatch):
-    calls = []
-    choose = sparsedm.layers.choose
-    monkeypatch.setattr(sparsedm.layers, "choose", lambda *a, **k: (calls.append(1), choose(*a, **k))[1])
-    return calls
-
-
-def test_the_mask_is_chosen_once_per_weight_version(count_choices):
-    layer, x = Linear(64, 32, pattern="2:4"), torch.randn(4, 64)
-    for _ in range(3):
-        layer(x).sum().backward()
-    checkpoint(layer, x, use_reentrant=False).sum().backward()
-    layer.current_mask()
-    assert len(count_choices) == 1
+# ---- the mask of today's weight --------------------------------------------------------------------------------------
 
 
 def changed_by_optimizer(layer, kind, **options):
@@ -166,6 +148,11 @@ def changed_by_ema(layer):
     return average.module
 
 
+def changed_with_the_version_kept(layer):
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(layer.weight):
+        layer.weight.copy_(torch.randn(32, 64))
+
+
 CHANGES = {
     "in place": lambda m: nn.init.normal_(m.weight),
     "adamw foreach": lambda m: changed_by_optimizer(m, torch.optim.AdamW, foreach=True),
@@ -179,6 +166,9 @@ CHANGES = {
     ".data =": lambda m: setattr(m.weight, "data", torch.randn(32, 64)),
     ".to(float64)": lambda m: m.to(torch.float64),
     "deepcopy": lambda m: copy.deepcopy(m),
+    ".data in place": lambda m: m.weight.data.mul_(torch.randn(32, 64)),
+    "numpy": lambda m: m.weight.detach().numpy().__imul__(torch.randn(32, 64).numpy()),
+    "version kept": changed_with_the_version_kept,
 }
 
 
@@ -225,11 +215,31 @@ def test_a_second_source_is_a_concatenation():
             assert torch.equal(form(x[:, :24], residual, skip=x[:, 24:]), form(x, residual))
 
 
-def test_inference_mode_works():
+def test_a_forward_in_inference_mode_leaves_nothing_to_the_next_training_step():
     layer = Linear(64, 32, pattern="2:4")
     expected = layer(torch.eye(64))
     with torch.inference_mode():
         assert torch.equal(layer(torch.eye(64)), expected)
+        block = hold_masks(layer)
+        block.__enter__()
+    layer(torch.eye(64)).square().sum().backward()
+    block.__exit__(None, None, None)
+    assert layer.weight.grad.count_nonzero() > 0
+
+
+def test_an_optimizer_that_writes_through_data_trains_as_one_that_does_not():
+    weights = []
+    for through_data in (False, True):
+        torch.manual_seed(0)
+        layer, x = Linear(64, 32, pattern="2:4"), torch.randn(9, 64)
+        for _ in range(5):
+            layer.zero_grad()
+            layer(x).square().sum().backward()
+            with torch.no_grad():
+                for p in layer.parameters():
+                    (p.data if through_data else p).add_(p.grad, alpha=-0.01)
+        weights.append(layer.weight)
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(

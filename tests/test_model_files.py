@@ -10,7 +10,7 @@ from sparsedm import model_files
 from sparsedm.errors import InputError
 from sparsedm.model_files import fill, load_model, read_tensors, save_model, write_shards, write_tensors
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, sparsify
+from sparsedm.sparsity import compress, sparsify
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
 

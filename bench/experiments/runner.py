@@ -33,7 +33,7 @@ from sparsedm.features import load_features
 from sparsedm.files import cache_folder
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config
-from sparsedm.sparsify import sparsify
+from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint
 from sparsedm.train.chain import Stage, StageResult, run_chain
 from sparsedm.train.data import load_images

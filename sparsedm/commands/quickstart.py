@@ -17,7 +17,7 @@ from sparsedm.files import write_json, write_text
 from sparsedm.inspection import inspect
 from sparsedm.model_files import save_model
 from sparsedm.models import build_model, model_config
-from sparsedm.sparsify import compress, sparsify
+from sparsedm.sparsity import compress, sparsify
 from sparsedm.train import data
 from sparsedm.train.chain import Stage, run_chain
 from sparsedm.train.data import load_images

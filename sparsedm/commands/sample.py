@@ -18,7 +18,7 @@ from sparsedm.features import load_features, to_uint8
 from sparsedm.files import atomic_file, cache_folder, check_writable, write_json
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, masked_layers
+from sparsedm.sparsity import compress, masked_layers
 from sparsedm.stepaware import family as stepaware
 from sparsedm.train import distributed
 from sparsedm.train.data import load_images

@@ -17,7 +17,7 @@ from sparsedm.inspection import ARCHS, inspect
 from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.diffusers import from_diffusers
-from sparsedm.sparsify import sparsify
+from sparsedm.sparsity import sparsify
 from sparsedm.train import distributed
 from sparsedm.train.chain import check_stages, distilled, parse_chain, plan, run_chain
 from sparsedm.train.data import load_images

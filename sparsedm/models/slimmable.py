@@ -19,7 +19,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.layers import invalid_because
 from sparsedm.models.ddpm import DDPM, DDPMConfig
-from sparsedm.sparsify import masked_layers
+from sparsedm.sparsity import masked_layers
 
 
 @dataclass(frozen=True)

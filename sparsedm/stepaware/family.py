@@ -24,7 +24,7 @@ from sparsedm.files import write_json
 from sparsedm.inspection import inspect
 from sparsedm.model_files import describe, load_model
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, masked_layers
+from sparsedm.sparsity import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
 

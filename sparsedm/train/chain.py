@@ -20,7 +20,7 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
-from sparsedm.sparsify import masked_layers, set_masking, sparsify
+from sparsedm.sparsity import masked_layers, set_masking, sparsify
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.loop import MAY_CHANGE, TrainResult, check_data, train
 from sparsedm.train.metrics import read_metrics, usual_speed

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.sparsify import masks
+from sparsedm.sparsity import masks
 
 
 @contextlib.contextmanager

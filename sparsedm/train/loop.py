@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sparsedm import diffusion
 from sparsedm.errors import InputError
 from sparsedm.model_files import describe
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.data import batch
 from sparsedm.train.metrics import MetricsLog
@@ -179,6 +180,9 @@ def train(
             checkpoint.claim(folder, facts, MAY_CHANGE)
         distributed.wait()
         one_step = Step(model, ema, images, schedule, options, teacher, w_kd, w_noise, device)
+        if teacher is not None:
+            with one_step.autocast:
+                stack.enter_context(hold_masks(teacher))
         if continue_from is not None:
             state["updates"] = checkpoint.load_optimizer(continue_from, model, one_step.optimizer)["updates"]
         saved = checkpoint.latest(folder)

@@ -17,7 +17,7 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.files import write_text, writing
-from sparsedm.sparsify import masked_layers, masks
+from sparsedm.sparsity import masked_layers, masks
 from sparsedm.train import checkpoint, distributed
 
 

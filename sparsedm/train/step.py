@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
-from sparsedm.sparsify import hold_masks
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 
@@ -24,7 +24,6 @@ class Step:
         self.model, self.ema, self.images, self.schedule, self.options = model, ema, images, schedule, options
         self.shares = distributed.shares(options.batch_size, options.accumulate)
         self.network = distributed.parallel(torch.compile(model) if options.compile else model)
-        self.masked = [model] if teacher is None else [model, teacher]
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
         self.loss = {"teacher": teacher, "w_kd": w_kd, "w_noise": w_noise, "weighting": options.weighting}
         self.parameters = list(model.parameters())
@@ -46,7 +45,9 @@ class Step:
         self.optimizer.zero_grad()
         losses = torch.zeros(3, device=x.device)
         draws = self.generator.get_state()
-        with self._held_masks():
+        with contextlib.ExitStack() as held:
+            with self.autocast:
+                held.enter_context(hold_masks(self.model))
             for number, rows in self.shares:
                 self.generator.set_state(draws)
                 torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))
@@ -65,15 +66,6 @@ class Step:
         self.optimizer.step()
         self._update_ema(decay)
         return torch.cat((distributed.mean(losses), norm[None]))
-
-    @contextlib.contextmanager
-    def _held_masks(self):
-        """Eager layers know by themselves that the weights stay as they are until the optimizer's step."""
-        with contextlib.ExitStack() as held:
-            if self.options.compile:
-                with self.autocast:
-                    held.enter_context(hold_masks(*self.masked))
-            yield
 
     def _averages_gradients(self, last):
         """Processes average their gradients once per step: in the backward of the last part of the batch."""

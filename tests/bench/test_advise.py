@@ -10,7 +10,7 @@ from bench.results import read
 from bench.shapes import LinearShape
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
-from sparsedm.sparsify import masked_layers, sparsify
+from sparsedm.sparsity import masked_layers, sparsify
 
 
 def layer(names, dense, ours, reason=""):

@@ -20,7 +20,7 @@ from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model, model_config
-from sparsedm.sparsify import sparsify
+from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data, loop
 from sparsedm.train.methods import LADDER, METHODS
 from sparsedm.train.metrics import read_metrics, usual_speed

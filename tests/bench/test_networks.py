@@ -22,7 +22,7 @@ from bench.run import Session, run_suite
 from sparsedm.cuda_graph import Graphs
 from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
-from sparsedm.sparsify import masked_layers
+from sparsedm.sparsity import masked_layers
 
 SHAPE = ModelShape("uvit-tiny", 2, (("depth", 2), ("dim", 32), ("heads", 2)), "small")
 

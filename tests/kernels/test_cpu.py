@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library, products
-from sparsedm.kernels.pattern import GROUPS, Pattern, choose_mask_ref, group_view, memory_format, ungroup
+from sparsedm.kernels.pattern import GROUPS, Pattern, group_view, memory_format, select_mask_ref, ungroup
 
 HARNESS = Path(__file__).with_name("cpu_harness.c")
 COMPUTE = {None: lambda y: y, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu}
@@ -76,7 +76,7 @@ def guarded(monkeypatch):
 
 
 def mask_of(weight, pattern):
-    return ungroup(choose_mask_ref(group_view(weight).contiguous(), pattern), weight.shape).contiguous()
+    return ungroup(select_mask_ref(group_view(weight).contiguous(), pattern), weight.shape).contiguous()
 
 
 def a_pattern(rng):

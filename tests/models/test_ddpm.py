@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.models.ddpm import PRESETS, timestep_embedding
-from sparsedm.sparsify import masks, sparsify
+from sparsedm.sparsity import masks, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 # two resolutions up and down, unequal widths, attention at one of them, odd numbers of groups and channels

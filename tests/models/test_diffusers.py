@@ -9,7 +9,7 @@ from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.models.ddpm import PRESETS
 from sparsedm.models.diffusers import config_from_diffusers, config_to_diffusers, from_diffusers, to_diffusers
-from sparsedm.sparsify import set_masking, sparsify
+from sparsedm.sparsity import set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 # config.json of google/ddpm-cifar10-32, written by diffusers 0.0.4 and read by every version since

@@ -9,7 +9,7 @@ from sparsedm.inspection import inspect
 from sparsedm.models import build_model
 from sparsedm.models.dit import PRESETS
 from sparsedm.samplers import guided
-from sparsedm.sparsify import compress, masks, sparsify
+from sparsedm.sparsity import compress, masks, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 SMALL = {"image_size": 8, "channels": 4, "patch_size": 2, "dim": 24, "depth": 2, "heads": 3, "num_classes": 5}

@@ -6,7 +6,7 @@ from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.models.dit import PRESETS, DiTConfig
 from sparsedm.models.dit_diffusers import config_from_diffusers, config_to_diffusers, from_diffusers, to_diffusers
-from sparsedm.sparsify import set_masking, sparsify
+from sparsedm.sparsity import set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 SMALL = DiTConfig(image_size=8, dim=32, depth=2, heads=2, num_classes=5)

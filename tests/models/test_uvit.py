@@ -11,7 +11,7 @@ from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.models.uvit import PRESETS, timestep_embedding
-from sparsedm.sparsify import masks, sparsify
+from sparsedm.sparsity import masks, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 SMALL = {"image_size": 8, "patch_size": 2, "dim": 24, "depth": 4, "heads": 3}

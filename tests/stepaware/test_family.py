@@ -15,7 +15,7 @@ from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, masked_layers, sparsify
+from sparsedm.sparsity import compress, masked_layers, sparsify
 from sparsedm.stepaware import family as stepaware
 from sparsedm.stepaware.family import Family, Strategy, load_strategy, sample
 from tests.test_cuda_graph import Tape

@@ -12,7 +12,7 @@ from sparsedm.cli import main
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.models import build_model
-from sparsedm.sparsify import sparsify
+from sparsedm.sparsity import sparsify
 from sparsedm.stepaware import study as search_study
 from sparsedm.stepaware.family import Strategy, family_of, load_strategy, sample
 from sparsedm.stepaware.search import SearchOptions

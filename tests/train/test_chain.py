@@ -13,7 +13,7 @@ from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.model_files import load_model
-from sparsedm.sparsify import masked_layers, masks, sparsify
+from sparsedm.sparsity import masked_layers, masks, sparsify
 from sparsedm.train import step
 from sparsedm.train.chain import Stage, divide, parse_chain, plan, run_chain
 from sparsedm.train.data import batch_indices

@@ -14,7 +14,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.layers import CompressedLinear
 from sparsedm.model_files import describe, load_model, save_model
-from sparsedm.sparsify import compress, masks, set_masking, sparsify
+from sparsedm.sparsity import compress, masks, set_masking, sparsify
 from sparsedm.train import checkpoint
 from tests.tiny import TinyConfig, same_state, tiny, tiny_from
 

@@ -19,7 +19,7 @@ from sparsedm.diffusion import VPSDE, loss
 from sparsedm.errors import InputError
 from sparsedm.model_files import save_model
 from sparsedm.models import build_model
-from sparsedm.sparsify import set_masking, sparsify
+from sparsedm.sparsity import set_masking, sparsify
 from sparsedm.train import distributed, step
 from sparsedm.train.checkpoint import latest
 from sparsedm.train.data import batch_indices

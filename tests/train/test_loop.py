@@ -18,8 +18,8 @@ import torch
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref
-from sparsedm.sparsify import masks, set_masking, sparsify
+from sparsedm.kernels.pattern import Pattern, select_mask_ref
+from sparsedm.sparsity import masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop, step
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, train
@@ -75,7 +75,7 @@ def test_masks_follow_the_weights(unbroken):
     folder, result = unbroken
     for network in (result.model, result.ema):
         for name, mask in masks(network).items():
-            assert torch.equal(mask, choose_mask_ref(network.get_submodule(name).weight, Pattern(2, 4)))
+            assert torch.equal(mask, select_mask_ref(network.get_submodule(name).weight, Pattern(2, 4)))
     assert all(record["flip_rate"] > 0 and record["density"] == 0.5 for record in read_metrics(folder))
 
 

@@ -7,7 +7,7 @@ import torch
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import holds
-from sparsedm.sparsify import masked_layers, masks, sparsify
+from sparsedm.sparsity import masked_layers, masks, sparsify
 from sparsedm.train import step
 from sparsedm.train.chain import run_chain
 from sparsedm.train.data import batch_indices

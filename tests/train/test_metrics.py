@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from sparsedm.sparsify import masks, set_masking, sparsify
+from sparsedm.sparsity import masks, set_masking, sparsify
 from sparsedm.train.metrics import MetricsLog, TrainingDiverged, read_metrics, usual_speed, weight_distance
 from tests.tiny import tiny
 from tests.tolerance import assert_as_good_as_torch

@@ -154,7 +154,7 @@ def _consumer(
                 y = y + panel.load(ACC).to(gl.float32)
             panel.store(y.to(DTYPE))
         fence_async_shared()
-        block_barrier()  # of all warps before one stores: Triton 3.9 sees no dependence through `reinterpret`
+        block_barrier()  # one warp stores for all; Triton 3.9 puts no barrier before it
         for i in gl.static_range(TILES):
             if PUBLIC:
                 panel = panels.index(FIRST + i).reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)

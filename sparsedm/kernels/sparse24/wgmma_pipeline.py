@@ -14,6 +14,7 @@ from sparsedm.kernels.sparse24.ptx import (
     barrier_expect,
     barrier_init,
     barrier_wait,
+    block_barrier,
     box_in,
     box_out,
     effect,
@@ -278,5 +279,6 @@ def epilogue(
             panel.store(y.to(DTYPE))
     if not DIRECT:
         fence_async_shared()
+        block_barrier()  # one warp stores for all; Triton 3.9 puts no barrier before it
         for b in gl.static_range(TILES):
             box_out(y_desc, [m, n + b * ROWS], panels.index(FIRST + b))

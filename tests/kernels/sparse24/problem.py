@@ -2,7 +2,7 @@
 
 import torch
 
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.pattern import Pattern, select_mask_ref
 from sparsedm.kernels.sparse24.dispatch import LINEAR, row_of
 from sparsedm.kernels.sparse24.format import pack, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
@@ -15,7 +15,7 @@ POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp3
 def pruned(rows, columns, dtype=torch.bfloat16, drop=0.1):
     """A 2:4 weight, of which a part `drop` of the entries is zero besides: groups with fewer than two non-zeros."""
     weight = torch.randn(rows, columns) / columns**0.5
-    keep = choose_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
+    keep = select_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
     return torch.where(keep, weight, 0).to(dtype)
 
 

@@ -10,7 +10,7 @@ from emulator.launch import run
 from emulator.memory import SHARED_BYTES
 from emulator.sass import Build, compile_offline
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
+from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24 import wgmma_conv as kernel
 from sparsedm.kernels.sparse24 import wgmma_pipeline as pipeline
@@ -39,7 +39,7 @@ class Convolution:
         weight = torch.randn(N, C, *self.kernel_size)
         weight /= weight[0].numel() ** 0.5
         rows = group_view(weight)
-        self.weight = ungroup(torch.where(choose_mask_ref(rows, Pattern(2, 4)), rows, 0), weight.shape).to(dtype)
+        self.weight = ungroup(torch.where(select_mask_ref(rows, Pattern(2, 4)), rows, 0), weight.shape).to(dtype)
         self.values, self.metadata = pack(group_view(self.weight).reshape(N, -1))
         self.x = torch.randn(B, C, H, W).to(dtype)
         self.bias = torch.randn(N).to(dtype) if bias else None

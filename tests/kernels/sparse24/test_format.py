@@ -7,7 +7,7 @@ import torch
 from torch.sparse import _semi_structured_conversions as cutlass
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.pattern import Pattern, select_mask_ref
 from sparsedm.kernels.sparse24 import format as fmt
 from tests.tolerance import assert_as_good_as_torch
 
@@ -22,7 +22,7 @@ def bits(tensor):
 def pruned(rows, columns, dtype=torch.bfloat16, drop=0.0):
     """A random 2:4 weight; `drop` empties further entries, so that groups with one and no non-zero occur."""
     weight = torch.randn(rows, columns).to(dtype)
-    keep = choose_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
+    keep = select_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
     return torch.where(keep, weight, 0)
 
 

@@ -2,15 +2,26 @@
 
 import contextlib
 import copy
+import itertools
 import re
 
 import torch
 from torch import nn
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
-from sparsedm.layers import Compressed, CompressedConv2d, CompressedLinear, Conv2d, Linear, Masked, invalid_because
+from sparsedm.layers import (
+    Compressed,
+    CompressedConv2d,
+    CompressedLinear,
+    Conv2d,
+    Linear,
+    Masked,
+    invalid_because,
+    product_dtype,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -180,7 +191,7 @@ def set_masking(model, *, decay=0.0, kept=1.0, dropped=1.0, frozen=False):
     adds the decay: to accumulate gradients over n parts of a batch, divide the gradients by n, not the losses.
     """
     for _, layer in masked_layers(model):
-        layer.decay, layer.kept, layer.dropped = float(decay), float(kept), float(dropped)
+        layer.rule = GradientRule(float(decay), float(kept), float(dropped))
         if frozen != (layer.mask is not None):
             layer.freeze_mask(frozen)
 
@@ -192,21 +203,73 @@ def masks(model):
 
 @contextlib.contextmanager
 def hold_masks(*models):
-    """For compiled models: choose the masks now, for every forward of the block, instead of choosing in each.
+    """Select the masks now and use them in every forward of the block, instead of selecting in each.
 
-    A compiled graph cannot see whether a weight has changed. Between two optimizer steps it does not, so this belongs
-    around the forwards and backwards of one step (and under the autocast they run in). Eager layers need no block.
-    Raises: InputError at the end of the block, naming the layer, if a weight was changed inside of it.
+    It belongs around work that leaves the weights as they are: the forwards and backwards of one optimizer step, or
+    sampling. Enter it under the autocast that the forwards run in. Inside of the block a changed weight keeps its old
+    mask.
+    Raises: InputError at the end of the block (on a GPU at the end of a later one, because nothing here waits for the
+    GPU), naming the layer, if a weight was changed inside of it; at once, if a weight is sharded (a DTensor), because
+    only a forward puts its parts together.
     """
-    layers = [found for model in models for found in masked_layers(model)]
+    layers = {layer: name for model in models for name, layer in masked_layers(model)}
+    for layer, name in layers.items():
+        if is_sharded(layer.weight):
+            raise InputError(f"the weight of {name} is sharded: its mask can only be selected in each forward")
+    outer = [layer._held for layer in layers]
+    before = [(layer.weight, _checksum(layer)) for layer in layers]
+    with torch.inference_mode(False):  # what is held must serve a backward, too
+        held = [(layer.weight, layer.selection(product_dtype(layer.weight))) for layer in layers]
+    for layer, mine in zip(layers, held):
+        layer._held = mine
     try:
-        for _, layer in layers:
-            layer.hold_choice()
         yield
     finally:
-        changed = [name for name, layer in layers if not layer.release_choice()]
+        for layer, mine, theirs in zip(layers, held, outer):
+            layer._held = theirs if layer._held is mine else None  # else a pattern was set, and theirs is old too
+    changed = [_changed(layer, *record) for layer, record in zip(layers, before)]
     if changed:
-        raise InputError(f"the weight of {changed[0]} was changed while its mask was held: step after the block")
+        _refuse_changes(torch.stack(changed), list(layers.values()))
+
+
+_unseen = []  # (event, flags in host memory, names) of the blocks on a GPU that have not been looked at
+
+
+def _refuse_changes(changed, names):
+    """Raise InputError for the first name whose flag in `changed` is set: on a GPU, when the flags have arrived."""
+    arrived = []
+    if changed.is_cuda:
+        event, flags = torch.cuda.Event(), torch.empty(changed.shape, dtype=torch.bool, pin_memory=True)
+        flags.copy_(changed, non_blocking=True)
+        event.record()
+        _unseen.append((event, flags, names))
+        while _unseen and _unseen[0][0].query():
+            arrived.append(_unseen.pop(0)[1:])
+    elif not changed.is_meta:
+        arrived.append((changed.cpu(), names))
+    for flags, names in arrived:
+        for name in itertools.compress(names, flags.numpy()):
+            raise InputError(f"the weight of {name} was changed while its mask was held: step after the block")
+
+
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def _changed(layer, weight, checksum):
+    now = _checksum(layer)
+    if layer.weight is not weight or now.shape != checksum.shape or now.device != checksum.device:
+        return now.new_ones((), dtype=torch.bool)
+    return (now != checksum).any()
+
+
+def _checksum(layer):
+    """int64 sums of the bits of every row and of every column of the weight: what is changed unseen was made for it."""
+    rows = layer.weight.detach().flatten(1).contiguous()
+    size = next(size for size in (8, 4, 2, 1) if rows.shape[1] * rows.element_size() % size == 0)
+    bits = rows.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
+    return torch.cat((bits.sum(1), bits.sum(0)))
 
 
 # ---- compressed models -----------------------------------------------------------------------------------------------
@@ -275,7 +338,6 @@ def _compress_layer(layer):
             twin = copy.copy(layer)
             twin._buffers = dict(layer._buffers)
             return CompressedLinear(_adopt(twin), layer.weight.to_dense())
-        layer._choice = None  # libraries write weights in ways that torch does not count: EMA copies, merged LoRA
         reason = uncompressed_because(layer)
         if not reason:
             return CompressedLinear(layer) if isinstance(layer, Linear) else CompressedConv2d(layer)

@@ -8,12 +8,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsedm.errors import InputError
-from sparsedm.kernels import mask as choose_file
+from sparsedm.kernels import mask as mask_file
 from sparsedm.kernels.pattern import Pattern, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS
 from sparsedm.layers import CompressedConv2d, CompressedLinear, Linear
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
+from sparsedm.sparsity import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2}
@@ -34,7 +34,7 @@ class Small(nn.Module):
 # ---- sparsify --------------------------------------------------------------------------------------------------------
 
 
-def test_sparsify_swaps_plain_layers_and_keeps_everything_they_hold():
+def test_sparsity_swaps_plain_layers_and_keeps_everything_they_hold():
     model, x = Small(), torch.randn(2, 3, 8, 8)
     keys, before = list(model.state_dict()), dict(model.named_parameters())
     calls = []
@@ -203,8 +203,8 @@ def test_bad_input_is_refused(call, message):
 @pytest.fixture
 def choices(monkeypatch):
     """How often a mask was chosen, in eager code or inside of a graph."""
-    calls, choose = [], choose_file._choose_in_torch
-    monkeypatch.setattr(choose_file, "_choose_in_torch", lambda *a: (calls.append(1), choose(*a))[1])
+    calls, choose = [], mask_file._select_in_torch
+    monkeypatch.setattr(mask_file, "_select_in_torch", lambda *a: (calls.append(1), choose(*a))[1])
     return calls
 
 
@@ -265,8 +265,22 @@ def test_outside_of_the_block_and_for_other_weights_a_compiled_model_chooses_by_
         lambda model: setattr(model.head, "weight", nn.Parameter(torch.ones(30, 32))),
         lambda model: torch.optim.AdamW(model.parameters(), 0.1, fused=True).step(),
         lambda model: model.double(),
+        lambda model: model.head.weight.data.neg_(),
+        lambda model: model.conv.weight.data.copy_(model.conv.weight.flip(0)),
+        lambda model: model.conv.weight.data.copy_(model.conv.weight.flip(1)),
+        lambda model: model.head.weight.detach().numpy().__iadd__(1e-7),
     ],
-    ids=["in place", "load_state_dict", "new parameter", "fused step", ".double()"],
+    ids=[
+        "in place",
+        "load_state_dict",
+        "new parameter",
+        "fused step",
+        ".double()",
+        "signs",
+        "rows",
+        "columns",
+        "numpy",
+    ],
 )
 def test_a_weight_that_changes_while_its_mask_is_held_is_refused(change):
     model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
