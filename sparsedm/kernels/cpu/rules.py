@@ -22,32 +22,33 @@ ATTENTION_TOKENS = {
 }  # up to so many: torch's is 1.2 times as quick at 256 with AVX2
 
 
-def linear_cost(M, N, K, pattern, instructions):
+def linear_cost(M, N, K, keep, group, instructions):
     """(time over that of the best dense product, "linear" or "few") of `products.linear` for (M, K) x (K, N).
 
-    pattern: Pattern. instructions: as `library.instruction_set` gives them.
+    keep, group: of the pattern. instructions: as `library.instruction_set` gives them.
     """
-    cost = min((_tile(M, pattern, instructions), "linear"), (_few(M, pattern, instructions), "few"))
+    tile, few = _tile(M, keep / group, instructions), _few(M, keep / group, group, instructions)
+    cost = (few, "few") if few < tile else (tile, "linear")
     return (max(cost[0], 2.0) if M * N * K < SMALLEST else cost[0]), cost[1]
 
 
-def _tile(M, pattern, instructions):
+def _tile(M, density, instructions):
     """Relative time of the kernel whose lanes are rows of x: vectors are padded, and one alone waits for its loads."""
     (slope, offset), lanes = COST[instructions], LANES[instructions]
     vectors = -(-M // lanes)
-    return (slope * pattern.density + offset) * vectors * lanes / M * (1.4 if vectors == 1 else 1)
+    return (slope * density + offset) * vectors * lanes / M * (1.4 if vectors == 1 else 1)
 
 
-def _few(M, pattern, instructions):
+def _few(M, density, group, instructions):
     """Relative time of the kernel whose lanes are outputs."""
-    if pattern.group > LANES[instructions]:  # gathers
-        return 9.5 * pattern.density if LANES[instructions] // 8 >= M else 9
+    if group > LANES[instructions]:  # gathers
+        return 9.5 * density if LANES[instructions] // 8 >= M else 9
     if instructions == "avx512":
-        return (0.84 + 0.05 * M) * pattern.density if M <= 16 else 9
-    return (1.9 if M <= 2 else 2.2) * pattern.density if LANES[instructions] // 2 >= M else 9
+        return (0.84 + 0.05 * M) * density if M <= 16 else 9
+    return (1.9 if M <= 2 else 2.2) * density if LANES[instructions] // 2 >= M else 9
 
 
-def conv_cost(pixels, N, K, pattern, instructions):
+def conv_cost(pixels, N, K, keep, group, instructions):
     """Time over that of the best dense convolution, in NHWC.
 
     pixels: (images, H' W'). N: output channels. K: kh kw C.
@@ -56,10 +57,10 @@ def conv_cost(pixels, N, K, pattern, instructions):
     vectors = pixels[0] * -(-pixels[1] // lanes)
     if vectors * lanes * N * K < SMALLEST or vectors < (4 if instructions == "avx512" else 2):
         return 2.0
-    return CONV_SLOPE[instructions] * pattern.density + 0.06 + 9 / N
+    return CONV_SLOPE[instructions] * keep / group + 0.06 + 9 / N
 
 
-def halo_serves(kernel_size, stride, padding, width, pattern, instructions):
+def halo_serves(kernel_size, stride, padding, width, group, instructions):
     """Whether a convolution can go the halo way, which is quicker: 3 x 3, stride 1, y as large as x.
 
     The same arithmetic as `nm_halo_channels` in C, because torch.compile cannot look into that.
@@ -71,7 +72,7 @@ def halo_serves(kernel_size, stride, padding, width, pattern, instructions):
     per = width // lanes
     if width % lanes or not 1 <= per <= vectors:
         return False
-    return min(32, room // (12 * lanes * (vectors // per + 2) * per)) >= pattern.group
+    return min(32, room // (12 * lanes * (vectors // per + 2) * per)) >= group
 
 
 def attention_serves(q):

@@ -81,10 +81,10 @@ def sparse24_conv2d(
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern)
     backend = backend or forced_backend()
     request = conv_request(
-        capability(x.device), x.dtype, x.shape[0] * size[0] * size[1], values.shape[0], x.shape[1], kernel_size, stride,
-        padding, dilation, device=x.device if type(x) is torch.Tensor else None, out_dtype=x.dtype,
+        sm := capability(x.device), x.dtype, x.shape[0] * size[0] * size[1], values.shape[0], x.shape[1], kernel_size,
+        stride, padding, dilation, device=x.device if type(x) is torch.Tensor else None, out_dtype=x.dtype,
         activation=activation, bias=bias is not None, residual=None if residual is None else residual.dtype,
-        image=tuple(size), backend=backend, instructions=cpu_instructions(x), pattern=pattern,
+        image=tuple(size), backend=backend, instructions=cpu_instructions(sm, x.device), pattern=pattern,
     )  # fmt: skip
     if request.operation == LINEAR:
         rows, added = (None if image is None else image.permute(0, 2, 3, 1) for image in (x, residual))
@@ -120,7 +120,7 @@ def _conv(
     backend: str,
     config: int,
     strict: bool,
-    pattern: str,
+    pattern: str = "2:4",
 ) -> torch.Tensor:
     y = _conv_fake(
         x, values, metadata, prepacked, kernel_size, bias, activation, residual, stride, padding, dilation, size,
@@ -152,7 +152,7 @@ def _conv(
 @_conv.register_fake
 def _conv_fake(
     x, values, metadata, prepacked, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend,
-    config, strict, pattern,
+    config, strict, pattern="2:4",
 ):  # fmt: skip
     shape = (x.shape[0], values.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -22,7 +22,6 @@ import torch
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library, rules
 from sparsedm.kernels.launch import exporting
-from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24.layouts import cpu_layout
 from sparsedm.kernels.tuning import Autotuner, bucket, capturing, device_is_lost, reason_of
 
@@ -73,8 +72,9 @@ class Request:
         return {name: value for name in names if (value := getattr(self, name)) not in (None, False, 0)}
 
     @property
-    def parsed(self):
-        return _parse(self.pattern)
+    def keep_and_group(self):
+        keep, group = self.pattern.split(":")
+        return int(keep), int(group)
 
     @property
     def sm(self):
@@ -87,7 +87,6 @@ class Request:
         return self.out_dtype == torch.float32 or self.N % 8 != 0 or other
 
 
-_parse = functools.cache(Pattern.parse)
 KEY = tuple(field.name for field in fields(Request) if field.name != "M")
 
 
@@ -117,9 +116,9 @@ class Measured(NamedTuple):
 # ---- what can compute a product: arithmetic on a Request
 
 
-def cpu_instructions(x):
-    """`Request.instructions` of a product with x."""
-    return library.serving()[0] if x.device.type == "cpu" and not exporting() else None
+def cpu_instructions(capability, device):
+    """`Request.instructions` of a product on a device that `launch.capability` describes so."""
+    return library.serving()[0] if capability is None and device.type == "cpu" and not exporting() else None
 
 
 def _no_cpu(request):
@@ -140,14 +139,14 @@ def _cpu_loses(request):
     else:
         pixels = request.image[0] * request.image[1]
         images = request.M // pixels
-        cost = rules.conv_cost((images, pixels), request.N, request.K, request.parsed, request.instructions)
+        cost = rules.conv_cost((images, pixels), request.N, request.K, *request.keep_and_group, request.instructions)
     if cost < 1:
         return None
     return f"{request.pattern}, {request.M} x {request.K} x {request.N}: about {cost:.2f} of the dense product's time"
 
 
 def _cpu_cost(request):
-    return rules.linear_cost(request.M, request.N, request.K, request.parsed, request.instructions)
+    return rules.linear_cost(request.M, request.N, request.K, *request.keep_and_group, request.instructions)
 
 
 def _cpu_order(request):
@@ -155,7 +154,7 @@ def _cpu_order(request):
     if request.operation == LINEAR:
         return _cpu_cost(request)[1]
     geometry = request.kernel_size, request.stride, request.padding, request.image[1]
-    return "halo" if rules.halo_serves(*geometry, request.parsed, request.instructions) else "conv"
+    return "halo" if rules.halo_serves(*geometry, request.keep_and_group[1], request.instructions) else "conv"
 
 
 def _cpu_layout(request):
@@ -169,7 +168,7 @@ def _no_sparse_cores(request):
         return NO_GPU
     if request.capability < (8, 0):
         return f"{request.sm} has no sparse tensor cores (sm_80 and later have)"
-    if request.parsed.keep > 2:
+    if request.keep_and_group[0] > 2:
         return f"pattern {request.pattern}: sparse tensor cores take at most 2 of every 4"
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(request.dtype)[6:]}: the sparse tensor-core kernels take bfloat16 and float16"

@@ -63,9 +63,10 @@ def _tma(values, metadata, columns):
     return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
 
 
-LAYOUTS = {  # name -> (values, metadata of 2:4, columns) -> tensors; also "dense", and those of `cpu_layout`
+LAYOUTS = {  # name -> (values, metadata of 2:4, columns) -> tensors; also what `cpu_layout` names
     "fragments": _fragments,
     "tma": _tma,
+    "dense": lambda values, metadata, columns: [unpack(values, metadata, columns).contiguous()],
     "torch": lambda values, metadata, columns: [metadata.new_empty(0)],  # AOTInductor passes no empty lists
 }
 
@@ -108,10 +109,10 @@ def prepack(
     check_metadata(metadata, pattern, columns)
     if layout.startswith("cpu "):
         return _cpu(values, metadata, columns, layout)
-    if layout == "dense":
-        return [unpack(values, metadata, columns, pattern).contiguous()]
     if layout == "torch" or pattern == TWO_FOUR:
         return LAYOUTS[layout](values, metadata, columns)
+    if layout == "dense":
+        return [unpack(values, metadata, columns, pattern)]
     values, metadata = _two_four(values, metadata, columns, pattern)
     return kernel_tensors(values, LAYOUTS[layout](values, metadata, columns))
 

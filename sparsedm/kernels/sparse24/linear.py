@@ -74,8 +74,8 @@ def sparse24_linear(
     cache: a dict that the caller keeps with the weight (start with {}): the weight as the back ends read it, until it
     changes, and what was measured. Without it, both are made at every call. backend: a name in `launch.BACKENDS`, to
     compute it so if that can run here, with the configuration that is quickest; by default SPARSEDM_BACKEND, or what is
-    quickest, on a GPU by timing each new size once. pattern: as text; with another one than 2:4, metadata are the bits of
-    `format.py`.
+    quickest, on a GPU by timing each new size once. pattern: as text; with another one than 2:4, metadata are the bits
+    of `format.py`.
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
     dtypes that do not belong together.
@@ -84,9 +84,9 @@ def sparse24_linear(
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
     request = Request(
-        LINEAR, capability(x.device), x.dtype, M=math.prod(x.shape[:-1]), N=values.shape[0], K=x.shape[-1] + K2,
+        LINEAR, sm := capability(x.device), x.dtype, M=math.prod(x.shape[:-1]), N=values.shape[0], K=x.shape[-1] + K2,
         device=x.device if type(x) is torch.Tensor else None,  # a fake one has nothing to time
-        instructions=cpu_instructions(x), pattern=pattern,
+        instructions=cpu_instructions(sm, x.device), pattern=pattern,
         out_dtype=out_dtype, activation=activation, bias=bias is not None, scale=scale is not None,
         residual=None if residual is None else residual.dtype, skip=K2, backend=backend or forced_backend(),
     )  # fmt: skip
@@ -116,7 +116,7 @@ def _linear(
     backend: str,
     config: int,
     strict: bool,
-    pattern: str,
+    pattern: str = "2:4",
 ) -> torch.Tensor:
     row = dispatch.row_of(LINEAR, backend)
     if row.module:
@@ -141,8 +141,9 @@ def _linear(
 
 @_linear.register_fake
 def _(
-    x, values, metadata, prepacked, bias, activation, residual, skip, scale, out_dtype, backend, config, strict, pattern
-):
+    x, values, metadata, prepacked, bias, activation, residual, skip, scale, out_dtype, backend, config, strict,
+    pattern="2:4",
+):  # fmt: skip
     return x.new_empty(*x.shape[:-1], values.shape[0], dtype=out_dtype)
 
 

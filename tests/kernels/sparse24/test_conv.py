@@ -10,6 +10,7 @@ from emulator.launch import run
 from emulator.memory import SHARED_BYTES
 from emulator.sass import Build, compile_offline
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import library
 from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24 import wgmma_conv as kernel
@@ -204,7 +205,7 @@ def test_the_dispatcher_is_told_of_the_convolution_and_decides(monkeypatch):
         assert request == Request(
             CONV, None, torch.float32, 2 * 4 * 3, 16, 9 * 64, device=c.x.device, out_dtype=torch.float32, bias=True,
             channels=64, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), image=(4, 3),
-            backend="wgmma",
+            backend="wgmma", instructions=library.serving()[0],
         )  # fmt: skip
         assert torch.equal(run(Choice("dense"), {}, True), expected)
         return run(Choice("torch"), cache, False)
