@@ -2,7 +2,7 @@
 PYTHON ?= python3
 DATA ?=
 SUITES ?= ceiling,mask,masked-train,gemm,conv,end-to-end,train,table3
-MINUTES ?= 9
+SECONDS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow                the tests that take minutes"
 	@echo "make test-versions            the kernel tests under each of Triton $(TRITONS); most of an hour"
 	@echo "make bench                    measure small shapes here (a CPU will do), draw every chart: runs/bench"
-	@echo "make gpu [MINUTES=9]          everything that needs a GPU: tests, ceilings, benchmarks, counters: runs/gpu"
+	@echo "make gpu [SECONDS=430]        on a GPU: 150 s of first contact, then so long by value: runs/gpu; again: goes on"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,8 +56,10 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.run --quick --suite $(SUITES) --out runs/bench/results.csv
 	$(BIN)/python -m bench.plot runs/bench/results.csv --out runs/bench/plots
 
-gpu: $(STAMP)
-	$(BIN)/python -m bench.campaign --minutes $(MINUTES) --out runs/gpu $(GPU_OPTIONS)
+# no network and no pip: under the Python that has torch and Triton
+gpu:
+	-$(PYTHON) -m bench.campaign first --out runs/gpu
+	$(PYTHON) -m bench.campaign second --out runs/gpu $(if $(SECONDS),--seconds $(SECONDS))
 
 # threads that wait by sleeping: by spinning, two of them slow down to a crawl as soon as another process is busy
 quickstart: export OMP_WAIT_POLICY = PASSIVE

@@ -2,12 +2,11 @@
 
     cuSPARSELt   through torch, with its default algorithm and with the best of its algorithms
     CUTLASS      through torch; it refuses what is not compute capability 8.x, which is recorded like any other result
-    torchao      where it can be imported: its tensor subclass on top of the above, up to release 0.18
     TileLang     its `T.gemm_sp`, where it can be imported
-    2:4 tile     training with masks that are 2:4 along rows and columns, so that dx is sparse too: torch's, xFormers'
+    2:4 tile     training with masks that are 2:4 along rows and columns, so that dx is sparse too: torch's
 
-Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it. xFormers' products for
-inference are torch's (its 2:4 tensors are the same classes).
+Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it. xFormers' and torchao's
+2:4 products are these libraries' behind another class: they are not measured apart.
 """
 
 import functools
@@ -25,6 +24,7 @@ from bench.providers import (
     Cast,
     Choose,
     ChoosePacked,
+    Configuration,
     Dense,
     DenseCompiled,
     DenseConv,
@@ -42,6 +42,8 @@ from bench.providers import (
 )
 from bench.shapes import LinearShape
 from bench.timing import clock_for, fastest
+from sparsedm.kernels.launch import capability
+from sparsedm.kernels.sparse24.dispatch import LINEAR, Request, candidates
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS
 
@@ -161,26 +163,6 @@ class Cutlass(Baseline):
         return Bound(with_epilogue(problem, product), "mma.sp of compute capability 8.x")
 
 
-class TorchAo(Baseline):
-    name = "torchao"
-
-    def supports(self, problem):
-        if not importlib.util.find_spec("torchao"):
-            return "torchao is not installed"
-        return super().supports(problem)
-
-    def prepare(self, problem):
-        from torchao.sparsity import semi_sparse_weight, sparsify_
-
-        layer = nn.Linear(problem.shape.K, problem.shape.N, device=problem.device, dtype=problem.dtype)
-        layer.weight, layer.bias = nn.Parameter(problem.masked), nn.Parameter(problem.bias)
-        sparsify_(nn.Sequential(layer), semi_sparse_weight())
-        return layer.requires_grad_(False)
-
-    def bind(self, problem, prepared):
-        return Bound(with_epilogue(problem, lambda: prepared(problem.x)), "sparsify_(semi_sparse_weight())")
-
-
 class TrainTile(Baseline, TrainingProvider):
     """Masks from 4x4 tiles: 2:4 along both axes, so that y and dx are sparse products. Checked with its own masks."""
 
@@ -219,19 +201,6 @@ class _StraightThroughTile(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return g, None
-
-
-class TrainXFormers(TrainTile):
-    name = "xFormers"
-
-    def supports(self, problem):
-        return super().supports(problem) if importlib.util.find_spec("xformers") else "xFormers is not installed"
-
-    @staticmethod
-    def pruned(weight):
-        from xformers.ops import sparsify24
-
-        return sparsify24(weight, backend="cusparselt")
 
 
 # ---- TileLang, 0.1.15 or newer (row-major metadata). It computes y^T = W x^T; what is returned is a view of that: the
@@ -329,6 +298,13 @@ OURS_AND_DENSE = {  # kernel: implementations, the denominators first
 }
 
 PROVIDERS = OURS_AND_DENSE | {
-    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TorchAo(), TileLang()),
-    "masked-train": (*OURS_AND_DENSE["masked-train"], TrainTile(), TrainXFormers()),
+    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TileLang()),
+    "masked-train": (*OURS_AND_DENSE["masked-train"], TrainTile()),
 }
+
+
+def first_providers(device, dtype):
+    """Every configuration that the dispatcher would time for a large product, beside the libraries."""
+    request = Request(LINEAR, capability(device), dtype, 8192, 8192, 8192)
+    ours = [Configuration(choice) for choice in candidates(request) if choice.backend != "dense"]
+    return [Dense(), *ours, CuSparseLt(), CuSparseLtTuned()]

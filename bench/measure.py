@@ -33,6 +33,7 @@ def measure(
     per_round=5,
     seconds=math.inf,
     packing=True,
+    held=False,
     starting: Callable = lambda name: True,
 ):
     """Yields lists of rows for the results file: of all eager providers, then, as compiling may take minutes, of each
@@ -40,9 +41,10 @@ def measure(
     rounds.
 
     A provider that cannot run (status "unsupported"), raises ("failed") or returns a wrong result ("wrong") gets one
-    row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it;
-    with packing=True also "packing", the time of `prepare`, and "break-even", after how many calls that has paid
-    against the fastest dense provider. seconds: roughly how long the rounds may take, after the first. starting: told
+    row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it,
+    and with held=True "held", the time of a call in a second without a pause; with packing=True also "packing", the
+    time of `prepare`, and "break-even", after how many calls that has paid against the fastest dense provider.
+    seconds: roughly how long the rounds may take, after the first. starting: told
     the name of each provider before it runs for the first time, and "" before the rounds; False leaves it out, for lack
     of time. An error that the GPU does not survive is raised, after the rows that say whose it is.
     """
@@ -83,7 +85,8 @@ def measure(
                     rows.append(time_row(problem, provider, ready[provider], found))
                     if provider in fresh and rows[-1]["status"] == "ok":
                         rows += further_rows(problem, provider, ready[provider], clock, limits, packing, dense, found)
-                rows = [row | now for row in rows]
+                        rows += held_rows(problem, ready[provider], clock, found) if held else []
+                rows = [now | row for row in rows]
         order = [provider.name for provider in providers]
         yield stamped(sorted(rows, key=lambda row: order.index(row["provider"])), problem.device)
 
@@ -150,6 +153,14 @@ def further_rows(problem, provider, ready, clock, limits, packing, dense, sparse
     elif dense:
         rows.append(even | {"reason": "never: it is not faster than dense"})
     return rows
+
+
+def held_rows(problem, ready, clock, times):
+    found = clock.held(ready.timed.call, times.p50)
+    if not found:
+        return []
+    row = ready.row | {"metric": "held", "status": "ok", **time_columns(found[0], ready.timed.method), **found[1]}
+    return [row | {"dense_equivalent_tflops": problem.operations / found[0].p50 / 1e6}]
 
 
 def release(device):

@@ -24,7 +24,7 @@ from sparsedm import diffusion, samplers
 from sparsedm.cuda_graph import Graphs
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, masked_layers, sparsify
+from sparsedm.sparsity import compress, masked_layers, set_masking, sparsify
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,11 @@ class NetworkProblem(Problem):
         return 0  # not counted for a whole network
 
 
+DECAY = 2e-4  # of pruned weights: SR-STE, as the recipes train
+
+
 class TrainingStepProblem(NetworkProblem):
-    """Loss, gradients and an AdamW step, from fp32 master weights, dropout off.
+    """Loss, gradients and an AdamW step, from fp32 master weights, dropout off, masked by SR-STE.
 
     The learning rate is zero, so that every call starts from the same weights; they count as changed all the same, and
     the masks are chosen anew. The outputs are the loss and the gradients of the first and the last sparse weight.
@@ -107,9 +110,21 @@ class TrainingStepProblem(NetworkProblem):
     modes = ("training step",)
     passes = 3
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        set_masking(self.masked, decay=DECAY)
+
     @property
     def parameter_dtype(self):
         return torch.float32
+
+    def answer(self, network, dtype):
+        """The baked network knows of no decay: it is added here."""
+        loss, *gradients = super().answer(network, dtype)
+        layers = [layer for _, layer in masked_layers(network)]
+        for gradient, layer in zip(gradients, (layers[0], layers[-1]) if layers else ()):
+            gradient += DECAY * torch.where(layer.current_mask(), 0, layer.weight.detach()).to(dtype)
+        return (loss, *gradients)
 
     def outputs(self, network, inputs):
         predicted = network(*inputs)

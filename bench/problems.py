@@ -157,6 +157,12 @@ class LinearProblem(Problem):
         return weight + size * (shape.M * shape.K + outputs)
 
 
+class FirstProblem(LinearProblem):
+    """The plain product, over which the configurations of our kernels are compared."""
+
+    modes = of_models = ("plain",)
+
+
 class ConvProblem(Problem):
     """y = conv(x W) + b, everything channels-last."""
 

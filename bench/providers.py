@@ -10,6 +10,7 @@ are the providers in DENSE and nothing else. Other people's sparse products, and
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,19 @@ from torch import nn
 from bench.problems import TWO_FOUR
 from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.mask import select_mask
-from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Request, last_measured, rule_of_thumb
+from sparsedm.kernels.sparse24.dispatch import (
+    LINEAR,
+    SPLITK_ROWS,
+    Choice,
+    Request,
+    last_measured,
+    launch,
+    load,
+    row_of,
+    rule_of_thumb,
+)
 from sparsedm.kernels.sparse24.format import pack
+from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import CompressedConv2d, Conv2d, Linear
 
@@ -172,6 +184,40 @@ class Sparse24(Provider):
         device = capability(problem.device)
         backend = self.backend or forced_backend()
         return rule_of_thumb(Request(LINEAR, device, problem.dtype, shape.M, shape.N, shape.K, backend=backend))
+
+
+class Configuration(Sparse24):
+    """One configuration of one of our kernels, whatever the dispatcher would take."""
+
+    def __init__(self, choice):
+        super().__init__(choice.backend)
+        self.config = choice.config
+        self.name = f"{choice.backend} {choice.config}"
+
+    def bind(self, problem, prepared):
+        choice = Choice(self.backend, self.config)
+        run = configured(choice, problem.x, *prepared, problem.bias, problem.activation, problem.residual)
+        return Bound(run, described(choice))
+
+
+def configured(choice, x, values, metadata, bias=None, activation=None, residual=None, skip=None, scale=None):
+    """A call of `sparse24_linear` on rows x by one configuration of one kernel, bypassing the dispatcher."""
+    layout = row_of(LINEAR, choice.backend).layout
+    tensors = kernel_tensors(values, prepack(values, metadata, layout, 2 * values.shape[1]))
+    options = {"bias": bias, "activation": activation, "residual": residual, "skip": skip, "scale": scale}
+
+    def run():
+        y = x.new_empty(len(x), len(values))
+        launch(LINEAR, *choice, True, x, *tensors, y, **options)
+        return y
+
+    return run
+
+
+def described(choice):
+    """A configuration in a few words, for the results file."""
+    config = load(row_of(LINEAR, choice.backend).module).CONFIGS[choice.config]
+    return ", ".join(f"{name} {value}" for name, value in asdict(config).items())
 
 
 # ---- what the products of other libraries have in common (they are in `baselines.py`)

@@ -36,6 +36,7 @@ NUMBERS = ("M", "N", "K", "layers", "p20_us", "p50_us", "p80_us", "samples", "va
     "gbps",
 )
 IDENTITY = ("suite", "shape", "mode", "dtype")  # of what `measure` does in one go
+ENDED = "the process ended in the middle of this: a crash, or a hang"
 ONCE = (*IDENTITY, "provider", "metric")  # a later row with the same values replaces the earlier one
 
 
@@ -53,7 +54,7 @@ class Results:
             raise InputError(f"{self.path} exists: remove it, choose another --out, or continue it with --resume")
         for row in self.rows:
             if row["status"] == "started":
-                row |= {"status": "failed", "reason": "the process ended in the middle of this: a crash, or a hang"}
+                row |= {"status": "failed", "reason": ENDED}
         self._text = _csv(self.rows, header=True)
 
     def begin(self, identity):

@@ -1,5 +1,6 @@
 """The suites, from the command line: `python -m bench.run --suite gemm --shapes square --out results.csv`.
 
+    first         every configuration of our 2:4 product, beside the libraries, also over a second without a pause
     mask          choosing masks and packing: bytes moved against a plain cast
     masked-train  one masked linear layer, forward and forward with backward
     gemm          the 2:4 product against dense and against other libraries: in sweeps over sizes plain and with an
@@ -16,6 +17,7 @@ one that was ended from outside, or had no time left, is measured the next time.
 """
 
 import argparse
+import collections
 import faulthandler
 import functools
 import os
@@ -30,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from bench import ceilings, problems, program
-from bench.baselines import PROVIDERS
+from bench.baselines import PROVIDERS, first_providers
 from bench.measure import BESIDE, measure, release
 from bench.networks import (
     STEP_PROVIDERS,
@@ -42,7 +44,7 @@ from bench.networks import (
     sampling_rows,
     table3_shapes,
 )
-from bench.results import DENSE, IDENTITY, Results
+from bench.results import DENSE, ENDED, IDENTITY, Results
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from bench.timing import clock_for
 from sparsedm.errors import InputError
@@ -51,6 +53,7 @@ from sparsedm.models import MODELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by default with --quick)
+    "first": (problems.FirstProblem, LinearShape, "square@8192,square@4096", "square@256"),
     "mask": (problems.MaskProblem, LinearShape, "square", "square"),
     "masked-train": (problems.TrainingProblem, LinearShape, "models", "square,uvit-tiny@4"),
     "gemm": (problems.LinearProblem, LinearShape, "square,m-sweep,grid,models", "square,m-sweep,grid,uvit-tiny@4"),
@@ -60,6 +63,7 @@ NETWORK_SUITES = ("end-to-end", "train", "table3")
 SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
 
 
+PATIENCE = 2  # times that a provider may end the process, by a hang or a fault, before the suite goes on without it
 COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network takes
 
 
@@ -75,6 +79,7 @@ class Session:
     shapes: str | None = None
     providers: tuple | None = None
     compiled: bool = True
+    sampling: bool = True
     modes: tuple | None = None
     batches: tuple = BATCHES
     deadline: float = float("inf")
@@ -111,6 +116,13 @@ class Session:
         if time.monotonic() >= self.deadline:
             self.cut += 1
             return
+        fatal = [row for row in self.results.rows if row["suite"] == suite and row.get("reason") == ENDED]
+        ended = collections.Counter(row["provider"] for row in fatal)
+        if hopeless := [p for p in missing if ended[p.name] >= PATIENCE]:
+            reason = f"it has ended its process {PATIENCE} times in this suite"
+            common = identity | {"metric": "time", "status": "failed", "reason": reason}
+            self.results.add([common | {"provider": provider.name} for provider in hopeless])
+            missing = [p for p in missing if p not in hopeless]
         if any(provider.compiled for provider in missing):  # beside what was measured to be best, and again with it
             beside = beside_compiled(held)
             missing = [p for p in providers if p in missing or p.name in beside]
@@ -154,7 +166,8 @@ def run_suite(suite, session, progress=False):
         work = [(shape, mode) for shape in shapes for mode in session.modes_of(kind, shape)]
         for shape, mode in tqdm(work, desc=suite, disable=None if progress else True):
             measured = functools.partial(layer_rows, suite, kind, shape, mode, session)
-            providers = [p for p in PROVIDERS[kind.kernel] if shape.model in SWEEPS or not p.sweeps]
+            every = first_providers(session.device, session.dtype) if suite == "first" else PROVIDERS[kind.kernel]
+            providers = [p for p in every if shape.model in SWEEPS or not p.sweeps]
             session.do(suite, shape, mode, providers, measured)
     elif suite in NETWORK_SUITES:
         shapes = table3_shapes(session.quick) if suite == "table3" else network_shapes(session)
@@ -172,7 +185,8 @@ def run_suite(suite, session, progress=False):
 
 def layer_rows(suite, kind, shape, mode, session, providers, starting):
     problem = kind(shape, mode, session.dtype, session.device)
-    return measure(suite, problem, providers, session.clock, starting=starting, **session.limits)
+    first = {"packing": False, "held": True} if suite == "first" else {}
+    return measure(suite, problem, providers, session.clock, starting=starting, **session.limits, **first)
 
 
 def network_shapes(session):
@@ -194,7 +208,7 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
     for rows in measure(suite, problem, providers, session.clock, **limits):
         able |= {r["provider"] for r in rows if r["status"] == "ok" and r["method"] != "cuda events"}
         yield rows
-    if suite == "end-to-end":
+    if suite == "end-to-end" and session.sampling:
         steps = 4 if session.quick else 50
         starting("", mode=sampling_mode(steps))
         yield sampling_rows(suite, problem, [p for p in providers if p.name in able], steps)
@@ -262,6 +276,7 @@ def run(options, arguments):
         shapes=options.shapes,
         providers=tuple(options.providers.split(",")) if options.providers else None,
         compiled=not options.no_compile,
+        sampling=not options.no_sampling,
         modes=tuple(options.modes.split(",")) if options.modes else None,
         batches=tuple(options.batch or BATCHES),
         deadline=deadline,
@@ -269,7 +284,7 @@ def run(options, arguments):
         on_timeout=again if device.type == "cuda" else None,
     )
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
-    known |= {p.name for p in STEP_PROVIDERS + TRAINING_PROVIDERS}
+    known |= {p.name for p in (*STEP_PROVIDERS, *TRAINING_PROVIDERS, *first_providers(device, session.dtype))}
     if unknown := set(session.providers or ()) - known:
         raise InputError(f"unknown providers {', '.join(sorted(unknown))}: they are {', '.join(sorted(known))}")
     modes = {mode for kind, *_ in LAYER_SUITES.values() for mode in kind.modes}
@@ -297,6 +312,7 @@ def parser():
     parsed.add_argument("--providers", help="measure only these, by the names in the results file, with commas")
     parsed.add_argument("--modes", help="only these of the layer suites, with commas, for example epilogue")
     parsed.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to tune")
+    parsed.add_argument("--no-sampling", action="store_true", help="of whole networks only a step")
     parsed.add_argument("--batch", type=int, action="append", help="batch sizes of models (default: 1, 16 and 64)")
     parsed.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on a GPU, fp32 on a CPU)")
     parsed.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes on a CPU")

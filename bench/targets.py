@@ -15,7 +15,7 @@ from bench.results import DENSE, key, read, speedups, timed
 from sparsedm.files import write_text
 
 COMPILED = "dense compiled"
-LINEAR_MODELS = ("uvit-imagenet256-large@64", "uvit-imagenet256-huge@64", "dit-xl-2@64")
+LINEAR_MODELS = ("uvit-imagenet256-large@64", "uvit-imagenet256-huge@64", "dit-imagenet256-xlarge@64")
 STEPS = {"uvit-imagenet256-huge@64": 1.35, "uvit-imagenet256-large@64": 1.35, "uvit-cifar10-small@64": 1.1}
 
 

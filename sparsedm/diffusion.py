@@ -4,7 +4,7 @@
     half log-SNR      λ(t) = log α(t) - log σ(t)                                     (DPM-Solver, arXiv 2206.00927)
     data prediction   x̂_0 = (x - σ ε̂) / α,   the network's guess of E[x_0 | x_t]     (DDPM, eq. 15)
 
-x is (B, C, H, W) floating point, images in [-1, 1] or latents; the network receives t as (B,) in units of 0..999.
+x is (B, C, H, W) floating point, images in [-1, 1] or latents; the network receives t as (B,) in units of about 0..999.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class Schedule:
-    """What the two schedules share. Times are floating-point tensors of any shape; results have their shape and dtype.
+    """What all schedules share. Times are floating-point tensors of any shape; results have their shape and dtype.
 
     `last` is where sampling starts (almost pure noise), `first` the least noisy time a sampler shows to the network.
     A subclass gives log_alpha(t), its inverse time_at_log_alpha, training_time(u) which carries u ~ U[0, 1) to the
-    distribution of t in training, and model_time(t) in the network's units.
+    distribution of t in training, and model_time(t) in the network's units with its inverse time_of(model_time).
     """
 
     def alpha(self, t):
@@ -70,16 +70,22 @@ class VPSDE(Schedule):
     def model_time(self, t):
         return 999 * t
 
+    def time_of(self, model_time):
+        return model_time / 999
+
 
 @dataclass(frozen=True)
 class DDPMSchedule(Schedule):
     """1000 discrete times k = 0..999 with β_k linear from 1e-4 to 0.02 (DDPM, section 4); α(k)² = Π_{j<=k} (1 - β_j).
 
+    scaled: √β_k is linear instead (latent diffusion, arXiv 2112.10752). first_index: what the network is told at k = 0.
     Between the integers log α is interpolated linearly, so that ODE samplers may stop anywhere (DPM-Solver, app. D.2).
     """
 
     beta_first: float = 1e-4
     beta_last: float = 0.02
+    scaled: bool = False
+    first_index: int = 0
     first: float = 0.0
     last: float = 999.0
 
@@ -100,21 +106,30 @@ class DDPMSchedule(Schedule):
         return t.round()
 
     def model_time(self, t):
-        return t
+        return t + self.first_index
+
+    def time_of(self, model_time):
+        return model_time - self.first_index
 
 
 @functools.cache
 def _log_alpha_table(schedule, device, dtype):
-    beta = torch.linspace(schedule.beta_first, schedule.beta_last, int(schedule.last) + 1, dtype=torch.float64)
+    power = 2 if schedule.scaled else 1
+    ends = schedule.beta_first ** (1 / power), schedule.beta_last ** (1 / power)
+    beta = torch.linspace(*ends, int(schedule.last) + 1, dtype=torch.float64) ** power
     return (0.5 * torch.log1p(-beta).cumsum(0)).to(device, dtype)
 
 
-SCHEDULES = {"uvit": VPSDE, "dit": DDPMSchedule, "ddpm": DDPMSchedule, "slimmable": DDPMSchedule}
+SCHEDULES = {
+    "vp-sde": VPSDE(),
+    "ddpm": DDPMSchedule(),
+    "scaled-linear": DDPMSchedule(0.00085, 0.012, scaled=True, first_index=1),  # U-ViT's, on Stable Diffusion's latents
+}
 
 
 def schedule_of(model):
-    """The noise schedule that this kind of model (config.kind) was published with."""
-    return SCHEDULES[model.config.kind]()
+    """The noise schedule of a network: the one that its configuration names."""
+    return SCHEDULES[model.config.schedule]
 
 
 # ---- training

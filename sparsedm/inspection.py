@@ -1,6 +1,9 @@
 """What a model is made of, layer by layer: shape, parameters, MACs, pattern, back end, as table, JSON, picture."""
 
+import copy
 import math
+import statistics
+import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,10 +18,14 @@ from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
+from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Compressed, CompressedLinear, Linear
-from sparsedm.sparsity import uncompressed_because
+from sparsedm.sparsity import compress, masked_layers, uncompressed_because
 
-ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
+ARCHS = {
+    **{"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
+    **{"sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0)},
+}
 GEOMETRY = ("stride", "padding", "dilation")
 LAYERS = (nn.Linear, nn.Conv2d, Compressed)
 FOREIGN = (nn.MultiheadAttention, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)  # never a pattern
@@ -135,7 +142,9 @@ class Inspection:
             figure.savefig(partial, dpi=120)
 
 
-def inspect(model, example_inputs=None, *, arch=None, batch=1):
+def inspect(
+    model: nn.Module, example_inputs: tuple | dict | None = None, *, arch: str | None = None, batch: int = 1
+) -> Inspection:
     """Inspect a model: its linear and convolution layers, what each holds and costs.
 
     Computes nothing (meta tensors), unless the model cannot run so; then it runs once, as it is.
@@ -312,3 +321,49 @@ def _count(model, example_inputs, on_meta):
         for module in training:
             module.training = True
     return calls, (counter.get_total_flops() - sum(inside)) // 2
+
+
+def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
+    """What one call of each 2:4 layer takes: {name: (microseconds of the dense layer, of the compressed one)}.
+
+    Each call has the shapes and the epilogue that it has in a forward of `model` at this batch size. Layers that agree
+    in these are timed once. Weights and inputs are random; `model` is not touched. Layers that cannot be compressed, or
+    are not called, are left out.
+    """
+    twin, calls, times = copy.deepcopy(model).to("meta").eval(), {}, {}
+    layers = {name: layer for name, layer in masked_layers(twin) if not uncompressed_because(layer)}
+
+    def see(layer, inputs, options, output):
+        calls[layer] = inputs, options
+
+    hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in layers.values()]
+    with torch.no_grad():
+        twin(*tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, model.example_inputs(batch)))
+        for hook in hooks:
+            hook.remove()
+        for layer, call in calls.items():
+            key = f"{layer} {call}"  # meta tensors print their shapes, not values
+            if key not in times:
+                times[key] = _dense_and_compressed(layer, call, device, dtype)
+    return {name: times[f"{layer} {calls[layer]}"] for name, layer in layers.items() if layer in calls}
+
+
+def _dense_and_compressed(layer, call, device, dtype):
+    layer = copy.deepcopy(layer).to_empty(device=device).to(dtype)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    sized = tree_map(lambda x: torch.randn(x.shape, device=device, dtype=dtype) if torch.is_tensor(x) else x, call)
+    (compressed,) = compress(nn.Sequential(layer))
+    layer.set_pattern(None)
+    return tuple(_microseconds(lambda of=of: of(*sized[0], **sized[1]), device) for of in (layer, compressed))
+
+
+def _microseconds(run, device):
+    if torch.device(device).type == "cuda":
+        return median_microseconds(run)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        run()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times[1:])  # the first chooses and prepares

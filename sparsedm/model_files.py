@@ -25,6 +25,9 @@ from sparsedm.layers import Compressed
 from sparsedm.sparsity import compress, masked_layers, sparsify
 
 INDEX = ".index.json"
+# what training scripts call a network and the average of its weights, beside or before the names of their tensors
+AVERAGES = ("ema", "model_ema", "ema_model", "net_ema", "nnet_ema", "state_dict_ema", "ema_state_dict", "params_ema")
+NETWORKS = ("model", "state_dict", "net", "nnet", "net_model", "network", "params", "module", "_orig_mod", "unet")
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
@@ -66,17 +69,18 @@ def write_shards(file, tensors, header, shard_bytes):
     return index
 
 
-def read_tensors(file):
-    """(tensors by name, header) of a .safetensors file, an index of shards, or a foreign file, whose header is empty.
+def read_tensors(file, weights="average"):
+    """(tensors by name, header) of a .safetensors file, an index of shards, or a foreign file.
 
-    Of a dict of several state dicts the average ("ema") is taken, or else "state_dict" or "model".
+    Of several state dicts in a foreign file the average of the weights is taken if there is one, with weights="raw" the
+    network that was trained. The header then says so under "taken", and is empty where there was no choice.
     Raises: InputError: missing, truncated, holding code, or holding no state dict.
     """
     file = Path(file)
     try:
         if file.name.endswith(INDEX):
             return _read_shards(file)
-        if file.suffix not in (".pth", ".pt", ".th", ".bin"):
+        if file.suffix not in (".pth", ".pt", ".th", ".bin", ".ckpt"):
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         # a Namespace of options, which many training scripts add, is no more than a dict;
@@ -90,14 +94,45 @@ def read_tensors(file):
     except Exception as error:  # of a damaged file any: torch's unpickler reads on until something gives way
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error
-    for inner in ("ema", "state_dict", "model"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(inner), dict):
-            tensors = tensors[inner]
-            break
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    header = {}
+    if isinstance(tensors, list | tuple):  # ermongroup/ddim: network, optimizer, epoch, step, and the average if any
+        states = list(filter(_is_state_dict, tensors))
+        tensors = dict(zip(("model", "ema"), [states[0], *states[1:][-1:]])) if states else None
+    if isinstance(tensors, dict) and not _is_state_dict(tensors):
+        tensors, header = _choose({name: v for name, v in tensors.items() if _is_state_dict(v)}, weights)
+    if not _is_state_dict(tensors):
         raise InputError(f"{file} is not a state dict: it must map names to tensors")
-    return tensors, {}
+    return tensors, header
+
+
+def one_network(tensors, weights="average"):
+    """(tensors, header) without what all names begin with, such as "module."; one of several, as in `read_tensors`."""
+    header = {}
+    while True:
+        groups = {}
+        for name, value in tensors.items():
+            if name != "n_averaged":  # the count of torch's AveragedModel
+                first, _, rest = name.partition(".")
+                groups.setdefault(first, {})[rest] = value
+        if not groups or not set(groups) <= {*AVERAGES, *NETWORKS}:
+            return tensors, header
+        tensors, taken = _choose(groups, weights)
+        header |= taken
+
+
+def _is_state_dict(found):
+    return isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
+    )
+
+
+def _choose(states, weights):
+    """(the average or the network among state dicts by name, what to say about it); (None, {}) if neither is there."""
+    order = AVERAGES + NETWORKS if weights == "average" else NETWORKS + AVERAGES
+    found = [name for name in order if states.get(name)]
+    others = ", ".join(map(repr, found[1:]))
+    header = {"taken": f"{found[0]!r} was taken, and {others} beside it left"} if others else {}
+    return (states[found[0]] if found else None), header
 
 
 def _read_shards(index):
@@ -208,6 +243,8 @@ def load_model(path, build, *, which="ema", config=None, convert=None):
     if config is None:
         raise InputError(f"{file} does not say what model it holds: name one (--model; in Python config=, for build)")
     model = build(config)
+    if not description and tensors.keys() != model.state_dict().keys():
+        tensors = one_network(tensors)[0]
     if description:
         model = _as_described(model, description["kind"], patterns, tensors)
     elif convert:

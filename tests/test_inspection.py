@@ -98,6 +98,9 @@ def test_a_model_without_example_inputs_needs_them():
         ("sm_80", 512, "mma"),
         ("sm_90a", 512, "wgmma"),
         ("sm_90a", 16, "dense"),
+        ("sm_100", 512, "dense"),
+        ("sm_103", 512, "dense"),
+        ("sm_120", 512, "mma"),
     ],
 )
 def test_arch_shows_the_kernel_the_compressed_model_would_use(arch, batch, backend):

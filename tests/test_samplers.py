@@ -14,10 +14,12 @@ import torch
 from sparsedm import diffusion, samplers
 from sparsedm.diffusion import VPSDE, DDPMSchedule
 from sparsedm.errors import InputError
-from tests.test_diffusion import COVARIANCE, MEAN, SCHEDULES, SHAPE, Elementwise, Gaussian, Small
+from tests.test_diffusion import COVARIANCE, MEAN, SHAPE, Elementwise, Gaussian, Small
 from tests.tolerance import assert_as_good_as_torch
 
 STOCHASTIC = ("euler-maruyama", "ddpm")
+
+SCHEDULES = pytest.mark.parametrize("schedule", [VPSDE(), DDPMSchedule()], ids=["vp", "ddpm"])
 
 
 def moments(sampler, schedule, times):

@@ -1,6 +1,6 @@
 """What the experiments are: lists of runs, and how much each scale spends on one. Nothing is computed here.
 
-arms                        every method of `train/methods.py`, and a small dense network of the 2:4 one's MACs
+arms                        every method of `train/stages.py`, and a small dense network of the 2:4 one's MACs
 ratio                       31:32 ... 1:32 (SparseDM, arXiv 2404.10445, fig. 3a)
 fixed-vs-inplace-vs-chain   2:4 from the first step, growing in one network, or over students (fig. 3b)
 ablate                      transfer weight, decay, teacher, length of the chain, which layers
@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from sparsedm.commands.quickstart import SYNTHETIC
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
-from sparsedm.train.chain import Stage
 from sparsedm.train.loop import TrainOptions
-from sparsedm.train.methods import method_stages
+from sparsedm.train.stages import Stage, method_stages
 
 
 @dataclass(frozen=True)

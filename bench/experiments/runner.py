@@ -35,10 +35,12 @@ from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint
-from sparsedm.train.chain import Stage, StageResult, run_chain
+from sparsedm.train.chain import StageResult, Start, run_chain
 from sparsedm.train.data import load_images
 from sparsedm.train.loop import Interrupted, amp_of, train
 from sparsedm.train.metrics import read_metrics, usual_speed
+from sparsedm.train.stages import Stage
+from sparsedm.train.step import Loss, Student
 
 log = logging.getLogger(__name__)
 
@@ -196,24 +198,22 @@ class _Work:
         if seed not in self.bases:
             torch.manual_seed(seed)
             dense = [Stage("dense", self.scale.base_steps)]
-            self.bases = {seed: self._chain(seed, "base", self.build(), dense)[-1]}
+            self.bases = {seed: self._chain(seed, "base", Start(self.build()), dense)[-1]}
         return self.bases[seed]
 
     def train(self, seed, run, base):
         """[StageResult] of one run."""
         if not run.small:
-            start = {"ema": base.ema, "dense_speed": usual_speed(base.folder)}
-            return self._chain(seed, run.name, base.model, run.stages, where=run.where, build=self.build, **start)
+            start = Start(base.model, base.ema, usual_speed(base.folder), self.build)
+            return self._chain(seed, run.name, start, run.stages, where=run.where)
         torch.manual_seed(seed)
         small, (stage,) = build_model(small_config(self.config)), run.stages
         result = train(
-            small,
+            Student(small),
             self.images,
-            diffusion.schedule_of(small),
+            Loss(diffusion.schedule_of(small), base.ema, stage.w_kd),
             self._options(seed, stage.steps),
             self._folder(seed, run.name),
-            teacher=base.ema,
-            w_kd=stage.w_kd,
             validation=self.validation,
             record=self._record(),
             deadline=self.deadline,
@@ -224,12 +224,12 @@ class _Work:
     def build(self):
         return build_model(self.config)
 
-    def _chain(self, seed, name, model, stages, **settings):
+    def _chain(self, seed, name, start, stages, **settings):
         return run_chain(
-            model,
+            start,
             stages,
             self.images,
-            diffusion.schedule_of(model),
+            diffusion.schedule_of(start.model),
             self._options(seed, sum(stage.steps for stage in stages)),
             self._folder(seed, name),
             validation=self.validation,

@@ -19,9 +19,10 @@ from sparsedm.model_files import save_model
 from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import compress, sparsify
 from sparsedm.train import data
-from sparsedm.train.chain import Stage, run_chain
+from sparsedm.train.chain import Start, run_chain
 from sparsedm.train.data import load_images
 from sparsedm.train.loop import TrainOptions, amp_of
+from sparsedm.train.stages import Stage
 from sparsedm.train.synthetic import CLASSES
 
 TRANSFER = {"teacher": "dense", "w_kd": 0.1, "decay": 2e-4}
@@ -146,7 +147,7 @@ def _train(recipe, training, images, validation, folder, options):
     model = build_model("uvit-tiny", **recipe.model, channels=channels, num_classes=classes)
     print(f"training {' -> '.join(s.pattern for s in recipe.stages)} on {len(images):,} images of {images.source}")
     return run_chain(
-        model,
+        Start(model),
         recipe.stages,
         images,
         diffusion.schedule_of(model),

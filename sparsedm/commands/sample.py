@@ -137,11 +137,11 @@ def _draw(source, options):
             batch_size=options.batch_size,
             device=options.device,
             network_dtype=dtype,
-            progress=distributed.first(),
+            progress=distributed.is_main_process(),
             cuda_graph=options.cuda_graph,
         ).cpu()
 
-    return distributed.drawn(options.count, options.batch_size, draw)
+    return distributed.gather(options.count, options.batch_size, draw)
 
 
 def evaluate_samples(options):
@@ -150,7 +150,7 @@ def evaluate_samples(options):
     check_writable(out)
     reference = load_images(options.data, options.split, source.config.image_size)
     with distributed.process_group(options.device):
-        if distributed.first():
+        if distributed.is_main_process():
             features = load_features(options.features, options.device)
             name = f"{reference.source} {options.split}"
             summary = evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)

@@ -22,9 +22,10 @@ from sparsedm.stepaware import family as stepaware
 from sparsedm.stepaware.report import NOTE, table
 from sparsedm.stepaware.search import SearchOptions, check_installed
 from sparsedm.stepaware.study import QUALITIES, Plan, study
-from sparsedm.train.chain import Stage, distilled, run_chain
+from sparsedm.train.chain import Start, run_chain
 from sparsedm.train.data import load_images
 from sparsedm.train.loop import TrainOptions, amp_of
+from sparsedm.train.stages import Stage, distilled
 
 RESERVE = 40  # seconds of --minutes for what is left after the deadline: a checkpoint, or a strategy and the report
 
@@ -188,7 +189,7 @@ def _train(options, scale, plan):
     model = build_model(name, **overrides, channels=channels, num_classes=classes)
     print(f"training the family {' -> '.join(s.pattern for s in stages)} of {name} on {len(images):,} images")
     run_chain(
-        model,
+        Start(model),
         stages,
         images,
         diffusion.schedule_of(model),

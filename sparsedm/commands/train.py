@@ -4,6 +4,7 @@ A command is a function of the parsed command line (`cli.py`). Bad input raises 
 """
 
 import copy
+import functools
 from pathlib import Path
 
 import torch
@@ -19,10 +20,10 @@ from sparsedm.models import MODELS, build_model, model_config, parse_overrides
 from sparsedm.models.diffusers import from_diffusers
 from sparsedm.sparsity import sparsify
 from sparsedm.train import distributed
-from sparsedm.train.chain import check_stages, distilled, parse_chain, plan, run_chain
+from sparsedm.train.chain import Start, check_chain, plan, run_chain
 from sparsedm.train.data import load_images
 from sparsedm.train.loop import TrainOptions, amp_of
-from sparsedm.train.methods import METHODS, method_stages
+from sparsedm.train.stages import METHODS, distilled, method_stages, parse_chain
 
 TRAINING = ("steps", "batch_size", "accumulate", "lr", "warmup", "cosine", "ema")
 TRAINING += ("weighting", "seed", "compile", "log_every")
@@ -107,8 +108,9 @@ def train(options):
     stages = _stages(options, ema)
     name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
+    start = Start(model, ema, build=lambda: build_model(model.config))
     if options.dry_run:
-        check_stages(stages, ema, build_model)
+        check_chain(start, stages, None, training, options.where)
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size
@@ -116,20 +118,18 @@ def train(options):
     validation = load_images(options.data, "test", size, limit=2048)
     with distributed.process_group(options.device):
         results = run_chain(
-            model,
+            start,
             stages,
             images,
             schedule_of(model),
             training,
             folder,
-            ema=ema,
             where=options.where,
-            build=lambda: build_model(model.config),
             validation=validation,
             record={"data": options.data, "init": options.init},
             device=options.device,
         )
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
     curves = [(f"{r.stage.name} {r.stage.pattern}", r.metrics) for r in results]
     pictures.plot_losses(folder / "loss.png", curves, training.batch_size, str(folder))
@@ -158,7 +158,7 @@ def load_named(options, path=None, which="ema"):
     path = Path(path or options.run)
     named = options.model or options.set
     config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None
-    convert = from_diffusers if config and config.kind == "ddpm" else None
+    convert = functools.partial(from_diffusers, config=config) if config and config.kind == "ddpm" else None
     loaded = load_model(path, build_model, which=which, config=config, convert=convert)
     if config and config != loaded.model.config:
         raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")

@@ -30,15 +30,15 @@ class Pattern:
         if not 1 <= self.keep < self.group:
             raise InputError(f"pattern {self}: must keep at least 1 and fewer than {self.group} of every {self.group}")
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.keep}:{self.group}"
 
     @property
-    def density(self):
+    def density(self) -> float:
         return self.keep / self.group
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text: "str | Pattern | None") -> "Pattern | None":
         """'2:4' -> Pattern(2, 4), 'dense' -> None. A Pattern or None is returned as it is.
 
         Raises: InputError for anything else.

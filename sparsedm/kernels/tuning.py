@@ -130,10 +130,14 @@ class Autotuner:
         times, failed = [], []
         with torch.cuda.device_of(expected[0]):  # the timer's events are of the current device
             for candidate in candidates:
-                with self._passing_over(candidate, failed), _noted(f"{self.section}, {candidate}"):
+                with self._passing_over(candidate, failed), self.trying(candidate):
                     if self._agrees(run(candidate), expected, candidate):
                         times.append((candidate, round(self.timer(functools.partial(run, candidate)), 3)))
         return tuple(times), tuple(failed)
+
+    def trying(self, candidate):
+        """A context in which a candidate runs: if the process ends inside, it is passed over by every later one."""
+        return _noted(f"{self.section}, {candidate}")
 
     def _is_right(self, run, candidate, default):
         if candidate == default:

@@ -3,13 +3,15 @@
 Every model is an nn.Module with
     forward(x, t, y=None) -> noise     x (B, C, H, W); t (B,) in units 0..999; y (B,) int64 labels or None
     config                             frozen dataclass, JSON through dataclasses.asdict; always has kind, image_size,
-                                       channels and num_classes (0 = unconditional; label num_classes = the null label)
+                                       channels, schedule (a name in `diffusion.SCHEDULES`) and num_classes
+                                       (0 = unconditional; label num_classes = the null label)
     sparse_layers                      regular expression on layer names: what `sparsify` masks unless told otherwise
     example_inputs(batch=1)            arguments for forward
 """
 
 import contextlib
 import json
+import warnings
 from dataclasses import fields, replace
 
 import torch
@@ -33,7 +35,13 @@ _KINDS = {
 }
 
 
-def build_model(model, *, device=None, dtype=None, **overrides):
+def build_model(
+    model: str | dict | object,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides,
+) -> torch.nn.Module:
     """A network with fresh random weights, drawn from torch's global generator of the device.
 
     model: a name in MODELS, a configuration object, or a configuration as a dict (such as a checkpoint's JSON).
@@ -56,6 +64,8 @@ def model_config(model, **overrides):
             raise InputError(f"unknown model kind {kind!r}: one of {', '.join(_KINDS)}")
         config_class = _KINDS[kind][0]
         config = config_class(**_checked(config_class, options))
+        if "schedule" not in model and (note := schedule_note(config)):
+            warnings.warn(f"a file from before schedules were stored: {note}; import the original again", stacklevel=3)
     elif isinstance(model, tuple(config_class for config_class, _ in _KINDS.values())):
         config = model
     elif isinstance(model, str) and model in MODELS:
@@ -63,6 +73,14 @@ def model_config(model, **overrides):
     else:
         raise InputError(f"unknown model {model!r}: one of {', '.join(MODELS)}")
     return replace(config, **_checked(type(config), overrides))
+
+
+def schedule_note(config):
+    """A sentence where the network was published with another noise schedule than it has here, else None."""
+    for name, published in MODELS.items():
+        if published.schedule != config.schedule and replace(published, schedule=config.schedule) == config:
+            return f"schedule {config.schedule}: {name} was published with {published.schedule}"
+    return None
 
 
 def parse_overrides(texts):

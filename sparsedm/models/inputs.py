@@ -1,10 +1,17 @@
-"""What the networks have in common at their door: the shapes they take, and inputs to try them with."""
+"""What the networks have in common at their door: the options and shapes they take, and inputs to try them with."""
 
 import math
 
 import torch
 
+from sparsedm.diffusion import SCHEDULES
 from sparsedm.errors import InputError
+
+
+def check_schedule(kind, config):
+    """Raise InputError unless the configuration names a noise schedule."""
+    if config.schedule not in SCHEDULES:
+        raise InputError(f"{kind} schedule={config.schedule!r}: must be one of {', '.join(SCHEDULES)}")
 
 
 def check_shapes(kind, config, x, t, y, **others):

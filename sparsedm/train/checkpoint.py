@@ -7,6 +7,7 @@ The network files inside a checkpoint are model files (`model_files.py`).
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -54,10 +55,11 @@ def folder_lock(folder):
         os.close(handle)
 
 
-def claim(folder, record, free=()):
+def claim(folder, record, free=(), classes=()):
     """Store what makes a run (a dict of JSON values) as folder/options.json, or check that it was made by the same.
 
-    free: names, at any depth, that may differ, such as how often to log.
+    free: names, at any depth, that may differ, such as how often to log. classes: the dataclasses behind the record: an
+    option that the folder does not know, because it is older, had the default there.
     Raises: InputError listing the differences, so that a run is never continued as another one.
     """
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
@@ -65,6 +67,9 @@ def claim(folder, record, free=()):
         write_json(file, record)
         return
     there, here = _flat(read_json(file), free), _flat(record, free)
+    options = (field for kind in classes for field in dataclasses.fields(kind))
+    defaults = {option.name: option.default for option in options if option.default is not dataclasses.MISSING}
+    there = {name: defaults[last] for name in here if (last := name.rpartition(".")[2]) in defaults} | there
     different = [
         f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here"
         for name in dict.fromkeys([*there, *here])

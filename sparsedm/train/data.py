@@ -8,8 +8,8 @@ no state.
     synthetic          shapes of sparsedm.train.synthetic; synthetic:32 for 32x32 instead of 12x12
     cifar10            downloaded
     folder, .zip       images in class folders (see sparsedm.train.image_files)
-    folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.cifar10)
-    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW); labels
+    folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.array_files)
+    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW); labels (array_files too)
 
 A source without a test split is split by a rule: 2% of the images but at least 64 (and at most half), drawn with a
 fixed seed, are "test", the rest is "train".
@@ -21,10 +21,8 @@ import hashlib
 import json
 import os
 import warnings
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -33,14 +31,13 @@ from safetensors.torch import save_file
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder
-from sparsedm.train.cifar10 import cifar10_folder, download_cifar10, read_cifar10
-from sparsedm.train.image_files import MOST_BYTES, Parts, different_sizes, read_image_files, resized
+from sparsedm.train.array_files import cifar10_folder, download_cifar10, read_cifar10, read_npz
+from sparsedm.train.image_files import Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
 
 SPLITS = ("train", "test")
 SYNTHETIC = {"train": {"count": 20_000, "seed": 0}, "test": {"count": 4_000, "seed": 1}}
 HOLD_OUT_SEED = 240410445
-IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0"), ("labels", "y", "arr_1")  # in an .npz file
 KINDS = ("images", "labels")  # of tensor, in the cache
 END_BYTES = 1 << 20  # at each end of a file, part of its signature
 
@@ -168,7 +165,7 @@ def _read(source, split, size, progress, cache):
         if not path.exists():
             raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
         if path.suffix.lower() == ".npz":
-            return _resize(_read_npz(path), size, progress)
+            return _resize(read_npz(path), size, progress)
         signature = _signature(path, size)
         place = hashlib.sha256(f"{path.resolve()} {size}".encode()).hexdigest()[:16]
         cached = cache / "decoded" / f"{path.name}-{place}.safetensors"
@@ -201,46 +198,6 @@ def _resize(parts, size, progress):
     sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, _) in parts.splits.items()}
     splits = {name: (fit(images), labels) for name, (images, labels) in parts.splits.items()}
     return parts._replace(splits=splits, sizes=sizes)
-
-
-def _read_npz(path):
-    try:
-        with ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
-                raise InputError(f"{path} unpacks to more than {MOST_BYTES} bytes")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (BadZipFile, EOFError, MemoryError, ValueError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
-    images, labels = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS))
-    if len(images) != 1 or len(labels) > 1 or len(images + labels) < len(arrays):
-        rule = f"one of {', '.join(IMAGE_KEYS)} is needed, one of {', '.join(LABEL_KEYS)} may be there"
-        raise InputError(f"{path} holds the arrays {', '.join(arrays) or 'none'}: {rule}")
-    images, labels = _as_images(path, arrays[images[0]]), arrays[labels[0]] if labels else None
-    if labels is None:
-        return Parts({"all": (images, None)})
-    one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not one_each or labels.min() < 0 or labels.max() > 65535:
-        raise InputError(f"{path}: labels must be {len(images)} integers from 0 to 65535, one for each image")
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return Parts({"all": (images, labels)}, tuple(map(str, range(labels.max() + 1))))
-
-
-def _as_images(path, array):
-    """Tensor uint8 (n, 1 or 3, h, w), or float32 (n, c, h, w) latents."""
-    if array.ndim != 4 or not array.size:
-        raise InputError(f"{path}: images of shape {array.shape} must be (n, h, w, c) or (n, c, h, w)")
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise InputError(f"{path}: the latents hold NaN or infinity")
-        return torch.from_numpy(np.ascontiguousarray(array, np.float32))
-    last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
-    if array.dtype != np.uint8 or last == first:
-        rule = "uint8 with 1 or 3 channels on the second or the last axis (or floating-point latents)"
-        raise InputError(f"{path}: images of {array.dtype} {array.shape} must be {rule}")
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array))
 
 
 def _signature(path, size):

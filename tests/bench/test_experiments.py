@@ -22,8 +22,8 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data, loop
-from sparsedm.train.methods import LADDER, METHODS
 from sparsedm.train.metrics import read_metrics, usual_speed
+from sparsedm.train.stages import LADDER, METHODS
 
 TINY = Scale(
     summary="for the tests",

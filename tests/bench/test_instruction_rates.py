@@ -57,7 +57,7 @@ def test_the_loop_is_almost_only_that_instruction(name):
         products = {op: n for op, n in loop.items() if "MMA" in op}
         assert all(op.startswith(INSTRUCTION[name]) for op in products), products
         assert sum(products.values()) % (8 if name.startswith("mma") else 4) == 0
-        others = set(loop) - set(products) - {"NOP", "BRA", "VIADD", "IADD3"}
+        others = set(loop) - set(products) - {"NOP", "BRA", "VIADD", "IADD3", "UIADD3"}
         assert all(op.startswith(("ISETP", "WARPGROUP")) for op in others), others
 
 

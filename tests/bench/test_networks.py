@@ -22,7 +22,7 @@ from bench.run import Session, run_suite
 from sparsedm.cuda_graph import Graphs
 from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
-from sparsedm.sparsity import masked_layers
+from sparsedm.sparsity import masked_layers, set_masking
 
 SHAPE = ModelShape("uvit-tiny", 2, (("depth", 2), ("dim", 32), ("heads", 2)), "small")
 
@@ -67,6 +67,14 @@ def test_training_steps_are_right_and_start_from_the_same_weights(dtype):
             run = provider.bind(problem, None).run
             for _ in range(2):
                 assert problem.check(run(), provider.sparse).right, provider.name
+
+
+def test_a_training_step_without_the_decay_of_sr_ste_is_wrong():
+    problem = TrainingStepProblem(SHAPE, "training step", torch.float32, "cpu")
+    (masked,) = [p for p in TRAINING_PROVIDERS if p.name == "sparsedm masked"]
+    assert problem.check(masked.bind(problem, None).run(), sparse=True).right
+    set_masking(problem.masked, decay=0.0)
+    assert not problem.check(masked.bind(problem, None).run(), sparse=True).right
 
 
 @pytest.mark.parametrize("seed", range(4))

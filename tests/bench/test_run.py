@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from bench import ceilings, measure, networks, providers, run
+from bench import ceilings, measure, networks, providers, results, run
 from bench.baselines import OURS_AND_DENSE
 from bench.results import Results, read
 from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, Watch, main, run_suite
@@ -140,6 +140,22 @@ def test_who_is_ended_from_outside_has_not_failed(tmp_path, monkeypatch):
     assert not read(tmp_path / "r.csv")
     assert main([*arguments, "--resume"]) == 0
     assert {r["status"] for r in read(tmp_path / "r.csv")} == {"ok"}
+
+
+def test_who_ends_the_process_twice_is_left_out_of_the_rest(tmp_path, monkeypatch):
+    def crashes(self, problem, prepared):
+        raise SystemExit("as if the process had been killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(providers.TopK, "bind", crashes)
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                run_suite("mask", session(tmp_path / "r.csv", "square", resume=(tmp_path / "r.csv").exists()))
+    run_suite("mask", session(tmp_path / "r.csv", "square", resume=True))
+    rows = [r for r in read(tmp_path / "r.csv") if r["provider"] == "torch topk"]
+    reasons = [results.ENDED] * 2 + ["it has ended its process 2 times in this suite"] * 2
+    assert [(r["status"], r["reason"]) for r in rows] == [("failed", reason) for reason in reasons]
+    assert len([r for r in read(tmp_path / "r.csv") if r["status"] == "ok" and r["metric"] == "time"]) == 3 * 4
 
 
 class Slow(providers.TopK):
@@ -273,8 +289,8 @@ def test_the_command_line(tmp_path, capsys):
         (["--suite", "speed"], f"unknown suite 'speed': one of {', '.join(SUITES)}"),
         (["--suite", "gemm", "--providers", "cublas"], "unknown providers cublas: they are CUTLASS"),
         (["--suite", "gemm", "--modes", "fused"], "unknown modes fused: they are backward, choose, epilogue, forward"),
-        (["--suite", "train", "--shapes", "dit-xl-2@1"], "a whole network is model@batch"),
-        (["--suite", "conv", "--shapes", "dit-xl-2@1"], "hold no convolution layer"),
+        (["--suite", "train", "--shapes", "sd3-medium@1"], "a whole network is model@batch"),
+        (["--suite", "conv", "--shapes", "sd3-medium@1"], "hold no convolution layer"),
         (["--suite", "gemm", "--shapes", "sqare"], "unknown shapes 'sqare'"),
     ],
 )

@@ -60,7 +60,7 @@ def test_targets_that_are_met():
         (("gemm", "square 8192", "dense compiled"), {0, 4}),
         (("gemm", "square 8192", "cuSPARSELt tuned"), {1, 2}),
         (("gemm", "grid 8", "cuSPARSELt tuned"), {1, 2}),
-        (("gemm", "dit-xl-2@64 fc1", "dense compiled"), {3, 4}),
+        (("gemm", "dit-imagenet256-xlarge@64 fc1", "dense compiled"), {3, 4}),
         (("gemm", "grid 8", "dense"), {4}),
         (("end-to-end", "uvit-imagenet256-huge@64", "dense compiled"), {5}),
         (("end-to-end", "uvit-imagenet256-large@64", "dense compiled"), {6}),
@@ -106,12 +106,12 @@ def test_without_the_compiled_dense_network_there_is_no_verdict_and_products_say
 
 def test_one_model_of_three_is_no_mean():
     found = findings([r for r in met() if not r["shape"].startswith("dit")])
-    assert (found[3].met, found[3].note) == (None, "not measured: dit-xl-2@64")
+    assert (found[3].met, found[3].note) == (None, "not measured: dit-imagenet256-xlarge@64")
 
 
 def test_layers_count_as_often_as_they_stand_in_the_network():
-    rows = [*met(), row("gemm", "dit-xl-2@64 fc2", "epilogue", "dense", 400, layers=7.0)]
-    rows.append(row("gemm", "dit-xl-2@64 fc2", "epilogue", targets.OURS, 100, layers=7.0))
+    rows = [*met(), row("gemm", "dit-imagenet256-xlarge@64 fc2", "epilogue", "dense", 400, layers=7.0)]
+    rows.append(row("gemm", "dit-imagenet256-xlarge@64 fc2", "epilogue", targets.OURS, 100, layers=7.0))
     found = findings(rows)[3]
     assert found.measured == pytest.approx((1.31**3 * 4**7) ** (1 / 10))
     assert found.note.startswith("1.73 over the 4 shapes; dense compiled not measured in 1 of 4")

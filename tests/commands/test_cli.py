@@ -17,7 +17,7 @@ from sparsedm.model_files import load_model, save_model
 from sparsedm.models import MODELS, build_model
 from sparsedm.stepaware.family import Strategy, family_of
 from sparsedm.train import data
-from sparsedm.train.methods import METHODS
+from sparsedm.train.stages import METHODS
 
 TINY = ["--set", "image_size=8", "--set", "dim=32", "--set", "depth=2", "--set", "heads=2", "--set", "num_classes=6"]
 

@@ -9,8 +9,8 @@ import torch
 
 from sparsedm.cli import main
 from sparsedm.commands import quickstart
-from sparsedm.train.chain import Stage
 from sparsedm.train.data import load
+from sparsedm.train.stages import Stage
 
 
 @pytest.fixture

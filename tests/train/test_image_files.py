@@ -107,7 +107,7 @@ def test_every_mode_of_eight_bits_becomes_rgb(tmp_path, mode):
 
 def test_sixteen_bits_are_refused_instead_of_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png in .* has pixels of mode I;16: 8 bits per channel are read"):
+    with pytest.raises(InputError, match=r"a\.png in .* has pixels of mode I(;16)?: 8 bits per channel are read"):
         read_image_files(tmp_path)
 
 

@@ -17,7 +17,6 @@ from sparsedm.kernels import mask as choose
 from sparsedm.kernels import masked_matmul
 from sparsedm.train import step
 from sparsedm.train.data import batch, batch_indices
-from sparsedm.train.loop import train
 from tests.tiny import OPTIONS, same_state, tiny
 from tests.train.test_loop import IMAGES, SCHEDULE, masked, run
 
@@ -81,7 +80,7 @@ def test_labels_are_seen_only_where_the_network_has_them(tmp_path, labels):
 
 
 def test_discrete_schedule_trains(tmp_path):
-    result = train(masked(), IMAGES, DDPMSchedule(), OPTIONS, tmp_path, progress=False)
+    result = run(tmp_path, schedule=DDPMSchedule())
     assert math.isfinite(result.loss)
 
 

@@ -391,6 +391,11 @@ def launch(operation, backend, config, strict, *tensors, **options):
         return False
 
 
+def trying(operation, choice):
+    """A context in which a choice runs: if the process ends inside, by a hang say, no tuner tries it again."""
+    return _tuner(operation).trying(_describe(operation, choice))
+
+
 @functools.cache
 def load(module):
     """The module of a row, imported when it is needed: there may be no Triton."""

@@ -1,8 +1,10 @@
-"""CIFAR-10 (Krizhevsky, 2009) as its author distributes it: python batches or binary batches, in a folder or a tar.gz.
+"""Images that lie in files as arrays: numpy's .npz, and CIFAR-10 (Krizhevsky, 2009) as its author distributes it.
 
-Binary batch: records of 3073 bytes, the label and then 3 x 32 x 32 pixels, plane by plane. Python batch: a pickled
-dict with `data` (uint8, n x 3072, the same pixels) and `labels`. A pickle can run any code, so these are read with an
-unpickler that knows no class at all but stand-ins for the few a batch is made of.
+.npz: images under one of the names images, x, arr_0; labels, if there are any, under labels, y or arr_1.
+CIFAR-10: python batches or binary batches, in a folder or a tar.gz. Binary batch: records of 3073 bytes, the label and
+then 3 x 32 x 32 pixels, plane by plane. Python batch: a pickled dict with `data` (uint8, n x 3072, the same pixels) and
+`labels`. A pickle can run any code, so these are read with an unpickler that knows no class at all but stand-ins for
+the few a batch is made of.
 """
 
 import gzip
@@ -11,6 +13,7 @@ import os
 import pickle
 import tarfile
 import zlib
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -18,13 +21,58 @@ from tqdm import tqdm
 
 from sparsedm.errors import InputError
 from sparsedm.files import cache_folder, download
-from sparsedm.train.image_files import Parts
+from sparsedm.train.image_files import MOST_BYTES, Parts
 
+IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0"), ("labels", "y", "arr_1")  # in an .npz file
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN, TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-MOST_BYTES = 1 << 28  # of one batch, which has 31 MB; the limit is against bombs
+MOST_BATCH_BYTES = 1 << 28  # of one batch, which has 31 MB; the limit is against bombs
+
+
+def read_npz(path):
+    """Read an .npz file of plain arrays, see the top of this file. Returns Parts; InputError names the rule."""
+    try:
+        with ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                raise InputError(f"{path} unpacks to more than {MOST_BYTES} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (BadZipFile, EOFError, MemoryError, ValueError, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
+    images, labels = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS))
+    if len(images) != 1 or len(labels) > 1 or len(images + labels) < len(arrays):
+        rule = f"one of {', '.join(IMAGE_KEYS)} is needed, one of {', '.join(LABEL_KEYS)} may be there"
+        raise InputError(f"{path} holds the arrays {', '.join(arrays) or 'none'}: {rule}")
+    images, labels = _as_images(path, arrays[images[0]]), arrays[labels[0]] if labels else None
+    if labels is None:
+        return Parts({"all": (images, None)})
+    one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not one_each or labels.min() < 0 or labels.max() > 65535:
+        raise InputError(f"{path}: labels must be {len(images)} integers from 0 to 65535, one for each image")
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return Parts({"all": (images, labels)}, tuple(map(str, range(labels.max() + 1))))
+
+
+def _as_images(path, array):
+    """Tensor uint8 (n, 1 or 3, h, w), or float32 (n, c, h, w) latents."""
+    if array.ndim != 4 or not array.size:
+        raise InputError(f"{path}: images of shape {array.shape} must be (n, h, w, c) or (n, c, h, w)")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: the latents hold NaN or infinity")
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
+    if array.dtype != np.uint8 or last == first:
+        rule = "uint8 with 1 or 3 channels on the second or the last axis (or floating-point latents)"
+        raise InputError(f"{path}: images of {array.dtype} {array.shape} must be {rule}")
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array))
+
+
+# ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
 
 
 def download_cifar10(folder=None, url=None, progress=True):
@@ -65,8 +113,8 @@ def _folder_batches(folder):
     for name in TRAIN + TEST:
         for file in (folder / name, folder / f"{name}.bin"):
             if file.is_file():
-                if file.stat().st_size > MOST_BYTES:
-                    raise InputError(f"{file} is larger than {MOST_BYTES} bytes, which no CIFAR-10 batch is")
+                if file.stat().st_size > MOST_BATCH_BYTES:
+                    raise InputError(f"{file} is larger than {MOST_BATCH_BYTES} bytes, which no CIFAR-10 batch is")
                 yield name, _batch(file, file.read_bytes())
 
 
@@ -75,12 +123,12 @@ def _tar_batches(path):
     try:
         with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
             for member in archive:
-                if member.size > MOST_BYTES:
+                if member.size > MOST_BATCH_BYTES:
                     raise InputError(f"{path} holds {member.name!r} of {member.size} bytes, which no CIFAR-10 batch is")
                 name = os.path.basename(member.name)
                 if member.isreg() and name.removesuffix(".bin") in TRAIN + TEST:
                     yield name.removesuffix(".bin"), _batch(f"{path}/{name}", archive.extractfile(member).read())
-            file.read(MOST_BYTES)  # to the end, where gzip compares its checksum
+            file.read(MOST_BATCH_BYTES)  # to the end, where gzip compares its checksum
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a readable tar.gz file, perhaps cut short ({error})") from error
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.train import cifar10
-from sparsedm.train.cifar10 import CLASSES, TEST, TRAIN, cifar10_folder, download_cifar10, read_cifar10
+from sparsedm.train import array_files
+from sparsedm.train.array_files import CLASSES, TEST, TRAIN, cifar10_folder, download_cifar10, read_cifar10
 
 N = 4  # images in a batch here
 
@@ -219,7 +219,7 @@ def test_members_that_climb_out_are_read_in_memory_only(tmp_path):
 
 
 def test_bombs_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "MOST_BYTES", 1000)
+    monkeypatch.setattr(array_files, "MOST_BATCH_BYTES", 1000)
     with pytest.raises(InputError, match=r"'cifar-10-batches-py/data_batch_1' of .* bytes, which no CIFAR-10 batch is"):
         read_cifar10(tar_of(tmp_path / "a.tar.gz", batches()))
     with pytest.raises(InputError, match="data_batch_1 is larger than 1000 bytes"):
@@ -241,7 +241,7 @@ def test_download(tmp_path, monkeypatch):
         monkeypatch.setenv("SPARSEDM_CIFAR10_URL", f"http://127.0.0.1:{server.server_port}/mirror.tar.gz")
         with pytest.raises(InputError, match=r"mirror\.tar\.gz gave a file with md5 .*must have c58f30108f718f92721"):
             download_cifar10(tmp_path / "cache")
-        monkeypatch.setattr(cifar10, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
+        monkeypatch.setattr(array_files, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
         found = download_cifar10(tmp_path / "cache")
         server.shutdown()
     assert found == tmp_path / "cache" / "cifar-10-python.tar.gz"
