@@ -77,6 +77,8 @@ def halo_serves(kernel_size, stride, padding, width, group, instructions):
 
 def attention_serves(q):
     """Whether `products.attention` is called for q (B, H, L, D)."""
+    if torch.compiler.is_compiling() or q.device.type != "cpu":
+        return False
     (B, H, L, D), instructions = q.shape, library.instruction_set()
     if instructions is None or L < 16 or ATTENTION_TOKENS[instructions] < L or B * H * L * L * D < SMALLEST:
         return False

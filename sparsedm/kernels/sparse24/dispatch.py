@@ -138,15 +138,21 @@ def _cpu_loses(request):
         cost, _ = _cpu_cost(request)
     else:
         pixels = request.image[0] * request.image[1]
-        images = request.M // pixels
-        cost = rules.conv_cost((images, pixels), request.N, request.K, *request.keep_and_group, request.instructions)
+        sizes = request.N, request.K, *request.keep_and_group
+        cost = rules.conv_cost((request.M // pixels, pixels), *sizes, request.instructions)
     if cost < 1:
         return None
-    return f"{request.pattern}, {request.M} x {request.K} x {request.N}: about {cost:.2f} of the dense product's time"
+    sizes = "" if torch.compiler.is_compiling() else f", {request.M} x {request.K} x {request.N}"
+    return f"{request.pattern}{sizes}: about {cost:.2f} of the dense product's time"
 
 
 def _cpu_cost(request):
-    return rules.linear_cost(request.M, request.N, request.K, *request.keep_and_group, request.instructions)
+    rows = request.M
+    if torch.compiler.is_compiling():  # comparisons leave a dynamic M dynamic
+        if rows * request.N * request.K < rules.SMALLEST:
+            return 2.0, "linear"
+        rows = 4096 if rows > 16 else 4
+    return rules.linear_cost(rows, request.N, request.K, *request.keep_and_group, request.instructions)
 
 
 def _cpu_order(request):
