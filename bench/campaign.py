@@ -83,8 +83,9 @@ def second_suites():
     # in several processes, one of which dies with a test that crashes or hangs, and is replaced
     workers = ("-n", str(max(1, (os.cpu_count() or 1) // 4))) if importlib.util.find_spec("xdist") else ()
     counters = python("bench.counters", "{csv}", "--count", "1", "--out", "{folder}/counters.txt")
-    watched = [str(TESTS / f"kernels/sparse24/test_{name}.py") for name in ("mma", "mma_splitk", "mma_conv", "wgmma")]
-    watched = pytest("--verbose", "-k", "random", *watched, str(TESTS / "kernels/sparse24/test_conv.py"))
+    kernels = ("mma", "mma_splitk", "mma_conv", "wgmma", "wgmma_conv")
+    watched = [str(TESTS / f"kernels/sparse24/test_{name}.py") for name in kernels]
+    watched = pytest("--verbose", "-k", "random", *watched)
     quick = "--no-compile"
     return (
         Suite("gemm: models", bench("gemm", "--shapes", layers, quick), 120),

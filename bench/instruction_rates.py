@@ -22,7 +22,7 @@ from sparsedm.kernels.sparse24.ptx import (
     warp_index,
     wgmma_wait,
 )
-from sparsedm.kernels.sparse24.wgmma_pipeline import accumulator_layout, descriptors, metadata_layout, multiply
+from sparsedm.kernels.sparse24.wgmma_pipeline import Config, accumulator_layout, descriptors, metadata_layout, multiply
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 WARPS = 8
@@ -144,6 +144,7 @@ def mma_kernel(
 BLOCK_N = gl.constexpr(ROWS)
 BLOCK_M = gl.constexpr(COLUMNS)
 BLOCK_K = gl.constexpr(STEP)
+CONFIG = gl.constexpr(Config(ROWS, COLUMNS, STEP, stages=1))
 
 
 @gluon.jit
@@ -157,7 +158,7 @@ def _image(image_ptr):
         image.index(i).store(gl.load(image_ptr + i * CHUNK + word))
     fence_async_shared()
     block_barrier()
-    w, x = descriptors(shared_base(), 0, BLOCK_N, BLOCK_M, BLOCK_K)
+    w, x = descriptors(shared_base(), 0, CONFIG)
     return image, w + warp_index() // 4 * (64 * BLOCK_K >> 4), x
 
 
@@ -225,7 +226,7 @@ def wgmma_sp_kernel(image_ptr, e_ptr, y_ptr, iterations, KIND: gl.constexpr):
     acc = (gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=ACC),)
     gl.assume(iterations > 0)
     for _ in range(iterations):
-        acc = multiply(acc, metadata, w, x, 8, BLOCK_M, BLOCK_K, KIND)
+        acc = multiply(acc, metadata, w, x, 8, CONFIG, KIND)
         acc = wgmma_wait(acc, 1)
     acc = wgmma_wait(acc, 0)
     _store(y_ptr, acc[0])

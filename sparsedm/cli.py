@@ -124,6 +124,7 @@ def _add_evaluate(sub):
     commands.add_model_arguments(sub, ": what a foreign file holds")
     sub.add_argument("--data", required=True, help="the real images, as for train")
     sub.add_argument("--split", choices=("train", "test"), default="train", help="part of --data (default: train)")
+    commands.add_crop(sub)
     sub.add_argument(
         "--features",
         default="random-conv",
@@ -137,8 +138,14 @@ def _add_evaluate(sub):
 def _add_sampling(sub, count):
     sub.add_argument("--count", type=int, default=count, help="how many images (default: %(default)s)")
     sub.add_argument("--strategy", metavar="FILE", help="use the networks of RUN as a file that search found says")
-    sub.add_argument("--sampler", choices=samplers.SAMPLERS, help="(default: dpm++2m, or the strategy's)")
-    sub.add_argument("--sampling-steps", type=int, help="(default: 50, or the strategy's)")
+    sub.add_argument(
+        "--sampler",
+        choices=[*samplers.SAMPLERS, "published"],
+        help="published: that of the original network, its steps and clipping (default: dpm++2m, or the strategy's)",
+    )
+    much = sub.add_mutually_exclusive_group()
+    much.add_argument("--sampling-steps", type=int, help="(default: 50, or the strategy's)")
+    much.add_argument("--nfe", type=int, help="network evaluations at most, in place of steps: heun has two in each")
     sub.add_argument(
         "--dtype",
         choices=drawing.DTYPES,
@@ -146,7 +153,11 @@ def _add_sampling(sub, count):
         help="of the network (auto: bf16 for compressed ones on a GPU, whose kernels need it, else fp32)",
     )
     sub.add_argument("--guidance", type=_finite, help="classifier-free guidance weight, for class-conditional models")
-    sub.add_argument("--no-clip", action="store_true", help="let images leave [-1, 1] on the way (latents always may)")
+    sub.add_argument(
+        "--clip",
+        choices=samplers.CLIPS,
+        help="keep images in [-1, 1] in every step, in the final one, or never (default: every; latents: never)",
+    )
     sub.add_argument("--label", type=int, help="draw only this class (default: all classes in turn)")
     sub.add_argument(
         "--batch-size", type=int, default=256, help="images at a time; changes nothing but rounding (default: 256)"
@@ -236,6 +247,7 @@ COMMANDS = (  # name, what it does, its arguments, a summary, examples
             "--model uvit-cifar10-small --pattern 2:4 --where all",
             "runs/quickstart",
             "--model uvit-imagenet256-large --pattern 2:4 --arch sm_90a --batch 64",
+            "--model uvit-imagenet256-large --pattern 2:4 --time --batch 64",
         ],
     ),
     (

@@ -27,8 +27,9 @@ class Schedule:
     """What all schedules share. Times are floating-point tensors of any shape; results have their shape and dtype.
 
     `last` is where sampling starts (almost pure noise), `first` the least noisy time a sampler shows to the network.
-    A subclass gives log_alpha(t), its inverse time_at_log_alpha, training_time(u) which carries u ~ U[0, 1) to the
-    distribution of t in training, and model_time(t) in the network's units with its inverse time_of(model_time).
+    A subclass gives log_alpha(t), its inverse time_at_log_alpha, beta(t) = -2 d log α / dt, training_time(u) which
+    carries u ~ U[0, 1) to the distribution of t in training, and model_time(t) in the network's units with its inverse
+    time_of(model_time).
     """
 
     def alpha(self, t):
@@ -55,6 +56,9 @@ class VPSDE(Schedule):
 
     def log_alpha(self, t):
         return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
+
+    def beta(self, t):
+        return self.beta_min + (self.beta_max - self.beta_min) * t
 
     def time_at_log_alpha(self, log_alpha):
         integral = -2 * log_alpha  # of β from 0 to t; the root is written without cancellation at small t
@@ -93,6 +97,11 @@ class DDPMSchedule(Schedule):
         table = _log_alpha_table(self, t.device, t.dtype)
         k = t.long().clamp(0, len(table) - 2)
         return table[k] + (t - k) * (table[k + 1] - table[k])
+
+    def beta(self, t):
+        table = _log_alpha_table(self, t.device, t.dtype)
+        k = t.ceil().long().clamp(1, len(table) - 1)  # of the interval that ends here
+        return 2 * (table[k - 1] - table[k])
 
     def time_at_log_alpha(self, log_alpha):
         table = _log_alpha_table(self, log_alpha.device, log_alpha.dtype)
@@ -163,6 +172,7 @@ def loss(
     w_kd=0.0,
     w_noise=1.0,
     weighting="noise",
+    variance=False,
     rows=slice(None),
 ):
     """w_noise mse(ε, model(x_t, t)) + w_kd mse(teacher(x_t, t), model(x_t, t)), one random t and ε per image.
@@ -171,7 +181,8 @@ def loss(
     runs used w_kd = 0.1). The teacher sees the same x_t and t, gets no gradient, and should be in eval mode.
     x0 (B, C, H, W); y (B,) int64 or None. `generator` may live on another device than x0: a CPU generator gives the
     same t and ε on every device. weighting: "velocity" divides the squared errors by α(t)², which makes them those of
-    the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training. rows: a slice of the
+    the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training. variance: the model
+    gives one too (`model(..., variance=True)`), and `variational_bound` is added to the total. rows: a slice of the
     batch; the others are only drawn for, so that the parts of a batch, computed apart, average to its loss.
     Returns LossTerms. Raises InputError for another weighting, or when w_kd asks for a teacher that is not there.
     """
@@ -186,7 +197,11 @@ def loss(
     t = schedule.training_time(u)
     inputs = (diffuse(x0, t, noise, schedule), schedule.model_time(t), *_optional(y))
 
-    predicted = model(*inputs).to(noise.dtype)
+    predicted = model(*inputs, **({"variance": True} if variance else {})).to(noise.dtype)
+    bound = 0.0
+    if variance:
+        predicted, v = predicted.chunk(2, dim=1)
+        bound = variational_bound(schedule, x0, inputs[0], t, predicted.detach(), v).mean()
     noise_errors = _squared_errors(predicted, noise)
     transfer_errors = torch.zeros_like(noise_errors)
     if w_kd:
@@ -196,7 +211,49 @@ def loss(
     errors = w_noise * noise_errors + w_kd * transfer_errors
     if weighting == "velocity":
         errors = errors / schedule.alpha(t) ** 2
-    return LossTerms(errors.mean(), noise_errors.detach().mean(), transfer_errors.detach().mean())
+    return LossTerms(errors.mean() + bound, noise_errors.detach().mean(), transfer_errors.detach().mean())
+
+
+def variational_bound(schedule, x0, x, t, eps, v):
+    """-log p(x_0 | x_t=0) where t is 0, else KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)): (B,), bits per number.
+
+    p has the mean that the noise eps gives and the variance β^((1 + v) / 2) β̃^((1 - v) / 2) (arXiv 2102.09672, section
+    3.1); DiT adds this to the squared error of eps, with no gradient to eps. x0, x, eps, v (B, C, H, W); t (B,), whole.
+    Raises: InputError for a schedule without discrete times.
+    """
+    if not isinstance(schedule, DDPMSchedule):
+        raise InputError("a learned variance needs discrete times: the ddpm or the scaled-linear schedule")
+
+    def terms(t):
+        """log β, log β̃ at t; the factor of x_0 in the mean of q(x_t-1 | x_t, x_0)."""
+        log_alpha = schedule.log_alpha(t)
+        before = torch.where(t > 0, schedule.log_alpha((t - 1).clamp(min=0)), torch.zeros_like(log_alpha))
+        beta = -torch.expm1(2 * (log_alpha - before))
+        variance, variance_before = -torch.expm1(2 * log_alpha), -torch.expm1(2 * before)
+        return beta.log(), (beta * variance_before / variance).log(), before.exp() * beta / variance
+
+    shape = (-1, *[1] * (x0.ndim - 1))
+    large, _, factor = (value.view(shape) for value in terms(t))
+    small = terms(t.clamp(min=1))[1].view(shape)  # β̃ is 0 at t = 0
+    t = t.view(shape)
+    predicted = (x - schedule.sigma(t) * eps) / schedule.alpha(t)
+    log_variance = (large * (1 + v) + small * (1 - v)) / 2
+    kl = (log_variance - small - 1 + (small - log_variance).exp()) / 2
+    kl = kl + (factor * (x0 - predicted)).square() * (-log_variance).exp() / 2
+    nats = torch.where(t > 0, kl, -_log_likelihood(x0, predicted, log_variance / 2))
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _log_likelihood(x, mean, log_std):
+    """Of 256 levels in [-1, 1] under a Gaussian, whose distribution function is approximated as in the original."""
+
+    def below(edge):
+        z = (edge - mean) * (-log_std).exp()
+        return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
+
+    lower, upper = below(x - 1 / 255), below(x + 1 / 255)
+    inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return inside.clamp(min=1e-12).log()
 
 
 def _optional(y):

@@ -20,7 +20,7 @@ from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
 from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Compressed, CompressedLinear, Linear
-from sparsedm.sparsity import compress, masked_layers, uncompressed_because
+from sparsedm.sparsity import compress, masked_layers, replaced_methods, uncompressed_because
 
 ARCHS = {
     **{"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
@@ -54,11 +54,15 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """rows: one per linear and convolution layer. other_parameters: norms, embeddings. attention_macs: QK^T and PV."""
+    """rows: one per linear and convolution layer. other_parameters: norms, embeddings. attention_macs: QK^T and PV.
+
+    notes: what else is to be known, a sentence each.
+    """
 
     rows: tuple
     other_parameters: int
     attention_macs: int
+    notes: tuple = ()
 
     def totals(self):
         """Parameters and MACs before and after, with and without the attention products: a dict of ints."""
@@ -98,7 +102,7 @@ class Inspection:
             for row in [head, *body]
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*(line.rstrip() for line in lines), "", self.summary()])
+        return "\n".join([*(line.rstrip() for line in lines), "", *self.notes, self.summary()])
 
     def summary(self):
         """The totals in three lines, saying which convention each MAC count follows."""
@@ -171,7 +175,11 @@ def inspect(
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
-    return Inspection(rows, other, attention)
+    notes = tuple(
+        f"{name}.{attribute} was replaced by a function, which a compressed model cannot take along"
+        for name, attribute in replaced_methods(model)
+    )
+    return Inspection(rows, other, attention, notes)
 
 
 def _is_layer(module):
@@ -219,6 +227,8 @@ def _row(name, layer, calls, arch, batch):
         why = getattr(layer, "dense_reason", None) or _foreign_reason(layer)
     elif not compressed and not arch:
         backend = "torch, masked weight"
+        if layer.mask is not None:
+            why = "its mask is frozen: freeze_mask(False) lets it change in training"
         if not calls.macs:
             why = "not called in a forward: whatever reads its weight elsewhere passes over the mask"
     elif compressed or not (why := uncompressed_because(layer)):
@@ -348,8 +358,29 @@ def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
     return {name: times[f"{layer} {calls[layer]}"] for name, layer in layers.items() if layer in calls}
 
 
+def time_report(model, batch=1):
+    """The table of `sparsedm inspect --time`: `time_layers` on this machine's GPU in bf16, else on its CPU in fp32.
+
+    Raises: InputError if no layer of the model can be compressed.
+    """
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    times = time_layers(model, batch, device, dtype)
+    if not times:
+        raise InputError("--time needs layers with a 2:4 weight, and there is none: give --pattern 2:4")
+    width = max(map(len, times))
+    lines = [f"{'layer':<{width}}    dense us      2:4 us  speed-up"]
+    for name, (dense, compressed) in times.items():
+        lines.append(f"{name:<{width}}{dense:>12,.1f}{compressed:>12,.1f}{dense / compressed:>9.2f}x")
+    dense, best = sum(dense for dense, _ in times.values()), sum(min(pair) for pair in times.values())
+    what = torch.cuda.get_device_name() if on_gpu else "CPU: it says nothing about a GPU, whose tensor cores it lacks"
+    lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; with 2:4 where it gains: {best / 1e3:,.3f} ms"]
+    return "\n".join([*lines, f"batch {batch}, {str(dtype).removeprefix('torch.')}, {what}"])
+
+
 def _dense_and_compressed(layer, call, device, dtype):
     layer = copy.deepcopy(layer).to_empty(device=device).to(dtype)
+    layer.set_pattern("2:4")  # and no frozen mask, which would hold whatever the memory held
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     sized = tree_map(lambda x: torch.randn(x.shape, device=device, dtype=dtype) if torch.is_tensor(x) else x, call)

@@ -5,8 +5,11 @@ Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through)
                    arXiv 2102.04010); `sparsity.set_masking` sets the decay, and multipliers for kept and dropped.
 
 A mask is a function of the pattern and of today's weight, whoever wrote it. Every forward selects it again;
-`sparsity.hold_masks` is the only place where a selection is used twice.
+`sparsity.hold_masks` is the only place where a selection is used twice. Rounding may change which weights are the
+largest, so a cast to fewer bits freezes the mask first.
 """
+
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,15 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import autocast_dtype, exporting
 from sparsedm.kernels.mask import Selection, select_mask
-from sparsedm.kernels.masked_matmul import STE, kernels_serve, masked_linear, straight_through
+from sparsedm.kernels.masked_matmul import (
+    STE,
+    GradientRule,
+    apply_rule,
+    kernels_serve,
+    masked_linear,
+    straight_through,
+    transformed,
+)
 from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import last_measured
@@ -64,6 +75,7 @@ class Masked:
         self.rule = STE
         self.register_buffer("mask", None)
         self._held = None  # (the weight, its Selection), inside of `hold_masks`
+        self._hooked = None  # (the weight whose hook adds the decay,)
         self.pattern = None
         if pattern is not None:
             self.set_pattern(pattern)
@@ -78,7 +90,10 @@ class Masked:
         self.dense_reason = None if pattern else "no pattern was set"
 
     def freeze_mask(self, frozen=True):
-        """Keep today's mask from now on, whatever the weight does; with frozen=False select it again."""
+        """Keep today's mask from now on, whatever the weight does; with frozen=False select it again in each forward.
+
+        A cast to fewer bits, such as `model.half()`, freezes the masks of the weights before the cast.
+        """
         self.mask = self.current_mask().clone() if frozen else None
         self._held = None
 
@@ -86,7 +101,9 @@ class Masked:
         """bool, shape of the weight: what the layer multiplies its weight with. All true when dense."""
         if self.pattern is None:
             return torch.ones_like(self.weight, dtype=torch.bool)
-        return self.selection(self.weight.dtype).mask
+        if self._held and self._held[0] is self.weight:
+            return self._held[1].mask
+        return self.selection(self.weight.dtype).mask if self.mask is None else self.mask
 
     def effective_weight(self):
         """The weight that multiplies x, in the dtype of the product, with the straight-through gradient attached."""
@@ -95,7 +112,28 @@ class Masked:
         masked, mask, *_ = self.selection(product_dtype(self.weight))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return masked
-        return straight_through(self.weight, masked, mask, self.rule)
+        return straight_through(self.weight, masked, mask, self.rule_of_forward())
+
+    def rule_of_forward(self):
+        """The rule, without a decay that a hook of the weight adds: once per backward, however often it is used."""
+        if not (self.rule.decay and torch.is_grad_enabled() and self.weight.requires_grad):
+            return self.rule
+        if not transformed():
+            self.hook_decay()
+        hooked = self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False))
+        return self.rule._replace(decay=0.0) if hooked else self.rule
+
+    def hook_decay(self):
+        """See to it that a hook of the weight adds the decay, unless the weight is computed from other tensors."""
+        weight = self.weight
+        if (self._hooked and self._hooked[0] is weight) or not (weight.requires_grad and weight.is_leaf):
+            return
+        there = [hook for hook in (weight._backward_hooks or {}).values() if isinstance(hook, _Decay)]
+        if there and not there[0].acts():
+            there[0].layer = self  # the other layer of a tied weight is dense by now
+        elif not there:
+            weight.register_hook(_Decay(self))
+        self._hooked = (weight,)
 
     @torch.no_grad()
     def selection(self, dtype):
@@ -108,14 +146,62 @@ class Masked:
         bits = isinstance(self, nn.Linear) and kernels_serve(weight)
         if mask is None:
             return select_mask(weight, self.pattern, dtype, bits=bits)
-        return Selection((weight * mask).to(dtype), mask, pack_bits(mask) if bits else None)
+        return Selection(torch.where(mask, weight, 0).to(dtype), mask, pack_bits(mask) if bits else None)
+
+    def _apply(self, fn, recurse=True):
+        """Every cast and move of every parent comes here."""
+        if self.pattern is not None and self.mask is None and not self.weight.is_meta:
+            before, after = self.weight.dtype, fn(self.weight.detach().new_empty(0)).dtype
+            if after != before and after.itemsize <= before.itemsize:
+                self.freeze_mask()
+                if self.training:
+                    text = (
+                        f"the cast to {after} froze the masks of today's weights: freeze_mask(False) lets them change"
+                    )
+                    warnings.warn(f"{text} again (or sparsify after the cast)", stacklevel=3)
+        super()._apply(fn, recurse)
+        self._held = None
+        if self.mask is not None:
+            self.mask = self.mask.bool()  # `module.type(dtype)` casts masks, too
+        return self
 
     def __getstate__(self):
-        return {**self.__dict__, "_held": None}  # a copy is another layer
+        return {**self.__dict__, "_held": None, "_hooked": None}  # a copy is another layer
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.rule.decay:
+            self.hook_decay()
+
+    @property
+    def W_q(self):
+        """peft asks a layer that has this attribute for its weight by `dequantize`."""
+        return self.weight
+
+    def dequantize(self):
+        """What peft's DoRA and its like multiply by, without calling the layer. Raises: InputError if it is masked."""
+        if self.pattern is None:
+            return self.weight
+        raise InputError("this method (DoRA, PiSSA ...) reads a layer's weight past its mask: use plain LoRA instead")
 
     def extra_repr(self):
         pattern = f", pattern={self.pattern}" if self.pattern else ""
         return super().extra_repr() + pattern + (f", activation={self.activation}" if self.activation else "")
+
+
+class _Decay:
+    """A hook of a weight: adds decay * (1 - m) * w to its gradient."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def acts(self):
+        return self.layer.pattern is not None and self.layer.rule.decay != 0.0
+
+    def __call__(self, g):
+        layer = self.layer
+        if self.acts() and layer._hooked and layer.weight is layer._hooked[0]:
+            return apply_rule(g, layer.weight, layer.current_mask(), GradientRule(layer.rule.decay))
 
 
 class Linear(Masked, nn.Linear):
@@ -124,7 +210,17 @@ class Linear(Masked, nn.Linear):
     pattern: "2:4", Pattern or None (dense). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, pattern=None, activation=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: str | Pattern | None = None,
+        activation: str | None = None,
+    ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._start_masking(pattern, activation)
 
@@ -137,7 +233,8 @@ class Linear(Masked, nn.Linear):
             x = torch.cat((x, skip), -1)
         if self.pattern is not None and kernels_serve(self.weight):
             product = x, self.weight, self.pattern, self.bias, self.activation
-            y = masked_linear(*product, selection=self.selection(product_dtype(self.weight)), rule=self.rule)
+            selection = self.selection(product_dtype(self.weight))
+            y = masked_linear(*product, selection=selection, rule=self.rule_of_forward())
             return _epilogue(y, None, residual, scale)
         return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual, scale)
 
@@ -145,7 +242,7 @@ class Linear(Masked, nn.Linear):
 class Conv2d(Masked, nn.Conv2d):
     """`nn.Conv2d` with a pattern along the input channels at each (out, kh, kw), and a fused epilogue."""
 
-    def __init__(self, *args, pattern=None, activation=None, **kwargs):
+    def __init__(self, *args, pattern: str | Pattern | None = None, activation: str | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._start_masking(pattern, activation)
 
@@ -157,18 +254,18 @@ class Conv2d(Masked, nn.Conv2d):
 
 
 class Compressed(nn.Module):
-    """What CompressedLinear and CompressedConv2d share: the weight as rows of values and int16 metadata.
+    """What CompressedLinear and CompressedConv2d share: the weight as rows of values and metadata.
 
+    metadata: int16 words, held as uint8, because collectives such as a broadcast have no int16.
     weight_shape: of the dense weight. Its rows are (out, in), or (out, kh * kw * in) of a convolution.
     """
 
-    def __init__(self, layer, rows):
-        """layer: what to replace; rows: its weight. Raises InputError where that is not 2:4 along the rows."""
+    def __init__(self, layer, values, metadata):
+        """layer: what to replace; its weight as values and int16 metadata."""
         super().__init__()
         self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
-        values, metadata = pack(rows)
         self.register_buffer("values", values)
-        self.register_buffer("metadata", metadata)
+        self.register_buffer("metadata", metadata.view(torch.uint8))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self._prepacked = {}  # the same weight in the order a kernel reads it, made at the first call
         self._cast = None  # under autocast: (what the values were, the values in its dtype)
@@ -187,12 +284,24 @@ class Compressed(nn.Module):
             self._cast = key, self.values.to(dtype)
         return self._cast[1], *tensors
 
+    def words(self):
+        """The metadata as int16, as `sparse24.format` describes them."""
+        return self.metadata.view(torch.int16)
+
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        try:
-            check_metadata(state_dict.get(f"{prefix}metadata", self.metadata))
-        except InputError as error:
-            raise InputError(f"{prefix[:-1]}: {error}") from None
+        metadata = state_dict.get(f"{prefix}metadata")
+        if metadata is not None:
+            state_dict = {**state_dict, f"{prefix}metadata": metadata.view(torch.uint8)}  # older files hold int16
+            try:
+                check_metadata(metadata.view(torch.int16))
+            except InputError as error:
+                raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _check_width(self, width, name):
+        expected = self.weight_shape[1]
+        if width != expected:
+            raise InputError(f"x has {width} {name}, and the layer's weight {self.weight_shape} takes {expected}")
 
     def measured(self, rows=None):
         """What the GPU's tables say of the latest new size, or of `rows` rows (`dispatch.Measured`); None before."""
@@ -217,25 +326,39 @@ class Compressed(nn.Module):
         return f"weight {self.weight_shape}, pattern=2:4 compressed, activation={self.activation}"
 
 
+def _packed(rows):
+    """`pack`, or on the meta device its shapes."""
+    if not rows.is_meta:
+        return pack(rows)
+    words = -(-rows.shape[1] // 16)
+    return rows.new_empty(len(rows), 8 * words), rows.new_empty(len(rows), words, dtype=torch.int16)
+
+
 class CompressedLinear(Compressed):
     """y = act([x | skip] w^T + b) * s + r from values (N, K/2) and metadata (N, K/16); inference only."""
 
     def __init__(self, layer, rows=None):
-        super().__init__(layer, layer.effective_weight().detach() if rows is None else rows)
+        """layer: what to replace; rows: its weight, if not the layer's own. Raises InputError if it is not 2:4."""
+        if rows is None and layer.pattern == Pattern(2, 4) and layer.mask is None and kernels_serve(layer.weight):
+            _, _, _, values, metadata = select_mask(layer.weight, layer.pattern, mask=False, compressed=True)
+        else:
+            values, metadata = _packed(layer.effective_weight().detach() if rows is None else rows)
+        super().__init__(layer, values, metadata)
         self.out_features, self.in_features = self.weight_shape
 
     def _dense_twin(self, **options):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
     def forward(self, x, residual=None, skip=None, scale=None):
+        self._check_width(x.shape[-1] + (0 if skip is None else skip.shape[-1]), "features")
         values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
         dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # as a sum of tensors has
         rest = {"skip": skip, "scale": scale, "out_dtype": dtype, "cache": self._prepacked}
-        return sparse24_linear(x, values, self.metadata, bias, self.activation, residual, **rest)
+        return sparse24_linear(x, values, self.words(), bias, self.activation, residual, **rest)
 
     def dense_weight(self):
         """The weight (N, K) that values and metadata stand for, bit for bit."""
-        return unpack(self.values, self.metadata, self.in_features)
+        return unpack(self.values, self.words(), self.in_features)
 
 
 class CompressedConv2d(Compressed):
@@ -245,7 +368,8 @@ class CompressedConv2d(Compressed):
     """
 
     def __init__(self, layer):
-        super().__init__(layer, group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1))
+        rows = group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1)
+        super().__init__(layer, *_packed(rows))
         self.out_channels, self.in_channels, *kernel_size = self.weight_shape
         self.kernel_size, self.groups = tuple(kernel_size), 1
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
@@ -256,12 +380,13 @@ class CompressedConv2d(Compressed):
         return Conv2d(*sizes, **geometry, activation=self.activation, **options)
 
     def forward(self, x, residual=None):
+        self._check_width(x.shape[-3] if x.dim() > 2 else 0, "channels")
         values, bias, x = self._operands(self.bias, x)
         apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
         y = sparse24_conv2d(
             x,
             values,
-            self.metadata,
+            self.words(),
             self.kernel_size,
             bias,
             self.activation,
@@ -276,7 +401,7 @@ class CompressedConv2d(Compressed):
     def dense_weight(self):
         """The weight (out, in, kh, kw) that values and metadata stand for, bit for bit."""
         out, cin, kh, kw = self.weight_shape
-        rows = unpack(self.values, self.metadata, cin * kh * kw)
+        rows = unpack(self.values, self.words(), cin * kh * kw)
         return ungroup(rows.reshape(out * kh * kw, cin), self.weight_shape).contiguous()
 
 

@@ -12,6 +12,8 @@ import dataclasses
 import json
 import pickle
 import warnings
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -21,8 +23,9 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, read_json, write_json, writing
+from sparsedm.kernels.masked_matmul import STE, GradientRule
 from sparsedm.layers import Compressed
-from sparsedm.sparsity import compress, masked_layers, sparsify
+from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_names, sparsify
 
 INDEX = ".index.json"
 # what training scripts call a network and the average of its weights, beside or before the names of their tensors
@@ -163,6 +166,10 @@ def fill(model, tensors, file):
     Raises: InputError listing what is missing, unexpected or of another shape.
     """
     expected = model.state_dict()
+    for name, value in tensors.items():
+        if value.dtype == torch.int16 and name in expected and expected[name].dtype == torch.uint8:
+            tensors = tensors | {name: value.view(torch.uint8)}  # the metadata of an older compressed model
+    tied = [[name for name in names if name in tensors] for names in parameter_names(model)]
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
@@ -170,6 +177,9 @@ def fill(model, tensors, file):
             f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
             for name, value in tensors.items()
             if name in expected and value.shape != expected[name].shape
+        ],
+        "tied in the model and apart in the file": [
+            name for names in tied for name in names[1:] if not torch.equal(tensors[name], tensors[names[0]])
         ],
         "of another kind": [
             f"{name} {str(value.dtype).removeprefix('torch.')}"
@@ -184,7 +194,13 @@ def fill(model, tensors, file):
     ]
     if listed:
         raise InputError(f"{file} does not fit the model: {'; '.join(listed)}")
-    model.load_state_dict(tensors, assign=any(value.is_meta for value in expected.values()))
+    assign = any(value.is_meta for value in expected.values())
+    model.load_state_dict(tensors, assign=assign)
+    if assign:  # which gives each name a parameter of its own
+        for names in tied:
+            for name in names[1:]:
+                path, _, last = name.rpartition(".")
+                setattr(model.get_submodule(path), last, model.get_parameter(names[0]))
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -200,31 +216,80 @@ class Loaded:
     state: dict  # a checkpoint's state.json: step and so on; empty for a single file
 
 
+_WRAPPERS = {  # class of torch's: where it holds the module inside
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def _inside(module):
+    """The name under which a wrapper holds its module, or None."""
+    return _WRAPPERS.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
+
+
+def unwrapped(model):
+    """(the model inside of torch.compile, DDP and the like, a function from a name in it to that without wrappers)."""
+    while inside := _inside(model):
+        model = getattr(model, inside)
+    wrappers = {f"{name}.{_inside(m)}" for name, m in model.named_modules() if _inside(m)}
+
+    def plain(name):
+        parts = name.split(".")
+        return ".".join(part for i, part in enumerate(parts) if ".".join(parts[: i + 1]) not in wrappers)
+
+    return model, plain
+
+
 def describe(model):
-    """{"kind", "config", "patterns"}: what `load_model` needs, beside the tensors, to build the model again."""
-    compressed = {name: "2:4" for name, m in model.named_modules() if isinstance(m, Compressed)}
-    masked = {name: str(layer.pattern) for name, layer in masked_layers(model)}
+    """{"kind", "config", "patterns"}: what `load_model` needs, beside the tensors, to build the model again.
+
+    Raises: InputError if `model.config` is neither a dataclass nor JSON.
+    """
+    model, plain = unwrapped(model)
+    compressed = {plain(name): "2:4" for name, m in model.named_modules() if isinstance(m, Compressed)}
+    masked = {plain(name): str(layer.pattern) for name, layer in masked_layers(model)}
     config = getattr(model, "config", None)
+    config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{type(model).__name__}.config cannot be kept in a file, it is not JSON: {error}") from None
     return {
         "kind": "compressed" if compressed else "masked" if masked else "dense",
-        "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,
+        "config": config,
         "patterns": compressed or masked,
     }
 
 
-def save_model(file, model, shard_bytes=None):
+def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None = None) -> Path:
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
-    shard_bytes: split it into files of at most that size beside FILE.index.json, whose path is returned.
+    What torch.compile, DDP and the like wrap is written without the wrapper. shard_bytes: split it into files of at
+    most that size beside FILE.index.json, whose path is returned.
+    Raises: InputError before anything is written: another suffix, a config that is not JSON, sharded weights.
     """
+    file = Path(file)
+    if file.suffix != ".safetensors":
+        raise InputError(f"{file}: a model is saved as .safetensors, and load_model goes by the name")
+    tensors, header = _contents(model)
     if shard_bytes:
-        return write_shards(file, model.state_dict(), _header(model), shard_bytes)
+        return write_shards(file, tensors, header, shard_bytes)
     with atomic_file(file) as partial:
-        write_model(partial, model)
-    return Path(file)
+        write_tensors(partial, tensors, header)
+    return file
 
 
-def load_model(path, build, *, which="ema", config=None, convert=None):
+def load_model(
+    path: str | PathLike,
+    build: Callable[..., nn.Module],
+    *,
+    which: str = "ema",
+    config: object = None,
+    convert: Callable[[dict], dict] | None = None,
+) -> Loaded:
     """Build a model from a run folder, a checkpoint folder, a model file, an index of shards, or a foreign file.
 
     build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
@@ -246,20 +311,24 @@ def load_model(path, build, *, which="ema", config=None, convert=None):
     if not description and tensors.keys() != model.state_dict().keys():
         tensors = one_network(tensors)[0]
     if description:
-        model = _as_described(model, description["kind"], patterns, tensors)
+        model = _as_described(model, description["kind"], patterns, tensors, description.get("rules", {}), file)
     elif convert:
         tensors = convert(tensors)
     fill(model, tensors, file)
     return Loaded(model.eval(), describe(model)["kind"], file, state)
 
 
-def _as_described(model, kind, patterns, tensors):
+def _as_described(model, kind, patterns, tensors, rules, file):
     for pattern in dict.fromkeys(patterns.values()):  # makes every named layer one of ours
         sparsify(model, pattern, [name for name in patterns if patterns[name] == pattern])
     for name, pattern in patterns.items():
         layer = model.get_submodule(name)
         layer.set_pattern(pattern)
         layer.freeze_mask(f"{name}.mask" in tensors)
+        try:
+            layer.rule = GradientRule(*map(float, rules.get(name, STE)))
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(f"{file} has a damaged description in its header: the gradient rule of {name}") from None
     return compress(model) if kind == "compressed" else model
 
 
@@ -284,8 +353,16 @@ def checkpoints(folder):
 
 def write_model(file, model):
     """`save_model` to one file, but not atomic by itself."""
-    write_tensors(file, model.state_dict(), _header(model))
+    write_tensors(file, *_contents(model))
 
 
-def _header(model):
-    return {"sparsedm": json.dumps(describe(model))}
+def _contents(model):
+    """(tensors by name, header) of a model's file."""
+    description = describe(model)
+    model, plain = unwrapped(model)
+    rules = {plain(name): list(layer.rule) for name, layer in masked_layers(model) if layer.rule != STE}
+    tensors = {plain(name): tensor for name, tensor in model.state_dict().items()}
+    sharded = [name for name, tensor in tensors.items() if is_sharded(tensor)]
+    if sharded:
+        raise InputError(f"{sharded[0]} is sharded over processes: gather the model before it is saved")
+    return tensors, {"sparsedm": json.dumps(description | ({"rules": rules} if rules else {}))}

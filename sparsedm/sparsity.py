@@ -2,8 +2,12 @@
 
 import contextlib
 import copy
+import functools
+import inspect
 import itertools
 import re
+import types
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import nn
@@ -112,6 +116,8 @@ def _dense_reason(name, module, parent, pattern):
         return "its weight is computed from other tensors (parametrize, weight_norm and the like)"
     if type(weight.data) is not torch.Tensor:
         return f"its weight is a {type(weight.data).__name__}"
+    if getattr(parent, "lora_magnitude_vector", None):
+        return "DoRA reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
         return f"{type(parent).__name__} reads its weight without calling it"
     if not isinstance(module, Masked) and type(module) not in (nn.Linear, nn.Conv2d):
@@ -130,12 +136,16 @@ def _dense_reason(name, module, parent, pattern):
 # ---- masked models ---------------------------------------------------------------------------------------------------
 
 
-def sparsify(model, pattern, where=None):
+def sparsify(
+    model: nn.Module,
+    pattern: str | Pattern | None,
+    where: str | Collection[str] | Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
     """Give the layers of `model` a pattern, in place, and return the model.
 
-    Plain `nn.Linear` and `nn.Conv2d` modules of any model are swapped for ours; parameters, hooks and optimizer state
-    stay as they are. Layers that cannot hold the pattern, or are not selected, are dense afterwards, also where an
-    earlier call had given them a pattern, and `inspect` says why.
+    Plain `nn.Linear` and `nn.Conv2d` modules of any model become ours, the model itself too if it is one; parameters,
+    hooks and optimizer state stay as they are. Layers that cannot hold the pattern, or are not selected, are dense
+    afterwards, also where an earlier call had given them a pattern, and `inspect` says why.
 
     pattern: "2:4", Pattern, or None / "dense" to take patterns away.
     where: None (the model's own `sparse_layers` if it has one, else what FAMILIES says of its class, else all), "all",
@@ -154,28 +164,31 @@ def sparsify(model, pattern, where=None):
         raise InputError(f"where={where!r} selects none of the {len(found)} linear and convolution layers")
     if pattern and all(reasons.values()):
         raise InputError(f"no selected layer can hold {pattern}: {reasons[chosen[0]]}")
-    swapped = {}
     for name, module in found:
         if not reasons[name] and not isinstance(module, Masked):
-            swapped[module] = module = _adopt(module)
+            _adopt(module)
         if isinstance(module, Masked):
             module.set_pattern(None if reasons[name] else pattern)
         if reasons[name]:
             module.dense_reason = reasons[name]
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():  # named_children() passes over a module that stands in two places
-            if child in swapped:
-                setattr(parent, key, swapped[child])
-    return swapped.get(model, model)
+    for module in model.modules():
+        if hasattr(type(module), "fuse_projections"):  # diffusers: copies the weights of q, k and v into a plain layer
+            vars(module).pop("fuse_projections", None)
+            if masked_layers(module):
+                module.fuse_projections = _refuse_to_fuse
+    return model
 
 
 def _adopt(module):
-    """Our layer in place of a plain one, sharing everything the plain one holds."""
-    kind = Linear if type(module) is nn.Linear else Conv2d
-    layer = kind.__new__(kind)
-    layer.__dict__.update(module.__dict__)
-    layer._start_masking()
-    return layer
+    """Make a plain layer ours, in place: whoever holds it, holds ours."""
+    module.__class__ = Linear if type(module) is nn.Linear else Conv2d
+    module._start_masking()
+    module._plain = True  # it was, and `bake` makes it so again
+    return module
+
+
+def _refuse_to_fuse(*arguments, **options):
+    raise InputError("fuse_qkv_projections() would drop the masks of to_q, to_k and to_v: fuse before sparsify")
 
 
 def masked_layers(model):
@@ -183,15 +196,24 @@ def masked_layers(model):
     return [(n, m) for n, m in model.named_modules() if isinstance(m, Masked) and m.pattern is not None]
 
 
-def set_masking(model, *, decay=0.0, kept=1.0, dropped=1.0, frozen=False):
+def set_masking(
+    model: nn.Module, *, decay: float = 0.0, kept: float = 1.0, dropped: float = 1.0, frozen: bool = False
+) -> None:
     """Gradient settings of every layer that has a pattern.
 
     dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
-    frozen=True is ASP. frozen=True keeps today's masks for good (they are then saved with the weights). Every backward
-    adds the decay: to accumulate gradients over n parts of a batch, divide the gradients by n, not the losses.
+    frozen=True is ASP. frozen=True keeps today's masks for good (they are then saved with the weights).
+
+    Every backward adds the decay once per weight, as it is, to the gradient as it arrives. To accumulate gradients over
+    n parts of a batch, divide the gradients by n, not the losses; under a GradScaler multiply the decay by its scale.
+    `save_model` keeps the settings. Raises: InputError if no layer has a pattern: call `sparsify` first.
     """
-    for _, layer in masked_layers(model):
+    layers = masked_layers(model)
+    if not layers:
+        raise InputError("the model holds no masked layer whose gradients could be set: call sparsify first")
+    for _, layer in layers:
         layer.rule = GradientRule(float(decay), float(kept), float(dropped))
+        layer.hook_decay()
         if frozen != (layer.mask is not None):
             layer.freeze_mask(frozen)
 
@@ -202,7 +224,7 @@ def masks(model):
 
 
 @contextlib.contextmanager
-def hold_masks(*models):
+def hold_masks(*models: nn.Module) -> Iterator[None]:
     """Select the masks now and use them in every forward of the block, instead of selecting in each.
 
     It belongs around work that leaves the weights as they are: the forwards and backwards of one optimizer step, or
@@ -275,13 +297,14 @@ def _checksum(layer):
 # ---- compressed models -----------------------------------------------------------------------------------------------
 
 
-def compress(model):
+def compress(model: nn.Module) -> nn.Module:
     """A new model whose layers hold only what they multiply with: 2:4 weights as values + metadata, others as they are.
 
     Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes a CompressedLinear or a
     CompressedConv2d, and so does a linear layer whose weight is torch's SparseSemiStructuredTensor. A denser masked
     layer, such as 3:4, becomes a dense layer with its mask applied. Forward hooks move along. The input model is not
     touched.
+    Raises: InputError if no layer is masked, or a function that replaces a method of a module cannot move along.
     """
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
     if not layers:
@@ -289,17 +312,19 @@ def compress(model):
     compressed = {layer: _compress_layer(layer) for layer in layers}
     small = _with_layers(model, compressed).eval()
     small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    small._tied = [names for names in parameter_names(model) if len(names) > 1]
     return small.requires_grad_(False)
 
 
-def decompress(model, form="masked"):
+def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
     """A new model with a dense weight, value for value, in place of every compressed one; in eval mode, as `model` is.
 
-    Parameters can be trained, but for those that could not when `model` was compressed. Tied weights are tied no more.
+    Parameters can be trained, except those that could not when `model` was compressed. Tied weights are tied again.
 
     form: "masked": layers of the pattern 2:4, to be trained on. "cutlass" or "cusparselt": the linear layers hold
     torch's SparseSemiStructuredTensor for that library, and run only on a GPU; the convolutions are dense.
-    Raises: InputError if no layer is compressed, or the library cannot hold a layer.
+    Raises: InputError if no layer is compressed, the library cannot hold a layer, or a weight that was tied is another
+    by now.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
     if form not in ("masked", *TORCH_TENSORS):
@@ -308,6 +333,8 @@ def decompress(model, form="masked"):
         raise InputError("the model holds no compressed layer")
     dense = _with_layers(model, {layer: layer.masked() for layer in layers.values()})
     dense.train(model.training)
+    for names in getattr(model, "_tied", ()):
+        _tie(dense, names, layers)
     if form == "masked":
         for name, parameter in dense.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and name not in getattr(model, "_frozen", ()))
@@ -320,12 +347,116 @@ def decompress(model, form="masked"):
     return dense
 
 
+def bake(model: nn.Module) -> nn.Module:
+    """A new, plain model of the same class, with zeros in its weights where the masks are: any N:M, no layer of ours.
+
+    Layers that `sparsify` made ours are torch's again, and a compressed model is decompressed first. The network that
+    comes out computes what `model` does, bit for bit. Tied weights stay tied; hooks move along.
+    Raises: InputError if no layer is masked, or a masked weight is also used without the same mask.
+    """
+    if any(isinstance(m, Compressed) for m in model.modules()):
+        model = decompress(model)
+    layers = dict(masked_layers(model))
+    if not layers:
+        raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
+    baked = {}  # id of a weight: what stands in its place
+    for layer in layers.values():
+        zeros = torch.where(layer.current_mask(), layer.weight.detach(), 0)
+        baked.setdefault(id(layer.weight), []).append(nn.Parameter(zeros, layer.weight.requires_grad))
+    for names in parameter_names(model):
+        weight = model.get_parameter(names[0])
+        found = baked.get(id(weight), [])
+        plain = [weight] if found and any(name.rpartition(".")[0] not in layers for name in names) else []
+        if not all(torch.equal(found[0], other) for other in found[1:] + plain):
+            raise InputError(f"{' and '.join(names)} are one weight under different masks: it cannot be baked")
+    plain = _copied(model, {key: found[0] for key, found in baked.items()})
+    for module in plain.modules():
+        if getattr(module, "_plain", False):
+            module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
+            for name in ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_plain"):
+                delattr(module, name)
+            del module._buffers["mask"]
+        elif isinstance(module, Masked) and module.pattern is not None:
+            module.set_pattern(None)
+        vars(module).pop("fuse_projections", None)
+    return plain
+
+
+def _tie(dense, names, compressed):
+    """Let the layers of `dense` share one weight, which must give each of them the weight it had as compressed."""
+    names = sorted(names, key=lambda name: name.rpartition(".")[0] in compressed)  # an embedding's holds all entries
+    shared = dense.get_parameter(names[0])
+    for name in names[1:]:
+        layer = dense.get_submodule(name.rpartition(".")[0])
+        if name.rpartition(".")[0] in compressed:
+            own, layer.weight = layer.weight, shared
+            if own.shape != shared.shape or not torch.equal(layer.effective_weight(), own):
+                raise InputError(f"{name} was tied to {names[0]}, and their values no longer belong to one weight")
+
+
+def parameter_names(model):
+    """The names of each parameter, a list of more than one where it is tied."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
 def _with_layers(model, replacements):
     for old, new in replacements.items():
         for hooks in _HOOKS:
             setattr(new, hooks, getattr(old, hooks).copy())
-    memo = {id(old): new for old, new in replacements.items()}  # deepcopy puts the new layers in the old ones' places
+    return _copied(model, {id(old): new for old, new in replacements.items()})
+
+
+def _copied(model, memo):
+    """A deep copy, in which what `memo` names by its id stands in place of the old.
+
+    Raises: InputError for a function that would go on running the old network.
+    """
+    for name, attribute in replaced_methods(model):
+        raise InputError(f"{name}.{attribute} was replaced by a function that a copy of the model cannot take along")
     return copy.deepcopy(model, memo)
+
+
+def replaced_methods(model):
+    """[(module name, attribute)] of functions, set on modules of the model, that refer to its modules by closure."""
+    modules, registries = set(model.modules()), set(vars(nn.Module()))
+    return [
+        (name or type(model).__name__, attribute)
+        for name, module in model.named_modules()
+        for attribute, value in module.__getstate__().items()
+        if attribute not in registries and _keeps(value, modules)
+    ]
+
+
+def _keeps(value, modules):
+    """Whether a deep copy of `value` refers to the old modules: it copies bound methods, but no function's closure."""
+    if isinstance(value, types.MethodType):
+        return _keeps(value.__func__, modules)
+    if isinstance(value, functools.partial):
+        return any(_keeps(part, modules) for part in (value.func, *value.args, *value.keywords.values()))
+    return isinstance(value, types.FunctionType) and _refers(value, modules, set())
+
+
+def _refers(value, modules, seen):
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        return value in modules
+    parts = ()
+    if isinstance(value, types.MethodType):
+        parts = value.__self__, value.__func__
+    elif isinstance(value, functools.partial):
+        parts = value.func, *value.args, *value.keywords.values()
+    elif isinstance(value, list | tuple | set | dict):
+        parts = value.values() if isinstance(value, dict) else value
+    elif isinstance(value, types.FunctionType):
+        used = inspect.getclosurevars(value)
+        parts = *used.nonlocals.values(), *used.globals.values(), *(value.__defaults__ or ())
+        parts += tuple((value.__kwdefaults__ or {}).values())
+    return any(_refers(part, modules, seen) for part in parts)
 
 
 def _is_torch_sparse(module):

@@ -1,5 +1,7 @@
 import copy
+import functools
 import io
+import types
 
 import pytest
 import torch
@@ -8,12 +10,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsedm.errors import InputError
+from sparsedm.inspection import inspect
 from sparsedm.kernels import mask as mask_file
 from sparsedm.kernels.pattern import Pattern, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS
 from sparsedm.layers import CompressedConv2d, CompressedLinear, Linear
+from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
+from sparsedm.sparsity import bake, compress, decompress, hold_masks, masked_layers, masks, set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2}
@@ -34,7 +38,7 @@ class Small(nn.Module):
 # ---- sparsify --------------------------------------------------------------------------------------------------------
 
 
-def test_sparsity_swaps_plain_layers_and_keeps_everything_they_hold():
+def test_sparsify_swaps_plain_layers_and_keeps_everything_they_hold():
     model, x = Small(), torch.randn(2, 3, 8, 8)
     keys, before = list(model.state_dict()), dict(model.named_parameters())
     calls = []
@@ -323,8 +327,8 @@ def test_compressed_model_is_the_masked_model():
     assert isinstance(model.head, Linear), "compress must not touch the model it is given"
     state = small.state_dict()
     assert state["head.values"].shape == (30, 16)
-    assert state["head.metadata"].shape == (30, 2)
-    assert state["head.metadata"].dtype == torch.int16
+    assert state["head.metadata"].view(torch.int16).shape == (30, 2)
+    assert state["head.metadata"].dtype == torch.uint8, "collectives have no int16"
 
 
 def test_compress_keeps_denser_patterns_dense_and_says_so():
@@ -490,3 +494,200 @@ def test_a_compressed_state_is_half_of_the_dense_one_plus_an_eighth_of_that():
     masked = sum(layer.weight.numel() for _, layer in masked_layers(layers))
     others = sum(p.numel() for p in dense.parameters()) - masked
     assert held == 2 * others + masked * 2 * 9 // 16
+
+
+# ---- what cannot move along ------------------------------------------------------------------------------------------
+
+
+def closure(model):
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
+def closure_of_a_block(model):
+    block, forward = model.head, model.head.forward
+    block.forward = lambda x: forward(x) + 1
+
+
+def closure_over_a_module(model):
+    head = model.head
+    model.features = lambda x: head(x)
+
+
+def default_argument(model):
+    model.forward = lambda x, run=model.forward: run(x)
+
+
+def bound_function_over_a_module(model):
+    other = model.head
+    model.forward = types.MethodType(lambda self, x: Small.forward(self, x) + other.weight.sum(), model)
+
+
+REPLACED = {
+    closure: "Small.forward",
+    closure_of_a_block: "head.forward",
+    closure_over_a_module: "Small.features",
+    default_argument: "Small.forward",
+    bound_function_over_a_module: "Small.forward",
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED, ids=lambda f: f.__name__)
+def test_a_function_that_would_go_on_running_the_old_network_is_refused_by_name(replace):
+    model = sparsify(Small(), "2:4")
+    replace(model)
+    small = compress(sparsify(Small(), "2:4"))
+    replace(small)
+    for change, network in ((compress, model), (bake, model), (decompress, small)):
+        with pytest.raises(InputError, match=rf"^{REPLACED[replace]} was replaced by a function"):
+            change(network)
+    report = inspect(model, (torch.randn(1, 3, 8, 8),))
+    assert f"{REPLACED[replace]} was replaced by a function" in str(report)
+
+
+def test_what_a_copy_takes_along_is_no_reason_to_refuse():
+    model, x = sparsify(Small(), "2:4").eval(), torch.randn(2, 3, 8, 8)
+    expected = compress(model)(x)
+    model.scale = functools.partial(torch.mul, 2)
+    model.forward = types.MethodType(lambda self, x: Small.forward(self, x), model)
+    model.head.forward = functools.partial(type(model.head).forward, model.head)
+    model.report = print
+    del model.head.forward  # a compressed layer has a forward of its own
+    small = compress(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(small(x), expected)
+    compiled = torch.compile(sparsify(Small(), "2:4"), backend="eager")
+    assert isinstance(compress(compiled).head, CompressedLinear)
+
+
+def test_a_lone_layer_becomes_ours_in_place():
+    layer, x = nn.Linear(8, 8), torch.randn(3, 8)
+    dense = layer(x)
+    assert sparsify(layer, "2:4") is layer
+    assert not torch.equal(layer(x), dense)
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.layers = [model[0]]  # whoever holds it, holds ours
+    sparsify(model, "2:4")
+    assert torch.equal(model.layers[0](x), model(x))
+
+
+def test_gradients_of_a_model_without_masks_cannot_be_set():
+    with pytest.raises(InputError, match=r"no masked layer .*: call sparsify first"):
+        set_masking(Small(), decay=2e-4)
+
+
+def test_dora_on_a_masked_layer_is_refused_and_plain_lora_is_not():
+    peft = pytest.importorskip("peft")
+    x = torch.randn(4, 32)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.conv = nn.Linear(32, 32), nn.Conv2d(32, 32, 3)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    for name in ("fc", "conv"):
+        config = peft.LoraConfig(r=4, target_modules=[name], use_dora=True)
+        with pytest.raises(InputError, match="DoRA"):
+            peft.get_peft_model(sparsify(Net(), "2:4"), config)
+    before = peft.get_peft_model(Net(), peft.LoraConfig(r=4, target_modules=["fc"], use_dora=True))
+    assert "DoRA reads its weight" in inspect(sparsify(before, "2:4", "conv|base_layer"), (x,)).rows[0].why
+    plain = sparsify(Net(), "2:4").eval()
+    expected = plain(x)
+    assert torch.equal(peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["fc"]))(x), expected)
+
+
+def test_fusing_masked_projections_is_refused():
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    model = sparsify(nn.Sequential(attention(32, heads=2, dim_head=16)), "2:4", "to_")
+    with pytest.raises(InputError, match=r"fuse_qkv_projections\(\) would drop the masks"):
+        model[0].fuse_projections()
+    sparsify(model, None)
+    model[0].fuse_projections()
+
+
+# ---- tied weights ----------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A head that holds the embedding's weight, and two layers that hold one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(24, 32), nn.Linear(32, 24, bias=False)
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.head.weight, self.second.weight = self.embed.weight, self.first.weight
+
+    def forward(self, x):
+        return self.head(self.second(self.first(self.embed(x)).tanh()))
+
+
+def test_tied_weights_stay_tied_through_every_form_and_file(tmp_path):
+    model, x = sparsify(Tied(), "2:4").eval(), torch.arange(24)[None]
+    small = compress(model)
+    again = decompress(small)
+    assert again.head.weight is again.embed.weight
+    assert again.second.weight is again.first.weight
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(again(x), expected)
+        for number, network in enumerate((model, small, again)):
+            file = save_model(tmp_path / f"{number}.safetensors", network)
+            loaded = load_model(file, lambda config: Tied(), config={}).model
+            assert torch.equal(loaded(x), expected)
+    loose = sparsify(Tied(), "2:4")
+    loose.second.weight = nn.Parameter(torch.randn(32, 32))
+    file = save_model(tmp_path / "loose.safetensors", loose)
+    with pytest.raises(InputError, match=r"1 tied in the model and apart in the file \(second.weight\)"):
+        load_model(file, lambda config: Tied(), config={})
+    with torch.no_grad():
+        small.embed.weight.mul_(2)
+    with pytest.raises(InputError, match=r"head.weight was tied to embed.weight, and their values no longer"):
+        decompress(small)
+
+
+# ---- bake ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "3:4", "1:8", "7:16"])
+def test_a_baked_model_is_torchs_own_and_computes_the_same_bits(pattern):
+    model, x = sparsify(Small(), pattern).eval(), torch.randn(2, 3, 8, 8)
+    calls = []
+    model.conv.register_forward_hook(lambda *_: calls.append(1))
+    model.head.weight.requires_grad_(False)
+    plain = bake(model)
+    assert type(plain) is Small
+    assert {type(m) for m in plain.children()} == {nn.Linear, nn.Conv2d}
+    assert list(plain.state_dict()) == list(Small().state_dict())
+    assert torch.equal(plain(x), model(x))
+    assert len(calls) == 2
+    assert not plain.training
+    assert [p.requires_grad for p in plain.parameters()] == [p.requires_grad for p in model.parameters()]
+    for name, layer in masked_layers(model):
+        pruned = plain.get_submodule(name).weight[~layer.current_mask()]
+        assert torch.equal(pruned.view(torch.int32), torch.zeros_like(pruned, dtype=torch.int32)), "+0.0"
+    assert masks(model), "bake must not touch the model it is given"
+    plain.train()(x).sum().backward()
+    assert plain.conv.weight.grad[plain.conv.weight == 0].count_nonzero() > 0
+
+
+def test_bake_of_our_own_model_of_a_compressed_one_and_of_tied_weights(tmp_path):
+    model = sparsify(build_model(UVIT), "2:4").eval()
+    for network in (model, compress(model)):
+        plain = bake(network)
+        assert not masks(plain)
+        with torch.no_grad():
+            assert torch.equal(plain(*model.example_inputs()), model(*model.example_inputs()))
+        assert load_model(save_model(tmp_path / "m.safetensors", plain), build_model).kind == "dense"
+    tied = sparsify(Tied(), "2:4", "first|second")
+    plain = bake(tied)
+    assert plain.first.weight is plain.second.weight
+    assert plain.head.weight is plain.embed.weight
+    assert torch.equal(plain(torch.arange(24)), tied(torch.arange(24)))
+    with pytest.raises(InputError, match=r"embed.weight and head.weight are one weight under different masks"):
+        bake(sparsify(tied, "2:4", "head"))
+    with pytest.raises(InputError, match="no masked layer"):
+        bake(Small())

@@ -211,7 +211,7 @@ def _measure(networks, results, recipe, images, validation, options):
                 steps=recipe.sampling_steps,
                 seed=options.seed,
                 y=labels,
-                clip=1.0,
+                clip="every",
                 batch_size=128,
                 progress=True,
             ).cpu()

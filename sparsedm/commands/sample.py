@@ -11,7 +11,7 @@ import torch
 
 from sparsedm import evaluate, samplers
 from sparsedm import plots as pictures
-from sparsedm.commands.train import dense_part, load_named, picture_name
+from sparsedm.commands.train import crop_of, dense_part, load_named, picture_name
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
@@ -22,6 +22,7 @@ from sparsedm.sparsity import compress, masked_layers
 from sparsedm.stepaware import family as stepaware
 from sparsedm.train import distributed
 from sparsedm.train.data import load_images
+from sparsedm.train.published import Published, published
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,6 +34,7 @@ class _Source(NamedTuple):
     networks: list
     sampler: str
     steps: int
+    clip: str | None = None  # of samplers.CLIPS; None: every step for images, never for latents
     compressed: bool = False
     cost: dict = {}  # of a strategy, for the report
 
@@ -40,24 +42,41 @@ class _Source(NamedTuple):
     def config(self):
         return self.networks[0].config
 
+    @property
+    def evaluations(self):
+        return sum(samplers.evaluations(self.sampler, self.steps))
+
 
 def _source(options):
     """The _Source that the command line names: a run or model file, or with --strategy a family and its strategy."""
     if options.strategy is None:
         loaded = load_named(options, which=options.which)
-        sampler, steps = options.sampler or "dpm++2m", 50 if options.sampling_steps is None else options.sampling_steps
-        if steps < 1:
-            raise InputError(f"--sampling-steps {steps}: at least 1 is needed")
-        return _Source(f"the {loaded.kind} model in {loaded.file}", [loaded.model] * steps, sampler, steps)
+        row = published(loaded.model.config) if options.sampler == "published" else Published({}, 0, clip=None)
+        if row is None:
+            raise InputError(f"--sampler published: {loaded.file} has the shape of no published network")
+        sampler = row.sampler if options.sampler in (None, "published") else options.sampler
+        steps = _steps(options, sampler) or row.steps
+        networks = [loaded.model] * steps
+        return _Source(f"the {loaded.kind} model in {loaded.file}", networks, sampler, steps, options.clip or row.clip)
     if options.model or options.set or options.which != "ema":
         raise InputError("--strategy goes with a run folder alone: leave --model, --set and --which away")
     strategy, family = stepaware.load_strategy(options.strategy), stepaware.family_of(options.run)
-    networks = strategy.models(family, sampler=options.sampler, steps=options.sampling_steps)
+    if options.sampler == "published":
+        raise InputError("--strategy has a sampler of its own: leave --sampler published away")
+    steps = _steps(options, options.sampler or strategy.sampler)
+    networks = strategy.models(family, sampler=options.sampler, steps=steps)
     macs, dearest = (family.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
     share = f"{macs / dearest:.0%} of the MACs of {family.names[0]}"
     words = f"the strategy {options.strategy}, {macs / 1e6:,.1f} M MACs an image, {share}"
     cost = {"strategy": options.strategy, "macs_per_image": macs, "share_of_macs": macs / dearest}
-    return _Source(words, networks, strategy.sampler, strategy.steps, cost=cost)
+    return _Source(words, networks, strategy.sampler, strategy.steps, options.clip, cost=cost)
+
+
+def _steps(options, sampler):
+    """The steps that the command line asks for, None where it leaves them open."""
+    if options.sampling_steps is not None and options.sampling_steps < 1:
+        raise InputError(f"--sampling-steps {options.sampling_steps}: at least 1 is needed")
+    return options.sampling_steps if options.nfe is None else samplers.steps_for(sampler, options.nfe)
 
 
 def _compressed(source, must):
@@ -94,7 +113,8 @@ def sample(options):
         classes = 1 if options.label is not None else source.config.num_classes or 1
         width = 16 // classes * classes or 16  # a class stands below itself
         pictures.save_grid(out, [("", row) for row in images.split(width)])
-    how = f"{source.sampler} in {source.steps} steps, seed {options.seed}"
+    how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
+    how = f"{how}, schedule {source.config.schedule}, seed {options.seed}"
     print(f"{len(images)} samples of {source.words}, {how}: {out}")
 
 
@@ -133,7 +153,7 @@ def _draw(source, options):
             start=start,
             y=None if labels is None else labels[start:stop].to(options.device),
             guidance=options.guidance,
-            clip=None if options.no_clip or config.channels > 3 else 1.0,
+            clip=source.clip or ("never" if config.channels > 3 else "every"),
             batch_size=options.batch_size,
             device=options.device,
             network_dtype=dtype,
@@ -148,7 +168,7 @@ def evaluate_samples(options):
     source = _source(options)
     out = Path(options.out or _beside(options.run) / "evaluation.json")
     check_writable(out)
-    reference = load_images(options.data, options.split, source.config.image_size)
+    reference = load_images(options.data, options.split, source.config.image_size, crop=crop_of(options, source.config))
     with distributed.process_group(options.device):
         if distributed.is_main_process():
             features = load_features(options.features, options.device)
@@ -169,6 +189,7 @@ def evaluate_samples(options):
         "split": options.split,
         "sampler": source.sampler,
         "sampling_steps": source.steps,
+        "network_evaluations": source.evaluations,
         "seed": options.seed,
         **source.cost,
     }

@@ -138,6 +138,7 @@ def _plan(options, scale, deadline):
         folder=folder,
         data=options.data or (_data_of(options.run) if options.run else scale.data),
         sampler=options.sampler,
+        clip=options.clip,
         steps=scale.steps if options.sampling_steps is None else options.sampling_steps,
         count=scale.count if options.count is None else options.count,
         final_count=scale.final_count if options.final_count is None else options.final_count,
@@ -235,6 +236,7 @@ def add_arguments(sub):
     sub.add_argument("--distill", type=float, help="as for train, while a family of widths is trained")
     sub.add_argument("--data", help="as for train (default: what the run was trained on, or the scale's own)")
     sub.add_argument("--sampler", choices=samplers.SAMPLERS, default="dpm++2m", help="(default: dpm++2m)")
+    sub.add_argument("--clip", choices=samplers.CLIPS, default="every", help="as for sample (default: every step)")
     sub.add_argument("--sampling-steps", type=int, help="genes of a strategy (default: of the scale)")
     sub.add_argument("--population", type=int, help="strategies per generation (default: of the scale)")
     sub.add_argument("--generations", type=int, help="with the first (default: of the scale)")

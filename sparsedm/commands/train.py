@@ -14,19 +14,22 @@ from sparsedm import plots as pictures
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
-from sparsedm.inspection import ARCHS, inspect
+from sparsedm.inspection import ARCHS, inspect, time_report
 from sparsedm.model_files import load_model
-from sparsedm.models import MODELS, build_model, model_config, parse_overrides
+from sparsedm.models import MODELS, build_model, model_config, parse_overrides, schedule_note
 from sparsedm.models.diffusers import from_diffusers
 from sparsedm.sparsity import sparsify
 from sparsedm.train import distributed
 from sparsedm.train.chain import Start, check_chain, plan, run_chain
 from sparsedm.train.data import load_images
+from sparsedm.train.image_files import CROPS
 from sparsedm.train.loop import TrainOptions, amp_of
+from sparsedm.train.published import Published, published
 from sparsedm.train.stages import METHODS, distilled, method_stages, parse_chain
+from sparsedm.train.step import OPTIMIZERS
 
-TRAINING = ("steps", "batch_size", "accumulate", "lr", "warmup", "cosine", "ema")
-TRAINING += ("weighting", "seed", "compile", "log_every")
+TRAINING = ("steps", "accumulate", "warmup", "cosine", "ema", "weighting", "seed", "compile", "log_every")
+RECIPE = ("batch_size", "lr", "optimizer", "betas", "weight_decay", "clip", "label_dropout", "ema_warmup")
 
 
 def add_model_arguments(parser, note=""):
@@ -36,12 +39,26 @@ def add_model_arguments(parser, note=""):
     )
 
 
+def add_crop(parser):
+    parser.add_argument(
+        "--crop",
+        choices=CROPS,
+        help="square: the largest in the centre; celeba: images of 178x218 to 128x128 at (25, 57), as U-ViT and DDIM "
+        "do (default: as the model's original does)",
+    )
+
+
+def crop_of(options, config):
+    return options.crop or (published(config) or Published({}, 0)).crop
+
+
 def add_train_arguments(parser):
     add_model_arguments(parser, " (default: uvit-tiny, or what --init holds)")
     parser.add_argument(
         "--data", required=True, help="synthetic, cifar10, a folder, a zip or tar.gz of images, or an .npz"
     )
     parser.add_argument("--limit", type=int, help="use only so many training images")
+    add_crop(parser)
     parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/MODEL-CHAIN)")
     parser.add_argument("--dry-run", action="store_true", help="print stages, steps, memory and folders, and stop")
     _add_stages(parser.add_argument_group("from dense to sparse"))
@@ -64,13 +81,20 @@ def _add_stages(group):
 
 
 def _add_optimization(group):
-    group.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
+    as_published = "(default: as the model's original, else {})".format
+    group.add_argument("--batch-size", type=int, help=f"images per step {as_published(128)}")
     group.add_argument(
         "--accumulate", type=int, default=1, help="parts of a batch, one after the other: less memory (default: 1)"
     )
-    group.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (default: 2e-4)")
+    group.add_argument("--lr", type=float, help=f"learning rate {as_published(2e-4)}")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help=as_published("adamw"))
+    group.add_argument("--betas", metavar="B,B", type=betas, help=f"of the optimizer {as_published('0.99,0.999')}")
+    group.add_argument("--weight-decay", type=float, help=as_published(0.03))
+    group.add_argument("--clip", type=float, help=f"largest gradient norm, 0: any {as_published(1)}")
+    group.add_argument("--label-dropout", type=float, help=f"how often no class is told {as_published(0.1)}")
+    group.add_argument("--ema-warmup", type=int, help="slow start of the average, 1: none (default: 10)")
     group.add_argument(
-        "--warmup", type=int, help="steps of linear warm-up (default: a tenth of the stage, at most 2500)"
+        "--warmup", type=int, help="steps of linear warm-up (default: a tenth of the stage, at most as in the original)"
     )
     group.add_argument("--cosine", action="store_true", help="let the learning rate fall to zero in each stage")
     group.add_argument(
@@ -89,14 +113,29 @@ def _add_optimization(group):
     group.add_argument("--log-every", type=int, default=100, help="steps between log records (default: 100)")
 
 
-def train(options):
-    training = TrainOptions(
-        **{name: getattr(options, name) for name in TRAINING},
+def betas(text):
+    return tuple(float(beta) for beta in text.split(","))
+
+
+def _training(options, config):
+    """The TrainOptions of a command line: what it says, else what the original of this network did."""
+    asked = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
+    recipe = published(config)
+    if recipe:
+        print(f"recipe of the original: {', '.join(f'{k}={v}' for k, v in (recipe.training | asked).items())}")
+    asked |= {name: getattr(options, name) for name in TRAINING if name != "warmup" or options.warmup is not None}
+    if note := schedule_note(config):
+        print(note)
+    return TrainOptions(
+        **(recipe.training if recipe else {}) | asked,
         flip=not options.no_flip,
         amp=amp_of(options.device) if options.amp == "auto" else None if options.amp == "off" else options.amp,
         save_every=options.save_every,
         validate_every=options.save_every,
     )
+
+
+def train(options):
     torch.manual_seed(options.seed)
     if options.init:
         model, ema = _dense_start(options)
@@ -105,7 +144,7 @@ def train(options):
             options.model or "uvit-tiny", device="meta" if options.dry_run else None, **parse_overrides(options.set)
         )
         ema = None
-    stages = _stages(options, ema)
+    training, stages = _training(options, model.config), _stages(options, ema)
     name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     start = Start(model, ema, build=lambda: build_model(model.config))
@@ -114,8 +153,9 @@ def train(options):
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size
-    images = load_images(options.data, "train", size, limit=options.limit)
-    validation = load_images(options.data, "test", size, limit=2048)
+    crop = crop_of(options, model.config)
+    images = load_images(options.data, "train", size, limit=options.limit, crop=crop)
+    validation = load_images(options.data, "test", size, limit=2048, crop=crop)
     with distributed.process_group(options.device):
         results = run_chain(
             start,
@@ -162,6 +202,8 @@ def load_named(options, path=None, which="ema"):
     loaded = load_model(path, build_model, which=which, config=config, convert=convert)
     if config and config != loaded.model.config:
         raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")
+    if note := schedule_note(loaded.model.config):
+        print(note)
     return loaded
 
 
@@ -233,7 +275,8 @@ def add_inspect_arguments(parser):
     parser.add_argument("--pattern", help="N:M to apply, for example 2:4")
     parser.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
     parser.add_argument("--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time, for --arch (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time, for --arch and --time (default: 1)")
+    parser.add_argument("--time", action="store_true", help="time each 2:4 layer here, dense and compressed")
     parser.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers")
 
@@ -254,6 +297,8 @@ def inspect_model(options):
         sparsify(model, options.pattern, options.where)
     table = inspect(model, arch=options.arch, batch=options.batch)
     print(table)
+    if options.time:
+        print(f"\n{time_report(model, options.batch)}")
     if options.json:
         write_json(options.json, table.to_dict())
         print(f"numbers: {options.json}")

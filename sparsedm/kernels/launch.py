@@ -9,6 +9,8 @@ a sparse kernel: cpu, mma, splitk, wgmma.
 
 import functools
 import os
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +29,25 @@ except ImportError:
 
     def jit(kernel):
         return kernel
+
+
+FUSED = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns that 3.10 has another default
+
+
+class Launch(NamedTuple):
+    """One start of a kernel, whose arguments go by keyword."""
+
+    kernel: object
+    grid: tuple  # of clusters of blocks
+    arguments: dict  # at run time
+    constants: dict  # at compile time
+    num_warps: int
+    maps: dict = MappingProxyType({})  # name of a tensor map -> (tensor, box, swizzle in bytes)
+    cluster: int = 1  # blocks
+
+    def start(self):
+        """In Triton's usual way; for kernels without tensor maps and clusters."""
+        self.kernel[self.grid](**self.arguments, **self.constants, **FUSED, num_warps=self.num_warps)
 
 
 BACKENDS = ("torch", "dense", "cpu", "mma", "splitk", "wgmma")
@@ -61,6 +82,10 @@ def capability(device):
     if device.type != "cuda" or torch.version.hip or triton is None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def autocast_dtype(device):

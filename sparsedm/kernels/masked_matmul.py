@@ -71,17 +71,16 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        weight, masked, mask, ctx.rule = inputs
+        weight, _, mask, ctx.rule = inputs
         ctx.dtype = weight.dtype
         if ctx.rule != STE:
-            ctx.save_for_backward(weight, masked, mask)
+            ctx.save_for_backward(weight, mask)
 
     @staticmethod
     def backward(ctx, g):
         g = g.to(ctx.dtype)
         if ctx.rule != STE:
-            weight, masked, mask = ctx.saved_tensors
-            g = apply_rule(g, weight, mask, ctx.rule, masked=masked)
+            g = apply_rule(g, *ctx.saved_tensors, ctx.rule)
         return g, None, None, None
 
 
@@ -96,16 +95,13 @@ class _EagerStraightThrough(torch.autograd.Function):
     backward = _StraightThrough.backward
 
 
-def apply_rule(g, weight, mask, rule, masked=None):
-    """dw by the formula above; all tensors of one shape, g in the weight's dtype. masked: weight*mask, if known."""
+def apply_rule(g, weight, mask, rule):
+    """dw by the formula above; all tensors of one shape, g in the weight's dtype."""
     decay, kept, dropped = rule
     if kept != 1.0 or dropped != 1.0:
         g = torch.where(mask, kept * g, dropped * g)
-    if not decay:
-        return g
-    if masked is not None and masked.dtype == weight.dtype and not torch.is_grad_enabled():
-        return torch.add(g, weight - masked, alpha=decay)  # half the time; exact, but its own derivative would be wrong
-    return torch.addcmul(g, weight, (~mask).to(weight.dtype), value=decay)
+    # not in one operation with alpha=decay: Inductor drops the alpha of sums that it fuses with a matmul
+    return g + decay * weight.masked_fill(mask, 0) if decay else g
 
 
 def straight_through(weight, masked, mask, rule=STE):

@@ -27,6 +27,12 @@ def add_arguments(parser):
     parser.add_argument("source", metavar="FILE", help="a .pth, .pt, .bin or .safetensors file, or a diffusers folder")
     parser.add_argument("--model", metavar="NAME", help="what it holds, if that is not recognised")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="correct what was recognised")
+    parser.add_argument(
+        "--weights",
+        choices=("average", "raw"),
+        default="average",
+        help="of a training checkpoint that holds the network and the average of its weights (default: average)",
+    )
     parser.add_argument("--out", metavar="FILE", help="the file to write (default: its name, as .safetensors, here)")
 
 
@@ -37,7 +43,7 @@ def run_import(options):
         raise InputError(f"--out {out}: must end in .safetensors")
     if out.exists():
         raise InputError(f"{out} exists already: name another file with --out")
-    found = read_foreign(source, options.model, parse_overrides(options.set))
+    found = read_foreign(source, options.model, parse_overrides(options.set), options.weights)
     save_model(out, found.model)
     config = dataclasses.asdict(found.model.config)
     parameters = sum(p.numel() for p in found.model.parameters())

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
+_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule")  # younger than some strategies: at their default no part of a mark
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ def fingerprint(network):
     """16 hexadecimal digits that change with the configuration, the patterns and the weights, wherever they lie."""
     patterns = {name: str(layer.pattern) for name, layer in masked_layers(network)}
     config = getattr(network, "config", None)
-    digest = hashlib.sha256(json.dumps([asdict(config) if is_dataclass(config) else config, patterns]).encode())
+    if is_dataclass(config):
+        values = [(f.name, getattr(config, f.name), f.default) for f in fields(config)]
+        config = {name: value for name, value, default in values if name not in _YOUNG or value != default}
+    digest = hashlib.sha256(json.dumps([config, patterns]).encode())
     for name, value in network.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -46,6 +46,7 @@ class Plan:
     quality: str = "frechet"  # of QUALITIES
     features: str = "random-conv"
     unit: str = "MACs"
+    clip: str = "every"  # of samplers.CLIPS
     device: torch.device | str = "cpu"
     workers: int = 1  # strategies measured at the same time, on one thread each
     deadline: float = math.inf  # of time.monotonic(): no strategy is begun after it
@@ -64,7 +65,8 @@ class Plan:
         """What the folder's measurements depend on; the size of the search is none of it."""
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
         networks = dict(zip(family.names, family.fingerprints))
-        return {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
+        facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
+        return facts if self.clip == "every" else facts | {"clip": self.clip}  # which older folders do not know
 
 
 def study(plan):
@@ -89,7 +91,8 @@ def study(plan):
         return family.cost(plan.sampler, indices)
 
     def draw(indices, count, seed):
-        return _draw(family, Strategy(family.name, family.names, plan.sampler, indices, plan.data), count, seed)
+        strategy = Strategy(family.name, family.names, plan.sampler, indices, plan.data)
+        return _draw(family, strategy, count, seed, plan.clip)
 
     def measure(count, seed):
         def measured(indices):
@@ -187,12 +190,12 @@ def _distance_to(images, plan):
     return distance
 
 
-def _draw(family, strategy, count, seed):
+def _draw(family, strategy, count, seed, clip):
     """uint8 samples; every strategy gets the same noise and labels."""
     classes = family.networks[0].config.num_classes
     labels = torch.arange(count) % classes if classes else None
     with _autocast(family):
-        images = stepaware.sample(family, strategy, count, seed=seed, y=labels, clip=1.0, batch_size=256)
+        images = stepaware.sample(family, strategy, count, seed=seed, y=labels, clip=clip, batch_size=256)
     return to_uint8(images).cpu()
 
 

@@ -93,7 +93,8 @@ def run_chain(
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     if distributed.is_main_process():
-        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage])
+        longer = {"may_grow": ("options.steps", f"stages.{len(stages) - 1}.steps"), "because": options.fixed_length}
+        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage], **longer)
     distributed.barrier()
 
     results, dense, first_step = [], Reference(start.ema, start.speed), 0
@@ -207,7 +208,7 @@ def check_stages(stages, ema, build):
 def _set_pattern(student, stage, where):
     for network in (student.model, student.ema):
         sparsify(network, stage.pattern, where)
-    set_masking(student.model, decay=stage.decay, dropped=stage.dropped, frozen=stage.frozen_mask)
-    set_masking(
-        student.ema, frozen=stage.frozen_mask
-    )  # its own mask until the first step, then it follows the student's
+    if masked_layers(student.model):
+        set_masking(student.model, decay=stage.decay, dropped=stage.dropped, frozen=stage.frozen_mask)
+        # the average has a mask of its own until the first step, then it follows the student's
+        set_masking(student.ema, frozen=stage.frozen_mask)

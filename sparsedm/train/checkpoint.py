@@ -8,13 +8,17 @@ The network files inside a checkpoint are model files (`model_files.py`).
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_folder, read_json, write_json, writing
@@ -47,7 +51,8 @@ def folder_lock(folder):
         handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another process is training in {folder}: wait for it or choose another folder") from None
         yield
@@ -55,11 +60,12 @@ def folder_lock(folder):
         os.close(handle)
 
 
-def claim(folder, record, free=(), classes=()):
+def claim(folder, record, free=(), classes=(), may_grow=(), because=None):
     """Store what makes a run (a dict of JSON values) as folder/options.json, or check that it was made by the same.
 
     free: names, at any depth, that may differ, such as how often to log. classes: the dataclasses behind the record: an
-    option that the folder does not know, because it is older, had the default there.
+    option that the folder does not know, because it is older, had the default there. may_grow: full names of numbers,
+    such as "options.steps", that may be larger than they were; because: why they may not, in words.
     Raises: InputError listing the differences, so that a run is never continued as another one.
     """
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
@@ -70,11 +76,13 @@ def claim(folder, record, free=(), classes=()):
     options = (field for kind in classes for field in dataclasses.fields(kind))
     defaults = {option.name: option.default for option in options if option.default is not dataclasses.MISSING}
     there = {name: defaults[last] for name in here if (last := name.rpartition(".")[2]) in defaults} | there
-    different = [
-        f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here"
-        for name in dict.fromkeys([*there, *here])
-        if there.get(name, "not set") != here.get(name, "not set")
-    ]
+    names = [n for n in dict.fromkeys([*there, *here]) if there.get(n, "not set") != here.get(n, "not set")]
+    different = [f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here" for name in names]
+    if different and all(name in may_grow and there.get(name, here[name]) < here[name] for name in names):
+        if because is None:
+            write_json(file, record)
+            return
+        different = [f"{reason}: {because}" for reason in different]
     if different:
         more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
         raise InputError(f"{folder} was made by other options, choose another folder: {'; '.join(different[:8])}{more}")
@@ -109,7 +117,7 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
     with atomic_folder(path) as partial:
         write_model(partial / "model.safetensors", model)
         write_model(partial / "ema.safetensors", ema)
-        write_tensors(partial / "optimizer.safetensors", moments, {})
+        write_tensors(partial / "optimizer.safetensors", moments, {"tensors": str(len(moments))})
         versions = {"torch": torch.__version__}
         write_json(partial / "state.json", {"step": step, **state, "model": describe(model), "versions": versions})
     for old in checkpoints(folder)[:-keep]:
@@ -139,15 +147,24 @@ def load_optimizer(path, model, optimizer):
     optimizer: over `model.parameters()`, in that order. Raises: InputError naming the file that is damaged or unfit.
     """
     file = Path(path) / "optimizer.safetensors"
-    places = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+    places = {name: (place, value.shape) for place, (name, value) in enumerate(model.named_parameters())}
     slots = {}
     with _or_the_one_before(path):
-        state, moments = read_json(Path(path) / "state.json"), read_tensors(file)[0]
-    for key, value in moments.items():
-        name, _, moment = key.rpartition("/")
-        if name not in places:
-            raise InputError(f"{file} does not fit the model, which has no parameter {name}")
-        slots.setdefault(places[name], {})[moment] = value
+        state, (moments, header) = read_json(Path(path) / "state.json"), read_tensors(file)
+        if not isinstance(state, dict):
+            raise InputError(f"{Path(path) / 'state.json'} is damaged: it must hold names and values")
+        if header.get("tensors", str(len(moments))) != str(len(moments)) or (not moments and state.get("updates")):
+            raise InputError(f"{file} is damaged: it lacks tensors")
+        for key, value in moments.items():
+            name, _, moment = key.rpartition("/")
+            if name not in places:
+                raise InputError(f"{file} does not fit the model, which has no parameter {name}")
+            place, shape = places[name]
+            if moment != "step" and value.shape != shape:
+                raise InputError(f"{file} does not fit the model: {key} is {tuple(value.shape)}, not {tuple(shape)}")
+            slots.setdefault(place, {})[moment] = value
+        if len({frozenset(slot) for slot in slots.values()}) > 1:
+            raise InputError(f"{file} is damaged: not every parameter has the same moments")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
     return state
 

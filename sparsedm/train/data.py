@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder
 from sparsedm.train.array_files import cifar10_folder, download_cifar10, read_cifar10, read_npz
-from sparsedm.train.image_files import Parts, different_sizes, read_image_files, resized
+from sparsedm.train.image_files import CROPS, Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
 
 SPLITS = ("train", "test")
@@ -65,14 +65,14 @@ class ImageSet:
         return dataclasses.replace(self, images=self.images.to(device), labels=labels)
 
 
-def load(source, split="train", *, size=None, limit=None, progress=True, cache=None):
+def load(source, split="train", *, size=None, crop="square", limit=None, progress=True, cache=None):
     """Load one split ("train" or "test") of `source` (see the top of this file) into an ImageSet on the CPU.
 
-    size: side in pixels; other images are cropped to a centred square and resized. limit: at most so many images,
-    evenly spaced through the split, so that all classes stay. cache: folder for downloads and decoded sets, default
-    `sparsedm.files.cache_folder()`; what it holds is used only while the source is unchanged (the size and times of
-    every file, the ends of a zip or tar.gz). InputError: a source that is missing, empty, damaged, or of mixed sizes
-    where no size is asked for.
+    size: side in pixels; other images are cropped to a centred square and resized. crop: see `read_image_files`. limit:
+    at most so many images, evenly spaced through the split, so that all classes stay. cache: folder for downloads and
+    decoded sets, default `sparsedm.files.cache_folder()`; what it holds is used only while the source is unchanged (the
+    size and times of every file, the ends of a zip or tar.gz). InputError: a source that is missing, empty, damaged, or
+    of mixed sizes where no size is asked for.
     """
     source, cache = str(source), Path(cache or cache_folder())
     if split not in SPLITS:
@@ -80,11 +80,13 @@ def load(source, split="train", *, size=None, limit=None, progress=True, cache=N
     for name, value in (("size", size), ("limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    if crop not in CROPS:
+        raise InputError(f"the crop {crop!r} must be one of {', '.join(CROPS)}")
     sizes = {}
     if source.partition(":")[0] == "synthetic":
         images, labels, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
     else:
-        parts = _read(source, split, size, progress, cache)
+        parts = _read(source, split, size, progress, cache, crop)
         images, labels = parts.splits.get(split) or _held_out(source, *parts.splits["all"], split)
         class_names, sizes = parts.class_names, parts.sizes
     if limit is not None and limit < len(images):
@@ -93,13 +95,16 @@ def load(source, split="train", *, size=None, limit=None, progress=True, cache=N
     return ImageSet(images, labels, class_names, source, sizes)
 
 
-def load_images(source, split, size, limit=None):
+def load_images(source, split, size, limit=None, crop="square"):
     """Images of the size the network takes. Mixed sizes are refused; one other size is fitted, and it is said."""
-    found = load(source, split, size=size, limit=limit)
+    found = load(source, split, size=size, limit=limit, crop=crop)
     if len(found.sizes) > 1:
         raise InputError(f"{source}: {different_sizes(found.sizes)}")
     if found.sizes and (held := next(iter(found.sizes))) != f"{size}x{size}":
-        print(f"the {split} images of {held} pixels are cropped to squares and resized to {size}x{size}")
+        how = "cropped to squares"
+        if CROPS[crop] and held == "{}x{}".format(*CROPS[crop][0]):
+            how = "cut to 128x128 at (25, 57), as U-ViT and DDIM cut CelebA,"
+        print(f"the {split} images of {held} pixels are {how} and resized to {size}x{size}")
     return found
 
 
@@ -158,7 +163,7 @@ def _synthetic_size(source, size):
     return int(given)
 
 
-def _read(source, split, size, progress, cache):
+def _read(source, split, size, progress, cache, crop):
     """Parts of any source but the synthetic; from the cache only the needed split."""
     try:
         path = download_cifar10(cache, progress=progress) if source == "cifar10" else Path(source).expanduser()
@@ -166,24 +171,25 @@ def _read(source, split, size, progress, cache):
             raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
         if path.suffix.lower() == ".npz":
             return _resize(read_npz(path), size, progress)
-        signature = _signature(path, size)
-        place = hashlib.sha256(f"{path.resolve()} {size}".encode()).hexdigest()[:16]
+        fitted = str(size) if crop == "square" else f"{size} {crop}"
+        signature = _signature(path, fitted)
+        place = hashlib.sha256(f"{path.resolve()} {fitted}".encode()).hexdigest()[:16]
         cached = cache / "decoded" / f"{path.name}-{place}.safetensors"
         parts = _from_cache(cached, signature, split)
         if parts is None:
-            parts = _decode(path, size, progress)
+            parts = _decode(path, size, progress, crop)
             _to_cache(cached, signature, parts)
         return parts
     except OSError as error:
         raise InputError(f"cannot read {error.filename or source}: {error.strerror or error}") from error
 
 
-def _decode(path, size, progress):
+def _decode(path, size, progress, crop):
     is_tar = path.name.lower().endswith((".tar.gz", ".tgz"))
     if cifar10 := cifar10_folder(path) if path.is_dir() else path if is_tar else None:
         return _resize(read_cifar10(cifar10, progress), size, progress)
     if path.is_dir() or path.suffix.lower() == ".zip":
-        return read_image_files(path, size, progress)
+        return read_image_files(path, size, progress, crop)
     raise InputError(f"data {path}: must be a folder, or end in .zip, .npz or .tar.gz")
 
 

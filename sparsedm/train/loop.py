@@ -24,7 +24,7 @@ from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.data import batch
 from sparsedm.train.metrics import MetricsLog, Reference
-from sparsedm.train.step import Step, classes_of
+from sparsedm.train.step import OPTIMIZERS, Step, classes_of
 
 logger = logging.getLogger(__name__)
 # options that leave the weights as they are (accumulate: where there is no dropout and no slimmable network)
@@ -56,9 +56,11 @@ class TrainOptions:
     batch_size: int = 128  # of one step, by all processes together
     accumulate: int = 1  # parts in which each process computes its share of a batch: less memory, more time
     lr: float = 2e-4
+    optimizer: str = "adamw"  # of OPTIMIZERS: adam adds the decay to the gradient
     betas: tuple = (0.99, 0.999)
     weight_decay: float = 0.03
-    warmup: int | None = None  # steps of linear warm-up; None: a tenth of the run, at most 2500
+    warmup: int | None = None  # steps of linear warm-up; None: a tenth of the run, at most warmup_most
+    warmup_most: int = 2500
     cosine: bool = False  # after the warm-up, let lr fall to zero along half a cosine
     ema: float = 0.9999  # the decay it ends with
     ema_warmup: int = 10  # after u updates the decay is at most (1 + u) / (ema_warmup + u); 1: no warm-up
@@ -82,6 +84,8 @@ class TrainOptions:
             "lr": (0 < self.lr < math.inf, "more than 0, and finite"),
             "betas": (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to 1"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "optimizer": (self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            "warmup_most": (self.warmup_most >= 0, "at least 0"),
             "warmup": (self.warmup is None or self.warmup >= 0, "at least 0"),
             "ema": (0 <= self.ema < 1, "at least 0 and less than 1"),
             "ema_warmup": (self.ema_warmup >= 1, "at least 1"),
@@ -100,13 +104,20 @@ class TrainOptions:
 
     def lr_at(self, step, updates):
         """The learning rate. step: made in this run; updates: made by this optimizer, more if it was taken over."""
-        warmup = min(2500, self.steps // 10) if self.warmup is None else self.warmup
+        warmup = min(self.warmup_most, self.steps // 10) if self.warmup is None else self.warmup
         if updates < warmup:
             return self.lr * (updates + 1) / warmup
         if not self.cosine:
             return self.lr
         begin = max(0, warmup - (updates - step))
         return self.lr * (1 + math.cos(math.pi * (step - begin) / max(self.steps - begin, 1))) / 2
+
+    @property
+    def fixed_length(self):
+        """Why a finished run with these options cannot be made longer, None where it can."""
+        if self.cosine:
+            return "with cosine the learning rate has fallen to zero at the end"
+        return "the warm-up is a part of the length, give it in steps (warmup)" if self.warmup is None else None
 
     def ema_at(self, updates):
         return min(self.ema, (1 + updates) / (self.ema_warmup + updates))
@@ -182,7 +193,8 @@ def train(
             stack.enter_context(checkpoint.run_lock(folder))
             config = getattr(student.model, "config", None)
             classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
-            checkpoint.claim(folder, facts, MAY_CHANGE, classes)
+            longer = {"may_grow": ("options.steps", "stage.steps"), "because": options.fixed_length}
+            checkpoint.claim(folder, facts, MAY_CHANGE, classes, **longer)
         distributed.barrier()
         step = Step(student, images.to(device), loss, options, device)
         run = _Run(

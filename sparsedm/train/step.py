@@ -19,6 +19,8 @@ from sparsedm.sparsity import hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
 
 @dataclass(frozen=True)
 class Student:
@@ -65,8 +67,9 @@ class Step:
         self.network = distributed.parallel(torch.compile(self.model) if options.compile else self.model)
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
         self.loss = {"teacher": teacher, "w_kd": loss.w_kd, "w_noise": loss.w_noise, "weighting": options.weighting}
+        self.loss["variance"] = getattr(getattr(self.model, "config", None), "learn_sigma", False)
         self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = OPTIMIZERS[options.optimizer](
             self.parameters, options.lr, options.betas, weight_decay=options.weight_decay, fused=True
         )
         self.generator = torch.Generator(device)

@@ -43,7 +43,8 @@ def timed(run):
 
 def start(planted=None):
     """Take this machine for one with an H200. planted: None, or {number of a wgmma configuration: "hangs" or "wrong"}.
-    Then no kernel is executed: each is compiled and launched, and torch computes what it would have computed."""
+    Then no kernel is executed: each is compiled and launched, and torch computes what it would have computed; and there
+    are no more configurations than these and one."""
     device = emulated_gpu.start(execute=planted is None)
     torch.Generator = Generator
     torch.cuda.get_device_name = lambda device=None: "Stand-in"
@@ -62,9 +63,15 @@ def start(planted=None):
 
 
 def plant(planted):
-    from bench import providers
     from sparsedm.kernels import launch, mask, masked_matmul
     from sparsedm.kernels.sparse24 import dispatch
+
+    every = dispatch.candidates  # before others import it by name
+    kept = ["dense", *(f"wgmma {number}" for number in range(len(planted) + 1))]
+    dispatch.candidates = lambda request: [
+        c for c in every(request) if {c.backend, f"{c.backend} {c.config}"} & {*kept}
+    ]
+    from bench import providers
     from sparsedm.kernels.sparse24.linear import sparse24_linear_ref
 
     for module in (launch, mask, masked_matmul):

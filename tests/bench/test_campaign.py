@@ -278,7 +278,7 @@ def test_the_sanitizer_s_tests_are_there():
     (suite,) = (suite for suite in second_suites() if suite.name == "memcheck")
     command = suite.command[suite.command.index(sys.executable) :]
     listed = subprocess.run([*command, "--collect-only"], capture_output=True, text=True).stdout
-    for kernel in ("mma", "mma_splitk", "mma_conv", "wgmma", "conv"):
+    for kernel in ("mma", "mma_splitk", "mma_conv", "wgmma", "wgmma_conv"):
         assert f"<Module test_{kernel}.py>" in listed
 
 

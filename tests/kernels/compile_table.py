@@ -21,15 +21,7 @@ def compiled(capability):
 
     device = start(capability, execute=False)
     from emulator.sass import inspected
-    from tests.kernels.sparse24.problem import Problem, launch_on_the_gpu
-    from tests.kernels.sparse24.test_conv import Convolution, launched_on_the_gpu
-
-    def launch(module, name, config):
-        backend = {"mma_splitk": "splitk"}.get(name, name.removesuffix("_conv"))
-        if name.endswith("conv"):
-            launched_on_the_gpu(module, backend, Convolution(**CONVOLUTION), config)
-        else:
-            launch_on_the_gpu(module, backend, Problem(**LINEAR), config=config)
+    from tests.kernels.sparse24.kernel_case import Convolution, Problem, launch_on_the_gpu
 
     found = {}
     for name in KERNELS:
@@ -40,7 +32,8 @@ def compiled(capability):
         for config in module.CONFIGS:
             device.kernels.clear()
             try:
-                launch(module, name, config)
+                problem = Convolution(**CONVOLUTION) if name.endswith("conv") else Problem(**LINEAR)
+                launch_on_the_gpu(module, problem, config=config)
                 builds = [inspected(kernel) for kernel in device.kernels.values()]
             except Exception as error:
                 found[name].append({"config": str(config), "error": f"{type(error).__name__}: {error}"[:300]})

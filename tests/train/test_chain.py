@@ -176,7 +176,7 @@ def test_a_stage_after_a_frozen_one_chooses_again(tmp_path):
     frozen = Stage("asp", 3, "2:4", frozen_mask=True, dropped=0.0)
     for inplace in (False, True):
         results = run(tmp_path / str(inplace), [frozen, Stage("ste", 3, "2:4", inplace=inplace)])
-        assert all(layer.mask is None and layer.dropped == 1 for _, layer in masked_layers(results[1].model))
+        assert all(layer.mask is None and layer.rule.dropped == 1 for _, layer in masked_layers(results[1].model))
 
 
 def test_random_start(tmp_path):
@@ -246,7 +246,9 @@ def test_stage_settings_reach_the_layers(tmp_path, monkeypatch):
     settings = []
 
     def spied(student, images, loss, *args, **kwargs):
-        settings.append([(layer.decay, layer.dropped) for _, layer in masked_layers(student.model)] + [loss.w_noise])
+        settings.append(
+            [(layer.rule.decay, layer.rule.dropped) for _, layer in masked_layers(student.model)] + [loss.w_noise]
+        )
         return train(student, images, loss, *args, **kwargs)
 
     monkeypatch.setattr("sparsedm.train.chain.train", spied)

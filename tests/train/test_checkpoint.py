@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.layers import CompressedLinear
-from sparsedm.model_files import describe, load_model, save_model
+from sparsedm.model_files import describe, load_model, read_tensors, save_model, write_tensors
 from sparsedm.sparsity import compress, masks, set_masking, sparsify
 from sparsedm.train import checkpoint
 from tests.tiny import TinyConfig, same_state, tiny, tiny_from
@@ -377,3 +378,53 @@ def test_header_of_a_model_file_is_plain_json(tmp_path):
         "config": {**TinyConfig().__dict__},
         "patterns": {"first": "2:4", "second": "2:4"},
     }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m | {"first.weight/exp_avg": torch.ones(3)}, r"first.weight/exp_avg is \(3,\), not \(64, 32\)"),
+        (lambda m: {k: v for k, v in m.items() if k != "second.bias/exp_avg_sq"}, "not every parameter has the same"),
+        (lambda m: {}, "it lacks tensors"),
+        (lambda m: m | {"first.weight/exp_avg": torch.ones(3, 64, 32)}, r"is \(3, 64, 32\), not \(64, 32\)"),
+    ],
+    ids=["shape", "missing", "empty", "stacked"],
+)
+def test_moments_that_do_not_fit_are_refused(tmp_path, change, message):
+    """They were used as they are: a foreign shape read foreign memory, a missing one began anew without a word."""
+    model = tiny()
+    path = checkpoint.save(tmp_path, 4, model=model, ema=tiny(), optimizer=adam(model), state={"updates": 4})
+    file = path / "optimizer.safetensors"
+    tensors, _ = read_tensors(file)
+    write_tensors(file, change(tensors), {})  # as written before the header knew their number
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_optimizer(path, model, adam(model))
+
+
+def test_all_moments_of_a_parameter_are_missed(tmp_path):
+    model = tiny()
+    path = saved(tmp_path, 4, model)
+    file = path / "optimizer.safetensors"
+    tensors, header = read_tensors(file)
+    write_tensors(file, {k: v for k, v in tensors.items() if not k.startswith("second.bias/")}, header)
+    with pytest.raises(InputError, match="it lacks tensors"):
+        checkpoint.load_optimizer(path, model, adam(model))
+
+
+def test_a_state_that_is_no_state_is_refused(tmp_path):
+    path = saved(tmp_path)
+    (path / "state.json").write_text("[]")
+    with pytest.raises(InputError, match=r"state.json is damaged"):
+        checkpoint.load_optimizer(path, tiny(), adam(tiny()))
+
+
+def test_what_an_older_folder_does_not_know_had_its_default(tmp_path):
+    @dataclasses.dataclass
+    class Options:
+        lr: float = 0.1
+        schedule: str = "vp-sde"
+
+    checkpoint.claim(tmp_path, {"options": {"lr": 0.5}})
+    checkpoint.claim(tmp_path, {"options": {"lr": 0.5, "schedule": "vp-sde"}}, classes=[Options])
+    with pytest.raises(InputError, match=r"options.schedule is vp-sde there and ddpm here"):
+        checkpoint.claim(tmp_path, {"options": {"lr": 0.5, "schedule": "ddpm"}}, classes=[Options])

@@ -197,7 +197,7 @@ def test_a_damaged_npz_is_refused(tmp_path, content):
 
 
 def test_an_npz_bomb_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MOST_BYTES", 100)
+    monkeypatch.setattr(array_files, "MOST_BYTES", 100)
     with pytest.raises(InputError, match="unpacks to more than 100 bytes"):
         load(npz_of(tmp_path / "a.npz", x=OK))
 

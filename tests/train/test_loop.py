@@ -376,6 +376,30 @@ def test_other_options_are_refused(tmp_path):
     run(tmp_path, replace(OPTIONS, log_every=1, save_every=1, validate_every=1))  # these change no weight
 
 
+def test_a_finished_run_goes_on_where_its_length_changes_nothing(tmp_path, unbroken):
+    """And ends as if it had been that long from the start."""
+    run(tmp_path, replace(OPTIONS, steps=7))
+    run(tmp_path)
+    assert final_bits(tmp_path) == final_bits(unbroken[0])
+    with pytest.raises(InputError, match=r"options.steps is 12 there and 9 here"):
+        run(tmp_path, replace(OPTIONS, steps=9))
+    for options, reason in (
+        (replace(OPTIONS, cosine=True), "fallen to zero"),
+        (replace(OPTIONS, warmup=None), "warm-up"),
+    ):
+        folder = tmp_path / reason
+        run(folder, replace(options, steps=3))
+        with pytest.raises(InputError, match=f"options.steps is 3 there and 5 here: .*{reason}"):
+            run(folder, replace(options, steps=5))
+
+
+def test_a_state_without_its_numbers_is_refused(tmp_path):
+    result = run(tmp_path, replace(OPTIONS, steps=1))
+    (result.checkpoint / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"state.json is damaged: it must hold step, updates, seconds"):
+        run(tmp_path, replace(OPTIONS, steps=1))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

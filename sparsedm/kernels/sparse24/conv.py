@@ -71,7 +71,7 @@ def sparse24_conv2d(
 
     x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair; padding also "same" or "valid".
     bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. cache, backend,
-    pattern: as in `sparse24_linear`. y has the dtype of x, in channels_last.
+    pattern: as in `sparse24_linear`. y has the dtype of x, in channels_last (contiguous in 16 bits on a CPU).
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
     dtypes that do not belong together.
@@ -145,6 +145,7 @@ def _conv(
         weight = prepacked[0].view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)
     else:
         weight = _weight(values, metadata, x.shape[1], kernel_size, pattern)
+    weight = weight.contiguous(memory_format=_memory_format(x))
     result = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
     return y.copy_(result if residual is None else result + residual)
 
@@ -155,7 +156,12 @@ def _conv_fake(
     config, strict, pattern="2:4",
 ):  # fmt: skip
     shape = (x.shape[0], values.shape[0], *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _memory_format(x):
+    """channels_last, except in 16 bits on a CPU, where oneDNN has died of it (3 x 1 kernel, stride and dilation 2)."""
+    return torch.contiguous_format if x.device.type == "cpu" and x.element_size() == 2 else torch.channels_last
 
 
 def _pixels(image):

@@ -1,60 +1,17 @@
-"""The 2:4 convolution: reference against torch, dispatch and refusals, and the wgmma.sp kernel in the emulator."""
-
-import functools
+"""The 2:4 convolution: reference against torch, dispatch and refusals."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from emulator.launch import run
-from emulator.memory import SHARED_BYTES
-from emulator.sass import Build, compile_offline
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library
-from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.kernels.sparse24 import dispatch
-from sparsedm.kernels.sparse24 import wgmma_conv as kernel
-from sparsedm.kernels.sparse24 import wgmma_pipeline as pipeline
-from sparsedm.kernels.sparse24.conv import _pair, _pixels, sparse24_conv2d, sparse24_conv2d_ref
+from sparsedm.kernels.sparse24.conv import _pixels, sparse24_conv2d, sparse24_conv2d_ref
 from sparsedm.kernels.sparse24.dispatch import CONV, Choice, Request
-from sparsedm.kernels.sparse24.format import pack
-from sparsedm.kernels.sparse24.linear import ACTIVATIONS
-from tests.kernels.sparse24.problem import kinds, prepacked
+from tests.kernels.sparse24.kernel_case import Convolution
 from tests.tolerance import assert_as_good_as_torch
 
 BF16 = torch.bfloat16
-
-
-class Convolution:
-    """B images of C x H x W, a 2:4 weight, and what torch makes of them.
-
-    kernel, padding: a number or a pair. config: number of the kernel's, or None.
-    """
-
-    def __init__(
-        self, B, C, H, W, N, *, kernel=3, stride=1, padding=1, bias=False, activation=None, residual=False, dtype=BF16,
-        config=None,
-    ):  # fmt: skip
-        torch.manual_seed(0)
-        self.kernel_size, self.activation = _pair(kernel), activation
-        weight = torch.randn(N, C, *self.kernel_size)
-        weight /= weight[0].numel() ** 0.5
-        rows = group_view(weight)
-        self.weight = ungroup(torch.where(select_mask_ref(rows, Pattern(2, 4)), rows, 0), weight.shape).to(dtype)
-        self.values, self.metadata = pack(group_view(self.weight).reshape(N, -1))
-        self.x = torch.randn(B, C, H, W).to(dtype)
-        self.bias = torch.randn(N).to(dtype) if bias else None
-        self.config = config
-        self.geometry = {"stride": stride, "padding": _pair(padding)}
-        size = self.reference(torch.Tensor.float, residual=False).shape
-        self.residual = torch.randn(size).to(dtype) if residual else None
-        self.y = torch.full(size, float("nan"), dtype=dtype).to(memory_format=torch.channels_last)
-
-    def reference(self, convert, residual=True):
-        bias = None if self.bias is None else convert(self.bias)
-        y = F.conv2d(convert(self.x), convert(self.weight), bias, **self.geometry)
-        y = ACTIVATIONS[self.activation](y)
-        return y if not residual or self.residual is None else y + convert(self.residual)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -92,105 +49,6 @@ def test_pixels_are_copied_only_where_the_kernels_cannot_read_them():
         assert pixels.data_ptr() % 16 == 0
     one = torch.zeros(1, 64, 1, 1).as_strided((1, 64, 1, 1), (1, 1, 7, 9))
     assert _pixels(one).stride() == (64, 64, 64, 1)
-
-
-# name -> arguments of Convolution. Ragged images, several images in a patch, more features than one tile.
-QUICK = {
-    "3x3": dict(B=1, C=64, H=11, W=20, N=136, bias=True, activation="silu", residual=True),
-    "stride-2": dict(B=3, C=128, H=12, W=8, N=72, stride=2, bias=True),
-    # sides that TMA cannot halve, a kernel and a padding that are not the same along both
-    "odd-1x3": dict(B=2, C=64, H=9, W=7, N=16, stride=2, kernel=(1, 3), padding=(0, 2)),
-}
-SLOW = {
-    **{
-        f"{i}-{activation}": dict(
-            config=i, B=2, C=64, H=9, W=12, N=136, bias=True, activation=activation, residual=True
-        )
-        for i in range(len(kernel.CONFIGS))
-        for activation in (None, "gelu", "gelu_tanh", "silu")
-    },
-    "one-pixel": dict(B=130, C=64, H=1, W=1, N=64, bias=True),
-    "small-images": dict(B=9, C=64, H=4, W=4, N=264, residual=True),
-    "stride-2-asymmetric": dict(B=1, C=64, H=18, W=34, N=128, stride=2, padding=0, activation="gelu"),
-    "fp16-5x5": dict(B=1, C=64, H=16, W=16, N=64, kernel=5, padding=2, dtype=torch.float16),
-}
-CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-
-
-def nhwc(tensor):
-    return None if tensor is None else _pixels(tensor)
-
-
-def configuration(c):
-    return kernel.CONFIGS[c.y.shape[1] <= 128 if c.config is None else c.config]
-
-
-def operands(c):
-    values, metadata = prepacked(c, "wgmma")
-    y = c.y.permute(0, 2, 3, 1)
-    return kernel.operands(
-        configuration(c), nhwc(c.x), values, metadata, y, c.kernel_size, *c.geometry.values(), c.bias, c.activation,
-        nhwc(c.residual),
-    )  # fmt: skip
-
-
-def build(c):
-    tensors, scalars, constants = operands(c)
-    signature = {}
-    for name, (tensor, box, swizzle) in tensors.items():
-        dtype, bits = {BF16: ("bf16", 16), torch.float16: ("fp16", 16), torch.int32: ("i32", 32)}[tensor.dtype]
-        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={len(box)})"
-        signature[name] = f"tensordesc<{dtype}{list(box)},{layout}>"
-    return Build(
-        "sparsedm.kernels.sparse24.wgmma_conv:conv_specialized", signature | kinds(scalars), constants, {"num_warps": 4}
-    )
-
-
-@functools.cache
-def compiled(names):
-    builds = [build(Convolution(**(QUICK | SLOW)[name])) for name in names]
-    return dict(zip(names, zip(builds, compile_offline(builds))))
-
-
-def built(name):
-    return compiled(tuple(QUICK) if name in QUICK else (name,))[name]
-
-
-@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_kernel_is_right_in_the_emulator(name, early):
-    c = Convolution(**(QUICK | SLOW)[name])
-    offline, result = built(name)
-    tensors, scalars, _ = operands(c)
-    run(offline, result.ptx, {k: v[0] for k, v in tensors.items()} | scalars, (1,), early=early)
-    assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_sass(name):
-    _, result = built(name)
-    assert result.warnings == ()
-    assert result.spills == 0
-    assert result.shared <= SHARED_BYTES
-    assert result.count("HGMMA.SP") > 0
-    assert result.count("HGMMA") == result.count("HGMMA.SP")
-
-
-@pytest.mark.parametrize("config", kernel.CONFIGS, ids=str)
-def test_every_configuration_fits_and_keeps_its_ring_the_largest(config):
-    ring = config.stages * pipeline.stage_bytes(config.block_n, config.block_m, 64)[3]
-    panels = config.block_n * config.block_m * 2
-    assert ring >= panels
-    assert ring + 1024 + panels + 256 <= SHARED_BYTES
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 16), (8, 8), (4, 4), (1, 1), (5, 100)])
-@pytest.mark.parametrize("pixels", [128, 256])
-def test_patches(pixels, rows, columns):
-    images, height, width = kernel.choose_patch(pixels, rows, columns)
-    assert images * height * width == pixels
-    assert width <= 2 * columns
-    assert height <= 2 * rows
 
 
 def test_the_dispatcher_is_told_of_the_convolution_and_decides(monkeypatch):
@@ -255,41 +113,3 @@ def test_operator_is_registered_correctly(memory_format):
     x = c.x.to(memory_format=memory_format)
     arguments = (x, c.values, c.metadata, [], [3, 3], c.bias, "silu", c.residual, [1, 1], [1, 1], [1, 1], [8, 8])
     torch.library.opcheck(torch.ops.sparsedm.sparse24_conv2d, (*arguments, "torch", 0, True))
-
-
-def launched_on_the_gpu(module, backend, c, config):
-    """y, computed by the kernel itself: the dispatcher might find dense quicker."""
-    move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
-    y = c.y.cuda()
-    module.launch(
-        move(nhwc(c.x)), *map(move, prepacked(c, backend)), y.permute(0, 2, 3, 1), kernel_size=c.kernel_size,
-        **c.geometry, bias=move(c.bias), activation=c.activation, residual=move(nhwc(c.residual)), config=config,
-    )  # fmt: skip
-    return y.cpu()
-
-
-def one_pixel_each(**sizes):
-    """Images with a single 1, in the channel 37 b of the image b: every result is one weight or zero, exactly."""
-    c = Convolution(**sizes)
-    images, channels, height, width = c.x.shape
-    c.x = torch.zeros_like(c.x)
-    for b in range(images):
-        c.x[b, 37 * b % channels, b % height, (b + 1) % width] = 1
-    return c
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", range(len(kernel.CONFIGS)))
-@pytest.mark.parametrize("stride", [1, 2])
-def test_on_the_gpu_every_weight_comes_out_in_its_place(stride, config):
-    c = one_pixel_each(B=64, C=64, H=4, W=6, N=136, stride=stride, config=config)
-    y = launched_on_the_gpu(kernel, "wgmma", c, configuration(c))
-    assert torch.equal(y, c.reference(torch.Tensor.float).to(BF16))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [*(pytest.param(name, id=f"random-{name}") for name in QUICK), *SLOW])
-def test_on_the_gpu_as_well_as_torch(name):
-    c = Convolution(**(QUICK | SLOW)[name])
-    c.y = launched_on_the_gpu(kernel, "wgmma", c, configuration(c))
-    assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, as Triton's launcher does")
-@pytest.mark.parametrize("kernel", ["mma", "wgmma", "mma_splitk", "conv", "mma_conv"])
+@pytest.mark.parametrize("kernel", ["mma", "wgmma", "mma_splitk", "wgmma_conv", "mma_conv"])
 def test_gpu_tests_pass_through_tritons_own_launcher(kernel, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.emulated_gpu", "-m", "gpu", "-k", "random"]

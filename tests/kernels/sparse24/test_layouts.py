@@ -9,7 +9,7 @@ from torch.sparse import _semi_structured_conversions as cutlass
 from sparsedm.kernels.sparse24 import layouts
 from sparsedm.kernels.sparse24.format import pack, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
-from tests.kernels.sparse24.problem import pruned
+from tests.kernels.sparse24.kernel_case import pruned
 
 BF16 = torch.bfloat16
 

@@ -15,7 +15,7 @@ from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, Choice, Request
 from sparsedm.kernels.sparse24.format import ZERO_WORD, pack, unpack
 from sparsedm.kernels.sparse24.linear import _rows, sparse24_linear
-from tests.kernels.sparse24.problem import Problem, prepacked, pruned
+from tests.kernels.sparse24.kernel_case import Convolution, Problem, layout_of, pruned
 
 BF16 = torch.bfloat16
 
@@ -224,52 +224,35 @@ def _record_launches():
     torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
 
     from sparsedm.kernels.sparse24 import mma, mma_conv, mma_splitk, wgmma, wgmma_conv
-    from tests.kernels.sparse24.test_conv import Convolution, nhwc
 
     recorded = {}
 
-    def twice(name, launch, backend, **config):
-        p = Problem(M=200, N=600, K=256, bias=True, residual=True)
-        tensors = prepacked(p, backend)
+    def launch(module, p, **config):
+        module.launch(*p.tensors(layout_of(module)), **p.options(), **config)
+
+    def twice(name, module, p, **config):
         for _ in range(2):
-            launch(
-                p.x, *tensors, p.y, bias=p.bias, activation=None, residual=p.residual, skip=None, scale=None, **config
-            )
+            launch(module, p, **config)
         recorded[name] = calls.copy()
         calls.clear()
 
-    twice("specialized", wgmma.launch, "wgmma")
-    p = Problem(M=520, N=600, K=256, bias=True, residual=True)
+    p = Problem(M=200, N=600, K=256, bias=True, residual=True)
+    twice("specialized", wgmma, p)
+    longer = Problem(M=520, N=600, K=256, bias=True, residual=True)
     other = Problem(M=520, N=600, K=256, bias=True, residual=True)
     other.bias = other.bias.float()
-    for problem in (p, other):  # other sizes run the same compiled kernel, another dtype of the bias does not
-        wgmma.launch(
-            problem.x, *prepacked(problem, "wgmma"), problem.y, bias=problem.bias, activation=None,
-            residual=problem.residual, skip=None, scale=None,
-        )  # fmt: skip
+    for problem in (longer, other):  # other sizes run the same compiled kernel, another dtype of the bias does not
+        launch(wgmma, problem)
         recorded.setdefault("compiled", []).append(len(wgmma._compiled))
     recorded["maps"] = [int(number) for number in re.findall(r"linear_specialized_param_(\d+)\[128\]", texts[0])]
-    config = next(c for c in wgmma.CONFIGS if c.cluster == "w" and not c.specialized)
     calls.clear()
-    twice("cluster", wgmma.launch, "wgmma", config=config)
-    twice("mma", mma.launch, "mma")
-    twice("splitk", mma_splitk.launch, "splitk")
-    c = Convolution(B=2, C=64, H=32, W=32, N=64, bias=True, residual=True)
-    for _ in range(2):
-        wgmma_conv.launch(
-            nhwc(c.x), *prepacked(c, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
-            padding=(1, 1), bias=c.bias, activation="silu", residual=nhwc(c.residual),
-            config=wgmma_conv.CONFIGS[1],
-        )  # fmt: skip
-    recorded["conv"] = calls.copy()
-    calls.clear()
-    for _ in range(2):
-        mma_conv.launch(
-            nhwc(c.x), *prepacked(c, "mma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1, padding=(1, 1),
-            bias=c.bias, activation="silu", residual=nhwc(c.residual),
-        )  # fmt: skip
-    recorded["conv-mma"] = calls
-    recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-3])]
+    twice("cluster", wgmma, p, config=next(c for c in wgmma.CONFIGS if c.cluster == "w" and not c.specialized))
+    twice("mma", mma, p)
+    twice("splitk", mma_splitk, p)
+    c = Convolution(B=2, C=64, H=32, W=32, N=64, bias=True, residual=True, activation="silu")
+    twice("conv", wgmma_conv, c, config=wgmma_conv.CONFIGS[1])
+    recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-1])]
+    twice("conv-mma", mma_conv, c)
     print(json.dumps(recorded))
 
 
