@@ -1,16 +1,37 @@
-"""The benchmark room: what is measured, on which shapes, against whom, how; and the pictures of it.
+"""The benchmark: what is measured, on which shapes, against whom, how; and the pictures of it. Run it in a checkout.
 
+run           the suites from the command line: `python -m bench.run`
+campaign      all of them within so many minutes, as processes of limited time (`suite`); `first_contact` goes before
+measure       check, then time: the rows of one problem for a list of providers;  timing: clocks, rounds, percentiles
 shapes        named shapes, taken from the models themselves, and sweeps
-problems      data, reference and arithmetic of one shape: linear, convolution, masked training, masks, whole networks
-providers     implementations to compare: dense torch and ours;  mask_providers: of masks and training
-rivals        other people's 2:4 products, and the list of everybody
-timing        clocks, interleaved rounds, percentiles, tuning
-measure       check, then time: rows of one problem for a list of providers
-results       the CSV: one row per measurement;  environment: what every row is stamped with
-ceilings      what this device can do at most: copies, dense products, tensor-core instructions
-run           the suites from the command line;  campaign, suite: all of them within so many minutes
-end_to_end    whole networks: one sampler step, a training step;  sampling: whole sampling
-restart       a benchmark whose GPU hangs or is lost, in a new process
-advice        `sparsedm bench --model`: would 2:4 make these layers faster on this device?
-plot          every picture, from CSV files alone;  targets: what the project wants, beside what was measured
+problems      data, reference and arithmetic of one shape: linear, convolution, masked training, masks
+providers     dense torch and ours;  baselines: other people's 2:4 products, and the list of everybody
+networks      whole networks: one sampler step, whole sampling, a training step
+ceilings      what this device can do at most: copies, dense products, tensor-core instructions (`instruction_rates`)
+results       the CSV files: one row per measurement, what it is stamped with, and speed-ups over dense
+plot          every picture (`charts`), from CSV files alone;  targets: what the project wants, beside what was measured
+counters      the GPU's counters at the best and worst shapes, under ncu
+experiments/  which method trains best: plans, runs and reports
 """
+
+import functools
+import sys
+
+from sparsedm.errors import InputError
+
+
+def program(name):
+    """Decorates a `main`: where it raises InputError, the sentence goes to stderr after `name`, and it returns 2."""
+
+    def decorate(main):
+        @functools.wraps(main)
+        def run(*arguments):
+            try:
+                return main(*arguments)
+            except InputError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 2
+
+        return run
+
+    return decorate

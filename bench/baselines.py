@@ -2,11 +2,11 @@
 
     cuSPARSELt   through torch, with its default algorithm and with the best of its algorithms
     CUTLASS      through torch; it refuses what is not compute capability 8.x, which is recorded like any other result
-    torchao      where it can be imported: its tensor subclass on top of the above, up to release 0.18
-    2:4 tile     training with masks that are 2:4 along rows and columns, so that dx is sparse too: torch's, xFormers'
+    TileLang     its `T.gemm_sp`, where it can be imported
+    2:4 tile     training with masks that are 2:4 along rows and columns, so that dx is sparse too: torch's
 
-Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it. xFormers' products for
-inference are torch's (its 2:4 tensors are the same classes). TileLang has a file of its own.
+Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it. xFormers' and torchao's
+2:4 products are these libraries' behind another class: they are not measured apart.
 """
 
 import functools
@@ -17,40 +17,41 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.baseline_tilelang import TileLang
-from bench.mask_providers import (
+from bench.problems import LinearProblem
+from bench.providers import (
+    Baseline,
+    Bound,
     Cast,
     Choose,
     ChoosePacked,
-    TopK,
-    TrainDense,
-    TrainingProvider,
-    TrainMasked,
-    TrainTopK,
-)
-from bench.problems import LinearProblem
-from bench.providers import (
-    Bound,
+    Configuration,
     Dense,
     DenseCompiled,
     DenseConv,
     DenseConvCompiled,
     DenseFused,
     Masked,
-    Rival,
     Sparse24,
     SparseConv24,
+    TopK,
+    TrainDense,
+    TrainingProvider,
+    TrainMasked,
+    TrainTopK,
     with_epilogue,
 )
 from bench.shapes import LinearShape
 from bench.timing import clock_for, fastest
+from sparsedm.kernels.launch import capability
+from sparsedm.kernels.sparse24.dispatch import LINEAR, Request, candidates
+from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS
 
 SEGMENTS = -1  # "parts" of K by which the kernels for sm_90 are told to balance it over the GPU themselves
 SPLITS = [(parts, mode) for mode in (1, 2) for parts in (2, 4, 8)]  # for older GPUs; summed in one kernel, or in two
 
 
-class CuSparseLt(Rival):
+class CuSparseLt(Baseline):
     name, cusparselt = "cuSPARSELt", True
 
     def prepare(self, problem):
@@ -148,7 +149,7 @@ def tuned_algorithm(M, N, K, dtype, device):
     return provider.search(problem, provider.prepare(problem))[0]
 
 
-class Cutlass(Rival):
+class Cutlass(Baseline):
     name = "CUTLASS"
     rows, columns = 32, 64
 
@@ -162,27 +163,7 @@ class Cutlass(Rival):
         return Bound(with_epilogue(problem, product), "mma.sp of compute capability 8.x")
 
 
-class TorchAo(Rival):
-    name = "torchao"
-
-    def supports(self, problem):
-        if not importlib.util.find_spec("torchao"):
-            return "torchao is not installed"
-        return super().supports(problem)
-
-    def prepare(self, problem):
-        from torchao.sparsity import semi_sparse_weight, sparsify_
-
-        layer = nn.Linear(problem.shape.K, problem.shape.N, device=problem.device, dtype=problem.dtype)
-        layer.weight, layer.bias = nn.Parameter(problem.masked), nn.Parameter(problem.bias)
-        sparsify_(nn.Sequential(layer), semi_sparse_weight())
-        return layer.requires_grad_(False)
-
-    def bind(self, problem, prepared):
-        return Bound(with_epilogue(problem, lambda: prepared(problem.x)), "sparsify_(semi_sparse_weight())")
-
-
-class TrainTile(Rival, TrainingProvider):
+class TrainTile(Baseline, TrainingProvider):
     """Masks from 4x4 tiles: 2:4 along both axes, so that y and dx are sparse products. Checked with its own masks."""
 
     name, cusparselt = "torch 2:4 tile", True
@@ -222,23 +203,94 @@ class _StraightThroughTile(torch.autograd.Function):
         return g, None
 
 
-class TrainXFormers(TrainTile):
-    name = "xFormers"
+# ---- TileLang, 0.1.15 or newer (row-major metadata). It computes y^T = W x^T; what is returned is a view of that: the
+# baseline is spared the transposition its users pay.
+
+
+class Tile(NamedTuple):
+    """Features, tokens and K of a block; stages of its pipeline; threads."""
+
+    N: int
+    M: int
+    K: int
+    stages: int
+    threads: int
+
+
+TILES = [
+    *(Tile(128, 128, 64, 3, 128), Tile(128, 128, 128, 2, 256), Tile(128, 128, 64, 4, 256)),
+    *(Tile(128, 256, 64, 3, 256), Tile(256, 128, 64, 3, 256), Tile(64, 64, 128, 2, 128)),
+]
+
+
+class TileLang(Baseline):
+    name = "TileLang"
+    rows, columns, tokens = 64, 64, 64
 
     def supports(self, problem):
-        return super().supports(problem) if importlib.util.find_spec("xformers") else "xFormers is not installed"
+        return super().supports(problem) if importlib.util.find_spec("tilelang") else "TileLang is not installed"
+
+    def prepare(self, problem):
+        values, metadata = pack(problem.masked)
+        return values, metadata.view(torch.uint8)
+
+    def bind(self, problem, prepared):
+        import tilelang
+
+        calls = {}
+        for tile in TILES:
+            try:
+                kernel = tilelang.compile(tilelang_product(problem.shape, tile, str(problem.dtype)[6:]), out_idx=[-1])
+                run = with_epilogue(problem, functools.partial(self.transposed, kernel, problem, prepared))
+                problem.poison(sparse=True)
+                right = problem.check(run(), sparse=True).right
+            except Exception:  # a block may not fit this GPU; there are others
+                continue
+            if right:
+                calls[tile] = run
+        if not calls:
+            raise RuntimeError(f"none of its {len(TILES)} blocks gives a right result")
+        best = fastest(calls, clock_for(problem.device))
+        return Bound(calls[best], f"{best}, {len(calls)} of {len(TILES)} blocks right")
 
     @staticmethod
-    def pruned(weight):
-        from xformers.ops import sparsify24
+    def transposed(kernel, problem, prepared):
+        return kernel(*prepared, problem.x).t() + problem.bias
 
-        return sparsify24(weight, backend="cusparselt")
+
+def tilelang_product(shape, tile, dtype):
+    """The TileLang program: values (N, K/2), metadata (N, K/8) bytes, x (M, K) -> y^T (N, M)."""
+    import tilelang.language as T
+
+    M, N, K = shape.M, shape.N, shape.K
+
+    @T.prim_func
+    def program(
+        values: T.Tensor((N, K // 2), dtype),
+        metadata: T.Tensor((N, K // 8), "uint8"),
+        x: T.Tensor((M, K), dtype),
+        y: T.Tensor((N, M), dtype),
+    ):
+        with T.Kernel(T.ceildiv(M, tile.M), T.ceildiv(N, tile.N), threads=tile.threads) as (column, row):
+            values_block = T.alloc_shared((tile.N, tile.K // 2), dtype)
+            metadata_block = T.alloc_shared((tile.N, tile.K // 8), "uint8")
+            x_block = T.alloc_shared((tile.M, tile.K), dtype)
+            sums = T.alloc_fragment((tile.N, tile.M), "float")
+            T.clear(sums)
+            for k in T.Pipelined(T.ceildiv(K, tile.K), num_stages=tile.stages):
+                T.copy(values[row * tile.N, k * tile.K // 2], values_block)
+                T.copy(metadata[row * tile.N, k * tile.K // 8], metadata_block)
+                T.copy(x[column * tile.M, k * tile.K], x_block)
+                T.gemm_sp(values_block, metadata_block, x_block, sums, transpose_B=True)
+            T.copy(sums, y[row * tile.N, column * tile.M])
+
+    return program
 
 
 OURS_AND_DENSE = {  # kernel: implementations, the denominators first
     "linear": (
         *(Dense(), DenseFused(), DenseCompiled(), Masked()),
-        *(Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma"), Sparse24("few")),
+        *(Sparse24(), Sparse24("dense"), Sparse24("mma"), Sparse24("wgmma"), Sparse24("splitk")),
     ),
     "conv": (DenseConv(), DenseConvCompiled(), SparseConv24()),
     "mask": (Cast(), TopK(), Choose(), ChoosePacked()),
@@ -246,6 +298,13 @@ OURS_AND_DENSE = {  # kernel: implementations, the denominators first
 }
 
 PROVIDERS = OURS_AND_DENSE | {
-    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TorchAo(), TileLang()),
-    "masked-train": (*OURS_AND_DENSE["masked-train"], TrainTile(), TrainXFormers()),
+    "linear": (*OURS_AND_DENSE["linear"], CuSparseLt(), CuSparseLtTuned(), Cutlass(), TileLang()),
+    "masked-train": (*OURS_AND_DENSE["masked-train"], TrainTile()),
 }
+
+
+def first_providers(device, dtype):
+    """Every configuration that the dispatcher would time for a large product, beside the libraries."""
+    request = Request(LINEAR, capability(device), dtype, 8192, 8192, 8192)
+    ours = [Configuration(choice) for choice in candidates(request) if choice.backend != "dense"]
+    return [Dense(), *ours, CuSparseLt(), CuSparseLtTuned()]

@@ -1,16 +1,21 @@
-"""All that needs a GPU, in one command and within so many minutes: `python -m bench.campaign --out DIR`.
+"""What needs a GPU, for one that is there for fifteen minutes: `python -m bench.campaign PART --out DIR`.
 
-The suites run in order of importance, each in a process of its own: a crash, a hang or a GPU error ends that suite and
-not the campaign. Each has at most the time that is left; whatever it has measured when it is cut stays in results.csv.
+first     about 150 s: is every configuration of the kernels right, and how fast beside cuBLAS and cuSPARSELt; one
+          sampler step, one training step, the bandwidth of masks
+second    about 430 s, by value, of what `first` found right: the layers of the models, whole networks, tests, counters,
+          curves. If nothing was right, it looks for the reason instead
+quality   with --data: which method trains best, and the search for step-aware networks
+publish   the folder's results and pictures to --to, its tuned tables into the package
 
-DIR holds a few files: index.json (what ran, failed, was cut, was skipped), results.csv (all suites), log.txt (their
-output, shortened), targets.md (what was measured beside what the project wants), tuned.json (configurations found),
-counters.txt (of the best and worst shapes), plots.zip; with --data also quality.zip, the reports of trainings, whose
-checkpoints are in DIR-quality. The same command with --resume runs what did not finish, and goes on inside a suite that
-was cut.
+Each suite is a process with a limited time: a crash, a hang or a GPU error ends that suite and not the campaign. What
+it has measured by then stays. The same command again runs what did not finish, and goes on inside a suite that was cut.
+DIR holds a few files, up to date after every suite: index.json (what ran, failed, was cut, was skipped), first.json
+(which configurations are right), results.csv, log.txt (all output, shortened), targets.md (what was measured beside
+what the project wants), tuned.json (configurations found), counters.txt, plots.zip, quality.zip.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -19,72 +24,98 @@ import shutil
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from bench.environment import stamp
-from bench.plot import draw_all
+from bench import plot, program, targets
+from bench.results import read, stamp
 from bench.suite import Suite, side_by_side
-from sparsedm.errors import InputError, program
-from sparsedm.files import atomic_file, cache_folder, write_json, write_text
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file, cache_folder, read_json, write_json, write_text
+from sparsedm.kernels import tuning
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
-RESERVE = 20  # seconds kept for the pictures
+SECONDS = {"first": 150, "second": 430, "quality": 540}
+RESERVE = 10  # of these seconds, for the last pictures
+TESTS = Path(__file__).parents[1] / "tests"
+LARGE, HUGE, SMALL = (f"uvit-{name}" for name in ("imagenet256-large@64", "imagenet256-huge@64", "cifar10-small@64"))
+
+
+def python(module, *arguments):
+    return (sys.executable, "-m", module, *arguments)
 
 
 def bench(suites, *arguments):
-    """The command line that measures these suites."""
-    fixed = ("-m", "bench.run", "--resume", "--out", "{csv}", "--seconds", "{seconds}", "--suite", suites)
-    return (sys.executable, *fixed, *arguments)
-
-
-TESTS = Path(__file__).parents[1] / "tests"
+    """The command line that measures these suites. A hang costs 20 s: everything was compiled before."""
+    fixed = ("--resume", "--out", "{csv}", "--seconds", "{seconds}", "--timeout", "20", "--suite", suites)
+    return python("bench.run", *fixed, *arguments)
 
 
 def pytest(*arguments):
-    return (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--color=no", *arguments)
+    return python("pytest", "-q", "-m", "gpu", "--color=no", "-p", "no:cacheprovider", *arguments)
 
 
-def sanitizer(tool):
-    """The sparse kernels under compute-sanitizer, on memory that torch asks the driver for piece by piece: in its own
-    pool an access beyond a tensor would be none beyond an allocation."""
-    files = [str(TESTS / f"test_sparse24_{kernel}.py") for kernel in ("mma", "wgmma", "few", "conv_mma", "conv")]
-    tests = pytest("--verbose", "-k", "random", *files)  # one problem of each kind
-    watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests)
-    return Suite(tool, ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched), 0.3, "checks", "compute-sanitizer")
+def sanitizer(tool, *command):
+    """A command under compute-sanitizer, on memory that torch asks the driver for piece by piece: in its own pool an
+    access beyond a tensor would be none beyond an allocation."""
+    watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command)
+    return Suite(tool, ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched), 120, "checks", "compute-sanitizer")
 
 
-def gpu_suites():
-    """In order of importance: a number is worth nothing before the tests, and little without its ceiling; then what the
-    project's targets ask for, then the curves. What torch.compile has to tune for minutes comes after what is quick,
-    but for whole networks, whose dense and 2:4 times must come from the same rounds.
-    """
-    layers = "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,dit-xl-2@64,uvit-cifar10-small@64"
-    networks = "uvit-imagenet256-large@64,uvit-imagenet256-huge@64,uvit-cifar10-small@64"
+def first_suites():
+    eager = ("--no-compile", "--no-sampling")
+    return (
+        Suite("environment", ("nvidia-smi",), 10, needs="nvidia-smi"),
+        Suite("first contact", python("bench.first_contact", "--out", "{folder}", "--seconds", "{seconds}"), 90),
+        Suite("step", bench("end-to-end", "--shapes", LARGE, "--providers", "dense,sparsedm 2:4", *eager), 40),
+        Suite("training step", bench("train", "--shapes", "uvit-cifar10-small@128", *eager), 25),
+        Suite("mask: 8192", bench("ceiling,mask", "--shapes", "square@8192"), 25),
+    )
+
+
+def second_suites():
+    """By value: first what the project's targets ask for, then the curves. What torch.compile has to tune for minutes
+    comes after what is quick; sanitizers are last."""
+    layers = f"{LARGE},{HUGE},dit-imagenet256-xlarge@64"
     compared = ("--providers", "dense,dense compiled,sparsedm 2:4,sparsedm 2:4 compiled")
     # in several processes, one of which dies with a test that crashes or hangs, and is replaced
-    workers = ("-n", str(max(1, (os.cpu_count() or 1) // 2))) if importlib.util.find_spec("xdist") else ()
-    counters = (sys.executable, "-m", "bench.counters", "{csv}", "--out", "{folder}/counters.txt")
+    workers = ("-n", str(max(1, (os.cpu_count() or 1) // 4))) if importlib.util.find_spec("xdist") else ()
+    counters = python("bench.counters", "{csv}", "--count", "1", "--out", "{folder}/counters.txt")
+    kernels = ("mma", "mma_splitk", "mma_conv", "wgmma", "wgmma_conv")
+    watched = [str(TESTS / f"kernels/sparse24/test_{name}.py") for name in kernels]
+    watched = pytest("--verbose", "-k", "random", *watched)
     quick = "--no-compile"
     return (
-        Suite("tests", pytest(*workers, str(TESTS)), 0.3, "checks"),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
-        Suite("ceiling", bench("ceiling"), 0.2),
-        Suite("gemm: 8192", bench("gemm", "--shapes", "square@8192", "--modes", "plain", quick), 0.3),
-        Suite("gemm: models", bench("gemm", "--shapes", layers, quick), 0.4),
-        Suite("mask", bench("mask"), 0.2),
-        Suite("end-to-end", bench("end-to-end", "--shapes", networks, *compared), 0.6),
-        Suite("masked-train", bench("masked-train", "--shapes", layers), 0.4),
-        Suite("train", bench("train", "--shapes", "uvit-cifar10-small@128"), 0.6),
-        Suite("counters", counters, 0.3, needs="ncu"),
-        Suite("gemm: square", bench("gemm", "--shapes", "square", quick), 0.5),
-        Suite("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16", quick), 0.5),
-        Suite("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 0.5),
-        Suite("gemm: compiled", bench("gemm", "--shapes", f"square,{layers}"), 0.6),
-        Suite("table3", bench("table3", quick)),
+        Suite("gemm: models", bench("gemm", "--shapes", layers, quick), 120),
+        Suite("steps", bench("end-to-end", "--shapes", f"{HUGE},{SMALL}", quick, *compared), 50),
+        Suite("steps, compiled", bench("end-to-end", "--shapes", LARGE, *compared), 120),
+        Suite("tests", pytest(*workers, str(TESTS)), 80),
+        Suite("counters", counters, 30, needs="ncu"),
+        Suite("train", bench("train", "--shapes", "uvit-cifar10-small@128"), 120),
+        Suite("gemm: square", bench("gemm", "--shapes", "square", quick), 120),
+        Suite("mask", bench("ceiling,mask"), 60),
+        Suite("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16", quick), 120),
+        Suite("steps, compiled: all", bench("end-to-end", "--shapes", f"{HUGE},{SMALL}", *compared), 240),
+        Suite("gemm: compiled", bench("gemm", "--shapes", f"square,{layers}"), 240),
+        Suite("masked-train", bench("masked-train", "--shapes", layers), 120),
+        Suite("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 240),
+        Suite("table3", bench("table3", quick), 240),
         Suite("gemm: all", bench("gemm", quick)),
+        sanitizer("memcheck", *watched),
+        sanitizer("racecheck", *watched),
+    )
+
+
+def search_for_the_fault():
+    """Where no configuration is right: the instructions alone, every weight's place, and one configuration watched."""
+    one = python("bench.first_contact", "--one", "wgmma,0", "--small")
+    kernels = [str(TESTS / "kernels/sparse24"), str(TESTS / "bench/test_instruction_rates.py")]
+    return (
+        Suite("instructions", pytest(*kernels, "-k", "instruction or hot or identity or test_on_a_gpu"), 120),
+        sanitizer("memcheck", *one),
+        sanitizer("racecheck", *one),
     )
 
 
@@ -92,30 +123,41 @@ def quality_suites(data):
     """What training and searching give, on images from `data`; their folders are too large for the campaign's own."""
     suites = []
     for name in ("arms", "search", "ratio", "fixed-vs-inplace-vs-chain"):
-        command = (sys.executable, "-m", "sparsedm.cli", *(("search",) if name == "search" else ("experiment", name)))
-        places = ("--out", f"{{folder}}-quality/{name}", "--minutes", "{minutes}")
-        suites.append(Suite(f"quality: {name}", (*command, "--scale", "lite", "--data", data, *places), least=120))
+        command = python("sparsedm.cli" if name == "search" else "bench.experiments", name, "--scale", "lite")
+        places = ("--data", data, "--out", f"{{folder}}-quality/{name}", "--minutes", "{minutes}")
+        suites.append(Suite(f"quality: {name}", (*command, *places), least=120))
     return tuple(suites)
 
 
-def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, device="cpu"):
-    """Run `suites` into `folder` within `minutes`. Returns the index, which is also written after every suite.
+def suites_of(part, folder, data=None):
+    """The suites of a part, as `first` decided. Raises: InputError where something is missing for it."""
+    if part == "first":
+        return first_suites()
+    if part == "quality":
+        if not data:
+            raise InputError("the part quality trains: give it images with --data")
+        return quality_suites(data)
+    verdicts = read_json(folder / "first.json")["configurations"]
+    return second_suites() if "right" in verdicts.values() else search_for_the_fault()
 
-    Raises: InputError if the folder holds a campaign already and resume is not asked for.
+
+def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
+    """Run what did not run yet of `suites` into `folder`. Returns the index, which is written after every suite.
+
+    Raises: InputError if the folder holds a campaign of another device.
     """
     folder, start = Path(folder), now()
-    entries = {e["name"]: e for e in _index(folder)["suites"]}
-    if not resume and (folder / "index.json").exists():
-        raise InputError(f"{folder} holds a campaign: choose another --out, or go on with --resume")
+    index = read_json(folder / "index.json") if (folder / "index.json").exists() else {"suites": []}
+    entries = {entry["name"]: entry for entry in index["suites"]}
+    environment = stamp(device)
+    if (held := index.get("environment", environment)["device"]) != environment["device"]:
+        raise InputError(f"{folder} holds a campaign on {held}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    index = {"environment": stamp(device), "minutes": minutes, "suites": []}
-
-    def left():
-        return 60 * minutes - RESERVE - (now() - start)
-
+    index["environment"] = environment
+    drawing = _Drawing(folder)
     for _, group in itertools.groupby(suites, key=lambda suite: suite.group or suite.name):
         todo = [suite for suite in group if entries.get(suite.name, {}).get("status") != "ran"]
-        for entry, output in side_by_side(todo, folder, left()):
+        for entry, output in side_by_side(todo, folder, seconds - RESERVE - (now() - start)):
             if entry["status"] == "skipped":
                 entries.setdefault(entry["name"], entry)
             else:
@@ -123,18 +165,34 @@ def run_campaign(suites, folder, minutes, *, resume=False, now=time.monotonic, d
                 _log(folder, entry["name"], output)
         index["suites"] = list(entries.values())
         write_json(folder / "index.json", index)
-    _tuned(folder)
-    _quality(folder)
-    index["plots"] = _pictures(folder)
-    write_json(folder / "index.json", index)
+        _leave(folder)
+        drawing.begin()
+    drawing.finish()
     return index
 
 
-def _index(folder):
-    try:
-        return json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"suites": []}
+class _Drawing:
+    """plots.zip of results.csv, made beside whatever runs, in a thread of its own."""
+
+    def __init__(self, folder):
+        self.results, self.archive, self.drawn, self.job = folder / "results.csv", folder / "plots.zip", None, None
+        self.pool = ThreadPoolExecutor(1)
+
+    def begin(self):
+        """Unless one is being drawn, or nothing is new."""
+        now = self.results.stat().st_mtime_ns if self.results.exists() else None
+        if now != self.drawn and (self.job is None or self.job.done()):
+            self.drawn, self.job = now, self.pool.submit(self._draw)
+
+    def finish(self):
+        if self.job:
+            self.job.result()
+        self.begin()
+        self.pool.shutdown()
+
+    def _draw(self):
+        with contextlib.suppress(InputError):  # nothing was measured yet
+            plot.draw_archive([self.results], self.archive)
 
 
 def _log(folder, name, output):
@@ -145,25 +203,14 @@ def _log(folder, name, output):
     write_text(path, f"{before}==== {name}\n" + "\n".join(lines)[-LOG_LIMIT:] + "\n")
 
 
-def _pictures(folder):
-    """Make plots.zip and targets.md of results.csv. Returns how many pictures there are, or why there are none."""
-    try:
-        paths = draw_all([folder / "results.csv"], folder / ".plots")
-        pictures = [path for path in paths if path.suffix == ".png"]
-        with atomic_file(folder / "plots.zip") as partial, zipfile.ZipFile(partial, "w") as archive:
-            for path in pictures:
-                archive.write(path, path.name)
-        for path in set(paths) - set(pictures):
-            os.replace(path, folder / path.name)
-        return f"{len(pictures)} pictures"
-    except InputError as error:
-        return f"none: {error}"
-    finally:
-        shutil.rmtree(folder / ".plots", ignore_errors=True)
-
-
-def _quality(folder):
-    """quality.zip: reports, tables and pictures of the studies and their runs, without checkpoints."""
+def _leave(folder):
+    """targets.md; tuned.json: the tables of configurations found on this machine, by their file name; quality.zip:
+    reports, tables and pictures of the studies and their runs, without checkpoints."""
+    if (folder / "results.csv").exists():
+        write_text(folder / "targets.md", targets.report(read(folder / "results.csv")))
+    tables = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in (cache_folder() / "tuned").glob("*.json")}
+    if tables:
+        write_json(folder / "tuned.json", tables)
     studies = folder.with_name(f"{folder.name}-quality")
     paths = [path for path in sorted(studies.rglob("*")) if path.suffix in (".md", ".csv", ".png")]
     if paths:
@@ -172,11 +219,35 @@ def _quality(folder):
                 archive.write(path, "-".join(path.relative_to(studies).parts))
 
 
-def _tuned(folder):
-    """tuned.json: the tables of configurations that were found on this machine, by their file name."""
-    tables = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in (cache_folder() / "tuned").glob("*.json")}
-    if tables:
-        write_json(folder / "tuned.json", tables)
+def publish(folder, results, tables=tuning.SHIPPED):
+    """Copy a campaign's files to the folder `results`, unpack its pictures there, and add its tuned configurations to
+    the tables of the package, entry by entry. Returns the paths that were written.
+
+    Raises: InputError if `folder` holds no campaign.
+    """
+    folder, results, written = Path(folder), Path(results), []
+    if not (folder / "index.json").is_file():
+        raise InputError(f"{folder} holds no campaign: it has no index.json")
+    results.mkdir(parents=True, exist_ok=True)
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as held:
+                for name in held.namelist():
+                    written.append(results / path.stem / Path(name).name)
+                    with atomic_file(written[-1]) as partial:
+                        partial.write_bytes(held.read(name))
+        elif path.name == "tuned.json":
+            for name, found in read_json(path).items():
+                written.append(tables / Path(name).name)
+                table = tuning.read_table(written[-1])
+                for section, shapes in found.items():
+                    table.setdefault(section, {}).update(shapes)
+                write_json(written[-1], table)
+        else:
+            written.append(results / path.name)
+            with atomic_file(written[-1]) as partial:
+                shutil.copyfile(path, partial)
+    return written
 
 
 @program("bench")
@@ -184,23 +255,31 @@ def main(arguments=None):
     """Returns the exit code: 0 if every suite ran, 1 if one failed, 3 if time was short, 2 for bad input."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench.campaign", description=__doc__, formatter_class=text)
-    names = [suite.name for suite in (*gpu_suites(), *quality_suites(""))]
+    parser.add_argument("part", choices=(*SECONDS, "publish"))
     parser.add_argument("--out", default="bench-campaign", help="folder (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=9, help="for everything together (default: %(default)s)")
-    parser.add_argument("--only", action="append", choices=names, help="run only this suite (may be repeated)")
-    parser.add_argument("--data", help="images to train on besides, as for `sparsedm train`: comparisons of lite scale")
-    parser.add_argument("--resume", action="store_true", help="run what an earlier campaign in this folder left")
+    parser.add_argument("--seconds", type=float, help="for everything together (default: see above)")
+    parser.add_argument("--only", action="append", metavar="SUITE", help="run only this suite (may be repeated)")
+    parser.add_argument("--data", help="of quality: images to train on, as for `sparsedm train`")
+    parser.add_argument("--to", default="bench/results/gpu", help="of publish: folder (default: %(default)s)")
     options = parser.parse_args(arguments)
+    folder = Path(options.out)
+    if options.part == "publish":
+        print(*publish(folder, options.to), sep="\n")
+        return 0
     if not torch.cuda.is_available():
         raise InputError("a campaign measures a GPU, and torch sees none: use `make bench` on a CPU")
-    suites = (*gpu_suites(), *(quality_suites(options.data) if options.data else ()))
+    suites = suites_of(options.part, folder, options.data)
+    names = [suite.name for suite in suites]
+    if unknown := set(options.only or ()) - set(names):
+        raise InputError(f"unknown suites {', '.join(sorted(unknown))}: they are {', '.join(names)}")
     suites = [suite for suite in suites if not options.only or suite.name in options.only]
-    index = run_campaign(suites, options.out, options.minutes, resume=options.resume, device="cuda")
-    for entry in index["suites"]:
-        print(f"{entry['status']:<8} {entry['name']:<14} {entry.get('seconds', ''):>6}  {entry['reason']}")
-    if (targets := Path(options.out) / "targets.md").exists():
-        print(f"\n{targets.read_text(encoding='utf-8')}")
-    statuses = {entry["status"] for entry in index["suites"]}
+    index = run_campaign(suites, folder, options.seconds or SECONDS[options.part], device="cuda")
+    mine = [entry for entry in index["suites"] if entry["name"] in names]
+    for entry in mine:
+        print(f"{entry['status']:<8} {entry['name']:<20} {entry.get('seconds', ''):>6}  {entry['reason']}")
+    if (folder / "targets.md").exists():
+        print(f"\n{(folder / 'targets.md').read_text(encoding='utf-8')}")
+    statuses = {entry["status"] for entry in mine}
     return 1 if "failed" in statuses else 3 if statuses - {"ran"} else 0
 
 

@@ -2,7 +2,7 @@
 
     copy            bytes read plus bytes written by a copy that no cache can hold
     dense product   the best of a few large square products, by torch
-    instructions    tensor-core instructions alone, from registers and shared memory: `kernels/instruction_rates.py`
+    instructions    tensor-core instructions alone, from registers and shared memory: `instruction_rates.py`
 
 All on random data.
 """
@@ -14,21 +14,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench import instruction_rates
-from bench.environment import stamp
-from bench.measure import DeviceLost, one_line, time_columns
+from bench.measure import one_line, time_columns
+from bench.providers import HALF
+from bench.results import stamp
 from bench.timing import interleaved
+from sparsedm.kernels.launch import capability
 from sparsedm.kernels.tuning import device_is_lost
 
 SUITE = "ceiling"
 COPIED, COPIED_QUICK = 1 << 30, 1 << 26  # bytes
 SIDES, SIDES_QUICK = (4096, 8192, 12288), (512, 1024)
 
+INSTRUCTIONS = ("mma", "mma.sp", "wgmma", "wgmma.sp")
+
 
 class Source(NamedTuple):
     """Who wrote the code that is measured."""
 
     name: str
+    compiled: bool = False
 
 
 class Ceiling(NamedTuple):
@@ -51,25 +55,26 @@ def run(session):
 
 
 def rows(session, ceiling, missing, starting):
-    """The row of one ceiling; a probe that does not run costs no other."""
+    """Yields the row of one ceiling; a probe that does not run costs no other."""
     if not starting(ceiling.provider.name):
-        return []
+        return
     dtype = str(session.dtype).removeprefix("torch.")
     row = {"suite": SUITE, "model": SUITE, "dtype": dtype, "shape": ceiling.name, "provider": ceiling.provider.name}
     row |= ceiling.columns
     if ceiling.reason:
-        return [row | {"status": "unsupported", "reason": ceiling.reason}]
+        yield [row | {"status": "unsupported", "reason": ceiling.reason}]
+        return
     try:
         call, rate = ceiling.prepare()
         timed = session.clock.ready(call)
         session.clock.warm()
         times = interleaved({"only": timed}, **session.limits)["only"]
     except Exception as error:
-        row |= {"status": "failed", "reason": one_line(error)}
+        yield [row | {"status": "failed", "reason": one_line(error)}]
         if device_is_lost(session.device):
-            raise DeviceLost(row) from error
-        return [row]
-    return [row | {"status": "ok"} | rate(times.p50) | time_columns(times, timed.method) | stamp(session.device)]
+            raise
+        return
+    yield [row | {"status": "ok"} | rate(times.p50) | time_columns(times, timed.method) | stamp(session.device)]
 
 
 def ceilings(session):
@@ -79,10 +84,10 @@ def ceilings(session):
     for side in SIDES_QUICK if session.quick else SIDES:
         columns = {"kernel": "dense", "metric": "rate", "unit": "TFLOP/s", **dict.fromkeys("MNK", side)}
         yield Ceiling(f"dense {side}", TORCH, columns, functools.partial(dense, session, side))
-    for name in instruction_rates.NAMES:
+    for name in INSTRUCTIONS:
         columns = {"kernel": name, "metric": "rate", "unit": "TFLOP/s"}
         prepare = functools.partial(instructions, session, name)
-        reason = instruction_rates.unsupported(name, session.device, session.dtype)
+        reason = unsupported(name, session.device, session.dtype)
         yield Ceiling(f"{name} instructions", OURS, columns, prepare, reason)
 
 
@@ -102,7 +107,22 @@ def dense(session, side):
     return lambda: F.linear(x, w), functools.partial(teraflops, 2 * side**3)
 
 
+def unsupported(name, device, dtype):
+    """None, or why the loop `name` cannot run on `device`."""
+    if capability(device) is None:
+        return "needs an NVIDIA GPU"
+    if dtype not in HALF:
+        return f"takes bfloat16 and float16, not {str(dtype)[6:]}"
+    if capability(device) < (8, 0):
+        return "needs sm_80 or later"
+    if name.startswith("wgmma") and capability(device) != (9, 0):
+        return "needs sm_90a"
+    return None
+
+
 def instructions(session, name):
+    from bench import instruction_rates  # Gluon: needs Triton
+
     call, operations = instruction_rates.prepare(name, session.device, session.dtype)
     return call, functools.partial(teraflops, operations)
 

@@ -5,23 +5,27 @@ hatching, so that a grey print can be read. The losing region, where dense is fa
 """
 
 import itertools
+import statistics
+import textwrap
+from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.providers import OURS
+from bench.results import DENSE, read_csv, speedups, timed
 from bench.shapes import SWEEPS
-from bench.speedups import speedups, timed
+from sparsedm import plots
 from sparsedm.kernels.launch import BACKENDS
 
 # cycles of different lengths, so that a colour which comes again brings another marker, dash and hatching
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
-MARKERS, DASHES, HATCHES = (
-    "os^Dv<P>X",
-    ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))),
-    ("", "//", "..", "xx"),
-)
+COLOURS = plots.COLOURS[:6]  # the last is black, which a dark page swallows
+MARKERS, DASHES, HATCHES = "os^DvPX", ("-", "--", "-.", ":", (0, (5, 1))), ("", "//", "..", "xx", "||")
+GREY = "#808080"  # what is no measurement of a provider: ceilings, whiskers, and what others have published
+PUBLISHED = Path(__file__).with_name("published")
+SOURCE = "grey: cuSPARSELt against cuBLASLt as published\n(arXiv 2603.05232), never mixed with ours"
+CARDS = {"A100": "A100", "RTX4090": "RTX 4090", "H100": "H100 PCIe", "B200": "B200", "RTX5080": "RTX 5080"}
 FORCED = tuple(f"{OURS} {backend}" for backend in BACKENDS)  # the kernels that it chooses from
 
 
@@ -46,14 +50,30 @@ def plain_log(axis, values):
     axis.set_minor_locator(LogLocator(numticks=1))
 
 
+def published(name, dtype):
+    """{card: [(M, speed-up of cuSPARSELt over cuBLASLt)]}, measured by others: of square products, or the geometric
+    mean over the linear layers of several language models. See published/README.md."""
+    kind = {"square": "square", "m-sweep": "model_kernel"}[name]
+    file = PUBLISHED / f"slidesparse_{kind}_{'FP16' if dtype == 'float16' else 'BF16'}.csv"
+    found = {}
+    for row in read_csv(file, ("GPU", "M", "2:4"), ("M", "2:4")):
+        if row["GPU"] in CARDS and row["2:4"]:
+            found.setdefault(CARDS[row["GPU"]], {}).setdefault(row["M"], []).append(row["2:4"])
+    return {card: [(m, statistics.geometric_mean(r)) for m, r in sorted(by.items())] for card, by in found.items()}
+
+
 def sweep(figure, rows, name):
     """Speed-up over dense against the size of a sweep ("square": M = N = K, "m-sweep": M), with its p20-p80 band."""
     found = [s for s in speedups(rows, {"gemm"}) if s.row["model"] == name]
     modes = list(dict.fromkeys(s.row["mode"] for s in found))
     if not found:
         return False
-    look = looks(s.row["provider"] for s in found)
+    look, theirs = looks(s.row["provider"] for s in found), published(name, found[0].row["dtype"])
     for axes, mode in zip(figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], modes):
+        for (card, line), marker, dash in zip(theirs.items(), MARKERS, DASHES):
+            style = dict(color=GREY, marker=marker, linestyle=dash, markersize=3.5, linewidth=1, alpha=0.8, zorder=1.5)
+            of = "" if name == "square" else ", layers of LLMs"
+            axes.plot(*zip(*line), label=f"cuSPARSELt, {card}{of} (published)", **style)
         for provider, (colour, marker, dash, _) in look.items():
             line = sorted((s for s in found if (s.row["provider"], s.row["mode"]) == (provider, mode)), key=_rows)
             x = [_rows(s) for s in line]
@@ -63,18 +83,57 @@ def sweep(figure, rows, name):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
-        plain_log(axes.xaxis, sorted({_rows(s) for s in found}))
+        plain_log(axes.xaxis, sorted({_rows(s) for s in found} | {m for line in theirs.values() for m, _ in line}))
         losing_region(axes)
-        axes.set_ylim(min(0.4, *(s.p50 / 1.3 for s in found)), max(2.2, *(s.p50 * 1.3 for s in found)))
+        highest = [ratio for line in theirs.values() for _, ratio in line]
+        axes.set_ylim(min(0.4, *(s.p50 / 1.3 for s in found)), max(1.1 * max(highest), *(s.p50 * 1.3 for s in found)))
         axes.set_title(mode, loc="left")
         axes.set_xlabel("M = N = K" if name == "square" else "M (rows of x)")
     figure.axes[0].set_ylabel("times as fast as the fastest dense\n(shaded: slower)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: "(published)" in labels[i])  # ours first
+    legend = dict(frameon=False, fontsize=8, loc="outside right upper", title=SOURCE, title_fontsize=7)
+    figure.legend([lines[i] for i in order], [labels[i] for i in order], alignment="left", **legend)
     return True
 
 
 def _rows(speedup):
     return speedup.row["M"]
+
+
+def first(figure, rows):
+    """Bars: TFLOP/s of each configuration of our kernels and of the libraries, in single calls and over a second."""
+    found = [r for r in rows if r["suite"] == "first" and r["metric"] in ("time", "held")]
+    shapes = list(dict.fromkeys(r["shape"] for r in found))
+    if not found:
+        return False
+    names = list(dict.fromkeys(r["provider"] for r in found))
+    details = {r["provider"]: textwrap.fill(r["detail"], 46) for r in found}
+    labels = [f"{name}\n{details[name]}" for name in names]
+    for axes, shape in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes):
+        here = {(r["provider"], r["metric"]): r for r in found if r["shape"] == shape}
+        dense = {}
+        for (name, metric), row in here.items():
+            dense[metric] = max(dense.get(metric, 0), row["dense_equivalent_tflops"] if name in DENSE else 0)
+        right = 1.5 * max(r["dense_equivalent_tflops"] for r in here.values())
+        for metric, offset, colour in (("time", -0.2, COLOURS[0]), ("held", 0.2, COLOURS[4])):
+            for name, row in ((n, r) for (n, m), r in here.items() if m == metric):
+                at, rate = names.index(name) + offset, row["dense_equivalent_tflops"]
+                axes.barh(at, rate, 0.38, color=colour, zorder=2)
+                state = f", {float(row['power_w']):.0f} W, {row['sm_mhz']} MHz" if metric == "held" else ""
+                axes.text(rate, at, f" {rate:.0f} ({rate / dense[metric]:.2f}x{state})", va="center", fontsize=7)
+            axes.axvline(dense[metric], color=colour, linewidth=1.2, linestyle="--", zorder=1)
+        axes.axvspan(0, min(dense.values()), color=COLOURS[1], alpha=0.12, linewidth=0, zorder=0)
+        axes.set_xlim(0, right)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), labels, fontsize=7)
+        axes.grid(False, axis="y")
+        axes.set_title(shape, loc="left")
+        axes.set_xlabel("TFLOP/s, dense-equivalent (lines: dense; shaded: slower)")
+    bars = [figure.axes[0].barh(0, 0, color=colour) for colour in (COLOURS[0], COLOURS[4])]
+    labels = ["single calls, cold cache", "a second without a pause"]
+    figure.legend(bars, labels, frameon=False, ncols=2, loc="outside lower right")
+    return True
 
 
 def roofline(figure, rows):
@@ -93,15 +152,13 @@ def roofline(figure, rows):
     axes.set_xscale("log")
     axes.set_yscale("log")
     left, right = min(intensity.values()) / 1.5, max(intensity.values()) * 1.5
-    grey, flat = dict(color="#808080", linewidth=1.2, zorder=0), {}
+    grey, flat = dict(color=GREY, linewidth=1.2, zorder=0), {}
     for row in rows:
         if row["suite"] != "ceiling" or row["status"] != "ok":
             continue
         if row["kernel"] == "copy":
             axes.plot([left, right], [row["gbps"] * x / 1e3 for x in (left, right)], **grey)
-            axes.annotate(
-                f" copy {row['gbps']:.0f} GB/s", (left, row["gbps"] * left / 1e3), color="#808080", fontsize=8
-            )
+            axes.annotate(f" copy {row['gbps']:.0f} GB/s", (left, row["gbps"] * left / 1e3), color=GREY, fontsize=8)
         else:
             flat[row["kernel"]] = max(row["value"], flat.get(row["kernel"], 0))
     lowest = min(r["dense_equivalent_tflops"] for r in linear) / 2
@@ -111,7 +168,7 @@ def roofline(figure, rows):
         axes.axhline(rate, **grey)
         above = max(rate, above * apart)
         name = "dense product" if kernel == "dense" else kernel
-        label = dict(color="#808080", fontsize=8, va="center", annotation_clip=False)
+        label = dict(color=GREY, fontsize=8, va="center", annotation_clip=False)
         axes.annotate(f" {name} {rate:.0f}", (right, above), **label)
     axes.set_xlim(left, right)
     axes.set_ylim(lowest, highest)
@@ -192,7 +249,7 @@ def _bars(figure, entries, labels):
         whiskers = [[s.p50 - s.low for _, s in mine], [s.high - s.p50 for _, s in mine]]
         style = dict(color=colour, hatch=hatch, edgecolor=axes.get_facecolor(), linewidth=0)
         axes.barh(y, [s.p50 for _, s in mine], height * 0.92, label=provider, **style)
-        axes.errorbar([s.p50 for _, s in mine], y, xerr=whiskers, fmt="none", ecolor="#808080", elinewidth=1)
+        axes.errorbar([s.p50 for _, s in mine], y, xerr=whiskers, fmt="none", ecolor=GREY, elinewidth=1)
         for at, (_, s) in zip(y, mine):
             behind = dict(facecolor=axes.get_facecolor(), edgecolor="none", pad=0.5, alpha=0.8)  # whiskers may cross it
             axes.text(min(s.high, right * 0.93), at, f" {s.p50:.2f}", va="center", fontsize=8, bbox=behind)
@@ -232,8 +289,8 @@ def masks(figure, rows):
         axes.plot(*zip(*line), color=colour, marker=marker, linestyle=dash, markersize=5, label=name)
     for row in rows:
         if row["suite"] == "ceiling" and row["kernel"] == "copy":
-            axes.axhline(row["gbps"], color="#808080", linewidth=1.2)
-            axes.annotate(f"copy {row['gbps']:.0f} GB/s", (line[0][0], row["gbps"]), color="#808080", va="bottom")
+            axes.axhline(row["gbps"], color=GREY, linewidth=1.2)
+            axes.annotate(f"copy {row['gbps']:.0f} GB/s", (line[0][0], row["gbps"]), color=GREY, va="bottom")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("weights")

@@ -13,12 +13,12 @@ import sys
 
 import torch
 
+from bench import program
 from bench.problems import LinearProblem
 from bench.providers import OURS, Dense, Sparse24
-from bench.results import read
+from bench.results import read, speedups
 from bench.shapes import LinearShape, select
-from bench.speedups import speedups
-from sparsedm.errors import InputError, program
+from sparsedm.errors import InputError
 from sparsedm.files import write_text
 
 SECTIONS = (
@@ -63,15 +63,19 @@ def command(cases):
     return ["ncu", *options, *(part for name in SECTIONS for part in ("--section", name)), *watched]
 
 
+def parser():
+    text = argparse.RawDescriptionHelpFormatter
+    parsed = argparse.ArgumentParser("python -m bench.counters", description=__doc__, formatter_class=text)
+    parsed.add_argument("results", help="results file that `python -m bench.run --suite gemm` wrote")
+    parsed.add_argument("--out", default="counters.txt", help="report (default: %(default)s)")
+    parsed.add_argument("--count", type=int, default=2, help="shapes at each end (default: %(default)s)")
+    return parsed
+
+
 @program("bench")
 def main(arguments=None):
     """Returns the exit code: that of ncu; 2 for bad input."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m bench.counters", description=__doc__, formatter_class=text)
-    parser.add_argument("results", help="results file that `python -m bench.run --suite gemm` wrote")
-    parser.add_argument("--out", default="counters.txt", help="report (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=2, help="shapes at each end (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     cases = extremes(read(options.results), options.count)
     if not shutil.which("ncu"):
         raise InputError("ncu (Nsight Compute) is not on the PATH")

@@ -1,21 +1,26 @@
 """One problem, several providers: check each against the reference, then time those that are right, in turns."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from bench.environment import stamp
-from bench.providers import DENSE
-from bench.timing import interleaved
+from bench.providers import OURS, Bound, Masked
+from bench.results import DENSE, stamp
+from bench.timing import Timed, interleaved
 from sparsedm.kernels.tuning import device_is_lost
 
+BESIDE = (OURS, Masked.name)  # what a compiled provider is timed beside, with the fastest eager dense one
 
-class DeviceLost(RuntimeError):
-    """The GPU answers nothing any more, as after an access out of bounds; only a new process can go on. row: whose."""
 
-    def __init__(self, row):
-        super().__init__(row["reason"])
-        self.row = row
+class Ready(NamedTuple):
+    """A provider that is right. row: what is known of it before it is timed. packed: whether it prepares anything."""
+
+    row: dict
+    bound: Bound
+    packed: bool
+    timed: Timed
 
 
 def measure(
@@ -28,62 +33,91 @@ def measure(
     per_round=5,
     seconds=math.inf,
     packing=True,
-    starting=lambda name: True,
+    held=False,
+    starting: Callable = lambda name: True,
 ):
-    """Rows for the results file, one per provider and metric.
+    """Yields lists of rows for the results file: of all eager providers, then, as compiling may take minutes, of each
+    compiled one, with new times of the fastest dense provider, of ours and of those compiled before, from the same
+    rounds.
 
     A provider that cannot run (status "unsupported"), raises ("failed") or returns a wrong result ("wrong") gets one
-    row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it;
-    with packing=True also "packing", the time of `prepare`, and "break-even", after how many calls that has paid
-    against the fastest dense provider. seconds: roughly how long the rounds may take, after the first. starting: told
+    row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it,
+    and with held=True "held", the time of a call in a second without a pause; with packing=True also "packing", the
+    time of `prepare`, and "break-even", after how many calls that has paid against the fastest dense provider.
+    seconds: roughly how long the rounds may take, after the first. starting: told
     the name of each provider before it runs for the first time, and "" before the rounds; False leaves it out, for lack
-    of time. Raises: DeviceLost.
+    of time. An error that the GPU does not survive is raised, after the rows that say whose it is.
     """
     torch.backends.cudnn.benchmark = True  # or dense convolutions would be the only ones that are not tuned
-    common = {"suite": suite, **problem.columns()}
-    rows, ready = [], {}
-    with clock.stream():
-        for provider in providers:
-            if not starting(provider.name):
-                continue
-            row = common | {"provider": provider.name, "metric": "time"}
-            try:
-                reason = provider.supports(problem)
-                if reason:
-                    rows.append(row | {"status": "unsupported", "reason": reason})
+    limits = dict(rounds=rounds, per_round=per_round, seconds=seconds)
+    ready, p50 = {}, {}
+    eager = [provider for provider in providers if not provider.compiled]
+    for group in (eager, *([provider] for provider in providers if provider.compiled)):
+        with clock.stream():
+            rows = []
+            for provider in group:
+                if not starting(provider.name):
                     continue
-                prepared = provider.prepare(problem)
-                bound = provider.bind(problem, prepared)
-                row["detail"] = bound.detail
-                verdict = checked(problem, bound, provider)
-                row |= {"error": verdict.error, "allowed": verdict.allowed}
-                if not verdict.right:
-                    rows.append(row | {"status": "wrong", "reason": wrong(verdict)})
+                row = {"suite": suite, **problem.columns(), "provider": provider.name, "metric": "time"}
+                try:
+                    found = prepared(problem, provider, clock, row)
+                except Exception as error:  # one implementation that fails must not end the comparison of the others
+                    rows.append(row | {"status": "failed", "reason": one_line(error)})
+                    if device_is_lost(problem.device):
+                        yield stamped(rows, problem.device)
+                        raise
                     continue
-                ready[provider] = (row, bound, prepared is not None, clock.ready(bound.run))
-            except Exception as error:  # one implementation that fails must not end the comparison of the others
-                rows.append(row | {"status": "failed", "reason": one_line(error)})
-                if device_is_lost(problem.device):
-                    raise DeviceLost(rows[-1]) from error
-        starting("")
-        limits = dict(rounds=rounds, per_round=per_round, seconds=seconds)
-        clock.warm()
-        times = interleaved({provider: timed for provider, (*_, timed) in ready.items()}, **limits)
-        now = stamp(problem.device)  # while the device is still warm: clocks and power
-        dense = min((times[p].p50 for p in times if p.name in DENSE), default=None)
-        for provider, (row, bound, packed, timed) in ready.items():
-            again = checked(problem, bound, provider)
-            if not again.right:
-                rows.append(row | {"status": "wrong", "reason": f"right before it was timed, then {wrong(again)}"})
-                continue
-            rows.append(row | {"status": "ok", **time_columns(times[provider], timed.method)})
-            rows[-1] |= rates(problem, provider, times[provider].p50)
-            if host := clock.host(bound.run):
-                rows.append(row | {"metric": "host", "status": "ok", **time_columns(host, "perf_counter")})
-            if packing and packed:
-                rows += packing_rows(row, provider, problem, clock, limits, dense, times[provider].p50)
-    order = [provider.name for provider in providers]
-    return [row | now for row in sorted(rows, key=lambda row: order.index(row["provider"]))]
+                if isinstance(found, dict):
+                    rows.append(found)
+                else:
+                    ready[provider] = found
+            fresh = [provider for provider in group if provider in ready]
+            if fresh:
+                starting("")
+                fastest = min((p for p in p50 if p.name in DENSE and not p.compiled), key=p50.get, default=None)
+                beside = [p for p in p50 if p is fastest or p.compiled or p.name in BESIDE]
+                clock.warm()
+                times = interleaved({provider: ready[provider].timed for provider in beside + fresh}, **limits)
+                now = stamp(problem.device)  # while the device is still warm: clocks and power
+                p50 |= {provider: found.p50 for provider, found in times.items()}
+                dense = min((p50[provider] for provider in p50 if provider.name in DENSE), default=None)
+                for provider, found in times.items():
+                    rows.append(time_row(problem, provider, ready[provider], found))
+                    if provider in fresh and rows[-1]["status"] == "ok":
+                        rows += further_rows(problem, provider, ready[provider], clock, limits, packing, dense, found)
+                        rows += held_rows(problem, ready[provider], clock, found) if held else []
+                rows = [now | row for row in rows]
+        order = [provider.name for provider in providers]
+        yield stamped(sorted(rows, key=lambda row: order.index(row["provider"])), problem.device)
+
+
+def stamped(rows, device):
+    return [row if "device" in row else row | stamp(device) for row in rows]
+
+
+def prepared(problem, provider, clock, row):
+    """-> Ready, or the row that says why it is not timed."""
+    if reason := provider.supports(problem):
+        return row | {"status": "unsupported", "reason": reason}
+    made = provider.prepare(problem)
+    bound = provider.bind(problem, made)
+    verdict = checked(problem, bound, provider)
+    row = row | {"detail": bound.detail, "error": verdict.error, "allowed": verdict.allowed}
+    if not verdict.right:
+        return row | {"status": "wrong", "reason": wrong(verdict)}
+    return Ready(row, bound, made is not None, clock.ready(bound.run))
+
+
+def time_row(problem, provider, ready, times):
+    again = checked(problem, ready.bound, provider)
+    if not again.right:
+        return ready.row | {"status": "wrong", "reason": f"right before it was timed, then {wrong(again)}"}
+    row = ready.row | {"status": "ok", **time_columns(times, ready.timed.method)}
+    if bytes_moved := provider.traffic(problem):
+        row["gbps"] = bytes_moved / times.p50 / 1e3
+    if problem.operations:
+        row["dense_equivalent_tflops"] = problem.operations / times.p50 / 1e6
+    return row
 
 
 def checked(problem, bound, provider):
@@ -103,29 +137,30 @@ def time_columns(times, method):
     return {"p20_us": times.p20, "p50_us": times.p50, "p80_us": times.p80, "samples": times.count, "method": method}
 
 
-def rates(problem, provider, microseconds):
-    seconds = microseconds / 1e6
-    rate = {}
-    if bytes_moved := provider.traffic(problem):
-        rate["gbps"] = bytes_moved / seconds / 1e9
-    if problem.operations:
-        rate["dense_equivalent_tflops"] = problem.operations / seconds / 1e12
-    return rate
-
-
-def packing_rows(row, provider, problem, clock, limits, dense, sparse):
-    """What making the compressed weight costs, and the number of products after which it has paid."""
-    row = {key: value for key, value in row.items() if key not in ("error", "allowed", "detail")}
+def further_rows(problem, provider, ready, clock, limits, packing, dense, sparse):
+    """Host cost of a call; what making the compressed weight costs, and the number of calls after which it has paid."""
+    rows, row = [], {k: v for k, v in ready.row.items() if k not in ("error", "allowed", "detail")} | {"status": "ok"}
+    if host := clock.host(ready.bound.run):
+        rows.append(row | {"metric": "host", **time_columns(host, "perf_counter")})
+    if not (packing and ready.packed):
+        return rows
     timed = clock.ready(lambda: provider.prepare(problem))
     times = interleaved({provider: timed}, **limits | {"rounds": 1})[provider]
-    rows = [row | {"metric": "packing", "status": "ok", **time_columns(times, timed.method)}]
-    if dense and sparse < dense:
-        uses = math.ceil(times.p50 / (dense - sparse))
-        rows.append(row | {"metric": "break-even", "status": "ok", "value": uses, "unit": "calls"})
+    rows.append(row | {"metric": "packing", **time_columns(times, timed.method)})
+    even = row | {"metric": "break-even", "unit": "calls"}
+    if dense and sparse.p50 < dense:
+        rows.append(even | {"value": math.ceil(times.p50 / (dense - sparse.p50))})
     elif dense:
-        reason = "never: it is not faster than dense"
-        rows.append(row | {"metric": "break-even", "status": "ok", "unit": "calls", "reason": reason})
+        rows.append(even | {"reason": "never: it is not faster than dense"})
     return rows
+
+
+def held_rows(problem, ready, clock, times):
+    found = clock.held(ready.timed.call, times.p50)
+    if not found:
+        return []
+    row = ready.row | {"metric": "held", "status": "ok", **time_columns(found[0], ready.timed.method), **found[1]}
+    return [row | {"dense_equivalent_tflops": problem.operations / found[0].p50 / 1e6}]
 
 
 def release(device):

@@ -2,10 +2,11 @@
 
 The dense network has random weights; the sparse ones hold the same weights under 2:4 magnitude masks in the model's
 own `sparse_layers`. A sparse step is checked against the same sparse network computed densely in higher precision. On a
-GPU a step is timed as a replayed CUDA graph, dense and sparse alike. Whole sampling is in `sampling.py`.
+GPU a step is timed as a replayed CUDA graph, dense and sparse alike.
 """
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,11 +15,16 @@ import torch
 from torch import nn
 
 from bench.baselines import CuSparseLtLinear
+from bench.measure import one_line, time_columns
 from bench.problems import Problem
 from bench.providers import OURS, Bound, Provider, max_autotune
+from bench.results import stamp
+from bench.timing import Timed, interleaved
+from sparsedm import diffusion, samplers
+from sparsedm.cuda_graph import Graphs
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, masked_layers, sparsify
+from sparsedm.sparsity import compress, masked_layers, set_masking, sparsify
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,11 @@ class NetworkProblem(Problem):
         return 0  # not counted for a whole network
 
 
+DECAY = 2e-4  # of pruned weights: SR-STE, as the recipes train
+
+
 class TrainingStepProblem(NetworkProblem):
-    """Loss, gradients and an AdamW step, from fp32 master weights, dropout off.
+    """Loss, gradients and an AdamW step, from fp32 master weights, dropout off, masked by SR-STE.
 
     The learning rate is zero, so that every call starts from the same weights; they count as changed all the same, and
     the masks are chosen anew. The outputs are the loss and the gradients of the first and the last sparse weight.
@@ -101,9 +110,21 @@ class TrainingStepProblem(NetworkProblem):
     modes = ("training step",)
     passes = 3
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        set_masking(self.masked, decay=DECAY)
+
     @property
     def parameter_dtype(self):
         return torch.float32
+
+    def answer(self, network, dtype):
+        """The baked network knows of no decay: it is added here."""
+        loss, *gradients = super().answer(network, dtype)
+        layers = [layer for _, layer in masked_layers(network)]
+        for gradient, layer in zip(gradients, (layers[0], layers[-1]) if layers else ()):
+            gradient += DECAY * torch.where(layer.current_mask(), 0, layer.weight.detach()).to(dtype)
+        return (loss, *gradients)
 
     def outputs(self, network, inputs):
         predicted = network(*inputs)
@@ -135,8 +156,8 @@ class Built(NamedTuple):
 
 
 class NetworkProvider(Provider):
-    def __init__(self, name, network, sparse, compiled=False):
-        self.name, self.network, self.sparse, self.compiled = name, network, sparse, compiled
+    def __init__(self, name, network, sparse):
+        self.name, self.network, self.sparse = name, network, sparse
 
     def supports(self, problem):
         on_gpu = problem.device.type == "cuda"
@@ -217,18 +238,108 @@ def with_cusparselt(problem):
 
 STEP_PROVIDERS = (
     NetworkProvider("dense", dense, sparse=False),
-    NetworkProvider("dense compiled", dense, sparse=False, compiled=True),
+    NetworkProvider("dense compiled", dense, sparse=False),
     NetworkProvider("sparsedm masked", with_masks, sparse=True),
     NetworkProvider(OURS, compressed, sparse=True),
-    NetworkProvider(f"{OURS} compiled", tuned, sparse=True, compiled=True),
+    NetworkProvider(f"{OURS} compiled", tuned, sparse=True),
     NetworkProvider("cuSPARSELt", with_cusparselt, sparse=True),
 )
 TRAINING_PROVIDERS = (
     TrainingProvider("dense", dense, sparse=False),
-    TrainingProvider("dense compiled", dense, sparse=False, compiled=True),
+    TrainingProvider("dense compiled", dense, sparse=False),
     TrainingProvider("sparsedm masked", with_masks, sparse=True),
-    TrainingProvider("sparsedm masked compiled", with_masks, sparse=True, compiled=True),
+    TrainingProvider("sparsedm masked compiled", with_masks, sparse=True),
 )
+
+
+# ---- whole sampling: on a GPU every step replays one CUDA graph of the network, dense and sparse alike; the clock runs
+# around the whole of it, until the images are on the host
+
+SAMPLER = "dpm++2m"
+
+
+def sampling_mode(steps):
+    return f"sampling, {steps} steps"
+
+
+def sampling_rows(suite, problem, providers, steps, rounds=3):
+    """Rows for whole sampling by every provider that can run: time, images/s, memory, and how far its images are off.
+
+    "image difference" is max |a - b| of images in about [-1, 1], drawn from the same noise by this provider and by the
+    same sparse network computed densely. A provider that raises gets one row that says so.
+    """
+    common = {"suite": suite, **problem.columns(), "mode": sampling_mode(steps)}
+    graphs = Graphs(problem.device) if problem.device.type == "cuda" else None
+    calls, images, rows = {}, {}, []
+    for provider in [provider for provider in providers if provider.supports(problem) is None]:
+        try:
+            calls[provider] = replayed(provider.built(problem).network, graphs)
+            images[provider] = draw(calls[provider], problem, steps)  # a warm-up, too
+        except Exception as error:
+            reason = {"metric": "time", "status": "failed", "reason": one_line(error)}
+            rows.append(common | {"provider": provider.name} | reason)
+    timed = {provider: Timed(timer(calls[provider], problem, steps), "perf_counter") for provider in images}
+    times = interleaved(timed, rounds=rounds, per_round=1)
+    reference = draw(baked(problem.masked), problem, steps)
+    now = stamp(problem.device)
+    for provider in images:
+        row = common | {"provider": provider.name, "status": "ok"}
+
+        def value(metric, number, unit, row=row):
+            rows.append(row | {"metric": metric, "value": number, "unit": unit})
+
+        rows.append(row | {"metric": "time", **time_columns(times[provider], timed[provider].method)})
+        value("images per second", problem.shape.batch / times[provider].p50 * 1e6, "images/s")
+        network = provider.built(problem).network
+        value("weights", sum(t.nbytes for t in [*network.parameters(), *network.buffers()]), "bytes")
+        if problem.device.type == "cuda":
+            value("peak memory", peak_memory(provider, problem), "bytes")
+        if provider.sparse:
+            value("image difference", (images[provider] - reference).abs().max().item(), "of [-1, 1]")
+    return [row | now for row in rows]
+
+
+def peak_memory(provider, problem):
+    """Bytes on the GPU at the worst moment of a step: weights in all the forms that are kept of them, activations."""
+    network, kept = provider.built(problem)
+    torch.cuda.reset_peak_memory_stats(problem.device)
+    before = allocated(problem.device)
+    problem.outputs(network, problem.inputs)
+    return kept + torch.cuda.max_memory_allocated(problem.device) - before
+
+
+def timer(call, problem, steps):
+    """count -> so many times of whole sampling in microseconds."""
+
+    def once():
+        start = time.perf_counter()
+        draw(call, problem, steps)
+        return (time.perf_counter() - start) * 1e6
+
+    return lambda count: [once() for _ in range(count)]
+
+
+def draw(call, problem, steps):
+    shape, schedule = problem.inputs[0].shape, diffusion.schedule_of(problem.weight)
+    with torch.no_grad():
+        noise = diffusion.initial_noise(shape[0], shape[1:], seed=0).to(problem.device)
+        times = samplers.time_grid(schedule, steps, samplers.SAMPLERS[SAMPLER][1])
+        return samplers.integrate(lambda x, t: predict(call, problem, x, t), schedule, noise, times, SAMPLER).cpu()
+
+
+def predict(call, problem, x, t):
+    return call(x.to(problem.dtype), t, *problem.inputs[2:])
+
+
+def replayed(network, graphs):
+    """`network`, with `graphs` as a CUDA graph that is replayed with new inputs."""
+    if graphs is None:
+        return network
+
+    def step(*inputs):
+        return (network(*inputs),)
+
+    return lambda *inputs: graphs(step, *inputs)[0]
 
 
 TABLE3_WIDTH, TABLE3_BATCH = 8192, 16

@@ -7,14 +7,16 @@ when, and with which versions; on a CPU the chart says so in large letters, beca
 import argparse
 import functools
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bench import charts, targets
+from bench import charts, program, targets
 from bench.results import read
-from sparsedm.errors import InputError, program
+from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, write_text
 
 DPI = 110
@@ -45,6 +47,15 @@ def draw_all(paths, folder):
     return written
 
 
+def draw_archive(paths, archive):
+    """The same pictures in one ZIP file. Raises: as `draw_all`."""
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [path for path in draw_all(paths, folder) if path.suffix == ".png"]
+        with atomic_file(archive) as partial, zipfile.ZipFile(partial, "w") as held:
+            for path in pictures:
+                held.write(path, path.name)
+
+
 def on_cpu(rows):
     return rows[0]["device"].startswith("CPU")
 
@@ -56,6 +67,8 @@ def all_charts(rows):
         f"speedup-{name}": (f"2:4 against dense: {name}", functools.partial(charts.sweep, name=name), wide)
         for name in charts.SWEEP_NAMES
     }
+    count = len({r["provider"] for r in rows if r["suite"] == "first"})
+    found["first-contact"] = ("First contact: every configuration", charts.first, (13, 2 + 0.5 * count))
     found["roofline"] = ("Roofline under measured ceilings", charts.roofline, square)
     found["heat"] = (f"{charts.OURS} against dense, at fixed K", charts.heat, wide)
     for model in dict.fromkeys(r["model"] for r in rows if "@" in r["model"] and r["suite"] in ("gemm", "conv")):

@@ -14,7 +14,7 @@ import torch
 import torch._functorch.config  # which `import torch` leaves out
 import torch.nn.functional as F
 
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
+from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS
 
 TWO_FOUR = Pattern(2, 4)
@@ -111,7 +111,7 @@ def higher(dtype):
 
 def masked(weight):
     """weight under its 2:4 magnitude mask along the input axis. No zero is -0.0, which some compressors would keep."""
-    mask = ungroup(choose_mask_ref(group_view(weight), TWO_FOUR), weight.shape)
+    mask = ungroup(select_mask_ref(group_view(weight), TWO_FOUR), weight.shape)
     return torch.where(mask, weight, 0.0).contiguous()
 
 
@@ -155,6 +155,12 @@ class LinearProblem(Problem):
         weight = shape.N * shape.K * (size / 2 + 1 / 8 if sparse else size)
         outputs = shape.M * shape.N * (1 if self.residual is None else 2)
         return weight + size * (shape.M * shape.K + outputs)
+
+
+class FirstProblem(LinearProblem):
+    """The plain product, over which the configurations of our kernels are compared."""
+
+    modes = of_models = ("plain",)
 
 
 class ConvProblem(Problem):

@@ -5,31 +5,40 @@
     bind(problem, prepared) -> Bound: the call that is timed, and what was chosen for it
 
 `sparse` says which weight a provider multiplies with: the dense one, or the 2:4 one. The denominators of every speed-up
-are the providers in DENSE and nothing else. Masks, and layers in training, are in `mask_providers.py`; other people's
-sparse products, and the list of everybody, in `rivals.py`.
+are the providers in DENSE and nothing else. Other people's sparse products, and the list of everybody, are in
+`baselines.py`.
 """
 
-import contextlib
-import os
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from bench.problems import TWO_FOUR
-from sparsedm.compressed import Conv2d24
-from sparsedm.kernels.launch import capability
-from sparsedm.kernels.mask import choose
-from sparsedm.kernels.sparse24.dispatch import FEW_TOKENS, choose_backend, last_choice
+from sparsedm.kernels.launch import capability, forced_backend
+from sparsedm.kernels.mask import select_mask
+from sparsedm.kernels.sparse24.dispatch import (
+    LINEAR,
+    SPLITK_ROWS,
+    Choice,
+    Request,
+    last_measured,
+    launch,
+    load,
+    row_of,
+    rule_of_thumb,
+)
 from sparsedm.kernels.sparse24.format import pack
+from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
-from sparsedm.layers import Conv2d
+from sparsedm.layers import CompressedConv2d, Conv2d, Linear
 
-DENSE = ("dense", "dense fused", "dense compiled")
 OURS = "sparsedm 2:4"  # what the dispatcher does
 HALF = (torch.bfloat16, torch.float16)
-MOST_OF_FEW = 4 * FEW_TOKENS  # rows with which `few` is still tried
+MOST_SPLITK_ROWS = 4 * SPLITK_ROWS  # rows with which `splitk` is still tried
 
 
 class Bound(NamedTuple):
@@ -46,6 +55,11 @@ class Provider:
     name = ""
     sparse = True
     sweeps = False
+
+    @property
+    def compiled(self):
+        """By torch.compile, which takes long."""
+        return self.name.endswith("compiled")
 
     def supports(self, problem):
         if self.sparse and problem.masked is None:
@@ -115,7 +129,7 @@ def max_autotune(call):
     """`call` compiled for exactly its shapes, at best speed; CUDA graphs are the clock's business.
 
     By default dynamo gives up after eight shapes, and compiles for sizes that may vary from the second on: both would
-    quietly turn the strongest rival into a weak one.
+    quietly turn the strongest baseline into a weak one.
     """
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
     return torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -127,14 +141,14 @@ class Masked(Provider):
     name = "sparsedm masked"
 
     def prepare(self, problem):
-        return choose(problem.weight, TWO_FOUR)[0]
+        return select_mask(problem.weight, TWO_FOUR).masked
 
     def bind(self, problem, prepared):
         return Bound(torch_linear(problem, prepared), "torch, pre-masked")
 
 
 class Sparse24(Provider):
-    """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else forced by SPARSEDM_BACKEND."""
+    """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else the one with this name."""
 
     def __init__(self, backend=None):
         self.backend, self.sweeps = backend, bool(backend)
@@ -144,52 +158,73 @@ class Sparse24(Provider):
         if reason := super().supports(problem):
             return reason
         rows = problem.shape.M
-        if self.backend == "few" and rows > MOST_OF_FEW:
-            return f"{rows} rows: it is made for few, and with more than {MOST_OF_FEW} would only cost time"
-        with self._forced():
-            chosen, why = self._choice(problem)
-        return None if self.backend in (None, chosen) else why
+        if self.backend == "splitk" and rows > MOST_SPLITK_ROWS:
+            return f"{rows} rows: it is made for few, and with more than {MOST_SPLITK_ROWS} would only cost time"
+        choice, why = self._choice(problem)
+        return None if self.backend in (None, choice.backend) else why
 
     def prepare(self, problem):
         return pack(problem.masked)
 
     def bind(self, problem, prepared):
-        arranged = {}
+        cache, options = {}, {**problem.epilogue, "backend": self.backend}
 
         def run():
-            with self._forced():
-                return sparse24_linear(problem.x, *prepared, problem.bias, **problem.epilogue, arranged=arranged)
+            return sparse24_linear(problem.x, *prepared, problem.bias, **options, cache=cache)
 
-        with self._forced():
-            backend, why = self._choice(problem)
+        choice, why = self._choice(problem)
         run()  # on a GPU this measures the candidates, unless the tuned table has them
-        measured = last_choice(arranged.get("choices", {}), problem.shape.M)
+        measured = last_measured(cache, problem.shape.M)
         if measured:
-            backend, why = measured.backend, f"measured, configuration {measured.config}"
-        return Bound(run, f"{backend}: {why}")
+            choice, why = measured.choice, f"measured, configuration {measured.choice.config}"
+        return Bound(run, f"{choice.backend}: {why}")
 
     def _choice(self, problem):
         shape = problem.shape
-        return choose_backend(capability(problem.device), shape.M, shape.N, shape.K, problem.dtype)
-
-    @contextlib.contextmanager
-    def _forced(self):
-        before = os.environ.get("SPARSEDM_BACKEND")
-        if self.backend:
-            os.environ["SPARSEDM_BACKEND"] = self.backend
-        try:
-            yield
-        finally:
-            if self.backend:
-                os.environ.pop("SPARSEDM_BACKEND")
-                if before is not None:
-                    os.environ["SPARSEDM_BACKEND"] = before
+        device = capability(problem.device)
+        backend = self.backend or forced_backend()
+        return rule_of_thumb(Request(LINEAR, device, problem.dtype, shape.M, shape.N, shape.K, backend=backend))
 
 
-# ---- what the products of other libraries have in common (they are in `rivals.py`)
+class Configuration(Sparse24):
+    """One configuration of one of our kernels, whatever the dispatcher would take."""
+
+    def __init__(self, choice):
+        super().__init__(choice.backend)
+        self.config = choice.config
+        self.name = f"{choice.backend} {choice.config}"
+
+    def bind(self, problem, prepared):
+        choice = Choice(self.backend, self.config)
+        run = configured(choice, problem.x, *prepared, problem.bias, problem.activation, problem.residual)
+        return Bound(run, described(choice))
 
 
-class Rival(Provider):
+def configured(choice, x, values, metadata, bias=None, activation=None, residual=None, skip=None, scale=None):
+    """A call of `sparse24_linear` on rows x by one configuration of one kernel, bypassing the dispatcher."""
+    layout = row_of(LINEAR, choice.backend).layout
+    tensors = kernel_tensors(values, prepack(values, metadata, layout, 2 * values.shape[1]))
+    options = {"bias": bias, "activation": activation, "residual": residual, "skip": skip, "scale": scale}
+
+    def run():
+        y = x.new_empty(len(x), len(values))
+        launch(LINEAR, *choice, True, x, *tensors, y, **options)
+        return y
+
+    return run
+
+
+def described(choice):
+    """A configuration in a few words, for the results file."""
+    config = load(row_of(LINEAR, choice.backend).module).CONFIGS[choice.config]
+    told = {name: value for name, value in asdict(config).items() if value not in (False, "none")}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in told.items())
+
+
+# ---- what the products of other libraries have in common (they are in `baselines.py`)
+
+
+class Baseline(Provider):
     """Rules that all of them share: a CUDA device, 16-bit types, sizes in multiples of `rows`, `columns`, `tokens`."""
 
     rows, columns, tokens = 16, 16, 8
@@ -250,7 +285,98 @@ class SparseConv24(Provider):
         with torch.no_grad():
             layer.weight.copy_(problem.masked)
             layer.bias.copy_(problem.bias)
-            return Conv2d24(layer)
+            return CompressedConv2d(layer)
 
     def bind(self, problem, prepared):
-        return Bound(lambda: prepared(problem.x), "Conv2d24")
+        return Bound(lambda: prepared(problem.x), "CompressedConv2d")
+
+
+# ---- masks
+
+
+class Cast(Provider):
+    name, sparse = "dense", False
+
+    def bind(self, problem, prepared):
+        return Bound(lambda: problem.weight.to(problem.dtype, copy=True), "cast without a mask")
+
+
+class TopK(Provider):
+    """How masks are usually made: indices of the two largest of each four, and a scatter."""
+
+    name = "torch topk"
+
+    def bind(self, problem, prepared):
+        def run():
+            groups = problem.weight.view(len(problem.weight), -1, TWO_FOUR.group)
+            keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
+            mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0)
+            return (groups * mask).view_as(problem.weight).to(problem.dtype)
+
+        return Bound(run, "topk + scatter")
+
+
+class Choose(Provider):
+    name = "sparsedm choose"
+
+    def traffic(self, problem):
+        """Its mask is of bool, a byte for each weight instead of a bit."""
+        return super().traffic(problem) + problem.weight.numel() * 7 / 8
+
+    def bind(self, problem, prepared):
+        return Bound(lambda: select_mask(problem.weight, TWO_FOUR, problem.dtype).masked, "masked weight and mask")
+
+
+class ChoosePacked(Provider):
+    name = "sparsedm choose + pack"
+
+    def traffic(self, problem):
+        """Besides masked weight and mask it writes half the values, and their metadata of 2 bits each."""
+        return super().traffic(problem) + problem.weight.numel() * (problem.dtype.itemsize / 2 + 1 / 8)
+
+    def bind(self, problem, prepared):
+        def run():
+            wanted = {"mask": False, "bits": True, "compressed": True}
+            return select_mask(problem.weight, TWO_FOUR, problem.dtype, **wanted).masked
+
+        return Bound(run, "masked weight, bits, values, metadata")
+
+
+# ---- one linear layer in training
+
+
+class TrainingProvider(Provider):
+    """A layer with the problem's weight; `layer(N, K)` makes it."""
+
+    def bind(self, problem, prepared):
+        layer = self.layer(problem.shape.K, problem.shape.N).to(problem.device)
+        with torch.no_grad():
+            layer.weight.copy_(problem.weight)
+            layer.bias.copy_(problem.bias)
+        return Bound(lambda: problem.run(layer), type(layer).__name__)
+
+
+class TrainDense(TrainingProvider):
+    name, sparse, layer = "dense", False, staticmethod(nn.Linear)
+
+
+class TrainMasked(TrainingProvider):
+    name = "sparsedm masked"
+
+    @staticmethod
+    def layer(inputs, outputs):
+        return Linear(inputs, outputs, pattern=TWO_FOUR)
+
+
+class TopKLinear(nn.Linear):
+    """Straight-through masking as it is usually written, in torch operations."""
+
+    def forward(self, x):
+        groups = self.weight.detach().view(len(self.weight), -1, TWO_FOUR.group)
+        keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
+        mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0).view_as(self.weight)
+        return F.linear(x, self.weight + (self.weight * mask - self.weight).detach(), self.bias)
+
+
+class TrainTopK(TrainingProvider):
+    name, layer = "torch topk", TopKLinear

@@ -1,16 +1,29 @@
-"""The results file: CSV, one row per measurement, whole at every moment (it is rewritten atomically as it grows).
+"""Results files: CSV, one row per measurement, whole at every moment (rewritten atomically); stamps; speed-ups.
 
 Times are microseconds of one call. TFLOP/s are dense-equivalent: the operations of the dense product, of which a 2:4
 product executes half, over the time. A row whose status is not "ok" has no times; its reason says why.
 """
 
 import csv
+import functools
 import io
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+
+from sparsedm import __version__
 from sparsedm.errors import InputError
 from sparsedm.files import write_text
 
+DENSE = ("dense", "dense fused", "dense compiled")  # providers that are the denominators of speed-ups; nothing else is
 COLUMNS = (
     *("suite", "kernel", "model", "shape", "provider", "mode", "metric", "dtype", "M", "N", "K", "layers"),
     *("status", "reason", "p20_us", "p50_us", "p80_us", "samples", "method", "value", "unit"),
@@ -23,6 +36,8 @@ NUMBERS = ("M", "N", "K", "layers", "p20_us", "p50_us", "p80_us", "samples", "va
     "gbps",
 )
 IDENTITY = ("suite", "shape", "mode", "dtype")  # of what `measure` does in one go
+ENDED = "the process ended in the middle of this: a crash, or a hang"
+ONCE = (*IDENTITY, "provider", "metric")  # a later row with the same values replaces the earlier one
 
 
 class Results:
@@ -39,7 +54,7 @@ class Results:
             raise InputError(f"{self.path} exists: remove it, choose another --out, or continue it with --resume")
         for row in self.rows:
             if row["status"] == "started":
-                row |= {"status": "failed", "reason": "the process ended in the middle of this: a crash, or a hang"}
+                row |= {"status": "failed", "reason": ENDED}
         self._text = _csv(self.rows, header=True)
 
     def begin(self, identity):
@@ -50,8 +65,12 @@ class Results:
         unknown = {column for row in rows for column in row} - set(COLUMNS)
         if unknown:
             raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
-        self.rows += rows
-        self._text += _csv(rows)  # not all over again: a note is written before every provider
+        new = {_once(row) for row in rows}
+        kept = [row for row in self.rows if _once(row) not in new]
+        if len(kept) < len(self.rows):  # else not all over again: this is done before every provider
+            self._text = _csv(kept, header=True)
+        self.rows = kept + rows
+        self._text += _csv(rows)
         write_text(self.path, self._text)
 
     def matching(self, identity):
@@ -59,17 +78,16 @@ class Results:
         return [row for row in self.rows if all(row.get(name, "") == value for name, value in identity.items())]
 
 
+def _once(row):
+    return tuple(row.get(name) or "" for name in ONCE)
+
+
 def write(path, rows):
     write_text(path, _csv(rows, header=True))
 
 
 def _csv(rows, header=False):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-    return text.getvalue()
+    return csv_text([{key: _cell(value) for key, value in row.items()} for row in rows], COLUMNS, header)
 
 
 def _cell(value):
@@ -78,25 +96,187 @@ def _cell(value):
     return f"{value:.0f}" if value.is_integer() else f"{value:.6g}"
 
 
+def csv_text(rows, columns, header=True):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def read(*paths):
-    """The rows of CSV files, one after the other; numbers as float (None where the cell is empty), the rest as text."""
-    rows = []
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                if missing := set(COLUMNS) - set(reader.fieldnames or ()):
-                    raise InputError(f"{path} is no results file: it has no column {', '.join(sorted(missing))}")
-                rows += [_parsed(row, path) for row in reader]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {path}: {error}") from None
+    """The rows of results files, one after the other."""
+    return [row for path in paths for row in read_csv(path, COLUMNS, NUMBERS)]
+
+
+def read_csv(path, columns, numbers):
+    """The rows of a CSV file; `numbers` as float (None where the cell is empty), the rest as text.
+
+    Raises: InputError if it cannot be read, lacks one of the `columns`, or a row is broken.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+                raise InputError(f"{path} is no results file: it has no column {', '.join(missing)}")
+            return [_parsed(row, numbers) for row in reader]
+    except InputError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path}: a row is broken or cut short: {error}") from None
+
+
+def _parsed(row, numbers):
+    if None in row or None in row.values():
+        raise ValueError("it has too many or too few cells")
+    return row | {name: float(row[name]) if row[name] else None for name in numbers}
+
+
+# ---- speed-ups
+
+
+class Speedup(NamedTuple):
+    """row: the provider's. p50, and the band low .. high: slow provider over quick dense, and the reverse."""
+
+    row: dict
+    p50: float
+    low: float
+    high: float
+
+
+def key(row):
+    return tuple(row[name] for name in ("device", "suite", "shape", "mode", "dtype"))
+
+
+def timed(rows, suites=None):
+    """The rows that hold a time of the thing itself, not of packing."""
+    return [r for r in rows if r["metric"] == "time" and r["status"] == "ok" and (not suites or r["suite"] in suites)]
+
+
+def speedups(rows, suites=None):
+    """[Speedup] of every timed row that is not in DENSE, against the fastest dense one at the same `key`."""
+    timed_rows = timed(rows, suites)
+    dense = {}
+    for row in timed_rows:
+        if row["provider"] in DENSE:
+            dense[key(row)] = min(row, dense.get(key(row), row), key=lambda r: r["p50_us"])
+    found = []
+    for row in timed_rows:
+        base = dense.get(key(row))
+        if base and row["provider"] not in DENSE:
+            ratios = (base[d] / row[s] for d, s in (("p50_us", "p50_us"), ("p20_us", "p80_us"), ("p80_us", "p20_us")))
+            found.append(Speedup(row, *ratios))
+    return found
+
+
+# ---- what every measurement is stamped with
+
+COMMIT = "SPARSEDM_COMMIT"  # environment variable: the commit, where the code was copied without its repository
+SENSORS = ("clocks.sm", "clocks.mem", "power.draw")  # MHz, MHz, W
+
+
+def stamp(device):
+    """{column: text} for measurements on `device` now. What cannot be read is an empty text, never a guess."""
+    return {**_fixed(str(device)), **sensors(device), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+@functools.cache
+def _fixed(device):
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU: {cpu_name()}",
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)) if cuda else "",
+        "threads": torch.get_num_threads(),
+        "driver": _nvidia_smi(device, "driver_version")[0] if cuda else "",
+        "cuda": (torch.version.cuda or "") if cuda else "",
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "cusparselt": str(torch.backends.cusparselt.version() or "") if cuda else "",
+        "sparsedm": __version__,
+        "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def sensors(device):
+    """SM clock and memory clock in MHz and power in W, as nvidia-smi reads them now."""
+    values = _nvidia_smi(device, *SENSORS) if torch.device(device).type == "cuda" else [""] * len(SENSORS)
+    return dict(zip(("sm_mhz", "memory_mhz", "power_w"), values))
+
+
+def _nvidia_smi(device, *fields):
+    number = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"  # nvidia-smi does not count as torch does
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", number]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return [""] * len(fields)
+    return [value.strip() for value in answer.strip().split(",")]
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@functools.cache
+def commit():
+    """The commit of the code that runs, with +dirty where files differ from it; $SPARSEDM_COMMIT overrules."""
+    if os.environ.get(COMMIT):
+        return os.environ[COMMIT]
+    here = Path(__file__).parent
+    try:
+        git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=20, check=True)
+        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])  # fails in somebody else's repository
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return head + ("+dirty" if changed else "")
+
+
+def _installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+# ---- experiments: every measurement one row; x: its place on a curve (noise level, images seen), None: a single number
+
+STAMPED = ("device", "threads", "torch", "sparsedm", "commit", "date", "command")
+OF_EXPERIMENTS = ("experiment", "scale", "data", "features", "group", "run", "seed", "measure", "x", "value", *STAMPED)
+EVERY_RUN = {"validation loss", "Fréchet distance", "samples", "reference images"}  # has these
+
+
+def read_experiment(file, experiment=None, scale=None):
+    """The rows of an experiment's results.csv. experiment, scale: names that they must have, None for any.
+
+    Raises: InputError if it is damaged, empty, lacks a part of a run, or is of another experiment.
+    """
+    rows = read_csv(file, OF_EXPERIMENTS, ("seed", "x", "value"))
+    if not rows or any(None in (row["seed"], row["value"]) for row in rows):
+        raise InputError(f"{file} is empty, or a row has no seed or no value")
+    rows = [row | {"seed": int(row["seed"])} for row in rows]
+    measures = {}
+    for row in rows:
+        measures.setdefault((row["run"], row["seed"]), set()).add(row["measure"])
+    for (run, seed), found in measures.items():
+        if absent := EVERY_RUN - found:
+            raise InputError(f"{file}: run {run} of seed {seed} has no {', '.join(sorted(absent))}")
+    for row in rows:
+        if (row["experiment"], row["scale"]) != (experiment or row["experiment"], scale or row["scale"]):
+            holds = f"{file} holds results of {row['experiment']} ({row['scale']})"
+            raise InputError(f"{holds}, not of {experiment} ({scale})")
     return rows
 
 
-def _parsed(row, path):
-    if None in row or None in row.values():
-        raise InputError(f"{path}: a row is broken or cut short: it has not {len(COLUMNS)} cells")
-    try:
-        return row | {name: float(row[name]) if row[name] else None for name in NUMBERS}
-    except ValueError as error:
-        raise InputError(f"{path}: a row is broken or cut short: {error}") from None
+def write_experiment(file, rows):
+    write_text(file, csv_text(rows, OF_EXPERIMENTS))

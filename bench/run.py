@@ -1,5 +1,6 @@
 """The suites, from the command line: `python -m bench.run --suite gemm --shapes square --out results.csv`.
 
+    first         every configuration of our 2:4 product, beside the libraries, also over a second without a pause
     mask          choosing masks and packing: bytes moved against a plain cast
     masked-train  one masked linear layer, forward and forward with backward
     gemm          the 2:4 product against dense and against other libraries: in sweeps over sizes plain and with an
@@ -16,9 +17,13 @@ one that was ended from outside, or had no time left, is measured the next time.
 """
 
 import argparse
+import collections
+import faulthandler
 import functools
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,28 +31,29 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, problems
-from bench.baselines import PROVIDERS
-from bench.measure import DeviceLost, measure, release
+from bench import ceilings, problems, program
+from bench.baselines import PROVIDERS, first_providers
+from bench.measure import BESIDE, measure, release
 from bench.networks import (
     STEP_PROVIDERS,
     TRAINING_PROVIDERS,
     ModelShape,
     NetworkProblem,
     TrainingStepProblem,
+    sampling_mode,
+    sampling_rows,
     table3_shapes,
 )
-from bench.restart import Watch, start_again
-from bench.results import IDENTITY, Results
-from bench.sampling import sampling_mode, sampling_rows
+from bench.results import DENSE, ENDED, IDENTITY, Results
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from bench.timing import clock_for
-from sparsedm.errors import InputError, program
+from sparsedm.errors import InputError
 from sparsedm.kernels.tuning import device_is_lost
 from sparsedm.models import MODELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by default with --quick)
+    "first": (problems.FirstProblem, LinearShape, "square@8192,square@4096", "square@256"),
     "mask": (problems.MaskProblem, LinearShape, "square", "square"),
     "masked-train": (problems.TrainingProblem, LinearShape, "models", "square,uvit-tiny@4"),
     "gemm": (problems.LinearProblem, LinearShape, "square,m-sweep,grid,models", "square,m-sweep,grid,uvit-tiny@4"),
@@ -57,13 +63,14 @@ NETWORK_SUITES = ("end-to-end", "train", "table3")
 SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
 
 
-COMPILES = 60  # seconds that compiling a whole network takes at least
+PATIENCE = 2  # times that a provider may end the process, by a hang or a fault, before the suite goes on without it
+COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network takes
 
 
 @dataclass
 class Session:
-    """What every suite is given. deadline: time.monotonic() after which nothing new is started. late: called when a
-    provider is not ready in time."""
+    """What every suite is given. deadline: time.monotonic() after which nothing new is started. timeout: seconds that
+    a provider may take to be ready; on_timeout: called when it is not."""
 
     results: Results
     device: torch.device
@@ -72,10 +79,12 @@ class Session:
     shapes: str | None = None
     providers: tuple | None = None
     compiled: bool = True
+    sampling: bool = True
     modes: tuple | None = None
     batches: tuple = BATCHES
     deadline: float = float("inf")
-    late: Callable | None = None
+    timeout: float = 75
+    on_timeout: Callable | None = None
     cut: int = 0  # problems that were left out for lack of time
     limits: dict = field(default_factory=dict)
 
@@ -83,7 +92,7 @@ class Session:
         self.clock = clock_for(self.device)
         default = {"rounds": 5, "per_round": 3, "seconds": 0.5} if self.quick else {"rounds": 8, "per_round": 5}
         self.limits = {"seconds": 10.0} | default | self.limits
-        self.watch = Watch(self.late)
+        self.watch = Watch(self.on_timeout)
 
     def keep(self, providers):
         """Those that were asked for."""
@@ -96,17 +105,27 @@ class Session:
         return [mode for mode in modes if self.modes is None or mode in self.modes]
 
     def do(self, suite, shape, mode, providers, rows):
-        """Add `rows(missing, starting)` to the results, for those providers that they do not hold yet, unless the time
-        is up. starting: see `measure`."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        identity = dict(zip(IDENTITY, (suite, shape.name, mode, dtype)))
-        held = {row.get("provider", "") for row in self.results.matching(identity)}
-        missing = [p for p in self.keep(providers) if p.name not in held]
-        if not missing or "" in held:  # a row without a provider: the process ended here before
+        """Add what `rows(missing, starting)` yields to the results, for those providers that they do not hold yet,
+        unless the time is up. starting: see `measure`."""
+        identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
+        held = self.results.matching(identity)
+        names = {row.get("provider", "") for row in held}
+        missing = [p for p in self.keep(providers) if p.name not in names]
+        if not missing or "" in names:  # a row without a provider: the process ended here before
             return
         if time.monotonic() >= self.deadline:
             self.cut += 1
             return
+        fatal = [row for row in self.results.rows if row["suite"] == suite and row.get("reason") == ENDED]
+        ended = collections.Counter(row["provider"] for row in fatal)
+        if hopeless := [p for p in missing if ended[p.name] >= PATIENCE]:
+            reason = f"it has ended its process {PATIENCE} times in this suite"
+            common = identity | {"metric": "time", "status": "failed", "reason": reason}
+            self.results.add([common | {"provider": provider.name} for provider in hopeless])
+            missing = [p for p in missing if p not in hopeless]
+        if any(provider.compiled for provider in missing):  # beside what was measured to be best, and again with it
+            beside = beside_compiled(held)
+            missing = [p for p in providers if p in missing or p.name in beside]
 
         def starting(name, **other):
             compiled = name.endswith("compiled")
@@ -115,16 +134,14 @@ class Session:
                 self.cut += 1
                 return False
             self.results.begin(identity | {"provider": name} | other)
-            if self.late:
-                self.watch.expect(patience(name))
+            if self.on_timeout:  # all of them together have longer to be timed
+                self.watch.expect(COMPILES_AT_MOST if compiled else self.timeout if name else 4 * self.timeout)
             return True
 
-        starting("")
         try:
-            self.results.add(rows(missing, starting))
-        except DeviceLost as lost:
-            self.results.add([lost.row])
-            raise
+            starting("")
+            for found in rows(missing, starting):
+                self.results.add(found)
         except KeyboardInterrupt:  # nobody's failure
             self.results.add([])
             raise
@@ -133,11 +150,11 @@ class Session:
         release(self.device)
 
 
-def patience(provider):
-    """Seconds that a provider may take to be ready, or if it has no name all of them to be timed, until it hangs."""
-    if not provider:
-        return 180
-    return 480 if provider.endswith("compiled") else 75
+def beside_compiled(rows):
+    """The names of those that were timed, of which a compiled provider needs new times from its own rounds."""
+    p50 = {row["provider"]: row["p50_us"] for row in rows if (row["metric"], row["status"]) == ("time", "ok")}
+    dense = [name for name in DENSE if name in p50 and not name.endswith("compiled")]
+    return {*BESIDE, min(dense, key=p50.get, default="dense")} & p50.keys()
 
 
 def run_suite(suite, session, progress=False):
@@ -149,7 +166,8 @@ def run_suite(suite, session, progress=False):
         work = [(shape, mode) for shape in shapes for mode in session.modes_of(kind, shape)]
         for shape, mode in tqdm(work, desc=suite, disable=None if progress else True):
             measured = functools.partial(layer_rows, suite, kind, shape, mode, session)
-            providers = [p for p in PROVIDERS[kind.kernel] if shape.model in SWEEPS or not p.sweeps]
+            every = first_providers(session.device, session.dtype) if suite == "first" else PROVIDERS[kind.kernel]
+            providers = [p for p in every if shape.model in SWEEPS or not p.sweeps]
             session.do(suite, shape, mode, providers, measured)
     elif suite in NETWORK_SUITES:
         shapes = table3_shapes(session.quick) if suite == "table3" else network_shapes(session)
@@ -167,7 +185,8 @@ def run_suite(suite, session, progress=False):
 
 def layer_rows(suite, kind, shape, mode, session, providers, starting):
     problem = kind(shape, mode, session.dtype, session.device)
-    return measure(suite, problem, providers, session.clock, starting=starting, **session.limits)
+    first = {"packing": False, "held": True} if suite == "first" else {}
+    return measure(suite, problem, providers, session.clock, starting=starting, **session.limits, **first)
 
 
 def network_shapes(session):
@@ -184,15 +203,44 @@ def network_shapes(session):
 
 
 def network_rows(suite, kind, shape, mode, session, providers, starting):
-    problem = kind(shape, mode, session.dtype, session.device)
-    rows = measure(suite, problem, providers, session.clock, packing=False, starting=starting, **session.limits)
-    if suite == "end-to-end":
-        session.results.add(rows)  # they are worth more than the samples, which take longer
+    problem, able = kind(shape, mode, session.dtype, session.device), set()
+    limits = session.limits | {"packing": False, "starting": starting}
+    for rows in measure(suite, problem, providers, session.clock, **limits):
+        able |= {r["provider"] for r in rows if r["status"] == "ok" and r["method"] != "cuda events"}
+        yield rows
+    if suite == "end-to-end" and session.sampling:
         steps = 4 if session.quick else 50
         starting("", mode=sampling_mode(steps))
-        able = {row["provider"] for row in rows if row["status"] == "ok" and row["method"] != "cuda events"}
-        rows = sampling_rows(suite, problem, [p for p in providers if p.name in able], steps)
-    return rows
+        yield sampling_rows(suite, problem, [p for p in providers if p.name in able], steps)
+
+
+class Watch:
+    """Calls `on_timeout()`, in a thread of its own, if no `expect` or `done` follows `expect(seconds)` in time."""
+
+    def __init__(self, on_timeout):
+        self.on_timeout = on_timeout
+        self.timer = None
+
+    def expect(self, seconds):
+        self.done()
+        self.timer = threading.Timer(seconds, self.on_timeout)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def done(self):
+        if self.timer:
+            self.timer.cancel()
+
+
+def start_again(arguments):
+    """Replace this process by `python -m bench.run arguments`, having written where every thread of it was.
+
+    A kernel that never ends, or that writes out of bounds, takes the process with it; nothing in it can be timed any
+    more. The results file knows who was under way, and with --resume passes over it.
+    """
+    faulthandler.dump_traceback(sys.__stderr__)
+    os.closerange(3, 1 << 16)  # the driver gives a GPU back when its files are closed
+    os.execv(sys.executable, [sys.executable, "-m", "bench.run", *arguments])
 
 
 @program("bench")
@@ -218,7 +266,7 @@ def run(options, arguments):
 
     def again():
         left = max(0.0, deadline - time.monotonic())
-        start_again("bench.run", [*arguments, "--resume", "--seconds", f"{left:.0f}"])
+        start_again([*arguments, "--resume", "--seconds", f"{left:.0f}"])
 
     session = Session(
         Results(options.out, resume=options.resume),
@@ -228,13 +276,15 @@ def run(options, arguments):
         shapes=options.shapes,
         providers=tuple(options.providers.split(",")) if options.providers else None,
         compiled=not options.no_compile,
+        sampling=not options.no_sampling,
         modes=tuple(options.modes.split(",")) if options.modes else None,
         batches=tuple(options.batch or BATCHES),
         deadline=deadline,
-        late=again if device.type == "cuda" else None,
+        timeout=options.timeout,
+        on_timeout=again if device.type == "cuda" else None,
     )
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
-    known |= {p.name for p in STEP_PROVIDERS + TRAINING_PROVIDERS}
+    known |= {p.name for p in (*STEP_PROVIDERS, *TRAINING_PROVIDERS, *first_providers(device, session.dtype))}
     if unknown := set(session.providers or ()) - known:
         raise InputError(f"unknown providers {', '.join(sorted(unknown))}: they are {', '.join(sorted(known))}")
     modes = {mode for kind, *_ in LAYER_SUITES.values() for mode in kind.modes}
@@ -243,7 +293,7 @@ def run(options, arguments):
     try:
         for suite in options.suite.split(","):
             run_suite(suite, session, progress=True)
-    except RuntimeError:
+    except Exception:
         if not device_is_lost(device):
             raise
         again()
@@ -256,23 +306,23 @@ def run(options, arguments):
 def parser():
     text = argparse.RawDescriptionHelpFormatter
     parsed = argparse.ArgumentParser("python -m bench.run", description=__doc__, formatter_class=text)
-    add_arguments(parsed)
     parsed.add_argument("--device", help="(default: cuda if there is one, else cpu)")
     parsed.add_argument("--suite", required=True, help=f"one or several of {', '.join(SUITES)}")
-    return parsed
-
-
-def add_arguments(parsed):
     parsed.add_argument("--shapes", help="square, m-sweep, grid, square@SIZE, models, model@batch; several with commas")
     parsed.add_argument("--providers", help="measure only these, by the names in the results file, with commas")
     parsed.add_argument("--modes", help="only these of the layer suites, with commas, for example epilogue")
     parsed.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to tune")
+    parsed.add_argument("--no-sampling", action="store_true", help="of whole networks only a step")
     parsed.add_argument("--batch", type=int, action="append", help="batch sizes of models (default: 1, 16 and 64)")
     parsed.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on a GPU, fp32 on a CPU)")
     parsed.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes on a CPU")
     parsed.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after this long")
+    parsed.add_argument(
+        "--timeout", type=float, default=75, help="seconds until a provider counts as hanging (default: %(default)s)"
+    )
     parsed.add_argument("--out", default="bench-results.csv", help="results file (default: %(default)s)")
     parsed.add_argument("--resume", action="store_true", help="continue the results file, skipping what it holds")
+    return parsed
 
 
 if __name__ == "__main__":

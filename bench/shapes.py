@@ -163,18 +163,6 @@ def _grouped(shapes):
 # ---- published networks that are not in this package: sizes from their papers and public configurations --------------
 
 
-def _dit_xl_2(name, batch):
-    """DiT-XL/2 on 32x32 latents (arXiv 2212.09748, table 1): 28 blocks, width 1152, 256 tokens."""
-    tokens = 256 * batch
-    return [
-        LinearShape(name, "adaLN_modulation", batch, 6912, 1152, layers=28),
-        LinearShape(name, "attn.qkv", tokens, 3456, 1152, layers=28),
-        LinearShape(name, "attn.proj", tokens, 1152, 1152, residual=True, layers=28),
-        LinearShape(name, "mlp.fc1", tokens, 4608, 1152, "gelu_tanh", layers=28),
-        LinearShape(name, "mlp.fc2", tokens, 1152, 4608, residual=True, layers=28),
-    ]
-
-
 def _sd3_medium(name, batch):
     """Stable Diffusion 3 medium at 1024x1024 (arXiv 2403.03206): 24 joint blocks, width 1536, 4096 + 333 text tokens.
 
@@ -222,4 +210,4 @@ def _sd15(name, batch):
     return found
 
 
-PUBLISHED = {"dit-xl-2": _dit_xl_2, "sd3-medium": _sd3_medium, "sd-1.5": _sd15}
+PUBLISHED = {"sd3-medium": _sd3_medium, "sd-1.5": _sd15}

@@ -10,13 +10,17 @@ on the machine, hits all alike. Reported are the 20th, 50th and 80th percentile,
 
 import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from bench.results import sensors
 
 SHORTEST = 1e-3  # seconds that one CPU sample lasts at least
 WARM = 0.03  # seconds of work before a GPU is timed
@@ -32,10 +36,12 @@ class Times(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A call made ready to be timed. samples(n): n times in microseconds. method: how they are taken."""
+    """A call made ready to be timed. samples(n): n times in microseconds. method: how they are taken. call: what is
+    called, where that is not the call itself but the replay of its graph."""
 
     samples: Callable[[int], list]
     method: str
+    call: Callable | None = None
 
 
 class CpuClock:
@@ -55,6 +61,9 @@ class CpuClock:
 
     def host(self, run):
         """None: on a CPU the time of a call is its host cost."""
+
+    def held(self, call, microseconds):
+        """None: a CPU's clock and power are not known."""
 
     def _seconds(self, run, calls):
         start = self.now()
@@ -94,7 +103,7 @@ class CudaClock:
             torch.cuda.synchronize(self.device)
             graph = self._captured(run) if self.graphs and not waits(run) else None
         call, method = (run, "cuda events") if graph is None else (graph.replay, "cuda graph")
-        return Timed(functools.partial(self._samples, call), method)
+        return Timed(functools.partial(self._samples, call), method, call)
 
     def warm(self):
         """Out of the clocks of a GPU that was idle, while something was compiled for example."""
@@ -115,6 +124,23 @@ class CudaClock:
                 times.append((time.perf_counter() - start) * 1e6)
             torch.cuda.synchronize(self.device)
         return percentiles(times)
+
+    def held(self, call, microseconds, seconds=1.0):
+        """Calls without a pause for so long, a call taking about so many microseconds: (Times of one call from ten
+        stretches, clocks and power as `results.sensors` reads them meanwhile). A GPU at its power limit shows it here.
+        """
+        calls = max(1, round(seconds * 1e5 / microseconds))
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
+        with ThreadPoolExecutor(1) as pool, self.stream():
+            state = pool.submit(lambda: (time.sleep(0.4 * seconds), sensors(self.device))[1])
+            events[0].record()
+            for event in events[1:]:
+                for _ in range(calls):
+                    call()
+                event.record()
+            torch.cuda.synchronize(self.device)
+        times = [1e3 * start.elapsed_time(end) / calls for start, end in itertools.pairwise(events)]
+        return percentiles(times), state.result()
 
     def _captured(self, run):
         graph = torch.cuda.CUDAGraph()

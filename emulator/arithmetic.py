@@ -5,6 +5,7 @@ import operator
 import numpy as np
 
 from emulator.errors import EmulatorError
+from emulator.memory import MAP_BASE
 from emulator.operands import LANES, TYPES, active, instruction, reader, vector, writer
 
 
@@ -19,7 +20,16 @@ def f32_to_bf16(values):
     return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
 
 
-@instruction("mov", "cvta")
+@instruction("cvta")
+def _cvta(ins):
+    """Generic addresses equal their own, but those of parameters."""
+    kind, (target, source) = ins.mods[-1], ins.args
+    read, write = reader(ins, source, kind), writer(ins, target)
+    base = MAP_BASE if ins.mods[0] == "param" else 0
+    return lambda block, warp, mask: write(warp, read(warp) + TYPES[kind].type(base), mask)
+
+
+@instruction("mov")
 def _mov(ins):
     kind, (target, source) = ins.mods[-1], ins.args
     bits = 1 if kind == "pred" else int(kind[1:])

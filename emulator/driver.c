@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define SHARED_BYTES 232448 /* the most a block may have on sm_90 */
 #define MAGIC 0x70616d54    /* marks a tensor map that was made here */
 
 typedef struct {
@@ -18,10 +17,11 @@ typedef struct {
 typedef int (*Launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, void **);
 
 static Launch on_launch;
+static unsigned shared_bytes; /* the most a block may have */
 static char refusal[256] = "no error";
 static uintptr_t functions;
 
-void set_on_launch(Launch callback) { on_launch = callback; }
+void set_device(Launch callback, unsigned shared) { on_launch = callback, shared_bytes = shared; }
 
 static CUresult refuse(const char *rule, long found) {
   snprintf(refusal, sizeof refusal, "%s, not %ld", rule, found);
@@ -66,8 +66,8 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
-  case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = SHARED_BYTES; break;
-  case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = SHARED_BYTES + 1024; break;
+  case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = shared_bytes; break;
+  case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = shared_bytes + 1024; break;
   case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
   case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
   case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
@@ -114,7 +114,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   if (config->gridDimY > 65535) return refuse("gridDimY must be below 65536", config->gridDimY);
   if (config->gridDimZ > 65535) return refuse("gridDimZ must be below 65536", config->gridDimZ);
   if (config->blockDimX > 1024) return refuse("a block has at most 1024 threads", config->blockDimX);
-  if (config->sharedMemBytes > SHARED_BYTES) return refuse("a block has 232448 bytes", config->sharedMemBytes);
+  if (config->sharedMemBytes > shared_bytes) return refuse("a block has less shared memory", config->sharedMemBytes);
   return on_launch(function, config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX, cluster, parameters)
              ? CUDA_ERROR_LAUNCH_FAILED
              : CUDA_SUCCESS;

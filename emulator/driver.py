@@ -1,8 +1,8 @@
-"""gpu-marked tests without a GPU, by a pytest plugin: `pytest -p emulator.driver -m gpu tests/kernels/sparse24`.
+"""A process without a GPU that launches Triton kernels as on an H200: `start()`.
 
-Triton compiles as for an H200 and launches through its own launcher, which finds driver.c as libcuda; the kernels run
-in the emulator, on CPU tensors that the package and the tests take for CUDA tensors. So tensor maps, clusters, shared
-memory and the order of the parameters are those of a real launch. Streams, graphs and timing do not exist here.
+Triton compiles for sm_90a and launches through its own launcher, which finds driver.c as libcuda. The kernels run in
+the emulator, on CPU tensors that torch calls CUDA tensors. So tensor maps, clusters, shared memory and the order of the
+parameters are the same as in a real launch. Streams, graphs and timing do not exist here.
 """
 
 import contextlib
@@ -14,9 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-import triton
 from torch.overrides import TorchFunctionMode
 
 from emulator.machine import execute
@@ -25,6 +23,8 @@ from emulator.parse import Program
 
 H200 = (9, 0)
 MULTIPROCESSORS = 132
+SHARED_BYTES = {(8, 0): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}  # the most a block may have
+LEAST_SHARED_BYTES = 101376  # of (8, 6), (8, 9) and (12, 0)
 MAGIC = 0x70616D54
 BYTES = (1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4)  # of an element, in the order of CUtensorMapDataType
 SCALARS = {
@@ -44,13 +44,27 @@ class Map(ctypes.Structure):
     )
 
 
-class Device:
-    """Runs what is launched. launches: names of the kernels, for the end of the report."""
+def start(capability=H200, execute=True):
+    """Let Triton and torch find a GPU in this process, for good. Call it before Triton is imported.
 
-    def __init__(self):
+    execute=False: kernels are compiled and launched, and do nothing. Only an H200's kernels can be executed.
+    Returns the Device.
+    """
+    os.environ.pop("TRITON_INTERPRET", None)
+    device = Device(capability, execute)
+    use(device)
+    pretend(capability)
+    return device
+
+
+class Device:
+    """Runs what is launched. launches: the kernels' names, in order; kernels: Triton's compiled kernels by handle."""
+
+    def __init__(self, capability=H200, execute=True):
+        self.capability, self.execute = capability, execute
         self.kernels, self.tensors, self.launches, self.error = {}, [], [], None
 
-    def start(self, kernel, launch, arguments):
+    def run(self, kernel, launch, arguments):
         """Triton's launch of a compiled kernel with these arguments."""
         bases = [getattr(a, "base", a) for a in arguments]
         self.tensors = [tensor for tensor in bases if isinstance(tensor, torch.Tensor) and tensor.numel()]
@@ -64,12 +78,14 @@ class Device:
         """What the driver does. An exception cannot pass through C: it waits in `error`."""
         try:
             kernel = self.kernels[function]
+            self.launches.append(kernel.name)
+            if not self.execute:
+                return 0
             program = Program(kernel.asm["ptx"])
             assert program.threads == threads, f"{threads} threads were launched, of {program.threads}"
             kinds = parameter_kinds(kernel.asm["ptx"])
             values = [self._parameter(kind, size, parameters[i]) for i, (kind, size) in enumerate(kinds)]
             execute(program, values, self._memory(), (x, y, z), cluster=cluster)
-            self.launches.append(kernel.name)
             return 0
         except BaseException as error:
             self.error = error
@@ -116,6 +132,8 @@ def parameter_kinds(ptx):
 
 def build_driver():
     """Compile driver.c and load it, so that whoever asks for libcuda.so.1 in this process finds it."""
+    import triton
+
     folder = Path(tempfile.mkdtemp())
     headers = Path(triton.__file__).parent / "backends/nvidia/include"
     source, library = Path(__file__).with_name("driver.c"), folder / "libcuda.so.1"
@@ -135,11 +153,11 @@ def use(device):
     library = build_driver()
     signature = (ctypes.c_int, ctypes.c_void_p, *5 * (ctypes.c_uint,), ctypes.POINTER(ctypes.c_void_p))
     device.callback = ctypes.CFUNCTYPE(*signature)(device.launch)
-    library.set_on_launch(device.callback)
+    library.set_device(device.callback, SHARED_BYTES.get(device.capability, LEAST_SHARED_BYTES))
     cuda = CudaDriver()
     cuda.get_current_stream = lambda index=0: 0
     cuda.get_current_device = lambda: 0
-    cuda.get_device_capability = lambda index=0: H200
+    cuda.get_device_capability = lambda index=0: device.capability
     cuda.get_active_torch_device = lambda: torch.device("cpu")
     driver.set_active(cuda)
     loaded = CompiledKernel._init_handles
@@ -149,7 +167,7 @@ def use(device):
         loaded(kernel)
         if not known:
             launch = kernel._run
-            kernel._run = lambda *arguments: device.start(kernel, launch, arguments)
+            kernel._run = lambda *arguments: device.run(kernel, launch, arguments)
 
     CompiledKernel._init_handles = load
 
@@ -170,35 +188,16 @@ def cpu(device):
     return torch.device("cpu") if device is not None and torch.device(device).type == "cuda" else device
 
 
-def pretend():
-    """Torch and the package find an H200."""
-    properties = type("Properties", (), {"multi_processor_count": MULTIPROCESSORS, "major": 9, "minor": 0})
+def pretend(capability):
+    """Let torch find a GPU of this capability."""
+    major, minor = capability
+    properties = type("Properties", (), {"multi_processor_count": MULTIPROCESSORS, "major": major, "minor": minor})
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_properties = lambda device=None: properties
-    torch.cuda.get_device_capability = lambda device=None: H200
+    torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.current_device = lambda: 0
     torch.cuda.device = torch.cuda.device_of = lambda device: contextlib.nullcontext()
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.Tensor.cuda = lambda tensor: tensor.clone() if tensor.is_contiguous() else tensor
     OnTheCpu().__enter__()
-    from sparsedm.kernels import launch
-    from sparsedm.kernels.sparse24 import conv as sparse24_conv
-    from sparsedm.kernels.sparse24 import linear as sparse24_matmul
-
-    for module in (launch, sparse24_conv, sparse24_matmul):
-        module.capability = lambda device: H200
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config):
-    """Before any kernel is decorated."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    early_config.emulated = Device()
-    use(early_config.emulated)
-    pretend()
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    launches = config.emulated.launches
-    terminalreporter.write_line(f"{len(launches)} launches of {', '.join(sorted(set(launches)))}")

@@ -76,7 +76,7 @@ class Block:
                 raise EmulatorError(f"parameter {name} is a {kind}, not a {type(value).__name__}")
             if kind == "map":
                 self.maps[MAP_BASE + 4096 * position] = value
-                value = MAP_BASE + 4096 * position
+                value = 4096 * position
             self.parameters[name] = value
         self.shared = SharedMemory()
         self.warps = [Warp(self, i) for i in range(program.threads // 32)]

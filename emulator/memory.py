@@ -6,7 +6,7 @@ from emulator.errors import EmulatorError
 
 SHARED_BYTES = 232448  # the most a block may have on sm_90
 SHARED_BASE = 1024  # where `global_smem` starts: not 0, so that a forgotten base address shows
-MAP_BASE = 0x7E0000000000
+MAP_BASE = 0x7E0000000000  # of a parameter's generic address; its own fits into 32 bits
 RANK_SHIFT = 24  # a shared::cluster address is the block's own plus (rank + 1) << RANK_SHIFT
 
 

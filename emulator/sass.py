@@ -7,8 +7,8 @@ its count of registers and spills, and cuobjdump disassembles it.
 
 import collections
 import importlib
-import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -73,11 +73,11 @@ def compile_offline(builds):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[1])
     env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
-    request = json.dumps([asdict(build) for build in builds])
-    child = subprocess.run([sys.executable, __file__], input=request, env=env, capture_output=True, text=True)
+    request = pickle.dumps([vars(build) for build in builds])  # constexprs may be any objects
+    child = subprocess.run([sys.executable, __file__], input=request, env=env, capture_output=True)
     if child.returncode:
-        raise RuntimeError(f"offline compilation failed:\n{child.stderr[-4000:]}")
-    return [Compiled(**{**c, "warnings": tuple(c["warnings"])}) for c in json.loads(child.stdout)]
+        raise RuntimeError(f"offline compilation failed:\n{child.stderr.decode()[-4000:]}")
+    return [Compiled(**result) for result in pickle.loads(child.stdout)]
 
 
 def _compile(build):
@@ -100,8 +100,13 @@ def _compile(build):
         constexprs={(position(k),): v for k, v in value.items()},
         attrs={(position(k),): [["tt.divisibility", 16]] for k in build.divisible},
     )
-    built = compile(source, target=GPUTarget("cuda", build.capability, 32), options=build.options)
-    return asdict(Compiled(name, built.asm["ptx"], *_assemble(built.asm["ptx"], built.metadata.shared)))
+    options = {"enable_fp_fusion": True} | build.options  # Triton 3.10 has another default than 3.9
+    return asdict(inspected(compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)))
+
+
+def inspected(kernel):
+    """Triton's compiled kernel -> Compiled."""
+    return Compiled(kernel.metadata.name, kernel.asm["ptx"], *_assemble(kernel.asm["ptx"], kernel.metadata.shared))
 
 
 def _assemble(ptx, shared):
@@ -118,7 +123,7 @@ def _assemble(ptx, shared):
         sass = _run(tools / "cuobjdump", "-sass", binary)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     warnings = [line for line in log.splitlines() if "warning" in line.lower() or re.search(r"\bC7\d\d\d\b", line)]
-    return sass, int(re.search(r"Used (\d+) registers", log)[1]), spills, shared, warnings
+    return sass, int(re.search(r"Used (\d+) registers", log)[1]), spills, shared, tuple(warnings)
 
 
 def _run(*command):
@@ -129,4 +134,4 @@ def _run(*command):
 
 
 if __name__ == "__main__":
-    json.dump([_compile(Build(**{**b, "divisible": tuple(b["divisible"])})) for b in json.load(sys.stdin)], sys.stdout)
+    sys.stdout.buffer.write(pickle.dumps([_compile(Build(**build)) for build in pickle.load(sys.stdin.buffer)]))

@@ -2,22 +2,38 @@
 
 import importlib
 
-__version__ = "0.1.0"
+TYPE_CHECKING = False  # type checkers take it for true
+if TYPE_CHECKING:
+    from sparsedm.errors import InputError
+    from sparsedm.inspection import inspect
+    from sparsedm.kernels.pattern import Pattern
+    from sparsedm.layers import CompressedConv2d, CompressedLinear, Conv2d, Conv2d24, Linear, Linear24
+    from sparsedm.model_files import load_model, save_model
+    from sparsedm.models import build_model
+    from sparsedm.permutation import permute_channels
+    from sparsedm.sparsity import bake, compress, decompress, hold_masks, set_masking, sparsify
+
+__version__ = "0.2.0"
 
 _HOME = {
     "Pattern": "sparsedm.kernels.pattern",
     "Linear": "sparsedm.layers",
     "Conv2d": "sparsedm.layers",
-    "Linear24": "sparsedm.compressed",
-    "Conv2d24": "sparsedm.compressed",
-    "sparsify": "sparsedm.sparsify",
-    "compress": "sparsedm.sparsify",
-    "decompress": "sparsedm.sparsify",
+    "CompressedLinear": "sparsedm.layers",
+    "CompressedConv2d": "sparsedm.layers",
+    "Linear24": "sparsedm.layers",
+    "Conv2d24": "sparsedm.layers",
+    "sparsify": "sparsedm.sparsity",
+    "set_masking": "sparsedm.sparsity",
+    "hold_masks": "sparsedm.sparsity",
+    "compress": "sparsedm.sparsity",
+    "decompress": "sparsedm.sparsity",
+    "bake": "sparsedm.sparsity",
     "permute_channels": "sparsedm.permutation",
     "inspect": "sparsedm.inspection",
     "build_model": "sparsedm.models",
-    "save_model": "sparsedm.train.checkpoint",
-    "load_model": "sparsedm.train.checkpoint",
+    "save_model": "sparsedm.model_files",
+    "load_model": "sparsedm.model_files",
     "InputError": "sparsedm.errors",
 }
 __all__ = list(_HOME)

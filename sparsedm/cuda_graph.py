@@ -8,7 +8,7 @@ import torch
 
 from sparsedm.errors import InputError
 
-WARM_UP = 2  # calls before a recording: the first tunes, compiles kernels and arranges weights
+WARM_UP = 2  # calls before a recording: the first tunes, compiles kernels and prepacks weights
 
 
 class Graphs:

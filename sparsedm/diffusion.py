@@ -4,7 +4,7 @@
     half log-SNR      λ(t) = log α(t) - log σ(t)                                     (DPM-Solver, arXiv 2206.00927)
     data prediction   x̂_0 = (x - σ ε̂) / α,   the network's guess of E[x_0 | x_t]     (DDPM, eq. 15)
 
-x is (B, C, H, W) floating point, images in [-1, 1] or latents; the network receives t as (B,) in units of 0..999.
+x is (B, C, H, W) floating point, images in [-1, 1] or latents; the network receives t as (B,) in units of about 0..999.
 """
 
 import contextlib
@@ -18,16 +18,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sparsedm.errors import InputError
+from sparsedm.sparsity import hold_masks, is_sharded
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class Schedule:
-    """What the two schedules share. Times are floating-point tensors of any shape; results have their shape and dtype.
+    """What all schedules share. Times are floating-point tensors of any shape; results have their shape and dtype.
 
     `last` is where sampling starts (almost pure noise), `first` the least noisy time a sampler shows to the network.
-    A subclass gives log_alpha(t), its inverse time_at_log_alpha, training_time(u) which carries u ~ U[0, 1) to the
-    distribution of t in training, and model_time(t) in the network's units.
+    A subclass gives log_alpha(t), its inverse time_at_log_alpha, beta(t) = -2 d log α / dt, training_time(u) which
+    carries u ~ U[0, 1) to the distribution of t in training, and model_time(t) in the network's units with its inverse
+    time_of(model_time).
     """
 
     def alpha(self, t):
@@ -55,6 +57,9 @@ class VPSDE(Schedule):
     def log_alpha(self, t):
         return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
 
+    def beta(self, t):
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
     def time_at_log_alpha(self, log_alpha):
         integral = -2 * log_alpha  # of β from 0 to t; the root is written without cancellation at small t
         slope = self.beta_max - self.beta_min
@@ -69,16 +74,22 @@ class VPSDE(Schedule):
     def model_time(self, t):
         return 999 * t
 
+    def time_of(self, model_time):
+        return model_time / 999
+
 
 @dataclass(frozen=True)
 class DDPMSchedule(Schedule):
     """1000 discrete times k = 0..999 with β_k linear from 1e-4 to 0.02 (DDPM, section 4); α(k)² = Π_{j<=k} (1 - β_j).
 
+    scaled: √β_k is linear instead (latent diffusion, arXiv 2112.10752). first_index: what the network is told at k = 0.
     Between the integers log α is interpolated linearly, so that ODE samplers may stop anywhere (DPM-Solver, app. D.2).
     """
 
     beta_first: float = 1e-4
     beta_last: float = 0.02
+    scaled: bool = False
+    first_index: int = 0
     first: float = 0.0
     last: float = 999.0
 
@@ -86,6 +97,11 @@ class DDPMSchedule(Schedule):
         table = _log_alpha_table(self, t.device, t.dtype)
         k = t.long().clamp(0, len(table) - 2)
         return table[k] + (t - k) * (table[k + 1] - table[k])
+
+    def beta(self, t):
+        table = _log_alpha_table(self, t.device, t.dtype)
+        k = t.ceil().long().clamp(1, len(table) - 1)  # of the interval that ends here
+        return 2 * (table[k - 1] - table[k])
 
     def time_at_log_alpha(self, log_alpha):
         table = _log_alpha_table(self, log_alpha.device, log_alpha.dtype)
@@ -99,21 +115,30 @@ class DDPMSchedule(Schedule):
         return t.round()
 
     def model_time(self, t):
-        return t
+        return t + self.first_index
+
+    def time_of(self, model_time):
+        return model_time - self.first_index
 
 
 @functools.cache
 def _log_alpha_table(schedule, device, dtype):
-    beta = torch.linspace(schedule.beta_first, schedule.beta_last, int(schedule.last) + 1, dtype=torch.float64)
+    power = 2 if schedule.scaled else 1
+    ends = schedule.beta_first ** (1 / power), schedule.beta_last ** (1 / power)
+    beta = torch.linspace(*ends, int(schedule.last) + 1, dtype=torch.float64) ** power
     return (0.5 * torch.log1p(-beta).cumsum(0)).to(device, dtype)
 
 
-SCHEDULES = {"uvit": VPSDE, "dit": DDPMSchedule, "ddpm": DDPMSchedule, "slimmable": DDPMSchedule}
+SCHEDULES = {
+    "vp-sde": VPSDE(),
+    "ddpm": DDPMSchedule(),
+    "scaled-linear": DDPMSchedule(0.00085, 0.012, scaled=True, first_index=1),  # U-ViT's, on Stable Diffusion's latents
+}
 
 
 def schedule_of(model):
-    """The noise schedule that this kind of model (config.kind) was published with."""
-    return SCHEDULES[model.config.kind]()
+    """The noise schedule of a network: the one that its configuration names."""
+    return SCHEDULES[model.config.schedule]
 
 
 # ---- training
@@ -147,6 +172,7 @@ def loss(
     w_kd=0.0,
     w_noise=1.0,
     weighting="noise",
+    variance=False,
     rows=slice(None),
 ):
     """w_noise mse(ε, model(x_t, t)) + w_kd mse(teacher(x_t, t), model(x_t, t)), one random t and ε per image.
@@ -155,7 +181,8 @@ def loss(
     runs used w_kd = 0.1). The teacher sees the same x_t and t, gets no gradient, and should be in eval mode.
     x0 (B, C, H, W); y (B,) int64 or None. `generator` may live on another device than x0: a CPU generator gives the
     same t and ε on every device. weighting: "velocity" divides the squared errors by α(t)², which makes them those of
-    the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training. rows: a slice of the
+    the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training. variance: the model
+    gives one too (`model(..., variance=True)`), and `variational_bound` is added to the total. rows: a slice of the
     batch; the others are only drawn for, so that the parts of a batch, computed apart, average to its loss.
     Returns LossTerms. Raises InputError for another weighting, or when w_kd asks for a teacher that is not there.
     """
@@ -170,7 +197,11 @@ def loss(
     t = schedule.training_time(u)
     inputs = (diffuse(x0, t, noise, schedule), schedule.model_time(t), *_optional(y))
 
-    predicted = model(*inputs).to(noise.dtype)
+    predicted = model(*inputs, **({"variance": True} if variance else {})).to(noise.dtype)
+    bound = 0.0
+    if variance:
+        predicted, v = predicted.chunk(2, dim=1)
+        bound = variational_bound(schedule, x0, inputs[0], t, predicted.detach(), v).mean()
     noise_errors = _squared_errors(predicted, noise)
     transfer_errors = torch.zeros_like(noise_errors)
     if w_kd:
@@ -180,7 +211,49 @@ def loss(
     errors = w_noise * noise_errors + w_kd * transfer_errors
     if weighting == "velocity":
         errors = errors / schedule.alpha(t) ** 2
-    return LossTerms(errors.mean(), noise_errors.detach().mean(), transfer_errors.detach().mean())
+    return LossTerms(errors.mean() + bound, noise_errors.detach().mean(), transfer_errors.detach().mean())
+
+
+def variational_bound(schedule, x0, x, t, eps, v):
+    """-log p(x_0 | x_t=0) where t is 0, else KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)): (B,), bits per number.
+
+    p has the mean that the noise eps gives and the variance β^((1 + v) / 2) β̃^((1 - v) / 2) (arXiv 2102.09672, section
+    3.1); DiT adds this to the squared error of eps, with no gradient to eps. x0, x, eps, v (B, C, H, W); t (B,), whole.
+    Raises: InputError for a schedule without discrete times.
+    """
+    if not isinstance(schedule, DDPMSchedule):
+        raise InputError("a learned variance needs discrete times: the ddpm or the scaled-linear schedule")
+
+    def terms(t):
+        """log β, log β̃ at t; the factor of x_0 in the mean of q(x_t-1 | x_t, x_0)."""
+        log_alpha = schedule.log_alpha(t)
+        before = torch.where(t > 0, schedule.log_alpha((t - 1).clamp(min=0)), torch.zeros_like(log_alpha))
+        beta = -torch.expm1(2 * (log_alpha - before))
+        variance, variance_before = -torch.expm1(2 * log_alpha), -torch.expm1(2 * before)
+        return beta.log(), (beta * variance_before / variance).log(), before.exp() * beta / variance
+
+    shape = (-1, *[1] * (x0.ndim - 1))
+    large, _, factor = (value.view(shape) for value in terms(t))
+    small = terms(t.clamp(min=1))[1].view(shape)  # β̃ is 0 at t = 0
+    t = t.view(shape)
+    predicted = (x - schedule.sigma(t) * eps) / schedule.alpha(t)
+    log_variance = (large * (1 + v) + small * (1 - v)) / 2
+    kl = (log_variance - small - 1 + (small - log_variance).exp()) / 2
+    kl = kl + (factor * (x0 - predicted)).square() * (-log_variance).exp() / 2
+    nats = torch.where(t > 0, kl, -_log_likelihood(x0, predicted, log_variance / 2))
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _log_likelihood(x, mean, log_std):
+    """Of 256 levels in [-1, 1] under a Gaussian, whose distribution function is approximated as in the original."""
+
+    def below(edge):
+        z = (edge - mean) * (-log_std).exp()
+        return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
+
+    lower, upper = below(x - 1 / 255), below(x + 1 / 255)
+    inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return inside.clamp(min=1e-12).log()
 
 
 def _optional(y):
@@ -241,12 +314,13 @@ def draw_noise(streams, shape, device, dtype):
 
 @contextlib.contextmanager
 def evaluating(*models):
-    """No gradients, and every module in eval mode, restored afterwards."""
+    """No gradients, masks selected once, and every module in eval mode, restored afterwards."""
     was = {module: module.training for m in models if isinstance(m, torch.nn.Module) for module in m.modules()}
     for module in was:
         module.training = False
+    whole = [m for m in models if isinstance(m, torch.nn.Module) and not any(map(is_sharded, m.parameters()))]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), hold_masks(*whole):
             yield
     finally:
         for module, training in was.items():

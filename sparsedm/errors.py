@@ -1,25 +1,22 @@
-"""The one exception that means "the input breaks a stated rule", as opposed to a defect of ours."""
+"""Exceptions that mean no defect of ours: the input breaks a stated rule, or a run was stopped."""
 
-import functools
-import sys
+import os
 
 
 class InputError(ValueError):
     """Bad input. The message is one sentence that names the value and the rule; the CLI prints it and exits with 2."""
 
 
-def program(name):
-    """Decorates a `main`: where it raises InputError, the sentence goes to stderr after `name`, and it returns 2."""
+class Stopped(Exception):
+    """A run ends early, on purpose; what was done until then is kept. exit_code: of the process."""
 
-    def decorate(main):
-        @functools.wraps(main)
-        def run(*arguments):
-            try:
-                return main(*arguments)
-            except InputError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return 2
+    exit_code = 130
 
-        return run
 
-    return decorate
+def check_memory(needed, what):
+    """Raise InputError, before it is tried, where `what` would take more bytes than this machine has."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"not enough memory: {what} takes {needed / 2**30:,.0f} GiB or more, and there are {there / 2**30:,.0f} GiB"
+        )

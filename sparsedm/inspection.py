@@ -1,6 +1,9 @@
 """What a model is made of, layer by layer: shape, parameters, MACs, pattern, back end, as table, JSON, picture."""
 
+import copy
 import math
+import statistics
+import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -9,17 +12,20 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsedm.compressed import Compressed, Linear24
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
-from sparsedm.kernels.launch import capability
+from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.pattern import Pattern, group_view, holds
-from sparsedm.kernels.sparse24.conv import choose_conv_backend
-from sparsedm.kernels.sparse24.linear import choose_backend
-from sparsedm.layers import Linear
-from sparsedm.sparsify import uncompressed_because
+from sparsedm.kernels.sparse24.conv import conv_request
+from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
+from sparsedm.kernels.tuning import median_microseconds
+from sparsedm.layers import Compressed, CompressedLinear, Linear
+from sparsedm.sparsity import compress, masked_layers, replaced_methods, uncompressed_because
 
-ARCHS = {"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
+ARCHS = {
+    **{"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
+    **{"sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0)},
+}
 GEOMETRY = ("stride", "padding", "dilation")
 LAYERS = (nn.Linear, nn.Conv2d, Compressed)
 FOREIGN = (nn.MultiheadAttention, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)  # never a pattern
@@ -48,11 +54,15 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """rows: one per linear and convolution layer. other_parameters: norms, embeddings. attention_macs: QK^T and PV."""
+    """rows: one per linear and convolution layer. other_parameters: norms, embeddings. attention_macs: QK^T and PV.
+
+    notes: what else is to be known, a sentence each.
+    """
 
     rows: tuple
     other_parameters: int
     attention_macs: int
+    notes: tuple = ()
 
     def totals(self):
         """Parameters and MACs before and after, with and without the attention products: a dict of ints."""
@@ -92,7 +102,7 @@ class Inspection:
             for row in [head, *body]
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*(line.rstrip() for line in lines), "", self.summary()])
+        return "\n".join([*(line.rstrip() for line in lines), "", *self.notes, self.summary()])
 
     def summary(self):
         """The totals in three lines, saying which convention each MAC count follows."""
@@ -136,7 +146,9 @@ class Inspection:
             figure.savefig(partial, dpi=120)
 
 
-def inspect(model, example_inputs=None, *, arch=None, batch=1):
+def inspect(
+    model: nn.Module, example_inputs: tuple | dict | None = None, *, arch: str | None = None, batch: int = 1
+) -> Inspection:
     """Inspect a model: its linear and convolution layers, what each holds and costs.
 
     Computes nothing (meta tensors), unless the model cannot run so; then it runs once, as it is.
@@ -163,7 +175,11 @@ def inspect(model, example_inputs=None, *, arch=None, batch=1):
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
-    return Inspection(rows, other, attention)
+    notes = tuple(
+        f"{name}.{attribute} was replaced by a function, which a compressed model cannot take along"
+        for name, attribute in replaced_methods(model)
+    )
+    return Inspection(rows, other, attention, notes)
 
 
 def _is_layer(module):
@@ -211,6 +227,8 @@ def _row(name, layer, calls, arch, batch):
         why = getattr(layer, "dense_reason", None) or _foreign_reason(layer)
     elif not compressed and not arch:
         backend = "torch, masked weight"
+        if layer.mask is not None:
+            why = "its mask is frozen: freeze_mask(False) lets it change in training"
         if not calls.macs:
             why = "not called in a forward: whatever reads its weight elsewhere passes over the mask"
     elif compressed or not (why := uncompressed_because(layer)):
@@ -245,18 +263,18 @@ def _sparse_backend(layer, shape, calls, arch, batch):
     if arch:
         architecture, dtype = ARCHS[arch], torch.bfloat16
     elif isinstance(layer, Compressed):
-        measured = layer.measured_backend(batch * calls.rows if isinstance(layer, Linear24) else None)
+        measured = layer.measured(batch * calls.rows if isinstance(layer, CompressedLinear) else None)
         if measured:
-            return measured, "what its call of this size took: see the tuned table of the GPU"
-    if isinstance(layer, Linear | Linear24):
-        return choose_backend(architecture, batch * calls.rows, *shape, dtype)
-    geometry = [getattr(layer, k) for k in GEOMETRY]
+            return measured.choice.backend, str(measured)
+    others = {"backend": forced_backend(), "device": None if arch else held.device}
+    if isinstance(layer, Linear | CompressedLinear):
+        choice, why = rule_of_thumb(Request(LINEAR, architecture, dtype, batch * calls.rows, *shape, **others))
+        return choice.backend, why
     pixels = batch * calls.macs // math.prod(shape)
-    backend, why = choose_conv_backend(architecture, shape[1], shape[2:], *geometry, pixels, shape[0], dtype)
-    if backend == "linear":
-        backend, product = choose_backend(architecture, pixels, *shape[:2], dtype)
-        why = f"{why}: {product}"
-    return backend, why
+    geometry = [getattr(layer, k) for k in GEOMETRY]
+    request = conv_request(architecture, dtype, pixels, *shape[:2], shape[2:], *geometry, **others)
+    choice, why = rule_of_thumb(request)
+    return choice.backend, why if request.operation == CONV else f"a 1 x 1 kernel is a product over the pixels: {why}"
 
 
 @dataclass
@@ -313,3 +331,70 @@ def _count(model, example_inputs, on_meta):
         for module in training:
             module.training = True
     return calls, (counter.get_total_flops() - sum(inside)) // 2
+
+
+def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
+    """What one call of each 2:4 layer takes: {name: (microseconds of the dense layer, of the compressed one)}.
+
+    Each call has the shapes and the epilogue that it has in a forward of `model` at this batch size. Layers that agree
+    in these are timed once. Weights and inputs are random; `model` is not touched. Layers that cannot be compressed, or
+    are not called, are left out.
+    """
+    twin, calls, times = copy.deepcopy(model).to("meta").eval(), {}, {}
+    layers = {name: layer for name, layer in masked_layers(twin) if not uncompressed_because(layer)}
+
+    def see(layer, inputs, options, output):
+        calls[layer] = inputs, options
+
+    hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in layers.values()]
+    with torch.no_grad():
+        twin(*tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, model.example_inputs(batch)))
+        for hook in hooks:
+            hook.remove()
+        for layer, call in calls.items():
+            key = f"{layer} {call}"  # meta tensors print their shapes, not values
+            if key not in times:
+                times[key] = _dense_and_compressed(layer, call, device, dtype)
+    return {name: times[f"{layer} {calls[layer]}"] for name, layer in layers.items() if layer in calls}
+
+
+def time_report(model, batch=1):
+    """The table of `sparsedm inspect --time`: `time_layers` on this machine's GPU in bf16, else on its CPU in fp32.
+
+    Raises: InputError if no layer of the model can be compressed.
+    """
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    times = time_layers(model, batch, device, dtype)
+    if not times:
+        raise InputError("--time needs layers with a 2:4 weight, and there is none: give --pattern 2:4")
+    width = max(map(len, times))
+    lines = [f"{'layer':<{width}}    dense us      2:4 us  speed-up"]
+    for name, (dense, compressed) in times.items():
+        lines.append(f"{name:<{width}}{dense:>12,.1f}{compressed:>12,.1f}{dense / compressed:>9.2f}x")
+    dense, best = sum(dense for dense, _ in times.values()), sum(min(pair) for pair in times.values())
+    what = torch.cuda.get_device_name() if on_gpu else "CPU: it says nothing about a GPU, whose tensor cores it lacks"
+    lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; with 2:4 where it gains: {best / 1e3:,.3f} ms"]
+    return "\n".join([*lines, f"batch {batch}, {str(dtype).removeprefix('torch.')}, {what}"])
+
+
+def _dense_and_compressed(layer, call, device, dtype):
+    layer = copy.deepcopy(layer).to_empty(device=device).to(dtype)
+    layer.set_pattern("2:4")  # and no frozen mask, which would hold whatever the memory held
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    sized = tree_map(lambda x: torch.randn(x.shape, device=device, dtype=dtype) if torch.is_tensor(x) else x, call)
+    (compressed,) = compress(nn.Sequential(layer))
+    layer.set_pattern(None)
+    return tuple(_microseconds(lambda of=of: of(*sized[0], **sized[1]), device) for of in (layer, compressed))
+
+
+def _microseconds(run, device):
+    if torch.device(device).type == "cuda":
+        return median_microseconds(run)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        run()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times[1:])  # the first chooses and prepares

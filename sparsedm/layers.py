@@ -1,38 +1,37 @@
-"""Linear and Conv2d with an N:M pattern. Their 2:4-compressed forms: `compressed.py`; whole models: `sparsity.py`.
+"""A sparse layer in its two states: masked, to train and run anywhere; compressed, to run fast. Models: `sparsity.py`.
 
 Masked layer:      y = act(x (w * m)^T + b) * s + r, with m = the pattern's choice from w; w is the dense master weight.
 Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through), plus decay * (1 - m) * w (SR-STE,
                    arXiv 2102.04010); `sparsity.set_masking` sets the decay, and multipliers for kept and dropped.
 
-A mask is a function of the weight and the pattern: chosen again when the weight has changed, and otherwise cached.
-What counts as a change is torch's version counter. Every in-place operation moves it, with two exceptions: optimizers
-with fused=True, for which a hook below moves it, and writes through `weight.data`, which are not supported.
+A mask is a function of the pattern and of today's weight, whoever wrote it. Every forward selects it again;
+`sparsity.hold_masks` is the only place where a selection is used twice. Rounding may change which weights are the
+largest, so a cast to fewer bits freezes the mask first.
 """
 
-import weakref
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import autocast_dtype, exporting
-from sparsedm.kernels.mask import choose, choose_packed
-from sparsedm.kernels.masked_dispatch import kernels_serve, kernels_win
-from sparsedm.kernels.masked_matmul import masked_linear, transformed
-from sparsedm.kernels.pattern import Pattern, pack_bits
-from sparsedm.kernels.sparse24.linear import ACTIVATIONS
-from sparsedm.kernels.straight_through import straight_through
-
-
-def _count_fused_step_as_a_change(optimizer, args, kwargs):
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
-
-
-register_optimizer_step_post_hook(_count_fused_step_as_a_change)
+from sparsedm.kernels.mask import Selection, select_mask
+from sparsedm.kernels.masked_matmul import (
+    STE,
+    GradientRule,
+    apply_rule,
+    kernels_serve,
+    masked_linear,
+    straight_through,
+    transformed,
+)
+from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
+from sparsedm.kernels.sparse24.conv import sparse24_conv2d
+from sparsedm.kernels.sparse24.dispatch import last_measured
+from sparsedm.kernels.sparse24.format import check_metadata, pack, unpack
+from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 
 
 def _check_activation(activation):
@@ -64,19 +63,19 @@ def invalid_because(weight, pattern):
 
 
 class Masked:
-    """What Linear and Conv2d share: the pattern, the choice of the mask, and the gradient settings.
+    """What Linear and Conv2d share: the pattern, the choice of the mask, and the gradient rule.
 
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
-    decay, kept, dropped: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer,
-    saved with the weights.
+    rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
     """
 
     def _start_masking(self, pattern=None, activation=None):
         self.activation = _check_activation(activation)
         self.dense_reason = "no pattern was set"
-        self.decay, self.kept, self.dropped = 0.0, 1.0, 1.0
+        self.rule = STE
         self.register_buffer("mask", None)
-        self._choice = self._held = None
+        self._held = None  # (the weight, its Selection), inside of `hold_masks`
+        self._hooked = None  # (the weight whose hook adds the decay,)
         self.pattern = None
         if pattern is not None:
             self.set_pattern(pattern)
@@ -87,85 +86,122 @@ class Masked:
         reason = invalid_because(self.weight, pattern)
         if reason:
             raise InputError(f"pattern {pattern} does not fit weight {tuple(self.weight.shape)}: {reason}")
-        self.pattern, self.mask, self._choice, self._held = pattern, None, None, None
+        self.pattern, self.mask, self._held = pattern, None, None
         self.dense_reason = None if pattern else "no pattern was set"
 
     def freeze_mask(self, frozen=True):
-        """Keep today's mask from now on, whatever the weight does; with frozen=False choose again."""
+        """Keep today's mask from now on, whatever the weight does; with frozen=False select it again in each forward.
+
+        A cast to fewer bits, such as `model.half()`, freezes the masks of the weights before the cast.
+        """
         self.mask = self.current_mask().clone() if frozen else None
-        self._choice = self._held = None
+        self._held = None
 
     def current_mask(self):
         """bool, shape of the weight: what the layer multiplies its weight with. All true when dense."""
         if self.pattern is None:
             return torch.ones_like(self.weight, dtype=torch.bool)
-        return self._chosen(self.weight.dtype)[1]
+        if self._held and self._held[0] is self.weight:
+            return self._held[1].mask
+        return self.selection(self.weight.dtype).mask if self.mask is None else self.mask
 
     def effective_weight(self):
         """The weight that multiplies x, in the dtype of the product, with the straight-through gradient attached."""
         if self.pattern is None:
             return self.weight
-        masked, mask, _ = self._chosen(product_dtype(self.weight))
+        masked, mask, *_ = self.selection(product_dtype(self.weight))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return masked
-        return straight_through(self.weight, masked, mask, decay=self.decay, kept=self.kept, dropped=self.dropped)
+        return straight_through(self.weight, masked, mask, self.rule_of_forward())
 
-    def _chosen(self, dtype):
-        """(masked weight in `dtype`, mask, its bits where the kernels may want them), detached, of today's weight."""
-        weight = self.weight.detach()
-        in_graph = torch.compiler.is_compiling() and not exporting()
-        if in_graph and self._held and self._held[0] is self.weight:
-            _, choice, _ = self._held
-            if choice[0].dtype == dtype:
-                return choice
-        if transformed():  # inside a graph the choice is a part of it: a cached one would go stale
-            return self._choose(weight, dtype)
-        key, cached = self._choice_key(dtype), self._choice
-        if cached and key and cached[0]() is self.weight and cached[1] == key:
-            return cached[2]
-        with torch.no_grad():
-            choice = self._choose(weight, dtype)
-        self._choice = (weakref.ref(self.weight), key, choice)
-        return choice
+    def rule_of_forward(self):
+        """The rule, without a decay that a hook of the weight adds: once per backward, however often it is used."""
+        if not (self.rule.decay and torch.is_grad_enabled() and self.weight.requires_grad):
+            return self.rule
+        if not transformed():
+            self.hook_decay()
+        hooked = self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False))
+        return self.rule._replace(decay=0.0) if hooked else self.rule
 
-    def _choice_key(self, dtype):
-        """What a choice in `dtype` depends on, to be compared; None where torch does not count changes."""
-        tensors = [self.weight] if self.mask is None else [self.weight, self.mask]
-        if any(t.is_inference() for t in tensors):
-            return None
-        return dtype, *((t._version, t.data_ptr(), t.device) for t in tensors)
+    def hook_decay(self):
+        """See to it that a hook of the weight adds the decay, unless the weight is computed from other tensors."""
+        weight = self.weight
+        if (self._hooked and self._hooked[0] is weight) or not (weight.requires_grad and weight.is_leaf):
+            return
+        there = [hook for hook in (weight._backward_hooks or {}).values() if isinstance(hook, _Decay)]
+        if there and not there[0].acts():
+            there[0].layer = self  # the other layer of a tied weight is dense by now
+        elif not there:
+            weight.register_hook(_Decay(self))
+        self._hooked = (weight,)
 
-    def hold_choice(self):
-        """Let compiled graphs use today's choice, until `release_choice`: see `sparsity.hold_masks`."""
-        dtype = product_dtype(self.weight)
-        key, (masked, mask, _) = self._choice_key(dtype), self._chosen(dtype)
-        self._held = (self.weight, (masked, mask, None), key) if key else None
+    @torch.no_grad()
+    def selection(self, dtype):
+        """The Selection of today's weight, the masked weight in `dtype`, with bits where a kernel may want them."""
+        weight, mask = self.weight.detach(), self.mask
+        if self._held and self._held[0] is self.weight and not exporting():
+            if self._held[1].masked.dtype == dtype:
+                return self._held[1]
+            mask = self._held[1].mask
+        bits = isinstance(self, nn.Linear) and kernels_serve(weight)
+        if mask is None:
+            return select_mask(weight, self.pattern, dtype, bits=bits)
+        return Selection(torch.where(mask, weight, 0).to(dtype), mask, pack_bits(mask) if bits else None)
 
-    def release_choice(self):
-        """Choose in compiled graphs again. False if the weight was changed while its choice was held."""
-        held, self._held = self._held, None
-        return not held or (held[0] is self.weight and held[2] == self._choice_key(held[2][0]))
-
-    def _choose(self, weight, dtype):
-        packed = isinstance(self, nn.Linear) and kernels_serve(weight)
+    def _apply(self, fn, recurse=True):
+        """Every cast and move of every parent comes here."""
+        if self.pattern is not None and self.mask is None and not self.weight.is_meta:
+            before, after = self.weight.dtype, fn(self.weight.detach().new_empty(0)).dtype
+            if after != before and after.itemsize <= before.itemsize:
+                self.freeze_mask()
+                if self.training:
+                    text = (
+                        f"the cast to {after} froze the masks of today's weights: freeze_mask(False) lets them change"
+                    )
+                    warnings.warn(f"{text} again (or sparsify after the cast)", stacklevel=3)
+        super()._apply(fn, recurse)
+        self._held = None
         if self.mask is not None:
-            return (weight * self.mask).to(dtype), self.mask, pack_bits(self.mask) if packed else None
-        if not packed:
-            return *choose(weight, self.pattern, dtype), None
-        choice = choose_packed(weight, self.pattern, dtype, mask=True)
-        return choice.masked, choice.mask, choice.bits
-
-    def train(self, mode=True):
-        """As of every module; and what was chosen is forgotten, as libraries write weights unseen between the two."""
-        self._choice = None
-        return super().train(mode)
+            self.mask = self.mask.bool()  # `module.type(dtype)` casts masks, too
+        return self
 
     def __getstate__(self):
-        return {**self.__dict__, "_choice": None, "_held": None}  # a weak reference cannot be copied or pickled
+        return {**self.__dict__, "_held": None, "_hooked": None}  # a copy is another layer
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.rule.decay:
+            self.hook_decay()
+
+    @property
+    def W_q(self):
+        """peft asks a layer that has this attribute for its weight by `dequantize`."""
+        return self.weight
+
+    def dequantize(self):
+        """What peft's DoRA and its like multiply by, without calling the layer. Raises: InputError if it is masked."""
+        if self.pattern is None:
+            return self.weight
+        raise InputError("this method (DoRA, PiSSA ...) reads a layer's weight past its mask: use plain LoRA instead")
 
     def extra_repr(self):
         pattern = f", pattern={self.pattern}" if self.pattern else ""
         return super().extra_repr() + pattern + (f", activation={self.activation}" if self.activation else "")
+
+
+class _Decay:
+    """A hook of a weight: adds decay * (1 - m) * w to its gradient."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def acts(self):
+        return self.layer.pattern is not None and self.layer.rule.decay != 0.0
+
+    def __call__(self, g):
+        layer = self.layer
+        if self.acts() and layer._hooked and layer.weight is layer._hooked[0]:
+            return apply_rule(g, layer.weight, layer.current_mask(), GradientRule(layer.rule.decay))
 
 
 class Linear(Masked, nn.Linear):
@@ -174,7 +210,17 @@ class Linear(Masked, nn.Linear):
     pattern: "2:4", Pattern or None (dense). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, pattern=None, activation=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: str | Pattern | None = None,
+        activation: str | None = None,
+    ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._start_masking(pattern, activation)
 
@@ -186,20 +232,177 @@ class Linear(Masked, nn.Linear):
         if skip is not None:
             x = torch.cat((x, skip), -1)
         if self.pattern is not None and kernels_serve(self.weight):
-            masked, mask, bits = self._chosen(product_dtype(self.weight))
-            rates = {"decay": self.decay, "kept": self.kept, "dropped": self.dropped}
             product = x, self.weight, self.pattern, self.bias, self.activation
-            if kernels_win(*product, masked, mask, bits, list(rates.values())):
-                return _epilogue(masked_linear(*product, masked=masked, bits=bits, **rates), None, residual, scale)
+            selection = self.selection(product_dtype(self.weight))
+            y = masked_linear(*product, selection=selection, rule=self.rule_of_forward())
+            return _epilogue(y, None, residual, scale)
         return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual, scale)
 
 
 class Conv2d(Masked, nn.Conv2d):
     """`nn.Conv2d` with a pattern along the input channels at each (out, kh, kw), and a fused epilogue."""
 
-    def __init__(self, *args, pattern=None, activation=None, **kwargs):
+    def __init__(self, *args, pattern: str | Pattern | None = None, activation: str | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._start_masking(pattern, activation)
 
     def forward(self, x, residual=None):
         return _epilogue(self._conv_forward(x, self.effective_weight(), self.bias), self.activation, residual)
+
+
+# ---- compressed layers -----------------------------------------------------------------------------------------------
+
+
+class Compressed(nn.Module):
+    """What CompressedLinear and CompressedConv2d share: the weight as rows of values and metadata.
+
+    metadata: int16 words, held as uint8, because collectives such as a broadcast have no int16.
+    weight_shape: of the dense weight. Its rows are (out, in), or (out, kh * kw * in) of a convolution.
+    """
+
+    def __init__(self, layer, values, metadata):
+        """layer: what to replace; its weight as values and int16 metadata."""
+        super().__init__()
+        self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
+        self.register_buffer("values", values)
+        self.register_buffer("metadata", metadata.view(torch.uint8))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self._prepacked = {}  # the same weight in the order a kernel reads it, made at the first call
+        self._cast = None  # under autocast: (what the values were, the values in its dtype)
+
+    def _operands(self, *tensors):
+        """(values, *tensors) in the dtype of the product, which under autocast is not that of the values."""
+        dtype = product_dtype(self.values)
+        if dtype == self.values.dtype:
+            return self.values, *tensors
+        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+        if torch.compiler.is_compiling():
+            return self.values.to(dtype), *tensors
+        version = None if self.values.is_inference() else self.values._version
+        key = (self.values.data_ptr(), self.values.device, version, dtype)
+        if self._cast is None or self._cast[0] != key:
+            self._cast = key, self.values.to(dtype)
+        return self._cast[1], *tensors
+
+    def words(self):
+        """The metadata as int16, as `sparse24.format` describes them."""
+        return self.metadata.view(torch.int16)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        metadata = state_dict.get(f"{prefix}metadata")
+        if metadata is not None:
+            state_dict = {**state_dict, f"{prefix}metadata": metadata.view(torch.uint8)}  # older files hold int16
+            try:
+                check_metadata(metadata.view(torch.int16))
+            except InputError as error:
+                raise InputError(f"{prefix[:-1]}: {error}") from None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _check_width(self, width, name):
+        expected = self.weight_shape[1]
+        if width != expected:
+            raise InputError(f"x has {width} {name}, and the layer's weight {self.weight_shape} takes {expected}")
+
+    def measured(self, rows=None):
+        """What the GPU's tables say of the latest new size, or of `rows` rows (`dispatch.Measured`); None before."""
+        return last_measured(self._prepacked, rows)
+
+    @property
+    def weight(self):
+        """`dense_weight()`, made at every access: for code that asks a layer for its weight, or for its dtype."""
+        return self.dense_weight()
+
+    def masked(self):
+        """A layer with the dense weight and the pattern 2:4, to be trained on."""
+        layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
+        layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
+        layer.set_pattern("2:4")
+        return layer
+
+    def __getstate__(self):
+        return {**self.__dict__, "_prepacked": {}, "_cast": None}
+
+    def extra_repr(self):
+        return f"weight {self.weight_shape}, pattern=2:4 compressed, activation={self.activation}"
+
+
+def _packed(rows):
+    """`pack`, or on the meta device its shapes."""
+    if not rows.is_meta:
+        return pack(rows)
+    words = -(-rows.shape[1] // 16)
+    return rows.new_empty(len(rows), 8 * words), rows.new_empty(len(rows), words, dtype=torch.int16)
+
+
+class CompressedLinear(Compressed):
+    """y = act([x | skip] w^T + b) * s + r from values (N, K/2) and metadata (N, K/16); inference only."""
+
+    def __init__(self, layer, rows=None):
+        """layer: what to replace; rows: its weight, if not the layer's own. Raises InputError if it is not 2:4."""
+        if rows is None and layer.pattern == Pattern(2, 4) and layer.mask is None and kernels_serve(layer.weight):
+            _, _, _, values, metadata = select_mask(layer.weight, layer.pattern, mask=False, compressed=True)
+        else:
+            values, metadata = _packed(layer.effective_weight().detach() if rows is None else rows)
+        super().__init__(layer, values, metadata)
+        self.out_features, self.in_features = self.weight_shape
+
+    def _dense_twin(self, **options):
+        return Linear(self.in_features, self.out_features, activation=self.activation, **options)
+
+    def forward(self, x, residual=None, skip=None, scale=None):
+        self._check_width(x.shape[-1] + (0 if skip is None else skip.shape[-1]), "features")
+        values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
+        dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # as a sum of tensors has
+        rest = {"skip": skip, "scale": scale, "out_dtype": dtype, "cache": self._prepacked}
+        return sparse24_linear(x, values, self.words(), bias, self.activation, residual, **rest)
+
+    def dense_weight(self):
+        """The weight (N, K) that values and metadata stand for, bit for bit."""
+        return unpack(self.values, self.words(), self.in_features)
+
+
+class CompressedConv2d(Compressed):
+    """y = act(conv2d(x, w) + b) + r from values and metadata of the rows (out, kh * kw * in); inference only.
+
+    y is in channels_last, whatever x is: the order that the kernels compute in.
+    """
+
+    def __init__(self, layer):
+        rows = group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1)
+        super().__init__(layer, *_packed(rows))
+        self.out_channels, self.in_channels, *kernel_size = self.weight_shape
+        self.kernel_size, self.groups = tuple(kernel_size), 1
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+
+    def _dense_twin(self, **options):
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        sizes = self.in_channels, self.out_channels, self.kernel_size
+        return Conv2d(*sizes, **geometry, activation=self.activation, **options)
+
+    def forward(self, x, residual=None):
+        self._check_width(x.shape[-3] if x.dim() > 2 else 0, "channels")
+        values, bias, x = self._operands(self.bias, x)
+        apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
+        y = sparse24_conv2d(
+            x,
+            values,
+            self.words(),
+            self.kernel_size,
+            bias,
+            self.activation,
+            None if apart else residual,
+            cache=self._prepacked,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+        )
+        return y + residual if apart else y
+
+    def dense_weight(self):
+        """The weight (out, in, kh, kw) that values and metadata stand for, bit for bit."""
+        out, cin, kh, kw = self.weight_shape
+        rows = unpack(self.values, self.words(), cin * kh * kw)
+        return ungroup(rows.reshape(out * kh * kw, cin), self.weight_shape).contiguous()
+
+
+Linear24, Conv2d24 = CompressedLinear, CompressedConv2d  # their names while 2:4 is the only pattern they hold

@@ -1,23 +1,39 @@
-"""Named tensors in files: safetensors, whole or in shards, and other people's .pth, .pt, .th, .bin, read without risk.
+"""Models and their tensors in files: safetensors, whole or in shards, and other people's .pth, .pt, .th, .bin.
+
+A model file's header says what model it is, so that `load_model` can build it again. Reading runs no code of a file:
+nothing of ours is pickled, and a foreign .pth is read by torch's restricted unpickler, which refuses code.
 
 Shards follow the custom of the hubs: name.safetensors.index.json lists which tensor is in which
 name-00001-of-00003.safetensors. It is written last: a writing cut short leaves no index, rather than a mixture.
 """
 
 import argparse
+import dataclasses
 import json
 import pickle
 import warnings
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, write_json, writing
+from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json, writing
+from sparsedm.kernels.masked_matmul import STE, GradientRule
+from sparsedm.layers import Compressed
+from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_names, sparsify
 
 INDEX = ".index.json"
+KINDS = ("dense", "masked", "compressed")
+# what training scripts call a network and the average of its weights, beside or before the names of their tensors
+AVERAGES = ("ema", "model_ema", "ema_model", "net_ema", "nnet_ema", "state_dict_ema", "ema_state_dict", "params_ema")
+NETWORKS = ("model", "state_dict", "net", "nnet", "net_model", "network", "params", "module", "_orig_mod", "unet")
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def write_tensors(file, tensors, header):
@@ -57,17 +73,19 @@ def write_shards(file, tensors, header, shard_bytes):
     return index
 
 
-def read_tensors(file):
-    """(tensors by name, header) of a .safetensors file, an index of shards, or a foreign file, whose header is empty.
+def read_tensors(file, weights="average"):
+    """(tensors by name, header) of a .safetensors file, an index of shards, or a foreign file.
 
-    Of a dict of several state dicts the average ("ema") is taken, or else "state_dict" or "model".
+    Of several state dicts in a foreign file the average of the weights is taken if there is one, with weights="raw" the
+    network that was trained. The header then says so under "taken", and is empty where there was no choice.
     Raises: InputError: missing, truncated, holding code, or holding no state dict.
     """
     file = Path(file)
+    regular_file(file)
     try:
         if file.name.endswith(INDEX):
             return _read_shards(file)
-        if file.suffix not in (".pth", ".pt", ".th", ".bin"):
+        if file.suffix not in (".pth", ".pt", ".th", ".bin", ".ckpt"):
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         # a Namespace of options, which many training scripts add, is no more than a dict;
@@ -81,23 +99,55 @@ def read_tensors(file):
     except Exception as error:  # of a damaged file any: torch's unpickler reads on until something gives way
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error
-    for inner in ("ema", "state_dict", "model"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(inner), dict):
-            tensors = tensors[inner]
-            break
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    header = {}
+    if isinstance(tensors, list | tuple):  # ermongroup/ddim: network, optimizer, epoch, step, and the average if any
+        states = list(filter(_is_state_dict, tensors))
+        tensors = dict(zip(("model", "ema"), [states[0], *states[1:][-1:]])) if states else None
+    if isinstance(tensors, dict) and not _is_state_dict(tensors):
+        tensors, header = _choose({name: v for name, v in tensors.items() if _is_state_dict(v)}, weights)
+    if not _is_state_dict(tensors):
         raise InputError(f"{file} is not a state dict: it must map names to tensors")
-    return tensors, {}
+    return tensors, header
+
+
+def one_network(tensors, weights="average"):
+    """(tensors, header) without what all names begin with, such as "module."; one of several, as in `read_tensors`."""
+    header = {}
+    while True:
+        groups = {}
+        for name, value in tensors.items():
+            if name != "n_averaged":  # the count of torch's AveragedModel
+                first, _, rest = name.partition(".")
+                groups.setdefault(first, {})[rest] = value
+        if not groups or not set(groups) <= {*AVERAGES, *NETWORKS}:
+            return tensors, header
+        tensors, taken = _choose(groups, weights)
+        header |= taken
+
+
+def _is_state_dict(found):
+    return isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
+    )
+
+
+def _choose(states, weights):
+    """(the average or the network among state dicts by name, what to say about it); (None, {}) if neither is there."""
+    order = AVERAGES + NETWORKS if weights == "average" else NETWORKS + AVERAGES
+    found = [name for name in order if states.get(name)]
+    others = ", ".join(map(repr, found[1:]))
+    header = {"taken": f"{found[0]!r} was taken, and {others} beside it left"} if others else {}
+    return (states[found[0]] if found else None), header
 
 
 def _read_shards(index):
-    try:
-        listing = json.loads(index.read_text(encoding="utf-8"))
-        places, header = dict(listing["weight_map"]), dict(listing.get("metadata", {}))
-        shards = sorted({str(Path(place).name) for place in places.values()})  # beside the index and nowhere else
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is damaged: it must map each tensor to its file under weight_map") from error
+    listing = read_json(index, weight_map=dict)
+    places, header = listing["weight_map"], listing.get("metadata")
+    if not places or not all(isinstance(place, str) for place in places.values()):
+        raise InputError(f"{index} is damaged: it must map each tensor to its file under weight_map")
+    shards = sorted({Path(place).name for place in places.values()})  # beside the index and nowhere else
+    if any(shard.endswith(INDEX) for shard in shards):
+        raise InputError(f"{index} is damaged: it names an index as a file of tensors")
     tensors = {}
     for shard in shards:
         tensors |= read_tensors(index.with_name(shard))[0]
@@ -105,7 +155,7 @@ def _read_shards(index):
     if missing:
         raise InputError(f"the files of {index} lack {len(missing)} tensors ({', '.join(missing[:6])})")
     return {name: tensors[name] for name in places}, {
-        key: text for key, text in header.items() if isinstance(text, str)
+        key: text for key, text in (header if isinstance(header, dict) else {}).items() if isinstance(text, str)
     }
 
 
@@ -119,6 +169,10 @@ def fill(model, tensors, file):
     Raises: InputError listing what is missing, unexpected or of another shape.
     """
     expected = model.state_dict()
+    for name, value in tensors.items():
+        if value.dtype == torch.int16 and name in expected and expected[name].dtype == torch.uint8:
+            tensors = tensors | {name: value.view(torch.uint8)}  # the metadata of an older compressed model
+    tied = [[name for name in names if name in tensors] for names in parameter_names(model)]
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
@@ -126,6 +180,9 @@ def fill(model, tensors, file):
             f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
             for name, value in tensors.items()
             if name in expected and value.shape != expected[name].shape
+        ],
+        "tied in the model and apart in the file": [
+            name for names in tied for name in names[1:] if not torch.equal(tensors[name], tensors[names[0]])
         ],
         "of another kind": [
             f"{name} {str(value.dtype).removeprefix('torch.')}"
@@ -140,4 +197,178 @@ def fill(model, tensors, file):
     ]
     if listed:
         raise InputError(f"{file} does not fit the model: {'; '.join(listed)}")
-    model.load_state_dict(tensors, assign=any(value.is_meta for value in expected.values()))
+    assign = any(value.is_meta for value in expected.values())
+    model.load_state_dict(tensors, assign=assign)
+    if assign:  # which gives each name a parameter of its own
+        for names in tied:
+            for name in names[1:]:
+                path, _, last = name.rpartition(".")
+                setattr(model.get_submodule(path), last, model.get_parameter(names[0]))
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What `load_model` found. model is in eval mode; kind: "dense", "masked" or "compressed"."""
+
+    model: nn.Module
+    kind: str
+    file: Path
+    state: dict  # a checkpoint's state.json: step and so on; empty for a single file
+
+
+_WRAPPERS = {  # class of torch's: where it holds the module inside
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def _inside(module):
+    """The name under which a wrapper holds its module, or None."""
+    return _WRAPPERS.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
+
+
+def unwrapped(model):
+    """(the model inside of torch.compile, DDP and the like, a function from a name in it to that without wrappers)."""
+    while inside := _inside(model):
+        model = getattr(model, inside)
+    wrappers = {f"{name}.{_inside(m)}" for name, m in model.named_modules() if _inside(m)}
+
+    def plain(name):
+        parts = name.split(".")
+        return ".".join(part for i, part in enumerate(parts) if ".".join(parts[: i + 1]) not in wrappers)
+
+    return model, plain
+
+
+def describe(model):
+    """{"kind", "config", "patterns"}: what `load_model` needs, beside the tensors, to build the model again.
+
+    Raises: InputError if `model.config` is neither a dataclass nor JSON.
+    """
+    model, plain = unwrapped(model)
+    compressed = {plain(name): "2:4" for name, m in model.named_modules() if isinstance(m, Compressed)}
+    masked = {plain(name): str(layer.pattern) for name, layer in masked_layers(model)}
+    config = getattr(model, "config", None)
+    config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{type(model).__name__}.config cannot be kept in a file, it is not JSON: {error}") from None
+    return {
+        "kind": "compressed" if compressed else "masked" if masked else "dense",
+        "config": config,
+        "patterns": compressed or masked,
+    }
+
+
+def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None = None) -> Path:
+    """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
+
+    What torch.compile, DDP and the like wrap is written without the wrapper. shard_bytes: split it into files of at
+    most that size beside FILE.index.json, whose path is returned.
+    Raises: InputError before anything is written: another suffix, a config that is not JSON, sharded weights.
+    """
+    file = Path(file)
+    if file.suffix != ".safetensors":
+        raise InputError(f"{file}: a model is saved as .safetensors, and load_model goes by the name")
+    tensors, header = _contents(model)
+    if shard_bytes:
+        return write_shards(file, tensors, header, shard_bytes)
+    with atomic_file(file) as partial:
+        write_tensors(partial, tensors, header)
+    return file
+
+
+def load_model(
+    path: str | PathLike,
+    build: Callable[..., nn.Module],
+    *,
+    which: str = "ema",
+    config: object = None,
+    convert: Callable[[dict], dict] | None = None,
+) -> Loaded:
+    """Build a model from a run folder, a checkpoint folder, a model file, an index of shards, or a foreign file.
+
+    build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
+    which: "ema" or "model", for the folders. Of a chain's folder the last stage that has a checkpoint is read.
+    convert: for foreign files (.safetensors, .pth, .pt, .bin), their state dict -> ours. Returns Loaded, on the CPU.
+    Raises: InputError: unreadable, truncated, holding code, or not fitting the model (keys and shapes are listed).
+    """
+    file, state = _find(Path(path), which)
+    tensors, header = read_tensors(file)
+    description = patterns = None
+    if "sparsedm" in header:
+        description = parse_json(header["sparsedm"], f"the header of {file}", kind=str, patterns=dict)
+        patterns = description["patterns"]
+        if description["kind"] not in KINDS or not all(isinstance(pattern, str) for pattern in patterns.values()):
+            raise InputError(
+                f"the header of {file} is damaged: it must name a kind of {', '.join(KINDS)}, and patterns"
+            )
+        config = description["config"] if description.get("config") is not None else config
+    if config is None:
+        raise InputError(f"{file} does not say what model it holds: name one (--model; in Python config=, for build)")
+    model = build(config)
+    if not description and tensors.keys() != model.state_dict().keys():
+        tensors = one_network(tensors)[0]
+    if description:
+        model = _as_described(model, description["kind"], patterns, tensors, description.get("rules", {}), file)
+    elif convert:
+        tensors = convert(tensors)
+    fill(model, tensors, file)
+    return Loaded(model.eval(), describe(model)["kind"], file, state)
+
+
+def _as_described(model, kind, patterns, tensors, rules, file):
+    for pattern in dict.fromkeys(patterns.values()):  # makes every named layer one of ours
+        sparsify(model, pattern, [name for name in patterns if patterns[name] == pattern])
+    for name, pattern in patterns.items():
+        layer = model.get_submodule(name)  # `sparsify` has found it
+        layer.set_pattern(pattern)
+        layer.freeze_mask(f"{name}.mask" in tensors)
+        try:
+            layer.rule = GradientRule(*map(float, rules.get(name, STE)))
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(f"{file} has a damaged description in its header: the gradient rule of {name}") from None
+    return compress(model) if kind == "compressed" else model
+
+
+def _find(path, which):
+    if which not in ("ema", "model"):
+        raise InputError(f"which={which!r}: 'ema' or 'model'")
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if path.is_file():
+        return path, {}
+    runs = [path, *sorted(path.glob("[0-9][0-9]-*"), reverse=True)]
+    found = path if (path / "state.json").exists() else next(filter(None, map(checkpoints, runs)), [None])[-1]
+    if found is None:
+        raise InputError(f"{path} holds no checkpoint")
+    return found / f"{which}.safetensors", read_json(found / "state.json")
+
+
+def checkpoints(folder):
+    """The checkpoints of a run folder, the oldest first."""
+    return sorted(Path(folder).glob("checkpoints/step-*"))
+
+
+def write_model(file, model):
+    """`save_model` to one file, but not atomic by itself."""
+    write_tensors(file, *_contents(model))
+
+
+def _contents(model):
+    """(tensors by name, header) of a model's file."""
+    description = describe(model)
+    model, plain = unwrapped(model)
+    rules = {plain(name): list(layer.rule) for name, layer in masked_layers(model) if layer.rule != STE}
+    tensors = {plain(name): tensor for name, tensor in model.state_dict().items()}
+    sharded = [name for name, tensor in tensors.items() if is_sharded(tensor)]
+    if sharded:
+        raise InputError(f"{sharded[0]} is sharded over processes: gather the model before it is saved")
+    return tensors, {"sparsedm": json.dumps(description | ({"rules": rules} if rules else {}))}

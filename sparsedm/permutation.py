@@ -46,7 +46,9 @@ class _Link(NamedTuple):
 
 
 @torch.no_grad()
-def permute_channels(model, pattern="2:4", *, rounds=200, seed=0, progress=False):
+def permute_channels(
+    model: nn.Module, pattern: str | Pattern = "2:4", *, rounds: int = 200, seed: int = 0, progress: bool = False
+) -> dict[str, Gain]:
     """Permute the hidden channels of `model` in place, before it is sparsified. Returns {reader's name: Gain}.
 
     pattern: N:M with M up to 4. rounds: of the search, in each of which every channel may move once. The output changes
@@ -134,7 +136,7 @@ _READERS = (  # name of the reader -> of the maker
 )
 
 
-_KNOWN = ("sparsedm.models", "diffusers.models")
+_KNOWN = ("sparsedm.models.", "diffusers.models.")
 _KNOWN += ("timm.models.vision_transformer", "timm.layers.mlp", "timm.layers.attention")
 _BESIDE = {  # layers with weights that may stand beside the two, in the same block
     "norm_q", "norm_k", "q_norm", "k_norm", "group_norm", "spatial_norm", "norm_cross", "to_q", "to_k",

@@ -1,14 +1,17 @@
 """What becomes of whole models is tested in test_sparsity.py, the products themselves in test_sparse24_*.py."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 
+from sparsedm import layers
 from sparsedm.errors import InputError
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsify import compress, sparsify
+from sparsedm.model_files import load_model, write_tensors
+from sparsedm.sparsity import compress, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 
@@ -50,6 +53,76 @@ def test_a_compressed_layer_computes_under_autocast_as_the_masked_one_does(activ
 def test_metadata_that_no_weight_has_is_refused_when_it_is_loaded(layer):
     model = compress(sparsify(nn.Sequential(layer), "2:4"))
     state = model.state_dict()
-    state["0.metadata"][0, 0] = 0x4440  # its first pair is (0, 0)
+    state["0.metadata"].view(torch.int16)[0, 0] = 0x4440  # its first pair is (0, 0)
     with pytest.raises(InputError, match=r"^0: .*row 0"):
         model.load_state_dict(state)
+
+
+def test_a_wrong_width_is_refused_at_the_first_call_and_the_right_one_taken_afterwards():
+    linear = compress(sparsify(nn.Linear(20, 8), "2:4"))
+    conv = compress(sparsify(nn.Conv2d(4, 8, (1, 2)), "2:4"))
+    for layer, wrong, right, message in (
+        (linear, (3, 24), (3, 20), r"x has 24 features, and the layer's weight \(8, 20\) takes 20"),
+        (conv, (1, 8, 5, 5), (1, 4, 5, 5), r"x has 8 channels, and the layer's weight \(8, 4, 1, 2\) takes 4"),
+    ):
+        with pytest.raises(InputError, match=message):
+            layer(torch.randn(wrong))
+        assert layer(torch.randn(right)).isfinite().all()
+    with pytest.raises(InputError, match="x has 16 features"):
+        linear(torch.randn(3, 12), skip=torch.randn(3, 4))
+
+
+def test_files_of_int16_metadata_are_read(tmp_path):
+    def build(config=None):
+        return nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    model, other, x = compress(sparsify(build(), "2:4")), compress(sparsify(build(), "2:4")), torch.randn(3, 20)
+    old = {name: t.view(torch.int16) if name.endswith("metadata") else t for name, t in model.state_dict().items()}
+    assert old["0.metadata"].shape == (8, 2)
+    x, other = (
+        torch.randn(3, 20),
+        compress(sparsify(nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 8)), "2:4")),
+    )
+    other.load_state_dict(old)
+    assert torch.equal(other(x), model(x))
+    description = {"kind": "compressed", "config": {}, "patterns": {"0": "2:4", "2": "2:4"}}
+    write_tensors(tmp_path / "old.safetensors", old, {"sparsedm": json.dumps(description)})
+    loaded = load_model(tmp_path / "old.safetensors", build)
+    assert torch.equal(loaded.model(x), model(x))
+
+
+def test_every_buffer_has_a_dtype_that_collectives_send():
+    model = compress(sparsify(nn.Sequential(nn.Linear(16, 8), nn.Conv2d(16, 8, 3)), "2:4"))
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32, torch.uint8}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+def test_a_model_on_the_meta_device_is_compressed_to_the_same_shapes(pattern):
+    def build():
+        return sparsify(nn.Sequential(nn.Linear(20, 8), nn.Conv2d(16, 8, 3)), pattern)
+
+    with torch.device("meta"):
+        shapes = compress(build())
+    model = compress(build())
+    assert {n: t.shape for n, t in shapes.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+    shapes.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(shapes[0](torch.ones(2, 20)), model[0](torch.ones(2, 20)))
+
+
+def test_on_a_gpu_the_kernel_that_selects_also_packs(monkeypatch):
+    layer, packed = Linear(20, 8, pattern="2:4"), []
+    expected = compress(layer).state_dict()
+    monkeypatch.setattr(layers, "kernels_serve", lambda weight: True)
+    monkeypatch.setattr(layers, "pack", packed.append)
+    for name, tensor in compress(layer).state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    assert not packed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_convolution_of_16_bits_on_a_cpu_keeps_the_memory_format_of_its_input(dtype):
+    """oneDNN has died in channels_last there, with a 3 x 1 kernel of stride and dilation 2."""
+    layer = compress(sparsify(nn.Conv2d(16, 8, (3, 1), stride=2, dilation=2, dtype=dtype), "2:4"))
+    y = layer(torch.randn(2, 16, 9, 9, dtype=dtype))
+    assert y.is_contiguous()
+    assert layer.dense_weight().is_contiguous()

@@ -7,6 +7,7 @@ probability-flow ODE from t to s: x_s = α_s μ + C_s^(1/2) C_t^(-1/2) (x_t - α
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,11 +21,11 @@ SHAPE = (3, 1, 1)
 MEAN = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64)
 ROOT = torch.tensor([[0.6, 0.0, 0.0], [0.3, 0.2, 0.0], [-0.2, 0.1, 0.05]], dtype=torch.float64)
 COVARIANCE = ROOT @ ROOT.T  # eigenvalues from 0.002 to 0.5: nearly a plane, as images are
-SCHEDULES = pytest.mark.parametrize("schedule", [VPSDE(), DDPMSchedule()], ids=["vp", "ddpm"])
+SCHEDULES = pytest.mark.parametrize("schedule", diffusion.SCHEDULES.values(), ids=diffusion.SCHEDULES)
 
 
 class Gaussian:
-    """The exact noise predictor for N(mean, covariance), as a network: it knows the time in units of 0..999 only."""
+    """The exact noise predictor for N(mean, covariance), as a network: it knows the time in its own units only."""
 
     def __init__(self, schedule, mean=MEAN, covariance=COVARIANCE):
         self.schedule, self.mean = schedule, mean
@@ -32,7 +33,7 @@ class Gaussian:
 
     def __call__(self, x, t):
         assert t.shape == (len(x),)
-        t = t[0] if isinstance(self.schedule, DDPMSchedule) else t[0] / 999
+        t = t[0] - self.schedule.first_index if isinstance(self.schedule, DDPMSchedule) else t[0] / 999
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         centred = (x.flatten(1) - alpha * self.mean) @ self.basis
         return (sigma * centred / self._variance(t) @ self.basis.T).view(x.shape)
@@ -80,6 +81,8 @@ def test_schedule_matches_its_definition(schedule):
     if isinstance(schedule, DDPMSchedule):
         t = torch.arange(1000, dtype=torch.float64)
         beta = 1e-4 + (0.02 - 1e-4) * t / 999
+        if schedule.scaled:  # Stable Diffusion's
+            beta = (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2
         alpha = torch.stack([torch.prod(1 - beta[: k + 1]) for k in range(1000)]).sqrt()
     else:
         t = torch.linspace(1e-4, 1, 1000, dtype=torch.float64)
@@ -108,14 +111,25 @@ def test_ddpm_log_alpha_is_continuous_and_linear_between_the_integers():
 
 
 def test_each_kind_of_model_has_the_schedule_it_was_published_with():
-    kinds = {kind: types.SimpleNamespace(config=types.SimpleNamespace(kind=kind)) for kind in diffusion.SCHEDULES}
-    assert {kind: diffusion.schedule_of(model) for kind, model in kinds.items()} == {
-        "uvit": VPSDE(),
-        "dit": DDPMSchedule(),
-        "ddpm": DDPMSchedule(),
-        "slimmable": DDPMSchedule(),
-    }
-    assert {config.kind for config in MODELS.values()} == set(kinds)
+    discrete = {name for name, config in MODELS.items() if "coco" in name or "huge" in name}
+    for name, config in MODELS.items():
+        expected = VPSDE() if config.kind == "uvit" else DDPMSchedule()
+        if name in discrete:  # github.com/baofff/U-ViT, train_ldm_discrete.py and train_t2i_discrete.py
+            expected = DDPMSchedule(0.00085, 0.012, scaled=True, first_index=1)
+        assert diffusion.schedule_of(types.SimpleNamespace(config=config)) == expected
+    assert len(discrete) == 4
+
+
+def test_the_scaled_linear_schedule_is_stable_diffusions():
+    """Against the product written out in numpy, and its published ends: ᾱ of the first and last step."""
+    schedule = diffusion.SCHEDULES["scaled-linear"]
+    beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    cumulative = np.cumprod(1 - beta)
+    times = torch.arange(1000, dtype=torch.float64)
+    assert np.allclose(schedule.alpha(times).square().numpy(), cumulative, rtol=1e-12, atol=0)
+    assert abs(schedule.alpha(times[-1:]).square().item() - 0.0046602) < 1e-6
+    assert schedule.model_time(times)[[0, -1]].tolist() == [1, 1000]
+    assert torch.equal(schedule.time_of(schedule.model_time(times)), times)
 
 
 def test_model_time_is_in_units_of_0_to_999():
@@ -134,7 +148,7 @@ def hand_written_loss(weight, x0, schedule, seed, teacher_weight, w_noise, w_kd)
     u = torch.rand(len(x0), generator=g).to(x0)
     noise = torch.randn(x0.shape, generator=g).to(x0)
     t = 1 - u if isinstance(schedule, VPSDE) else torch.floor(1000 * u)
-    k = 999 * t if isinstance(schedule, VPSDE) else t
+    k = 999 * t if isinstance(schedule, VPSDE) else t + schedule.first_index
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     base = (alpha * x0 + sigma * noise) * (1 + k[:, None, None, None] / 999)
     noise_error, transfer_error = weight * base - noise, (weight - teacher_weight) * base

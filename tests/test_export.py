@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, sparsify
+from sparsedm.sparsity import compress, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 NETWORKS = {

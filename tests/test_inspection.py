@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedm.compressed import Compressed
+from sparsedm import inspection, layers
 from sparsedm.errors import InputError
-from sparsedm.inspection import inspect
-from sparsedm.kernels.sparse24.dispatch import Choice
-from sparsedm.sparsify import compress, sparsify
+from sparsedm.inspection import inspect, time_layers, time_report
+from sparsedm.kernels.sparse24.dispatch import Choice, Measured
+from sparsedm.layers import Compressed
+from sparsedm.sparsity import compress, sparsify
 
 
 class Model(nn.Module):
@@ -94,10 +95,13 @@ def test_a_model_without_example_inputs_needs_them():
     ("arch", "batch", "backend"),
     [
         ("cpu", 64, "dense"),
-        ("sm_80", 2, "few"),
+        ("sm_80", 2, "splitk"),
         ("sm_80", 512, "mma"),
         ("sm_90a", 512, "wgmma"),
         ("sm_90a", 16, "dense"),
+        ("sm_100", 512, "dense"),
+        ("sm_103", 512, "dense"),
+        ("sm_120", 512, "mma"),
     ],
 )
 def test_arch_shows_the_kernel_the_compressed_model_would_use(arch, batch, backend):
@@ -118,7 +122,7 @@ def test_arch_of_a_convolution():
 
 def test_a_1x1_convolution_is_the_product_that_serves_its_pixels():
     model = compress(sparsify(nn.Sequential(nn.Conv2d(64, 64, 1)), "2:4"))
-    for batch, backend in ((1, "few"), (64, "wgmma"), (8, "dense")):
+    for batch, backend in ((1, "splitk"), (64, "wgmma"), (8, "dense")):
         (row,) = inspect(model, (torch.zeros(1, 64, 8, 8),), arch="sm_90a", batch=batch).rows
         assert row.backend == backend
         assert row.why.startswith("a 1 x 1 kernel is a product over the pixels: ")
@@ -156,7 +160,7 @@ def test_a_layer_without_weights_is_counted(recwarn):
 def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
     x = torch.zeros(1, 512, 64) if isinstance(layer, nn.Linear) else torch.zeros(1, 64, 8, 8)
-    model[0]._arranged["choices"] = {(512, "", "cuda:0"): Choice("wgmma", 2)}
+    model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Measured(Choice("wgmma", 2), {}, {})}
     assert inspect(model, (x,)).rows[0].backend == "wgmma"
     assert "tuned table" in inspect(model, (x,)).rows[0].why
     assert inspect(model, (x,), arch="cpu").rows[0].backend == "dense"
@@ -228,3 +232,60 @@ def test_a_model_that_looks_at_values_is_run_as_it_is_with_named_inputs():
     stem, mix = inspect(model, {"x": torch.zeros(1, 3, 4, 4), "flags": {"on": torch.tensor(True)}}).rows
     assert (stem.macs, mix.macs) == (STEM, MIX)
     assert not model.mix._forward_hooks
+
+
+class Called(nn.Module):
+    """Two linear layers of one shape and epilogue, one of another, one that cannot be 2:4, one that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (layers.Linear(8, 8, activation="gelu") for _ in range(2))
+        self.c, self.odd, self.idle = layers.Linear(8, 16), layers.Linear(16, 6), layers.Linear(8, 8)
+        self.last = layers.Linear(6, 8)
+
+    def example_inputs(self, batch=1):
+        return (torch.zeros(batch, 5, 8),)
+
+    def forward(self, x):
+        return self.last(self.odd(self.c(self.b(self.a(x), residual=x), residual=None)))
+
+
+def test_layers_are_timed_dense_and_compressed_as_they_are_called(monkeypatch):
+    model, timed = sparsify(Called(), "2:4"), []
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def microseconds(run, device):
+        timed.append(tuple(run().shape))
+        return 10.0 * len(timed)
+
+    monkeypatch.setattr(inspection, "_microseconds", microseconds)
+    times = time_layers(model, batch=3)
+    assert set(times) == {"a", "b", "c", "odd"}, "not the one that is not called, nor the one without groups of four"
+    assert timed == [(3, 5, 8)] * 4 + [(3, 5, 16)] * 2 + [(3, 5, 6)] * 2, "with and without residual"
+    assert times["c"] == (50.0, 60.0)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert len(time_layers(sparsify(nn.Sequential(Twice()), "2:4")[0])) == 2
+    assert len(timed) == 10, "layers of one shape are timed once"
+
+
+class Twice(nn.Sequential):
+    def __init__(self):
+        super().__init__(layers.Linear(8, 8), layers.Linear(8, 8))
+
+    def example_inputs(self, batch=1):
+        return (torch.zeros(batch, 8),)
+
+
+def test_the_report_of_times_admits_the_cpu(monkeypatch):
+    monkeypatch.setattr(inspection, "time_layers", lambda *_: {"a": (100.0, 50.0), "b": (40.0, 80.0)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = time_report(Twice(), 4)
+    assert "2.00x" in text
+    assert "dense: 0.140 ms; with 2:4 where it gains: 0.090 ms" in text
+    assert text.endswith("batch 4, float32, CPU: it says nothing about a GPU, whose tensor cores it lacks")
+
+
+def test_without_2_4_layers_there_is_nothing_to_time():
+    with pytest.raises(InputError, match="give --pattern 2:4"):
+        time_report(Twice())

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedm.compressed import Compressed
 from sparsedm.inspection import inspect
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
+from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
+from sparsedm.layers import Compressed
+from sparsedm.model_files import load_model, save_model
 from sparsedm.permutation import permute_channels
-from sparsedm.sparsify import FAMILIES, compress, decompress, masked_layers, sparsify
-from sparsedm.train.checkpoint import load_model, save_model
+from sparsedm.sparsity import FAMILIES, compress, decompress, masked_layers, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 pytestmark = pytest.mark.interop
@@ -116,7 +116,7 @@ def masked_by_hand(model, names):
     model = copy.deepcopy(model)
     for name in names:
         weight = model.get_submodule(name).weight
-        mask = ungroup(choose_mask_ref(group_view(weight), Pattern(2, 4)), weight.shape)
+        mask = ungroup(select_mask_ref(group_view(weight), Pattern(2, 4)), weight.shape)
         weight.data = weight.data * mask
     return model
 
@@ -197,7 +197,7 @@ def test_lora_factors_stay_dense_and_a_merged_layer_is_masked_anew():
     forward(wrapped, inputs)
     merged = sparsify(wrapped.merge_and_unload(), "2:4")
     layer = merged.transformer_blocks[0].attn1.to_q
-    assert torch.equal(layer.effective_weight() != 0, choose_mask_ref(layer.weight, Pattern(2, 4)))
+    assert torch.equal(layer.effective_weight() != 0, select_mask_ref(layer.weight, Pattern(2, 4)))
     assert all(row.holds for row in inspect(merged, inputs).rows)
 
 

@@ -6,18 +6,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import sparsedm.layers
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
+from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsify import compress, set_masking
+from sparsedm.sparsity import compress, hold_masks, set_masking
 from tests.tolerance import assert_as_good_as_torch
 
 PATTERNS = ["1:2", "2:4", "3:4", "1:8", "4:16", "31:32"]
 
 
 def reference_mask(weight, pattern):
-    return ungroup(choose_mask_ref(group_view(weight), pattern), weight.shape)
+    return ungroup(select_mask_ref(group_view(weight), pattern), weight.shape)
 
 
 def layers_and_inputs(pattern, dtype=torch.float64, **kwargs):
@@ -129,24 +128,7 @@ def test_a_layer_under_torchs_transformations(kind):
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
-# ---- once per weight version -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def count_choices(monkeypatch):
-    calls = []
-    choose = sparsedm.layers.choose
-    monkeypatch.setattr(sparsedm.layers, "choose", lambda *a, **k: (calls.append(1), choose(*a, **k))[1])
-    return calls
-
-
-def test_the_mask_is_chosen_once_per_weight_version(count_choices):
-    layer, x = Linear(64, 32, pattern="2:4"), torch.randn(4, 64)
-    for _ in range(3):
-        layer(x).sum().backward()
-    checkpoint(layer, x, use_reentrant=False).sum().backward()
-    layer.current_mask()
-    assert len(count_choices) == 1
+# ---- the mask of today's weight --------------------------------------------------------------------------------------
 
 
 def changed_by_optimizer(layer, kind, **options):
@@ -166,6 +148,11 @@ def changed_by_ema(layer):
     return average.module
 
 
+def changed_with_the_version_kept(layer):
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(layer.weight):
+        layer.weight.copy_(torch.randn(32, 64))
+
+
 CHANGES = {
     "in place": lambda m: nn.init.normal_(m.weight),
     "adamw foreach": lambda m: changed_by_optimizer(m, torch.optim.AdamW, foreach=True),
@@ -179,6 +166,9 @@ CHANGES = {
     ".data =": lambda m: setattr(m.weight, "data", torch.randn(32, 64)),
     ".to(float64)": lambda m: m.to(torch.float64),
     "deepcopy": lambda m: copy.deepcopy(m),
+    ".data in place": lambda m: m.weight.data.mul_(torch.randn(32, 64)),
+    "numpy": lambda m: m.weight.detach().numpy().__imul__(torch.randn(32, 64).numpy()),
+    "version kept": changed_with_the_version_kept,
 }
 
 
@@ -217,6 +207,156 @@ def test_a_frozen_mask_that_is_loaded_alone_counts_at_once():
     assert torch.equal(layer.effective_weight(), layer.weight * other)
 
 
+def test_a_frozen_mask_prunes_infinity_too():
+    layer = Linear(64, 32, pattern="2:4")
+    layer.freeze_mask()
+    with torch.no_grad():
+        layer.weight[~layer.mask] = float("inf")
+    assert layer(torch.randn(4, 64)).isfinite().all()
+    assert compress(layer)(torch.randn(4, 64)).isfinite().all()
+
+
+# ---- the decay is added once -----------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """A layer that runs twice and another that holds the same weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Linear(32, 32, pattern="2:4"), Linear(32, 32, pattern="2:4")
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(self.first(x).tanh()).tanh())
+
+
+CALLS = {
+    "eager": lambda m: m,
+    "aot_eager": lambda m: torch.compile(m, fullgraph=True, backend="aot_eager"),
+    "inductor": lambda m: torch.compile(m, fullgraph=True),
+    "checkpoint": lambda m: lambda x: checkpoint(m, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_every_backward_adds_the_decay_once_per_weight(call, copied):
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model, x = Shared(), torch.randn(5, 32)
+    g = torch.autograd.grad(model(x).square().sum(), model.first.weight)[0]
+    set_masking(model, decay=0.25)
+    model = copy.deepcopy(model) if copied else model
+    weight = model.first.weight
+    expected = g + 0.25 * weight.detach() * ~model.first.current_mask()
+    run = call(model)
+    for _ in range(2):
+        weight.grad = None
+        run(x).square().sum().backward()
+        torch.testing.assert_close(weight.grad, expected)
+    with hold_masks(model):
+        weight.grad = None
+        run(x).square().sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
+    torch.testing.assert_close(torch.autograd.grad(run(x).square().sum(), weight)[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_compiled_layer_decays_weights_that_are_not_its_own(backend, kind):
+    torch._dynamo.reset()
+    layer, x = dict(zip(("linear", "conv"), layers_and_inputs("2:4", torch.float32)))[kind]
+    set_masking(layer, decay=0.01, kept=0.5, dropped=2.0)
+    weight = torch.randn_like(layer.weight, requires_grad=True)
+
+    def gradient(call):
+        return torch.autograd.grad(call(weight).square().mean(), weight)[0]
+
+    def call(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    expected = gradient(call)
+    torch.testing.assert_close(gradient(torch.compile(call, fullgraph=True, backend=backend)), expected)
+
+
+def test_the_decay_goes_where_the_weight_goes():
+    layer, x = Linear(32, 8, pattern="2:4"), torch.randn(5, 32)
+    set_masking(layer, decay=0.5)
+
+    def decays():
+        layer.zero_grad()
+        layer(x).mul(0.0).sum().backward()
+        return torch.equal(layer.weight.grad, 0.5 * layer.weight.detach() * ~layer.current_mask())
+
+    assert decays()
+    layer.weight = nn.Parameter(torch.randn(8, 32))
+    assert decays()
+    layer.load_state_dict(Linear(32, 8).state_dict(), assign=True)
+    assert decays()
+    layer.set_pattern(None)
+    layer.zero_grad()
+    layer(x).mul(0.0).sum().backward()
+    assert not layer.weight.grad.count_nonzero()
+
+
+# ---- casts keep the masks of today's weights -------------------------------------------------------------------------
+
+CASTS = {
+    "to": lambda m: m.to(torch.bfloat16),
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "type": lambda m: m.type(torch.float16),
+    "to like": lambda m: m.to(torch.empty(0, dtype=torch.float16)),
+    "twice": lambda m: m.to(torch.bfloat16).half(),
+}
+
+
+def cast_of(weight, cast):
+    """The weight as the same cast leaves it in a plain layer."""
+    plain = nn.Linear(1, 1)
+    plain.weight.data = weight
+    return cast(plain).weight.detach()
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_a_cast_to_fewer_bits_freezes_the_masks_and_says_so(cast):
+    model = nn.Sequential(nn.Sequential(Linear(512, 512, pattern="2:4")), Conv2d(64, 64, 3, pattern="2:4"))
+    before = [model[0][0].current_mask(), model[1].current_mask()]
+    small = compress(model)
+    with pytest.warns(UserWarning, match=r"the cast to torch\.\w+ froze the masks"):
+        cast(model)
+    assert [layer.mask.dtype for layer in (model[0][0], model[1])] == [torch.bool] * 2
+    assert all(map(torch.equal, before, [model[0][0].current_mask(), model[1].current_mask()]))
+    assert "1.mask" in model.state_dict()
+    for mine, theirs in zip((model[0][0], model[1]), (small[0][0], small[1])):
+        assert torch.equal(mine.effective_weight(), cast_of(theirs.dense_weight(), cast))
+    model[1].freeze_mask(False)
+    assert torch.equal(model[1].current_mask(), reference_mask(model[1].weight, model[1].pattern))
+
+
+def test_a_cast_to_more_bits_or_another_device_freezes_nothing(recwarn):
+    layer = Linear(64, 32, pattern="2:4")
+    for other in (layer.double(), layer.to("cpu"), layer.eval().to(torch.float64), Linear(8, 8).half()):
+        assert other.mask is None
+    with torch.device("meta"):
+        assert Linear(8, 8, pattern="2:4").half().mask is None
+    assert not recwarn.list
+    assert layer.float().mask is not None
+    assert not recwarn.list, "in eval mode nobody goes on training"
+
+
+def test_layerwise_casting_keeps_the_masks():
+    casting = pytest.importorskip("diffusers.hooks").apply_layerwise_casting
+    model = nn.Sequential(Linear(512, 512, pattern="2:4")).eval()
+    mask = model[0].current_mask()
+    casting(model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    x = torch.randn(4, 512).bfloat16()
+    stored = model[0].weight.detach().bfloat16()
+    assert torch.equal(model(x), F.linear(x, stored * mask, model[0].bias.bfloat16()))
+    assert model[0].weight.dtype == torch.float8_e4m3fn
+
+
 def test_a_second_source_is_a_concatenation():
     layer = Linear(64, 32, pattern="2:4")
     x, residual = torch.randn(5, 64), torch.randn(5, 32)
@@ -225,11 +365,31 @@ def test_a_second_source_is_a_concatenation():
             assert torch.equal(form(x[:, :24], residual, skip=x[:, 24:]), form(x, residual))
 
 
-def test_inference_mode_works():
+def test_a_forward_in_inference_mode_leaves_nothing_to_the_next_training_step():
     layer = Linear(64, 32, pattern="2:4")
     expected = layer(torch.eye(64))
     with torch.inference_mode():
         assert torch.equal(layer(torch.eye(64)), expected)
+        block = hold_masks(layer)
+        block.__enter__()
+    layer(torch.eye(64)).square().sum().backward()
+    block.__exit__(None, None, None)
+    assert layer.weight.grad.count_nonzero() > 0
+
+
+def test_an_optimizer_that_writes_through_data_trains_as_one_that_does_not():
+    weights = []
+    for through_data in (False, True):
+        torch.manual_seed(0)
+        layer, x = Linear(64, 32, pattern="2:4"), torch.randn(9, 64)
+        for _ in range(5):
+            layer.zero_grad()
+            layer(x).square().sum().backward()
+            with torch.no_grad():
+                for p in layer.parameters():
+                    (p.data if through_data else p).add_(p.grad, alpha=-0.01)
+        weights.append(layer.weight)
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(

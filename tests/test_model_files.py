@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparsedm import model_files as tensor_files
+from sparsedm import model_files
 from sparsedm.errors import InputError
-from sparsedm.model_files import fill, read_tensors, write_shards, write_tensors
+from sparsedm.model_files import fill, load_model, read_tensors, save_model, write_shards, write_tensors
 from sparsedm.models import build_model
-from sparsedm.sparsify import compress, sparsify
-from sparsedm.train.checkpoint import load_model, save_model
+from sparsedm.sparsity import compress, masked_layers, set_masking, sparsify
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
 
@@ -49,7 +48,7 @@ def test_a_writing_cut_short_leaves_no_index(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         write_tensors(file, *arguments)
 
-    monkeypatch.setattr(tensor_files, "write_tensors", full_disk)
+    monkeypatch.setattr(model_files, "write_tensors", full_disk)
     with pytest.raises((OSError, InputError), match="No space left"):
         write_shards(tmp_path / "m.safetensors", {name: value + 1 for name, value in TENSORS.items()}, {}, 50)
     assert not index.exists()
@@ -73,7 +72,7 @@ def test_tied_weights_are_written_under_both_names(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda index: index.write_text("{"), "is damaged: it must map each tensor to its file"),
+        (lambda index: index.write_text("{"), "is damaged: it holds no readable JSON"),
         (lambda index: index.write_text('{"weight_map": ["a"]}'), "is damaged"),
         (
             lambda index: index.write_text('{"weight_map": {"a": "../else.safetensors"}}'),
@@ -116,3 +115,83 @@ def test_whatever_is_in_a_file_it_is_refused_in_one_sentence(content, suffix, tm
     file.write_bytes(content)
     with pytest.raises(InputError, match=rf"a{suffix} is (missing, truncated or of another format|refused)"):
         read_tensors(file)
+
+
+# ---- what could not be loaded is not written -------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = {"width": 8}
+        self.block, self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(self.block(x))
+
+
+def compiled_block(model):
+    model.block = torch.compile(model.block, backend="eager")
+    return model
+
+
+WRAPPERS = {
+    "compile": lambda m: torch.compile(m, backend="eager"),
+    "block": compiled_block,
+    "average": torch.optim.swa_utils.AveragedModel,
+    "data parallel": nn.DataParallel,
+    "twice": lambda m: nn.DataParallel(torch.compile(compiled_block(m), backend="eager")),
+}
+
+
+@pytest.mark.parametrize("form", ["dense", "masked", "compressed"])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_saved_as_the_model_inside(tmp_path, wrap, form):
+    model, x = Net(), torch.randn(3, 8)
+    model = model if form == "dense" else sparsify(model, "2:4")
+    model = (compress(model) if form == "compressed" else model).eval()
+    expected = model(x)
+    loaded = load_model(save_model(tmp_path / "m.safetensors", wrap(model)), Net)
+    assert loaded.kind == form
+    assert torch.equal(loaded.model(x), expected)
+
+
+def not_json(model):
+    model.config = {"kind": {1, 2}}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x.pt", lambda m: m, r"x.pt: a model is saved as .safetensors"),
+        ("x", lambda m: m, r"x: a model is saved as .safetensors"),
+        ("x.safetensors", not_json, r"Net.config cannot be kept in a file, it is not JSON: .*set"),
+    ],
+)
+def test_what_load_model_would_refuse_is_refused_before_it_is_written(tmp_path, name, change, message):
+    for options in ({}, {"shard_bytes": 100}):
+        with pytest.raises(InputError, match=message):
+            save_model(tmp_path / name, change(Net()), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gradient_rules_are_kept_in_the_file(tmp_path):
+    model = sparsify(Net(), "2:4")
+    file = save_model(tmp_path / "m.safetensors", model)
+    assert "rules" not in json.loads(read_tensors(file)[1]["sparsedm"])
+    set_masking(model, decay=2e-4, dropped=0.5)
+    file = save_model(tmp_path / "m.safetensors", model)
+    loaded = load_model(file, Net).model
+    assert [layer.rule for _, layer in masked_layers(loaded)] == [(2e-4, 1.0, 0.5)] * 3
+    x = torch.randn(3, 8)
+    for network in (model, loaded):
+        network.zero_grad()
+        network(x).sum().backward()
+    assert torch.equal(model.head.weight.grad, loaded.head.weight.grad)
+    tensors, header = read_tensors(file)
+    for rules in ("[1]", '{"head": [1, 2, 3, 4]}', '{"head": "a"}', "3"):
+        header["sparsedm"] = header["sparsedm"].split('"rules": ')[0] + f'"rules": {rules}}}'
+        write_tensors(file, tensors, header)
+        with pytest.raises(InputError, match="damaged"):
+            load_model(file, Net)

@@ -10,7 +10,7 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model
 from sparsedm.models.uvit import MLP
 from sparsedm.permutation import kept, permute_channels, search
-from sparsedm.sparsify import set_masking, sparsify
+from sparsedm.sparsity import set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 NETWORKS = {

@@ -8,16 +8,20 @@ import itertools
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from sparsedm import diffusion, samplers
 from sparsedm.diffusion import VPSDE, DDPMSchedule
 from sparsedm.errors import InputError
-from tests.test_diffusion import COVARIANCE, MEAN, SCHEDULES, SHAPE, Elementwise, Gaussian, Small
+from tests.test_diffusion import COVARIANCE, MEAN, SHAPE, Elementwise, Gaussian, Small
 from tests.tolerance import assert_as_good_as_torch
 
-STOCHASTIC = ("euler-maruyama", "ddpm")
+PLAIN = [name for name, sampler in samplers.SAMPLERS.items() if not sampler.learned]
+STOCHASTIC = [name for name in PLAIN if samplers.SAMPLERS[name].stochastic]
+
+SCHEDULES = pytest.mark.parametrize("schedule", [VPSDE(), DDPMSchedule()], ids=["vp", "ddpm"])
 
 
 def moments(sampler, schedule, times):
@@ -104,7 +108,7 @@ def test_order_of_convergence(schedule, sampler, order, steps):
 
 
 @SCHEDULES
-@pytest.mark.parametrize("sampler", STOCHASTIC)
+@pytest.mark.parametrize("sampler", ["euler-maruyama", "ddpm"])
 def test_weak_order_of_the_stochastic_samplers(schedule, sampler):
     """Mean and covariance of the output (exact, by superposition) approach the data's at order 1."""
     errors = [deviation(sampler, schedule, samplers.time_grid(schedule, n, "logsnr")) for n in (65, 129, 257)]
@@ -112,7 +116,7 @@ def test_weak_order_of_the_stochastic_samplers(schedule, sampler):
 
 
 @SCHEDULES
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", PLAIN)
 def test_mean_and_covariance_by_statistics(schedule, sampler):
     """n samples through the front end, default spacing, against N(μ, Σ): 5 standard errors, plus the exact bias.
 
@@ -140,7 +144,7 @@ def test_ddpm_step_is_the_papers():
         mean = alpha_bar[k - 1].sqrt() * beta[k] / (1 - alpha_bar[k]) * x0
         mean += alpha[k].sqrt() * (1 - alpha_bar[k - 1]) / (1 - alpha_bar[k]) * x
         reference = mean + ((1 - alpha_bar[k - 1]) / (1 - alpha_bar[k]) * beta[k]).sqrt() * noise
-        out, _ = samplers.ddpm(lambda *_: (x0, None), x, noise, (), *times_of(DDPMSchedule(), k, k - 1))
+        out, _ = samplers.ddpm(lambda *_: (x0, None, None), x, noise, (), *times_of(DDPMSchedule(), k, k - 1))
         assert_as_good_as_torch(out.float(), reference, reference.float())
 
 
@@ -151,7 +155,7 @@ def test_euler_maruyama_step_is_the_reverse_sde():
         integral = 0.1 * (t - s) + 19.9 * (t**2 - s**2) / 2
         sigma = math.sqrt(1 - math.exp(-(0.1 * t + 19.9 * t**2 / 2)))
         reference = x + integral * x / 2 - integral * eps / sigma + math.sqrt(integral) * noise
-        out, _ = samplers.euler_maruyama(lambda *_: (None, eps), x, noise, (), *times_of(VPSDE(), t, s))
+        out, _ = samplers.euler_maruyama(lambda *_: (None, eps, None), x, noise, (), *times_of(VPSDE(), t, s))
         assert_as_good_as_torch(out.float(), reference, reference.float())
 
 
@@ -159,14 +163,14 @@ def test_euler_maruyama_step_is_the_reverse_sde():
 def test_a_single_image_comes_back_exactly(schedule):
     """Σ = 0: x̂_0 is the image at once, so any sampler must return it from any number of steps."""
     model = Gaussian(schedule, covariance=torch.zeros(3, 3, dtype=torch.float64))
-    for sampler in samplers.SAMPLERS:
-        if sampler != "euler-maruyama":
+    for sampler in PLAIN:
+        if not sampler.startswith("euler-maruyama"):
             x = samplers.sample(model, schedule, 2, SHAPE, sampler=sampler, steps=4, dtype=torch.float64)
             assert_as_good_as_torch(x.flatten(1).float(), MEAN.expand(2, 3), MEAN.float().expand(2, 3))
 
 
 @SCHEDULES
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", PLAIN)
 def test_samples_do_not_depend_on_the_batch(schedule, sampler):
     y = torch.arange(7) % 3
 
@@ -185,13 +189,15 @@ def test_samples_do_not_depend_on_the_batch(schedule, sampler):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", PLAIN)
 def test_a_seed_means_the_same_picture_on_a_gpu(sampler):
     def draw(device, dtype):
         torch.manual_seed(0)
         network = Small().to(device, dtype)
         with torch.no_grad():
-            return samplers.sample(network, VPSDE(), 3, SHAPE, sampler=sampler, steps=5, dtype=dtype, clip=1.0).cpu()
+            return samplers.sample(
+                network, VPSDE(), 3, SHAPE, sampler=sampler, steps=5, dtype=dtype, clip="every"
+            ).cpu()
 
     on_cpu = draw("cpu", torch.float64)
     assert_as_good_as_torch(draw("cuda", torch.float64), on_cpu, draw("cpu", torch.float32))
@@ -212,7 +218,7 @@ def test_initial_noise_is_what_sample_starts_from():
     assert torch.equal(x, start / VPSDE().alpha(torch.ones((), dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", PLAIN)
 def test_a_different_network_at_every_step(sampler):
     """Step i uses network i, in Heun's second evaluation too; a list of one network is that network."""
     calls, base = [], Elementwise()
@@ -250,27 +256,32 @@ def test_guidance_needs_a_null_label():
         samplers.guided(net, y, 2.0)
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", PLAIN)
 def test_clipping_keeps_the_data_prediction_in_range(sampler):
     def exploding(x, t):  # sees no noise at all, so that x̂_0 = x / α
         return torch.zeros_like(x)
 
     schedule = VPSDE()
     free = samplers.sample(exploding, schedule, 4, (3, 4, 4), sampler=sampler, steps=10)
-    clipped = samplers.sample(exploding, schedule, 4, (3, 4, 4), sampler=sampler, steps=10, clip=1.0)
+    clipped = samplers.sample(exploding, schedule, 4, (3, 4, 4), sampler=sampler, steps=10, clip="every")
     assert free.abs().max() > 2
     assert clipped.abs().max() <= 1
 
 
-def test_clipping_that_never_bites_changes_nothing_but_rounding():
-    def towards_zero(x, t):
-        return x / VPSDE().sigma(t / 999).view(-1, 1, 1, 1) * 0.5
+def test_the_final_clip_is_of_the_sample_alone():
+    schedule, seen = VPSDE(), []
 
-    free, clipped = (
-        samplers.sample(towards_zero, VPSDE(), 4, (3, 4, 4), steps=10, clip=clip, dtype=torch.float64)
-        for clip in (None, 1e9)
-    )
-    assert_as_good_as_torch(clipped, free, free.float())
+    def exploding(x, t):
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    free = samplers.sample(exploding, schedule, 4, (3, 4, 4), sampler="ddim", steps=5)
+    final = samplers.sample(exploding, schedule, 4, (3, 4, 4), sampler="ddim", steps=5, clip="final")
+    assert free.abs().max() > 2
+    assert torch.equal(final, free.clamp(-1, 1))
+    assert all(torch.equal(a, b) for a, b in zip(seen[:5], seen[5:]))
+    with pytest.raises(InputError, match=r"unknown clip 1.0, expected one of every, final, never"):
+        samplers.sample(exploding, schedule, 1, (3, 4, 4), clip=1.0)
 
 
 def test_clip_bounds_the_data_prediction_and_keeps_the_noise_consistent():
@@ -282,7 +293,7 @@ def test_clip_bounds_the_data_prediction_and_keeps_the_noise_consistent():
     middle = alpha_s * first + sigma_s * (x - alpha_t * first) / sigma_t
     reference = ((middle - sigma_s * middle) / alpha_s).clamp(-1, 1)
     assert 0 < (reference.abs() == 1).sum() < reference.numel()
-    out = samplers.integrate(lambda x, t: wrong if t[0] > 300 else x, schedule, x, times, "ddim", clip=1.0)
+    out = samplers.integrate(lambda x, t: wrong if t[0] > 300 else x, schedule, x, times, "ddim", clip="every")
     assert_as_good_as_torch(out.float(), reference, reference.float())
 
 
@@ -336,7 +347,7 @@ def test_progress_counts_every_step_of_every_batch(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(sampler="euler"), "unknown sampler 'euler', expected one of euler-maruyama, ddpm"),
+        (dict(sampler="euler"), "unknown sampler 'euler', expected one of euler-maruyama, euler-maruyama-uvit, ddpm"),
         (dict(steps=0), "steps is 0, it must be at least 1"),
         (dict(sampler="ddim", steps=1001), "steps is 1001, but the schedule has only 1000 discrete times"),
         (dict(spacing="cosine"), "unknown spacing 'cosine', expected one of time, logsnr, edm"),
@@ -358,7 +369,7 @@ def test_sample_refuses(options, message):
         samplers.sample(**options)
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", PLAIN)
 @pytest.mark.parametrize("steps", [1, 4])
 def test_evaluations_are_those_that_happen(sampler, steps):
     calls = [0] * steps
@@ -374,3 +385,107 @@ def test_evaluations_are_those_that_happen(sampler, steps):
     assert samplers.evaluations(sampler, steps) == calls
     with pytest.raises(InputError, match="steps is 0"):
         samplers.evaluations(sampler, 0)
+
+
+# ---- as the originals do ---------------------------------------------------------------------------------------------
+
+
+def drawn_noise(count, like, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(like.shape, generator=generator, dtype=like.dtype) for _ in range(count)]
+
+
+def test_uvits_own_euler_maruyama_rule():
+    """github.com/baofff/U-ViT, sde.py: drift -β(t)x/2 - β(t) score, diffusion √β(t), from linspace(1e-3, 1) to 0."""
+    schedule, steps = VPSDE(), 7
+    net, x = Gaussian(schedule), torch.randn(4, *SHAPE, dtype=torch.float64)
+    noise = drawn_noise(steps - 1, x)
+    times = [0.0, *np.linspace(1e-3, 1, steps)]
+    expected, fresh = x, iter(noise)
+    for s, t in list(itertools.pairwise(times))[::-1]:
+        beta, alpha2 = 0.1 + 19.9 * t, math.exp(-0.1 * t - 19.9 * t * t / 2)
+        score = -net(expected, torch.full((4,), 999 * t, dtype=torch.float64)) / math.sqrt(1 - alpha2)
+        mean = expected + (-0.5 * beta * expected - beta * score) * (s - t)
+        expected = mean + math.sqrt(beta * (t - s)) * next(fresh) if s else mean
+    grid, fresh = samplers.time_grid(schedule, steps, "time"), iter(noise)
+    out = samplers.integrate(net, schedule, x, grid, "euler-maruyama-uvit", lambda: next(fresh))
+    assert_as_good_as_torch(out.float(), expected, expected.float())
+
+
+@pytest.mark.parametrize(("sampler", "off"), [("euler-maruyama-uvit", 0.028), ("euler-maruyama", 0.106)])
+def test_how_far_off_the_spread_of_narrow_data_is(sampler, off):
+    """The samplers are linear for Gaussian data: of a variance v0 the exact one after 50 steps, by propagation."""
+    schedule, steps, narrow = VPSDE(), 50, 0.25**2
+    rows = samplers.time_table(schedule, samplers.time_grid(schedule, steps, "time"))
+    variance = torch.ones((), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        t = samplers.Time(*row)
+        total = t.alpha**2 * narrow + t.sigma**2
+
+        def predict(x, _, t=t, total=total):
+            eps = t.sigma * x / total
+            return (x - t.sigma * eps) / t.alpha, eps, None
+
+        one, none = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        if i == steps - 1:
+            gain, _ = samplers.SAMPLERS[sampler].last(predict, one, none, (), t)
+            variance = gain**2 * variance
+        else:
+            s = samplers.Time(*rows[i + 1])
+            gain, _ = samplers.SAMPLERS[sampler].step(predict, one, none, (), t, s)
+            spread, _ = samplers.SAMPLERS[sampler].step(predict, none, one, (), t, s)
+            variance = gain**2 * variance + spread**2
+    assert abs(variance.sqrt().item() / 0.25 - 1) == pytest.approx(off, abs=0.002)
+
+
+@pytest.mark.parametrize("k", [1, 500, 999])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddpm-large", "ddpm-learned"])
+def test_ancestral_variances_of_one_step(sampler, k):
+    """From t = k to k - 1 against the tables of DDPM's code, in numpy: fixedsmall, fixedlarge, learned range."""
+    beta = np.linspace(1e-4, 0.02, 1000)
+    cumulative = np.cumprod(1 - beta)
+    before = cumulative[k - 1]
+    small, large = beta[k] * (1 - before) / (1 - cumulative[k]), beta[k]
+    v = 0.3
+    variance = {"ddpm": small, "ddpm-large": large, "ddpm-learned": large ** ((1 + v) / 2) * small ** ((1 - v) / 2)}
+    x, eps, noise = torch.randn(3, 2, *SHAPE, dtype=torch.float64)
+    x0 = (x - math.sqrt(1 - cumulative[k]) * eps) / math.sqrt(cumulative[k])
+    mean = beta[k] * math.sqrt(before) / (1 - cumulative[k]) * x0
+    mean = mean + (1 - before) * math.sqrt(1 - beta[k]) / (1 - cumulative[k]) * x
+    expected = mean + math.sqrt(variance[sampler]) * noise
+    t, s = (
+        samplers.Time(*row) for row in samplers.time_table(DDPMSchedule(), torch.tensor([float(k), k - 1.0]).double())
+    )
+    out, _ = samplers.SAMPLERS[sampler].step(lambda *_: (x0, eps, v), x, noise, (), t, s)
+    assert_as_good_as_torch(out.float(), expected, expected.float())
+
+
+def test_beta_is_the_slope_of_log_alpha():
+    for schedule in diffusion.SCHEDULES.values():
+        t = torch.linspace(schedule.first, schedule.last, 12, dtype=torch.float64)[1:-1] + 0.3 * (schedule.last > 1)
+        step = 1e-5 * schedule.last
+        slope = (schedule.log_alpha(t - step) - schedule.log_alpha(t + step)) / step
+        assert torch.allclose(schedule.beta(t), slope, rtol=1e-5)
+
+
+def test_network_evaluations_as_a_budget():
+    assert samplers.steps_for("heun", 50) == 25
+    assert sum(samplers.evaluations("heun", 25)) == 49
+    for sampler in samplers.SAMPLERS:
+        for budget in (1, 2, 9, 50):
+            steps = samplers.steps_for(sampler, budget)
+            assert sum(samplers.evaluations(sampler, steps)) <= budget < sum(samplers.evaluations(sampler, steps + 1))
+    with pytest.raises(InputError, match="0 network evaluations"):
+        samplers.steps_for("ddim", 0)
+
+
+def test_labels_that_no_class_has_are_refused():
+    for label in (-1, 11):
+        with pytest.raises(InputError, match="the network has the classes 0 to 9"):
+            samplers.sample(Elementwise(), VPSDE(), 2, SHAPE, steps=2, y=torch.tensor([3, label]))
+    samplers.sample(Elementwise(), VPSDE(), 2, SHAPE, steps=2, y=torch.tensor([3, 10]))  # 10: no label
+
+
+def test_a_learned_variance_asks_for_a_network_that_has_one():
+    with pytest.raises(InputError, match="sampler ddpm-learned needs a network that has learnt the variance"):
+        samplers.sample(Elementwise(), DDPMSchedule(), 2, SHAPE, sampler="ddpm-learned", steps=2)

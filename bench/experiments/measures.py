@@ -40,7 +40,7 @@ def draw(network, scale, seed, autocast, deadline=math.inf):
                 seed=seed,
                 start=start,
                 y=None if labels is None else labels[start : start + size],
-                clip=1.0,
+                clip="every",
             )
         images.append(to_uint8(drawn).cpu())
     return torch.cat(images)

@@ -1,4 +1,4 @@
-"""`sparsedm experiment NAME`: train and measure every run of a plan that the folder does not hold yet, then draw it.
+"""`python -m bench.experiments NAME`: trains and measures every run of a plan that the folder lacks, then draws it.
 
     OUT/results.csv                     every measurement, one a row; the tables and pictures are made of it alone
     OUT/seed-0/base/                    the dense network that all runs of this seed start from
@@ -22,24 +22,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.environment import stamp
 from bench.experiments import measures, report
 from bench.experiments.plans import EXPERIMENTS, SCALES, planned
 from bench.experiments.report import FLIPS
-from bench.experiments.results import STAMPED, read, write
+from bench.results import STAMPED, read_experiment, stamp, write_experiment
 from sparsedm import diffusion, evaluate
-from sparsedm import plots as pictures
-from sparsedm.commands.train import amp_of, load_images
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import cache_folder
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config
-from sparsedm.sparsify import sparsify
+from sparsedm.plots import save_grid
+from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint
-from sparsedm.train.chain import Stage, StageResult, run_chain
-from sparsedm.train.loop import Interrupted, train
+from sparsedm.train.chain import StageResult, Start, run_chain
+from sparsedm.train.data import load_images
+from sparsedm.train.loop import Interrupted, amp_of, train
 from sparsedm.train.metrics import read_metrics, usual_speed
+from sparsedm.train.stages import Stage
+from sparsedm.train.step import Loss, Student
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def experiment(options):
 
 
 def _report(options, folder, plan):
-    print(report.write(folder, read(folder / "results.csv", options.name, options.scale), plan))
+    print(report.write(folder, read_experiment(folder / "results.csv", options.name, options.scale), plan))
     print(f"\ntables and pictures: {folder / 'report.md'}", flush=True)
 
 
@@ -140,7 +141,9 @@ class _Work:
         classes = len(self.images.class_names) if scale.conditional else 0
         fitting = {"channels": self.images.images.shape[1], "num_classes": classes}
         self.config = asdict(model_config(scale.model, **scale.overrides, **fitting))
-        self.rows = read(folder / "results.csv", name, scale_name) if (folder / "results.csv").exists() else []
+        self.rows = (
+            read_experiment(folder / "results.csv", name, scale_name) if (folder / "results.csv").exists() else []
+        )
         self.features = load_features(scale.features, device)
         self.reference = evaluate.summarize(
             self.images.images, self.features, f"{self.images.source} train", cache=cache_folder(), progress=True
@@ -169,7 +172,7 @@ class _Work:
             network, images, self.validation, self.reference, self.features, base.ema, self.autocast
         )
         shown = images[:SHOWN].split(16)
-        pictures.save_grid(self._folder(seed, run.name) / "samples.png", [("", row) for row in shown])
+        save_grid(self._folder(seed, run.name) / "samples.png", [("", row) for row in shown])
         measured[BASE] = [(None, mark)]
         measured["images"] = [(None, sum(s.steps for s in run.stages) * self.scale.options.batch_size)]
         measured["seconds"] = [(None, seconds)]
@@ -186,7 +189,7 @@ class _Work:
             for measure, values in measured.items()
             for x, value in values
         ]
-        write(self.folder / "results.csv", self.rows)
+        write_experiment(self.folder / "results.csv", self.rows)
         loss, distance = (measured[name][0][1] for name in ("validation loss", "Fréchet distance"))
         log.info("seed %d, %s: validation loss %.4f, Fréchet distance %.2f", seed, run.name, loss, distance)
 
@@ -195,24 +198,22 @@ class _Work:
         if seed not in self.bases:
             torch.manual_seed(seed)
             dense = [Stage("dense", self.scale.base_steps)]
-            self.bases = {seed: self._chain(seed, "base", self.build(), dense)[-1]}
+            self.bases = {seed: self._chain(seed, "base", Start(self.build()), dense)[-1]}
         return self.bases[seed]
 
     def train(self, seed, run, base):
         """[StageResult] of one run."""
         if not run.small:
-            start = {"ema": base.ema, "dense_speed": usual_speed(base.folder)}
-            return self._chain(seed, run.name, base.model, run.stages, where=run.where, build=self.build, **start)
+            start = Start(base.model, base.ema, usual_speed(base.folder), self.build)
+            return self._chain(seed, run.name, start, run.stages, where=run.where)
         torch.manual_seed(seed)
         small, (stage,) = build_model(small_config(self.config)), run.stages
         result = train(
-            small,
+            Student(small),
             self.images,
-            diffusion.schedule_of(small),
+            Loss(diffusion.schedule_of(small), base.ema, stage.w_kd),
             self._options(seed, stage.steps),
             self._folder(seed, run.name),
-            teacher=base.ema,
-            w_kd=stage.w_kd,
             validation=self.validation,
             record=self._record(),
             deadline=self.deadline,
@@ -223,12 +224,12 @@ class _Work:
     def build(self):
         return build_model(self.config)
 
-    def _chain(self, seed, name, model, stages, **settings):
+    def _chain(self, seed, name, start, stages, **settings):
         return run_chain(
-            model,
+            start,
             stages,
             self.images,
-            diffusion.schedule_of(model),
+            diffusion.schedule_of(start.model),
             self._options(seed, sum(stage.steps for stage in stages)),
             self._folder(seed, name),
             validation=self.validation,

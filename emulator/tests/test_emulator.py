@@ -16,7 +16,9 @@ HEAD = """
 {
     .reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<99>; .reg .b64 %rd<99>;
     ld.param.b64 %rd0, [k_param_0];
-    mov.b64 %rd1, k_param_1;
+    mov.b32 %r1, k_param_1;
+    cvt.u64.u32 %rd1, %r1;
+    cvta.param.u64 %rd1, %rd1;
     mov.u32 %r0, %tid.x;
     mul.wide.u32 %rd2, %r0, 4;
     add.s64 %rd3, %rd0, %rd2;
@@ -115,6 +117,7 @@ def test_a_missing_wait_shows_when_copies_are_late():
 
 REFUSED = {
     "out-of-bounds": ("st.global.b32 [%rd3+4], %r0;", "out of bounds"),
+    "map-without-its-generic-address": (BARRIER + "mov.b64 %rd1, k_param_1;" + LOAD, "no tensor map"),
     "below-shared-memory": ("mul.lo.u32 %r1, %r0, 4; ld.shared.b32 %r9, [%r1];", "shared memory has no bytes -1024"),
     "beyond-shared-memory": ("mov.b32 %r1, global_smem; st.shared.b32 [%r1+232448], %r0;", "no bytes 232448 to 232451"),
     "misaligned": ("st.global.b32 [%rd3+2], %r0;", "misaligned"),

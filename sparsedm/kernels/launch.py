@@ -4,11 +4,13 @@ Kernel files take `tl` and `jit` from here, so that they can be imported where T
 on a GPU too old for the tensor-core instructions every operation runs in plain torch.
 
 The environment variable SPARSEDM_BACKEND forces one way of computing: torch (no Triton anywhere), dense, or a 2:4
-kernel: mma, few, wgmma.
+kernel: mma, splitk, wgmma.
 """
 
 import functools
 import os
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -29,7 +31,26 @@ except ImportError:
         return kernel
 
 
-BACKENDS = ("torch", "dense", "mma", "few", "wgmma")
+FUSED = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns that 3.10 has another default
+
+
+class Launch(NamedTuple):
+    """One start of a kernel, whose arguments go by keyword."""
+
+    kernel: object
+    grid: tuple  # of clusters of blocks
+    arguments: dict  # at run time
+    constants: dict  # at compile time
+    num_warps: int
+    maps: dict = MappingProxyType({})  # name of a tensor map -> (tensor, box, swizzle in bytes)
+    cluster: int = 1  # blocks
+
+    def start(self):
+        """In Triton's usual way; for kernels without tensor maps and clusters."""
+        self.kernel[self.grid](**self.arguments, **self.constants, **FUSED, num_warps=self.num_warps)
+
+
+BACKENDS = ("torch", "dense", "mma", "splitk", "wgmma")
 
 
 def setting(name, choices, default=None):
@@ -61,6 +82,10 @@ def capability(device):
     if device.type != "cuda" or torch.version.hip or triton is None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def autocast_dtype(device):

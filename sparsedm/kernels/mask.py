@@ -1,10 +1,10 @@
-"""Choose, cast and pack in one pass: the weight is read once, and whatever is asked for is written.
+"""Select the mask, cast and pack in one pass: the weight is read once, and whatever is asked for is written.
 
-    w (rows, K) -> masked = (w*m).to(dtype),  m as bool or as bits,  how many bits flipped,  2:4 values and metadata
+    w (rows, K) -> masked = (w*m).to(dtype),  m as bool or as bits,  2:4 values and metadata
 
 rows are a Linear's outputs, or a Conv2d's (out, tap) pairs, read through their strides; m is the mask of `pattern.py`.
 bits (rows, ceil(K / 32)) int32: bit k % 32 of word k // 32 is m[row, k], bits beyond K are 0. values and metadata are
-those of `sparse24_format.pack`.
+the result of `sparse24.format.pack`.
 
 A weight's key is  (|w| as an integer) * group + (group - 1 - its place in the group): keys order like magnitudes, ties
 go to the lower index, and no two are equal. The keys of a group are sorted by a network in registers (`tl.sort`), and
@@ -19,18 +19,17 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import jit, operator, tl, triton, uses_triton
+from sparsedm.kernels.launch import FUSED, jit, operator, tl, triton, uses_triton
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
-    choose_mask_of_fours,
-    choose_mask_ref,
-    choose_untied_mask,
     group_view,
     memory_format,
     pack_bits,
+    select_mask_ref,
+    select_of_fours,
+    select_untied,
     ungroup,
-    unpack_bits,
 )
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.tuning import Autotuner, bucket
@@ -40,8 +39,8 @@ CONFIGS = [{"BLOCK": block, "num_warps": warps} for block, warps in [(2048, 4), 
 
 
 @jit
-def _choose_kernel(
-    w_ptr, masked_ptr, mask_ptr, bits_ptr, previous_ptr, flips_ptr, values_ptr, metadata_ptr, nan_ptr,
+def _select_mask_kernel(
+    w_ptr, masked_ptr, mask_ptr, bits_ptr, values_ptr, metadata_ptr, nan_ptr,
     ROWS, TAPS, K, stride_wo, stride_wt, stride_wk, stride_mo, stride_mt, stride_mk,
     KEEP: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -70,9 +69,6 @@ def _choose_kernel(
         word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
         b_offs = (row * tl.cdiv(K, 32))[:, None] + word[None, :]
         b_inside = (row < ROWS)[:, None] & (word * 32 < K)[None, :]
-        if previous_ptr is not None:
-            flipped = _popcount(bits ^ tl.load(previous_ptr + b_offs, mask=b_inside, other=0))
-            tl.atomic_add(flips_ptr, tl.sum(flipped))
         tl.store(bits_ptr + b_offs, bits, mask=b_inside)
     if values_ptr is not None:
         place = tl.arange(0, GROUP)[None, :]
@@ -109,22 +105,13 @@ def keep_largest(w, KEEP: tl.constexpr, GROUP: tl.constexpr):
     return key >= last_kept[:, None]
 
 
-@jit
-def _popcount(x):
-    x = x.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
-_tuner = Autotuner("choose", CONFIGS, [_choose_kernel, keep_largest])
+_tuner = Autotuner("select mask", CONFIGS, [_select_mask_kernel, keep_largest])
 _nan_flags = {}
 
 
-def _launch(weight, pattern, previous, outputs, name):
-    """Fill `outputs` (those of `_outputs`), leaving out the empty ones; weight of fp32, bf16 or fp16."""
-    masked, mask, bits, flips, values, metadata = (t if t.numel() else None for t in outputs)
+def _launch(weight, pattern, outputs, name):
+    """Fill `outputs` (see `_outputs`), except the empty ones; weight of fp32, bf16 or fp16."""
+    masked, mask, bits, values, metadata = (t if t.numel() else None for t in outputs)
     if masked is None:
         return
     # (out, taps, in); the weight is copied where its kh and kw cannot be one axis
@@ -134,18 +121,16 @@ def _launch(weight, pattern, previous, outputs, name):
     block_k = min(128, max(32, triton.next_power_of_2(K)))
 
     def run(config):
-        if flips is not None:
-            flips.zero_()
         block_r = max(1, config["BLOCK"] // block_k)
-        _choose_kernel[(triton.cdiv(rows, block_r), triton.cdiv(K, block_k))](
-            w, m, None if mask is None else mask.view(torch.int8), bits, previous, flips, values, metadata, nan,
+        _select_mask_kernel[(triton.cdiv(rows, block_r), triton.cdiv(K, block_k))](
+            w, m, None if mask is None else mask.view(torch.int8), bits, values, metadata, nan,
             rows, taps, K, *w.stride(), *m.stride(),
-            KEEP=pattern.keep, GROUP=pattern.group, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=config["num_warps"],
+            KEEP=pattern.keep, GROUP=pattern.group, BLOCK_R=block_r, BLOCK_K=block_k,
+            num_warps=config["num_warps"], **FUSED,
         )  # fmt: skip
         return outputs
 
-    names = ("masked", "mask", "bits", "flips", "values", "metadata")
-    wanted = "+".join(n for n, t in zip(names, outputs) if t.numel())
+    wanted = "+".join(name for name, t in zip(Selection._fields, outputs) if t.numel())
     dtypes = f"{weight.dtype}->{masked.dtype}"
     run(_tuner.best(run, weight.device, dtypes=dtypes, pattern=pattern, wanted=wanted, rows=bucket(rows), k=K))
     if nan.item():
@@ -160,25 +145,41 @@ def _nan_flag(name, pinned):
     return _nan_flags[name, pinned]
 
 
-def _choose_in_torch(weight, pattern, dtype, name):
+def _select_in_torch(weight, pattern, dtype, name):
     """-> (masked, mask)"""
     finite = math.isfinite(weight.sum().item())  # or its sum overflows: then the slower ways below are right, too
     if not finite and (nans := int(weight.isnan().sum())):
         raise InputError(f"{name}: {nans} of its weights are NaN, which has no magnitude order")
     rows = group_view(weight)
     if pattern.group == 4:
-        chosen = choose_mask_of_fours(rows, pattern.keep)
+        kept = select_of_fours(rows, pattern.keep)
     else:
-        chosen = choose_untied_mask(rows, pattern)
-        chosen = choose_mask_ref(rows, pattern) if chosen is None else chosen
-    mask = ungroup(chosen, weight.shape).contiguous(memory_format=memory_format(weight))
+        kept = select_untied(rows, pattern)
+        kept = select_mask_ref(rows, pattern) if kept is None else kept
+    mask = ungroup(kept, weight.shape).contiguous(memory_format=memory_format(weight))
     # a product is cheaper than a choice, and from bytes cheaper than from bool, but a pruned infinity would be NaN
     masked = mask.view(torch.uint8).to(weight.dtype).mul_(weight) if finite else torch.where(mask, weight, 0)
     return masked.to(dtype, memory_format=memory_format(weight)), mask
 
 
-def _outputs(weight, dtype, want_mask, want_bits, want_flips, want_compressed):
-    """New tensors for masked, mask, bits, flips, values, metadata; empty where not wanted."""
+class Selection(NamedTuple):
+    """What `select_mask` returns; None for what was not asked for. rows: as in `group_view`."""
+
+    masked: torch.Tensor  # the weight's shape
+    mask: torch.Tensor | None = None  # bool, the weight's shape
+    bits: torch.Tensor | None = None  # (rows, ceil(K / 32)) int32: the mask as `pack_bits` packs it
+    values: torch.Tensor | None = None  # (N, 8 ceil(K / 16)), the 2:4 form of `sparse24.format`
+    metadata: torch.Tensor | None = None  # (N, ceil(K / 16)) int16
+
+
+def _in_torch(weight, pattern, dtype, want_mask, want_bits, want_compressed, name):
+    masked, mask = _select_in_torch(weight, pattern, dtype, name)
+    bits = pack_bits(group_view(mask)) if want_bits else None
+    return Selection(masked, mask if want_mask else None, bits, *(pack(masked) if want_compressed else ()))
+
+
+def _outputs(weight, dtype, want_mask, want_bits, want_compressed):
+    """New tensors for the fields of Selection, empty where not wanted."""
     rows, columns = weight.numel() // weight.shape[1], weight.shape[1]
     words = -(-columns // 16)
     masked = torch.empty_like(weight, dtype=dtype, memory_format=memory_format(weight))
@@ -186,15 +187,13 @@ def _outputs(weight, dtype, want_mask, want_bits, want_flips, want_compressed):
         masked,
         torch.empty_like(masked, dtype=torch.bool) if want_mask else weight.new_empty(0, dtype=torch.bool),
         weight.new_empty((rows, -(-columns // 32)) if want_bits else 0, dtype=torch.int32),
-        weight.new_empty(int(want_flips), dtype=torch.int32),
         weight.new_empty((rows, 8 * words) if want_compressed else 0, dtype=dtype),
         weight.new_empty((rows, words) if want_compressed else 0, dtype=torch.int16),
     )
 
 
-def _choose(
+def _select_mask(
     weight: torch.Tensor,
-    previous: torch.Tensor | None,
     keep: int,
     group: int,
     dtype: torch.dtype,
@@ -202,73 +201,40 @@ def _choose(
     want_bits: bool,
     want_compressed: bool,
     name: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     pattern = Pattern(keep, group)
-    if uses_triton(weight, previous) and {weight.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
-        outputs = _outputs(weight, dtype, want_mask, want_bits, previous is not None, want_compressed)
+    if uses_triton(weight) and {weight.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
+        outputs = _outputs(weight, dtype, want_mask, want_bits, want_compressed)
         with torch.cuda.device_of(weight):  # Triton launches on the current device
-            _launch(weight, pattern, previous, outputs, name)
+            _launch(weight, pattern, outputs, name)
         return outputs
-    masked, mask = _choose_in_torch(weight, pattern, dtype, name)
-    _, no_mask, bits, flips, values, metadata = _outputs(weight[:0], dtype, False, False, False, False)
-    if want_bits:
-        bits = pack_bits(group_view(mask))
-    if previous is not None:
-        flips = unpack_bits(bits ^ previous, weight.shape[1]).sum(dtype=torch.int32).view(1)
-    if want_compressed:
-        values, metadata = pack(masked)
-    return masked, mask if want_mask else no_mask, bits, flips, values, metadata
+    found = _in_torch(weight, pattern, dtype, want_mask, want_bits, want_compressed, name)
+    absent = _outputs(weight[:0], dtype, False, False, False)
+    return tuple(empty if tensor is None else tensor for tensor, empty in zip(found, absent))
 
 
-def _choose_fake(weight, previous, keep, group, dtype, want_mask, want_bits, want_compressed, name):
-    return _outputs(weight, dtype, want_mask, want_bits, previous is not None, want_compressed)
+def _select_mask_fake(weight, keep, group, dtype, want_mask, want_bits, want_compressed, name):
+    return _outputs(weight, dtype, want_mask, want_bits, want_compressed)
 
 
-_operator = operator("sparsedm::choose", _choose, _choose_fake)
+_operator = operator("sparsedm::select_mask", _select_mask, _select_mask_fake)
 
 
-def choose(weight, pattern, dtype=None, name="weight"):
-    """The masked weight and its mask, for a layer to keep until its weight changes.
+def select_mask(weight, pattern, dtype=None, name="weight", *, mask=True, bits=False, compressed=False):
+    """Today's mask of a weight, the masked weight, and what else is wanted, in one pass over the weight: a `Selection`.
 
     weight: (out, in) or (out, in, kh, kw), floating point. dtype: of the masked weight, default the weight's own.
-    Returns (masked, mask), detached, of the weight's shape and `memory_format`; mask is bool.
-    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis or a weight is NaN (which
-    on a GPU shows at one of the next calls, because nothing here waits for the GPU).
+    mask, bits: the mask as bool, as bits. compressed: also values and metadata, which only a 2:4 Linear has.
+    All tensors are detached. The masked weight and the mask have the weight's shape and `memory_format`.
+    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis, a weight is NaN (which on
+    a GPU shows at one of the next calls, because nothing here waits for the GPU), or `compressed` does not fit.
     """
     check_weight(weight, pattern, name)
-    weight, dtype = weight.detach(), dtype or weight.dtype
-    if type(weight) is torch.Tensor and weight.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _choose_in_torch(weight, pattern, dtype, name)  # where nothing traces, the operator would only cost time
-    return _operator(weight, None, pattern.keep, pattern.group, dtype, True, False, False, name)[:2]
-
-
-class Choice(NamedTuple):
-    """What `choose_packed` returns. rows: those of `group_view`."""
-
-    masked: torch.Tensor  # the weight's shape
-    bits: torch.Tensor  # (rows, ceil(K / 32)) int32: the mask as `pack_bits` packs it
-    flips: torch.Tensor | None  # int32 (1,): mask entries that differ from `previous`
-    values: torch.Tensor | None  # (N, 8 ceil(K / 16)), the 2:4 form of `sparse24_format`
-    metadata: torch.Tensor | None  # (N, ceil(K / 16)) int16
-    mask: torch.Tensor | None = None  # bool, the weight's shape
-
-
-def choose_packed(weight, pattern, dtype=None, name="weight", *, previous=None, compressed=False, mask=False):
-    """`choose` with the mask as bits, and in the same pass over the weight what else is wanted of it: a `Choice`.
-
-    previous: bits of an earlier choice, to count the flips against. compressed: also values and metadata (2:4 of a
-    Linear only). mask: also the mask as bool. Raises: InputError as `choose`, and for `previous` or `compressed` that
-    does not belong to the weight.
-    """
-    check_weight(weight, pattern, name)
-    rows, words = weight.numel() // weight.shape[1], -(-weight.shape[1] // 32)
-    if previous is not None and (previous.shape != (rows, words) or previous.dtype != torch.int32):
-        found = f"{tuple(previous.shape)} {previous.dtype}"
-        raise InputError(f"{name}: the previous mask's bits must be ({rows}, {words}) torch.int32, not {found}")
     if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):
         raise InputError(f"{name}: only a 2:4 Linear has values and metadata, not {pattern} of {tuple(weight.shape)}")
-    masked, chosen, bits, flips, values, metadata = _operator(
-        weight.detach(), previous, pattern.keep, pattern.group, dtype or weight.dtype, mask, True, compressed, name
-    )
-    compressed_form = (values, metadata) if compressed else (None, None)
-    return Choice(masked, bits, None if previous is None else flips, *compressed_form, chosen if mask else None)
+    weight, dtype = weight.detach(), dtype or weight.dtype
+    if type(weight) is torch.Tensor and weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        # where nothing traces, the operator would only cost time
+        return _in_torch(weight, pattern, dtype, mask, bits, compressed, name)
+    found = _operator(weight, pattern.keep, pattern.group, dtype, mask, bits, compressed, name)
+    return Selection(*(t if wanted else None for t, wanted in zip(found, (True, mask, bits, compressed, compressed))))

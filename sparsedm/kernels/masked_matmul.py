@@ -4,14 +4,18 @@ x (..., K), w (N, K), m the N:M mask of w, y (..., N). With z = x @ (w*m)^T + b,
 
     dx = dz @ (w*m)      db = sum of dz over the tokens      dw = kept*m*g + dropped*(1-m)*g + decay*(1-m)*w
 
-The rule of dw is that of straight_through.py (STE, SR-STE, sparse gradient); dw is not masked. On a GPU (sm_80 and
-later; bf16, fp16, fp32) this is one operator with its backward; each of its three products runs in one of these ways:
+dw is NOT masked when kept = dropped = 1: that is the straight-through estimator (STE), by which a pruned weight keeps
+learning and may come back. decay = 2e-4 is SR-STE (arXiv 2102.04010, eq. 6); dropped = 0 is the sparse gradient.
+
+On a GPU (sm_80 and later; bf16, fp16, fp32) each of the three products has these algorithms, measured once per size:
     library  torch's matmul on the masked weight; the default until something quicker has been measured for the shape
     masked   a kernel of masked_matmul_kernels.py on the masked weight, with bias and activation in its epilogue
     bits     the same on the dense weight and the packed mask; no masked copy is needed
-    choose   the same, choosing the mask tile by tile in registers; only when asked for
-Anywhere else it is plain torch. Whether a layer calls it at all is decided in masked_dispatch.py.
+Where `library` is best for all three, and anywhere else, it is plain torch.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +23,9 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
 from sparsedm.kernels.launch import autocast_dtype, forced_backend, uses_triton
-from sparsedm.kernels.mask import choose, choose_packed
-from sparsedm.kernels.pattern import Pattern, check_weight, choose_mask_ref, unpack_bits
-from sparsedm.kernels.straight_through import apply_rates, straight_through
+from sparsedm.kernels.mask import Selection, select_mask
+from sparsedm.kernels.pattern import check_weight, pack_bits, select_mask_ref, unpack_bits
 from sparsedm.kernels.tuning import Autotuner, bucket
-
-__all__ = ["choose", "masked_linear", "masked_linear_ref", "straight_through"]
 
 ACTIVATIONS = {  # name: (activation, its gradient from dy and z)
     None: (lambda z: z, lambda dy, z: dy),
@@ -35,68 +36,209 @@ ACTIVATIONS = {  # name: (activation, its gradient from dy and z)
     ),
     "silu": (F.silu, torch.ops.aten.silu_backward),
 }
-WAYS = ("library", "masked", "bits", "choose")
+ALGORITHMS = ("library", "masked", "bits")
 
 
-def masked_linear_ref(x, weight, pattern, bias=None, activation=None, **rates):
+class GradientRule(NamedTuple):
+    """dw = kept*m*g + dropped*(1-m)*g + decay*(1-m)*w, of the gradient g = dL/d(w*m) and the mask m of the weight w."""
+
+    decay: float = 0.0
+    kept: float = 1.0
+    dropped: float = 1.0
+
+
+STE = GradientRule()
+
+
+def masked_linear_ref(x, weight, pattern, bias=None, activation=None, rule=STE):
     """The specification: the mask by its definition, torch's product, the gradient of `straight_through`."""
-    mask = choose_mask_ref(weight, pattern)
+    mask = select_mask_ref(weight, pattern)
     masked = torch.where(mask, weight.detach(), 0)
-    return ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, **rates), bias))
+    return ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, rule), bias))
 
 
-def _tuner(product, configs):
-    tuned = [config for config in configs if config["way"] != "choose"]
-    return Autotuner(f"masked_linear {product}", tuned, kernels.KERNELS)
+# ---- the straight-through estimator ----------------------------------------------------------------------------------
 
 
-_forward = _tuner("forward", kernels.FORWARD)
-_input_grad = _tuner("input gradient", kernels.INPUT_GRAD)
-_weight_grad = _tuner("weight gradient", kernels.WEIGHT_GRAD)
+class _StraightThrough(torch.autograd.Function):
+    """In the form that torch.func and torch.compile can transform."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, masked, mask, rule):
+        return masked.view_as(masked)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, _, mask, ctx.rule = inputs
+        ctx.dtype = weight.dtype
+        if ctx.rule != STE:
+            ctx.save_for_backward(weight, mask)
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.to(ctx.dtype)
+        if ctx.rule != STE:
+            g = apply_rule(g, *ctx.saved_tensors, ctx.rule)
+        return g, None, None, None
 
 
-def _run_best(run, tuner, configs, way, x, weight, pattern, **key):
-    """Run the first of the configs of the way that was asked for, or the best that the tuner knows."""
-    if way is None and forced_backend() == "dense":
-        way = "library"
+class _EagerStraightThrough(torch.autograd.Function):
+    """The same in the form whose call costs a quarter of that, which counts in small layers."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _StraightThrough.setup_context(ctx, inputs, None)
+        return _StraightThrough.forward(*inputs)
+
+    backward = _StraightThrough.backward
+
+
+def apply_rule(g, weight, mask, rule):
+    """dw by the formula above; all tensors of one shape, g in the weight's dtype."""
+    decay, kept, dropped = rule
+    if kept != 1.0 or dropped != 1.0:
+        g = torch.where(mask, kept * g, dropped * g)
+    # not in one operation with alpha=decay: Inductor drops the alpha of sums that it fuses with a matmul
+    return g + decay * weight.masked_fill(mask, 0) if decay else g
+
+
+def straight_through(weight, masked, mask, rule=STE):
+    """The masked weight as a differentiable function of the weight, by the rule above: dL/dw = dw.
+
+    weight: the dense master weight, any shape, gets the gradient, in its own dtype.
+    masked: weight*mask, already computed and in any floating dtype; returned as it is (no copy is made).
+    mask:   bool, shape of the weight. Neither masked nor mask gets a gradient.
+    rule:   GradientRule. The decay is added to the gradient as it arrives, so under fp16 loss scaling multiply it by
+            the scale.
+
+    Use: F.linear(x, straight_through(w, *select_mask(w, pattern)[:2]), b), or any other product with the weight.
+    Raises: InputError if the shapes differ or the mask is not bool.
+    """
+    if not weight.shape == masked.shape == mask.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, masked, mask))
+        raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
+    if mask.dtype != torch.bool:
+        raise InputError(f"the mask must be bool, not {mask.dtype}")
+    function = _StraightThrough if transformed() else _EagerStraightThrough
+    return function.apply(weight, masked, mask, rule)
+
+
+def transformed():
+    """Whether this runs inside a graph that is being compiled or exported, or under torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+# ---- the three products, each by the algorithm that was measured to be the best --------------------------------------
+
+_forward = Autotuner("masked_linear forward", kernels.FORWARD, kernels.KERNELS)
+_input_grad = Autotuner("masked_linear input gradient", kernels.INPUT_GRAD, kernels.KERNELS)
+_weight_grad = Autotuner("masked_linear weight gradient", kernels.WEIGHT_GRAD, kernels.KERNELS)
+
+
+def _best(tuner, configs, run, algorithm, x, weight, **key):
+    """The first config of the algorithm that was asked for, or the best one that the tuner knows."""
+    if algorithm is None and forced_backend() == "dense":
+        algorithm = "library"
+    if algorithm is not None:
+        return next(config for config in configs if config["algorithm"] == algorithm)
     (N, K), dtypes = weight.shape, f"{x.dtype}<-{weight.dtype}"
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        if way is not None:
-            return run(next(config for config in configs if config["way"] == way))
-        return run(tuner.best(run, x.device, dtypes=dtypes, pattern=pattern, **key, m=bucket(x.shape[0]), n=N, k=K))
+    return tuner.best(run, x.device, dtypes=dtypes, **key, m=bucket(x.shape[0]), n=N, k=K)
+
+
+def _forward_product(x, weight, masked, bits, bias, activation, want_z, algorithm):
+    """(run(config) -> y, z; the config to run)"""
+
+    def run(config):
+        if config["algorithm"] == "library":
+            z = F.linear(x, masked, bias)
+            y = ACTIVATIONS[activation][0](z)
+            return (y, z) if want_z else (y, z.new_empty(0))
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        z = torch.empty_like(y) if want_z else y.new_empty(0)
+        operands = (masked, None) if config["algorithm"] == "masked" else (weight, bits)
+        kernels.launch_forward(x, *operands, bias, activation, y, z if want_z else None, config)
+        return y, z
+
+    key = {"activation": activation, "z": want_z}
+    return run, _best(_forward, kernels.FORWARD, run, algorithm, x, weight, **key)
+
+
+def _input_product(dz, x, weight, masked, bits, algorithm):
+    """(run(config) -> dx; the config to run). dz: a function that returns it."""
+
+    def run(config):
+        if config["algorithm"] == "library":
+            return dz() @ masked
+        dx = torch.empty_like(x)
+        operands = (masked, None) if config["algorithm"] == "masked" else (weight, bits)
+        kernels.launch_input_grad(dz(), *operands, dx, config)
+        return dx
+
+    return run, _best(_input_grad, kernels.INPUT_GRAD, run, algorithm, x, weight)
+
+
+def _weight_product(dz, x, weight, bits, rule, algorithm):
+    """(run(config) -> dw; the config to run). dz: a function that returns it."""
+    (N, K), plain = weight.shape, rule == STE
+
+    def run(config):
+        if config["algorithm"] == "library":
+            g = (dz().t() @ x).to(weight.dtype)
+        elif config["SPLIT"] == 1:
+            dw = torch.empty_like(weight)
+            kernels.launch_weight_grad(dz(), x, weight, None if plain else bits, rule, dw, config)
+            return dw
+        else:
+            partial = x.new_empty(config["SPLIT"], N, K, dtype=torch.float32)
+            kernels.launch_weight_grad(dz(), x, weight, None, rule, partial, config)
+            g = partial.sum(0).to(weight.dtype)
+        return g if plain else apply_rule(g, weight, unpack_bits(bits, K), rule)
+
+    algorithm = "fused" if algorithm in ("masked", "bits") else algorithm
+    return run, _best(_weight_grad, kernels.WEIGHT_GRAD, run, algorithm, x, weight, plain=plain)
+
+
+def _is_best_in_torch(x, weight, masked, bits, bias, activation, rule):
+    """Whether torch's matmul was measured to be the best in every product that this call needs, with its backward."""
+    training = torch.is_grad_enabled()
+    wanted = [training and t.requires_grad for t in (x, weight)]
+    with torch.no_grad(), torch.cuda.device_of(x):
+        x, weight = _rows(x), _rows(weight)
+        want_z = training and activation is not None
+        run, config = _forward_product(x, weight, masked, bits, bias, activation, want_z, None)
+        dz = functools.cache(lambda: run(kernels.FORWARD[0])[0])  # y stands for the gradient that will arrive
+        configs = [config]
+        if wanted[0]:
+            configs.append(_input_product(dz, x, weight, masked, bits, None)[1])
+        if wanted[1]:
+            configs.append(_weight_product(dz, x, weight, bits, rule, None)[1])
+    return all(config["algorithm"] == "library" for config in configs)
+
+
+def _rows(tensor):
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 @torch.library.custom_op("sparsedm::masked_linear", mutates_args=())
 def forward_operator(
     x: torch.Tensor,
     weight: torch.Tensor,
-    masked: torch.Tensor | None,
-    bits: torch.Tensor | None,
+    masked: torch.Tensor,
+    bits: torch.Tensor,
     bias: torch.Tensor | None,
-    pattern: list[int],
     activation: str | None,
     want_z: bool,
-    way: str | None,
+    algorithm: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x, weight = _rows(x), _rows(weight)
-
-    def run(config):
-        if config["way"] == "library":
-            z = F.linear(x, masked, bias)
-            y = ACTIVATIONS[activation][0](z)
-            return (y, z) if want_z else (y, z.new_empty(0))
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        z = torch.empty_like(y) if want_z else y.new_empty(0)
-        w = masked if config["way"] == "masked" else weight
-        kernels.launch_forward(x, w, bits, bias, Pattern(*pattern), activation, y, z if want_z else None, config)
-        return y, z
-
-    key = {"activation": activation, "z": want_z}
-    return _run_best(run, _forward, kernels.FORWARD, way, x, weight, Pattern(*pattern), **key)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        run, config = _forward_product(_rows(x), _rows(weight), masked, bits, bias, activation, want_z, algorithm)
+        return run(config)
 
 
 @forward_operator.register_fake
-def _(x, weight, masked, bits, bias, pattern, activation, want_z, way):
+def _(x, weight, masked, bits, bias, activation, want_z, algorithm):
     y = x.new_empty(x.shape[0], weight.shape[0])
     return y, torch.empty_like(y) if want_z else y.new_empty(0)
 
@@ -106,55 +248,28 @@ def gradient_operator(
     dz: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    masked: torch.Tensor | None,
-    bits: torch.Tensor | None,
-    pattern: list[int],
-    rates: list[float],
+    masked: torch.Tensor,
+    bits: torch.Tensor,
+    rule: list[float],
     want_dx: bool,
     want_dw: bool,
-    way: str | None,
+    algorithm: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    N, K = weight.shape
-    dz, x, weight, pattern = _rows(dz), _rows(x), _rows(weight), Pattern(*pattern)
-    plain = rates == [0.0, 1.0, 1.0]
-
-    def input_grad(config):
-        if config["way"] == "library":
-            return dz @ masked
-        dx = torch.empty_like(x)
-        w = masked if config["way"] == "masked" else weight
-        kernels.launch_input_grad(dz, w, bits, pattern, dx, config)
-        return dx
-
-    def weight_grad(config):
-        if config["way"] == "library":
-            g = (dz.t() @ x).to(weight.dtype)
-        elif config["SPLIT"] == 1:
-            dw = torch.empty_like(weight)
-            kernels.launch_weight_grad(dz, x, weight, bits, pattern, None if plain else rates, dw, config)
-            return dw
-        else:
-            partial = x.new_empty(config["SPLIT"], N, K, dtype=torch.float32)
-            kernels.launch_weight_grad(dz, x, weight, bits, pattern, None, partial, config)
-            g = partial.sum(0).to(weight.dtype)
-        if plain:
-            return g
-        mask = choose_mask_ref(weight, pattern) if bits is None else unpack_bits(bits, K)
-        return apply_rates(g, weight, mask, *rates)
-
+    dz, x, weight = _rows(dz), _rows(x), _rows(weight)
     dx, dw = x.new_empty(0), weight.new_empty(0)
-    if want_dx:
-        dx = _run_best(input_grad, _input_grad, kernels.INPUT_GRAD, way, x, weight, pattern)
-    if want_dw:
-        way = "fused" if way in WAYS[1:] else way
-        dw = _run_best(weight_grad, _weight_grad, kernels.WEIGHT_GRAD, way, x, weight, pattern, plain=plain)
+    with torch.cuda.device_of(x):
+        if want_dx:
+            run, config = _input_product(lambda: dz, x, weight, masked, bits, algorithm)
+            dx = run(config)
+        if want_dw:
+            run, config = _weight_product(lambda: dz, x, weight, bits, GradientRule(*rule), algorithm)
+            dw = run(config)
     return dx, dw
 
 
 @gradient_operator.register_fake
-def _(dz, x, weight, masked, bits, pattern, rates, want_dx, want_dw, way):
-    dx, dw = x.new_empty(x.shape if want_dx else 0), weight.new_empty(weight.shape if want_dw else 0)
-    return dx, dw
+def _(dz, x, weight, masked, bits, rule, want_dx, want_dw, algorithm):
+    return x.new_empty(x.shape if want_dx else 0), weight.new_empty(weight.shape if want_dw else 0)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -164,12 +279,12 @@ class _MaskedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, weight, masked, bits, bias, pattern, activation, rates, want_z, way):
-        return forward_operator(x, weight, masked, bits, bias, pattern, activation, want_z, way)
+    def forward(x, weight, masked, bits, bias, activation, rule, want_z, algorithm):
+        return forward_operator(x, weight, masked, bits, bias, activation, want_z, algorithm)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, masked, bits, bias, ctx.pattern, ctx.activation, ctx.rates, _, ctx.way = inputs
+        x, weight, masked, bits, bias, ctx.activation, ctx.rule, _, ctx.algorithm = inputs
         ctx.save_for_backward(x, weight, masked, bits, bias, output[1])
         ctx.mark_non_differentiable(output[1])
 
@@ -178,27 +293,24 @@ class _MaskedLinear(torch.autograd.Function):
         x, weight, masked, bits, bias, z = ctx.saved_tensors
         want_dx, want_dw, _, _, want_db, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not transformed():
-            pattern, (decay, kept, dropped) = Pattern(*ctx.pattern), ctx.rates
-            y = _in_torch(x, weight, pattern, bias, ctx.activation, masked, bits, 0.0, kept, dropped)
+            mask = unpack_bits(bits, weight.shape[1])
+            y = _in_torch(x, weight, masked, mask, bias, ctx.activation, ctx.rule._replace(decay=0.0))
             wanted = [t for t, want in ((x, want_dx), (weight, want_dw), (bias, want_db)) if want]
             gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             dx, dw, db = (next(gradients) if want else None for want in (want_dx, want_dw, want_db))
             if want_dw:  # the decay is added here, or the second backward would pass two places that add it
-                mask = choose(weight, pattern)[1] if bits is None else unpack_bits(bits, weight.shape[1])
-                dw = apply_rates(dw, weight, mask, decay, 1.0, 1.0)
-            return dx, dw, None, None, db, *[None] * 5
+                dw = apply_rule(dw, weight, mask, GradientRule(ctx.rule.decay))
+            return dx, dw, None, None, db, *[None] * 4
         dz = ACTIVATIONS[ctx.activation][1](dy, z)
-        dx, dw = _MaskedLinearGrads.apply(
-            dz, x, weight, masked, bits, ctx.pattern, ctx.rates, want_dx, want_dw, ctx.way
-        )
+        dx, dw = _MaskedLinearGrads.apply(dz, x, weight, masked, bits, ctx.rule, want_dx, want_dw, ctx.algorithm)
         db = dz.sum(0, dtype=bias.dtype) if want_db else None
-        return dx if want_dx else None, dw if want_dw else None, None, None, db, *[None] * 5
+        return dx if want_dx else None, dw if want_dw else None, None, None, db, *[None] * 4
 
 
 class _MaskedLinearGrads(torch.autograd.Function):
     @staticmethod
-    def forward(dz, x, weight, masked, bits, pattern, rates, want_dx, want_dw, way):
-        return gradient_operator(dz, x, weight, masked, bits, pattern, rates, want_dx, want_dw, way)
+    def forward(dz, x, weight, masked, bits, rule, want_dx, want_dw, algorithm):
+        return gradient_operator(dz, x, weight, masked, bits, list(rule), want_dx, want_dw, algorithm)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -209,69 +321,52 @@ class _MaskedLinearGrads(torch.autograd.Function):
         raise NotImplementedError("masked_linear has no second derivative under torch.func where it runs as a kernel")
 
 
-def transformed():
-    """Whether this runs inside a graph that is being compiled or exported, or under torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _rows(tensor):
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _in_torch(x, weight, pattern, bias, activation, masked, bits, decay, kept, dropped):
+def _in_torch(x, weight, masked, mask, bias, activation, rule):
     """The same in operations of torch, every one of which can be differentiated any number of times."""
-    mask = choose(weight, pattern)[1] if bits is None else unpack_bits(bits, weight.shape[1])
-    if masked is None:
-        masked = torch.where(mask, weight.detach(), 0).to(x.dtype)
-    straight = straight_through(weight, masked, mask, decay=decay, kept=kept, dropped=dropped)
-    return ACTIVATIONS[activation][0](F.linear(x, straight, bias))
+    return ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, rule), bias))
 
 
-def masked_linear(
-    x,
-    weight,
-    pattern,
-    bias=None,
-    activation=None,
-    *,
-    masked=None,
-    bits=None,
-    decay=0.0,
-    kept=1.0,
-    dropped=1.0,
-    way=None,
-):
+# ---- the public function ---------------------------------------------------------------------------------------------
+
+
+def kernels_serve(weight):
+    """Whether the kernels may be asked for: on a GPU, in eager code. torch fuses what is compiled or exported."""
+    if transformed() or weight.dtype == torch.float64 or forced_backend() == "dense":
+        return False
+    return uses_triton(weight)
+
+
+def masked_linear(x, weight, pattern, bias=None, activation=None, *, selection=None, rule=STE, algorithm=None):
     """y = act(x @ (w*m)^T + b) with the gradients of the module docstring.
 
     x: (..., K), fp32, fp64, bf16 or fp16; under autocast of its dtype. weight: (N, K), floating; its gradient has its
     dtype. bias: (N,) or None. activation: None, "gelu" (erf), "gelu_tanh" or "silu". Returns (..., N) of x's dtype.
-    masked, bits: of `choose_packed(weight, pattern, dtype of the product)`, kept by the caller as long as the weight
-    stays as it is, or of any other mask; chosen here where they are missing. decay, kept, dropped: as in
-    `straight_through`. way, on a GPU: None = as measured, or one of WAYS; "bits" and "choose" make no masked copy, and
-    "choose" always follows the pattern.
+    selection: of `select_mask(weight, pattern, dtype of the product)`, or any other mask in that form; made here where
+    it is missing. rule: GradientRule. algorithm, on a GPU: None = as measured, or one of ALGORITHMS.
 
     Gradients: x, weight, bias, any number of times (under torch.func once, where it runs as a kernel).
-    Raises: InputError for shapes, dtypes and devices that do not belong together, or an unknown way or activation.
+    Raises: InputError for shapes, dtypes and devices that do not fit together, an unknown algorithm or activation.
     """
     if autocast := autocast_dtype(x.device):
         x, bias = x.to(autocast), bias if bias is None else bias.to(autocast)
-    _check(x, weight, pattern, bias, activation, masked, bits, way)
-    rates = [float(decay), float(kept), float(dropped)]
-    by_kernel = uses_triton(x, weight, bias, masked, bits) and x.dtype != torch.float64 != weight.dtype
-    needed = {"choose": (), "bits": ("bits",)}.get(way if by_kernel else None, ("masked", "bits"))
-    if (masked is None and "masked" in needed) or (bits is None and "bits" in needed):
-        masked, bits, *_ = choose_packed(weight, pattern, x.dtype)
-    if not by_kernel:
-        return _in_torch(x, weight, pattern, bias, activation, masked, bits, *rates)
-    want_z = activation is not None and torch.is_grad_enabled()
+    _check(x, weight, pattern, bias, activation, selection, algorithm)
+    by_kernel = uses_triton(x, weight, bias, *(selection or ())) and x.dtype != torch.float64 != weight.dtype
+    if selection is None:
+        selection = select_mask(weight, pattern, x.dtype, bits=by_kernel)
+    masked, mask, bits, *_ = selection
+    if by_kernel and bits is None:
+        bits = pack_bits(mask)
     rows = x.reshape(-1, x.shape[-1])
-    y, _ = _MaskedLinear.apply(
-        rows, weight, masked, bits, bias, [pattern.keep, pattern.group], activation, rates, want_z, way
-    )
+    if by_kernel and algorithm is None and not transformed():
+        by_kernel = len(rows) > 0 and not _is_best_in_torch(rows, weight, masked, bits, bias, activation, rule)
+    if not by_kernel:
+        return _in_torch(x, weight, masked, mask, bias, activation, rule)
+    want_z = activation is not None and torch.is_grad_enabled()
+    y, _ = _MaskedLinear.apply(rows, weight, masked, bits, bias, activation, rule, want_z, algorithm)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check(x, weight, pattern, bias, activation, masked, bits, way):
+def _check(x, weight, pattern, bias, activation, selection, algorithm):
     check_weight(weight, pattern)
     N, K = weight.shape[:2]
     words = -(-K // 32)
@@ -281,11 +376,13 @@ def _check(x, weight, pattern, bias, activation, masked, bits, way):
         raise InputError(f"x must be floating point, not {x.dtype}")
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         raise InputError(f"the bias must be ({N},) {x.dtype} as x is, not {tuple(bias.shape)} {bias.dtype}")
+    masked, _, bits, *_ = selection or Selection(None)
     if masked is not None and (masked.shape != (N, K) or masked.dtype != x.dtype):
-        raise InputError(f"the masked weight must be ({N}, {K}) {x.dtype}, not {tuple(masked.shape)} {masked.dtype}")
+        found = f"{tuple(masked.shape)} {masked.dtype}"
+        raise InputError(f"the masked weight must be ({N}, {K}) in x's dtype {x.dtype}, not {found}")
     if bits is not None and (bits.shape != (N, words) or bits.dtype != torch.int32):
         raise InputError(f"the mask's bits must be ({N}, {words}) torch.int32, not {tuple(bits.shape)} {bits.dtype}")
     if activation not in ACTIVATIONS:
         raise InputError(f"unknown activation {activation!r}: it must be one of {', '.join(map(str, ACTIVATIONS))}")
-    if way not in (None, *WAYS):
-        raise InputError(f"unknown way {way!r}: it must be None or one of {', '.join(WAYS)}")
+    if algorithm not in (None, *ALGORITHMS):
+        raise InputError(f"unknown algorithm {algorithm!r}: it must be None or one of {', '.join(ALGORITHMS)}")

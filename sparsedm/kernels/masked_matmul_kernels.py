@@ -1,45 +1,48 @@
 """The Triton kernels of masked_matmul.py: y = act(x @ (w*m)^T + b), dx = dz @ (w*m), dw = dz^T @ x by the STE rule.
 
-x (M, K), w (N, K), y and dz (M, N). The mask reaches a kernel in one of three ways (`way`):
-    masked   w is already the masked weight, in the dtype of x: a plain matmul
+x (M, K), w (N, K), y and dz (M, N). The mask reaches a kernel by one of two algorithms:
+    masked   w is already the masked weight, in the dtype of x: a plain matmul, and bits_ptr is None
     bits     w is the dense weight in its own dtype, with the packed bits of `pattern.pack_bits`
-    choose   w is the dense weight, and the largest of each group are chosen tile by tile, in registers
 fp32 accumulation, and the epilogue works on the accumulator. Sizes need not be multiples of the blocks. Tensor cores of
-sm_80 and later (mma.sync, on sm_90 wgmma). Neither way transposes its tile product: with the weight as the left operand
+sm_80 and later (mma.sync, on sm_90 wgmma). Neither transposes its tile product: with the weight as the left operand
 ptxas serialises the wgmmas (C7515).
 """
 
 import torch
 
-from sparsedm.kernels.launch import jit, tl, triton
-from sparsedm.kernels.mask import keep_largest
+from sparsedm.kernels.launch import FUSED, jit, tl, triton
 
 
-def _config(way, m, n, k, warps, stages, **more):
-    return {"way": way, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, **more}
+def _config(algorithm, m, n, k, warps, stages, **more):
+    return {
+        "algorithm": algorithm,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "num_warps": warps,
+        "num_stages": stages,
+        **more,
+    }
 
 
 # Not tuned on a GPU yet (no run so far). `library`, the first and the default, is torch's matmul on the masked weight.
-# `choose` is only taken when it is asked for: it costs two to three times the instructions of `bits` in the main loop.
 FORWARD = [
-    {"way": "library"},
+    {"algorithm": "library"},
     _config("masked", 128, 128, 64, 8, 3),
     _config("masked", 128, 64, 64, 4, 4),
     _config("masked", 64, 128, 64, 4, 4),
     _config("bits", 128, 128, 64, 8, 3),
     _config("bits", 64, 128, 64, 4, 3),
-    _config("choose", 128, 128, 64, 8, 3),
 ]
 INPUT_GRAD = [
-    {"way": "library"},
+    {"algorithm": "library"},
     _config("masked", 128, 64, 128, 8, 3),
     _config("masked", 128, 64, 256, 8, 3),
     _config("masked", 64, 64, 128, 4, 4),
     _config("bits", 128, 64, 128, 8, 3),
-    _config("choose", 128, 64, 128, 8, 3),
 ]
 WEIGHT_GRAD = [
-    {"way": "library"},
+    {"algorithm": "library"},
     _config("fused", 64, 128, 128, 8, 3, SPLIT=1),
     _config("fused", 64, 128, 128, 8, 3, SPLIT=4),
     _config("fused", 64, 128, 128, 8, 3, SPLIT=16),
@@ -64,26 +67,20 @@ def _load(ptr, row, column, ROWS, COLUMNS, stride):
 
 
 @jit
-def _load_mask(w, bits_ptr, row, first_k, N, K, WAY: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr):
-    """The mask of a tile w of some rows and the columns from first_k, whole groups and whole words of bits."""
-    if WAY == "choose":
-        mask = keep_largest(w, KEEP, GROUP)
-    else:  # not after a return in the branch above: that too would be compiled, and without bits fail
-        WORDS: tl.constexpr = w.shape[1] // 32
-        word = first_k // 32 + tl.arange(0, WORDS)
-        bits = _load(bits_ptr, row, word, N, tl.cdiv(K, 32), tl.cdiv(K, 32)).to(tl.int32)
-        mask = (bits[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1 != 0
+def _load_mask(w, bits_ptr, row, first_k, N, K):
+    """The mask of a tile w of some rows and the columns from first_k, whole words of bits."""
+    WORDS: tl.constexpr = w.shape[1] // 32
+    word = first_k // 32 + tl.arange(0, WORDS)
+    bits = _load(bits_ptr, row, word, N, tl.cdiv(K, 32), tl.cdiv(K, 32)).to(tl.int32)
+    mask = (bits[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1 != 0
     return mask.reshape(w.shape)
 
 
 @jit
-def _load_masked(
-    w_ptr, bits_ptr, row, first_k, N, K, stride_wn,
-    WAY: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+def _load_masked(w_ptr, bits_ptr, row, first_k, N, K, stride_wn, BLOCK_K: tl.constexpr, dtype: tl.constexpr):
     w = _load(w_ptr, row, first_k + tl.arange(0, BLOCK_K), N, K, stride_wn)
-    if WAY != "masked":
-        w = tl.where(_load_mask(w, bits_ptr, row, first_k, N, K, WAY, KEEP, GROUP), w, 0.0)
+    if bits_ptr is not None:
+        w = tl.where(_load_mask(w, bits_ptr, row, first_k, N, K), w, 0.0)
     return w.to(dtype)
 
 
@@ -101,7 +98,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 @jit
 def _masked_matmul_fwd_kernel(
     x_ptr, w_ptr, bits_ptr, bias_ptr, y_ptr, z_ptr, M, N, K, stride_xm, stride_wn,
-    WAY: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M x BLOCK_N of y and, where it is wanted, of z = x @ (w*m)^T + b."""
@@ -110,7 +107,7 @@ def _masked_matmul_fwd_kernel(
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = _load(x_ptr, m, start + tl.arange(0, BLOCK_K), M, K, stride_xm)
-        w = _load_masked(w_ptr, bits_ptr, n, start, N, K, stride_wn, WAY, KEEP, GROUP, BLOCK_K, x.dtype)
+        w = _load_masked(w_ptr, bits_ptr, n, start, N, K, stride_wn, BLOCK_K, x.dtype)
         z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -124,8 +121,7 @@ def _masked_matmul_fwd_kernel(
 @jit
 def _masked_matmul_dx_kernel(
     dz_ptr, w_ptr, bits_ptr, dx_ptr, M, N, K, stride_zm, stride_wn,
-    WAY: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M x BLOCK_K of dx."""
     first_m, first_k = _corner(tl.program_id(0), M, K, BLOCK_M, BLOCK_K)
@@ -134,7 +130,7 @@ def _masked_matmul_dx_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         dz = _load(dz_ptr, m, n, M, N, stride_zm)
-        w = _load_masked(w_ptr, bits_ptr, n, first_k, N, K, stride_wn, WAY, KEEP, GROUP, BLOCK_K, dz.dtype)
+        w = _load_masked(w_ptr, bits_ptr, n, first_k, N, K, stride_wn, BLOCK_K, dz.dtype)
         dx = tl.dot(dz, w, dx, input_precision=PRECISION)
     inside = (m < M)[:, None] & (k < K)[None, :]
     tl.store(dx_ptr + m[:, None] * K + k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -143,12 +139,12 @@ def _masked_matmul_dx_kernel(
 @jit
 def _masked_matmul_dw_kernel(
     dz_ptr, x_ptr, w_ptr, bits_ptr, dw_ptr, M, N, K, stride_zm, stride_xm, stride_wn, decay, kept, dropped,
-    WAY: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N x BLOCK_K of dw, or of one of the SPLIT partial sums of dz^T @ x (SPLIT, N, K).
 
-    WAY: "none" stores the sum as it is (STE, and partial sums); "bits" and "choose" apply the rates first.
+    Without bits the sum is stored as it is (STE, and partial sums); with them the rule is applied first.
     """
     first_n, first_k = _corner(tl.program_id(0), N, K, BLOCK_N, BLOCK_K)
     n, k = first_n + tl.arange(0, BLOCK_N), first_k + tl.arange(0, BLOCK_K)
@@ -159,9 +155,9 @@ def _masked_matmul_dw_kernel(
         dz = _load(dz_ptr, m, n, M, N, stride_zm)
         x = _load(x_ptr, m, k, M, K, stride_xm)
         g = tl.dot(tl.trans(dz), x, g, input_precision=PRECISION)
-    if WAY != "none":
+    if bits_ptr is not None:
         w = _load(w_ptr, n, k, N, K, stride_wn)
-        mask = _load_mask(w, bits_ptr, n, first_k, N, K, WAY, KEEP, GROUP)
+        mask = _load_mask(w, bits_ptr, n, first_k, N, K)
         g = tl.where(mask, kept * g, dropped * g + decay * w.to(tl.float32))
     inside = (n < N)[:, None] & (k < K)[None, :]
     offs = (split.to(tl.int64) * N + n[:, None]) * K + k[None, :]
@@ -169,41 +165,38 @@ def _masked_matmul_dw_kernel(
 
 
 KERNELS = [_masked_matmul_fwd_kernel, _masked_matmul_dx_kernel, _masked_matmul_dw_kernel]
-KERNELS += [_corner, _load, _load_mask, _load_masked, _activate, keep_largest]
+KERNELS += [_corner, _load, _load_mask, _load_masked, _activate]
 
 
-def launch_forward(x, weight, bits, bias, pattern, activation, y, z, config):
-    """Fill y, and z if it is not None. weight: the masked or the dense one, as config["way"] needs it."""
+def launch_forward(x, weight, bits, bias, activation, y, z, config):
+    """Fill y, and z if it is not None. weight: the dense one, or with bits=None the masked one in the dtype of x."""
     (M, K), N = x.shape, weight.shape[0]
     grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
     _masked_matmul_fwd_kernel[grid](
         x, weight, bits, bias, y, z, M, N, K, x.stride(0), weight.stride(0),
-        ACTIVATION=activation, **_constants(pattern, x.dtype, config),
+        ACTIVATION=activation, **_constants(x.dtype, config),
     )  # fmt: skip
 
 
-def launch_input_grad(dz, weight, bits, pattern, dx, config):
-    """Fill dx. weight: the masked or the dense one, as config["way"] needs it."""
+def launch_input_grad(dz, weight, bits, dx, config):
+    """Fill dx. weight: the dense one, or with bits=None the masked one in the dtype of dz."""
     (M, N), K = dz.shape, weight.shape[1]
     grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(K, config["BLOCK_K"]),)
     _masked_matmul_dx_kernel[grid](
-        dz, weight, bits, dx, M, N, K, dz.stride(0), weight.stride(0), **_constants(pattern, dz.dtype, config)
+        dz, weight, bits, dx, M, N, K, dz.stride(0), weight.stride(0), **_constants(dz.dtype, config)
     )
 
 
-def launch_weight_grad(dz, x, weight, bits, pattern, rates, dw, config):
-    """Fill dw (N, K), the straight-through gradient; or, where dw is (SPLIT, N, K), partial sums without the rates."""
+def launch_weight_grad(dz, x, weight, bits, rule, dw, config):
+    """Fill dw (N, K) by the rule; or, with bits=None, with the bare sums dz^T @ x, in SPLIT parts (SPLIT, N, K)."""
     (M, N), K = dz.shape, x.shape[1]
-    way = "none" if rates is None else "choose" if bits is None else "bits"
     grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(K, config["BLOCK_K"]), config["SPLIT"])
     _masked_matmul_dw_kernel[grid](
-        dz, x, weight, bits, dw, M, N, K, dz.stride(0), x.stride(0), weight.stride(0), *(rates or (0.0, 1.0, 1.0)),
-        **_constants(pattern, x.dtype, {**config, "way": way}),
+        dz, x, weight, bits, dw, M, N, K, dz.stride(0), x.stride(0), weight.stride(0), *rule,
+        **_constants(x.dtype, config),
     )  # fmt: skip
 
 
-def _constants(pattern, dtype, config):
-    config = dict(config)
+def _constants(dtype, config):
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    precision = "tf32" if tf32 else "ieee"
-    return {"WAY": config.pop("way"), "KEEP": pattern.keep, "GROUP": pattern.group, "PRECISION": precision, **config}
+    return FUSED | {"PRECISION": "tf32" if tf32 else "ieee"} | {k: v for k, v in config.items() if k != "algorithm"}

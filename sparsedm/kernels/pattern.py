@@ -30,15 +30,15 @@ class Pattern:
         if not 1 <= self.keep < self.group:
             raise InputError(f"pattern {self}: must keep at least 1 and fewer than {self.group} of every {self.group}")
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.keep}:{self.group}"
 
     @property
-    def density(self):
+    def density(self) -> float:
         return self.keep / self.group
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text: "str | Pattern | None") -> "Pattern | None":
         """'2:4' -> Pattern(2, 4), 'dense' -> None. A Pattern or None is returned as it is.
 
         Raises: InputError for anything else.
@@ -70,7 +70,7 @@ def ungroup(rows, shape):
     return rows.view(out, kh, kw, cin).permute(0, 3, 1, 2)
 
 
-def choose_mask_ref(weight, pattern):
+def select_mask_ref(weight, pattern):
     """weight (rows, K) -> bool mask (rows, K): the definition above, by counting who comes before whom.
 
     Costs group^2 / 2 comparisons per group but no sort.
@@ -84,8 +84,8 @@ def choose_mask_ref(weight, pattern):
     return (before < pattern.keep).flatten(-2)
 
 
-def choose_mask_of_fours(weight, keep):
-    """The same mask as `choose_mask_ref` for groups of four, several times quicker on a CPU; the weights hold no NaN.
+def select_of_fours(weight, keep):
+    """The same mask as `select_mask_ref` for groups of four, several times quicker on a CPU; the weights hold no NaN.
 
     weight (rows, K) -> bool mask (rows, K). Every weight meets the next, the second and the third one of its group; the
     outcomes are bytes, and the four bytes of a group are added up as one integer.
@@ -107,8 +107,8 @@ def choose_mask_of_fours(weight, keep):
     return wins.bitwise_right_shift_(7).bitwise_and_(0x01010101).view(torch.bool).view(weight.shape)
 
 
-def choose_untied_mask(weight, pattern):
-    """The same mask as `choose_mask_ref`, several times quicker on a CPU, but None where that way is not certain.
+def select_untied(weight, pattern):
+    """The same mask as `select_mask_ref`, several times quicker on a CPU, but None where that way is not certain.
 
     weight (rows, K) -> bool mask (rows, K); None if weights anywhere tie for the last place, or are NaN.
     The keep-th largest of every group is found by a network of minima and maxima, in which one operation compares two

@@ -10,18 +10,18 @@ import fcntl
 import functools
 import hashlib
 import inspect
-import json
 import logging
 import os
 import platform
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.files import cache_folder, write_json
+from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.kernels.launch import device_name, setting, triton
 
 SHIPPED = Path(__file__).parent / "tuned"  # tables measured on real GPUs by us, one JSON file per GPU
@@ -39,8 +39,17 @@ def median_microseconds(run):
     return 1000 * triton.testing.do_bench(run, warmup=10, rep=40, quantiles=[0.5])
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of one operation at one size. Pairs, because candidates are dicts."""
+
+    config: dict  # the candidate to take
+    times: tuple = ()  # (candidate, microseconds) of every candidate that was timed, the default first
+    failed: tuple = ()  # (candidate, why) of those that raised
+
+
 class Autotuner:
-    """Remembers, per GPU, dtype and shape, which candidate of one operation is fastest.
+    """Remembers, per GPU, dtype and shape, which candidate of one operation is fastest, and how long each of them took.
 
     name: of the operation. candidates: at most about eight JSON-able dicts; the first is the safe default.
     kernels: the functions or modules whose source the measurements belong to; when it changes they are forgotten.
@@ -52,31 +61,38 @@ class Autotuner:
 
     A candidate that raises, or whose result differs from that of the first, is passed over: neither timed nor, if it is
     what a table says, taken. The table's is run once per process to see, except while a CUDA graph is being captured.
-    So is one during which an earlier process ended.
+    So is one during which an earlier process ended. Where the default wins and another candidate raised, no table is
+    written: the next process, perhaps with another Triton, tries again.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
         self.name, self.candidates, self.timer = name, list(candidates), timer
         self._kernels = kernels
-        self._chosen = {}
+        self._known = {}
 
-    def best(self, run, device, *, default=None, **key):
-        """The candidate for `key` (dtype, sizes ...) on `device`.
+    def best(self, run, device, **options):
+        """The candidate that `verdict`, which takes the same arguments, says to take."""
+        return self.verdict(run, device, **options).config
 
-        run(candidate) does the work, any number of times, and returns the result: a tensor or several. default: the
-        candidate to take where nothing may be measured, if a rule knows better than the first.
+    def verdict(self, run, device, *, candidates=None, default=None, **key):
+        """The `Verdict` for `key` (dtype, sizes ...) on `device`.
+
+        run(candidate) does the work, any number of times, and returns the result: a tensor or several. candidates: for
+        this key, instead of the tuner's. default: the candidate to take where nothing may be measured, if a rule knows
+        better than the first.
         """
-        known = (device, *key.values())
-        default = default or self.candidates[0]
+        candidates = candidates or self.candidates
+        default = default or candidates[0]
         if device.type != "cuda":
-            return default
-        if known not in self._chosen:
+            return Verdict(default)
+        known = (device, *key.values())
+        if known not in self._known:
             shape = " ".join(f"{k}={v}" for k, v in key.items())
-            found = self._find(run, device_name(device), shape, default)
+            found = self._find(run, device_name(device), shape, candidates, default)
             if capturing():
                 return found
-            self._chosen[known] = found
-        return self._chosen[known]
+            self._known[known] = found
+        return self._known[known]
 
     @functools.cached_property
     def section(self):
@@ -85,40 +101,48 @@ class Autotuner:
         version = getattr(triton, "__version__", "none")
         return f"{self.name}, triton {version}, source {hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
-    def _find(self, run, gpu, shape, default):
+    def _find(self, run, gpu, shape, candidates, default):
         for folder in (cache_folder() / "tuned", SHIPPED):
             entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
-            if entry.get("config") in self.candidates and (capturing() or self._is_right(run, entry["config"])):
-                return entry["config"]
+            config = entry.get("config")
+            if config in candidates and (capturing() or self._is_right(run, config, candidates[0])):
+                return Verdict(config, _pairs(entry.get("times")), _pairs(entry.get("failed")))
         if setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "off" or capturing():
             log.info("%s: %s is not tuned for %s; the default %s is used", gpu, self.name, shape, default)
-            return default
+            return Verdict(default)
         log.info("%s: tuning %s for %s, once", gpu, self.name, shape)
-        times = self._measure(run)
+        times, failed = self._measure(run, candidates)
         if not times:
             log.warning("%s: nothing could be timed for %s; the default %s is used", gpu, shape, default)
-            return default
-        best = min(times, key=times.get)
-        entry = {"config": self.candidates[best], "microseconds": round(times[best], 3), "measured": len(times)}
-        merge_table(table_path(cache_folder() / "tuned", gpu), self.section, shape, entry)
-        return self.candidates[best]
+            return Verdict(default, (), failed)
+        config, microseconds = min(times, key=lambda pair: pair[1])
+        if config == candidates[0] and failed:
+            log.warning("%s: %s takes its default for %s, in this process only: see above", gpu, self.name, shape)
+        else:
+            entry = {"config": config, "microseconds": microseconds, "times": times, "failed": failed}
+            merge_table(table_path(cache_folder() / "tuned", gpu), self.section, shape, entry)
+        return Verdict(config, times, failed)
 
-    def _measure(self, run):
-        """{index of the candidate: microseconds} of those that run and are right."""
-        expected = [t.clone() for t in _tensors(run(self.candidates[0]))]
-        times = {}
+    def _measure(self, run, candidates):
+        """(candidate, microseconds) of those that run and are right, (candidate, why) of those that raise."""
+        expected = [t.clone() for t in _tensors(run(candidates[0]))]
+        times, failed = [], []
         with torch.cuda.device_of(expected[0]):  # the timer's events are of the current device
-            for i, candidate in enumerate(self.candidates):
-                with self._passing_over(candidate), _noted(f"{self.section}, {candidate}"):
+            for candidate in candidates:
+                with self._passing_over(candidate, failed), self.trying(candidate):
                     if self._agrees(run(candidate), expected, candidate):
-                        times[i] = self.timer(functools.partial(run, candidate))
-        return times
+                        times.append((candidate, round(self.timer(functools.partial(run, candidate)), 3)))
+        return tuple(times), tuple(failed)
 
-    def _is_right(self, run, candidate):
-        if candidate == self.candidates[0]:
+    def trying(self, candidate):
+        """A context in which a candidate runs: if the process ends inside, it is passed over by every later one."""
+        return _noted(f"{self.section}, {candidate}")
+
+    def _is_right(self, run, candidate, default):
+        if candidate == default:
             return True
-        expected = [t.clone() for t in _tensors(run(self.candidates[0]))]
-        with self._passing_over(candidate):
+        expected = [t.clone() for t in _tensors(run(default))]
+        with self._passing_over(candidate, []):
             return self._agrees(run(candidate), expected, candidate)
         return False
 
@@ -129,14 +153,22 @@ class Autotuner:
         return agrees
 
     @contextlib.contextmanager
-    def _passing_over(self, candidate):
+    def _passing_over(self, candidate, failed):
         try:
             yield
-        except Exception as error:  # it may need more registers or shared memory than this GPU has
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            log.warning("%s: candidate %s does not run here: %s", self.name, candidate, reason)
+        except Exception as error:  # it may not compile, or need more registers or shared memory than this GPU has
+            failed.append((candidate, reason_of(error)))
+            log.warning("%s: candidate %s does not run here: %s", self.name, candidate, failed[-1][1])
             if device_is_lost():
                 raise
+
+
+def reason_of(error):
+    """One line of an exception, for logs and tables."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+_running = set()  # names of the notes that this process holds, which a process that called exec has forgotten
 
 
 @contextlib.contextmanager
@@ -144,18 +176,21 @@ def _noted(what):
     """Leaves a note while `what` runs, and refuses it where a process on this computer ended with such a note left.
 
     A kernel that hangs ends with its process only, and one that leaves the device in error ends it; either would stop
-    every later process at the same place. After a day it is tried again: the process may have been ended for another
-    reason.
+    every later process at the same place. A process that starts itself again by `exec` keeps its number: a note with
+    this number that this process does not know of is from before. After a day it is tried again: the process may have
+    been ended for another reason.
     """
     name = hashlib.sha256(f"{platform.node()}, {what}".encode()).hexdigest()[:16]
     folder = cache_folder() / "tuned"
     for note in folder.glob(f"{name}.*.running"):
-        if time.time() - note.stat().st_mtime < REMEMBERED and not _alive(int(note.name.split(".")[1])):
-            raise RuntimeError(f"a process ended while it ran; to try it again today, delete {note}")
+        with contextlib.suppress(FileNotFoundError):  # its process has just finished
+            if time.time() - note.stat().st_mtime < REMEMBERED and not _in_progress(note, name):
+                raise RuntimeError(f"a process ended while it ran; to try it again today, delete {note}")
     mine = folder / f"{name}.{os.getpid()}.running"
     with contextlib.suppress(OSError):  # a read-only folder
         folder.mkdir(parents=True, exist_ok=True)
-        mine.touch()
+        mine.write_text(_started(os.getpid()))
+    _running.add(name)
     keep = False
     try:
         yield
@@ -163,9 +198,32 @@ def _noted(what):
         keep = device_is_lost()
         raise
     finally:
+        _running.discard(name)
         with contextlib.suppress(OSError):
             if not keep:
                 mine.unlink()
+
+
+def _in_progress(note, name):
+    """Whether the process that left the note is still at it."""
+    process = int(note.name.split(".")[1])
+    if process == os.getpid():
+        return name in _running
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return note.read_text() == _started(process)  # else another process has got its number
+
+
+def _started(process):
+    """When a process was started, in the system's own unit; "" where the system does not tell."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def device_is_lost(device=None):
@@ -178,14 +236,8 @@ def device_is_lost(device=None):
     return False
 
 
-def _alive(process):
-    try:
-        os.kill(process, 0)  # asks, and sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _pairs(entries):
+    return tuple((candidate, value) for candidate, value in entries or ())
 
 
 def _tensors(result):
@@ -209,15 +261,13 @@ def table_path(folder, gpu):
 
 
 def read_table(path):
-    """{section: {shape: {"config", "microseconds", "measured"}}}; empty if the file is missing or no such table."""
+    """{section: {shape: {"config", "microseconds", "times", "failed"}}}; empty if there is no such table."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path) if path.exists() else {}
         if all(isinstance(entry, dict) for section in table.values() for entry in section.values()):
             return table
         reason = "an entry is not an object"
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, OSError) as error:
+    except (InputError, AttributeError, OSError) as error:
         reason = error
     log.warning("the tuned table %s is ignored: %s", path, reason)
     return {}

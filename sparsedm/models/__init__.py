@@ -3,18 +3,21 @@
 Every model is an nn.Module with
     forward(x, t, y=None) -> noise     x (B, C, H, W); t (B,) in units 0..999; y (B,) int64 labels or None
     config                             frozen dataclass, JSON through dataclasses.asdict; always has kind, image_size,
-                                       channels and num_classes (0 = unconditional; label num_classes = the null label)
+                                       channels, schedule (a name in `diffusion.SCHEDULES`) and num_classes
+                                       (0 = unconditional; label num_classes = the null label)
     sparse_layers                      regular expression on layer names: what `sparsify` masks unless told otherwise
     example_inputs(batch=1)            arguments for forward
 """
 
 import contextlib
 import json
+import warnings
 from dataclasses import fields, replace
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.models.ddpm import DDPM, DDPMConfig
 from sparsedm.models.ddpm import PRESETS as DDPM_PRESETS
 from sparsedm.models.dit import PRESETS as DIT_PRESETS
@@ -25,6 +28,7 @@ from sparsedm.models.uvit import PRESETS as UVIT_PRESETS
 from sparsedm.models.uvit import UViT, UViTConfig
 
 MODELS = {**UVIT_PRESETS, **DIT_PRESETS, **DDPM_PRESETS, **SLIMMABLE_PRESETS}
+MOST_LAYERS, MOST_NUMBER = 1000, 2**24  # in a configuration, against those that could never be built
 _KINDS = {
     "uvit": (UViTConfig, UViT),
     "dit": (DiTConfig, DiT),
@@ -33,7 +37,13 @@ _KINDS = {
 }
 
 
-def build_model(model, *, device=None, dtype=None, **overrides):
+def build_model(
+    model: str | dict | object,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides,
+) -> torch.nn.Module:
     """A network with fresh random weights, drawn from torch's global generator of the device.
 
     model: a name in MODELS, a configuration object, or a configuration as a dict (such as a checkpoint's JSON).
@@ -42,9 +52,27 @@ def build_model(model, *, device=None, dtype=None, **overrides):
     Raises: InputError for an unknown name or option, a value of the wrong type, or options that do not fit together.
     """
     config = model_config(model, **overrides)
-    with contextlib.nullcontext() if device is None else torch.device(device):
+    with _within_memory(), contextlib.nullcontext() if device is None else torch.device(device):
         network = _KINDS[config.kind][1](config)
     return network if dtype is None else network.to(dtype)
+
+
+@contextlib.contextmanager
+def _within_memory():
+    """Refuse a network as soon as its parameters are more than fit; the system would end the process instead."""
+    held = 0
+
+    def add(module, name, parameter):
+        nonlocal held
+        if parameter is not None and parameter.device.type == "cpu":
+            held += parameter.nbytes
+            check_memory(held, "the network")
+
+    hook = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def model_config(model, **overrides):
@@ -56,6 +84,8 @@ def model_config(model, **overrides):
             raise InputError(f"unknown model kind {kind!r}: one of {', '.join(_KINDS)}")
         config_class = _KINDS[kind][0]
         config = config_class(**_checked(config_class, options))
+        if "schedule" not in model and (note := schedule_note(config)):
+            warnings.warn(f"a file from before schedules were stored: {note}; import the original again", stacklevel=3)
     elif isinstance(model, tuple(config_class for config_class, _ in _KINDS.values())):
         config = model
     elif isinstance(model, str) and model in MODELS:
@@ -63,6 +93,14 @@ def model_config(model, **overrides):
     else:
         raise InputError(f"unknown model {model!r}: one of {', '.join(MODELS)}")
     return replace(config, **_checked(type(config), overrides))
+
+
+def schedule_note(config):
+    """A sentence where the network was published with another noise schedule than it has here, else None."""
+    for name, published in MODELS.items():
+        if published.schedule != config.schedule and replace(published, schedule=config.schedule) == config:
+            return f"schedule {config.schedule}: {name} was published with {published.schedule}"
+    return None
 
 
 def parse_overrides(texts):
@@ -77,7 +115,7 @@ def parse_overrides(texts):
             raise InputError(f"--set {text!r}: write name=value, for example --set image_size=16")
         try:
             overrides[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             overrides[name] = value
     return overrides
 
@@ -92,6 +130,10 @@ def _checked(config_class, options):
         if not _fits(value, types[name]):
             such_as = {bool: ", true or false", tuple: ", whole numbers such as [1,2]"}.get(types[name], "")
             raise InputError(f"model option {name}={value!r}: must be of type {types[name].__name__}{such_as}")
+        numbers = value if isinstance(value, tuple) else (value,) if type(value) in (int, float) else ()
+        most = MOST_LAYERS if name in ("depth", "blocks") else MOST_NUMBER
+        if len(numbers) > MOST_LAYERS or not all(-most <= number <= most for number in numbers):
+            raise InputError(f"model option {name} is out of bounds: at most {MOST_LAYERS} numbers, each up to {most}")
     return options
 
 

@@ -1,56 +1,26 @@
-"""`sparsedm import`: other people's checkpoints of our networks as self-describing .safetensors files.
+"""Other people's checkpoints of our networks, recognised and read (`sparsedm import`).
 
-    U-ViT       official .pth (github.com/baofff/U-ViT), also nnet_ema.pth
-    DiT         official .pt (github.com/facebookresearch/DiT), also a training checkpoint: its average is taken
+    U-ViT       official .pth (github.com/baofff/U-ViT), also SparseDM's, whose weights are dense until they are masked
+    DiT         official .pt (github.com/facebookresearch/DiT)
+    DDPM        official in PyTorch (github.com/pesser/pytorch_diffusion, github.com/ermongroup/ddim)
     DDPM, DiT   a diffusers folder of a UNet2DModel or DiTTransformer2DModel, or of a pipeline around one; also sharded
 
-What the network looks like is read from the shapes of its tensors, but for the number of heads and the image size of a
-model with text tokens, which they do not show: there the published networks are the guide, and --set corrects.
+A training checkpoint may hold several networks: the average of the weights is taken, and it is said. What the network
+looks like is read from the shapes of its tensors. They do not show the number of heads, the noise schedule, or the
+image size of a U-Net or of a model with text tokens: there the published networks are the guide, and --set corrects.
 Loading is safe: nothing that a file might hold is run.
 """
 
 import dataclasses
-import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
-from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
-from sparsedm.model_files import INDEX, fill, read_tensors
-from sparsedm.models import MODELS, build_model, dit_diffusers, model_config, parse_overrides
-from sparsedm.models import diffusers as ddpm_diffusers
-from sparsedm.train.checkpoint import save_model
-
-
-def add_arguments(parser):
-    parser.add_argument("source", metavar="FILE", help="a .pth, .pt, .bin or .safetensors file, or a diffusers folder")
-    parser.add_argument("--model", metavar="NAME", help="what it holds, if that is not recognised")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="correct what was recognised")
-    parser.add_argument("--out", metavar="FILE", help="the file to write (default: its name, as .safetensors, here)")
-
-
-def run_import(options):
-    source = Path(options.source)
-    out = Path(options.out or _name_of(source) + ".safetensors")
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {out}: must end in .safetensors")
-    if out.exists():
-        raise InputError(f"{out} exists already: name another file with --out")
-    found = read_foreign(source, options.model, parse_overrides(options.set))
-    save_model(out, found.model)
-    config = dataclasses.asdict(found.model.config)
-    parameters = sum(p.numel() for p in found.model.parameters())
-    print(f"{source}: {found.about}")
-    print("  " + ", ".join(f"{name}={value}" for name, value in config.items()))
-    print(f"  {parameters:,} parameters of {found.dtype}, schedule {type(schedule_of(found.model)).__name__}")
-    for note in found.notes:
-        print(f"  {note}")
-    print(f"written to {out}   next: sparsedm inspect {out} --pattern 2:4")
-
-
-def _name_of(source):
-    name = source.resolve().name
-    return name if source.is_dir() else Path(name.removesuffix(INDEX)).stem
+from sparsedm.files import read_json
+from sparsedm.model_files import INDEX, fill, one_network, read_tensors
+from sparsedm.models import MODELS, build_model, model_config, schedule_note
+from sparsedm.models.diffusers import config_from_diffusers, from_diffusers, rename_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +33,12 @@ class Found:
     notes: list
 
 
-def read_foreign(source, name=None, overrides=None):
+def read_foreign(source, name=None, overrides=None, weights="average"):
     """Build our network from somebody else's checkpoint.
 
     source: path. name: a model name, where the file is not to be recognised by itself. overrides: options of its
-    configuration that recognition got wrong. Returns Found, the model in eval mode and fp32.
+    configuration that recognition got wrong. weights: "raw" for those of the network where the file also holds their
+    average. Returns Found, the model in eval mode and fp32.
     Raises: InputError: unreadable, not recognised, or not fitting (missing and unexpected keys are listed).
     """
     source, overrides = Path(source), overrides or {}
@@ -76,24 +47,30 @@ def read_foreign(source, name=None, overrides=None):
     file, config, about, notes = source, None, None, []
     if source.is_dir():
         file, config, about, notes = _diffusers_folder(source)
-    tensors, header = read_tensors(file)
+    tensors, header = read_tensors(file, weights)
     if "sparsedm" in header:
         raise InputError(f"{file} is a file of this package already")
+    tensors, taken = one_network(tensors, weights)
+    said = [note["taken"] for note in (header, taken) if "taken" in note]
+    if "temb.dense.0.weight" in tensors:
+        tensors = _from_original_ddpm(tensors)
     if config is None and not name and _is_unet(tensors):
         raise InputError(
             f"{file} holds a UNet2DModel without its configuration: take its folder, or name it with --model"
         )
-    if config is not None and config.kind == "dit":
-        tensors = dit_diffusers.from_diffusers(tensors, config)
-    elif config is not None or _is_unet(tensors):
-        tensors = ddpm_diffusers.from_diffusers(tensors)
+    theirs = config is not None or _is_unet(tensors)
     if name:
         config, about = model_config(name), f"taken as {name}"
+    if theirs:
+        tensors = from_diffusers(tensors, config)
     elif config is None:
         config, about, notes = recognise(tensors, file, overrides)
     model = build_model(config, device="meta", **overrides)  # random weights would take as long as all the rest
     fill(model, tensors, file)
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()})
+    notes = [*said, *notes, *filter(None, [schedule_note(model.config)])]
+    if getattr(model.config, "qkv_bias", False):
+        notes.append("qkv has biases, as SparseDM's sparse networks do: their mask is not in the file, sparsify to 2:4")
     return Found(model.float().eval(), about, " and ".join(dtypes), notes)
 
 
@@ -101,68 +78,54 @@ _AS_OFFICIAL = (
     "computed as by the official code, where the published weights come from: diffusers has another epsilon and other "
     "time frequencies, which weights trained there would need"
 )
-_DIFFUSERS = {  # class there: (how to read its configuration, notes)
-    "UNet2DModel": (ddpm_diffusers.config_from_diffusers, []),
-    "DiTTransformer2DModel": (dit_diffusers.config_from_diffusers, [_AS_OFFICIAL]),
-    "Transformer2DModel": (dit_diffusers.config_from_diffusers, [_AS_OFFICIAL]),  # its name until 2024
-}
 
 
 def _diffusers_folder(folder):
     """(weights' file, configuration, what they are, notes) of a diffusers model folder or pipeline folder."""
     inner = next((folder / part for part in ("unet", "transformer") if (folder / part).is_dir()), folder)
     try:
-        options = json.loads((inner / "config.json").read_text(encoding="utf-8"))
-        kind = options.get("_class_name", "UNet2DModel")
-    except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{inner / 'config.json'} is missing or damaged ({reason}): no diffusers folder") from error
-    if kind not in list(_DIFFUSERS):
-        raise InputError(
-            f"{inner} holds a {kind}, and only {' and '.join(list(_DIFFUSERS)[:2])} have a counterpart here: "
-            "sparsify the diffusers model itself"
-        )
-    names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
-    names.append("diffusion_pytorch_model.bin")
+        options = read_json(inner / "config.json")
+        kind = options.get("_class_name", "model")
+    except (InputError, AttributeError) as error:
+        raise InputError(f"{inner} is no diffusers folder: {error}") from error
+    config = config_from_diffusers(options)
+    stem = "diffusion_pytorch_model"
+    names = [f"{stem}{kind}.safetensors{index}" for kind in ("", ".fp16") for index in ("", INDEX)] + [f"{stem}.bin"]
     file = next((inner / name for name in names if (inner / name).exists()), None)
     if file is None:
         raise InputError(f"{inner} holds none of {', '.join(names)}")
-    read, notes = _DIFFUSERS[kind]
-    return file, read(options), f"a {kind} of diffusers {options.get('_diffusers_version', '')}", notes
+    notes = [_AS_OFFICIAL] if config.kind == "dit" else []
+    return file, config, f"a {kind} of diffusers {options.get('_diffusers_version', '')}", notes
 
 
 # ---- what the shapes say ---------------------------------------------------------------------------------------------
 
 
 def recognise(tensors, file, overrides):
-    """(configuration, what it is, notes) of a U-ViT or DiT state dict. Raises: InputError if it is neither."""
-    read = {"patch_embed.proj.weight": _uvit, "x_embedder.proj.weight": _dit}
-    key = next((key for key in read if key in tensors), None)
+    """(configuration, what it is, notes) of a state dict. Raises: InputError if it is none of ours, or ambiguous."""
+    key = next((key for key in _READERS if key in tensors), None)
     if key is None:
         first = ", ".join(list(tensors)[:4])
         raise InputError(
-            f"{file} is not recognised: neither U-ViT, DiT nor UNet2DModel has keys such as {first}; name the model "
-            "with --model, and take a diffusers folder instead of the file inside"
+            f"{file} is not recognised: neither U-ViT, DiT, DDPM nor UNet2DModel has keys such as {first}; name the "
+            "model with --model, and take a diffusers folder instead of the file inside"
         )
+    family, read = _READERS[key]
     try:
-        shown, hidden = read[key](tensors, overrides)
+        shown, hidden = read(tensors, overrides)
     except KeyError as error:
-        raise InputError(f"{file} looks like {_family(key)} but lacks {error.args[0]}") from None
-    alike = [
-        (name, config)
-        for name, config in MODELS.items()
-        if config.kind == shown["kind"] and all(getattr(config, option) == value for option, value in shown.items())
-    ]
-    if alike:
-        return alike[0][1], f"the weights of {alike[0][0]}", []
+        raise InputError(f"{file} looks like {family} but lacks {error.args[0]}") from None
+    # SparseDM's networks are the published ones, and their layers have a bias whatever is asked for
+    extra = {"qkv_bias": True} if shown.get("qkv_bias") else {}
+    for name, config in MODELS.items():
+        if config.kind == shown["kind"] and all(getattr(config, n) == v for n, v in shown.items() if n not in extra):
+            return replace(config, **extra), f"the weights of {name}", []
+    if "dim" in shown and "heads" not in overrides:
+        hidden["heads"] = _heads(shown, file)
     assumed = ", ".join(f"{name}={value}" for name, value in hidden.items() if name not in overrides)
     notes = [f"the file does not show {assumed}: an assumption, which --set can change"] if assumed else []
     config = model_config(shown | hidden | overrides)
-    return config, f"a {_family(key)} that is none of the published ones", notes
-
-
-def _family(key):
-    return "U-ViT" if key.startswith("patch") else "DiT"
+    return config, f"a {family} that is none of the published ones", notes
 
 
 def _is_unet(tensors):
@@ -176,9 +139,17 @@ def _shape(tensors, name, axes):
     return shape
 
 
-def _heads(dim):
-    """Of 64 numbers each, as in most published networks, or somewhat more."""
-    return next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)
+def _heads(shown, file):
+    """The heads of the published networks of this width and depth, which is all that a file shows."""
+    sizes = [
+        c for c in MODELS.values() if c.kind == shown["kind"] and (c.dim, c.depth) == (shown["dim"], shown["depth"])
+    ]
+    if not sizes:
+        raise InputError(
+            f"{file} does not show the number of heads, and no published network has width {shown['dim']} and depth "
+            f"{shown['depth']}: say it with --set heads=..."
+        )
+    return sizes[0].heads
 
 
 def _side(tensors, patch, extra_tokens=0):
@@ -204,7 +175,7 @@ def _labels(tensors, table, overrides):
 def _uvit(tensors, overrides):
     dim, channels, patch, _ = _shape(tensors, "patch_embed.proj.weight", 4)
     labels, null_label = _labels(tensors, "label_emb.weight", overrides)
-    hidden = {"heads": _heads(dim)} | null_label
+    hidden = dict(null_label)
     tokens, context = 0, {}
     if "context_embed.weight" in tensors:
         given = overrides.get("context_tokens")
@@ -220,7 +191,10 @@ def _uvit(tensors, overrides):
         "depth": 2 * _count(tensors, "in_blocks"),
         "mlp_ratio": _shape(tensors, "mid_block.mlp.fc1.weight", 2)[0] // dim,
         "final_conv": "final_layer.weight" in tensors,
+        "mlp_time_embed": "time_embed.0.weight" in tensors,
+        "qkv_bias": "mid_block.attn.qkv.bias" in tensors,
     }
+    hidden["schedule"] = "scaled-linear" if tokens or not shown["final_conv"] else "vp-sde"
     return shown | labels | context, hidden
 
 
@@ -238,7 +212,58 @@ def _dit(tensors, overrides):
         "mlp_ratio": _shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0] // dim,
         "learn_sigma": outputs == 2 * channels,
     }
-    return shown | labels, {"heads": _heads(dim)} | null_label
+    return shown | labels, null_label
+
+
+def _ddpm(tensors, overrides):
+    width, channels = _shape(tensors, "conv_in.weight", 4)[:2]
+    levels = range(_count(tensors, "down"))
+    attend = [i for i in levels if f"down.{i}.attns.0.qkv.weight" in tensors]
+    size = overrides.get("image_size")
+    if type(size) is not int:
+        if not attend:
+            raise InputError("the U-Net attends at no resolution, so it shows no image size: --set image_size=...")
+        size = 16 << attend[0]
+    labels, null_label = _labels(tensors, "label_embed.weight", overrides)
+    shown = {
+        "kind": "ddpm",
+        "image_size": size,
+        "channels": channels,
+        "width": width,
+        "multipliers": tuple(_shape(tensors, f"down.{i}.blocks.0.conv1.weight", 4)[0] // width for i in levels),
+        "blocks": len({name.split(".")[3] for name in tensors if name.startswith("down.0.blocks.")}),
+        "attention": tuple(size >> i for i in attend),
+    }
+    return shown | labels, {"image_size": size, "groups": 32, "dropout": 0.0} | null_label
+
+
+_READERS = {
+    "patch_embed.proj.weight": ("U-ViT", _uvit),
+    "x_embedder.proj.weight": ("DiT", _dit),
+    "time_embed.fc1.weight": ("DDPM", _ddpm),
+}
+_ORIGINAL_DDPM = {
+    "temb.dense.0": "time_embed.fc1",
+    "temb.dense.1": "time_embed.fc2",
+    "block": "blocks",
+    "attn": "attns",
+    "block_1": "blocks.0",
+    "attn_1": "attns.0",
+    "block_2": "blocks.1",
+    "temb_proj": "time_proj",
+    "nin_shortcut": "shortcut",
+    "proj_out": "proj",
+}
+
+
+def _from_original_ddpm(state):
+    """DDPM's names in PyTorch -> ours. `up` counts from the highest resolution there; attention has 1x1 convs."""
+    lowest = _count(state, "up") - 1
+    ups = {f"up.{i}.": f"up.{lowest - i}." for i in range(lowest + 1)}
+    state = {ups.get(name[:5], name[:5]) + name[5:]: value for name, value in state.items()}
+    state = rename_state(state, _ORIGINAL_DDPM)
+    flat = [name for name in state if name.endswith((".qkv.weight", ".proj.weight")) and state[name].ndim == 4]
+    return state | {name: state[name].flatten(1) for name in flat}
 
 
 def _count(tensors, blocks):

@@ -6,7 +6,7 @@ attention:  y = x + proj(attention(qkv(norm(x)))), one head, over the pixels
 levels:     each halves the resolution going down and doubles it going up, where every block also sees the matching
             output of the way down, last in first out
 
-The network is the one of the public checkpoint google/ddpm-cifar10-32, whose weights `ddpm_diffusers.py` converts.
+The network is the one of the public checkpoint google/ddpm-cifar10-32, whose weights `diffusers.py` converts.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import check_shapes, example_inputs
+from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DDPMConfig:
 
     Level i works at resolution image_size / 2**i with width * multipliers[i] channels and `blocks` residual blocks on
     the way down, one more on the way up. attention: the resolutions whose blocks are followed by attention; the middle
-    always has it. groups: of every GroupNorm. num_classes and null_label as in the U-ViT configuration.
+    always has it. groups: of every GroupNorm. num_classes, null_label and schedule as in the U-ViT configuration.
     """
 
     kind: str = "ddpm"
@@ -43,8 +43,10 @@ class DDPMConfig:
     dropout: float = 0.1
     num_classes: int = 0
     null_label: bool = True
+    schedule: str = "ddpm"
 
     def __post_init__(self):
+        check_schedule("DDPM", self)
         for name in ("image_size", "channels", "width", "blocks", "groups", "num_classes"):
             least = 0 if name == "num_classes" else 1
             if getattr(self, name) < least:

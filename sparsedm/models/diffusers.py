@@ -1,131 +1,51 @@
-"""The DDPM U-Net under the names of the `diffusers` library's UNet2DModel, both ways: weights and configuration.
+"""Our DDPM U-Net and our DiT under the names of the `diffusers` library, both ways: weights and configuration.
 
-    model = build_model(config_from_diffusers(json.load(open("config.json"))))
-    model.load_state_dict(from_diffusers(safetensors.torch.load_file("diffusion_pytorch_model.safetensors")))
+    config = config_from_diffusers(json.load(open("config.json")))
+    model = build_model(config)
+    model.load_state_dict(from_diffusers(safetensors.torch.load_file("diffusion_pytorch_model.safetensors"), config))
 
-and back: UNet2DModel(**config_to_diffusers(model.config)).load_state_dict(to_diffusers(model.state_dict())).
+and back: UNet2DModel(**config_to_diffusers(config)).load_state_dict(to_diffusers(model.state_dict(), config)).
+
+What differs between the two networks is a row of `FORMATS`. diffusers publishes the official weights of DiT, but its
+network computes otherwise: the epsilon of norm2 is 1e-5 there, unless its configuration says more, and 1e-6 officially;
+the time frequencies go down to 1e-4 there, and officially not quite. Ours are the official ones.
 """
 
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from sparsedm.errors import InputError
 from sparsedm.models.ddpm import DDPMConfig
-
-# ours -> theirs, part by part of the dotted name; our qkv is three layers there
-_NAMES = {
-    "down": "down_blocks",
-    "mid": "mid_block",
-    "up": "up_blocks",
-    "blocks": "resnets",
-    "attns": "attentions",
-    "time_proj": "time_emb_proj",
-    "shortcut": "conv_shortcut",
-    "downsample": "downsamplers.0",
-    "upsample": "upsamplers.0",
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj": "to_out.0",
-    "norm_out": "conv_norm_out",
-    "time_embed": "time_embedding",
-    "fc1": "linear_1",
-    "fc2": "linear_2",
-    "label_embed": "class_embedding",
-}
-_INVERSE_NAMES = {theirs: ours for ours, theirs in _NAMES.items()} | {
-    "query": "q",  # the last four are the names in checkpoints from before 2023, such as google/ddpm-cifar10-32
-    "key": "k",
-    "value": "v",
-    "proj_attn": "proj",
-}
-
-# the options of UNet2DModel about which our network has no choice
-_FIXED = {
-    "act_fn": "silu",
-    "add_attention": True,
-    "attention_head_dim": None,
-    "attn_norm_num_groups": None,
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "downsample_padding": 0,
-    "downsample_type": "conv",
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2D",
-    "norm_eps": 1e-6,
-    "num_train_timesteps": None,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "upsample_type": "conv",
-}
-# what leaving an option out means there, where that is not the value above
-_LEFT_OUT = {
-    "out_channels": 3,
-    "attention_head_dim": 8,
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "norm_eps": 1e-5,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "dropout": 0.0,
-    "num_class_embeds": None,
-}
+from sparsedm.models.dit import DiTConfig, position_embedding
 
 
-def _rename(key, names):
-    parts = "|".join(map(re.escape, names))
-    return re.sub(rf"(?<![^.])({parts})(?![^.])", lambda match: names[match[1]], key)
+class Format(NamedTuple):
+    """How diffusers writes down one kind of network.
 
-
-def to_diffusers(state):
-    """A DDPM state dict -> one for UNet2DModel. The tensors are shared, except that q, k and v are new.
-
-    The weights go as they are in `state`: for a sparse model put the masked ones in first.
-    Raises: InputError for a frozen mask, which UNet2DModel has no place for.
+    names: ours -> theirs, for parts of dotted names; N is the number of any block, and where only theirs has one, each
+    block holds a copy. old_names: theirs -> ours, in older checkpoints. fixed: the options about which our network has
+    no choice. left_out: what leaving an option out means there, where that is not the value in `fixed`. types: of the
+    options that our configuration is made of. ignored: options without effect. computed: tensors of ours that have no
+    place there, by name, as functions of the configuration.
     """
-    renamed = {}
-    for key, value in state.items():
-        if key.endswith(".mask"):
-            raise InputError(f"{key} is a frozen mask, which diffusers cannot hold: multiply it into the weight")
-        if ".qkv." in key:
-            for letter, part in zip("qkv", value.chunk(3)):
-                renamed[_rename(key.replace(".qkv.", f".{letter}."), _NAMES)] = part.clone()
-        else:
-            renamed[_rename(key, _NAMES)] = value
-    return renamed
+
+    to_options: Callable
+    to_config: Callable
+    names: dict
+    old_names: dict
+    fixed: dict
+    left_out: dict
+    types: dict
+    ignored: frozenset = frozenset()
+    computed: dict = {}
 
 
-def from_diffusers(state):
-    """A UNet2DModel state dict, with today's or the old attention names -> one for DDPM. The inverse of `to_diffusers`.
-
-    Keys that no DDPM has stay in it, so that `load_state_dict` lists them.
-    Raises: InputError if an attention has only some of its q, k and v.
-    """
-    state = {_rename(key, _INVERSE_NAMES): value for key, value in state.items()}
-    renamed = {}
-    for key, value in state.items():
-        match = re.fullmatch(r"(.*\.)[qkv](\.\w+)", key)
-        if match:
-            parts = [match[1] + letter + match[2] for letter in "qkv"]
-            missing = [part for part in parts if part not in state]
-            if missing:
-                raise InputError(f"the diffusers state dict has {key} but not {' and '.join(missing)}")
-            renamed[f"{match[1]}qkv{match[2]}"] = torch.cat([state[part] for part in parts])
-        else:
-            renamed[key] = value
-    return renamed
-
-
-def config_to_diffusers(config):
-    """DDPMConfig -> the arguments of UNet2DModel, as a dict that JSON can hold."""
+def _ddpm_options(config):
     attend = ["Attn" if resolution in config.attention else "" for resolution in config.resolutions]
-    return _FIXED | {
+    return FORMATS["ddpm"].fixed | {
         "sample_size": config.image_size,
         "in_channels": config.channels,
         "out_channels": config.channels,
@@ -139,19 +59,9 @@ def config_to_diffusers(config):
     }
 
 
-def config_from_diffusers(options):
-    """The config.json of a UNet2DModel, as a dict -> DDPMConfig. All its labels count as real classes (no null label).
-
-    Raises: InputError if an option is missing, unknown, or asks for a network that DDPM is not.
-    """
-    options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-    options = _LEFT_OUT | {name: value for name, value in options.items() if not name.startswith("_")}
-    lists = ("block_out_channels", "down_block_types", "up_block_types")
-    for name, kind in [("sample_size", int), ("in_channels", int)] + [(name, list) for name in lists]:
-        if not isinstance(options.get(name), kind) or not options[name]:
-            raise InputError(f"diffusers option {name}={options.get(name)!r}: must be a non-zero {kind.__name__}")
+def _ddpm_config(options):
     size, channels = options["sample_size"], options["block_out_channels"]
-    config = DDPMConfig(
+    return DDPMConfig(
         image_size=size,
         channels=options["in_channels"],
         width=channels[0],
@@ -163,10 +73,239 @@ def config_from_diffusers(options):
         num_classes=options["num_class_embeds"] or 0,
         null_label=not options["num_class_embeds"],
     )
-    ours = config_to_diffusers(config)
-    for name, value in options.items():
-        if name not in ours:
-            raise InputError(f"diffusers option {name}={value!r}: DDPM knows no such option")
-        if value != ours[name]:
-            raise InputError(f"diffusers option {name}={value!r}: DDPM would need {ours[name]!r}")
+
+
+def _dit_options(config):
+    if not (config.num_classes and config.null_label):
+        raise InputError("the network has no null label, and DiTTransformer2DModel always has one")
+    if config.mlp_ratio != 4:
+        raise InputError(f"mlp_ratio={config.mlp_ratio}: DiTTransformer2DModel always has 4")
+    return {
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.dim // config.heads,
+        "in_channels": config.channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "sample_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_embeds_ada_norm": config.num_classes,
+        "norm_eps": 1e-6,
+    }
+
+
+def _dit_config(options):
+    channels, outputs = options["in_channels"], options["out_channels"] or options["in_channels"]
+    if outputs not in (channels, 2 * channels):
+        raise InputError(f"diffusers option out_channels={outputs!r}: DiT has in_channels={channels} or twice as many")
+    options["out_channels"] = outputs
+    return DiTConfig(
+        image_size=options["sample_size"],
+        channels=channels,
+        patch_size=options["patch_size"],
+        dim=options["num_attention_heads"] * options["attention_head_dim"],
+        depth=options["num_layers"],
+        heads=options["num_attention_heads"],
+        num_classes=options["num_embeds_ada_norm"],
+        learn_sigma=outputs == 2 * channels,
+    )
+
+
+def _pairs(text):
+    return dict(pair.split(":") for pair in text.split())
+
+
+_DIT_SIZES = {  # and their defaults there
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+FORMATS = {  # by our kind
+    "ddpm": Format(
+        _ddpm_options,
+        _ddpm_config,
+        names=_pairs(
+            "down:down_blocks mid:mid_block up:up_blocks blocks:resnets attns:attentions time_proj:time_emb_proj "
+            "shortcut:conv_shortcut downsample:downsamplers.0 upsample:upsamplers.0 norm:group_norm "
+            "norm_out:conv_norm_out q:to_q k:to_k v:to_v proj:to_out.0 time_embed:time_embedding fc1:linear_1 "
+            "fc2:linear_2 label_embed:class_embedding"
+        ),
+        old_names=_pairs("query:q key:k value:v proj_attn:proj"),  # before 2023: google/ddpm-cifar10-32
+        fixed={
+            "act_fn": "silu",
+            "add_attention": True,
+            "attention_head_dim": None,
+            "attn_norm_num_groups": None,
+            "center_input_sample": False,
+            "class_embed_type": None,
+            "downsample_padding": 0,
+            "downsample_type": "conv",
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "mid_block_scale_factor": 1,
+            "mid_block_type": "UNetMidBlock2D",
+            "norm_eps": 1e-6,
+            "num_train_timesteps": None,
+            "resnet_time_scale_shift": "default",
+            "time_embedding_dim": None,
+            "time_embedding_type": "positional",
+            "upsample_type": "conv",
+        },
+        left_out={
+            "out_channels": 3,
+            "attention_head_dim": 8,
+            "downsample_padding": 1,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "norm_eps": 1e-5,
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "dropout": 0.0,
+            "num_class_embeds": None,
+        },
+        types=dict.fromkeys(("sample_size", "in_channels", "layers_per_block", "norm_num_groups"), int)
+        | dict.fromkeys(("block_out_channels", "down_block_types", "up_block_types"), list),
+    ),
+    "dit": Format(
+        _dit_options,
+        _dit_config,
+        names=_pairs(
+            "x_embedder:pos_embed blocks:transformer_blocks adaLN_modulation.1:norm1.linear attn.q:attn1.to_q "
+            "attn.k:attn1.to_k attn.v:attn1.to_v attn.proj:attn1.to_out.0 mlp.fc1:ff.net.0.proj mlp.fc2:ff.net.2 "
+            "final_layer.adaLN_modulation.1:proj_out_1 final_layer.linear:proj_out_2 "
+            "t_embedder.mlp.0:transformer_blocks.N.norm1.emb.timestep_embedder.linear_1 "
+            "t_embedder.mlp.2:transformer_blocks.N.norm1.emb.timestep_embedder.linear_2 "
+            "y_embedder:transformer_blocks.N.norm1.emb.class_embedder"
+        ),
+        old_names={},
+        fixed={
+            "activation_fn": "gelu-approximate",
+            "attention_bias": True,
+            "attention_type": "default",
+            "dropout": 0.0,
+            "norm_elementwise_affine": False,
+            "norm_type": "ada_norm_zero",
+        },
+        left_out=_DIT_SIZES | {"out_channels": None},
+        types=dict.fromkeys(_DIT_SIZES, int),
+        ignored=frozenset({"norm_num_groups", "norm_eps", "upcast_attention"}),  # norm_eps: see the top of this file
+        computed={"pos_embed": lambda config: position_embedding(config.dim, config.image_size // config.patch_size)},
+    ),
+}
+CLASSES = {"UNet2DModel": "ddpm", "DiTTransformer2DModel": "dit", "Transformer2DModel": "dit"}  # the last until 2024
+
+
+def config_to_diffusers(config):
+    """DDPMConfig or DiTConfig -> the arguments of UNet2DModel or DiTTransformer2DModel, as a dict that JSON can hold.
+
+    Raises: InputError for a network that the class there cannot be.
+    """
+    return _format(config).to_options(config)
+
+
+def config_from_diffusers(options):
+    """The config.json of a UNet2DModel, DiTTransformer2DModel or Transformer2DModel, as a dict -> our configuration.
+
+    All labels of a U-Net count as real classes (no null label).
+    Raises: InputError if an option is missing, unknown, or asks for a network that ours is not.
+    """
+    name = options.get("_class_name", "UNet2DModel" if "block_out_channels" in options else "DiTTransformer2DModel")
+    if name not in list(CLASSES):
+        raise InputError(
+            f"a diffusers folder of a {name}, and only UNet2DModel and DiTTransformer2DModel have a counterpart here: "
+            "sparsify the diffusers model itself"
+        )
+    kind = CLASSES[name]
+    form, ours = FORMATS[kind], {"ddpm": "DDPM", "dit": "DiT"}[kind]
+    left_out = form.left_out | ({"norm_type": "layer_norm"} if name == "Transformer2DModel" else {})
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    options = left_out | {key: value for key, value in options.items() if not key.startswith("_")}
+    for key, wanted in form.types.items():
+        value = options.get(key)
+        if type(value) is not wanted or not value or (wanted is int and value < 1):
+            rule = "a positive integer" if wanted is int else "a list that is not empty"
+            raise InputError(f"diffusers option {key}={value!r}: must be {rule}")
+    config = form.to_config(options)
+    expected = form.fixed | form.to_options(config)
+    for key, value in options.items():
+        # Transformer2DModel writes down everything that it was not asked to be
+        if key not in expected and key not in form.ignored and value not in (None, False):
+            raise InputError(f"diffusers option {key}={value!r}: {ours} knows no such option")
+        if key in expected and key not in form.ignored and value != expected[key]:
+            raise InputError(f"diffusers option {key}={value!r}: {ours} would need {expected[key]!r}")
     return config
+
+
+def _format(config):
+    return FORMATS["dit" if config.kind == "dit" else "ddpm"]  # a slimmable network is a DDPM
+
+
+def _rename(key, names):
+    """`key` with the dotted parts that `names` lists renamed, longer ones first. N in a name stands for any number."""
+    parts = "|".join(re.escape(part).replace(r"\.N\.", r"\.\d+\.") for part in sorted(names, key=len, reverse=True))
+
+    def other(match):
+        part = match[1]
+        return names[part] if part in names else names[re.sub(r"\.\d+\.", ".N.", part, count=1)]
+
+    return re.sub(rf"(?<![^.])({parts})(?![^.])", other, key)
+
+
+def to_diffusers(state, config):
+    """A state dict of ours -> one for the class there. The tensors are shared, except that q, k and v are new.
+
+    The weights go as they are in `state`: for a sparse model put the masked ones in first.
+    Raises: InputError for a frozen mask, or a network that the class there cannot be.
+    """
+    form = _format(config)
+    form.to_options(config)
+    blocks = sorted({key.split(".")[1] for key in state if key.startswith("blocks.")}, key=int)
+    renamed = {}
+    for key, value in state.items():
+        if key.endswith(".mask"):
+            raise InputError(f"{key} is a frozen mask, which diffusers cannot hold: multiply it into the weight")
+        if key in form.computed:
+            continue
+        parts = {key: value}
+        if ".qkv." in key:
+            parts = {key.replace(".qkv.", f".{letter}."): p.clone() for letter, p in zip("qkv", value.chunk(3))}
+        for name, part in parts.items():
+            other = _rename(name, form.names)
+            copies = [other.replace(".N.", f".{number}.") for number in blocks] if ".N." in other else [other]
+            renamed |= dict.fromkeys(copies, part)
+    return renamed
+
+
+def from_diffusers(state, config):
+    """A state dict of diffusers, with today's or the old attention names -> one for the network of `config`.
+
+    The inverse of `to_diffusers`. Keys that no network of ours has stay in it, so that `load_state_dict` lists them.
+    Raises: InputError if an attention has only some of its q, k and v, or if the copies of an embedder differ.
+    """
+    form = _format(config)
+    names = {theirs: ours for ours, theirs in form.names.items()} | form.old_names
+    return rename_state(state, names, {name: compute(config) for name, compute in form.computed.items()})
+
+
+def rename_state(state, names, computed=None):
+    """A state dict with the dotted parts that `names` lists renamed and each q, k, v joined to qkv. computed: added."""
+    split = dict(computed or {})
+    for key, value in state.items():
+        name = _rename(key, names)
+        if name in split and not torch.equal(split[name], value):
+            raise InputError(f"{key} differs from that of another block, and our network has one for all")
+        split[name] = value
+    renamed = {}
+    for key, value in split.items():
+        match = re.fullmatch(r"(.*\.)[qkv](\.\w+)", key)
+        if match:
+            parts = [match[1] + letter + match[2] for letter in "qkv"]
+            missing = [part for part in parts if part not in split]
+            if missing:
+                raise InputError(f"the state dict has {key} but not {' and '.join(missing)}")
+            value = torch.cat([split[part] for part in parts])
+        renamed[f"{match[1]}qkv{match[2]}" if match else key] = value
+    return renamed

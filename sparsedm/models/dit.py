@@ -11,6 +11,7 @@ of s - 1, and extrapolates only the first three of the four channels, "for exact
 formula, all of them.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.layers import Linear
-from sparsedm.models.inputs import check_shapes, example_inputs
+from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs
 from sparsedm.models.uvit import PatchEmbed, timestep_embedding
 
 _TIME_FREQUENCIES = 256
@@ -32,8 +33,8 @@ class DiTConfig:
 
     image_size and patch_size are in pixels of the input. num_classes counts the real classes, 0 = unconditional; with
     null_label the table has one row more, index num_classes, for "no class" in guidance. learn_sigma: the network has
-    twice the channels at its end, the second half for the variance, which the samplers here do not use: `forward`
-    leaves it out.
+    twice the channels at its end, the second half for the variance: `forward` gives it where it is asked for.
+    schedule: a name in `diffusion.SCHEDULES`.
     """
 
     kind: str = "dit"
@@ -47,8 +48,10 @@ class DiTConfig:
     num_classes: int = 1000
     null_label: bool = True
     learn_sigma: bool = True
+    schedule: str = "ddpm"
 
     def __post_init__(self):
+        check_schedule("DiT", self)
         for name in ("image_size", "channels", "patch_size", "dim", "depth", "heads", "mlp_ratio", "num_classes"):
             least = 0 if name == "num_classes" else 1
             if getattr(self, name) < least:
@@ -69,11 +72,17 @@ class DiTConfig:
 
 PRESETS = {
     "dit-tiny": DiTConfig(channels=3, patch_size=4, dim=128, depth=4, heads=4, num_classes=0, learn_sigma=False),
-    "dit-imagenet256-small": DiTConfig(dim=384, depth=12, heads=6),
-    "dit-imagenet256-base": DiTConfig(dim=768, depth=12, heads=12),
-    "dit-imagenet256-large": DiTConfig(dim=1024, depth=24, heads=16),
-    "dit-imagenet256-xlarge": DiTConfig(),
 }
+_SIZES = {  # table 1
+    "small": {"dim": 384, "depth": 12, "heads": 6},
+    "base": {"dim": 768, "depth": 12, "heads": 12},
+    "large": {"dim": 1024, "depth": 24, "heads": 16},
+    "xlarge": {"dim": 1152, "depth": 28, "heads": 16},
+}
+for _side, _patch, _size in itertools.product((256, 512), (2, 4, 8), _SIZES):  # "dit-imagenet256-small": patch 2
+    PRESETS[f"dit-imagenet{_side}-{_size}" + f"-patch{_patch}" * (_patch != 2)] = DiTConfig(
+        image_size=_side // 8, patch_size=_patch, **_SIZES[_size]
+    )
 
 
 def position_embedding(dim, side):
@@ -197,16 +206,20 @@ class DiT(nn.Module):
         for module in [*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
             nn.init.zeros_(module.weight)
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, y=None, variance=False):
         """The noise in x.
 
         x: images (B, channels, image_size, image_size), in the dtype of the weights (any float under autocast).
         t: timesteps (B,) in units 0..999, fractions allowed.
         y: class labels (B,) int64 in 0..num_classes; None means the null label. Only for class-conditional models.
+        variance: whether to return twice the channels, the second half for the variance, see `samplers.ddpm`.
         Returns: noise, shape of x.
-        Raises: InputError if a shape differs from the above or a label is missing or not asked for.
+        Raises: InputError if a shape differs from the above, a label is missing or not asked for, or the network has
+        no variance.
         """
         config = self.config
+        if variance and not config.learn_sigma:
+            raise InputError("this DiT has learnt no variance (learn_sigma=False)")
         if y is None and config.num_classes and config.null_label:
             y = torch.full(x.shape[:1], config.num_classes, device=x.device)
         check_shapes("DiT", config, x, t, y)
@@ -219,7 +232,7 @@ class DiT(nn.Module):
         x = self.final_layer(x, c)  # (B, patches, patch_size² * out_channels)
         side, patch = config.image_size // config.patch_size, config.patch_size
         x = rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, p1=patch, p2=patch)
-        return x[:, : config.channels]
+        return x if variance else x[:, : config.channels]
 
     def example_inputs(self, batch=1):
         """Deterministic (x, t, y) for `forward`, on the model's device and in its dtype."""

@@ -1,10 +1,18 @@
-"""What the networks have in common at their door: the shapes they take, and inputs to try them with."""
+"""What the networks have in common at their door: the options and shapes they take, and inputs to try them with."""
 
 import math
 
 import torch
+from torch.compiler import is_compiling
 
+from sparsedm.diffusion import SCHEDULES
 from sparsedm.errors import InputError
+
+
+def check_schedule(kind, config):
+    """Raise InputError unless the configuration names a noise schedule."""
+    if config.schedule not in SCHEDULES:
+        raise InputError(f"{kind} schedule={config.schedule!r}: must be one of {', '.join(SCHEDULES)}")
 
 
 def check_shapes(kind, config, x, t, y, **others):
@@ -12,6 +20,11 @@ def check_shapes(kind, config, x, t, y, **others):
 
     kind: for the message. others: name -> (tensor or None, its shape or None), None where the network takes nothing.
     """
+    # elsewhere looking at labels would wait for the device, and an embedding's own error names no rule
+    if y is not None and y.device.type == "cpu" and y.numel() and config.num_classes and not is_compiling():
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= config.label_rows:
+            raise InputError(f"{kind} labels from {low} to {high}: this model takes 0 to {config.label_rows - 1}")
     batch = x.shape[0]
     expected = {
         "x": (x, (batch, config.channels, config.image_size, config.image_size)),

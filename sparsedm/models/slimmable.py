@@ -13,13 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
+from sparsedm.diffusion import evaluating
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.layers import invalid_because
 from sparsedm.models.ddpm import DDPM, DDPMConfig
-from sparsedm.sparsify import masked_layers
+from sparsedm.sparsity import masked_layers
+
+
+def _divisible(width):
+    """The multiple of 8 nearest to a width, the larger one of two; at least 8, and at least 9/10 of the width."""
+    near = max(8, int(width + 4) // 8 * 8)
+    return near + 8 if near < 0.9 * width else near
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class SlimmableConfig(DDPMConfig):
     def at(self, k):
         """The configuration of the plain DDPM at width k/8."""
         shape = {field.name: getattr(self, field.name) for field in fields(DDPMConfig) if field.name != "kind"}
-        return DDPMConfig(**shape | {"width": self.width if k == 8 else max(8, 8 * round(self.width * k / 64))})
+        return DDPMConfig(**shape | {"width": self.width if k == 8 else _divisible(self.width * k / 8)})
 
 
 PRESETS = {
@@ -170,3 +178,28 @@ def _nearest_waves(run, axis, kept):
     """Of n frequencies 1e-4^(i / (n - 1)) those nearest to the `kept` ones that the narrow network has."""
     nearest = torch.linspace(0, run.shape[axis] - 1, kept, device=run.device).round().long()
     return run.index_select(axis, nearest)
+
+
+class WidestTeacher(nn.Module):
+    """A slimmable network at its full width, as it is now, for the transfer loss (arXiv 1903.05134, section 3.3).
+
+    For the images that the widest one itself was shown, the target is its own prediction and the loss is 0.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.others = (model,)  # in a tuple, so that it is no sub-module: a loop freezes the parameters of its teacher
+
+    def forward(self, x, t, y=None):
+        (model,) = self.others
+        with evaluating(model), model.at_width(8):
+            return model(x, t, y)
+
+
+def check_supernet(model, batch_size):
+    """Raise InputError for a network that trains one width only, or a batch that cannot be divided among its widths."""
+    passes = getattr(getattr(model, "config", None), "passes", 0)
+    if not passes:
+        raise InputError("a supernet is a slimmable network with passes of at least 2, and this one trains one width")
+    if batch_size < passes:
+        raise InputError(f"batch_size={batch_size} cannot be divided among {passes} widths")

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from sparsedm.diffusion import VPSDE
+from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import check_shapes, example_inputs, ramp
+from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs, ramp
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class UViTConfig:
     there is one middle block more. num_classes counts the real classes, 0 = unconditional. With null_label the label
     table has one row more, index num_classes, for "no class" in guidance: where the official ImageNet 256 configuration
     says 1001 classes, ours says 1000. context_tokens > 0 conditions on that many vectors of context_dim numbers.
-    velocity: the layers compute v, and the predicted noise is σ(t) x + α(t) v with the VP-SDE's α and σ (arXiv
-    2202.00512, appendix D). Errors at high noise then stay small, so that a short training shows something; the
-    published networks compute the noise itself.
+    mlp_time_embed: two layers on the time token; qkv_bias: no published U-ViT has one, SparseDM's sparse ones do.
+    schedule: a name in `diffusion.SCHEDULES`. velocity: the layers compute v, and the predicted noise is
+    σ(t) x + α(t) v with the schedule's α and σ (arXiv 2202.00512, appendix D). Errors at high noise then stay small, so
+    that a short training shows something; the published networks compute the noise itself.
     """
 
     kind: str = "uvit"
@@ -49,8 +50,12 @@ class UViTConfig:
     context_dim: int = 768
     final_conv: bool = True
     velocity: bool = False
+    mlp_time_embed: bool = False
+    qkv_bias: bool = False
+    schedule: str = "vp-sde"
 
     def __post_init__(self):
+        check_schedule("U-ViT", self)
         sizes = ("image_size", "channels", "patch_size", "dim", "heads", "mlp_ratio", "context_dim")
         for name in sizes + ("depth", "num_classes", "context_tokens"):
             least = 1 if name in sizes else 0
@@ -74,8 +79,10 @@ class UViTConfig:
 
 _MID = {"dim": 768, "depth": 16, "heads": 12}
 _LARGE = {"dim": 1024, "depth": 20, "heads": 16}
-_HUGE = {"dim": 1152, "depth": 28, "heads": 16}
-_LATENT = {"image_size": 32, "channels": 4}  # of 256x256 images, 8 times smaller and 4 channels deep
+_HUGE = {"dim": 1152, "depth": 28, "heads": 16, "final_conv": False, "schedule": "scaled-linear"}
+# latents of 256x256 and 512x512 images: 8 times smaller, 4 channels deep, as many tokens of both
+_LATENT = {"image_size": 32, "channels": 4}
+_LATENT512 = {"image_size": 64, "channels": 4, "patch_size": 4}
 _IMAGENET64 = {"image_size": 64, "patch_size": 4, "num_classes": 1000, "null_label": False}
 
 PRESETS = {
@@ -85,8 +92,11 @@ PRESETS = {
     "uvit-imagenet64-mid": UViTConfig(**_IMAGENET64, **_MID),
     "uvit-imagenet64-large": UViTConfig(**_IMAGENET64, **_LARGE),
     "uvit-imagenet256-large": UViTConfig(**_LATENT, **_LARGE, num_classes=1000),
-    "uvit-imagenet256-huge": UViTConfig(**_LATENT, **_HUGE, num_classes=1000, final_conv=False),
-    "uvit-coco-small": UViTConfig(**_LATENT, context_tokens=77),
+    "uvit-imagenet256-huge": UViTConfig(**_LATENT, **_HUGE, num_classes=1000),
+    "uvit-imagenet512-large": UViTConfig(**_LATENT512, **_LARGE, num_classes=1000),
+    "uvit-imagenet512-huge": UViTConfig(**_LATENT512, **_HUGE, num_classes=1000),
+    "uvit-coco-small": UViTConfig(**_LATENT, context_tokens=77, schedule="scaled-linear"),
+    "uvit-coco-small-deep": UViTConfig(**_LATENT, depth=16, context_tokens=77, schedule="scaled-linear"),
 }
 
 
@@ -94,7 +104,8 @@ def timestep_embedding(t, dim):
     """t (B,) -> (B, dim): [cos | sin] of t times dim/2 frequencies from 1 down to nearly 1e-4, in at least fp32."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     half = dim // 2
-    frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device, dtype=t.dtype))
+    # in this order, as officially: another one differs by 6e-5 at widths 768 and 1152
+    frequencies = torch.exp(-math.log(1e4) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
     angles = t[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -109,10 +120,10 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, bias):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
         self.proj = Linear(dim, dim)
 
     def forward(self, x, residual):
@@ -135,7 +146,7 @@ class Block(nn.Module):
     def __init__(self, config, skip=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim)
-        self.attn = Attention(config.dim, config.heads)
+        self.attn = Attention(config.dim, config.heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(config.dim)
         self.mlp = MLP(config.dim, config.mlp_ratio * config.dim)
         self.skip_linear = Linear(2 * config.dim, config.dim) if skip else None
@@ -158,6 +169,11 @@ class UViT(nn.Module):
         patches = (config.image_size // config.patch_size) ** 2
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Parameter(torch.empty(1, config.extra_tokens + patches, config.dim))
+        self.time_embed = nn.Identity()
+        if config.mlp_time_embed:
+            # the activation is the first layer's; its place in the official Sequential stays empty
+            wide = Linear(config.dim, 4 * config.dim, activation="silu")
+            self.time_embed = nn.Sequential(wide, nn.Identity(), Linear(4 * config.dim, config.dim))
         if config.num_classes:
             self.label_emb = nn.Embedding(config.label_rows, config.dim)
         if config.context_tokens:
@@ -193,7 +209,8 @@ class UViT(nn.Module):
             y = torch.full(x.shape[:1], config.num_classes, device=x.device)
         context_shape = (x.shape[0], config.context_tokens, config.context_dim) if config.context_tokens else None
         check_shapes("U-ViT", config, x, t, y, context=(context, context_shape))
-        tokens = [timestep_embedding(t, config.dim).to(self.pos_embed.dtype)[:, None], self.patch_embed(x)]
+        time = self.time_embed(timestep_embedding(t, config.dim).to(self.pos_embed.dtype))
+        tokens = [time[:, None], self.patch_embed(x)]
         if y is not None:
             tokens.insert(0, self.label_emb(y)[:, None])
         if context is not None:
@@ -214,8 +231,9 @@ class UViT(nn.Module):
         x = self.final_layer(x)
         if not config.velocity:
             return x
-        time = t.view(-1, 1, 1, 1) / 999
-        return (VPSDE().sigma(time) * noisy + VPSDE().alpha(time) * x).to(noisy.dtype)  # under autocast x is rougher
+        schedule = schedule_of(self)
+        time = schedule.time_of(t).view(-1, 1, 1, 1)
+        return (schedule.sigma(time) * noisy + schedule.alpha(time) * x).to(noisy.dtype)  # under autocast x is rougher
 
     def example_inputs(self, batch=1):
         """Deterministic (x, t, y) or (x, t, y, context) for `forward`, on the model's device and in its dtype."""

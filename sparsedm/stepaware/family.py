@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,14 @@ import torch
 from sparsedm import samplers
 from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
-from sparsedm.files import write_json
+from sparsedm.files import read_json, write_json
 from sparsedm.inspection import inspect
-from sparsedm.sparsify import compress, masked_layers
+from sparsedm.model_files import describe, load_model
+from sparsedm.models import build_model
+from sparsedm.sparsity import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
+_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule")  # younger than some strategies: at their default no part of a mark
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,29 @@ def family(name, networks, *, unit="MACs", batch=64):
     return Family(name, models, tuple(networks), tuple(costs), unit, marks)
 
 
+def family_of(run, unit="MACs", device="cpu"):
+    """The Family of a run folder: its stages, each at all its widths if it is slimmable, the costliest first.
+
+    Raises InputError for a run of one network.
+    """
+    run = Path(run)
+    networks, stages = {}, {}
+    for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
+        loaded = load_model(stage, build_model)
+        name = " + ".join(sorted(set(describe(loaded.model)["patterns"].values()))) or "dense"
+        name = f"{name} ({stage.name})" if name in stages else name
+        stages[name] = stage
+        slimmable = loaded.model.config.kind == "slimmable"
+        found = widths(loaded.model) if slimmable else {"": loaded.model}
+        networks |= {f"{name} {width}".strip(): network.to(device) for width, network in found.items()}
+    if len(networks) < 2:
+        raise InputError(f"{run} holds one network only: there is nothing to choose from")
+    found = family(run.parent.name if run.name == "family" else run.name, networks, unit=unit)
+    order = sorted(range(len(networks)), key=lambda i: -found.costs[i])
+    fields = ("networks", "names", "costs", "fingerprints")
+    return replace(found, **{field: tuple(getattr(found, field)[i] for i in order) for field in fields})
+
+
 def _as_run(network, device):
     return copy.deepcopy(network).bfloat16() if device.type == "cuda" else network
 
@@ -95,7 +121,10 @@ def fingerprint(network):
     """16 hexadecimal digits that change with the configuration, the patterns and the weights, wherever they lie."""
     patterns = {name: str(layer.pattern) for name, layer in masked_layers(network)}
     config = getattr(network, "config", None)
-    digest = hashlib.sha256(json.dumps([asdict(config) if is_dataclass(config) else config, patterns]).encode())
+    if is_dataclass(config):
+        values = [(f.name, getattr(config, f.name), f.default) for f in fields(config)]
+        config = {name: value for name, value, default in values if name not in _YOUNG or value != default}
+    digest = hashlib.sha256(json.dumps([config, patterns]).encode())
     for name, value in network.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -146,6 +175,8 @@ class Strategy:
         for name in ("networks", "indices", "fingerprints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         names, indices = self.networks, self.indices
+        if not all(isinstance(name, str) for name in (*names, *self.fingerprints)):
+            raise InputError("the names and fingerprints of a strategy's networks must be texts")
         if len(self.fingerprints) not in (0, len(names)):
             raise InputError(f"{len(self.fingerprints)} fingerprints were given for {len(names)} networks")
         if self.sampler not in samplers.SAMPLERS:
@@ -187,18 +218,16 @@ def _text(value):
 
 def load_strategy(file):
     """A Strategy from its JSON file. Raises InputError naming the file and what is wrong with it."""
+    kinds = {field.name: list if field.type is tuple else field.type for field in fields(Strategy)} | {"steps": int}
+    values = read_json(file, **kinds)
+    if unknown := values.keys() - kinds.keys():
+        raise InputError(f"{file} holds no strategy: {', '.join(unknown)} is no part of one")
     try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-        steps, knows_weights = values.pop("steps"), "fingerprints" in values
-        strategy = Strategy(**values)
+        strategy = Strategy(**{field.name: values[field.name] for field in fields(Strategy)})
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{file} is missing or holds no strategy: {error}") from error
-    if steps != strategy.steps:
-        raise InputError(f"{file} says {steps} steps and has {strategy.steps} indices")
-    if not knows_weights:
-        raise InputError(f"{file} was made by an older version, which did not say for which weights: search again")
+    if values["steps"] != strategy.steps:
+        raise InputError(f"{file} says {values['steps']} steps and has {strategy.steps} indices")
     return strategy
 
 

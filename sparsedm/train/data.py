@@ -8,8 +8,8 @@ no state.
     synthetic          shapes of sparsedm.train.synthetic; synthetic:32 for 32x32 instead of 12x12
     cifar10            downloaded
     folder, .zip       images in class folders (see sparsedm.train.image_files)
-    folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.cifar10)
-    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW); labels
+    folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.array_files)
+    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW); labels (array_files too)
 
 A source without a test split is split by a rule: 2% of the images but at least 64 (and at most half), drawn with a
 fixed seed, are "test", the rest is "train".
@@ -21,10 +21,8 @@ import hashlib
 import json
 import os
 import warnings
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -32,15 +30,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, cache_folder
-from sparsedm.train.cifar10 import cifar10_folder, download_cifar10, read_cifar10
-from sparsedm.train.image_files import MOST_BYTES, Parts, read_image_files, resized
+from sparsedm.files import atomic_file, cache_folder, parse_json
+from sparsedm.train.array_files import cifar10_folder, download_cifar10, read_cifar10, read_npz
+from sparsedm.train.image_files import CROPS, Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
 
 SPLITS = ("train", "test")
 SYNTHETIC = {"train": {"count": 20_000, "seed": 0}, "test": {"count": 4_000, "seed": 1}}
 HOLD_OUT_SEED = 240410445
-IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0"), ("labels", "y", "arr_1")  # in an .npz file
 KINDS = ("images", "labels")  # of tensor, in the cache
 END_BYTES = 1 << 20  # at each end of a file, part of its signature
 
@@ -68,14 +65,14 @@ class ImageSet:
         return dataclasses.replace(self, images=self.images.to(device), labels=labels)
 
 
-def load(source, split="train", *, size=None, limit=None, progress=True, cache=None):
+def load(source, split="train", *, size=None, crop="square", limit=None, progress=True, cache=None):
     """Load one split ("train" or "test") of `source` (see the top of this file) into an ImageSet on the CPU.
 
-    size: side in pixels; other images are cropped to a centred square and resized. limit: at most so many images,
-    evenly spaced through the split, so that all classes stay. cache: folder for downloads and decoded sets, default
-    `sparsedm.files.cache_folder()`; what it holds is used only while the source is unchanged (the size and times of
-    every file, the ends of a zip or tar.gz). InputError: a source that is missing, empty, damaged, or of mixed sizes
-    where no size is asked for.
+    size: side in pixels; other images are cropped to a centred square and resized. crop: see `read_image_files`. limit:
+    at most so many images, evenly spaced through the split, so that all classes stay. cache: folder for downloads and
+    decoded sets, default `sparsedm.files.cache_folder()`; what it holds is used only while the source is unchanged (the
+    size and times of every file, the ends of a zip or tar.gz). InputError: a source that is missing, empty, damaged, or
+    of mixed sizes where no size is asked for.
     """
     source, cache = str(source), Path(cache or cache_folder())
     if split not in SPLITS:
@@ -83,17 +80,38 @@ def load(source, split="train", *, size=None, limit=None, progress=True, cache=N
     for name, value in (("size", size), ("limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    if crop not in CROPS:
+        raise InputError(f"the crop {crop!r} must be one of {', '.join(CROPS)}")
     sizes = {}
     if source.partition(":")[0] == "synthetic":
         images, labels, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
     else:
-        parts = _read(source, split, size, progress, cache)
+        parts = _read(source, split, size, progress, cache, crop)
         images, labels = parts.splits.get(split) or _held_out(source, *parts.splits["all"], split)
         class_names, sizes = parts.class_names, parts.sizes
     if limit is not None and limit < len(images):
         chosen = torch.arange(limit) * len(images) // limit
         images, labels = images[chosen], None if labels is None else labels[chosen]
     return ImageSet(images, labels, class_names, source, sizes)
+
+
+def load_images(source, split, size, limit=None, crop="square"):
+    """Images of the size the network takes. Mixed sizes are refused; one other size is fitted, and it is said."""
+    found = load(source, split, size=size, limit=limit, crop=crop)
+    if len(found.sizes) > 1:
+        raise InputError(f"{source}: {different_sizes(found.sizes)}")
+    if found.sizes and (held := next(iter(found.sizes))) != f"{size}x{size}":
+        how = "cropped to squares"
+        if CROPS[crop] and held == "{}x{}".format(*CROPS[crop][0]):
+            how = "cut to 128x128 at (25, 57), as U-ViT and DDIM cut CelebA,"
+        print(f"the {split} images of {held} pixels are {how} and resized to {size}x{size}")
+    return found
+
+
+def check_source(source):
+    """Raise InputError, before anything is read, where `source` is none that `load` could read."""
+    if source != "cifar10" and source.partition(":")[0] != "synthetic" and not Path(source).expanduser().exists():
+        raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
 
 
 def batch(images, indices, *, flip_generator=None):
@@ -151,32 +169,32 @@ def _synthetic_size(source, size):
     return int(given)
 
 
-def _read(source, split, size, progress, cache):
+def _read(source, split, size, progress, cache, crop):
     """Parts of any source but the synthetic; from the cache only the needed split."""
     try:
+        check_source(source)
         path = download_cifar10(cache, progress=progress) if source == "cifar10" else Path(source).expanduser()
-        if not path.exists():
-            raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
         if path.suffix.lower() == ".npz":
-            return _resize(_read_npz(path), size, progress)
-        signature = _signature(path, size)
-        place = hashlib.sha256(f"{path.resolve()} {size}".encode()).hexdigest()[:16]
+            return _resize(read_npz(path), size, progress)
+        fitted = str(size) if crop == "square" else f"{size} {crop}"
+        signature = _signature(path, fitted)
+        place = hashlib.sha256(f"{path.resolve()} {fitted}".encode()).hexdigest()[:16]
         cached = cache / "decoded" / f"{path.name}-{place}.safetensors"
         parts = _from_cache(cached, signature, split)
         if parts is None:
-            parts = _decode(path, size, progress)
+            parts = _decode(path, size, progress, crop)
             _to_cache(cached, signature, parts)
         return parts
     except OSError as error:
         raise InputError(f"cannot read {error.filename or source}: {error.strerror or error}") from error
 
 
-def _decode(path, size, progress):
+def _decode(path, size, progress, crop):
     is_tar = path.name.lower().endswith((".tar.gz", ".tgz"))
     if cifar10 := cifar10_folder(path) if path.is_dir() else path if is_tar else None:
         return _resize(read_cifar10(cifar10, progress), size, progress)
     if path.is_dir() or path.suffix.lower() == ".zip":
-        return read_image_files(path, size, progress)
+        return read_image_files(path, size, progress, crop)
     raise InputError(f"data {path}: must be a folder, or end in .zip, .npz or .tar.gz")
 
 
@@ -191,46 +209,6 @@ def _resize(parts, size, progress):
     sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, _) in parts.splits.items()}
     splits = {name: (fit(images), labels) for name, (images, labels) in parts.splits.items()}
     return parts._replace(splits=splits, sizes=sizes)
-
-
-def _read_npz(path):
-    try:
-        with ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
-                raise InputError(f"{path} unpacks to more than {MOST_BYTES} bytes")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (BadZipFile, EOFError, MemoryError, ValueError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
-    images, labels = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS))
-    if len(images) != 1 or len(labels) > 1 or len(images + labels) < len(arrays):
-        rule = f"one of {', '.join(IMAGE_KEYS)} is needed, one of {', '.join(LABEL_KEYS)} may be there"
-        raise InputError(f"{path} holds the arrays {', '.join(arrays) or 'none'}: {rule}")
-    images, labels = _as_images(path, arrays[images[0]]), arrays[labels[0]] if labels else None
-    if labels is None:
-        return Parts({"all": (images, None)})
-    one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not one_each or labels.min() < 0 or labels.max() > 65535:
-        raise InputError(f"{path}: labels must be {len(images)} integers from 0 to 65535, one for each image")
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return Parts({"all": (images, labels)}, tuple(map(str, range(labels.max() + 1))))
-
-
-def _as_images(path, array):
-    """Tensor uint8 (n, 1 or 3, h, w), or float32 (n, c, h, w) latents."""
-    if array.ndim != 4 or not array.size:
-        raise InputError(f"{path}: images of shape {array.shape} must be (n, h, w, c) or (n, c, h, w)")
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise InputError(f"{path}: the latents hold NaN or infinity")
-        return torch.from_numpy(np.ascontiguousarray(array, np.float32))
-    last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
-    if array.dtype != np.uint8 or last == first:
-        rule = "uint8 with 1 or 3 channels on the second or the last axis (or floating-point latents)"
-        raise InputError(f"{path}: images of {array.dtype} {array.shape} must be {rule}")
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array))
 
 
 def _signature(path, size):
@@ -263,8 +241,9 @@ def _from_cache(cached, signature, split):
                 for name in (split, "all")
                 if f"{name}.images" in keys
             }
-            return Parts(splits, tuple(json.loads(facts["class_names"])), json.loads(facts["sizes"]))
-    except (OSError, SafetensorError):
+            names, sizes = (parse_json(facts.get(name), cached) for name in ("class_names", "sizes"))
+            return Parts(splits, tuple(names), dict(sizes))
+    except (OSError, SafetensorError, InputError, TypeError, ValueError):
         return None
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.sparsify import masks
+from sparsedm.sparsity import masks
 
 
 @contextlib.contextmanager
@@ -57,12 +57,12 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first():
+def is_main_process():
     """Whether this process is the one that writes."""
     return rank() == 0
 
 
-def wait():
+def barrier():
     """Until every process is here: what the first one has written can then be read."""
     anywhere(False)
 
@@ -107,7 +107,7 @@ def shares(batch_size, accumulate):
     return [(number, slice(number * size, (number + 1) * size)) for number in mine]
 
 
-def drawn(count, batch_size, draw):
+def gather(count, batch_size, draw):
     """`draw(0, count)`, of which every process computes a part; in the first one, None in the others.
 
     draw: (start, stop) -> a tensor (stop - start, ...) on the CPU, computed in batches of `batch_size` from `start` on.
@@ -122,7 +122,7 @@ def drawn(count, batch_size, draw):
     parts = [slice(*part) for part in itertools.pairwise(ends)]
     mine = parts[rank()]
     out = draw(mine.start, mine.stop) if mine.start < mine.stop else None
-    if not first():
+    if not is_main_process():
         if out is not None:
             dist.send(out.contiguous(), 0)
         return None

@@ -6,11 +6,14 @@ Which file means what:
 - folders around everything (`set.zip` holding just `set/...`) mean nothing.
 - folders `train` and one of `test`, `val`, `valid`, `validation`, and nothing beside them, are the two splits.
 - the next folder is the class, in alphabetical order; deeper ones mean nothing. No such folder: no labels.
+- dataset.json beside them, as NVIDIA's data set tools write it, {"labels": [["00000/img0.png", 6], ...]}, gives the
+  labels, whatever the folders are; "labels": null: there are none.
 - pixels: RGB, 8 bits, turned upright by their EXIF tag; transparency is dropped; of an animation the first frame
   counts.
 """
 
 import io
+import json
 import os
 import stat
 import zipfile
@@ -26,7 +29,10 @@ from tqdm import tqdm
 from sparsedm.errors import InputError
 
 IGNORED = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+LISTING = "dataset.json"
 HELD_OUT = {"test", "val", "valid", "validation"}
+# celeba: images of the first size (width, height) are cut to a square of that side at (left, top); then bilinear
+CROPS = {"square": None, "celeba": ((178, 218), (25, 57), 128)}
 MOST_FILE_BYTES = 1 << 28  # of one image file; and
 MOST_PIXELS = 1 << 26  # of one image, against decompression bombs
 MOST_BYTES = 1 << 36  # of the decoded set, which has to lie in memory as one array
@@ -44,20 +50,22 @@ class Parts(NamedTuple):
     sizes: dict = {}
 
 
-def read_image_files(path, size=None, progress=True):
+def read_image_files(path, size=None, progress=True, crop="square"):
     """Read a folder or zip file. size: crop every image to a centred square and resize it to size x size.
+
+    crop: "celeba" cuts images of 178x218 pixels as U-ViT and DDIM cut CelebA, to 128x128 at (25, 57).
 
     Returns Parts. InputError, naming the file: unreadable, truncated, no image, too large, mixed sizes without `size`,
     a member that climbs out of the zip, a link, classes mixed with loose files.
     """
     if path.is_dir():
-        return _read(path, _files_below(path), lambda name: _read_file(path / name), size, progress)
+        return _read(path, _files_below(path), lambda name: _read_file(path / name), size, progress, crop)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
             for name, info in members.items():
                 _check_member(path, name, info)
-            return _read(path, list(members), lambda name: archive.read(members[name]), size, progress)
+            return _read(path, list(members), lambda name: archive.read(members[name]), size, progress, crop)
     except (zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path} is not a readable zip file, perhaps cut short ({error})") from error
 
@@ -71,7 +79,10 @@ def resized(images, size, progress=True):
     return out
 
 
-def _fit(image, size):
+def _fit(image, size, crop="square"):
+    if CROPS[crop] and image.size == CROPS[crop][0]:
+        _, (left, top), side = CROPS[crop]
+        return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
@@ -113,22 +124,44 @@ def _ignored(part):
     return part in IGNORED or part.startswith(".")
 
 
-def _read(path, names, read, size, progress):
+def _read(path, names, read, size, progress, crop):
     """The images `names` (paths relative to `path`), whose bytes `read(name)` gives, as Parts."""
     names = sorted(name for name in names if not any(map(_ignored, PurePosixPath(name).parts)))
+    listing = next((name for name in names if PurePosixPath(name).name == LISTING), None)
+    names = [name for name in names if name != listing]
     if not names:
         raise InputError(f"{path} holds no images")
+    listed = listing and _listed(path, listing, names, read(listing))
     folders = [PurePosixPath(name).parts[:-1] for name in names]
     while folders[0] and len({parts[:1] for parts in folders}) == 1:  # a folder around everything
         folders = [parts[1:] for parts in folders]
     split, folders = _splits(path, folders)
-    labels, class_names = _classes(path, names, folders)
-    images, sizes = _decode(path, names, read, size, progress)
+    labels, class_names = listed or _classes(path, names, folders)
+    images, sizes = _decode(path, names, read, size, progress, crop)
     # the names are sorted, so each split is a slice
     first, count = np.unique(split, return_index=True, return_counts=True)[1:]
     parts = {str(split[i]): slice(i, i + n) for i, n in zip(first, count)}
     splits = {n: (images[of], None if labels is None else labels[of]) for n, of in parts.items()}
     return Parts(splits, class_names, sizes)
+
+
+def _listed(path, listing, names, content):
+    """Labels int64 (n,) and class names, or None and (), from a dataset.json."""
+    try:
+        entries = json.loads(content)["labels"]
+        given = None if entries is None else {name: label for name, label in entries}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f'{listing} in {path} is damaged: {{"labels": [[name, label], ...]}} is the rule') from error
+    if given is None:
+        return None, ()
+    above = "".join(f"{part}/" for part in PurePosixPath(listing).parts[:-1])
+    labels = [given.get(name.removeprefix(above)) for name in names]
+    for name, label in zip(names, labels):
+        if type(label) is not int or not 0 <= label <= 65535:
+            raise InputError(
+                f"{listing} in {path} gives {name} the label {label!r}: an integer from 0 to 65535 is needed"
+            )
+    return torch.tensor(labels), tuple(map(str, range(max(labels) + 1)))
 
 
 def _splits(path, folders):
@@ -155,9 +188,9 @@ def _classes(path, names, folders):
     return torch.tensor([index[parts[0]] for parts in folders]), class_names
 
 
-def _decode(path, names, read, size, progress):
+def _decode(path, names, read, size, progress, crop):
     """Images uint8 (n, 3, h, w), and `Parts.sizes`."""
-    first, _ = _image(path, names[0], read, size)
+    first, _ = _image(path, names[0], read, size, crop)
     if first.size * len(names) > MOST_BYTES:
         raise InputError(f"{path} holds {len(names)} images of {_format(first)} pixels, more than {MOST_BYTES} bytes")
     images = torch.empty((len(names), *first.shape), dtype=torch.uint8)
@@ -166,7 +199,7 @@ def _decode(path, names, read, size, progress):
     def decode(indices):
         sizes = {}
         for i in indices:
-            image, found = _image(path, names[i], read, size)
+            image, found = _image(path, names[i], read, size, crop)
             sizes.setdefault(found, names[i])
             if image.shape != first.shape:
                 raise InputError(f"{path}: {different_sizes({_format(first): names[0], found: names[i]})}")
@@ -189,7 +222,7 @@ def different_sizes(sizes):
     return f"{first} is {one} and {second} is {other} pixels, but all need one size: crop or resize them first"
 
 
-def _image(path, name, read, size):
+def _image(path, name, read, size, crop):
     """One image uint8 (3, h, w), and the size it had."""
     try:
         with Image.open(io.BytesIO(read(name))) as image:
@@ -198,7 +231,7 @@ def _image(path, name, read, size):
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"{name} in {path} has pixels of mode {image.mode}: 8 bits per channel are read")
             image = ImageOps.exif_transpose(image).convert("RGB")
-            fitted = _fit(image, size) if size else image
+            fitted = _fit(image, size, crop) if size else image
             return np.asarray(fitted).transpose(2, 0, 1), f"{image.width}x{image.height}"
     except InputError:
         raise

@@ -5,13 +5,12 @@ make the same call again. The loop knows nothing of patterns: whoever calls it s
 """
 
 import contextlib
-import copy
 import logging
 import math
 import signal
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -19,18 +18,20 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsedm import diffusion
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, Stopped
+from sparsedm.model_files import describe
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.data import batch
-from sparsedm.train.metrics import MetricsLog
-from sparsedm.train.step import Step, classes_of
+from sparsedm.train.metrics import MetricsLog, Reference
+from sparsedm.train.step import OPTIMIZERS, Step, classes_of
 
 logger = logging.getLogger(__name__)
 # options that leave the weights as they are (accumulate: where there is no dropout and no slimmable network)
 MAY_CHANGE = ("accumulate", "log_every", "save_every", "validate_every")
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """SIGINT or SIGTERM arrived; the step was finished and saved. exit_code: 128 + the signal, as shells expect."""
 
     def __init__(self, signum, step, folder):
@@ -55,9 +56,11 @@ class TrainOptions:
     batch_size: int = 128  # of one step, by all processes together
     accumulate: int = 1  # parts in which each process computes its share of a batch: less memory, more time
     lr: float = 2e-4
+    optimizer: str = "adamw"  # of OPTIMIZERS: adam adds the decay to the gradient
     betas: tuple = (0.99, 0.999)
     weight_decay: float = 0.03
-    warmup: int | None = None  # steps of linear warm-up; None: a tenth of the run, at most 2500
+    warmup: int | None = None  # steps of linear warm-up; None: a tenth of the run, at most warmup_most
+    warmup_most: int = 2500
     cosine: bool = False  # after the warm-up, let lr fall to zero along half a cosine
     ema: float = 0.9999  # the decay it ends with
     ema_warmup: int = 10  # after u updates the decay is at most (1 + u) / (ema_warmup + u); 1: no warm-up
@@ -81,6 +84,8 @@ class TrainOptions:
             "lr": (0 < self.lr < math.inf, "more than 0, and finite"),
             "betas": (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to 1"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "optimizer": (self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            "warmup_most": (self.warmup_most >= 0, "at least 0"),
             "warmup": (self.warmup is None or self.warmup >= 0, "at least 0"),
             "ema": (0 <= self.ema < 1, "at least 0 and less than 1"),
             "ema_warmup": (self.ema_warmup >= 1, "at least 1"),
@@ -99,13 +104,20 @@ class TrainOptions:
 
     def lr_at(self, step, updates):
         """The learning rate. step: made in this run; updates: made by this optimizer, more if it was taken over."""
-        warmup = min(2500, self.steps // 10) if self.warmup is None else self.warmup
+        warmup = min(self.warmup_most, self.steps // 10) if self.warmup is None else self.warmup
         if updates < warmup:
             return self.lr * (updates + 1) / warmup
         if not self.cosine:
             return self.lr
         begin = max(0, warmup - (updates - step))
         return self.lr * (1 + math.cos(math.pi * (step - begin) / max(self.steps - begin, 1))) / 2
+
+    @property
+    def fixed_length(self):
+        """Why a finished run with these options cannot be made longer, None where it can."""
+        if self.cosine:
+            return "with cosine the learning rate has fallen to zero at the end"
+        return "the warm-up is a part of the length, give it in steps (warmup)" if self.warmup is None else None
 
     def ema_at(self, updates):
         return min(self.ema, (1 + updates) / (self.ema_warmup + updates))
@@ -125,35 +137,45 @@ class TrainResult:
     checkpoint: Path
 
 
+@dataclass
+class RunState:
+    """How far a run has come, stored in state.json. updates: of the optimizer, more if it was taken over."""
+
+    step: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    validation_loss: float | None = None
+
+    @classmethod
+    def read(cls, saved, path):
+        """The state of a checkpoint, from its state.json. Raises: InputError if that lacks a number."""
+        try:
+            return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        except (KeyError, TypeError):
+            names = ", ".join(field.name for field in fields(cls))
+            raise InputError(f"{path / 'state.json'} is damaged: it must hold {names}") from None
+
+
 def train(
-    model,
+    student,
     images,
-    schedule,
+    loss,
     options,
     folder,
     *,
-    ema=None,
-    teacher=None,
-    w_kd=0.0,
-    w_noise=1.0,
-    dense=None,
-    dense_speed=None,
+    reference=None,
     validation=None,
     first_step=0,
-    continue_from=None,
     record=None,
     deadline=math.inf,
     device="cpu",
     progress=True,
 ):
-    """Train `model` in place for options.steps steps, or go on where `folder` stopped.
+    """Train a Student in place for options.steps steps, or go on where `folder` stopped.
 
-    images, validation: ImageSet. ema: the average to start from (default: the model); it is copied, and forgotten
-    within ten steps unless options.ema_warmup is 1.
-    teacher, w_kd, w_noise: see `diffusion.loss`. dense: the network whose distance to this one is logged.
-    dense_speed: its training's images per second, of which those of this one are logged as a share.
+    images, validation: ImageSet. loss: a Loss. reference: a metrics.Reference.
     first_step: where the random streams start, so that the stages of a chain see different batches.
-    continue_from: a checkpoint whose optimizer and update count are taken over (the same network under a new pattern).
     record: dict of JSON values that, beside the options, make this run what it is; stored in options.json.
     deadline: of time.monotonic(). It is looked at where a record is due, so that a run that was cut and resumed has the
     records of one that was not; with a GPU, nothing waits in between.
@@ -162,115 +184,149 @@ def train(
     OutOfTime, TrainingDiverged, InputError (other options, not writable, labels that do not fit the network).
     """
     device, folder = torch.device(device), Path(folder)
-    check_data(model, images, validation)
-    model.to(device).train()
-    ema = copy.deepcopy(model if ema is None else ema).to(device).eval().requires_grad_(False)
-    if teacher is not None:
-        teacher = teacher.to(device).eval().requires_grad_(False)
-    images, validation = images.to(device), validation and validation.to(device)
-    facts = {"options": asdict(options), "model": checkpoint.describe(model), "w_kd": w_kd, "w_noise": w_noise}
+    check_data(student.model, images, validation)
+    student, loss = student.to(device), loss.to(device)
+    facts = {"options": asdict(options), "model": describe(student.model), "w_kd": loss.w_kd, "w_noise": loss.w_noise}
     facts |= {"first_step": first_step, "images": len(images), **(record or {})}
-    state = {"step": 0, "updates": 0, "seconds": 0.0, "loss": None, "validation_loss": None}
-
     with contextlib.ExitStack() as stack:
-        if distributed.first():
+        if distributed.is_main_process():
             stack.enter_context(checkpoint.run_lock(folder))
-            checkpoint.claim(folder, facts, MAY_CHANGE)
-        distributed.wait()
-        one_step = Step(model, ema, images, schedule, options, teacher, w_kd, w_noise, device)
-        if continue_from is not None:
-            state["updates"] = checkpoint.load_optimizer(continue_from, model, one_step.optimizer)["updates"]
-        saved = checkpoint.latest(folder)
-        if saved:
-            checkpoint.load(saved, model, ema)
-            state = checkpoint.load_optimizer(saved, model, one_step.optimizer)
-        log = MetricsLog(folder, model, state["step"], device, dense and dense.to(device), dense_speed)
+            config = getattr(student.model, "config", None)
+            classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
+            longer = {"may_grow": ("options.steps", "stage.steps"), "because": options.fixed_length}
+            checkpoint.claim(folder, facts, MAY_CHANGE, classes, **longer)
+        distributed.barrier()
+        step = Step(student, images.to(device), loss, options, device)
+        run = _Run(
+            step,
+            folder,
+            student.continue_from,
+            validation and validation.to(device),
+            (reference or Reference()).to(device),
+        )
+        if loss.teacher is not None:
+            with step.autocast:
+                stack.enter_context(hold_masks(loss.teacher))
         stop = stack.enter_context(_signals())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        bar = stack.enter_context(
-            tqdm(
-                desc=folder.name,
-                initial=state["step"],
-                total=options.steps,
-                disable=None if progress and distributed.first() else True,
-            )
-        )
-
-        def keep():
-            distributed.check_masks(model)
-            if distributed.first():
-                checkpoint.save(folder, state["step"], model=model, ema=ema, optimizer=one_step.optimizer, state=state)
-            distributed.wait()
-            return checkpoint.latest(folder)
-
-        def validate():
-            if validation is None:
-                return None
-            x, y = batch(validation, torch.arange(len(validation)))
-            with one_step.autocast:
-                return diffusion.validation_loss(ema, x, schedule, y=y if classes_of(model) else None).item()
-
-        def late():
-            return distributed.anywhere(time.monotonic() >= deadline)
-
-        if state["step"] < options.steps and late():
-            raise OutOfTime(f"before step {state['step'] + 1} in {folder}")
-        for step in range(state["step"] + 1, options.steps + 1):
-            lr = options.lr_at(step - 1, state["updates"])
-            try:
-                values = one_step(first_step + step - 1, lr, options.ema_at(state["updates"]))
-            except InputError:  # a layer refuses NaN weights: say first what made them so
-                log.check(step - 1)
-                raise
-            log.add(values, step)
-            state["step"], state["updates"] = step, state["updates"] + 1
-            bar.update()
-
-            stopping, last = distributed.anywhere(stop), step == options.steps
-            due_save = stopping or last or step % options.save_every == 0
-            due_validation = validation is not None and (last or step % options.validate_every == 0)
-            if due_save or due_validation or step % options.log_every == 0:
-                entry = {"step": step, "lr": lr, **log.close(step, options.batch_size)}
-                state["seconds"] += entry["seconds"]
-                state["loss"], entry["seconds"] = entry["loss"], state["seconds"]
-                if due_validation:
-                    state["validation_loss"] = entry["validation_loss"] = validate()
-                log.write(entry)
-                shown = {"loss": f"{entry['loss']:.4f}", "images/s": f"{entry['images_per_second']:,.0f}"}
-                if "speed_to_dense" in entry:
-                    shown["of dense"] = f"{entry['speed_to_dense']:.2f}"
-                bar.set_postfix(shown, refresh=False)
-                out_of_time = not last and late()
-                if due_save or out_of_time:
-                    saved = keep()
-                    if bar.disable and progress and distributed.first():  # in the log of a job: a sign of life
-                        words = ", ".join(f"{what} {value}" for what, value in shown.items())
-                        logger.info("%s: step %s of %s, %s", folder.name, f"{step:,}", f"{options.steps:,}", words)
-                if out_of_time and not stopping:
-                    raise OutOfTime(f"after step {step}, which is saved in {folder}")
-                log.restart()
-            if stopping:
-                break
-        if saved is None:  # a run of no steps: the networks as they came
-            state["validation_loss"] = validate()
-            saved = keep()
+        stack.enter_context(run.show(progress))
+        _loop(run, first_step, stop, deadline)
+        if run.saved is None:  # a run of no steps: the networks as they came
+            run.validate()
+            run.save()
         if distributed.anywhere(stop):
-            raise Interrupted(stop[0] if stop else signal.SIGTERM, state["step"], folder)
-    return TrainResult(
-        model.eval(),
-        ema,
-        step=state["step"],
-        loss=state["loss"],
-        validation_loss=state["validation_loss"],
-        seconds=state["seconds"],
-        images_per_second=options.batch_size * state["step"] / state["seconds"] if state["seconds"] else None,
-        checkpoint=saved,
-    )
+            raise Interrupted(stop[0] if stop else signal.SIGTERM, run.state.step, folder)
+    state = run.state
+    speed = options.batch_size * state.step / state.seconds if state.seconds else None
+    losses = state.loss, state.validation_loss
+    return TrainResult(student.model.eval(), student.ema, state.step, *losses, state.seconds, speed, run.saved)
+
+
+def _loop(run, first_step, stop, deadline):
+    """The steps that are left; returns early once `stop` holds a signal. Raises: OutOfTime."""
+    options, state = run.step.options, run.state
+    if state.step < options.steps and _late(deadline):
+        raise OutOfTime(f"before step {state.step + 1} in {run.folder}")
+    for number in range(state.step + 1, options.steps + 1):
+        run.advance(number, first_step + number - 1)
+        stopping, last = distributed.anywhere(stop), number == options.steps
+        due_save = stopping or last or number % options.save_every == 0
+        due_validation = run.validation is not None and (last or number % options.validate_every == 0)
+        if due_save or due_validation or number % options.log_every == 0:
+            run.report(due_validation)
+            out_of_time = not last and _late(deadline)
+            if due_save or out_of_time:
+                run.save()
+            if out_of_time and not stopping:
+                raise OutOfTime(f"after step {number}, which is saved in {run.folder}")
+            run.log.restart()
+        if stopping:
+            return
+
+
+def _late(deadline):
+    return distributed.anywhere(time.monotonic() >= deadline)
+
+
+class _Run:
+    """A run folder in training: its step, state, log and newest checkpoint."""
+
+    def __init__(self, step, folder, continue_from, validation, reference):
+        self.step, self.folder, self.validation, self.state = step, folder, validation, RunState()
+        if continue_from is not None:
+            self.state.updates = checkpoint.load_optimizer(continue_from, step.model, step.optimizer)["updates"]
+        self.saved = checkpoint.latest(folder)
+        if self.saved:
+            checkpoint.load(self.saved, step.model, step.ema)
+            saved = checkpoint.load_optimizer(self.saved, step.model, step.optimizer)
+            self.state = RunState.read(saved, self.saved)
+        self.log = MetricsLog(folder, step.model, self.state.step, step.device, reference)
+
+    def show(self, progress):
+        """The progress bar, a context manager; on a terminal, and of one process."""
+        self.progress = progress and distributed.is_main_process()
+        total, disable = self.step.options.steps, None if self.progress else True
+        self.bar = tqdm(desc=self.folder.name, initial=self.state.step, total=total, disable=disable)
+        return self.bar
+
+    def advance(self, number, position):
+        """Make step `number` (1, 2, ...) of this run with the batch and noise of `position`."""
+        options, state = self.step.options, self.state
+        self.lr = options.lr_at(number - 1, state.updates)
+        try:
+            values = self.step(position, self.lr, options.ema_at(state.updates))
+        except InputError:  # a layer refuses NaN weights: say first what made them so
+            self.log.check(number - 1)
+            raise
+        self.log.add(values, number)
+        state.step, state.updates = number, state.updates + 1
+        self.bar.update()
+
+    def report(self, validate):
+        """Write the record of the steps since the last one."""
+        state = self.state
+        entry = {"step": state.step, "lr": self.lr, **self.log.close(state.step, self.step.options.batch_size)}
+        state.seconds += entry["seconds"]
+        state.loss, entry["seconds"] = entry["loss"], state.seconds
+        if validate:
+            entry["validation_loss"] = self.validate()
+        self.log.write(entry)
+        self.shown = {"loss": f"{entry['loss']:.4f}", "images/s": f"{entry['images_per_second']:,.0f}"}
+        if "speed_to_dense" in entry:
+            self.shown["of dense"] = f"{entry['speed_to_dense']:.2f}"
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def validate(self):
+        """The loss of the average over the held-out images, None where there are none."""
+        if self.validation is not None:
+            x, y = batch(self.validation, torch.arange(len(self.validation)))
+            y = y if classes_of(self.step.model) else None
+            with self.step.autocast:
+                found = diffusion.validation_loss(self.step.ema, x, self.step.schedule, y=y)
+            self.state.validation_loss = found.item()
+        return self.state.validation_loss
+
+    def save(self):
+        step, state = self.step, self.state
+        distributed.check_masks(step.model)
+        if distributed.is_main_process():
+            networks = {"model": step.model, "ema": step.ema, "optimizer": step.optimizer}
+            checkpoint.save(self.folder, state.step, **networks, state=asdict(state))
+        distributed.barrier()
+        self.saved = checkpoint.latest(self.folder)
+        if self.bar.disable and self.progress and state.step:  # in the log of a job: a sign of life
+            words = ", ".join(f"{what} {value}" for what, value in self.shown.items())
+            logger.info("%s: step %s of %s, %s", self.folder.name, f"{state.step:,}", f"{step.options.steps:,}", words)
+
+
+def amp_of(device):
+    """Products in bf16 on a GPU, in fp32 elsewhere."""
+    return "bf16" if device.type == "cuda" else None
 
 
 def check_data(model, images, validation):
     """Raise InputError where the network and the images do not fit each other."""
-    if checkpoint.describe(model)["kind"] == "compressed":
+    if describe(model)["kind"] == "compressed":
         raise InputError("a compressed model is for inference: train the masked model it was made from")
     config, classes = getattr(model, "config", None), classes_of(model)
     for found in filter(None, (images, validation)):

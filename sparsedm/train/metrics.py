@@ -7,17 +7,20 @@ sessions together), images_per_second, speed_to_dense (the same as a share of th
 and validation_loss where it was measured.
 """
 
+import contextlib
 import json
 import math
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.files import write_text, writing
-from sparsedm.sparsify import masked_layers, masks
+from sparsedm.files import append_json_line, read_json_lines, write_text
+from sparsedm.sparsity import masked_layers, masks
 from sparsedm.train import checkpoint, distributed
 
 
@@ -26,14 +29,11 @@ class TrainingDiverged(InputError):
 
 
 def read_metrics(folder):
-    """The records of a run folder's metrics.jsonl, oldest first, up to one that was cut short; [] if there are none."""
-    file, records = Path(folder) / "metrics.jsonl", []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+    """The records of a run folder's metrics.jsonl, oldest first, up to one that is damaged; [] if there are none."""
+    records = []
+    with contextlib.suppress(InputError):
+        for record in read_json_lines(Path(folder) / "metrics.jsonl", step=int):
+            records.append(record)
     return records
 
 
@@ -46,14 +46,26 @@ def usual_speed(folder):
     return statistics.median(speeds) if speeds else None
 
 
+class Reference(NamedTuple):
+    """The dense network that a run is compared with: its weights, and the images per second of its training."""
+
+    model: nn.Module | None = None
+    speed: float | None = None
+
+    def to(self, device):
+        return self if self.model is None else self._replace(model=self.model.to(device))
+
+
 class MetricsLog:
     """metrics.jsonl, and the means since its last record, which stay on the device until they are asked for."""
 
-    def __init__(self, folder, model, step, device, dense=None, dense_speed=None):
+    def __init__(self, folder, model, step, device, reference):
         self.folder, self.file, self.model, self.device = folder, folder / "metrics.jsonl", model, device
-        self.dense, self.dense_speed = dense, dense_speed
+        self.reference = reference
         self.looks_each_step = device.type == "cpu"  # where looking at a value makes nobody wait
-        if distributed.first() and self.file.exists():  # steps after the checkpoint will be made, and logged, again
+        if (
+            distributed.is_main_process() and self.file.exists()
+        ):  # steps after the checkpoint will be made, and logged, again
             kept = [json.dumps(r) + "\n" for r in read_metrics(folder) if r["step"] <= step and "diverged" not in r]
             write_text(self.file, "".join(kept))
         self.masks = masks(model)
@@ -100,17 +112,16 @@ class MetricsLog:
             "flip_rate": sum(flips) / entries if entries else 0.0,  # of their mask entries
             "flip_rates": {name: count / sizes[name] for name, count in zip(sizes, flips)},
         }
-        if self.dense_speed:
-            record["speed_to_dense"] = record["images_per_second"] / self.dense_speed
-        if self.dense is not None:
-            record["distance"] = weight_distance(self.model, self.dense)
+        if self.reference.speed:
+            record["speed_to_dense"] = record["images_per_second"] / self.reference.speed
+        if self.reference.model is not None:
+            record["distance"] = weight_distance(self.model, self.reference.model)
         return record
 
     def write(self, record):
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
-        with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_line(self.file, record)
 
 
 def weight_distance(network, dense):

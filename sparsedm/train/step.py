@@ -4,31 +4,72 @@ All randomness of a step is a function of (seed, position): which images, flips,
 """
 
 import contextlib
+import copy
 import hashlib
 import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
-from sparsedm.sparsify import hold_masks
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is trained: a network, in place, and the average of its weights.
+
+    ema: the average to start from (default: the model); it is copied, and forgotten within ten steps unless
+    TrainOptions.ema_warmup is 1. continue_from: a checkpoint of the same network, perhaps under another pattern, whose
+    optimizer and count of updates are taken over.
+    """
+
+    model: nn.Module
+    ema: nn.Module | None = None
+    continue_from: Path | None = None
+
+    def to(self, device):
+        ema = copy.deepcopy(self.model if self.ema is None else self.ema)
+        return replace(self, model=self.model.to(device).train(), ema=frozen(ema, device))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a student learns from, see `diffusion.loss`."""
+
+    schedule: diffusion.Schedule
+    teacher: nn.Module | None = None
+    w_kd: float = 0.0
+    w_noise: float = 1.0
+
+    def to(self, device):
+        return self if self.teacher is None else replace(self, teacher=frozen(self.teacher, device))
+
+
+def frozen(network, device):
+    return network.to(device).eval().requires_grad_(False)
+
 
 class Step:
-    """What every step of a run is made with. options: a `loop.TrainOptions`; the rest: see `loop.train`."""
+    """What every step of a run is made with. options: a `loop.TrainOptions`."""
 
-    def __init__(self, model, ema, images, schedule, options, teacher, w_kd, w_noise, device):
-        self.model, self.ema, self.images, self.schedule, self.options = model, ema, images, schedule, options
+    def __init__(self, student, images, loss, options, device):
+        self.model, self.ema, self.images, self.options = student.model, student.ema, images, options
+        self.schedule, teacher, self.device = loss.schedule, loss.teacher, device
         self.shares = distributed.shares(options.batch_size, options.accumulate)
-        self.network = distributed.parallel(torch.compile(model) if options.compile else model)
-        self.masked = [model] if teacher is None else [model, teacher]
+        self.network = distributed.parallel(torch.compile(self.model) if options.compile else self.model)
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
-        self.loss = {"teacher": teacher, "w_kd": w_kd, "w_noise": w_noise, "weighting": options.weighting}
-        self.parameters = list(model.parameters())
-        self.optimizer = torch.optim.AdamW(
+        self.loss = {"teacher": teacher, "w_kd": loss.w_kd, "w_noise": loss.w_noise, "weighting": options.weighting}
+        self.loss["variance"] = getattr(getattr(self.model, "config", None), "learn_sigma", False)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = OPTIMIZERS[options.optimizer](
             self.parameters, options.lr, options.betas, weight_decay=options.weight_decay, fused=True
         )
         self.generator = torch.Generator(device)
@@ -46,7 +87,9 @@ class Step:
         self.optimizer.zero_grad()
         losses = torch.zeros(3, device=x.device)
         draws = self.generator.get_state()
-        with self._held_masks():
+        with contextlib.ExitStack() as held:
+            with self.autocast:
+                held.enter_context(hold_masks(self.model))
             for number, rows in self.shares:
                 self.generator.set_state(draws)
                 torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))
@@ -65,15 +108,6 @@ class Step:
         self.optimizer.step()
         self._update_ema(decay)
         return torch.cat((distributed.mean(losses), norm[None]))
-
-    @contextlib.contextmanager
-    def _held_masks(self):
-        """Eager layers know by themselves that the weights stay as they are until the optimizer's step."""
-        with contextlib.ExitStack() as held:
-            if self.options.compile:
-                with self.autocast:
-                    held.enter_context(hold_masks(*self.masked))
-            yield
 
     def _averages_gradients(self, last):
         """Processes average their gradients once per step: in the backward of the last part of the batch."""

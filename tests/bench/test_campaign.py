@@ -1,5 +1,7 @@
 """The campaign with suites of its own kind: small processes that write, fail, hang and run out of time."""
 
+import argparse
+import itertools
 import json
 import os
 import signal
@@ -11,10 +13,11 @@ import zipfile
 import pytest
 
 from bench import campaign, plot
-from bench.campaign import LOG_LIMIT, gpu_suites, run_campaign
+from bench.campaign import LOG_LIMIT, first_suites, publish, run_campaign, search_for_the_fault, second_suites
 from bench.results import read, write
 from bench.suite import CUT, Suite
 from sparsedm.errors import InputError
+from sparsedm.kernels.tuning import read_table
 from tests.bench.test_plot import made_up
 
 
@@ -42,7 +45,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path):
         Suite("short of time", script(f"import sys; sys.exit({CUT})")),
         Suite("last", script("print('still here')")),
     ]
-    index = run_campaign(suites, tmp_path / "out", minutes=1)
+    index = run_campaign(suites, tmp_path / "out", seconds=60)
     wanted = {"good": "ran", "bad": "failed", "killed": "failed", "short of time": "cut", "last": "ran"}
     assert states(index) == wanted
     assert index["suites"][1]["reason"] == "exit code 7: the reason"
@@ -55,7 +58,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path):
 def test_a_hang_is_ended_with_its_children(tmp_path):
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
     began = time.monotonic()
-    index = run_campaign([Suite("hangs", script(child), share=0.01)], tmp_path, minutes=1)
+    index = run_campaign([Suite("hangs", script(child), seconds=0.6)], tmp_path, seconds=60)
     assert time.monotonic() - began < 30
     assert states(index) == {"hangs": "cut"}
     assert index["suites"][0]["reason"].startswith("ended after 1 s without an answer")
@@ -80,33 +83,36 @@ def test_what_has_no_time_left_is_skipped_and_resumed(tmp_path):
     mark = tmp_path / "ran-once"
     once = f"import os; os.mkdir({str(mark)!r})"
     suites = [Suite("first", script(once)), Suite("second", script("print('second')"))]
-    index = run_campaign(suites, tmp_path / "out", minutes=1, now=lambda: 1000.0 if mark.exists() else 0.0)
+    index = run_campaign(suites, tmp_path / "out", seconds=60, now=lambda: 1000.0 if mark.exists() else 0.0)
     assert states(index) == {"first": "ran", "second": "skipped"}
-    resumed = run_campaign(suites, tmp_path / "out", minutes=1, resume=True)
+    resumed = run_campaign(suites, tmp_path / "out", seconds=60)
     assert states(resumed) == {"first": "ran", "second": "ran"}, "the first would fail if it ran again"
 
 
 def test_resume_runs_the_failed_and_the_cut_again(tmp_path):
     code = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); n = p.exists(); p.touch(); sys.exit(0 if n else {})"
     suites = [Suite(f"leaves {c}", script(code.format(c), str(tmp_path / f"mark{c}"))) for c in (1, CUT)]
-    assert states(run_campaign(suites, tmp_path / "out", 1)) == {"leaves 1": "failed", f"leaves {CUT}": "cut"}
-    nothing_done = run_campaign(suites, tmp_path / "out", 0, resume=True)
+    assert states(run_campaign(suites, tmp_path / "out", 60)) == {"leaves 1": "failed", f"leaves {CUT}": "cut"}
+    nothing_done = run_campaign(suites, tmp_path / "out", 0)
     assert states(nothing_done) == {"leaves 1": "failed", f"leaves {CUT}": "cut"}, "what is known of them stays"
-    again = run_campaign(suites, tmp_path / "out", 1, resume=True)
+    again = run_campaign(suites, tmp_path / "out", 60)
     assert set(states(again).values()) == {"ran"}
 
 
 def test_only_some_suites_keep_the_entries_of_the_others(tmp_path):
     a, b = Suite("a", script("")), Suite("b", script(""))
-    run_campaign([a, b], tmp_path, 1)
-    index = run_campaign([b], tmp_path, 1, resume=True)
+    run_campaign([a, b], tmp_path, 60)
+    index = run_campaign([b], tmp_path, 60)
     assert states(index) == {"a": "ran", "b": "ran"}
 
 
-def test_a_folder_is_not_used_twice_by_accident(tmp_path):
-    run_campaign([Suite("a", script(""))], tmp_path, 1)
-    with pytest.raises(InputError, match="holds a campaign: choose another --out, or go on with --resume"):
-        run_campaign([Suite("a", script(""))], tmp_path, 1)
+def test_a_folder_of_another_device_is_refused(tmp_path):
+    run_campaign([Suite("a", script(""))], tmp_path, 60)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["environment"]["device"] = "Another GPU"
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="holds a campaign on Another GPU: choose another --out"):
+        run_campaign([Suite("a", script(""))], tmp_path, 60)
 
 
 def test_the_folder_is_small_and_holds_results_plots_and_tuned_tables(tmp_path):
@@ -119,34 +125,45 @@ def test_the_folder_is_small_and_holds_results_plots_and_tuned_tables(tmp_path):
         Suite("talks", script(f"print('x' * 200 + '\\n', end='') or [print(i) for i in range({LOG_LIMIT})]")),
     ]
     out = tmp_path / "out"
-    assert set(states(run_campaign(suites, out, 2)).values()) == {"ran"}
+    assert set(states(run_campaign(suites, out, 120)).values()) == {"ran"}
     left = {"index.json", "results.csv", "targets.md", "log.txt", "tuned.json", "plots.zip"}
     assert {p.name for p in out.iterdir()} == left
     assert sum(p.stat().st_size for p in out.iterdir()) < 16 << 20
     assert json.loads((out / "tuned.json").read_text()) == {"some-gpu.json": {"operation": {}}}
     names = zipfile.ZipFile(out / "plots.zip").namelist()
-    assert "roofline.png" in names
-    assert json.loads((out / "index.json").read_text())["plots"] == f"{len(names)} pictures"
+    assert {"roofline.png", "first-contact.png"} <= set(names)
     assert len((out / "log.txt").read_text()) < 1.1 * LOG_LIMIT
 
 
-def test_without_a_measurement_there_are_no_plots_and_a_reason(tmp_path):
-    index = run_campaign([Suite("measures nothing", script(""))], tmp_path, minutes=1)
-    assert index["plots"].startswith("none: cannot read ")
+def test_without_a_measurement_there_are_no_plots(tmp_path):
+    run_campaign([Suite("measures nothing", script(""))], tmp_path, seconds=60)
     assert {p.name for p in tmp_path.iterdir()} == {"index.json", "log.txt"}
+
+
+def test_every_suite_leaves_results_targets_and_plots_before_the_next_one_ends(tmp_path):
+    rows, out = str(tmp_path / "rows.csv"), tmp_path / "out"
+    write(rows, made_up())
+    waits = "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1])\n"
+    waits += "while not all((folder / name).exists() for name in sys.argv[2:]): time.sleep(0.05)"
+    names = ("index.json", "results.csv", "targets.md", "plots.zip")
+    suites = [
+        Suite("measures", script("import shutil, sys; shutil.copy(*sys.argv[1:])", rows, "{csv}")),
+        Suite("waits for them", script(waits, "{folder}", *names)),
+    ]
+    assert set(states(run_campaign(suites, out, 120)).values()) == {"ran"}
 
 
 def test_a_real_suite_measures_into_the_folder(tmp_path):
     small = ("--quick", "--device", "cpu", "--shapes", "uvit-tiny@1", "--providers", "dense,sparsedm choose")
-    index = run_campaign([Suite("mask", campaign.bench("mask", *small))], tmp_path, minutes=5)
+    index = run_campaign([Suite("mask", campaign.bench("mask", *small))], tmp_path, seconds=300)
     assert states(index) == {"mask": "ran"}
     assert {row["provider"] for row in read(tmp_path / "results.csv")} == {"dense", "sparsedm choose"}
-    assert index["plots"] == "2 pictures", "the masks, for light and dark pages"
+    assert zipfile.ZipFile(tmp_path / "plots.zip").namelist() == ["masks.png", "masks-dark.png"]
 
 
 def test_a_suite_learns_its_time_and_its_files(tmp_path):
-    suite = Suite("asks", script("import sys; print(sys.argv[1:])", "{csv}", "{folder}/more", "{seconds}"), share=0.5)
-    run_campaign([suite], tmp_path, minutes=2)
+    suite = Suite("asks", script("import sys; print(sys.argv[1:])", "{csv}", "{folder}/more", "{seconds}"), seconds=60)
+    run_campaign([suite], tmp_path, seconds=120)
     told = [str(tmp_path / "results.csv"), str(tmp_path / "more"), "60"]
     assert (tmp_path / "log.txt").read_text().splitlines()[1] == str(told)
 
@@ -161,7 +178,7 @@ def test_a_group_runs_side_by_side_and_a_failure_in_it_is_one_suite_s(tmp_path):
         Suite("fails", script("import sys; sys.exit('the reason')"), group="both"),
         Suite("after", script("print('after')")),
     ]
-    index = run_campaign(suites, tmp_path / "out", minutes=0.5)
+    index = run_campaign(suites, tmp_path / "out", seconds=30)
     assert states(index) == {"a": "ran", "b": "ran", "fails": "failed", "after": "ran"}
     assert [line for line in (tmp_path / "out/log.txt").read_text().splitlines() if line.startswith("====")] == [
         "==== a", "==== b", "==== fails", "==== after",
@@ -169,7 +186,7 @@ def test_a_group_runs_side_by_side_and_a_failure_in_it_is_one_suite_s(tmp_path):
 
 
 def test_a_suite_whose_program_is_missing_is_skipped(tmp_path):
-    index = run_campaign([Suite("profiles", script(""), needs="no-such-program")], tmp_path, minutes=1)
+    index = run_campaign([Suite("profiles", script(""), needs="no-such-program")], tmp_path, seconds=60)
     assert index["suites"][0] == {
         "name": "profiles", "status": "skipped", "reason": "no-such-program is not on the PATH",
     }  # fmt: skip
@@ -179,7 +196,7 @@ def test_ctrl_c_ends_what_is_running(tmp_path):
     mark = tmp_path / "pid"
     sleeps = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
     code = "import sys; from bench.campaign import Suite, run_campaign\n"
-    code += f"run_campaign([Suite('sleeps', (sys.executable, '-c', {sleeps!r}))], {str(tmp_path / 'out')!r}, 5)"
+    code += f"run_campaign([Suite('sleeps', (sys.executable, '-c', {sleeps!r}))], {str(tmp_path / 'out')!r}, 300)"
     process = subprocess.Popen(script(code), stderr=subprocess.PIPE, text=True)
     while not (mark.exists() and mark.read_text()):
         time.sleep(0.05)
@@ -189,36 +206,68 @@ def test_ctrl_c_ends_what_is_running(tmp_path):
     assert not alive(int(mark.read_text()))
 
 
-def test_the_gpu_suites_begin_with_checks_and_parse():
-    from bench.run import SUITES, parser
+@pytest.mark.parametrize("part", [first_suites, second_suites, search_for_the_fault])
+def test_the_suites_of_a_part_parse_and_fit_into_its_time(part):
+    from bench import counters, first_contact
+    from bench.run import parser
 
-    suites = gpu_suites()
-    assert [s.name for s in suites][:4] == ["tests", "memcheck", "racecheck", "ceiling"]
+    suites = part()
     assert len({s.name for s in suites}) == len(suites)
-    measured = set()
+    parsers = {
+        "bench.run": parser(),
+        "bench.counters": counters.parser(),
+        "bench.first_contact": first_contact.parser(),
+    }
+    places = {"csv": "x.csv", "seconds": "9", "folder": "x"}
     for suite in suites:
-        assert suite.group == ("checks" if suite.name in ("tests", "memcheck", "racecheck") else None)
-        if "bench.run" in suite.command:
-            options = parser().parse_args([part.format(csv="x.csv", seconds="9") for part in suite.command[3:]])
-            assert options.resume
-            measured |= set(options.suite.split(","))
-    assert measured == set(SUITES), "every suite is in the campaign"
+        for module in parsers.keys() & set(suite.command):
+            arguments = suite.command[suite.command.index(module) + 1 :]
+            parsers[module].parse_args([part.format(**places) for part in arguments])
+    if part is second_suites:
+        asked = itertools.takewhile(lambda suite: suite.name != "counters", suites)
+        assert sum(suite.seconds for suite in asked) <= campaign.SECONDS["second"]
+        assert [suite.name for suite in suites][-2:] == ["memcheck", "racecheck"]
+    if part is first_suites:
+        assert [suite.name for suite in suites][:2] == ["environment", "first contact"]
+
+
+def test_every_suite_of_the_benchmark_is_in_the_campaign():
+    from bench.run import SUITES
+
+    commands = [suite.command for suite in (*first_suites(), *second_suites())]
+    asked = {name for c in commands if "--suite" in c for name in c[c.index("--suite") + 1].split(",")}
+    assert asked | {"first"} == set(SUITES), "first is what first_contact measures"
+
+
+def test_the_second_part_is_decided_by_the_first(tmp_path):
+    with pytest.raises(InputError, match=r"first\.json is missing"):
+        campaign.suites_of("second", tmp_path)
+    for verdicts, expected in (
+        ({"wgmma 0": "right", "wgmma 1": "hangs"}, "gemm: models"),
+        ({"wgmma 0": "wrong", "wgmma 1": "hangs"}, "instructions"),
+    ):
+        (tmp_path / "first.json").write_text(json.dumps({"configurations": verdicts}))
+        assert campaign.suites_of("second", tmp_path)[0].name == expected
 
 
 def test_the_studies_of_quality_parse_and_leave_their_reports(tmp_path):
-    from sparsedm.cli import _parser
+    from bench.experiments import runner
+    from sparsedm.cli import parse
 
+    experiments = argparse.ArgumentParser()
+    runner.add_arguments(experiments)
     suites = campaign.quality_suites("images.zip")
     assert suites[0].name == "quality: arms", "what answers the question first"
     for suite in suites:
-        options = _parser().parse_args([part.format(folder="gpu", minutes="8.50") for part in suite.command[3:]])
+        module, *arguments = (part.format(folder="gpu", minutes="8.50") for part in suite.command[2:])
+        options = {"sparsedm.cli": parse, "bench.experiments": experiments.parse_args}[module](arguments)
         assert (options.scale, options.data, options.minutes) == ("lite", "images.zip", 8.5)
         assert options.out.startswith("gpu-quality/")
     code = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); (out / 'seed-0').mkdir(parents=True)\n"
     code += "names = ('report.md', 'results.csv', 'a.png', 'b.safetensors', 'seed-0/samples.png')\n"
     code += "[(out / name).write_text('x') for name in names]"
     study = Suite("quality: arms", script(code, "{folder}-quality/arms"), least=20)
-    index = run_campaign([study, Suite("search", script(""), least=90)], tmp_path / "gpu", minutes=1)
+    index = run_campaign([study, Suite("search", script(""), least=90)], tmp_path / "gpu", seconds=60)
     assert states(index) == {"quality: arms": "ran", "search": "skipped"}
     held = zipfile.ZipFile(tmp_path / "gpu/quality.zip").namelist()
     assert sorted(held) == ["arms-a.png", "arms-report.md", "arms-results.csv", "arms-seed-0-samples.png"]
@@ -226,15 +275,65 @@ def test_the_studies_of_quality_parse_and_leave_their_reports(tmp_path):
 
 def test_the_sanitizer_s_tests_are_there():
     """What -k and the file names select must not silently become nothing when a test is renamed."""
-    (suite,) = (suite for suite in gpu_suites() if suite.name == "memcheck")
+    (suite,) = (suite for suite in second_suites() if suite.name == "memcheck")
     command = suite.command[suite.command.index(sys.executable) :]
     listed = subprocess.run([*command, "--collect-only"], capture_output=True, text=True).stdout
-    for kernel in ("mma", "wgmma", "few", "conv_mma", "conv"):
-        assert f"<Module test_sparse24_{kernel}.py>" in listed
+    for kernel in ("mma", "mma_splitk", "mma_conv", "wgmma", "wgmma_conv"):
+        assert f"<Module test_{kernel}.py>" in listed
 
 
 def test_without_a_gpu_nothing_is_claimed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert campaign.main(["--out", str(tmp_path / "out")]) == 2
+    assert campaign.main(["first", "--out", str(tmp_path / "out")]) == 2
     assert "torch sees none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# ---- publish: a campaign's folder made by hand, and what becomes of it
+
+
+def entry(microseconds):
+    return {"config": {"block": 64}, "microseconds": microseconds, "measured": 3}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    for name in ("index.json", "results.csv", "log.txt", "counters.txt"):
+        (folder / name).write_text(f"of {name}")
+    with zipfile.ZipFile(folder / "plots.zip", "w") as archive:
+        archive.writestr("speed.png", b"pixels")
+    tables = {"nvidia-h200-sm-90.json": {"product": {"M=16": entry(5), "M=32": entry(6)}}}
+    (folder / "tuned.json").write_text(json.dumps(tables))
+    return folder
+
+
+def test_everything_has_its_place(finished, tmp_path):
+    tables, results = tmp_path / "tuned", tmp_path / "results/h200"
+    written = publish(finished, results, tables)
+    assert {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()} == {
+        "index.json", "results.csv", "log.txt", "counters.txt", "plots/speed.png",
+    }  # fmt: skip
+    assert set(written) == {path for folder in (results, tables) for path in folder.rglob("*") if path.is_file()}
+    assert (results / "results.csv").read_text() == "of results.csv"
+    assert (results / "plots/speed.png").read_bytes() == b"pixels"
+    assert read_table(tables / "nvidia-h200-sm-90.json") == {"product": {"M=16": entry(5), "M=32": entry(6)}}
+
+
+def test_a_shipped_table_keeps_what_was_not_measured_again(finished, tmp_path):
+    tables = tmp_path / "tuned"
+    tables.mkdir()
+    before = {"product": {"M=16": entry(50), "M=64": entry(7)}, "other": {"M=16": entry(8)}}
+    (tables / "nvidia-h200-sm-90.json").write_text(json.dumps(before))
+    publish(finished, tmp_path / "results", tables)
+    merged = {"product": {"M=16": entry(5), "M=32": entry(6), "M=64": entry(7)}, "other": {"M=16": entry(8)}}
+    assert read_table(tables / "nvidia-h200-sm-90.json") == merged
+
+
+def test_a_folder_without_a_campaign_is_refused(tmp_path, capsys):
+    with pytest.raises(InputError, match="holds no campaign: it has no index"):
+        publish(tmp_path / "none", tmp_path / "results")
+    assert campaign.main(["publish", "--out", str(tmp_path), "--to", str(tmp_path / "results")]) == 2
+    assert "no index.json" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

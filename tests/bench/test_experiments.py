@@ -10,24 +10,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.experiments import measures, report, results, runner
-from bench.experiments.plans import EXPERIMENTS, SCALES, Scale, planned
-from sparsedm import cli
-from sparsedm.commands.quickstart import SYNTHETIC
+from bench import results
+from bench.experiments import measures, report, runner
+from bench.experiments.__main__ import main
+from bench.experiments.plans import EXPERIMENTS, SCALES, planned
 from sparsedm.diffusion import schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model, model_config
-from sparsedm.sparsify import sparsify
+from sparsedm.recipes import QUICKSTART, Scale
+from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data, loop
-from sparsedm.train.methods import LADDER, METHODS
 from sparsedm.train.metrics import read_metrics, usual_speed
+from sparsedm.train.stages import LADDER, METHODS
 
 TINY = Scale(
     summary="for the tests",
     model="uvit-tiny",
-    overrides={**SYNTHETIC.model, "dim": 32, "depth": 2, "heads": 2},
+    overrides={**QUICKSTART["synthetic"].overrides, "dim": 32, "depth": 2, "heads": 2},
     conditional=True,
     data="synthetic",
     base_steps=6,
@@ -36,7 +37,7 @@ TINY = Scale(
     seeds=2,
     samples=16,
     sampling_steps=2,
-    options=SYNTHETIC.options,
+    options=QUICKSTART["synthetic"].options,
     validation=16,
 )
 RUNS = ("dense", "oneshot", "chain", "small-dense")
@@ -44,7 +45,7 @@ RUNS = ("dense", "oneshot", "chain", "small-dense")
 
 def command(folder, *more):
     only = itertools.chain.from_iterable(("--only", run) for run in RUNS)
-    return cli.main(["experiment", "arms", "--scale", "tiny", "--out", str(folder), *only, *more])
+    return main(["arms", "--scale", "tiny", "--out", str(folder), *only, *more])
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def done(tmp_path_factory):
 
 
 def numbers(folder, run, measure, seed=0):
-    rows = results.read(folder / "results.csv")
+    rows = results.read_experiment(folder / "results.csv")
     return [(r["x"], r["value"]) for r in rows if (r["run"], r["measure"], r["seed"]) == (run, measure, seed)]
 
 
@@ -163,15 +164,15 @@ def test_a_start_that_is_not_that_of_the_other_runs_is_refused(done, tiny, tmp_p
     """On a GPU a second training of the dense network gives other bits: then the terms would not be equal."""
     folder = tmp_path / "moved"
     shutil.copytree(done, folder, ignore=shutil.ignore_patterns("seed-*"))
-    rows = [row for row in results.read(folder / "results.csv") if row["run"] != "oneshot"]
-    results.write(folder / "results.csv", rows)
+    rows = [row for row in results.read_experiment(folder / "results.csv") if row["run"] != "oneshot"]
+    results.write_experiment(folder / "results.csv", rows)
     assert command(folder, "--seeds", "1") == 0, "on a CPU the bits are the same"
     for row in rows:
         row["value"] += 1e-6 * (row["measure"] == runner.BASE and row["seed"] == 1)
-    results.write(folder / "results.csv", rows)
+    results.write_experiment(folder / "results.csv", rows)
     assert command(folder) == 2
     assert "holds runs of seed 1 that began from another dense network" in capsys.readouterr().err
-    assert {row["run"] for row in results.read(folder / "results.csv") if row["seed"] == 0} == set(RUNS)
+    assert {row["run"] for row in results.read_experiment(folder / "results.csv") if row["seed"] == 0} == set(RUNS)
 
 
 def test_on_a_gpu_nothing_is_tuned_unless_it_is_asked_for(tmp_path, monkeypatch):
@@ -205,16 +206,18 @@ def test_what_is_finished_is_not_repeated(done, tiny, tmp_path, monkeypatch):
     folder = tmp_path / "again"
     shutil.copytree(done, folder)
     before = (folder / "results.csv").read_text()
-    kept = [row for row in results.read(folder / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
-    runner.write(folder / "results.csv", kept)
+    kept = [row for row in results.read_experiment(folder / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    results.write_experiment(folder / "results.csv", kept)
     measured, train = [], runner._Work.train
     monkeypatch.setattr(runner._Work, "train", lambda *a: measured.append((a[1], a[2].name)) or train(*a))
     monkeypatch.setattr("sparsedm.train.step.Step.__call__", lambda *a: pytest.fail("trained again"))
     assert command(folder) == 0
     assert measured == [(1, "chain")]
-    fresh = {(r["run"], r["seed"], r["measure"], r["x"]): r["value"] for r in results.read(folder / "results.csv")}
+    fresh = {
+        (r["run"], r["seed"], r["measure"], r["x"]): r["value"] for r in results.read_experiment(folder / "results.csv")
+    }
     (tmp_path / "before.csv").write_text(before)
-    for row in results.read(tmp_path / "before.csv"):
+    for row in results.read_experiment(tmp_path / "before.csv"):
         if "seconds" not in row["measure"] and row["measure"] != "peak memory":
             key = (row["run"], row["seed"], row["measure"], row["x"])
             assert fresh[key] == row["value"] or row["value"] != row["value"], key
@@ -242,7 +245,7 @@ def test_a_study_that_is_cut_again_and_again_is_that_of_one_piece(done, tiny, tm
         assert bool(finished) == ("report.md" in cut.out), number
 
     def values(folder):
-        rows = [row for row in results.read(folder / "results.csv") if row["seed"] == 0]
+        rows = [row for row in results.read_experiment(folder / "results.csv") if row["seed"] == 0]
         return {(r["run"], r["measure"], r["x"]): r["value"] for r in rows}
 
     whole, pieces = values(done), values(tmp_path)
@@ -305,7 +308,7 @@ def test_the_report_says_whether_a_run_is_as_good_as_dense(done, tmp_path):
     distances = {"dense": (10, 20), "chain": (10.4, 20.9), "small-dense": (10.4, 21.1), "oneshot": (11, 40)}
 
     def rows(distances):
-        found = results.read(done / "results.csv")
+        found = results.read_experiment(done / "results.csv")
         planted = [row for row in found if row["measure"] == "Fréchet distance"]
         others = [row for row in found if row["measure"] != "Fréchet distance"]
         return [*(row | {"value": distances[row["run"]][row["seed"]]} for row in planted), *others]
@@ -330,7 +333,7 @@ def test_the_report_says_whether_a_run_is_as_good_as_dense(done, tmp_path):
 
 
 def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
-    rows = results.read(done / "results.csv")
+    rows = results.read_experiment(done / "results.csv")
     for run, x in (("dense", 1.0), ("chain", 0.5)):
         rows += [{**rows[0], "run": run, "seed": seed, "measure": "axis", "x": None, "value": x} for seed in (0, 1)]
     rows = [row for row in rows if row["run"] in ("dense", "chain")]
@@ -344,7 +347,7 @@ def test_every_run_of_a_plan_has_a_line_of_its_own(name, done, tmp_path):
     names = [run.name for run in planned(name, "full")[2]]
     styles = report._styles(names, EXPERIMENTS[name].control)
     assert len({*styles.values()}) == len(names)
-    rows = [row for row in results.read(done / "results.csv") if row["run"] == "chain"]
+    rows = [row for row in results.read_experiment(done / "results.csv") if row["run"] == "chain"]
     report.write(tmp_path, [row | {"run": run} for run in names for row in rows], EXPERIMENTS[name])
     assert (tmp_path / "training.png").stat().st_size > 5000
 
@@ -373,7 +376,7 @@ def test_every_range_has_several_numbers_on_its_axis(drawn):
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
-    assert cli.main(["experiment", *arguments, "--dry-run"]) == 2
+    assert main([*arguments, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -383,14 +386,14 @@ def test_a_folder_of_another_experiment_is_refused(done, tiny, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "seed,x,value\n", "run,seed\nx,1\n", "seed,x,value\n1,,much\n", "seed,value,x\n1,2\n"]
+    "content", ["", "seed,x,value\n", ",".join(results.OF_EXPERIMENTS), ",".join(results.OF_EXPERIMENTS) + "\n1,2\n"]
 )
 def test_a_damaged_results_file_is_refused(tmp_path, content):
     (tmp_path / "results.csv").write_text(content)
     if not content:
         (tmp_path / "results.csv").unlink()
-    with pytest.raises(InputError, match="cannot be read as the results of an experiment"):
-        results.read(tmp_path / "results.csv")
+    with pytest.raises(InputError, match=r"results\.csv"):
+        results.read_experiment(tmp_path / "results.csv")
 
 
 def lines(done):
@@ -401,12 +404,12 @@ def lines(done):
     ("damage", "message"),
     [
         (lambda found: [found[0].replace("group,", ""), *found[1:]], "it has no column group"),
-        (lambda found: [*found[:5], found[5].rpartition(",")[0]], "a row is cut short"),
+        (lambda found: [*found[:5], found[5].rpartition(",")[0]], "a row is broken or cut short"),
         (
             lambda found: [line for line in found if ",chain,1,Fréchet" not in line],
             "chain of seed 1 has no Fréchet",
         ),
-        (lambda found: [found[0], found[1].replace(",0,", ",zero,", 1)], "invalid literal for int"),
+        (lambda found: [found[0], found[1].replace(",0,", ",zero,", 1)], "could not convert string to float: 'zero'"),
     ],
     ids=["column", "row", "measure", "seed"],
 )
@@ -421,7 +424,7 @@ def test_a_results_file_that_lost_something_is_refused(done, tiny, tmp_path, cap
 def test_results_of_another_experiment_are_refused(done, tiny, tmp_path, capsys):
     shutil.copy(done / "results.csv", tmp_path)
     for more in ([], ["--report-only"]):
-        assert cli.main(["experiment", "ratio", "--scale", "tiny", "--out", str(tmp_path), *more]) == 2
+        assert main(["ratio", "--scale", "tiny", "--out", str(tmp_path), *more]) == 2
         assert "holds results of arms (tiny), not of ratio (tiny)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["results.csv"]
 
@@ -441,7 +444,7 @@ def test_two_processes_do_not_share_a_folder(done, tiny, capsys):
 
 
 def test_the_table_says_which_runs_have_fewer_seeds_and_what_they_ran_on(done, tmp_path):
-    rows = [row for row in results.read(done / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    rows = [row for row in results.read_experiment(done / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
     rows[-1]["device"] = "another"
     text = report.write(tmp_path, rows, EXPERIMENTS["arms"])
     assert "Mean of 2 seeds ± half their range (chain has 1)." in text
@@ -450,12 +453,12 @@ def test_the_table_says_which_runs_have_fewer_seeds_and_what_they_ran_on(done, t
 
 
 def test_outside_of_a_repository_the_version_stands_for_the_commit(done, tmp_path):
-    rows = [row | {"commit": ""} for row in results.read(done / "results.csv")]
+    rows = [row | {"commit": ""} for row in results.read_experiment(done / "results.csv")]
     assert f"commit {rows[0]['sparsedm']}" in report.write(tmp_path, rows, EXPERIMENTS["arms"])
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
-    assert cli.main(["experiment", "arms", "--scale", "full", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
+    assert main(["arms", "--scale", "full", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS)
     assert not (tmp_path / "x").exists()
@@ -463,6 +466,6 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_smoke_ranks_dense_above_pruning_in_one_shot(tmp_path):
-    assert cli.main(["experiment", "arms", "--out", str(tmp_path), "--seeds", "1"]) == 0
+    assert main(["arms", "--out", str(tmp_path), "--seeds", "1"]) == 0
     losses = {run: numbers(tmp_path, run, "validation loss")[0][1] for run in ("dense", "sr-ste+kd", "oneshot")}
     assert losses["dense"] < losses["sr-ste+kd"] < losses["oneshot"]

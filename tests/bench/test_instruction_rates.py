@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import instruction_rates as rates
+from bench.ceilings import INSTRUCTIONS, unsupported
 from emulator import tensor_cores
 from emulator.launch import run
 from emulator.memory import swizzle
@@ -37,7 +38,7 @@ def of_integers(tensors):
 @functools.cache
 def compiled():
     builds = {}
-    for name in rates.NAMES:
+    for name in INSTRUCTIONS:
         kernel, tensors, constants = arguments(name)
         where = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
         signature = {key: TYPES[tensor.dtype] for key, tensor in tensors.items()} | {"iterations": "i32"}
@@ -45,7 +46,7 @@ def compiled():
     return dict(zip(builds, zip(builds.values(), compile_offline(list(builds.values())))))
 
 
-@pytest.mark.parametrize("name", rates.NAMES)
+@pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_the_loop_is_almost_only_that_instruction(name):
     _, built = compiled()[name]
     assert built.spills == 0
@@ -56,7 +57,7 @@ def test_the_loop_is_almost_only_that_instruction(name):
         products = {op: n for op, n in loop.items() if "MMA" in op}
         assert all(op.startswith(INSTRUCTION[name]) for op in products), products
         assert sum(products.values()) % (8 if name.startswith("mma") else 4) == 0
-        others = set(loop) - set(products) - {"NOP", "BRA", "VIADD", "IADD3"}
+        others = set(loop) - set(products) - {"NOP", "BRA", "VIADD", "IADD3", "UIADD3"}
         assert all(op.startswith(("ISETP", "WARPGROUP")) for op in others), others
 
 
@@ -126,14 +127,14 @@ def test_operations_are_dense_equivalent():
 
 def test_what_it_needs():
     cpu = torch.device("cpu")
-    assert {rates.unsupported(name, cpu, torch.bfloat16) for name in rates.NAMES} == {"needs an NVIDIA GPU"}
+    assert {unsupported(name, cpu, torch.bfloat16) for name in INSTRUCTIONS} == {"needs an NVIDIA GPU"}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", rates.NAMES)
+@pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_on_a_gpu(name):
     device = torch.device("cuda")
-    if reason := rates.unsupported(name, device, torch.bfloat16):
+    if reason := unsupported(name, device, torch.bfloat16):
         pytest.skip(reason)
     if name != "mma":  # one block, whose every register is known: the simplest that the sparse instructions can do
         kernel, tensors, constants = rates.launch_arguments(name, torch.bfloat16, device, 1)

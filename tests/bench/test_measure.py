@@ -49,7 +49,8 @@ class DensePace(Product):
 
 def rows_of(*providers, clock=None, **options):
     problem = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu")
-    rows = measure("gemm", problem, providers, clock or HandClock(tick=1), rounds=2, per_round=3, **options)
+    found = measure("gemm", problem, providers, clock or HandClock(tick=1), rounds=2, per_round=3, **options)
+    rows = [row for rows in found for row in rows]
     assert not {column for row in rows for column in row} - set(COLUMNS)
     return rows
 
@@ -111,7 +112,7 @@ def test_one_that_raises_does_not_stop_the_others():
 def test_one_that_cannot_run_says_why():
     rows = rows_of(Sparse24("wgmma"))
     assert [(r["status"], r["reason"]) for r in rows] == [
-        ("unsupported", "SPARSEDM_BACKEND=wgmma cannot run: not an NVIDIA GPU, or no Triton")
+        ("unsupported", "backend=wgmma cannot run: not an NVIDIA GPU, or no Triton")
     ]
 
 
@@ -152,3 +153,28 @@ def test_packing_is_timed_apart_with_its_break_even():
 def test_rows_keep_the_order_of_the_providers():
     names = [r["provider"] for r in rows_of(Sparse24("mma"), Product("right"), Product("bad", one_wrong), Masked())]
     assert list(dict.fromkeys(names)) == ["sparsedm 2:4 mma", "right", "bad", "sparsedm masked"]
+
+
+def test_a_compiled_provider_is_timed_in_rounds_with_the_best_of_the_others():
+    """Of the eager ones the fastest dense, and ours; not the slower dense, nor those of others."""
+    clock, problem = HandClock(), LinearProblem(SHAPE, "epilogue", torch.float32, "cpu")
+    dense = [DensePace(name, clock=clock, microseconds=time) for name, time in (("dense", 50), ("dense fused", 60))]
+    ours = [Product(name, clock=clock, microseconds=20) for name in ("sparsedm 2:4", "sparsedm 2:4 compiled")]
+    others = [Product("cuSPARSELt", clock=clock, microseconds=30), DensePace("dense compiled", clock=clock)]
+    groups = list(measure("gemm", problem, [*dense, *ours, *others], clock, rounds=1, per_round=1))
+    assert [[r["provider"] for r in rows] for rows in groups] == [
+        ["dense", "dense fused", "sparsedm 2:4", "cuSPARSELt"],
+        ["dense", "sparsedm 2:4", "sparsedm 2:4 compiled"],
+        ["dense", "sparsedm 2:4", "sparsedm 2:4 compiled", "dense compiled"],
+    ]
+
+
+def test_an_error_that_the_gpu_does_not_survive_is_raised_after_its_row(monkeypatch):
+    def fault(y, call):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    problem, found = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu"), []
+    monkeypatch.setattr("bench.measure.device_is_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        found.extend(measure("gemm", problem, [Product("lost", fault), Product("right")], HandClock(tick=1)))
+    assert [[(r["provider"], r["status"]) for r in rows] for rows in found] == [[("lost", "failed")]]

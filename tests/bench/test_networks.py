@@ -2,9 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import baselines as rivals
-from bench import networks as end_to_end
-from bench import sampling
+from bench import baselines, networks
 from bench.networks import (
     STEP_PROVIDERS,
     TRAINING_PROVIDERS,
@@ -13,16 +11,18 @@ from bench.networks import (
     NetworkProvider,
     TrainingStepProblem,
     baked,
+    draw,
+    replayed,
+    sampling_rows,
     table3_shapes,
     with_cusparselt,
 )
 from bench.results import Results, read
 from bench.run import Session, run_suite
-from bench.sampling import draw, replayed, sampling_rows
-from sparsedm.compressed import Linear24
 from sparsedm.cuda_graph import Graphs
+from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
-from sparsedm.sparsify import masked_layers
+from sparsedm.sparsity import masked_layers, set_masking
 
 SHAPE = ModelShape("uvit-tiny", 2, (("depth", 2), ("dim", 32), ("heads", 2)), "small")
 
@@ -69,6 +69,14 @@ def test_training_steps_are_right_and_start_from_the_same_weights(dtype):
                 assert problem.check(run(), provider.sparse).right, provider.name
 
 
+def test_a_training_step_without_the_decay_of_sr_ste_is_wrong():
+    problem = TrainingStepProblem(SHAPE, "training step", torch.float32, "cpu")
+    (masked,) = [p for p in TRAINING_PROVIDERS if p.name == "sparsedm masked"]
+    assert problem.check(masked.bind(problem, None).run(), sparse=True).right
+    set_masking(problem.masked, decay=0.0)
+    assert not problem.check(masked.bind(problem, None).run(), sparse=True).right
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_lucky_loss_of_the_reference_condemns_nobody(seed):
     """With seed 3 torch's loss in bf16 is off by less than a third of what autocast is, with others by more."""
@@ -84,10 +92,10 @@ def test_cusparselt_takes_the_place_of_our_linear_layers(shape, monkeypatch):
     step = NetworkProblem(shape, "step", torch.float32, "cpu")
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda w, x, bias, **how: (w @ x).t() + (0 if bias is None else bias))
-    monkeypatch.setattr(rivals, "tuned_algorithm", lambda *shape: rivals.Algorithm(0))
+    monkeypatch.setattr(baselines, "tuned_algorithm", lambda *shape: baselines.Algorithm(0))
     network = with_cusparselt(step)
     assert step.check(step.outputs(network, step.inputs), sparse=True).right
-    left = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | Linear24)}
+    left = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | CompressedLinear)}
     assert not left & {name for name, _ in masked_layers(step.masked)}
 
 
@@ -126,14 +134,14 @@ def test_compiled_code_gets_what_eager_calls_were_tuned_to(monkeypatch):
     problem, known = NetworkProblem(SHAPE, "step", torch.float32, "cpu"), []
 
     def compiler(network):
-        known.extend(bool(m._arranged) for m in network.modules() if isinstance(m, Linear24))
+        known.extend(bool(m._prepacked) for m in network.modules() if isinstance(m, CompressedLinear))
         return network
 
-    monkeypatch.setattr(end_to_end, "max_autotune", compiler)
+    monkeypatch.setattr(networks, "max_autotune", compiler)
     (provider,) = [p for p in STEP_PROVIDERS if p.name == "sparsedm 2:4 compiled"]
     provider.bind(problem, None)
     assert known
-    assert all(known), "every layer has arranged its weight for a call"
+    assert all(known), "every layer has prepacked its weight for a call"
 
 
 def test_samples_by_replayed_graphs_are_the_same(step):
@@ -173,11 +181,10 @@ def test_peak_memory_counts_all_forms_of_the_weights_and_the_activations(step, m
         memory["held"] += 50
         return network
 
-    monkeypatch.setattr(end_to_end, "allocated", lambda device: memory["held"])
-    monkeypatch.setattr(sampling, "allocated", lambda device: memory["held"])
+    monkeypatch.setattr(networks, "allocated", lambda device: memory["held"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory["peak"])
-    assert sampling.peak_memory(NetworkProvider("n", made, sparse=False), step) == 50 + 300 + 77
+    assert networks.peak_memory(NetworkProvider("n", made, sparse=False), step) == 50 + 300 + 77
 
 
 def test_table3_is_the_published_grid():

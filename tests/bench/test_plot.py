@@ -9,8 +9,7 @@ from PIL import Image
 
 from bench import charts, plot
 from bench.baselines import PROVIDERS
-from bench.results import COLUMNS, write
-from bench.speedups import speedups
+from bench.results import COLUMNS, speedups, write
 from sparsedm.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("_small_pictures")
@@ -53,6 +52,10 @@ def made_up():
     cell = {"suite": "table3", "model": "one block, width 8, patch 2, mlp 4", "shape": "t"}
     rows += [row("dense", 9, **cell), row(charts.OURS, 7, **cell)]
     rows += [row("sparsedm choose", 9, suite="mask", shape="square 256", mode="choose")]
+    for provider, rate in (("dense", 700.0), ("wgmma 0", 1100.0), ("cuSPARSELt", 900.0)):
+        first = {"suite": "first", "shape": "square 8192", "dense_equivalent_tflops": rate, "detail": "so big"}
+        rows.append(row(provider, 9, **first))
+        rows.append(row(provider, 9, metric="held", power_w="699.5", sm_mhz="1500", **first))
     for kernel, value in (("copy", 4000.0), ("dense", 700.0), ("mma.sp", 900.0)):
         rows.append(row("torch", 1, suite="ceiling", kernel=kernel, metric="rate", gbps=value, value=value))
     return rows
@@ -77,7 +80,7 @@ def test_every_chart_is_drawn_for_light_and_dark_pages(tmp_path):
     write(tmp_path / "r.csv", made_up())
     names = {path.name for path in plot.draw_all([tmp_path / "r.csv"], tmp_path / "plots")}
     wanted = {"speedup-square", "speedup-m-sweep", "roofline", "heat", "layers-net-batch4", "end-to-end", "train"}
-    wanted |= {"table3", "masks"}
+    wanted |= {"table3", "masks", "first-contact"}
     assert names == {f"{name}{suffix}.png" for name in wanted for suffix in ("", "-dark")} | {"targets.md"}
     light, dark = (np.array(Image.open(tmp_path / f"plots/heat{s}.png").convert("L")) for s in ("", "-dark"))
     assert light[0, 0] > 240
@@ -127,6 +130,39 @@ def test_the_losing_region_is_shaded_up_to_one():
     (patch,) = axes.patches
     assert (patch.get_y(), patch.get_height()) == (0, 1)
     assert sorted(line.get_ydata()[0] for line in axes.lines) == [1, 2]
+
+
+def test_what_others_published_is_grey_named_and_beside_ours():
+    figure = Figure()
+    assert charts.sweep(figure, made_up(), "square")
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    published = {label: line for label, line in lines.items() if label.endswith("(published)")}
+    assert {label.split(", ")[1] for label in published} == {
+        "A100 (published)", "RTX 4090 (published)", "H100 PCIe (published)", "B200 (published)", "RTX 5080 (published)",
+    }  # fmt: skip
+    assert {line.get_color() for line in published.values()} == {charts.GREY}
+    h100 = published["cuSPARSELt, H100 PCIe (published)"]
+    assert dict(zip(h100.get_xdata(), h100.get_ydata()))[8192] == 1.59
+    assert "arXiv 2603.05232" in figure.legends[0].get_title().get_text()
+    assert lines[charts.OURS].get_color() in charts.COLOURS
+
+
+def test_published_curves_are_of_the_dtype_that_was_measured_and_of_real_sizes():
+    for name in ("square", "m-sweep"):
+        for dtype in ("bfloat16", "float16"):
+            curves = charts.published(name, dtype)
+            missing = {"H100 PCIe"} if dtype == "float16" else set()  # they published none in fp16
+            assert set(curves) == set(charts.CARDS.values()) - missing
+            assert {m for m, _ in curves["A100"]} == {64 << i for i in range(9)}
+        assert charts.published(name, "bfloat16") != charts.published(name, "float16")
+
+
+def test_first_contact_says_rate_ratio_and_power():
+    figure = Figure()
+    assert charts.first(figure, made_up())
+    said = [t.get_text().strip() for t in figure.axes[0].texts]
+    assert "1100 (1.57x)" in said
+    assert "1100 (1.57x, 700 W, 1500 MHz)" in said
 
 
 def test_heat_shows_each_ratio_in_its_cell():

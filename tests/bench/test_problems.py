@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from bench.baselines import OURS_AND_DENSE, PROVIDERS
-from bench.mask_providers import TrainMasked
 from bench.problems import ConvProblem, LinearProblem, MaskProblem, TrainingProblem, masked
+from bench.providers import TrainMasked
 from bench.shapes import ConvShape, LinearShape
 from sparsedm import layers
-from sparsedm.kernels.mask import choose
+from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 
 LINEAR = LinearShape("m@1", "l", 40, 24, 36, "silu", residual=True)  # K is no multiple of 16
@@ -61,7 +61,7 @@ def test_each_gradient_is_checked():
 
 def test_a_training_call_chooses_its_masks_anew(monkeypatch):
     chosen = []
-    monkeypatch.setattr(layers, "choose", lambda *arguments: chosen.append(arguments) or choose(*arguments))
+    monkeypatch.setattr(layers, "select_mask", lambda *a, **k: chosen.append(a) or select_mask(*a, **k))
     run = TrainMasked().bind(TrainingProblem(LINEAR, "forward", torch.float32, "cpu"), None).run
     before = len(chosen)
     for _ in range(3):

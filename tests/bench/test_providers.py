@@ -1,4 +1,3 @@
-import os
 import sys
 import types
 
@@ -7,24 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch.sparse._semi_structured_conversions import _sparse_semi_structured_tile
 
-from bench import baseline_tilelang as rival_tilelang
-from bench import providers
-from bench.baseline_tilelang import TILES, TileLang
+from bench import baselines, providers
 from bench.baselines import (
     PROVIDERS,
+    TILES,
     Algorithm,
     CuSparseLt,
     CuSparseLtTuned,
     Cutlass,
-    TorchAo,
+    TileLang,
     TrainTile,
-    TrainXFormers,
 )
 from bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
-from bench.providers import DENSE, MOST_OF_FEW, DenseCompiled, DenseFused, Rival, Sparse24
+from bench.providers import MOST_SPLITK_ROWS, Baseline, DenseCompiled, DenseFused, Sparse24
+from bench.results import DENSE
 from bench.shapes import ConvShape, LinearShape
 from sparsedm.kernels.pattern import holds
-from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.kernels.sparse24.dispatch import Choice, Measured
 from sparsedm.kernels.sparse24.format import unpack
 
 SHAPE = LinearShape("square", "64", 64, 64, 64, "gelu")
@@ -37,7 +35,7 @@ def test_everything_that_needs_a_gpu_says_so_on_a_cpu():
     assert able == {"dense", "sparsedm masked", "sparsedm 2:4", "sparsedm 2:4 dense"}
     assert reasons["cuSPARSELt"] == reasons["cuSPARSELt tuned"] == reasons["CUTLASS"] == "needs a CUDA device"
     assert reasons["dense compiled"] == "max-autotune compares GPU kernels: there is none on a CPU"
-    assert reasons["sparsedm 2:4 mma"] == "SPARSEDM_BACKEND=mma cannot run: not an NVIDIA GPU, or no Triton"
+    assert reasons["sparsedm 2:4 mma"] == "backend=mma cannot run: not an NVIDIA GPU, or no Triton"
 
 
 def test_names_are_unique_and_the_denominators_are_there():
@@ -48,18 +46,14 @@ def test_names_are_unique_and_the_denominators_are_there():
         assert all(not p.sparse for p in every if p.name in DENSE)
 
 
-def test_a_forced_back_end_runs_and_the_environment_is_put_back(monkeypatch):
+def test_a_back_end_that_is_asked_for_runs_whatever_the_environment_says(monkeypatch):
     problem = LinearProblem(SHAPE, "epilogue", torch.float32, "cpu")
     monkeypatch.setenv("SPARSEDM_BACKEND", "torch")
     provider = Sparse24("dense")
     assert provider.supports(problem) is None
     bound = provider.bind(problem, provider.prepare(problem))
-    assert bound.detail == "dense: SPARSEDM_BACKEND=dense"
+    assert bound.detail == "dense: backend=dense"
     assert problem.check(bound.run(), sparse=True).right
-    assert os.environ["SPARSEDM_BACKEND"] == "torch"
-    monkeypatch.delenv("SPARSEDM_BACKEND")
-    bound.run()
-    assert "SPARSEDM_BACKEND" not in os.environ
 
 
 def test_compilation_is_for_each_shape_and_never_gives_up(monkeypatch):
@@ -89,9 +83,8 @@ def test_the_epilogue_of_cublas_is_the_strongest_dense_without_a_compiler():
 def test_what_ran_is_what_was_measured_not_what_the_rule_says(monkeypatch):
     problem, provider = LinearProblem(SHAPE, "plain", torch.float32, "cpu"), Sparse24()
     assert provider.bind(problem, provider.prepare(problem)).detail.startswith("dense: ")
-    monkeypatch.setattr(
-        providers, "last_choice", lambda kept, rows: Choice("mma", 2) if rows == problem.shape.M else None
-    )
+    measured = Measured(Choice("mma", 2), {}, {})
+    monkeypatch.setattr(providers, "last_measured", lambda cache, rows: measured if rows == problem.shape.M else None)
     assert provider.bind(problem, provider.prepare(problem)).detail == "mma: measured, configuration 2"
 
 
@@ -107,10 +100,10 @@ class OnPaper:
 @pytest.mark.parametrize(
     ("provider", "problem", "reason"),
     [
-        (Rival(), OnPaper(), None),
-        (Rival(), OnPaper(dtype=torch.float32), "takes bfloat16 and float16, not float32"),
-        (Rival(), OnPaper(M=60), "N, K, M = 64, 64, 60 are not multiples of 16, 16, 8"),
-        (Rival(), OnPaper(N=72), "N, K, M = 72, 64, 64 are not multiples of 16, 16, 8"),
+        (Baseline(), OnPaper(), None),
+        (Baseline(), OnPaper(dtype=torch.float32), "takes bfloat16 and float16, not float32"),
+        (Baseline(), OnPaper(M=60), "N, K, M = 64, 64, 60 are not multiples of 16, 16, 8"),
+        (Baseline(), OnPaper(N=72), "N, K, M = 72, 64, 64 are not multiples of 16, 16, 8"),
         (Cutlass(), OnPaper(K=96), "N, K, M = 64, 96, 64 are not multiples of 32, 64, 8"),
     ],
 )
@@ -119,10 +112,9 @@ def test_rules_of_the_rivals(provider, problem, reason):
 
 
 def test_the_kernel_for_few_rows_is_not_tried_with_many():
-    problem = LinearProblem(LinearShape("m", "l", MOST_OF_FEW + 8, 16, 16), "plain", torch.float32, "cpu")
-    assert (
-        Sparse24("few").supports(problem) == "264 rows: it is made for few, and with more than 256 would only cost time"
-    )
+    problem = LinearProblem(LinearShape("m", "l", MOST_SPLITK_ROWS + 8, 16, 16), "plain", torch.float32, "cpu")
+    reason = "264 rows: it is made for few, and with more than 256 would only cost time"
+    assert Sparse24("splitk").supports(problem) == reason
 
 
 def test_a_torch_without_cusparselt_is_recorded(monkeypatch):
@@ -191,9 +183,8 @@ def test_a_rival_with_masks_of_its_own_is_checked_against_them(monkeypatch):
     assert holds(bound.weight.t(), TWO_FOUR)
 
 
-def test_rivals_that_are_not_installed_say_so():
-    for provider in (TorchAo(), TrainXFormers(), TileLang()):
-        assert provider.supports(OnPaper()) == f"{provider.name} is not installed"
+def test_a_baseline_that_is_not_installed_says_so():
+    assert TileLang().supports(OnPaper()) == "TileLang is not installed"
 
 
 def test_tilelang_gets_the_weight_and_the_wrong_blocks_are_left_out(monkeypatch):
@@ -207,7 +198,7 @@ def test_tilelang_gets_the_weight_and_the_wrong_blocks_are_left_out(monkeypatch)
         return lambda values, metadata, x: (unpack(values, metadata.view(torch.int16), 128) @ x.t()) * wrong
 
     monkeypatch.setitem(sys.modules, "tilelang", types.SimpleNamespace(compile=compiled))
-    monkeypatch.setattr(rival_tilelang, "product", lambda shape, tile, dtype: tile)
+    monkeypatch.setattr(baselines, "tilelang_product", lambda shape, tile, dtype: tile)
     bound = TileLang().bind(problem, TileLang().prepare(problem))
     assert problem.check(bound.run(), sparse=True).right
     assert bound.detail.endswith(f"{len(TILES) - 2} of {len(TILES)} blocks right")

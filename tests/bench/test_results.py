@@ -1,5 +1,9 @@
-import pytest
+import subprocess
 
+import pytest
+import torch
+
+from bench import results
 from bench.results import COLUMNS, Results, read, write
 from sparsedm.errors import InputError
 
@@ -20,9 +24,9 @@ def test_rows_come_back_as_they_were(tmp_path):
 
 
 def test_the_file_is_whole_after_every_addition(tmp_path):
-    results = Results(tmp_path / "a.csv")
+    held = Results(tmp_path / "a.csv")
     for i in range(3):
-        results.add([ROW | {"value": float(i)}])
+        held.add([ROW | {"metric": f"metric {i}", "value": float(i)}])
         assert [r["value"] for r in read(tmp_path / "a.csv")] == [0.0, 1.0, 2.0][: i + 1]
     assert list(tmp_path.iterdir()) == [tmp_path / "a.csv"], "no temporary file is left"
 
@@ -38,13 +42,13 @@ def test_resume_keeps_what_is_there_and_knows_it(tmp_path):
 
 
 def test_what_was_begun_and_never_finished_is_a_failure(tmp_path):
-    results, identity = Results(tmp_path / "a.csv"), {name: ROW[name] for name in ("suite", "shape", "mode", "dtype")}
-    results.begin(identity)
-    results.begin(identity | {"provider": "dense"})
+    held, identity = Results(tmp_path / "a.csv"), {name: ROW[name] for name in ("suite", "shape", "mode", "dtype")}
+    held.begin(identity)
+    held.begin(identity | {"provider": "dense"})
     (row,) = Results(tmp_path / "a.csv", resume=True).rows
     assert row["provider"] == "dense", "the latest note, which says who was under way"
     assert (row["status"], row["reason"]) == ("failed", "the process ended in the middle of this: a crash, or a hang")
-    results.add([ROW])
+    held.add([ROW])
     assert [row["status"] for row in read(tmp_path / "a.csv")] == ["ok"], "finished: the note is gone"
 
 
@@ -79,3 +83,75 @@ def test_other_files_are_refused(tmp_path, text, message):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*none\.csv"):
         read(tmp_path / "none.csv")
+
+
+def test_a_later_row_of_the_same_time_replaces_the_earlier_one(tmp_path):
+    held = Results(tmp_path / "a.csv")
+    held.add([ROW | {"metric": "time", "value": 1.0}, ROW | {"metric": "host", "value": 2.0}])
+    held.add([ROW | {"metric": "time", "value": 3.0}, ROW | {"metric": "time", "mode": "epilogue", "value": 4.0}])
+    found = {(r["mode"], r["metric"]): r["value"] for r in read(tmp_path / "a.csv")}
+    assert found == {("plain", "host"): 2, ("plain", "time"): 3, ("epilogue", "time"): 4}
+
+
+# ---- what rows are stamped with
+
+
+@pytest.fixture(autouse=True)
+def _ask_again():
+    results.commit.cache_clear()
+    results._fixed.cache_clear()
+
+
+def test_a_stamp_fills_columns_and_guesses_nothing():
+    stamp = results.stamp("cpu")
+    assert set(stamp) <= set(COLUMNS)
+    assert stamp["device"].startswith("CPU: ")
+    assert stamp["torch"] == torch.__version__
+    empty = {name for name, value in stamp.items() if value == ""}
+    assert empty >= {"capability", "driver", "cuda", "cusparselt", "sm_mhz", "memory_mhz", "power_w"}
+
+
+def test_a_missing_nvidia_smi_leaves_empty_cells(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"uuid": "0"}))
+    monkeypatch.setenv("PATH", "")
+    assert results.sensors("cuda") == {"sm_mhz": "", "memory_mhz": "", "power_w": ""}
+
+
+def test_nvidia_smi_is_asked_for_this_device(monkeypatch):
+    asked = []
+
+    def smi(command, **options):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "1980, 3201, 655.1\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"uuid": "ab-12"}))
+    monkeypatch.setattr(subprocess, "run", smi)
+    assert results.sensors("cuda:1") == {"sm_mhz": "1980", "memory_mhz": "3201", "power_w": "655.1"}
+    assert "--id=GPU-ab-12" in asked[0]
+
+
+def test_the_commit_may_be_told(monkeypatch):
+    monkeypatch.setenv(results.COMMIT, "abc123")
+    assert results.commit() == "abc123"
+
+
+@pytest.mark.parametrize(
+    ("changed", "tracked", "commit"),
+    [("", True, "0123abc"), (" M file\n", True, "0123abc+dirty"), ("", False, "")],
+    ids=["clean", "dirty", "inside-another-repository"],
+)
+def test_the_commit_is_that_of_this_code(monkeypatch, changed, tracked, commit):
+    def git(command, **options):
+        if "ls-files" in command and not tracked:
+            raise subprocess.CalledProcessError(1, command)
+        out = {"rev-parse": "0123abc\n", "ls-files": "results.py\n", "status": changed}[command[1]]
+        return subprocess.CompletedProcess(command, 0, out)
+
+    monkeypatch.delenv(results.COMMIT, raising=False)
+    monkeypatch.setattr(subprocess, "run", git)
+    assert results.commit() == commit
+
+
+def test_the_command_line_holds_no_folder_of_this_machine(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/home/somebody/run.py", "--suite", "gemm x"])
+    assert results.stamp("cpu")["command"] == "run.py --suite 'gemm x'"

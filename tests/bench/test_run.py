@@ -1,17 +1,18 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
 
-from bench import ceilings, mask_providers, measure, run
-from bench import networks as end_to_end
+from bench import ceilings, measure, networks, providers, results, run
 from bench.baselines import OURS_AND_DENSE
 from bench.results import Results, read
-from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, main, run_suite
+from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, Watch, main, run_suite
 from sparsedm.errors import InputError
 
 FAST = {"rounds": 1, "per_round": 1}
@@ -52,7 +53,7 @@ def test_rows_are_in_the_file_before_the_next_shape_begins(tmp_path, monkeypatch
     def only_notes(suite, problem, *rest, **limits):
         path = tmp_path / "r.csv"
         seen.append(len(read(path)) if path.exists() else 0)
-        return [{"suite": suite, "provider": "dense", "status": "ok", **problem.columns()}]
+        yield [{"suite": suite, "provider": "dense", "status": "ok", **problem.columns()}]
 
     monkeypatch.setattr(run, "measure", only_notes)
     run_suite("mask", session(tmp_path / "r.csv", "square"))
@@ -66,7 +67,7 @@ def test_a_crash_is_recorded_and_passed_over_by_resume(tmp_path, monkeypatch):
     def crashing(suite, problem, *rest, **limits):
         if problem.shape.N == 256:
             raise MemoryError("as if the process had been killed")
-        return real(suite, problem, *rest, **limits)
+        yield from real(suite, problem, *rest, **limits)
 
     monkeypatch.setattr(run, "measure", crashing)
     with pytest.raises(MemoryError):
@@ -81,7 +82,7 @@ def test_who_crashed_has_failed_and_resume_measures_the_others(tmp_path, monkeyp
         raise SystemExit("as if the process had been killed")
 
     with monkeypatch.context() as broken:
-        broken.setattr(mask_providers.TopK, "bind", crashes)
+        broken.setattr(providers.TopK, "bind", crashes)
         with pytest.raises(SystemExit):
             run_suite("mask", session(tmp_path / "r.csv", "square@256"))
     run_suite("mask", session(tmp_path / "r.csv", "square@256", resume=True))
@@ -99,13 +100,13 @@ def test_a_gpu_that_is_lost_fails_who_lost_it_and_the_process_starts_again(tmp_p
     restarts = []
     arguments = ["--suite", "mask", "--quick", "--shapes", "square@256,square@512", "--out", str(tmp_path / "r.csv")]
     with monkeypatch.context() as broken:
-        broken.setattr(mask_providers.TopK, "bind", lost)
+        broken.setattr(providers.TopK, "bind", lost)
         for module in (measure, run):
             broken.setattr(module, "device_is_lost", lambda device: True)
-        broken.setattr(run, "start_again", lambda module, arguments: restarts.append((module, arguments)))
+        broken.setattr(run, "start_again", restarts.append)
         main([*arguments, "--seconds", "1000"])
-    ((module, again),) = restarts
-    assert (module, again[:-1]) == ("bench.run", [*arguments, "--seconds", "1000", "--resume", "--seconds"])
+    (again,) = restarts
+    assert again[:-1] == [*arguments, "--seconds", "1000", "--resume", "--seconds"]
     assert 900 < int(again[-1]) <= 1000
     (row,) = read(tmp_path / "r.csv")
     assert (row["provider"], row["status"]) == ("torch topk", "failed")
@@ -126,26 +127,69 @@ def test_an_error_that_the_device_survives_is_no_reason_to_start_again(tmp_path,
 
 def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
     late = threading.Event()
-    monkeypatch.setattr(run, "patience", lambda provider: 0.2 if provider == "sparsedm choose" else 60)
-    monkeypatch.setattr(mask_providers.Choose, "bind", lambda *_: late.wait(10) and None)
-    run_suite("mask", session(tmp_path / "r.csv", "square@256", late=late.set))
+    monkeypatch.setattr(providers.Choose, "bind", lambda *_: late.wait(10) and None)
+    run_suite("mask", session(tmp_path / "r.csv", "square@256", timeout=0.2, on_timeout=late.set))
     assert late.is_set()
 
 
 def test_who_is_ended_from_outside_has_not_failed(tmp_path, monkeypatch):
     arguments = ["--suite", "mask", "--quick", "--shapes", "square@256", "--out", str(tmp_path / "r.csv")]
     with monkeypatch.context() as slow:
-        slow.setattr(mask_providers.TopK, "bind", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        slow.setattr(providers.TopK, "bind", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert main(arguments) == 3
     assert not read(tmp_path / "r.csv")
     assert main([*arguments, "--resume"]) == 0
     assert {r["status"] for r in read(tmp_path / "r.csv")} == {"ok"}
 
 
+def test_who_ends_the_process_twice_is_left_out_of_the_rest(tmp_path, monkeypatch):
+    def crashes(self, problem, prepared):
+        raise SystemExit("as if the process had been killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(providers.TopK, "bind", crashes)
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                run_suite("mask", session(tmp_path / "r.csv", "square", resume=(tmp_path / "r.csv").exists()))
+    run_suite("mask", session(tmp_path / "r.csv", "square", resume=True))
+    rows = [r for r in read(tmp_path / "r.csv") if r["provider"] == "torch topk"]
+    reasons = [results.ENDED] * 2 + ["it has ended its process 2 times in this suite"] * 2
+    assert [(r["status"], r["reason"]) for r in rows] == [("failed", reason) for reason in reasons]
+    assert len([r for r in read(tmp_path / "r.csv") if r["status"] == "ok" and r["metric"] == "time"]) == 3 * 4
+
+
+class Slow(providers.TopK):
+    """Stands for a provider that compiles; ended() is called meanwhile."""
+
+    name, ended = "sparsedm choose compiled", staticmethod(lambda: None)
+
+    def bind(self, problem, prepared):
+        self.ended()
+        return super().bind(problem, prepared)
+
+
+def test_eager_rows_are_in_the_file_before_anything_compiles(tmp_path, monkeypatch):
+    arguments = ["--suite", "mask", "--quick", "--shapes", "square@256", "--out", str(tmp_path / "r.csv")]
+    names = ["dense", "torch topk", "sparsedm choose", "sparsedm choose + pack"]
+    monkeypatch.setitem(run.PROVIDERS, "mask", [*run.PROVIDERS["mask"], Slow()])
+    monkeypatch.setattr(run, "BESIDE", ("sparsedm choose",))
+    with monkeypatch.context() as slow:
+        slow.setattr(Slow, "ended", staticmethod(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        assert main(arguments) == 3
+    eager = {r["provider"]: r["p50_us"] for r in read(tmp_path / "r.csv")}
+    assert [r["provider"] for r in read(tmp_path / "r.csv") if r["metric"] == "time"] == names
+    assert main([*arguments, "--resume"]) == 0
+    rows = [r for r in read(tmp_path / "r.csv") if r["metric"] == "time"]
+    assert {r["provider"] for r in rows} == {*names, Slow.name}
+    again = {r["provider"] for r in rows if r["provider"] in eager and r["p50_us"] != eager[r["provider"]]}
+    assert again <= {"dense", "sparsedm choose"}, "what it is compared with was measured beside it, and nothing else"
+    assert again
+
+
 def test_providers_that_there_is_no_time_for_are_left_for_the_next_time(tmp_path, monkeypatch):
     """The second of two networks to compile would begin too late; those that are not compiled are measured."""
-    monkeypatch.setattr(end_to_end.NetworkProvider, "supports", lambda self, problem: None)
-    monkeypatch.setattr(end_to_end, "max_autotune", lambda network: network)
+    monkeypatch.setattr(networks.NetworkProvider, "supports", lambda self, problem: None)
+    monkeypatch.setattr(networks, "max_autotune", lambda network: network)
     monkeypatch.setattr(run, "COMPILES", 1000)
     names = ("dense", "dense compiled", "sparsedm 2:4")
     first = session(tmp_path / "r.csv", "uvit-tiny@1", providers=names, deadline=time.monotonic() + 900)
@@ -218,8 +262,8 @@ def test_a_probe_that_fails_or_ends_the_process_costs_no_other_ceiling(tmp_path,
             raise RuntimeError("out of registers")
         raise SystemExit("as if the process had been killed")
 
-    monkeypatch.setattr(ceilings.instruction_rates, "unsupported", lambda name, *_: None if "w" not in name else "old")
-    monkeypatch.setattr(ceilings.instruction_rates, "prepare", prepare)
+    monkeypatch.setattr(ceilings, "unsupported", lambda name, *_: None if "w" not in name else "old")
+    monkeypatch.setattr("bench.instruction_rates.prepare", prepare)
     with pytest.raises(SystemExit):
         run_suite("ceiling", session(tmp_path / "r.csv"))
     run_suite("ceiling", session(tmp_path / "r.csv", resume=True))
@@ -245,8 +289,8 @@ def test_the_command_line(tmp_path, capsys):
         (["--suite", "speed"], f"unknown suite 'speed': one of {', '.join(SUITES)}"),
         (["--suite", "gemm", "--providers", "cublas"], "unknown providers cublas: they are CUTLASS"),
         (["--suite", "gemm", "--modes", "fused"], "unknown modes fused: they are backward, choose, epilogue, forward"),
-        (["--suite", "train", "--shapes", "dit-xl-2@1"], "a whole network is model@batch"),
-        (["--suite", "conv", "--shapes", "dit-xl-2@1"], "hold no convolution layer"),
+        (["--suite", "train", "--shapes", "sd3-medium@1"], "a whole network is model@batch"),
+        (["--suite", "conv", "--shapes", "sd3-medium@1"], "hold no convolution layer"),
         (["--suite", "gemm", "--shapes", "sqare"], "unknown shapes 'sqare'"),
     ],
 )
@@ -261,6 +305,37 @@ def test_an_existing_file_is_refused(tmp_path):
     Results(tmp_path / "r.csv").add([])
     with pytest.raises(InputError, match="exists"):
         session(tmp_path / "r.csv")
+
+
+HANGS = """
+import time
+from bench.run import Watch, start_again
+print("hangs")
+Watch(lambda: start_again(["--help"])).expect(0.1)
+time.sleep(100)
+"""
+
+
+def test_a_watch_calls_when_nobody_is_alive():
+    called = threading.Event()
+    Watch(called.set).expect(0.05)
+    assert called.wait(5)
+
+
+def test_a_watch_that_is_done_calls_nobody():
+    called = threading.Event()
+    watch = Watch(called.set)
+    watch.expect(0.05)
+    watch.expect(0.05)
+    watch.done()
+    assert not called.wait(0.2)
+
+
+def test_a_process_that_hangs_is_replaced_by_another():
+    done = subprocess.run([sys.executable, "-u", "-c", HANGS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("hangs\nusage: python -m bench.run")
+    assert 'File "<string>", line 6 in <module>' in done.stderr, "where it hung"
 
 
 SMALL = {
@@ -279,10 +354,10 @@ SMALL = {
 def test_on_a_gpu_everything_of_torch_and_of_ours_is_right_and_timed_by_graphs(suite, tmp_path, monkeypatch):
     # what a compiler makes of the graphs is torch's affair, and takes minutes
     compiler = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
-    monkeypatch.setattr(end_to_end, "max_autotune", compiler)
+    monkeypatch.setattr(networks, "max_autotune", compiler)
     names = [p.name for kernel in OURS_AND_DENSE.values() for p in kernel if not p.name.endswith("compiled")]
-    networks = [p.name for p in end_to_end.STEP_PROVIDERS + end_to_end.TRAINING_PROVIDERS if p.name != "cuSPARSELt"]
-    names += networks if suite in NETWORK_SUITES else ["torch", "sparsedm"]  # the last two of the ceilings
+    of_networks = [p.name for p in networks.STEP_PROVIDERS + networks.TRAINING_PROVIDERS if p.name != "cuSPARSELt"]
+    names += of_networks if suite in NETWORK_SUITES else ["torch", "sparsedm"]  # the last two of the ceilings
     results = Results(tmp_path / "r.csv")
     options = {"quick": True, "shapes": SMALL[suite], "providers": tuple(names), "limits": FAST}
     run_suite(suite, Session(results, torch.device("cuda"), torch.bfloat16, **options))
@@ -291,5 +366,5 @@ def test_on_a_gpu_everything_of_torch_and_of_ours_is_right_and_timed_by_graphs(s
     times = [r for r in rows if r["samples"] and r["metric"] not in ("host", "packing") and "sampling" not in r["mode"]]
     assert {r["method"] for r in times} == {"cuda graph"}
     if suite == "end-to-end":
-        step = {p.name for p in end_to_end.STEP_PROVIDERS if p.name != "cuSPARSELt"}
+        step = {p.name for p in networks.STEP_PROVIDERS if p.name != "cuSPARSELt"}
         assert {r["provider"] for r in rows if "sampling" in r["mode"]} == {r["provider"] for r in times} == step

@@ -51,7 +51,7 @@ def test_a_sweep_can_be_cut_down_to_one_number_of_rows():
     [
         # DiT, table 4: 118.64 Gflops (their flops are MACs) at 256x256, of which the attention products, the patch
         # embedding, the conditioning and the last layer are not in these shapes: 2 * 256 * 256 * 1152 * 28 = 4.2 G
-        ("dit-xl-2", 114.4e9),
+        ("dit-imagenet256-xlarge", 114.4e9),
     ],
 )
 def test_published_networks_have_the_published_cost(name, macs):
@@ -59,7 +59,7 @@ def test_published_networks_have_the_published_cost(name, macs):
 
 
 def test_sizes_of_published_networks():
-    every = select("dit-xl-2@2,sd3-medium@2,sd-1.5@2", LinearShape)
+    every = select("dit-imagenet256-xlarge@2,sd3-medium@2,sd-1.5@2", LinearShape)
     assert {(s.M, s.N, s.K) for s in every} >= {
         (512, 4608, 1152),
         (8192, 6144, 1536),

@@ -45,6 +45,9 @@ class HandClock:
     def host(self, run):
         return None
 
+    def held(self, call, microseconds):
+        return None
+
     def stream(self):
         return contextlib.nullcontext()
 
@@ -274,6 +277,15 @@ def test_the_host_is_timed_one_call_at_a_time(gpu):
     calls = []
     times = gpu.clock.host(lambda: calls.append(gpu.launch()), samples=4)
     assert (times.count, len(calls)) == (4, 4)
+
+
+def test_a_held_second_is_as_many_calls_as_fill_it_with_the_sensors_read_meanwhile(gpu, monkeypatch):
+    monkeypatch.setattr(timing, "sensors", lambda device: {"power_w": "700"})
+    timed = gpu.clock.ready(gpu.launch)
+    before = gpu.microseconds
+    times, state = gpu.clock.held(timed.call, 50.0, seconds=0.01)
+    assert (times.p50, times.count, state) == (pytest.approx(5.0), 10, {"power_w": "700"})
+    assert gpu.microseconds - before == 10 * 20 * 5, "ten stretches of a thousandth of a second"
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Choose, cast and pack: torch and the kernel (in Triton's interpreter) against the definition, bit for bit.
+"""Select, cast and pack: torch and the kernel (in Triton's interpreter) against the definition, bit for bit.
 
 The kernel sorts integers and moves bits, no arithmetic on weights, so that even bf16 is right in the interpreter.
 """
@@ -8,9 +8,9 @@ import torch
 
 from emulator.sass import Build, compile_offline
 from sparsedm.errors import InputError
-from sparsedm.kernels import mask as choose_file
-from sparsedm.kernels.mask import choose, choose_packed
-from sparsedm.kernels.pattern import GROUPS, Pattern, choose_mask_ref, group_view, pack_bits, ungroup
+from sparsedm.kernels import mask as mask_file
+from sparsedm.kernels.mask import select_mask
+from sparsedm.kernels.pattern import GROUPS, Pattern, group_view, pack_bits, select_mask_ref, ungroup
 from sparsedm.kernels.sparse24.format import pack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -19,9 +19,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture(params=["torch", "kernel"])
 def way(request, monkeypatch):
     if request.param == "kernel":
-        monkeypatch.setattr(choose_file, "uses_triton", lambda *tensors: True)
+        monkeypatch.setattr(mask_file, "uses_triton", lambda *tensors: True)
         # small blocks: the interpreter's sort is slow, and several programs should run
-        monkeypatch.setattr(choose_file._tuner, "candidates", [{"BLOCK": 128, "num_warps": 1}])
+        monkeypatch.setattr(mask_file._tuner, "candidates", [{"BLOCK": 128, "num_warps": 1}])
     return request.param
 
 
@@ -33,7 +33,7 @@ def weights(*shape, dtype=torch.float32):
 
 
 def masked_and_mask(weight, pattern, dtype=None):
-    mask = ungroup(choose_mask_ref(group_view(weight), pattern), weight.shape)
+    mask = ungroup(select_mask_ref(group_view(weight), pattern), weight.shape)
     return torch.where(mask, weight, 0).to(dtype or weight.dtype), mask
 
 
@@ -55,26 +55,24 @@ def test_everything_at_once(way, pattern, shape):
     weight = weights(*shape)
     compressed = pattern == Pattern(2, 4) and len(shape) == 2
     masked, mask = masked_and_mask(weight, pattern)
-    rows = group_view(mask)
-    earlier = torch.rand(rows.shape) < 0.5
-    choice = choose_packed(weight, pattern, previous=pack_bits(earlier), compressed=compressed, mask=True)
-    assert torch.equal(choice.masked, masked)
-    assert torch.equal(choice.mask, mask)
-    assert torch.equal(choice.bits, pack_bits(rows))
-    assert choice.flips.tolist() == [int((rows != earlier).sum())]
+    found = select_mask(weight, pattern, bits=True, compressed=compressed)
+    assert torch.equal(found.masked, masked)
+    assert torch.equal(found.mask, mask)
+    assert torch.equal(found.bits, pack_bits(group_view(mask)))
     if compressed:
         values, metadata = pack(masked)
-        assert torch.equal(choice.values, values)
-        assert torch.equal(choice.metadata, metadata)
+        assert torch.equal(found.values, values)
+        assert torch.equal(found.metadata, metadata)
     else:
-        assert choice.values is choice.metadata is None
+        assert found.values is found.metadata is None
+    assert select_mask(weight, pattern, mask=False)[1:] == (None,) * 4
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 @pytest.mark.parametrize("target", [torch.float32, torch.float16], ids=str)
 def test_casts(way, source, target):
     weight = torch.randn(4, 32).to(source)
-    out, chosen = choose(weight, Pattern(2, 4), target)
+    out, chosen, *_ = select_mask(weight, Pattern(2, 4), target)
     masked, mask = masked_and_mask(weight, Pattern(2, 4), target)
     assert torch.equal(out, masked)
     assert torch.equal(chosen, mask)
@@ -84,7 +82,7 @@ def test_casts(way, source, target):
 def test_extreme_magnitudes(way, extreme):
     weight = torch.tensor([[extreme, 1.0, extreme, 0.5], [-extreme, extreme, extreme, -extreme]]).repeat(1, 4)
     masked, mask = masked_and_mask(weight, Pattern(2, 4))
-    out, chosen = choose(weight, Pattern(2, 4))
+    out, chosen, *_ = select_mask(weight, Pattern(2, 4))
     assert torch.equal(chosen, mask)
     assert torch.equal(out, masked)
 
@@ -92,7 +90,7 @@ def test_extreme_magnitudes(way, extreme):
 def test_any_strides(way):
     weight = weights(16, 48)
     for view in (weight[:, 8:40:2], weight.t()[8:40], weight[::3, 4:20]):
-        out, chosen = choose(view, Pattern(2, 4))
+        out, chosen, *_ = select_mask(view, Pattern(2, 4))
         masked, mask = masked_and_mask(view, Pattern(2, 4))
         assert torch.equal(out, masked)
         assert torch.equal(chosen, mask)
@@ -105,7 +103,7 @@ def test_a_convolution_keeps_its_memory_format(way, layout):
         weight = weight.to(memory_format=torch.channels_last)
     elif layout != "NCHW":
         weight = weight.transpose(2, 3)
-    out, chosen = choose(weight, Pattern(2, 4))
+    out, chosen, *_ = select_mask(weight, Pattern(2, 4))
     masked, mask = masked_and_mask(weight, Pattern(2, 4))
     assert torch.equal(out, masked)
     assert torch.equal(chosen, mask)
@@ -114,12 +112,12 @@ def test_a_convolution_keeps_its_memory_format(way, layout):
 
 
 def test_an_empty_weight_has_an_empty_mask(way):
-    out, chosen = choose(torch.empty(0, 8), Pattern(2, 4))
+    out, chosen, *_ = select_mask(torch.empty(0, 8), Pattern(2, 4))
     assert out.shape == chosen.shape == (0, 8)
 
 
 def test_the_result_is_detached(way):
-    out, chosen = choose(torch.randn(2, 8, requires_grad=True), Pattern(2, 4))
+    out, chosen, *_ = select_mask(torch.randn(2, 8, requires_grad=True), Pattern(2, 4))
     assert not out.requires_grad
     assert not chosen.requires_grad
 
@@ -139,43 +137,39 @@ def test_the_result_is_detached(way):
     ],
 )
 def test_refusals(way, weight, message):
-    for chooser in (choose, choose_packed):
+    for options in ({}, {"mask": False, "bits": True}):
         with pytest.raises(InputError, match=message):
-            chooser(weight, Pattern(2, 4), name="fc1")
-    choose(torch.ones(2, 4), Pattern(2, 4), name="fc1")  # and the next weight of that name is not blamed
+            select_mask(weight, Pattern(2, 4), name="fc1", **options)
+    select_mask(torch.ones(2, 4), Pattern(2, 4), name="fc1")  # and the next weight of that name is not blamed
 
 
 def test_the_kernel_is_launched_on_the_weights_device(current_device, monkeypatch):
     launched_on = []
-    monkeypatch.setattr(choose_file, "uses_triton", lambda *tensors: True)
-    monkeypatch.setattr(choose_file, "_launch", lambda *arguments: launched_on.extend(current_device))
+    monkeypatch.setattr(mask_file, "uses_triton", lambda *tensors: True)
+    monkeypatch.setattr(mask_file, "_launch", lambda *arguments: launched_on.extend(current_device))
     weight = torch.randn(2, 8)
-    choose_packed(weight, Pattern(2, 4))
+    mask_file._select_mask(weight, 2, 4, torch.float32, False, True, False, "w")
     assert [tensor.data_ptr() for tensor in launched_on] == [weight.data_ptr()]
 
 
 def test_refusals_of_packing():
-    with pytest.raises(InputError, match=r"fc1: the previous mask's bits must be \(4, 2\) torch.int32, not \(4, 1\)"):
-        choose_packed(torch.ones(4, 64), Pattern(2, 4), name="fc1", previous=torch.ones(4, 1, dtype=torch.int32))
-    with pytest.raises(InputError, match="only a 2:4 Linear has values and metadata, not 1:4"):
-        choose_packed(torch.ones(4, 64), Pattern(1, 4), compressed=True)
+    for shape, pattern in (((4, 64), Pattern(1, 4)), ((4, 8, 3, 3), Pattern(2, 4))):
+        with pytest.raises(InputError, match=f"fc1: only a 2:4 Linear has values and metadata, not {pattern}"):
+            select_mask(torch.ones(shape), pattern, name="fc1", compressed=True)
 
 
 def test_it_is_an_operator_without_graph_breaks():
-    weight, previous = torch.randn(8, 16), torch.zeros(8, 1, dtype=torch.int32)
-    for arguments in (
-        (None, 2, 4, torch.float16, True, False, False),
-        (previous, 2, 4, torch.float32, False, True, True),
-    ):
-        torch.library.opcheck(torch.ops.sparsedm.choose.default, (weight, *arguments, "w"))
-    compiled = torch.compile(lambda w: choose(w, Pattern(2, 4)), fullgraph=True, backend="aot_eager")
-    for out, expected in zip(compiled(weight), choose(weight, Pattern(2, 4))):
+    weight = torch.randn(8, 16)
+    for arguments in ((2, 4, torch.float16, True, False, False), (2, 4, torch.float32, False, True, True)):
+        torch.library.opcheck(torch.ops.sparsedm.select_mask.default, (weight, *arguments, "w"))
+    compiled = torch.compile(lambda w: select_mask(w, Pattern(2, 4))[:2], fullgraph=True, backend="aot_eager")
+    for out, expected in zip(compiled(weight), select_mask(weight, Pattern(2, 4))):
         assert torch.equal(out, expected)
 
 
 POINTERS = {
-    "masked_ptr": "*bf16", "mask_ptr": "*i8", "bits_ptr": "*i32", "previous_ptr": "*i32", "flips_ptr": "*i32",
-    "values_ptr": "*bf16", "metadata_ptr": "*i16", "nan_ptr": "*i32",
+    "masked_ptr": "*bf16", "mask_ptr": "*i8", "bits_ptr": "*i32", "values_ptr": "*bf16", "metadata_ptr": "*i16",
+    "nan_ptr": "*i32",
 }  # fmt: skip
 
 
@@ -184,12 +178,12 @@ def build(weight, keep, group, *absent, capability=90):
     sizes = {name: "i32" for name in ("ROWS", "K", "stride_wo", "stride_mo")}
     given = {"w_ptr": weight, **{k: v for k, v in POINTERS.items() if k not in absent}}
     ones = dict.fromkeys(["TAPS", "stride_wt", "stride_wk", "stride_mt", "stride_mk"], 1)
-    blocks = {"KEEP": keep, "GROUP": group, "BLOCK_R": choose_file.CONFIGS[0]["BLOCK"] // 128, "BLOCK_K": 128}
+    blocks = {"KEEP": keep, "GROUP": group, "BLOCK_R": mask_file.CONFIGS[0]["BLOCK"] // 128, "BLOCK_K": 128}
     return Build(
-        "sparsedm.kernels.mask:_choose_kernel",
+        "sparsedm.kernels.mask:_select_mask_kernel",
         given | sizes,
         ones | blocks | dict.fromkeys(absent),
-        {"num_warps": choose_file.CONFIGS[0]["num_warps"]},
+        {"num_warps": mask_file.CONFIGS[0]["num_warps"]},
         tuple(given) + ("K", "stride_wo", "stride_mo"),
         capability,
     )
@@ -202,7 +196,7 @@ def assert_lean(builds):
         assert compiled.count("STG.E.128") > 0
 
 
-COMPRESSED, COUNTED = ("values_ptr", "metadata_ptr"), ("previous_ptr", "flips_ptr")
+COMPRESSED = ("values_ptr", "metadata_ptr")
 
 
 def test_it_compiles_to_wide_loads_and_stores_without_spills():
@@ -212,7 +206,7 @@ def test_it_compiles_to_wide_loads_and_stores_without_spills():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_pattern_size_compiles_without_spills(capability):
-    ways = [("bits_ptr", *COUNTED, *COMPRESSED), ("mask_ptr", *COUNTED, *COMPRESSED), ("mask_ptr", *COMPRESSED)]
+    ways = [("bits_ptr", *COMPRESSED), ("mask_ptr", *COMPRESSED)]
     sizes = [(weight, group, way) for weight in ("*fp32", "*bf16") for group in GROUPS for way in ways]
     assert_lean([build(weight, group - 1, group, *way, capability=capability) for weight, group, way in sizes])
 
@@ -224,10 +218,8 @@ def untuned(tmp_path, monkeypatch):
 
 
 def assert_as_on_the_cpu(weight, pattern, target):
-    rows, words = weight.numel() // weight.shape[1], weight.shape[1] // 32
-    previous = torch.randint(-(2**31), 2**31, (rows, words)).int()
-    here = choose_packed(weight, pattern, target, previous=previous)
-    there = choose_packed(weight.cuda(), pattern, target, previous=previous.cuda())
+    here = select_mask(weight, pattern, target, bits=True)
+    there = select_mask(weight.cuda(), pattern, target, bits=True)
     for a, b in zip(here[:3], there[:3]):
         assert torch.equal(a, b.cpu())
 
@@ -242,10 +234,10 @@ def test_on_a_gpu_as_on_the_cpu(untuned, pattern, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", choose_file.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", mask_file.CONFIGS, ids=str)
 def test_on_a_gpu_in_every_configuration(untuned, monkeypatch, config):
-    monkeypatch.setattr(choose_file._tuner, "candidates", [config])
-    monkeypatch.setattr(choose_file._tuner, "_chosen", {})
+    monkeypatch.setattr(mask_file._tuner, "candidates", [config])
+    monkeypatch.setattr(mask_file._tuner, "_chosen", {})
     assert_as_on_the_cpu(weights(1000, 96), Pattern(2, 4), torch.bfloat16)
 
 
@@ -253,10 +245,10 @@ def test_on_a_gpu_in_every_configuration(untuned, monkeypatch, config):
 def test_on_a_gpu_a_nan_is_seen_without_waiting_at_the_latest_after_the_next_synchronisation(untuned):
     weight = torch.full((4, 64), float("nan"), device="cuda")
 
-    def choose_twice():
-        choose(weight, Pattern(2, 4), name="fc1")
+    def select_twice():
+        select_mask(weight, Pattern(2, 4), name="fc1")
         torch.cuda.synchronize()
-        choose(weight, Pattern(2, 4), name="fc1")
+        select_mask(weight, Pattern(2, 4), name="fc1")
 
     with pytest.raises(InputError, match=r"fc1: .* of its weights are NaN"):
-        choose_twice()
+        select_twice()

@@ -3,6 +3,8 @@
 The interpreter multiplies bf16 wrongly, so that bf16 kernels are only compiled here and tested on a GPU.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,15 +13,25 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from emulator.sass import Build, compile_offline
+from sparsedm import layers
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul, masked_matmul_kernels
-from sparsedm.kernels.mask import choose, choose_packed
-from sparsedm.kernels.masked_matmul import WAYS, masked_linear, masked_linear_ref
+from sparsedm.kernels.mask import Selection, select_mask
+from sparsedm.kernels.masked_matmul import (
+    ALGORITHMS,
+    GradientRule,
+    masked_linear,
+    masked_linear_ref,
+    straight_through,
+)
 from sparsedm.kernels.pattern import Pattern
+from sparsedm.kernels.tuning import Autotuner
+from sparsedm.layers import Linear
+from sparsedm.sparsity import set_masking
 from tests.tolerance import assert_as_good_as_torch
 
 HALF = Pattern(2, 4)
-RATES = [{}, {"decay": 0.25}, {"kept": 0.5, "dropped": 0.0, "decay": 2e-4}]
+RULES = [GradientRule(), GradientRule(decay=0.25), GradientRule(kept=0.5, dropped=0.0, decay=2e-4)]
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu"]
 
 
@@ -51,23 +63,83 @@ def result(function, x, weight, bias, dy, *arguments, **options):
     return y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype))
 
 
-def assert_right(out, x, weight, bias, dy, pattern, activation, rates):
+def assert_right(out, x, weight, bias, dy, pattern, activation, rule=RULES[0]):
     high = [t if t is None else t.double() for t in (x, weight, bias, dy)]
-    reference = result(masked_linear_ref, *high, pattern, activation, **rates)
-    low = result(masked_linear_ref, x, weight.to(x.dtype), bias, dy, pattern, activation, **rates)
+    reference = result(masked_linear_ref, *high, pattern, activation, rule=rule)
+    low = result(masked_linear_ref, x, weight.to(x.dtype), bias, dy, pattern, activation, rule=rule)
     for mine, ref, torchs in zip(out, reference, low):
         assert_as_good_as_torch(mine, ref, torchs)
+
+
+# ---- the straight-through estimator ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", [(6, 8), (4, 8, 3, 3)], ids=str)
+def test_the_gradient_is_the_formula(shape, rule):
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    masked, mask, *_ = select_mask(weight, HALF, torch.float32)
+    out = straight_through(weight, masked, mask, rule)
+    g = torch.randn(shape)
+    (dw,) = torch.autograd.grad(out, weight, g)
+    decay, kept, dropped = rule
+    m = mask.double()
+    assert torch.equal(dw, kept * m * g.double() + dropped * (1 - m) * g.double() + decay * (1 - m) * weight)
+    assert dw.dtype == torch.float64
+
+
+def test_the_masked_weight_is_returned_without_a_copy_and_gets_no_gradient():
+    weight = torch.randn(4, 8, requires_grad=True)
+    masked, mask, *_ = select_mask(weight, HALF)
+    out = straight_through(weight, masked.requires_grad_(), mask)
+    assert out.data_ptr() == masked.data_ptr()
+    assert not out.grad_fn.saved_tensors
+    out.sum().backward()
+    assert masked.grad is None
+    assert torch.equal(weight.grad, torch.ones(4, 8))
+
+
+def test_straight_through_refuses():
+    weight = torch.randn(4, 8)
+    masked, mask, *_ = select_mask(weight, HALF)
+    with pytest.raises(InputError, match=r"one shape, not \(4, 8\), \(4, 4\), \(4, 8\)"):
+        straight_through(weight, masked[:, :4], mask)
+    with pytest.raises(InputError, match=r"one shape, not \(4, 8\), \(4, 8\), \(8,\)"):
+        straight_through(weight, masked, mask[0])
+    with pytest.raises(InputError, match=r"the mask must be bool, not torch.float32"):
+        straight_through(weight, masked, mask.float())
+
+
+def straight_loss(weight, x, rule):
+    return F.linear(x, straight_through(weight, *select_mask(weight, HALF)[:2], rule)).square().sum()
+
+
+@pytest.mark.parametrize("rule", RULES[:2], ids=str)
+def test_straight_through_under_torchs_transformations(rule):
+    weight, x = torch.randn(16, 8, requires_grad=True), torch.randn(5, 8)
+    (expected,) = torch.autograd.grad(straight_loss(weight, x, rule), weight)
+    assert torch.equal(torch.func.grad(straight_loss)(weight.detach(), x, rule), expected)
+    compiled = torch.compile(straight_loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(weight, x, rule), weight)[0], expected)
+    torch._dynamo.reset()
+    fused = torch.compile(straight_loss, fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(fused(weight, x, rule), weight)[0], expected)
+    again = checkpoint(straight_loss, weight, x, rule, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again, weight)[0], expected)
+    one_by_one = torch.func.vmap(torch.func.grad(straight_loss), (None, 0, None))(weight.detach(), x[:, None], RULES[0])
+    (sum_of_all,) = torch.autograd.grad(straight_loss(weight, x, RULES[0]), weight)
+    assert_as_good_as_torch(one_by_one.sum(0), sum_of_all.double(), sum_of_all, eps=1e-4)
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_every_way_and_dtype(kernels, way, dtype):
+def test_every_algorithm_and_dtype(kernels, algorithm, dtype):
     tensors = inputs(20, 34, 32, dtype)
-    out = result(masked_linear, *tensors, HALF, "gelu", way=way, **RATES[1])
-    assert_right(out, *tensors, HALF, "gelu", RATES[1])
+    out = result(masked_linear, *tensors, HALF, "gelu", algorithm=algorithm, rule=RULES[1])
+    assert_right(out, *tensors, HALF, "gelu", RULES[1])
 
 
 SHAPES = [  # M, N, K; blocks are 16 x 32 x 32
@@ -78,11 +150,11 @@ SHAPES = [  # M, N, K; blocks are 16 x 32 x 32
 ]
 
 
-@pytest.mark.parametrize("way", ["masked", "bits"])
+@pytest.mark.parametrize("algorithm", ["masked", "bits"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape(kernels, way, shape):
+def test_every_shape(kernels, algorithm, shape):
     tensors = inputs(*shape)
-    assert_right(result(masked_linear, *tensors, HALF, way=way), *tensors, HALF, None, {})
+    assert_right(result(masked_linear, *tensors, HALF, algorithm=algorithm), *tensors, HALF, None)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,9 +166,9 @@ def test_any_sizes_strides_and_pattern(kernels, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
     x, weight, bias, dy = inputs(M, N, K, dtype)
     x = torch.cat([x, x], 1)[:, data.draw(st.integers(0, K)) :][:, :K]  # rows not of unit stride
-    way, rates = data.draw(st.sampled_from(WAYS[1:3])), data.draw(st.sampled_from(RATES))
-    out = result(masked_linear, x, weight, bias, dy, pattern, "silu", way=way, **rates)
-    assert_right(out, x, weight, bias, dy, pattern, "silu", rates)
+    rule, algorithm = data.draw(st.sampled_from(RULES)), data.draw(st.sampled_from(ALGORITHMS[1:]))
+    out = result(masked_linear, x, weight, bias, dy, pattern, "silu", algorithm=algorithm, rule=rule)
+    assert_right(out, x, weight, bias, dy, pattern, "silu", rule)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of -z: sigmoid is 0 there, as it should be
@@ -104,64 +176,65 @@ def test_any_sizes_strides_and_pattern(kernels, data):
 def test_every_activation_and_its_gradient(kernels, activation):
     x, weight, bias, dy = inputs(32, 32, 32)
     x *= 3  # into both tails
-    out = result(masked_linear, x, weight, bias, dy, HALF, activation, way="bits")
-    assert_right(out, x, weight, bias, dy, HALF, activation, {})
+    out = result(masked_linear, x, weight, bias, dy, HALF, activation, algorithm="bits")
+    assert_right(out, x, weight, bias, dy, HALF, activation)
 
 
-@pytest.mark.parametrize("rates", RATES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("way", ["bits", "choose"])
-def test_every_rate_in_the_epilogue_and_after_partial_sums(kernels, monkeypatch, way, split, rates):
-    monkeypatch.setattr(masked_matmul_kernels, "WEIGHT_GRAD", [{"way": "fused", "SPLIT": split, **SMALL}])
+@pytest.mark.parametrize("algorithm", ["masked", "bits"])
+def test_every_rule_in_the_epilogue_and_after_partial_sums(kernels, monkeypatch, algorithm, split, rule):
+    monkeypatch.setattr(masked_matmul_kernels, "WEIGHT_GRAD", [{"algorithm": "fused", "SPLIT": split, **SMALL}])
     tensors = inputs(70, 48, 32)
-    assert_right(result(masked_linear, *tensors, HALF, way=way, **rates), *tensors, HALF, None, rates)
+    assert_right(result(masked_linear, *tensors, HALF, algorithm=algorithm, rule=rule), *tensors, HALF, None, rule)
 
 
 @pytest.mark.parametrize(
     "pattern", [Pattern(1, 2), Pattern(3, 4), Pattern(3, 8), Pattern(15, 16), Pattern(1, 32)], ids=str
 )
-@pytest.mark.parametrize("way", ["bits", "choose"])
-def test_every_pattern(kernels, way, pattern):
+@pytest.mark.parametrize("algorithm", ["masked", "bits"])
+def test_every_pattern(kernels, algorithm, pattern):
     tensors = inputs(16, 16, 32)
-    assert_right(result(masked_linear, *tensors, pattern, way=way, **RATES[1]), *tensors, pattern, None, RATES[1])
+    out = result(masked_linear, *tensors, pattern, algorithm=algorithm, rule=RULES[1])
+    assert_right(out, *tensors, pattern, None, RULES[1])
 
 
-@pytest.mark.parametrize("by", ["torch", *WAYS])
+@pytest.mark.parametrize("by", ["torch", *ALGORITHMS])
 def test_x_as_the_identity_returns_the_masked_weight_exactly(request, by):
     if by != "torch":
         request.getfixturevalue("kernels")
     weight = torch.randn(40, 32)
-    y = masked_linear(torch.eye(32), weight, HALF, way=None if by == "torch" else by)
-    assert torch.equal(y.t(), choose(weight, HALF)[0])
+    y = masked_linear(torch.eye(32), weight, HALF, algorithm=None if by == "torch" else by)
+    assert torch.equal(y.t(), select_mask(weight, HALF).masked)
 
 
-@pytest.mark.parametrize("by", ["torch", *WAYS])
+@pytest.mark.parametrize("by", ["torch", *ALGORITHMS])
 def test_a_pruned_weight_cannot_change_y_yet_gets_a_gradient(request, by):
     if by != "torch":
         request.getfixturevalue("kernels")
-    way = None if by == "torch" else by
+    algorithm = None if by == "torch" else by
     x, weight, bias, dy = inputs(5, 8, 32)
-    _, mask = choose(weight, HALF)
+    mask = select_mask(weight, HALF).mask
     smaller = torch.where(mask, weight, weight / 2)
-    y, _, dw, _ = result(masked_linear, x, weight, bias, dy, HALF, way=way)
-    assert torch.equal(y, masked_linear(x, smaller, HALF, bias, way=way))
+    y, _, dw, _ = result(masked_linear, x, weight, bias, dy, HALF, algorithm=algorithm)
+    assert torch.equal(y, masked_linear(x, smaller, HALF, bias, algorithm=algorithm))
     assert (dw[~mask] != 0).all()
 
 
-@pytest.mark.parametrize("by", ["torch", *WAYS])
+@pytest.mark.parametrize("by", ["torch", *ALGORITHMS])
 def test_leading_dimensions_strides_and_an_empty_batch(request, by):
     if by != "torch":
         request.getfixturevalue("kernels")
-    way = None if by == "torch" else by
+    algorithm = None if by == "torch" else by
     wide, weights = torch.randn(2, 3, 5, 50), torch.randn(64, 40)
     x, weight = wide[..., ::2][..., :16], weights[::2, 3:19]  # no unit stride; rows of 40
-    y = masked_linear(x, weight, HALF, way=way)
+    y = masked_linear(x, weight, HALF, algorithm=algorithm)
     assert y.shape == (2, 3, 5, 32)
     low = masked_linear_ref(x, weight, HALF)
     assert_as_good_as_torch(y, masked_linear_ref(x.double(), weight.double(), HALF), low)
-    _, mask = choose(weight, HALF)
+    mask = select_mask(weight, HALF).mask
     empty, weight = torch.empty(0, 3, 16, requires_grad=True), weight.clone().requires_grad_()
-    out = masked_linear(empty, weight, HALF, decay=0.5, way=way)
+    out = masked_linear(empty, weight, HALF, rule=GradientRule(0.5), algorithm=algorithm)
     assert out.shape == (0, 3, 32)
     dx, dw = torch.autograd.grad(out.sum(), (empty, weight))
     assert dx.shape == (0, 3, 16)
@@ -171,24 +244,25 @@ def test_leading_dimensions_strides_and_an_empty_batch(request, by):
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_only_the_gradients_that_are_needed(kernels, wanted):
     x, weight, bias, dy = inputs(16, 32, 32)
-    full = result(masked_linear, x, weight, bias, dy, HALF, "silu", way="masked")
+    full = result(masked_linear, x, weight, bias, dy, HALF, "silu", algorithm="masked")
     leaves = [t.requires_grad_(i in wanted) for i, t in enumerate((x, weight, bias))]
-    y = masked_linear(x, weight, HALF, bias, "silu", way="masked")
+    y = masked_linear(x, weight, HALF, bias, "silu", algorithm="masked")
     for i, gradient in zip(wanted, torch.autograd.grad(y, [leaves[i] for i in wanted], dy)):
         assert torch.equal(gradient, full[1 + i])
     with torch.no_grad():
-        assert torch.equal(masked_linear(x, weight, HALF, bias, "silu", way="masked"), y)
+        assert torch.equal(masked_linear(x, weight, HALF, bias, "silu", algorithm="masked"), y)
 
 
 @pytest.mark.parametrize("by", ["torch", "library", "bits"])
 def test_under_torchs_transformations(request, by):
     if by != "torch":
         request.getfixturevalue("kernels")
-    way = None if by == "torch" else by
+    algorithm = None if by == "torch" else by
     x, weight, bias, _ = inputs(16, 32, 32)
 
     def loss(weight, bias):
-        return masked_linear(x.to(weight.dtype), weight, HALF, bias, "gelu", decay=0.1, way=way).square().sum()
+        options = {"rule": GradientRule(0.1), "algorithm": algorithm}
+        return masked_linear(x.to(weight.dtype), weight, HALF, bias, "gelu", **options).square().sum()
 
     leaves = [t.requires_grad_() for t in (weight, bias)]
     expected = torch.autograd.grad(loss(*leaves), leaves)
@@ -198,7 +272,7 @@ def test_under_torchs_transformations(request, by):
     for got in (with_checkpoint, compiled):
         assert all(torch.equal(a, b) for a, b in zip(got, expected))
     doubles = [t.detach().double().requires_grad_() for t in leaves]
-    way = None if by == "torch" else "masked"  # the kernels have no fp64
+    algorithm = None if by == "torch" else "masked"  # the kernels have no fp64
     exact = torch.autograd.grad(loss(*doubles), doubles)
     for a, b, c in zip(functional, exact, expected):  # it may be differentiated again, and so adds the decay otherwise
         assert_as_good_as_torch(a, b, c)
@@ -220,11 +294,11 @@ def test_export(request, by):
 def test_the_operators_are_registered_fully(kernels):
     x, weight, bias, dz = inputs(16, 32, 32, torch.float16)
     weight = weight.float()
-    masked, bits, *_ = choose_packed(weight, HALF, torch.float16)
-    for way, want_z, decay in (("library", True, 0.0), ("library", False, 0.25), ("bits", True, 0.25)):
-        arguments = (x, weight, masked, bits, bias, [2, 4], "gelu" if want_z else None, want_z, way)
+    masked, _, bits, *_ = select_mask(weight, HALF, torch.float16, bits=True)
+    for algorithm, want_z, decay in (("library", True, 0.0), ("library", False, 0.25), ("bits", True, 0.25)):
+        arguments = (x, weight, masked, bits, bias, "gelu" if want_z else None, want_z, algorithm)
         torch.library.opcheck(torch.ops.sparsedm.masked_linear, arguments)
-        arguments = (dz, x, weight, masked, bits, [2, 4], [decay, 1.0, 1.0], True, True, way)
+        arguments = (dz, x, weight, masked, bits, [decay, 1.0, 1.0], True, True, algorithm)
         torch.library.opcheck(torch.ops.sparsedm.masked_linear_grads, arguments)
 
 
@@ -235,7 +309,7 @@ def test_gradcheck():
     torch.autograd.gradcheck(lambda x, b: masked_linear(x, weight, HALF, b, "gelu"), leaves)
     torch.autograd.gradgradcheck(lambda x, b: masked_linear(x, weight, HALF, b, "gelu"), leaves)
     _, _, dw, _ = result(masked_linear, x, weight, bias, dy, HALF, "gelu")
-    masked = choose(weight, HALF)[0].requires_grad_()
+    masked = select_mask(weight, HALF).masked.requires_grad_()
     assert torch.equal(dw, torch.autograd.grad(F.gelu(F.linear(x, masked, bias)), masked, dy)[0])
 
 
@@ -247,7 +321,9 @@ def test_autocast_keeps_the_weights_gradient_in_the_weights_dtype(request, by, d
         request.getfixturevalue("kernels")
     x, weight, bias, dy = inputs(16, 32, 32)
     with torch.autocast("cpu", dtype):
-        y, dx, dw, db = result(masked_linear, x, weight, bias, dy, HALF, "gelu", way=None if by == "torch" else by)
+        y, dx, dw, db = result(
+            masked_linear, x, weight, bias, dy, HALF, "gelu", algorithm=None if by == "torch" else by
+        )
     assert y.dtype == dtype
     assert dx.dtype == dw.dtype == db.dtype == torch.float32
     low = result(masked_linear_ref, *(t.to(dtype) for t in (x, weight, bias)), dy, HALF, "gelu")
@@ -256,8 +332,8 @@ def test_autocast_keeps_the_weights_gradient_in_the_weights_dtype(request, by, d
         assert_as_good_as_torch(out, ref, torchs)
 
 
-@pytest.mark.parametrize("way", [None, "masked"])
-def test_every_product_runs_and_is_timed_on_the_device_of_its_operands(kernels, current_device, monkeypatch, way):
+@pytest.mark.parametrize("algorithm", [None, "masked"])
+def test_every_product_runs_and_is_timed_on_the_device_of_its_operands(kernels, current_device, monkeypatch, algorithm):
     ran_on = []
 
     def run(tuner_or_kernel):
@@ -267,28 +343,29 @@ def test_every_product_runs_and_is_timed_on_the_device_of_its_operands(kernels, 
         monkeypatch.setattr(tuner, "best", run(tuner.best))
     for name in ("launch_forward", "launch_input_grad", "launch_weight_grad"):
         monkeypatch.setattr(masked_matmul_kernels, name, run(getattr(masked_matmul_kernels, name)))
-    result(masked_linear, *inputs(20, 34, 32), HALF, way=way)
+    result(masked_linear, *inputs(20, 34, 32), HALF, algorithm=algorithm)
     assert ran_on == 3 * [(20, 32)]
 
 
-def test_without_a_way_the_tuner_decides(kernels, monkeypatch):
+def test_without_an_algorithm_the_tuner_decides(kernels, monkeypatch):
     asked = []
 
     def best(run, device, **key):
         asked.append(key)
-        return {"way": "masked", "SPLIT": 1, **SMALL}
+        return {"algorithm": "masked", "SPLIT": 1, **SMALL}
 
     for tuner in (masked_matmul._forward, masked_matmul._input_grad, masked_matmul._weight_grad):
-        assert all(config["way"] != "choose" for config in tuner.candidates)
         monkeypatch.setattr(tuner, "best", best)
     monkeypatch.setattr(masked_matmul_kernels, "launch_weight_grad", lambda *arguments: arguments[-2].fill_(7))
     x, weight, bias, dy = inputs(20, 32, 32)
     _, _, dw, _ = result(masked_linear, x, weight, bias, dy, HALF)
-    assert [(key["m"], key["n"], key["k"], str(key["pattern"])) for key in asked] == [(32, 32, 32, "2:4")] * 3
+    assert [(key["m"], key["n"], key["k"]) for key in asked] == [(32, 32, 32)] * 6, (
+        "before the forward, and in each product"
+    )
     assert (dw == 7).all()
     monkeypatch.setenv("SPARSEDM_BACKEND", "dense")  # torch's product, whatever the tuner says
     masked_linear(x, weight, HALF, bias)
-    assert len(asked) == 3
+    assert len(asked) == 6
 
 
 @pytest.mark.parametrize(
@@ -304,16 +381,242 @@ def test_without_a_way_the_tuner_decides(kernels, monkeypatch):
         ({"pattern": Pattern(16, 32)}, r"the input axis of shape \(8, 16\) must be a positive multiple of 32"),
         ({"bias": torch.ones(7)}, r"the bias must be \(8,\) torch.float32 as x is, not \(7,\)"),
         ({"bias": torch.ones(8).half()}, "the bias must be .* not .* torch.float16"),
-        ({"masked": torch.ones(8, 8)}, r"the masked weight must be \(8, 16\) torch.float32, not \(8, 8\)"),
-        ({"masked": torch.ones(8, 16).half()}, "the masked weight must be .* not .* torch.float16"),
-        ({"bits": torch.ones(8, 1)}, r"the mask's bits must be \(8, 1\) torch.int32, not \(8, 1\) torch.float32"),
+        (
+            {"selection": Selection(torch.ones(8, 8))},
+            r"the masked weight must be \(8, 16\) .* torch.float32, not \(8, 8\)",
+        ),
+        ({"selection": Selection(torch.ones(8, 16).half())}, "the masked weight must be .* not .* torch.float16"),
+        (
+            {"selection": Selection(torch.ones(8, 16), bits=torch.ones(8, 1))},
+            r"the mask's bits must be \(8, 1\) torch.int32, not \(8, 1\) torch.float32",
+        ),
         ({"activation": "relu"}, "unknown activation 'relu': it must be one of None, gelu, gelu_tanh, silu"),
-        ({"way": "fast"}, "unknown way 'fast': it must be None or one of library, masked, bits, choose"),
+        ({"algorithm": "fast"}, "unknown algorithm 'fast': it must be None or one of library, masked, bits"),
     ],
 )
 def test_refusals(change, message):
     with pytest.raises(InputError, match=message):
         masked_linear(**{"x": torch.ones(3, 16), "weight": torch.ones(8, 16), "pattern": HALF} | change)
+
+
+# ---- a layer takes the kernels only where they were measured to be right and quicker ---------------------------------
+
+SETTINGS = [{}, {"decay": 0.25}, {"kept": 0.5, "dropped": 0.0, "decay": 2e-4, "frozen": True}]
+PRODUCTS = {"_forward": "bits", "_input_grad": "bits", "_weight_grad": "fused"}
+
+
+class Gpu:
+    """A GPU on which each product takes so many microseconds; timed: how often one was measured."""
+
+    def __init__(self):
+        self.microseconds, self.timed = {"library": 9.0, "bits": 4.0, "fused": 4.0}, 0
+
+    def time(self, run):
+        self.timed += 1
+        return self.microseconds[run.args[0]["algorithm"]]
+
+
+@pytest.fixture
+def gpu(imaginary_gpu, monkeypatch):
+    """What a layer asks the kernels for, interpreted, is measured on an imaginary GPU."""
+    monkeypatch.setattr(masked_matmul, "uses_triton", lambda *tensors: True)
+    imaginary, device = Gpu(), torch.device("cuda", 0)
+    for product, algorithm in PRODUCTS.items():
+        candidates = [{"algorithm": "library"}, {"algorithm": algorithm, "SPLIT": 1, **SMALL}]
+        if algorithm != "fused":
+            del candidates[1]["SPLIT"]
+        tuner = Autotuner(product, candidates, [masked_matmul_kernels], imaginary.time)
+        monkeypatch.setattr(tuner, "best", lambda run, _, t=tuner, **key: Autotuner.best(t, run, device, **key))
+        monkeypatch.setattr(masked_matmul, product, tuner)
+    torch.use_deterministic_algorithms(True)  # new memory is NaN until it is written
+    yield imaginary
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Which kernels were launched."""
+    found = []
+    for name in ("launch_forward", "launch_input_grad", "launch_weight_grad"):
+        run = getattr(masked_matmul_kernels, name)
+        monkeypatch.setattr(
+            masked_matmul_kernels, name, lambda *a, run=run, name=name: (found.append(name), run(*a))[1]
+        )
+    return found
+
+
+def layer_and_input(dtype=torch.float32, **options):
+    return Linear(64, 40, dtype=dtype, pattern="2:4", **options), torch.randn(2, 9, 64, dtype=dtype)
+
+
+def step(layer, x, dy, **epilogue):
+    """y, dx, dw, db"""
+    x = x.detach().requires_grad_()
+    y = layer(x, **epilogue)
+    return y, *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy.to(y.dtype))
+
+
+def by_torch(layer, x, dy, monkeypatch, **epilogue):
+    """The same without any kernel."""
+    with monkeypatch.context() as context:
+        context.setattr(layers, "kernels_serve", lambda weight: False)
+        return step(copy.deepcopy(layer), x, dy, **epilogue)
+
+
+def assert_same_step(layer, x, dy, monkeypatch, **epilogue):
+    out = step(layer, x, dy, **epilogue)
+    low = by_torch(layer, x, dy, monkeypatch, **epilogue)
+    double = {k: v.double() for k, v in epilogue.items()}
+    high = by_torch(copy.deepcopy(layer).double(), x.double(), dy.double(), monkeypatch, **double)
+    for mine, ref, torchs in zip(out, high, low):
+        assert mine.dtype == torchs.dtype
+        assert_as_good_as_torch(mine, ref, torchs)
+
+
+@pytest.mark.parametrize("rates", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_by_kernels_every_gradient_is_that_of_torchs_way(gpu, launches, monkeypatch, dtype, rates):
+    layer, x = layer_and_input(dtype, activation="gelu")
+    set_masking(layer, **rates)
+    if "frozen" in rates:
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(40, 64))  # the mask is no longer the pattern's choice
+    residual, gate = torch.randn(2, 9, 40, dtype=dtype), torch.randn(2, 40, dtype=dtype)
+    assert_same_step(layer, x, torch.randn(2, 9, 40), monkeypatch, residual=residual, scale=gate)
+    assert set(launches) == {"launch_forward", "launch_input_grad", "launch_weight_grad"}
+    before = len(launches)
+    step(layer, x, torch.randn(2, 9, 40))
+    assert len(launches) == before + 3, "once measured, only the step itself runs"
+
+
+def test_autocast_multiplies_in_its_dtype_and_returns_gradients_in_the_weights(gpu, launches, monkeypatch):
+    layer, x = layer_and_input()
+    with torch.autocast("cpu", torch.float16):
+        out = step(layer, x, dy := torch.randn(2, 9, 40))
+        low = by_torch(layer, x, dy, monkeypatch)
+    assert launches
+    high = by_torch(copy.deepcopy(layer).double(), x.double(), dy.double(), monkeypatch)
+    for mine, ref, torchs in zip(out, high, low):
+        assert mine.dtype == torchs.dtype
+        assert_as_good_as_torch(mine, ref, torchs, eps=torch.finfo(torch.float16).eps * ref.abs().max().item())
+
+
+def broken(*arguments):
+    raise RuntimeError("out of resources: registers")
+
+
+def wrong(dz, x, weight, bits, rule, dw, config):
+    dw.copy_(1.1 * (dz.t() @ x))
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("launch_forward", broken), ("launch_weight_grad", broken), ("launch_weight_grad", wrong)]
+)
+@pytest.mark.parametrize("known", ["nothing is", "by the table"])
+def test_a_kernel_that_fails_or_errs_never_trains(gpu, monkeypatch, name, kernel, known):
+    layer, x = layer_and_input(activation="silu")
+    dy = torch.randn(2, 9, 40)
+    if known == "by the table":
+        step(layer, x, dy)
+        for product in PRODUCTS:
+            getattr(masked_matmul, product)._chosen.clear()  # as in another process
+    monkeypatch.setattr(masked_matmul_kernels, name, kernel)
+    step(layer, x, dy)
+    monkeypatch.setattr(masked_matmul_kernels, name, None)  # from now on nobody may call it
+    assert_same_step(layer, x, dy, monkeypatch)
+
+
+@pytest.mark.parametrize("reason", ["slower", "off", "forced"])
+def test_torchs_way_is_taken_where_it_is_quicker_unknown_or_asked_for(gpu, launches, monkeypatch, reason):
+    layer, x = layer_and_input()
+    if reason == "slower":
+        gpu.microseconds = {"library": 4.0, "bits": 9.0, "fused": 9.0}
+    elif reason == "off":
+        monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
+    else:
+        monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    dy = torch.randn(2, 9, 40)
+    step(layer, x, dy)
+    launches.clear()
+    for mine, torchs in zip(step(layer, x, dy), by_torch(layer, x, dy, monkeypatch)):
+        assert torch.equal(mine, torchs)
+    assert not launches
+    assert gpu.timed == (6 if reason == "slower" else 0)
+
+
+def test_dtypes_that_torch_does_not_mix_are_not_mixed_by_the_kernels(gpu, launches):
+    layer, x = Linear(64, 40, bias=False, pattern="2:4"), torch.randn(3, 64)
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(InputError, match=r"the masked weight must be .* in x's dtype"):
+            layer(x.to(dtype))
+    assert not launches
+
+
+def test_training_and_inference_are_measured_apart(gpu, launches):
+    layer, x = layer_and_input()
+    with torch.no_grad():
+        layer(x)
+    assert set(launches) == {"launch_forward"}
+    assert gpu.timed == 2
+    layer(x.requires_grad_())
+    assert gpu.timed == 6, "without an activation the forward of training is that of inference"
+
+
+def test_under_torchs_transformations_the_product_is_torchs(gpu, launches, monkeypatch):
+    layer, x = layer_and_input()
+    dy = torch.randn(2, 9, 40)
+    _, _, expected, _ = by_torch(layer, x, dy, monkeypatch)
+
+    def loss(weight):
+        return (torch.func.functional_call(layer, {"weight": weight}, (x,)) * dy).sum()
+
+    assert torch.equal(torch.func.grad(loss)(layer.weight.detach()), expected)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for mine, torchs in zip(step(compiled, x, dy), by_torch(layer, x, dy, monkeypatch)):
+        assert torch.equal(mine, torchs)
+    program = torch.export.export(layer, (x,)).module()
+    assert torch.equal(program(x), F.linear(x, layer.weight * layer.current_mask(), layer.bias))
+    assert not launches
+    assert not gpu.timed
+
+
+def test_a_measurement_inside_of_activation_checkpointing_leaves_no_trace(gpu, launches):
+    layer, x = layer_and_input(activation="gelu")
+    first = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), layer.weight)
+    assert launches
+    assert torch.equal(*first, *torch.autograd.grad(layer(x).sum(), layer.weight))
+
+
+def test_the_second_derivative_is_that_of_torchs_way(gpu, launches, monkeypatch):
+    layer, x = layer_and_input(activation="silu")
+    set_masking(layer, decay=0.1)
+
+    def penalty(layer):
+        inner = x.detach().requires_grad_()
+        gradients = torch.autograd.grad(layer(inner).square().sum(), (inner, layer.weight), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), (layer.weight, layer.bias))
+
+    out = penalty(layer)
+    assert launches
+    with monkeypatch.context() as context:
+        context.setattr(layers, "kernels_serve", lambda weight: False)
+        low, high = penalty(layer), None
+        x = x.double()
+        high = penalty(copy.deepcopy(layer).double())
+    for mine, ref, torchs in zip(out, high, low):
+        assert_as_good_as_torch(mine, ref, torchs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rates", SETTINGS, ids=str)
+def test_on_a_gpu_as_in_torch(tmp_path, monkeypatch, rates):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    layer = Linear(512, 1536, pattern="2:4", activation="gelu", device="cuda", dtype=torch.bfloat16)
+    set_masking(layer, **rates)
+    x, dy = (torch.randn(4, 257, n, device="cuda", dtype=torch.bfloat16) for n in (512, 1536))
+    assert_same_step(layer, x, dy, monkeypatch)
+    monkeypatch.setattr(masked_matmul, "_is_best_in_torch", lambda *arguments: False)
+    assert_same_step(layer, x, dy, monkeypatch)
 
 
 # ---- compiled for a GPU ----------------------------------------------------------------------------------------------
@@ -331,11 +634,10 @@ def build(kind, config, capability):
     """bf16 products, of an fp32 weight where the mask is applied inside; sizes and strides divisible by 16 but M."""
     options = {name: config[name] for name in ("num_warps", "num_stages")}
     blocks = {name: value for name, value in config.items() if name.isupper()}
-    way = "bits" if config["way"] == "fused" else config["way"]
-    weight = {"w_ptr": "*bf16" if way == "masked" else "*fp32"}
-    signature = SIGNATURES[kind] | weight | SIZES
-    constants = {"WAY": way, "KEEP": 2, "GROUP": 4, "PRECISION": "ieee"} | blocks
-    if way == "choose":
+    masked = config["algorithm"] == "masked"
+    signature = SIGNATURES[kind] | {"w_ptr": "*bf16" if masked else "*fp32"} | SIZES
+    constants = {"PRECISION": "ieee"} | blocks
+    if masked:
         constants["bits_ptr"] = None
     else:
         signature["bits_ptr"] = "*i32"
@@ -353,7 +655,7 @@ CONFIGS = [
         ("dw", masked_matmul_kernels.WEIGHT_GRAD),
     ]
     for config in configs
-    if config["way"] != "library"
+    if config["algorithm"] != "library"
 ]
 
 
@@ -366,10 +668,10 @@ def assert_on_tensor_cores(builds):
 
 
 def test_it_compiles_to_tensor_core_loops_without_spills():
-    def first(kind, way):
-        return kind, next(config for k, config in CONFIGS if k == kind and config["way"] == way)
+    def first(kind, algorithm):
+        return kind, next(config for k, config in CONFIGS if k == kind and config["algorithm"] == algorithm)
 
-    chosen = [(*first("fwd", way), 90) for way in ("masked", "choose")]
+    chosen = [(*first("fwd", algorithm), 90) for algorithm in ("masked", "bits")]
     chosen += [(*first("dx", "bits"), 80), (*first("dw", "fused"), 90)]
     assert_on_tensor_cores([build(*arguments) for arguments in chosen])
 
@@ -381,14 +683,14 @@ def test_every_config_compiles_to_tensor_core_loops_without_spills(capability):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(128, 128, 128), (1000, 520, 1152), (4096, 1536, 512)], ids=str)
-@pytest.mark.parametrize("rates", RATES[:2], ids=str)
-def test_on_a_gpu(way, dtype, shape, rates, monkeypatch):
-    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")  # the way is given, and the mask may be chosen in any
+@pytest.mark.parametrize("rule", RULES[:2], ids=str)
+def test_on_a_gpu(algorithm, dtype, shape, rule, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")  # the algorithm is given, and the mask may be chosen in any
     x, weight, bias, dy = inputs(*shape, dtype, "cuda")
     weight = weight.float()
     for activation in ACTIVATIONS:
-        out = result(masked_linear, x, weight, bias, dy, HALF, activation, way=way, **rates)
-        assert_right(out, x, weight, bias, dy, HALF, activation, rates)
+        out = result(masked_linear, x, weight, bias, dy, HALF, activation, algorithm=algorithm, rule=rule)
+        assert_right(out, x, weight, bias, dy, HALF, activation, rule)

@@ -9,12 +9,12 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import (
     GROUPS,
     Pattern,
-    choose_mask_of_fours,
-    choose_mask_ref,
-    choose_untied_mask,
     group_view,
     holds,
     pack_bits,
+    select_mask_ref,
+    select_of_fours,
+    select_untied,
     ungroup,
     unpack_bits,
 )
@@ -33,7 +33,7 @@ def mask_by_sorting(weight, pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("chooser", [choose_mask_ref, choose_untied_mask])
+@pytest.mark.parametrize("chooser", [select_mask_ref, select_untied])
 def test_the_largest_are_kept(chooser, pattern):
     weight = torch.randn(5, 64)
     assert torch.equal(chooser(weight, pattern), mask_by_sorting(weight, pattern))
@@ -50,10 +50,10 @@ def test_few_distinct_values_so_that_ties_are_everywhere(data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
     weight = torch.tensor(numbers, dtype=dtype).view(shape)
     expected = mask_by_sorting(weight, pattern)
-    assert torch.equal(choose_mask_ref(weight, pattern), expected)
+    assert torch.equal(select_mask_ref(weight, pattern), expected)
     if group == 4:
-        assert torch.equal(choose_mask_of_fours(weight, pattern.keep), expected)
-    untied = choose_untied_mask(weight, pattern)
+        assert torch.equal(select_of_fours(weight, pattern.keep), expected)
+    untied = select_untied(weight, pattern)
     assert untied is None or torch.equal(untied, expected)
     assert holds(torch.where(expected, weight, 0), pattern)
 
@@ -61,13 +61,13 @@ def test_few_distinct_values_so_that_ties_are_everywhere(data):
 def test_ties_go_to_the_lower_index_and_a_negative_zero_is_zero():
     weight = torch.tensor([[1.0, -1.0, 1.0, -1.0], [-0.0, 0.0, -0.0, 0.0], [0.0, -0.0, 3.0, -0.0]])
     expected = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)
-    assert torch.equal(choose_mask_ref(weight, Pattern(2, 4)), expected)
+    assert torch.equal(select_mask_ref(weight, Pattern(2, 4)), expected)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_every_order_of_four_with_ties(keep):
     weight = torch.cartesian_prod(*[torch.tensor([-2.0, -1.0, -0.0, 1.0])] * 4)
-    assert torch.equal(choose_mask_of_fours(weight, keep), mask_by_sorting(weight, Pattern(keep, 4)))
+    assert torch.equal(select_of_fours(weight, keep), mask_by_sorting(weight, Pattern(keep, 4)))
 
 
 def test_the_quick_way_gives_up_on_ties_for_the_last_place_and_on_nan_only():
@@ -78,10 +78,10 @@ def test_the_quick_way_gives_up_on_ties_for_the_last_place_and_on_nan_only():
         [infinite, 1.0, -infinite, infinite],
         [nan, 1, 2, 3],
     ):
-        assert choose_untied_mask(torch.tensor([row]), half) is None
-    assert choose_untied_mask(torch.tensor([[nan, 1, 2, 3], [0, 0, 0, 0]]), half) is None  # as many too few as too many
+        assert select_untied(torch.tensor([row]), half) is None
+    assert select_untied(torch.tensor([[nan, 1, 2, 3], [0, 0, 0, 0]]), half) is None  # as many too few as too many
     for row in ([2.0, 2.0, 1.0, 1.0], [0.0, 1.0, 0.0, -2.0], [infinite, 1.0, -infinite, 2.0]):
-        assert choose_untied_mask(torch.tensor([row]), half) is not None
+        assert select_untied(torch.tensor([row]), half) is not None
 
 
 def test_groups_of_a_conv_weight_never_straddle_taps_or_filters():

@@ -4,6 +4,8 @@ import json
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,7 +68,24 @@ def test_the_fastest_is_chosen_once_and_remembered_by_another_process(tmp_path, 
     assert timer.calls == 3
     (section,) = json.loads(table(tmp_path).read_text()).items()
     assert section[0] == first.section
-    assert section[1] == {"dtype=bf16 m=64": {"config": {"BLOCK": 32}, "microseconds": 4.0, "measured": 3}}
+    times = [[{"BLOCK": 16}, 9.0], [{"BLOCK": 32}, 4.0], [{"BLOCK": 64}, 5.0]]
+    entry = {"config": {"BLOCK": 32}, "microseconds": 4.0, "times": times, "failed": []}
+    assert section[1] == {"dtype=bf16 m=64": entry}
+
+
+def test_the_times_of_all_candidates_are_known_here_and_to_another_process():
+    timer = Timer({16: 9.0, 64: 5.0})
+    for tuned in (tuner(timer), tuner(timer)):
+        verdict = tuned.verdict(work, GPU, m=64)
+        assert verdict.config == {"BLOCK": 64}
+        assert verdict.times == (({"BLOCK": 16}, 9.0), ({"BLOCK": 64}, 5.0))
+        assert verdict.failed == (({"BLOCK": 32}, "KeyError: 32"),)
+
+
+def test_candidates_may_depend_on_the_key():
+    tuned = tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))
+    assert tuned.best(work, GPU, candidates=CANDIDATES[::2], m=1) == {"BLOCK": 64}
+    assert best(tuned, m=2) == {"BLOCK": 32}
 
 
 def test_every_part_of_the_key_tunes_again():
@@ -135,6 +154,15 @@ def test_candidates_that_fail_are_passed_over_with_a_warning(tmp_path, caplog):
     assert "m=1" not in section
 
 
+def test_a_default_that_won_because_others_failed_is_not_remembered_for_other_processes(tmp_path, caplog):
+    """A Triton that cannot compile a kernel must not make its successors take the default for ever."""
+    tuned = tuner(Timer({16: 4.0, 64: 5.0}))
+    assert best(tuned) == {"BLOCK": 16}
+    assert "takes its default for dtype=bf16 m=64, in this process only" in caplog.text
+    assert not table(tmp_path).exists()
+    assert best(tuner(Timer({16: 4.0, 32: 1.0, 64: 5.0}))) == {"BLOCK": 32}
+
+
 def _ends_the_process(candidate):
     return os._exit(1) if candidate["BLOCK"] == 32 else work(candidate)
 
@@ -164,6 +192,44 @@ def test_a_candidate_that_ended_a_process_is_not_tried_again(tmp_path, caplog, f
     assert f"delete {note}" in caplog.text
     os.utime(note, (0, 0))  # long ago
     assert best(tuner(Timer(times)), m=3) == {"BLOCK": 32}
+
+
+EXEC = """
+import os, sys
+from sparsedm.kernels.tuning import _noted
+try:
+    with _noted("section, candidate"):
+        print("run", flush=True)
+        os.execv(sys.executable, sys.orig_argv)  # as a benchmark's watchdog does when the kernel hangs
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_candidate_that_hung_is_refused_by_the_same_process_after_exec(tmp_path):
+    environment = os.environ | {"SPARSEDM_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", EXEC]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    run, refused = done.stdout.splitlines()
+    assert run == "run"
+    assert refused.startswith("a process ended while it ran")
+
+
+def test_a_note_of_a_process_whose_number_another_one_has_got_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # a process that lives
+    monkeypatch.setattr(tuning, "_started", lambda process: "long ago")
+    note = tuning._noted("candidate")
+    note.__enter__()
+    monkeypatch.undo()
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    with pytest.raises(RuntimeError, match="a process ended while it ran"), tuning._noted("candidate"):
+        pass
+
+
+def test_two_threads_may_try_the_same_candidate(tmp_path):
+    with tuning._noted("candidate"), tuning._noted("candidate"):
+        pass
+    assert not list((tmp_path / "tuned").glob("*.running"))
 
 
 def test_a_candidate_that_another_process_tries_just_now_is_tried_here_too(tmp_path, monkeypatch):

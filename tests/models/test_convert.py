@@ -1,5 +1,6 @@
 import argparse
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -7,15 +8,16 @@ from safetensors.torch import save_file
 
 from sparsedm import cli
 from sparsedm.errors import InputError
-from sparsedm.model_files import write_shards
-from sparsedm.models import MODELS, build_model, dit_diffusers
+from sparsedm.model_files import load_model, save_model, write_shards
+from sparsedm.models import MODELS, build_model, convert, model_config, schedule_note
 from sparsedm.models.convert import read_foreign, recognise
 from sparsedm.models.diffusers import config_to_diffusers, to_diffusers
-from sparsedm.train.checkpoint import load_model, save_model
 from tests.tolerance import assert_as_good_as_torch
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 64, "depth": 2, "heads": 1, "num_classes": 10}
 DIT = {"kind": "dit", "image_size": 8, "channels": 3, "dim": 64, "depth": 2, "heads": 1, "num_classes": 10}
+KNOWN = DIT | {"dim": 384, "depth": 12, "heads": 6}  # the size of a published one, of another shape
+TINY = {"kind": "uvit", "image_size": 8, "dim": 128, "depth": 4, "heads": 4}
 DDPM = {"kind": "ddpm", "image_size": 8, "width": 32, "multipliers": (1, 2), "attention": (4,), "blocks": 1}
 
 
@@ -33,19 +35,36 @@ def test_every_published_network_is_recognised(name):
     "config",
     [
         UVIT,
-        UVIT | {"num_classes": 0, "channels": 4, "final_conv": False, "patch_size": 4, "mlp_ratio": 2},
+        UVIT
+        | {"num_classes": 0, "channels": 4, "final_conv": False, "patch_size": 4, "mlp_ratio": 2}
+        | {"schedule": "scaled-linear"},
         UVIT | {"null_label": False},
-        UVIT | {"num_classes": 0, "context_tokens": 77, "context_dim": 12},
+        UVIT | {"num_classes": 0, "context_tokens": 77, "context_dim": 12, "schedule": "scaled-linear"},
+        UVIT | {"mlp_time_embed": True, "qkv_bias": True},
         DIT,
         DIT | {"learn_sigma": False, "num_classes": 0, "patch_size": 4},
     ],
 )
 def test_other_networks_are_read_from_their_shapes(config):
     model = build_model(config, device="meta")
-    found, about, notes = recognise(model.state_dict(), "x.pt", {})
+    found, about, notes = recognise(model.state_dict(), "x.pt", {"heads": 1})
     assert found == model.config
     assert "none of the published" in about
-    assert "heads=1" in notes[0]
+    assert not any("heads" in note for note in notes)
+    if config["kind"] == "uvit":
+        assert f"schedule={model.config.schedule}" in notes[0]
+
+
+def test_heads_are_asked_for_where_no_published_size_fits():
+    with pytest.raises(InputError, match=r"x.pt does not show the number of heads.* width 64 and depth 2: say it with"):
+        recognise(shapes(UVIT), "x.pt", {})
+    for kind, depth in (("dit", 28), ("uvit", 28)):  # of a published width and depth, in another patch size
+        odd = build_model(
+            {"kind": kind, "image_size": 48, "patch_size": 3, "dim": 1152, "depth": depth, "heads": 16}, device="meta"
+        )
+        found, _, notes = recognise(odd.state_dict(), "x.pt", {})
+        assert found == odd.config
+        assert "heads=16" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +81,7 @@ def test_an_official_file_becomes_a_model_file(config, wrapped, tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     model = build_model(config)
     torch.save(wrapped(model.state_dict()), "official.pt")
-    assert cli.main(["import", "official.pt"]) == 0
+    assert cli.main(["import", "official.pt", "--set", "heads=1"]) == 0
     said = capsys.readouterr().out
     assert "num_classes=10" in said
     assert "heads=1" in said
@@ -78,7 +97,7 @@ def test_a_diffusers_folder_becomes_a_model_file(inner, tmp_path, capsys):
     folder.mkdir(parents=True)
     config = {"_class_name": "UNet2DModel", "_diffusers_version": "0.30.0"} | config_to_diffusers(model.config)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(to_diffusers(model.state_dict()), folder / "diffusion_pytorch_model.safetensors")
+    save_file(to_diffusers(model.state_dict(), model.config), folder / "diffusion_pytorch_model.safetensors")
     out = tmp_path / "out.safetensors"
     assert cli.main(["import", str(tmp_path / "ddpm"), "--out", str(out)]) == 0
     assert "a UNet2DModel of diffusers 0.30.0" in capsys.readouterr().out
@@ -92,9 +111,9 @@ def test_a_diffusers_folder_becomes_a_model_file(inner, tmp_path, capsys):
 def test_a_diffusers_dit_becomes_the_official_one(kind, tmp_path):
     model, folder = build_model(DIT), tmp_path / "dit" / "transformer"
     folder.mkdir(parents=True)
-    config = {"_class_name": kind, "norm_type": "ada_norm_zero"} | dit_diffusers.config_to_diffusers(model.config)
+    config = {"_class_name": kind, "norm_type": "ada_norm_zero"} | config_to_diffusers(model.config)
     (folder / "config.json").write_text(json.dumps(config))
-    torch.save(dit_diffusers.to_diffusers(model.state_dict()), folder / "diffusion_pytorch_model.bin")
+    torch.save(to_diffusers(model.state_dict(), model.config), folder / "diffusion_pytorch_model.bin")
     found = read_foreign(tmp_path / "dit")
     assert found.model.config == model.config
     assert "computed as by the official code" in found.notes[0]
@@ -117,12 +136,12 @@ def test_a_folder_that_diffusers_saved_in_shards_computes_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (UVIT, {"heads": 4}),
-        (DIT | {"dim": 200}, {"heads": 5}),  # three heads of 64 numbers do not fit
-        (DIT | {"num_classes": 5}, {"null_label": True}),
-        (DIT | {"num_classes": 5}, {"num_classes": 5}),
-        (UVIT | {"num_classes": 11, "null_label": False}, {"null_label": False}),
-        (UVIT | {"num_classes": 0, "context_tokens": 86, "context_dim": 12}, {"context_tokens": 86}),
+        (DIT | {"dim": 384, "depth": 12, "heads": 6}, {"heads": 4}),
+        (UVIT | {"dim": 128, "depth": 4, "heads": 4}, {"schedule": "scaled-linear"}),
+        (KNOWN | {"num_classes": 5}, {"null_label": True}),
+        (KNOWN | {"num_classes": 5}, {"num_classes": 5}),
+        (TINY | {"num_classes": 11, "null_label": False}, {"null_label": False}),
+        (TINY | {"context_tokens": 86, "context_dim": 12, "schedule": "scaled-linear"}, {"context_tokens": 86}),
     ],
 )
 def test_what_is_not_shown_can_be_said(config, said):
@@ -135,7 +154,7 @@ def test_what_is_not_shown_can_be_said(config, said):
 
 @pytest.mark.parametrize("name", ["heads", "num_classes", "null_label", "context_tokens"])
 def test_corrections_have_the_right_type(name):
-    model = build_model(UVIT | {"context_tokens": 77, "context_dim": 12}, device="meta")
+    model = build_model(TINY | {"num_classes": 10, "context_tokens": 77, "context_dim": 12}, device="meta")
     with pytest.raises(InputError, match=f"model option {name}='many': must be of type"):
         recognise(model.state_dict(), "x.pt", {name: "many"})
 
@@ -148,7 +167,7 @@ def test_a_named_model_is_not_guessed(tmp_path):
 def test_a_model_of_half_precision_is_of_single_precision_afterwards(tmp_path):
     model = build_model(DIT).bfloat16()
     torch.save(model.state_dict(), tmp_path / "a.pt")
-    found = read_foreign(tmp_path / "a.pt")
+    found = read_foreign(tmp_path / "a.pt", overrides={"heads": 1})
     assert found.dtype == "bfloat16"
     assert not found.model.training
     for mine, theirs in zip(found.model.parameters(), model.parameters()):
@@ -164,6 +183,7 @@ def lacking(state, key):
 def test_what_does_not_fit_is_listed(tmp_path):
     state = build_model(DIT).state_dict()
     file = tmp_path / "a.pt"
+    heads = {"heads": 1}
     for changed, message in [
         (lacking(state, "blocks.1.attn.proj.bias"), r"1 missing \(blocks.1.attn.proj.bias\)"),
         (state | {"blocks.1.attn.q_norm.weight": torch.ones(3)}, r"1 unexpected \(blocks.1.attn.q_norm.weight\)"),
@@ -173,11 +193,11 @@ def test_what_does_not_fit_is_listed(tmp_path):
             state | {"x_embedder.proj.weight": torch.zeros(64, 12)},
             r"shape \(64, 12\), which is that of no U-ViT or DiT",
         ),
-        ({"layers.0.weight": torch.ones(3)}, "not recognised: neither U-ViT, DiT nor UNet2DModel has keys such as lay"),
+        ({"layers.0.weight": torch.ones(3)}, "not recognised: neither U-ViT, DiT, DDPM nor UNet2DModel has keys"),
     ]:
         torch.save(changed, file)
         with pytest.raises(InputError, match=message):
-            read_foreign(file)
+            read_foreign(file, overrides=heads)
 
 
 def test_files_and_folders_that_hold_nothing_of_use_are_refused(tmp_path):
@@ -187,7 +207,7 @@ def test_files_and_folders_that_hold_nothing_of_use_are_refused(tmp_path):
     for source, message in [
         (tmp_path / "nothing.pt", "nothing.pt does not exist"),
         (own, "is a file of this package already"),
-        (folder, r"config.json is missing or damaged \(No such file or directory\): no diffusers folder"),
+        (folder, r"no diffusers folder: .*config.json is missing or unreadable: No such"),
     ]:
         with pytest.raises(InputError, match=message):
             read_foreign(source)
@@ -195,7 +215,7 @@ def test_files_and_folders_that_hold_nothing_of_use_are_refused(tmp_path):
     with pytest.raises(InputError, match="UNet2DConditionModel, and only UNet2DModel and DiTTransformer2DModel have a"):
         read_foreign(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"config.json is missing or damaged \('list' object"):
+    with pytest.raises(InputError, match=r"no diffusers folder: .list. object"):
         read_foreign(folder)
     (folder / "config.json").write_text(json.dumps(config_to_diffusers(build_model(DDPM).config)))
     with pytest.raises(InputError, match=r"folder holds none of diffusion_pytorch_model.safetensors"):
@@ -211,12 +231,16 @@ def test_the_file_is_named_after_its_source(source, name, tmp_path, monkeypatch)
     if source == "v1.5":
         (tmp_path / source).mkdir()
         (tmp_path / source / "config.json").write_text(json.dumps(config_to_diffusers(build_model(DDPM).config)))
-        torch.save(to_diffusers(build_model(DDPM).state_dict()), tmp_path / source / "diffusion_pytorch_model.bin")
+        torch.save(
+            to_diffusers(build_model(DDPM).state_dict(), model_config(DDPM)),
+            tmp_path / source / "diffusion_pytorch_model.bin",
+        )
     elif source.endswith(".pt"):
         torch.save(build_model(DIT).state_dict(), source)
     else:
         write_shards("m.safetensors", build_model(DIT).state_dict(), {}, 20_000)
-    assert cli.main(["import", source]) == 0
+    command = ["import", source] if source == "v1.5" else ["import", source, "--set", "heads=1"]
+    assert cli.main(command) == 0
     assert (tmp_path / f"{name}.safetensors").exists()
 
 
@@ -228,7 +252,7 @@ def test_what_would_not_be_read_again_is_not_written(tmp_path, capsys):
 
 
 def test_a_unet_without_its_configuration_is_named_as_that(tmp_path):
-    save_file(to_diffusers(build_model(DDPM).state_dict()), tmp_path / "u.safetensors")
+    save_file(to_diffusers(build_model(DDPM).state_dict(), model_config(DDPM)), tmp_path / "u.safetensors")
     with pytest.raises(InputError, match="holds a UNet2DModel without its configuration: take its folder"):
         read_foreign(tmp_path / "u.safetensors")
 
@@ -238,7 +262,7 @@ def test_numbers_that_are_no_weights_are_refused(kind, tmp_path):
     state = build_model(DIT).state_dict()
     torch.save(state | {"final_layer.linear.bias": torch.ones(24).to(kind)}, tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"1 of another kind \(final_layer.linear.bias"):
-        read_foreign(tmp_path / "a.pt")
+        read_foreign(tmp_path / "a.pt", overrides={"heads": 1})
     torch.save({3: torch.ones(3)}, tmp_path / "a.pt")
     with pytest.raises(InputError, match="is not a state dict"):
         read_foreign(tmp_path / "a.pt")
@@ -250,3 +274,121 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert cli.main(["import", str(tmp_path / "a.pt"), "--out", str(tmp_path / "there.safetensors")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "there.safetensors").read_text() == "mine"
+
+
+# ---- what training scripts save --------------------------------------------------------------------------------------
+
+
+def two():
+    """A network and another one, as its average."""
+    return [build_model(KNOWN).state_dict() for _ in range(2)]
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("pack", "said"),
+    [
+        (lambda net, ema: {"model": net, "model_ema": ema}, "'model_ema' was taken, and 'model' beside it left"),
+        (lambda net, ema: {"net_model": net, "ema_model": ema, "step": 5}, "'ema_model' was taken"),
+        (lambda net, ema: {"state_dict": net, "state_dict_ema": ema}, "'state_dict_ema' was taken"),
+        (lambda net, ema: [prefixed(net, "module."), {"state": {}}, 3, 1000, ema], "'ema' was taken"),
+        (lambda net, ema: prefixed(net, "model.") | prefixed(ema, "model_ema."), "'model_ema' was taken"),
+        (
+            lambda net, ema: (
+                prefixed(net, "model.") | {"n_averaged": torch.ones(1)} | prefixed(ema, "ema_model.module.")
+            ),
+            "",
+        ),
+    ],
+    ids=["model_ema", "DDSM", "timm", "ermongroup", "beginnings", "nested"],
+)
+def test_the_average_is_taken_and_it_is_said(pack, said, tmp_path):
+    net, ema = two()
+    torch.save(pack(net, ema), tmp_path / "a.ckpt")
+    found = read_foreign(tmp_path / "a.ckpt")
+    assert any(said in note for note in found.notes)
+    assert all(torch.equal(value, ema[name]) for name, value in found.model.state_dict().items())
+    raw = read_foreign(tmp_path / "a.ckpt", weights="raw")
+    assert all(torch.equal(value, net[name]) for name, value in raw.model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.module."])
+def test_what_all_names_begin_with_is_taken_off(prefix, tmp_path):
+    state, _ = two()
+    save_file(prefixed(state, prefix), tmp_path / "a.safetensors")
+    found = read_foreign(tmp_path / "a.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
+
+
+def test_a_diffusers_folder_of_half_precision_alone_is_read(tmp_path):
+    model = build_model(DDPM)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_diffusers(model.config)))
+    state = {name: value.half() for name, value in to_diffusers(model.state_dict(), model.config).items()}
+    save_file(state, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    found = read_foreign(tmp_path)
+    assert found.dtype == "float16"
+    assert all(torch.equal(v, model.state_dict()[n].half().float()) for n, v in found.model.state_dict().items())
+
+
+# ---- other officials -------------------------------------------------------------------------------------------------
+
+
+def original_ddpm(model):
+    """Our state dict as pesser/pytorch_diffusion and ermongroup/ddim name it; their attention is 1x1 convolutions."""
+    theirs, levels = {}, len(model.config.multipliers)
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "up":
+            parts[1] = str(levels - 1 - int(parts[1]))
+        name = ".".join(parts)
+        for ours, original in {
+            "time_embed.fc1": "temb.dense.0", "time_embed.fc2": "temb.dense.1", "mid.blocks.0": "mid.block_1",
+            "mid.blocks.1": "mid.block_2", "mid.attns.0": "mid.attn_1", ".blocks.": ".block.", ".attns.": ".attn.",
+            "time_proj": "temb_proj", "shortcut": "nin_shortcut", ".proj.": ".proj_out.",
+        }.items():  # fmt: skip
+            name = name.replace(ours, original)
+        if value.ndim == 2 and (".qkv." in name or "proj_out" in name):
+            value = value[:, :, None, None]
+        if ".qkv." in name:
+            theirs |= {name.replace("qkv", letter): part for letter, part in zip("qkv", value.chunk(3))}
+        else:
+            theirs[name] = value
+    return theirs
+
+
+@pytest.mark.parametrize("name", ["ddpm-cifar10", "ddpm-celeba64"])
+def test_original_ddpm_checkpoints_are_recognised(name):
+    model = build_model(name, device="meta")
+    theirs = original_ddpm(model)
+    assert theirs["up.0.block.0.nin_shortcut.weight"].shape[0] == 128  # `up` counts from the highest resolution there
+    state = convert._from_original_ddpm(theirs)
+    assert {key: value.shape for key, value in state.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert recognise(state, "x.ckpt", {}) == (MODELS[name], f"the weights of {name}", [])
+
+
+def test_an_original_ddpm_becomes_ours(tmp_path):
+    model = build_model(DDPM | {"attention": (4,), "image_size": 8})
+    torch.save(original_ddpm(model), tmp_path / "ema.ckpt")
+    found = read_foreign(tmp_path / "ema.ckpt", overrides={"image_size": 8, "dropout": 0.1})
+    assert found.model.config == model.config
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in found.model.state_dict().items())
+
+
+def test_sparsedms_networks_have_biases_that_the_published_ones_have_not(tmp_path):
+    state = build_model("uvit-cifar10-small", device="meta", qkv_bias=True).state_dict()
+    config, about, _ = recognise(state, "x.pth", {})
+    assert about == "the weights of uvit-cifar10-small"
+    assert config == model_config("uvit-cifar10-small", qkv_bias=True)
+
+
+def test_a_file_without_a_schedule_of_a_network_that_had_another_is_noticed(tmp_path):
+    """Files of this package from before the schedule was stored are of VP-SDE."""
+    old = {name: value for name, value in asdict(MODELS["uvit-coco-small"]).items() if name != "schedule"}
+    with pytest.warns(UserWarning, match="uvit-coco-small was published with scaled-linear"):
+        assert model_config(old).schedule == "vp-sde"
+    found = schedule_note(model_config("uvit-imagenet256-huge", schedule="vp-sde"))
+    assert found == "schedule vp-sde: uvit-imagenet256-huge was published with scaled-linear"
+    assert all(schedule_note(config) is None for config in MODELS.values())

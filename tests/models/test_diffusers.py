@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.models import build_model
+from sparsedm.models import build_model, model_config
 from sparsedm.models.ddpm import PRESETS
 from sparsedm.models.diffusers import config_from_diffusers, config_to_diffusers, from_diffusers, to_diffusers
-from sparsedm.sparsify import set_masking, sparsify
+from sparsedm.models.dit import PRESETS as DIT_PRESETS
+from sparsedm.sparsity import set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 # config.json of google/ddpm-cifar10-32, written by diffusers 0.0.4 and read by every version since
@@ -34,7 +35,10 @@ CIFAR10_CONFIG = {
     "time_embedding_type": "positional",
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
-SMALL = {"image_size": 8, "width": 12, "multipliers": (1, 2, 3), "attention": (4,), "groups": 3, "blocks": 2}
+DDPM = {"kind": "ddpm", "image_size": 8, "width": 12, "multipliers": (1, 2, 3), "attention": (4,), "groups": 3}
+DIT = {"kind": "dit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2, "num_classes": 5}
+NETWORKS = {"ddpm": DDPM, "ddpm with labels": DDPM | {"num_classes": 5, "null_label": False}, "dit": DIT}
+every_network = pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
 
 
 def cifar10_shapes():
@@ -76,10 +80,11 @@ def cifar10_shapes():
     }
 
 
-def make(**overrides):
-    model = build_model("ddpm-tiny", **{**SMALL, **overrides})
+def make(config, **overrides):
+    model = build_model(config, **overrides)
     for p in model.parameters():
-        nn.init.normal_(p, std=0.1)
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.2)
     return model.eval()
 
 
@@ -92,75 +97,143 @@ def old_names(state):
 
 
 def test_cifar10_keys_and_shapes():
-    state = to_diffusers(build_model("ddpm-cifar10", device="meta").state_dict())
+    model = build_model("ddpm-cifar10", device="meta")
+    state = to_diffusers(model.state_dict(), model.config)
     assert {key: tuple(value.shape) for key, value in state.items()} == cifar10_shapes()
     assert len(state) == 328
 
 
-@pytest.mark.parametrize("names", [lambda state: state, old_names], ids=["today", "old"])
-@pytest.mark.parametrize("labels", [0, 5])
-def test_there_and_back(names, labels):
-    model = make(num_classes=labels)
-    state = from_diffusers(names(to_diffusers(model.state_dict())))
-    assert list(state) == list(model.state_dict())
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [(config, lambda state: state) for config in NETWORKS.values()] + [(DDPM, old_names)],
+    ids=[*NETWORKS, "ddpm, old names"],
+)
+def test_weights_there_and_back(config, names):
+    model = make(config)
+    state = from_diffusers(names(to_diffusers(model.state_dict(), model.config)), model.config)
+    assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_query_key_and_value_in_this_order():
-    ours = make().state_dict()
-    theirs = to_diffusers(ours)
-    thirds = ours["mid.attns.0.qkv.weight"].split(36)
-    for letter, third in zip("qkv", thirds):
-        assert torch.equal(theirs[f"mid_block.attentions.0.to_{letter}.weight"], third)
+@pytest.mark.parametrize(
+    ("config", "ours", "theirs"),
+    [
+        (DDPM, "mid.attns.0.qkv.weight", "mid_block.attentions.0.to_{}.weight"),
+        (DIT, "blocks.1.attn.qkv.bias", "transformer_blocks.1.attn1.to_{}.bias"),
+    ],
+    ids=["ddpm", "dit"],
+)
+def test_query_key_and_value_in_this_order(config, ours, theirs):
+    model = make(config)
+    state = to_diffusers(model.state_dict(), model.config)
+    for letter, third in zip("qkv", model.state_dict()[ours].chunk(3)):
+        assert torch.equal(state[theirs.format(letter)], third)
 
 
-def test_nothing_is_dropped_from_a_foreign_state_dict():
-    state = to_diffusers(make().state_dict()) | {"conv_out.lora": torch.zeros(1)}
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*conv_out\.lora"):
-        make().load_state_dict(from_diffusers(state))
+@pytest.mark.parametrize(
+    ("config", "extra"),
+    [(DDPM, "conv_out.lora"), (DIT, "transformer_blocks.0.norm3.weight")],
+    ids=["ddpm", "dit"],
+)
+def test_nothing_is_dropped_from_a_foreign_state_dict(config, extra):
+    model = make(config)
+    state = to_diffusers(model.state_dict(), model.config) | {extra: torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r"Unexpected key"):
+        model.load_state_dict(from_diffusers(state, model.config))
 
 
-def test_an_attention_without_its_key_is_refused():
-    state = to_diffusers(make().state_dict())
-    del state["mid_block.attentions.0.to_k.bias"]
-    with pytest.raises(InputError, match=r"has mid.attns.0.[qv].bias but not mid.attns.0.k.bias"):
-        from_diffusers(state)
+@pytest.mark.parametrize(
+    ("config", "key", "message"),
+    [
+        (DDPM, "mid_block.attentions.0.to_k.bias", r"has mid.attns.0.[qv].bias but not mid.attns.0.k.bias"),
+        (DIT, "transformer_blocks.1.attn1.to_k.bias", r"has blocks.1.attn.[qv].bias but not blocks.1.attn.k.bias"),
+    ],
+    ids=["ddpm", "dit"],
+)
+def test_an_attention_without_its_key_is_refused(config, key, message):
+    model = make(config)
+    state = to_diffusers(model.state_dict(), model.config)
+    del state[key]
+    with pytest.raises(InputError, match=message):
+        from_diffusers(state, model.config)
 
 
-def test_a_frozen_mask_is_refused():
-    model = sparsify(make(width=24), "2:4")
+@pytest.mark.parametrize("config", [DDPM | {"width": 24}, DIT], ids=["ddpm", "dit"])
+def test_a_frozen_mask_is_refused(config):
+    model = sparsify(make(config), "2:4")
     set_masking(model, frozen=True)
     with pytest.raises(InputError, match=r"mask is a frozen mask, which diffusers cannot hold"):
-        to_diffusers(model.state_dict())
+        to_diffusers(model.state_dict(), model.config)
 
 
-def test_configuration_of_the_public_checkpoint():
+def test_copies_of_an_embedder_that_differ_are_refused():
+    model = make(DIT)
+    theirs = to_diffusers(model.state_dict(), model.config)
+    embedder = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
+    with pytest.raises(InputError, match=f"{embedder} differs from that of another block"):
+        from_diffusers(theirs | {embedder: theirs[embedder] + 1}, model.config)
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*NETWORKS.values(), *(preset for preset in DIT_PRESETS.values() if preset.num_classes)],
+    ids=str,
+)
+def test_configuration_there_and_back(config):
+    config = model_config(config)
+    options = json.loads(json.dumps(config_to_diffusers(config)))
+    assert config_from_diffusers(options) == config
+
+
+def test_the_published_ddpm():
     config = config_from_diffusers(CIFAR10_CONFIG)
     assert config.dropout == 0.0  # the file, made for sampling, has none
     assert replace(config, dropout=0.1) == PRESETS["ddpm-cifar10"]
 
 
-@pytest.mark.parametrize("overrides", [{}, {"num_classes": 5, "null_label": False}], ids=["unconditional", "labels"])
-def test_configuration_there_and_back(overrides):
-    config = make(**overrides).config
-    assert config_from_diffusers(json.loads(json.dumps(config_to_diffusers(config)))) == config
+def test_the_published_dit_is_xlarge():
+    """What is left out has its default; the predecessor's many empty options say nothing."""
+    predecessor = {"cross_attention_dim": None, "only_cross_attention": False, "attention_type": "default"}
+    options = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "out_channels": 8, "norm_eps": 1e-5}
+    assert config_from_diffusers(options | predecessor) == DIT_PRESETS["dit-imagenet256-xlarge"]
+    assert not config_from_diffusers({}).learn_sigma
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("options", "message"),
     [
-        ({"flip_sin_to_cos": True}, "flip_sin_to_cos=True: DDPM would need False"),
-        ({"block_out_channels": [128, 192, 256, 256]}, r"block_out_channels=\[128, 192, 256, 256\]: DDPM would need"),
-        ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types=.*: DDPM would need .*AttnUpBlock2D"),
-        ({"down_block_types": ["SkipDownBlock2D"] * 4}, "down_block_types=.*: DDPM would need"),
-        ({"sample_size": None}, "sample_size=None: must be a non-zero int"),
-        ({"out_channels": 6}, "out_channels=6: DDPM would need 3"),
-        ({"new_option": 1}, "new_option=1: DDPM knows no such option"),
+        (CIFAR10_CONFIG | change, message)
+        for change, message in [
+            ({"flip_sin_to_cos": True}, "flip_sin_to_cos=True: DDPM would need False"),
+            ({"block_out_channels": [128, 192, 256, 256]}, r"block_out_channels=.*: DDPM would need"),
+            ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types=.*: DDPM would need .*AttnUpBlock2D"),
+            ({"down_block_types": ["SkipDownBlock2D"] * 4}, "down_block_types=.*: DDPM would need"),
+            ({"sample_size": None}, "sample_size=None: must be a positive integer"),
+            ({"block_out_channels": []}, r"block_out_channels=\[\]: must be a list that is not empty"),
+            ({"out_channels": 6}, "out_channels=6: DDPM would need 3"),
+            ({"new_option": 1}, "new_option=1: DDPM knows no such option"),
+        ]
+    ]
+    + [
+        ({"_class_name": "Transformer2DModel"}, "norm_type='layer_norm': DiT would need 'ada_norm_zero'"),
+        ({"norm_type": "ada_norm_single"}, "norm_type='ada_norm_single': DiT would need 'ada_norm_zero'"),
+        ({"activation_fn": "geglu"}, "activation_fn='geglu': DiT would need 'gelu-approximate'"),
+        ({"cross_attention_dim": 768}, "cross_attention_dim=768: DiT knows no such option"),
+        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm=None: must be a positive integer"),
+        ({"patch_size": "2"}, "patch_size='2': must be a positive integer"),
+        ({"out_channels": 5}, "out_channels=5: DiT has in_channels=4 or twice as many"),
+        ({"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel, and only UNet2DModel and"),
     ],
 )
-def test_configurations_of_other_networks_are_refused(change, message):
+def test_configurations_of_other_networks_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        config_from_diffusers(CIFAR10_CONFIG | change)
+        config_from_diffusers(options)
 
 
 @pytest.mark.parametrize(
@@ -172,28 +245,65 @@ def test_an_option_left_out_has_the_default_of_diffusers(left_out, message):
         config_from_diffusers({name: value for name, value in CIFAR10_CONFIG.items() if name != left_out})
 
 
-@pytest.mark.parametrize("labels", [0, 5])
-def test_same_noise_as_diffusers(labels):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"num_classes": 0}, "no null label, and DiTTransformer2DModel always has one"),
+        ({"null_label": False}, "no null label"),
+        ({"mlp_ratio": 2}, "mlp_ratio=2: DiTTransformer2DModel always has 4"),
+    ],
+)
+def test_networks_that_diffusers_does_not_have_are_refused(option, message):
+    model = build_model(DIT, device="meta", **option)
+    with pytest.raises(InputError, match=message):
+        config_to_diffusers(model.config)
+    with pytest.raises(InputError, match=message):
+        to_diffusers(model.state_dict(), model.config)
+
+
+# ---- against the library ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interop
+@every_network
+def test_same_noise_as_diffusers(config):
     """Both directions of the weights, and the network itself, against the library."""
     diffusers = pytest.importorskip("diffusers")
-    model = make(num_classes=labels, null_label=False)
-    theirs = diffusers.UNet2DModel(**config_to_diffusers(model.config)).eval()
-    theirs.load_state_dict(to_diffusers(model.state_dict()))
-    again = make(num_classes=labels, null_label=False)
-    again.load_state_dict(from_diffusers(theirs.state_dict()))
+    model = make(config)
+    dit = model.config.kind == "dit"
+    theirs = (diffusers.DiTTransformer2DModel if dit else diffusers.UNet2DModel)(**config_to_diffusers(model.config))
+    theirs.eval().load_state_dict(to_diffusers(model.state_dict(), model.config))
+    again = make(config)
+    again.load_state_dict(from_diffusers(theirs.state_dict(), model.config))
+    for block in theirs.transformer_blocks if dit else ():  # norm2's epsilon is an option there; this is not
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
 
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 721.0])
-    y = torch.tensor([4, 0]) if labels else None
-    ours = model(x, t, y)
-    assert torch.equal(ours, again(x, t, y))
-    low = theirs(x, t, y).sample
-    # diffusers computes the time embedding in fp32 whatever the model's dtype, so the reference is ours in fp64, which
-    # tests/models/test_ddpm.py proves
-    high = model.double()(x.double(), t.double(), y)
+    x, t = torch.randn(2, model.config.channels, 8, 8), torch.tensor([3.0, 721.0])
+    y = torch.tensor([4, 0]) if model.config.num_classes else None
+    with torch.no_grad():
+        ours = model(x, t, y)
+        assert torch.equal(ours, again(x, t, y))
+        low = theirs(x, t, y).sample if not dit else theirs(x, t, class_labels=y).sample
+        # diffusers computes the time embedding in fp32 whatever the model's dtype, so the reference is ours in fp64,
+        # which tests/models proves
+        high = model.double()(x.double(), t.double(), y)
+    low = low[:, : model.config.channels]
     assert_as_good_as_torch(ours, high, low)
     assert_as_good_as_torch(low, high, ours)
 
 
+@pytest.mark.interop
+def test_a_fresh_dit_of_theirs_has_all_the_weights_that_ours_needs():
+    diffusers = pytest.importorskip("diffusers")
+    config = model_config(DIT)
+    theirs = diffusers.DiTTransformer2DModel(**config_to_diffusers(config))
+    for block in theirs.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+    assert config_from_diffusers(dict(theirs.config)) == config
+    build_model(config).load_state_dict(from_diffusers(theirs.state_dict(), config), strict=True)
+
+
+@pytest.mark.interop
 def test_defaults_of_diffusers_are_still_what_we_say():
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.UNet2DModel(**{name: value for name, value in CIFAR10_CONFIG.items() if name[0] != "_"})

@@ -1,24 +1,20 @@
+import copy
+import functools
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from sparsedm.diffusion import VPSDE, DDPMSchedule, diffuse, draw_noise, loss, noise_streams, variational_bound
 from sparsedm.errors import InputError
-from sparsedm.inspection import inspect
 from sparsedm.models import build_model
-from sparsedm.models.dit import PRESETS
-from sparsedm.samplers import guided
-from sparsedm.sparsify import compress, masks, sparsify
+from sparsedm.samplers import guided, sample
+from sparsedm.sparsity import compress, masks, sparsify
+from tests.models.references import dit
 from tests.tolerance import assert_as_good_as_torch
 
 SMALL = {"image_size": 8, "channels": 4, "patch_size": 2, "dim": 24, "depth": 2, "heads": 3, "num_classes": 5}
-VARIANTS = {
-    "labels": {},
-    "labels-without-null": {"null_label": False},
-    "unconditional": {"num_classes": 0},
-    "noise-only": {"learn_sigma": False, "image_size": 12},
-}
 
 
 def build(**overrides):
@@ -34,106 +30,6 @@ def some_inputs(config, batch=3, dtype=torch.float64):
     x = torch.randn(batch, config.channels, config.image_size, config.image_size, dtype=dtype)
     y = torch.randint(0, config.num_classes, (batch,)) if config.num_classes else None
     return x, torch.rand(batch, dtype=dtype) * 999, y
-
-
-# ---- an independent implementation: plain torch on a dictionary of weights, straight from the paper ------------------
-
-
-def linear_ref(w, name, x):
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-
-def norm_ref(x, shift, scale):
-    x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale[:, None]) + shift[:, None]
-
-
-def attention_ref(w, name, x, heads):
-    dim = x.shape[-1]
-    width, parts = dim // heads, []
-    every = linear_ref(w, f"{name}.qkv", x).split(width, dim=-1)  # the heads of q, then of k, then of v
-    for h in range(heads):
-        q, k, v = every[h], every[heads + h], every[2 * heads + h]
-        parts.append((q @ k.transpose(1, 2) / math.sqrt(width)).softmax(-1) @ v)
-    return linear_ref(w, f"{name}.proj", torch.cat(parts, -1))
-
-
-def position_ref(dim, side):
-    """Official numbering: the first half of the vector is of the column, the second of the row; sines, then cosines."""
-
-    def wave(position):
-        angles = [position / 1e4 ** (i / (dim // 4)) for i in range(dim // 4)]
-        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-
-    return torch.tensor([[wave(column) + wave(row) for row in range(side) for column in range(side)]]).flatten(2)
-
-
-def dit_ref(w, config, x, t, y=None):
-    patch, dim, side = config.patch_size, config.dim, config.image_size // config.patch_size
-    angles = t[:, None] * torch.tensor([1e4 ** (-i / 128) for i in range(128)], dtype=x.dtype)
-    c = linear_ref(w, "t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], -1))
-    c = linear_ref(w, "t_embedder.mlp.2", c * torch.sigmoid(c))
-    if y is not None:
-        c = c + w["y_embedder.embedding_table.weight"][y]
-    c = c * torch.sigmoid(c)
-    patches = [
-        x[:, :, i : i + patch, j : j + patch].flatten(1)
-        for i in range(0, config.image_size, patch)
-        for j in range(0, config.image_size, patch)
-    ]
-    kernel = w["x_embedder.proj.weight"].flatten(1)
-    h = torch.stack([p @ kernel.T + w["x_embedder.proj.bias"] for p in patches], 1)
-    h = h + position_ref(dim, side).float().to(x.dtype)
-    for b in range(config.depth):
-        name = f"blocks.{b}"
-        s1, k1, g1, s2, k2, g2 = linear_ref(w, f"{name}.adaLN_modulation.1", c).split(dim, -1)
-        h = h + g1[:, None] * attention_ref(w, f"{name}.attn", norm_ref(h, s1, k1), config.heads)
-        m = linear_ref(w, f"{name}.mlp.fc1", norm_ref(h, s2, k2))
-        m = m * (1 + torch.tanh(math.sqrt(2 / math.pi) * (m + 0.044715 * m**3))) / 2
-        h = h + g2[:, None] * linear_ref(w, f"{name}.mlp.fc2", m)
-    shift, scale = linear_ref(w, "final_layer.adaLN_modulation.1", c).split(dim, -1)
-    h = linear_ref(w, "final_layer.linear", norm_ref(h, shift, scale))
-    out = torch.empty(len(x), config.out_channels, config.image_size, config.image_size, dtype=x.dtype)
-    for n in range(side * side):
-        i, j = n // side * patch, n % side * patch
-        out[:, :, i : i + patch, j : j + patch] = (
-            h[:, n].view(-1, patch, patch, config.out_channels).permute(0, 3, 1, 2)
-        )
-    return out[:, : config.channels]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_output_and_every_gradient(variant):
-    model = build(**VARIANTS[variant]).double()
-    x, t, y = some_inputs(model.config)
-    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    expected, up = dit_ref(weights, model.config, x, t, y), torch.randn_like(x)
-    out = model(x, t, y)
-    assert_as_good_as_torch(out, expected, out.detach().float())
-    out.backward(up)
-    expected.backward(up)
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed":
-            assert_as_good_as_torch(parameter.grad, weights[name].grad, weights[name].grad.float())
-
-
-def test_single_precision_is_as_good_as_plain_torch():
-    model = build()
-    x, t, y = some_inputs(model.config, dtype=torch.float32)
-    w = dict(model.named_parameters())
-    exact = dit_ref({k: v.double() for k, v in w.items()}, model.config, x.double(), t.double(), y)
-    assert_as_good_as_torch(model(x, t, y), exact, dit_ref(w, model.config, x, t, y))
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "gmacs"),
-    [("small", 33, 6.06), ("base", 130, 23.01), ("large", 458, 80.71), ("xlarge", 675, 118.64)],
-)
-def test_every_preset_has_the_published_size(name, parameters, gmacs):
-    """Table 4 of the paper; its Gflops are multiply-accumulates."""
-    totals = inspect(build_model(f"dit-imagenet256-{name}", device="meta")).totals()
-    assert totals["parameters"] / 1e6 == pytest.approx(parameters, abs=0.6)
-    assert totals["macs_with_attention"] == pytest.approx(gmacs * 1e9, rel=1e-3)
 
 
 def test_xlarge_state_dict_is_the_official_one():
@@ -169,14 +65,6 @@ def test_a_fresh_network_is_zero_and_its_blocks_the_identity():
     assert torch.equal(model.blocks[0](tokens, torch.randn(3, 24)), tokens)
 
 
-def test_no_label_is_the_null_label():
-    model = build()
-    x, t, _ = some_inputs(model.config, dtype=torch.float32)
-    null = torch.full((3,), 5)
-    assert torch.equal(model(x, t), model(x, t, null))
-    assert not torch.equal(model(x, t), model(x, t, torch.zeros_like(null)))
-
-
 def test_guidance_is_the_official_one_of_all_channels():
     """With w = official cfg-scale - 1. The official default, the first three channels alone, is not offered."""
     model = build().double().eval()
@@ -184,7 +72,7 @@ def test_guidance_is_the_official_one_of_all_channels():
     null = torch.full_like(y, model.config.num_classes)
     weights = dict(model.named_parameters())
     with torch.no_grad():
-        labelled, unlabelled = dit_ref(weights, model.config, x, t, y), dit_ref(weights, model.config, x, t, null)
+        labelled, unlabelled = (dit(weights, model.config, x, t, label)[:, :4] for label in (y, null))
         expected = unlabelled + 4.0 * (labelled - unlabelled)
         assert_as_good_as_torch(guided(model, y, 4.0 - 1)(x, t), expected, expected.float())
 
@@ -200,52 +88,105 @@ def test_masked_and_compressed():
         assert_as_good_as_torch(small, model.double()(x.double(), t.double(), y), usual)
 
 
-def test_compiles_to_one_graph():
+# ---- the learned variance --------------------------------------------------------------------------------------------
+
+
+def test_the_variance_is_the_second_half_of_the_channels():
+    model = build().double()
+    x, t, y = some_inputs(model.config)
+    with torch.no_grad():
+        expected = dit(dict(model.named_parameters()), model.config, x, t, y)
+        assert_as_good_as_torch(model(x, t, y, variance=True).float(), expected, expected.float())
+        assert torch.equal(model(x, t, y), model(x, t, y, variance=True)[:, :4])
+    with pytest.raises(InputError, match="has learnt no variance"):
+        build(learn_sigma=False)(x.float(), t.float(), y, variance=True)
+
+
+def test_sampling_with_the_learned_variance_is_the_step_by_step_formula():
+    """Three steps of DiT's sampler with guidance, whose variance is that of the labelled branch."""
+    model = build().double().eval()
+    schedule, y = DDPMSchedule(), torch.tensor([1, 4])
+    sample_of = functools.partial(
+        sample, model, schedule, 2, (4, 8, 8), sampler="ddpm-learned", steps=3, y=y, guidance=0.5, dtype=torch.float64
+    )
+    streams = noise_streams(2, 0, 0)
+    x, times = draw_noise(streams, (4, 8, 8), "cpu", torch.float64), [999, 500, 0]
+    weights = dict(model.named_parameters())
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    cumulative = torch.cumprod(1 - beta, 0)
+    for i, t in enumerate(times):
+        clock = torch.full((2,), float(t), dtype=torch.float64)
+        with torch.no_grad():
+            labelled, plain = (dit(weights, model.config, x, clock, label) for label in (y, torch.full_like(y, 5)))
+        eps, v = 1.5 * labelled[:, :4] - 0.5 * plain[:, :4], labelled[:, 4:]
+        x0 = (x - (1 - cumulative[t]).sqrt() * eps) / cumulative[t].sqrt()
+        if t == 0:
+            break
+        before = cumulative[times[i + 1]]
+        large = 1 - cumulative[t] / before  # the β of a schedule of these three times
+        small = large * (1 - before) / (1 - cumulative[t])
+        mean = large * before.sqrt() / (1 - cumulative[t]) * x0
+        mean = mean + (1 - before) * (1 - large).sqrt() / (1 - cumulative[t]) * x
+        deviation = (0.5 * ((v + 1) / 2 * large.log() + (1 - v) / 2 * small.log())).exp()
+        x = mean + deviation * draw_noise(streams, (4, 8, 8), "cpu", torch.float64)
+    assert_as_good_as_torch(sample_of().float(), x0, x0.float())
+
+
+def test_the_variational_bound_is_the_divergence_of_two_gaussians():
+    """Against torch.distributions, value and gradient, and at t = 0 the likelihood of a level."""
+    schedule = DDPMSchedule()
+    x0 = torch.rand(5, 4, 8, 8, dtype=torch.float64) * 1.8 - 0.9
+    t = torch.tensor([1.0, 2, 417, 998, 999], dtype=torch.float64)
+    noise, eps = torch.randn(2, *x0.shape, dtype=torch.float64)
+    v = torch.rand_like(x0, requires_grad=True)
+    x = diffuse(x0, t, noise, schedule)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    cumulative = torch.cumprod(1 - beta, 0)
+    k = t.long()
+    now, before, beta = (values.view(5, 1, 1, 1) for values in (cumulative[k], cumulative[k - 1], beta[k]))
+    small = beta * (1 - before) / (1 - now)
+    predicted = (x - (1 - now).sqrt() * eps) / now.sqrt()
+    true, mine = (
+        before.sqrt() * beta / (1 - now) * clean + (1 - before) * (1 - beta).sqrt() / (1 - now) * x
+        for clean in (x0, predicted)
+    )
+    variance = (beta.log() * (1 + v) / 2 + small.log() * (1 - v) / 2).exp()
+    q, p = torch.distributions.Normal(true, small.sqrt()), torch.distributions.Normal(mine, variance.sqrt())
+    expected = torch.distributions.kl_divergence(q, p).flatten(1).mean(1) / math.log(2)
+    out = variational_bound(schedule, x0, x, t, eps, v)
+    assert torch.allclose(out, expected, rtol=1e-9)
+    assert torch.allclose(*(torch.autograd.grad(value.sum(), v)[0] for value in (out, expected)), rtol=1e-7)
+
+    first = torch.zeros(5, dtype=torch.float64)
+    x = diffuse(x0, first, noise, schedule)
+    close = noise + 0.01 * eps
+    out = variational_bound(schedule, x0, x, first, close, v)
+    predicted = (x - (1 - cumulative[0]).sqrt() * close) / cumulative[0].sqrt()
+    small = torch.tensor(beta.new_tensor(0.02 - 1e-4).item() / 999 + 1e-4, dtype=torch.float64)  # β_1
+    small = small * (1 - cumulative[0]) / (1 - cumulative[1])
+    deviation = ((1 + v) / 4 * math.log(1e-4) + (1 - v) / 4 * small.log()).exp()
+    normal = torch.distributions.Normal(predicted, deviation)
+    expected = -(normal.cdf(x0 + 1 / 255) - normal.cdf(x0 - 1 / 255)).log().flatten(1).mean(1) / math.log(2)
+    assert torch.allclose(out, expected, rtol=2e-3, atol=2e-3)  # the original approximates the distribution function
+
+    with pytest.raises(InputError, match="a learned variance needs discrete times"):
+        variational_bound(VPSDE(), x0, x, first, eps, v)
+
+
+def test_training_learns_the_variance(tmp_path):
+    """The loss is the squared error and the bound; the head of the variance moves, that of the noise as without it."""
     model = build()
-    inputs = some_inputs(model.config, dtype=torch.float32)
-    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(*inputs), model(*inputs))
-
-
-def test_bfloat16_weights_and_autocast_run():
-    model = build()
-    x, t, y = some_inputs(model.config, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x, t, y).isfinite().all()
-    out = model.bfloat16()(x.bfloat16(), t, y)
-    assert out.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_example_inputs_fit_and_repeat(name):
-    model = build_model(name, device="meta")
-    assert model(*model.example_inputs(2)).shape == (2, *model.example_inputs()[0].shape[1:])
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"dim": 0}, "DiT dim=0: must be at least 1"),
-        ({"image_size": 9}, "image_size=9: must be a multiple of patch_size=2"),
-        ({"dim": 26}, "dim=26: must be a multiple of 4 and of heads=3"),
-        ({"heads": 5}, "multiple of 4 and of heads=5"),
-        ({"num_classes": -1}, "num_classes=-1: must be at least 0"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(overrides, message):
-    with pytest.raises(InputError, match=message):
-        build(**overrides)
-
-
-@pytest.mark.parametrize(
-    ("variant", "change", "message"),
-    [
-        ("labels", lambda x, t, y: (x[:, :3], t, y), r"x has shape \(3, 3, 8, 8\): this model takes \(3, 4, 8, 8\)"),
-        ("labels", lambda x, t, y: (x, t[:2], y), r"t has shape \(2,\)"),
-        ("labels-without-null", lambda x, t, y: (x, t, None), "y has shape None"),
-        ("unconditional", lambda x, t, y: (x, t, torch.zeros(3)), r"this model takes None"),
-    ],
-)
-def test_wrong_inputs_are_refused(variant, change, message):
-    model = build(**VARIANTS[variant]).double()
-    with pytest.raises(InputError, match=message):
-        model(*change(*some_inputs(model.config)))
+    x0, y = torch.rand(6, 4, 8, 8) * 2 - 1, torch.arange(6) % 5
+    draw = dict(y=y, generator=torch.Generator().manual_seed(3))
+    terms = loss(model, x0, DDPMSchedule(), variance=True, **draw)
+    terms.total.backward()
+    assert terms.total > terms.noise
+    head = model.final_layer.linear.weight.grad.view(2, 2, 8, 24)  # rows: pixels of a patch, then channels
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    draw["generator"].manual_seed(3)
+    loss(plain, x0, DDPMSchedule(), **draw).total.backward()
+    of_noise = plain.final_layer.linear.weight.grad.view(2, 2, 8, 24)
+    assert torch.allclose(head[:, :, :4], of_noise[:, :, :4], rtol=1e-4, atol=1e-7)
+    assert not of_noise[:, :, 4:].any()
+    assert head[:, :, 4:].abs().amax() > 0

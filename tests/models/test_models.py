@@ -1,29 +1,10 @@
-import json
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.models import MODELS, build_model, model_config
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_keeps_the_contract(name):
-    model = build_model(name, device="meta").eval()
-    x = model.example_inputs(3)[0]
-    assert x.shape == (3, model.config.channels, model.config.image_size, model.config.image_size)
-    assert model(*model.example_inputs(3)).shape == x.shape
-    assert model.config.kind == name.split("-")[0]
-    assert model.config.num_classes >= 0
-    assert isinstance(model.sparse_layers, str)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_configuration_survives_json(name):
-    config = MODELS[name]
-    assert model_config(json.loads(json.dumps(asdict(config)))) == config
-    assert model_config(config) == model_config(name) == config
+from sparsedm.models import MODELS, build_model
 
 
 def test_overrides_device_and_dtype():

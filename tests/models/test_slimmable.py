@@ -13,7 +13,7 @@ from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.models import build_model, model_config
 from sparsedm.models.ddpm import DDPM
-from sparsedm.sparsify import sparsify
+from sparsedm.sparsity import sparsify
 
 # unequal levels, attention in one of them, skips of other widths than x
 SMALL = {"image_size": 8, "width": 32, "multipliers": (1, 2, 3), "attention": (4,), "groups": 4, "dropout": 0.0}

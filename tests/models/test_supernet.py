@@ -10,12 +10,13 @@ from sparsedm import diffusion
 from sparsedm.cli import main
 from sparsedm.diffusion import DDPMSchedule, evaluating
 from sparsedm.errors import InputError
+from sparsedm.model_files import load_model
 from sparsedm.models import build_model
-from sparsedm.train import checkpoint
-from sparsedm.train.chain import Stage, run_chain
+from sparsedm.models.slimmable import WidestTeacher
+from sparsedm.train.chain import Start, run_chain
 from sparsedm.train.data import ImageSet
 from sparsedm.train.loop import Interrupted, TrainOptions
-from sparsedm.train.supernet import WidestTeacher, train_supernet
+from sparsedm.train.stages import Stage
 from tests.tiny import python_signals, same_state
 from tests.tolerance import assert_as_good_as_torch
 
@@ -36,9 +37,18 @@ def images():
     return ImageSet(torch.randint(256, (32, 3, 8, 8), generator=generator, dtype=torch.uint8), None, (), "random")
 
 
-def train(model, folder, **settings):
-    options = replace(OPTIONS, steps=settings.pop("steps", OPTIONS.steps))
-    return train_supernet(model, images(), DDPMSchedule(), options, folder, progress=False, **settings)
+def train(model, folder, steps=OPTIONS.steps, distill=0.0):
+    """A chain of one stage, taught by the widest; returns its TrainResult."""
+    (done,) = run_chain(
+        Start(model),
+        [Stage("dense", steps, teacher="widest", w_kd=distill)],
+        images(),
+        DDPMSchedule(),
+        OPTIONS,
+        folder,
+        progress=False,
+    )
+    return done.result
 
 
 def test_a_step_accumulates_the_gradients_of_the_widths():
@@ -80,7 +90,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
     resumed = train(supernet(), tmp_path / "stopped", distill=0.5)
     assert same_state(resumed.model.state_dict(), whole.model.state_dict())
     assert same_state(resumed.ema.state_dict(), whole.ema.state_dict())
-    loaded = checkpoint.load_model(tmp_path / "stopped", build_model).model
+    loaded = load_model(tmp_path / "stopped", build_model).model
     assert loaded.config == model.config
     assert same_state(loaded.state_dict(), whole.ema.state_dict())
 
@@ -92,8 +102,8 @@ def test_every_width_learns(tmp_path):
 
     model = build_model("slimmable-tiny", **NET)
     before = losses(model)
-    train(model, tmp_path, steps=30)
-    assert all(after < 0.9 * loss for after, loss in zip(losses(model), before))
+    trained = train(model, tmp_path, steps=30).model
+    assert all(after < 0.9 * loss for after, loss in zip(losses(trained), before))
 
 
 def test_the_widest_teaches_without_learning_from_it():
@@ -114,17 +124,17 @@ def test_distillation_changes_what_narrow_widths_learn(tmp_path):
     alone = train(supernet(), tmp_path / "alone", steps=1)
     taught = train(supernet(), tmp_path / "taught", steps=1, distill=0.5)
     assert not same_state(alone.model.state_dict(), taught.model.state_dict())
-    with pytest.raises(InputError, match=r"w_kd is 0.5 there and 0.0 here"):
+    with pytest.raises(InputError, match=r"stages.0.w_kd is 0.5 there and 0.0 here"):
         train(supernet(), tmp_path / "taught", steps=1)
 
 
 def test_a_stage_of_a_chain_is_taught_by_the_widest(tmp_path):
-    """The same bits as `train_supernet`, then a sparse student is taught by the dense one at full width."""
+    """The same bits as alone, then a sparse student is taught by the dense one at full width."""
     alone = train(supernet(), tmp_path / "alone", steps=2, distill=0.5)
     stages = [Stage("dense", 2, teacher="widest", w_kd=0.5), Stage("2of4", 1, "2:4", teacher="dense", w_kd=0.5)]
     options = replace(OPTIONS, accumulate=1)
-    settings = dict(build=None, progress=False)
-    dense, sparse = run_chain(supernet(), stages, images(), DDPMSchedule(), options, tmp_path / "chain", **settings)
+    start, folder = Start(supernet()), tmp_path / "chain"
+    dense, sparse = run_chain(start, stages, images(), DDPMSchedule(), options, folder, progress=False)
     assert same_state(dense.ema.state_dict(), alone.ema.state_dict())
     assert dense.metrics[-1]["transfer_loss"] > 0
     assert sparse.metrics[-1]["transfer_loss"] > 0
@@ -146,9 +156,9 @@ def test_distillation_from_the_command_line(tmp_path, capsys):
 
 def test_refusals(tmp_path):
     with pytest.raises(InputError, match="this one trains one width"):
-        train(build_model("ddpm-tiny"), tmp_path)
+        train(build_model("ddpm-tiny", image_size=8), tmp_path, distill=0.5)
     with pytest.raises(InputError, match="this one trains one width"):
-        train(supernet(passes=0), tmp_path)
+        train(supernet(passes=0), tmp_path, distill=0.5)
     with pytest.raises(InputError, match="batch_size=8 cannot be divided among 9 widths"):
         train(supernet(passes=9), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -12,11 +12,13 @@ import torch
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
-from sparsedm.sparsify import masked_layers, masks, sparsify
-from sparsedm.train import checkpoint, step
-from sparsedm.train.chain import Stage, divide, parse_chain, plan, run_chain
+from sparsedm.model_files import load_model
+from sparsedm.sparsity import masked_layers, masks, sparsify
+from sparsedm.train import step
+from sparsedm.train.chain import Start, plan, run_chain
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
+from sparsedm.train.stages import Stage, divide, parse_chain
 from tests.tiny import OPTIONS, Tiny, python_signals, same_state, tiny, tiny_images
 
 IMAGES, SCHEDULE = tiny_images(), VPSDE()
@@ -24,7 +26,8 @@ STAGES = parse_chain("dense,3:4,2:4", 16)
 
 
 def run(folder, stages=STAGES, model=None, options=OPTIONS, **settings):
-    return run_chain(model or tiny(), stages, IMAGES, SCHEDULE, options, folder, **{"progress": False, **settings})
+    start = Start(model or tiny(), *(settings.pop(name, None) for name in ("ema", "speed", "build")))
+    return run_chain(start, stages, IMAGES, SCHEDULE, options, folder, **{"progress": False, **settings})
 
 
 def bits(results):
@@ -60,7 +63,7 @@ def test_each_student_is_a_model_of_its_own(unbroken):
 
 def test_speeds_are_logged_against_the_dense_stage_and_said(tmp_path, caplog):
     caplog.set_level("INFO", "sparsedm.train.chain")
-    results = run(tmp_path, dense_speed=7.0, progress=True)
+    results = run(tmp_path, speed=7.0, progress=True)
     speeds = [statistics.median(record["images_per_second"] for record in r.metrics) for r in results]
     for result, dense in zip(results, (7.0, speeds[0], speeds[0])):
         for record in result.metrics:
@@ -165,7 +168,7 @@ def test_frozen_mask_is_kept_and_dropped_weights_rest(tmp_path):
         assert moved[mask].float().mean() > 0.9
     free = run(tmp_path / "free", [replace(stage, frozen_mask=False)], model, options, ema=ema)
     assert not same_state(masks(free[0].model), chosen)
-    loaded = checkpoint.load_model(result.folder, lambda config: tiny()).model
+    loaded = load_model(result.folder, lambda config: tiny()).model
     assert same_state(masks(loaded), chosen)
 
 
@@ -173,7 +176,7 @@ def test_a_stage_after_a_frozen_one_chooses_again(tmp_path):
     frozen = Stage("asp", 3, "2:4", frozen_mask=True, dropped=0.0)
     for inplace in (False, True):
         results = run(tmp_path / str(inplace), [frozen, Stage("ste", 3, "2:4", inplace=inplace)])
-        assert all(layer.mask is None and layer.dropped == 1 for _, layer in masked_layers(results[1].model))
+        assert all(layer.mask is None and layer.rule.dropped == 1 for _, layer in masked_layers(results[1].model))
 
 
 def test_random_start(tmp_path):
@@ -242,9 +245,11 @@ def test_another_chain_in_the_folder_is_refused(tmp_path):
 def test_stage_settings_reach_the_layers(tmp_path, monkeypatch):
     settings = []
 
-    def spied(model, *args, **kwargs):
-        settings.append([(layer.decay, layer.dropped) for _, layer in masked_layers(model)] + [kwargs["w_noise"]])
-        return train(model, *args, **kwargs)
+    def spied(student, images, loss, *args, **kwargs):
+        settings.append(
+            [(layer.rule.decay, layer.rule.dropped) for _, layer in masked_layers(student.model)] + [loss.w_noise]
+        )
+        return train(student, images, loss, *args, **kwargs)
 
     monkeypatch.setattr("sparsedm.train.chain.train", spied)
     stages = [Stage("a", 1, "2:4", decay=0.5), Stage("b", 1, "2:4", dropped=0.25), Stage("c", 1, "2:4", w_noise=0.0)]

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save
 
 from sparsedm import files
 from sparsedm.errors import InputError
-from sparsedm.train import cifar10, data
+from sparsedm.train import array_files, data
 from sparsedm.train.data import ImageSet, batch, batch_indices, load
-from tests.train.test_cifar10 import batches, folder_of, tar_of
+from tests.train.test_array_files import batches, folder_of, tar_of
 from tests.train.test_image_files import FILES, picture, pixels_of, zip_of
 
 
@@ -61,13 +61,13 @@ def test_cifar10_has_its_own_test_split(tmp_path, packed):
         path = inside = tar_of(tmp_path / "a.tgz", batches())
     else:
         path, inside = tmp_path, folder_of(tmp_path / "cifar-10-batches-py", batches())
-    expected = cifar10.read_cifar10(inside).splits
+    expected = array_files.read_cifar10(inside).splits
     for split in ("train", "test"):
         for _ in ("decoded", "cached"):
             images = load(path, split)
             assert torch.equal(images.images, expected[split][0])
             assert torch.equal(images.labels, expected[split][1])
-            assert images.class_names == cifar10.CLASSES
+            assert images.class_names == array_files.CLASSES
 
 
 def test_cifar10_by_name_is_downloaded(tmp_path, monkeypatch, cache):
@@ -197,7 +197,7 @@ def test_a_damaged_npz_is_refused(tmp_path, content):
 
 
 def test_an_npz_bomb_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MOST_BYTES", 100)
+    monkeypatch.setattr(array_files, "MOST_BYTES", 100)
     with pytest.raises(InputError, match="unpacks to more than 100 bytes"):
         load(npz_of(tmp_path / "a.npz", x=OK))
 

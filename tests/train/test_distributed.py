@@ -17,13 +17,15 @@ import torch.multiprocessing
 from sparsedm import cli
 from sparsedm.diffusion import VPSDE, loss
 from sparsedm.errors import InputError
+from sparsedm.model_files import save_model
 from sparsedm.models import build_model
-from sparsedm.sparsify import set_masking, sparsify
+from sparsedm.sparsity import set_masking, sparsify
 from sparsedm.train import distributed, step
-from sparsedm.train.checkpoint import latest, save_model
+from sparsedm.train.checkpoint import latest
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
 from sparsedm.train.metrics import read_metrics
+from sparsedm.train.step import Loss, Student
 from tests.tiny import OPTIONS, tiny_images
 from tests.tolerance import assert_as_good_as_torch
 from tests.train.test_loop import final_bits
@@ -41,8 +43,9 @@ def network():
 
 
 def run(folder, **options):
-    settings = {"teacher": network(), "w_kd": 0.1, "validation": tiny_images(16, seed=1), "progress": False}
-    return train(network(), tiny_images(), VPSDE(), replace(OPTIONS, **options), folder, **settings)
+    student, loss = Student(network()), Loss(VPSDE(), network(), w_kd=0.1)
+    settings = {"validation": tiny_images(16, seed=1), "progress": False}
+    return train(student, tiny_images(), loss, replace(OPTIONS, **options), folder, **settings)
 
 
 def worker(rank, ports, folder):
@@ -88,7 +91,7 @@ def command(name, folder, out):
 
 
 def draw_all(folder):
-    """What `distributed.drawn` gives and asks for, in each process."""
+    """What `distributed.gather` gives and asks for, in each process."""
     for count, size in COUNTS:
         asked = []
 
@@ -96,7 +99,7 @@ def draw_all(folder):
             asked.append((start, stop))
             return torch.stack([torch.full((2, 3), i, dtype=torch.float64) for i in range(start, stop)]).clone()
 
-        out = distributed.drawn(count, size, draw)
+        out = distributed.gather(count, size, draw)
         torch.save((out, asked), folder / f"drawn-{count}-{size}-{distributed.rank()}.pt")
 
 
@@ -195,7 +198,7 @@ def test_the_parts_of_a_batch_average_to_its_gradient(parts):
 
 
 def test_alone_nothing_is_exchanged():
-    assert (distributed.rank(), distributed.world(), distributed.first()) == (0, 1, True)
+    assert (distributed.rank(), distributed.world(), distributed.is_main_process()) == (0, 1, True)
     assert distributed.shares(6, 3) == [(0, slice(0, 2)), (1, slice(2, 4)), (2, slice(4, 6))]
     model, values = network(), torch.ones(2)
     assert distributed.parallel(model) is model

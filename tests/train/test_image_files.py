@@ -1,6 +1,7 @@
 """Folders and zips of images: what they mean, and that whatever is wrong with them is one sentence naming the file."""
 
 import io
+import json
 import os
 import stat
 import zipfile
@@ -107,7 +108,7 @@ def test_every_mode_of_eight_bits_becomes_rgb(tmp_path, mode):
 
 def test_sixteen_bits_are_refused_instead_of_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png in .* has pixels of mode I;16: 8 bits per channel are read"):
+    with pytest.raises(InputError, match=r"a\.png in .* has pixels of mode I(;16)?: 8 bits per channel are read"):
         read_image_files(tmp_path)
 
 
@@ -264,3 +265,66 @@ def test_images_of_one_pixel_across_keep_their_colours():
         assert torch.equal(fitted.flatten(), images.view(shape).narrow(axis, 1, 1).flatten()), "the middle pixel"
     grey = torch.tensor([7, 8, 9], dtype=torch.uint8).view(1, 1, 3, 1)
     assert resized(grey, 2).unique().tolist() == [8]
+
+
+# ---- CelebA's crop, and labels in a list -----------------------------------------------------------------------------
+
+
+def test_celebas_crop_is_the_originals(tmp_path):
+    """U-ViT and DDIM: x from 25, y from 57, 128 pixels each way, then bilinear; other sizes as always."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (218, 178, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    cut = Image.fromarray(pixels[57 : 57 + 128, 25 : 25 + 128])
+    for size, expected in ((128, np.asarray(cut)), (64, np.asarray(cut.resize((64, 64), Image.Resampling.BILINEAR)))):
+        images, _ = read_image_files(tmp_path, size, crop="celeba").splits["all"]
+        assert np.array_equal(images[0].numpy().transpose(1, 2, 0), expected)
+        square, _ = read_image_files(tmp_path, size).splits["all"]
+        assert not torch.equal(square, images)
+    Image.fromarray(pixels[:100, :90]).save(tmp_path / "a.png")
+    assert torch.equal(*(read_image_files(tmp_path, 64, crop=crop).splits["all"][0] for crop in ("celeba", "square")))
+
+
+def listed(folder, labels):
+    for name in ("00000/a.png", "00000/b.png", "00001/c.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(folder / name)
+    (folder / "dataset.json").write_text(json.dumps(labels) if not isinstance(labels, str) else labels)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_dataset_json_gives_the_labels(tmp_path, packed):
+    labels = {"labels": [["00001/c.png", 0], ["00000/b.png", 4], ["00000/a.png", 2]]}
+    source = listed(tmp_path / "set", labels)
+    if packed:
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            for file in source.rglob("*.*"):
+                archive.write(file, file.relative_to(tmp_path))
+        source = tmp_path / "set.zip"
+    parts = read_image_files(source)
+    assert parts.splits["all"][1].tolist() == [2, 4, 0]
+    assert parts.class_names == ("0", "1", "2", "3", "4")
+
+
+def test_dataset_json_without_labels(tmp_path):
+    parts = read_image_files(listed(tmp_path, {"labels": None}))
+    assert parts.splits["all"][1] is None
+    assert parts.class_names == ()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"labels": [["00000/a.png", 1], ["00000/b.png", 0]]}, r"gives 00001/c.png the label None"),
+        ({"labels": [["00000/a.png", -1], ["00000/b.png", 0], ["00001/c.png", 0]]}, "the label -1"),
+        ({"labels": [["00000/a.png", 1.5], ["00000/b.png", 0], ["00001/c.png", 0]]}, "the label 1.5"),
+        ({"classes": []}, "dataset.json in .* is damaged"),
+        ("[" * 100_000, "dataset.json in .* is damaged"),
+        ({"labels": [3]}, "dataset.json in .* is damaged"),
+    ],
+    ids=["missing", "negative", "fraction", "no labels", "deep", "no pairs"],
+)
+def test_a_wrong_dataset_json_is_refused(tmp_path, labels, message):
+    with pytest.raises(InputError, match=message):
+        read_image_files(listed(tmp_path, labels))

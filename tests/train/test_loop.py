@@ -18,12 +18,13 @@ import torch
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref
-from sparsedm.sparsify import masks, set_masking, sparsify
+from sparsedm.kernels.pattern import Pattern, select_mask_ref
+from sparsedm.sparsity import masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop, step
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, train
 from sparsedm.train.metrics import TrainingDiverged, read_metrics
+from sparsedm.train.step import Loss, Student
 from tests.tiny import OPTIONS, python_signals, same_state, tiny, tiny_images
 
 IMAGES, HELD_OUT, SCHEDULE = tiny_images(), tiny_images(16, seed=1), VPSDE()
@@ -37,8 +38,14 @@ def masked(seed=0, **config):
 
 
 def run(folder, options=OPTIONS, model=None, **settings):
-    settings = {"teacher": tiny(5), "w_kd": 0.1, "validation": HELD_OUT, "progress": False, **settings}
-    return train(model or masked(), IMAGES, SCHEDULE, options, folder, **settings)
+    """`train` with a teacher; settings: also the fields of Student and Loss, by name."""
+    if "teacher" not in settings:
+        settings |= {"teacher": tiny(5), "w_kd": 0.1} | settings
+    settings = {"schedule": SCHEDULE, "w_kd": 0.1, "validation": HELD_OUT, **settings}
+    student = Student(model or masked(), settings.pop("ema", None))
+    loss = Loss(settings.pop("schedule"), settings.pop("teacher"), settings.pop("w_kd"))
+    images = settings.pop("images", IMAGES)
+    return train(student, images, loss, options, folder, **{"progress": False, **settings})
 
 
 def final_bits(folder, step=12):
@@ -75,7 +82,7 @@ def test_masks_follow_the_weights(unbroken):
     folder, result = unbroken
     for network in (result.model, result.ema):
         for name, mask in masks(network).items():
-            assert torch.equal(mask, choose_mask_ref(network.get_submodule(name).weight, Pattern(2, 4)))
+            assert torch.equal(mask, select_mask_ref(network.get_submodule(name).weight, Pattern(2, 4)))
     assert all(record["flip_rate"] > 0 and record["density"] == 0.5 for record in read_metrics(folder))
 
 
@@ -103,18 +110,7 @@ def test_leaves_the_teacher_the_start_and_the_global_generator_alone(tmp_path):
     model, teacher, start = masked(), tiny(5), masked(6)
     before, start_before = copy.deepcopy(teacher.state_dict()), copy.deepcopy(start.state_dict())
     random_state = torch.random.get_rng_state()
-    result = train(
-        model,
-        IMAGES,
-        SCHEDULE,
-        OPTIONS,
-        tmp_path,
-        ema=start,
-        teacher=teacher,
-        w_kd=1,
-        validation=HELD_OUT,
-        progress=False,
-    )
+    result = run(tmp_path, model=model, ema=start, teacher=teacher, w_kd=1)
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert same_state(teacher.state_dict(), before)
     assert same_state(start.state_dict(), start_before)
@@ -380,6 +376,30 @@ def test_other_options_are_refused(tmp_path):
     run(tmp_path, replace(OPTIONS, log_every=1, save_every=1, validate_every=1))  # these change no weight
 
 
+def test_a_finished_run_goes_on_where_its_length_changes_nothing(tmp_path, unbroken):
+    """And ends as if it had been that long from the start."""
+    run(tmp_path, replace(OPTIONS, steps=7))
+    run(tmp_path)
+    assert final_bits(tmp_path) == final_bits(unbroken[0])
+    with pytest.raises(InputError, match=r"options.steps is 12 there and 9 here"):
+        run(tmp_path, replace(OPTIONS, steps=9))
+    for options, reason in (
+        (replace(OPTIONS, cosine=True), "fallen to zero"),
+        (replace(OPTIONS, warmup=None), "warm-up"),
+    ):
+        folder = tmp_path / reason
+        run(folder, replace(options, steps=3))
+        with pytest.raises(InputError, match=f"options.steps is 3 there and 5 here: .*{reason}"):
+            run(folder, replace(options, steps=5))
+
+
+def test_a_state_without_its_numbers_is_refused(tmp_path):
+    result = run(tmp_path, replace(OPTIONS, steps=1))
+    (result.checkpoint / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"state.json is damaged: it must hold step, updates, seconds"):
+        run(tmp_path, replace(OPTIONS, steps=1))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -420,11 +440,11 @@ def test_learning_rate_and_average():
 
 def test_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(InputError, match=r"labels 0\.\.2 and the images have no labels"):
-        train(masked(), tiny_images(labels=False), SCHEDULE, OPTIONS, tmp_path)
+        run(tmp_path, images=tiny_images(labels=False))
     with pytest.raises(InputError, match=r"labels 0\.\.1 and the images have labels up to 2"):
-        train(masked(num_classes=2), IMAGES, SCHEDULE, OPTIONS, tmp_path)
+        run(tmp_path, model=masked(num_classes=2))
     with pytest.raises(InputError, match=r"images are \(2, 4, 4\) and the network takes \(2, 8, 8\)"):
-        train(masked(image_size=8), IMAGES, SCHEDULE, OPTIONS, tmp_path)
+        run(tmp_path, model=masked(image_size=8))
     assert not list(tmp_path.iterdir())
 
 

@@ -7,11 +7,11 @@ import torch
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import holds
-from sparsedm.sparsify import masked_layers, masks, sparsify
+from sparsedm.sparsity import masked_layers, masks, sparsify
 from sparsedm.train import step
-from sparsedm.train.chain import run_chain
+from sparsedm.train.chain import Start, run_chain
 from sparsedm.train.data import batch_indices
-from sparsedm.train.methods import METHODS, method_stages
+from sparsedm.train.stages import METHODS, method_stages
 from tests.tiny import OPTIONS, Tiny, same_state, tiny, tiny_images
 
 NAMES = {"dense", "oneshot", "asp", "ste", "sr-ste", "kd", "sr-ste+kd", "chain", "inplace", "random-init"}
@@ -22,8 +22,8 @@ def run(name, folder, steps=10):
     model = tiny(1)
     build, options = partial(Tiny, model.config), OPTIONS
     return run_chain(
-        model, method_stages(name, steps), tiny_images(), VPSDE(), options, folder,
-        ema=tiny(2), build=build, validation=tiny_images(16, seed=1), progress=False,
+        Start(model, tiny(2), build=build), method_stages(name, steps), tiny_images(), VPSDE(), options, folder,
+        validation=tiny_images(16, seed=1), progress=False,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from sparsedm.sparsify import masks, set_masking, sparsify
-from sparsedm.train.metrics import MetricsLog, TrainingDiverged, read_metrics, usual_speed, weight_distance
+from sparsedm.sparsity import masks, set_masking, sparsify
+from sparsedm.train.metrics import MetricsLog, Reference, TrainingDiverged, read_metrics, usual_speed, weight_distance
 from tests.tiny import tiny
 from tests.tolerance import assert_as_good_as_torch
 
@@ -23,14 +23,14 @@ def test_reads_up_to_a_line_that_was_cut_short(tmp_path):
 
 def test_forgets_what_the_resumed_run_will_log_again(tmp_path):
     write(tmp_path, '{"step": 1}\n', '{"step": 2, "diverged": "loss nan"}\n', '{"step": 2}\n', '{"step": 3}\n', '{"st')
-    log = MetricsLog(tmp_path, tiny(), 2, CPU)
+    log = MetricsLog(tmp_path, tiny(), 2, CPU, Reference())
     log.write({"step": 3, "again": True})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
 
 
 def test_means_and_masks_since_the_last_record(tmp_path):
     model = sparsify(tiny(), "3:4")
-    log = MetricsLog(tmp_path, model, 0, CPU)
+    log = MetricsLog(tmp_path, model, 0, CPU, Reference())
     log.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), 1)
     log.add(torch.tensor([3.0, 4.0, 5.0, 6.0]), 2)
     with torch.no_grad():  # one group of four now drops its last entry instead of another, or the same one
@@ -61,7 +61,7 @@ def test_the_usual_speed_is_not_that_of_the_first_record(tmp_path):
 
 def test_the_speed_is_logged_against_the_dense_one(tmp_path):
     for speed in (None, 40.0):
-        log = MetricsLog(tmp_path, tiny(), 0, CPU, dense_speed=speed)
+        log = MetricsLog(tmp_path, tiny(), 0, CPU, Reference(speed=speed))
         log.add(torch.ones(4), 1)
         record = log.close(1, batch_size=8)
         assert record.get("speed_to_dense") == (speed and record["images_per_second"] / speed)
@@ -70,7 +70,7 @@ def test_the_speed_is_logged_against_the_dense_one(tmp_path):
 def test_dense_and_frozen_networks_have_no_flips(tmp_path):
     for model in (tiny(), sparsify(tiny(), "2:4")):
         set_masking(model, frozen=True)
-        log = MetricsLog(tmp_path, model, 0, CPU)
+        log = MetricsLog(tmp_path, model, 0, CPU, Reference())
         with torch.no_grad():
             model.first.weight.copy_(model.first.weight.flip(1))
         log.add(torch.ones(4), 1)
@@ -82,13 +82,13 @@ def test_dense_and_frozen_networks_have_no_flips(tmp_path):
 @pytest.mark.parametrize("place", [0, 3], ids=["loss", "gradient norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_divergence_is_remembered_until_somebody_looks(tmp_path, place, value):
-    log = MetricsLog(tmp_path, tiny(), 0, CPU)
+    log = MetricsLog(tmp_path, tiny(), 0, CPU, Reference())
     bad = torch.ones(4)
     bad[place] = value
     with pytest.raises(TrainingDiverged, match=f"diverged at step 1 .*{value}"):
         log.add(bad, 1)
 
-    log = MetricsLog(tmp_path, tiny(), 0, CPU)
+    log = MetricsLog(tmp_path, tiny(), 0, CPU, Reference())
     log.looks_each_step = False
     for step in range(1, 4):
         log.add(bad if step == 1 else torch.ones(4), step)
@@ -101,7 +101,7 @@ def test_the_distance_to_the_dense_weights(tmp_path):
     """Of what multiplies x, over the masked layers alone; none where the networks have different shapes."""
     dense = tiny()
     model = sparsify(tiny(), "2:4")
-    log = MetricsLog(tmp_path, model, 0, CPU, dense)
+    log = MetricsLog(tmp_path, model, 0, CPU, Reference(dense))
     log.add(torch.ones(4), 1)
     weights = [dense.first.weight, dense.second.weight]
     dropped = torch.cat([weight[~mask] for weight, mask in zip(weights, masks(model).values())])
@@ -110,6 +110,6 @@ def test_the_distance_to_the_dense_weights(tmp_path):
     assert_as_good_as_torch(torch.tensor(log.close(1, 8)["distance"]), high, low)
     assert weight_distance(dense, tiny()) == 0
     assert weight_distance(tiny(width=32), dense) is None
-    alone = MetricsLog(tmp_path, model, 0, CPU)
+    alone = MetricsLog(tmp_path, model, 0, CPU, Reference())
     alone.add(torch.ones(4), 1)
     assert "distance" not in alone.close(1, 8)

@@ -14,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsedm import diffusion
 from sparsedm.diffusion import DDPMSchedule
 from sparsedm.kernels import mask as choose
-from sparsedm.kernels import masked_dispatch
+from sparsedm.kernels import masked_matmul
 from sparsedm.train import step
 from sparsedm.train.data import batch, batch_indices
-from sparsedm.train.loop import train
 from tests.tiny import OPTIONS, same_state, tiny
 from tests.train.test_loop import IMAGES, SCHEDULE, masked, run
 
@@ -81,7 +80,7 @@ def test_labels_are_seen_only_where_the_network_has_them(tmp_path, labels):
 
 
 def test_discrete_schedule_trains(tmp_path):
-    result = train(masked(), IMAGES, DDPMSchedule(), OPTIONS, tmp_path, progress=False)
+    result = run(tmp_path, schedule=DDPMSchedule())
     assert math.isfinite(result.loss)
 
 
@@ -100,7 +99,7 @@ def test_step_waits_for_nothing_on_a_gpu(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step.Step, "__call__", strict)
         patch.setenv("SPARSEDM_AUTOTUNE", "off")
-        patch.setattr(masked_dispatch._tuner, "best", lambda *arguments, **key: {"by": "kernels"})
+        patch.setattr(masked_matmul, "_is_best_in_torch", lambda *arguments: False)
         result = run(tmp_path, replace(OPTIONS, amp="bf16"), device="cuda")
     assert math.isfinite(result.loss)
 
@@ -122,8 +121,8 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("model", [tiny, masked], ids=["dense", "2:4"])
 def test_a_step_reads_no_value(tmp_path, monkeypatch, model):
     """But for a choice of masks in torch, which looks for NaN and runs on CPUs only."""
-    original, choose_in_torch, reads, chosen = step.Step.__call__, choose._choose_in_torch, [], []
-    monkeypatch.setattr(choose, "_choose_in_torch", lambda *a: (chosen.append(1), choose_in_torch(*a))[1])
+    original, choose_in_torch, reads, chosen = step.Step.__call__, choose._select_in_torch, [], []
+    monkeypatch.setattr(choose, "_select_in_torch", lambda *a: (chosen.append(1), choose_in_torch(*a))[1])
 
     def watched(self, *args):
         chosen.clear()

@@ -1,33 +1,85 @@
 """Which kernel serves a 2:4 product, and with which of its configurations: a rule of thumb until it has been measured.
 
-`choose_backend` is the rule, arithmetic alone. On a GPU `pick` asks the autotuner of `tuning.py`, whose tables hold
-what was quickest for the GPU, dtype, epilogue and size; a size that no table has is timed once, torch's dense product
-on the decompressed weight beside the sparse kernels, so that where dense is quicker, dense it is. The rule is what runs
-where nothing may be timed: SPARSEDM_AUTOTUNE=off, a CUDA graph being captured, a model being traced.
+One `Request` per call describes the product. `BACKENDS` lists what can compute one. `rule_of_thumb` is
+arithmetic alone. On a GPU `serve` asks the autotuner of `tuning.py`, whose tables hold what was quickest for the GPU,
+dtype, epilogue and size. A size that no table has is timed once, torch's dense product on the decompressed weight
+beside the sparse kernels: where dense is quicker, dense it is. The rule holds where nothing may be timed: off a GPU,
+with SPARSEDM_AUTOTUNE=off, while a CUDA graph is captured, while a model is traced.
+
+To add a back end, write one file with `launch` and CONFIGS, and one row of `BACKENDS`. A new order of the weight goes
+into `layouts.py`, a new name into `launch.BACKENDS`.
 """
 
 import functools
 import importlib
-import json
-from dataclasses import asdict
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 import torch
 
-from sparsedm.kernels.launch import BACKENDS, exporting, forced_backend
-from sparsedm.kernels.tuning import Autotuner, bucket, capturing
+from sparsedm.errors import InputError
+from sparsedm.kernels.launch import exporting
+from sparsedm.kernels.tuning import Autotuner, bucket, capturing, device_is_lost, reason_of
 
-NO_GPU = "not an NVIDIA GPU, or no Triton"
-FEW_TOKENS = 64
-SMALLEST_GRID, SMALLEST_N = 32, 64
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
-KERNELS = {  # operation and back end: the module with `launch` and CONFIGS, then the others that hold its code
-    (LINEAR, "mma"): ("mma", "fragments", "ptx"),
-    (LINEAR, "few"): ("mma_splitk", "fragments", "ptx"),
-    (LINEAR, "wgmma"): ("wgmma", "wgmma_kernels", "wgmma_pipeline", "ptx"),
-    (CONV, "mma"): ("mma_conv", "fragments", "ptx"),
-    (CONV, "wgmma"): ("wgmma_conv", "wgmma_pipeline", "ptx"),
-}
+NO_GPU = "not an NVIDIA GPU, or no Triton"
+SPLITK_ROWS = 64
+SMALLEST_GRID, SMALLEST_N = 32, 64
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One product, as far as the choice of its back end depends on it.
+
+    y (M, N) = x (M, K) @ W^T; for a convolution M are the pixels of y and K = kh kw channels.
+    """
+
+    operation: str  # LINEAR or CONV
+    capability: tuple | None  # of the NVIDIA GPU, as `launch.capability` gives it
+    dtype: torch.dtype
+    M: int
+    N: int
+    K: int
+    device: torch.device | None = None  # where it may be timed; None: nowhere
+    pattern: str = "2:4"  # as `str(Pattern)`: torch.compile cannot wrap the object
+    out_dtype: torch.dtype | None = None
+    activation: str | None = None
+    bias: bool = False
+    scale: bool = False
+    residual: torch.dtype | None = None
+    skip: int = 0  # columns of the second source
+    channels: int | None = None
+    kernel_size: tuple | None = None
+    stride: tuple | None = None
+    padding: tuple | None = None
+    dilation: tuple | None = None
+    image: tuple | None = None  # (H', W') of y
+    backend: str | None = None  # the one that is asked for by name; None: whatever is quickest
+
+    def key(self):
+        """Everything but M: sizes along M are known by their power of two."""
+        return tuple([getattr(self, name) for name in KEY])
+
+    def described(self):
+        """What the tables call it: the key without what the file and section of a table say already."""
+        names = [name for name in KEY if name not in ("operation", "capability", "device")]
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, False, 0)}
+
+    @property
+    def sm(self):
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+    @property
+    def stores_directly(self):
+        """Whether wgmma has to write y from registers, because TMA cannot: see `epilogue` of `wgmma_pipeline.py`."""
+        other = self.residual not in (None, self.out_dtype)
+        return self.out_dtype == torch.float32 or self.N % 8 != 0 or other
+
+
+KEY = tuple(field.name for field in fields(Request) if field.name != "M")
 
 
 class Choice(NamedTuple):
@@ -37,178 +89,261 @@ class Choice(NamedTuple):
     config: int = 0
 
 
-def choose_backend(capability, M, N, K, dtype):
-    """Which back end serves y (M, N) = x (M, K) @ W^T, and why.
+class Measured(NamedTuple):
+    """What a GPU's measurement says: microseconds of every choice that ran, and why the others did not."""
 
-    capability: the device's compute capability as (major, minor), None where `launch.capability` is.
-    Returns (name, reason). The rules are arithmetic, not measurement: none of the kernels has been timed yet.
-    SPARSEDM_BACKEND = torch | dense | mma | few | wgmma overrules them wherever the named kernel can run.
-    """
-    forced = forced_backend()
-    able, obstacle = _able(capability, K, dtype)
-    if forced:
-        if forced in able:
-            return forced, f"SPARSEDM_BACKEND={forced}"
-        return "torch", f"SPARSEDM_BACKEND={forced} cannot run: {obstacle}"
-    if "mma" not in able:
-        return without_kernels(), obstacle
-    if M <= FEW_TOKENS:
-        return "few", f"{M} rows: bound by reading the weight, 1.125 bytes instead of 2"
-    too_small = smallness(M, N)
-    if too_small:
-        return "dense", too_small
-    tiles = count_tiles(M, N)
-    if "wgmma" in able:
-        return "wgmma", f"sm_90a, {tiles} tiles of 128 x 128"
-    if capability >= (9, 0):
-        return "dense", "mma.sp reaches about 0.9 of dense wgmma here, and wgmma.sp needs sm_90a"
-    return "mma", f"sm_{capability[0]}{capability[1]}, {tiles} tiles of 128 x 128"
+    choice: Choice
+    times: dict
+    failed: dict
+
+    def __str__(self):
+        times = {}
+        for choice, microseconds in self.times.items():
+            times[choice.backend] = min(microseconds, times.get(choice.backend, microseconds))
+        text = ", ".join(f"{name} {microseconds:.1f} us" for name, microseconds in times.items())
+        failed = "".join(f"; {choice.backend} does not run here: {why}" for choice, why in self.failed.items())
+        return f"measured: {text or 'see the tuned table of the GPU'}{failed}"
 
 
-def count_tiles(M, N):
-    return -(-M // 128) * -(-N // 128)
+# ---- what can compute a product: arithmetic on a Request
 
 
-def smallness(M, N):
-    """Why a product of so many rows and features is too small for the tiles of the kernels; None if it is not."""
-    if N < SMALLEST_N:
-        return f"{N} features leave most of a tile of 128 x 128 empty"
-    tiles = count_tiles(M, N)
+def _no_sparse_cores(request):
+    if request.capability is None:
+        return NO_GPU
+    if request.capability < (8, 0):
+        return f"{request.sm} has no sparse tensor cores (sm_80 and later have)"
+    if request.pattern != "2:4":
+        return f"pattern {request.pattern}: sparse tensor cores take 2:4"
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"{str(request.dtype)[6:]}: the sparse tensor-core kernels take bfloat16 and float16"
+    return None
+
+
+def _no_mma(request, name="mma", channels=8):
+    if reason := _no_sparse_cores(request):
+        return reason
+    if request.operation == LINEAR:
+        return f"K = {request.K}: rows must be multiples of 16 bytes, K a multiple of 8" if request.K % 8 else None
+    if request.channels % channels:
+        return f"{request.channels} input channels: the {name} kernel needs a multiple of {channels}"
+    if request.stride[0] != request.stride[1] or request.dilation != (1, 1):
+        return f"stride {request.stride}, dilation {request.dilation}: one stride for both axes and no dilation"
+    return None
+
+
+def _no_wgmma(request):
+    reason = _no_sparse_cores(request)
+    if reason is None and request.capability != (9, 0):
+        return f"{request.sm} has no wgmma (sm_90a has)"
+    reason = reason or _no_mma(request, "wgmma", 64)  # a TMA box has 64 channels at one kernel position
+    if reason or request.operation == LINEAR:
+        return reason
+    if request.N % 8:
+        return f"{request.N} output channels: the wgmma kernel needs a multiple of 8"
+    if request.stride[0] > 2:
+        return f"stride {request.stride[0]}: the wgmma kernel has strides 1 and 2"
+    return None
+
+
+def _small(request):
+    """Why so few rows and features are too small for the tiles of the kernels, or None."""
+    if request.N < SMALLEST_N:
+        return f"{request.N} features leave most of a tile of 128 x 128 empty"
+    tiles = -(-request.M // 128) * -(-request.N // 128)
     if tiles < SMALLEST_GRID:
         return f"{tiles} tiles of 128 x 128 leave most of the GPU idle: the launch decides, not the arithmetic"
     return None
 
 
-def without_kernels():
-    """What computes where no kernel can: the weight decompressed once; an exported program would then hold it twice."""
-    return "torch" if exporting() else "dense"
+def _mma_loses(request):
+    if not (reason := _small(request)) and (9, 0) <= request.capability < (12, 0):  # sm_120 has cuBLAS on mma.sync
+        return f"{_no_wgmma(request)}, and mma.sp is no quicker than the dense tensor cores of {request.sm}"
+    return reason
 
 
-def _able(capability, K, dtype):
-    """The back ends that can run at all, and the sentence about those that cannot."""
-    if capability is None:
-        return ("torch", "dense"), NO_GPU
-    name = f"sm_{capability[0]}{capability[1]}"
-    if capability < (8, 0):
-        return ("torch", "dense"), f"{name} has no sparse tensor cores (sm_80 and later have)"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return ("torch", "dense"), f"{str(dtype)[6:]}: the sparse tensor-core kernels take bfloat16 and float16"
-    if K % 8:
-        return ("torch", "dense"), f"K = {K}: rows must be multiples of 16 bytes, K a multiple of 8"
-    if capability != (9, 0):
-        return ("torch", "dense", "mma", "few"), f"{name} has no wgmma (sm_90a has)"
-    return BACKENDS, ""
+def _few_rows(request):
+    return request.operation == LINEAR and request.M <= SPLITK_ROWS
 
 
-def stores_directly(N, out_dtype, residual):
-    """Whether wgmma has to write y from registers, because TMA cannot: see `epilogue` of sparse24_pipeline."""
-    return out_dtype == torch.float32 or N % 8 != 0 or (residual is not None and residual.dtype != out_dtype)
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute a product. All functions take a Request, need no GPU, and import nothing."""
+
+    name: str
+    operation: str
+    module: str | None  # with `launch` and CONFIGS, imported when it runs; None: the operator, in plain torch
+    layout: str  # of the weight: a name in `layouts.LAYOUTS`
+    supports: Callable = lambda request: None  # -> None, or why it cannot run
+    meant: Callable = lambda request: True  # whether it is worth timing: not where another kernel is better for sure
+    loses: Callable = lambda request: None  # -> None, or why the rule of thumb expects dense to be quicker
+    config: Callable = lambda request: (0, False)  # -> configuration that the rule takes, whether to time it alone
+    merit: str = ""
+    sources: tuple = ()  # the other modules that hold its code
 
 
-def rule_of_thumb(backend, directly):
-    """The choice that stands for a back end until something is measured."""
-    return Choice(backend, -1 if backend == "wgmma" and directly else 0)
+# fmt: off
+BACKENDS = (  # in the order in which the rule of thumb asks them
+    Backend("splitk", LINEAR, "sparsedm.kernels.sparse24.mma_splitk", "fragments", _no_mma, _few_rows,
+            merit="few rows: bound by reading the weight, 1.125 bytes instead of 2", sources=("mma", "ptx")),
+    Backend("wgmma", LINEAR, "sparsedm.kernels.sparse24.wgmma", "tma", _no_wgmma, lambda r: not _few_rows(r), _small,
+            lambda r: (-1, True) if r.stores_directly else (0, False),  # the others spill there
+            merit="wgmma.sp (sm_90a)", sources=("wgmma_kernels", "wgmma_pipeline", "ptx")),
+    Backend("mma", LINEAR, "sparsedm.kernels.sparse24.mma", "fragments", _no_mma,
+            lambda r: _few_rows(r) or _no_wgmma(r), _mma_loses,
+            lambda r: (-1, True) if _few_rows(r) else (0, False),  # the smallest tile
+            merit="mma.sp", sources=("ptx",)),
+    Backend("wgmma", CONV, "sparsedm.kernels.sparse24.wgmma_conv", "tma", _no_wgmma, loses=_small,
+            config=lambda r: (int(r.N <= 128), False),
+            merit="wgmma.sp (sm_90a), implicit product", sources=("wgmma", "wgmma_pipeline", "ptx")),
+    Backend("mma", CONV, "sparsedm.kernels.sparse24.mma_conv", "fragments", _no_mma, _no_wgmma, _mma_loses,
+            merit="mma.sp, implicit product", sources=("mma", "ptx")),
+    # the weight decompressed once; not in an exported program, which would then hold it twice
+    *(Backend("dense", operation, None, "dense", meant=lambda r: not exporting()) for operation in (LINEAR, CONV)),
+    # decompressed at every call
+    *(Backend("torch", operation, None, "torch") for operation in (LINEAR, CONV)),
+)
+# fmt: on
+_ROWS = {(row.operation, row.name): row for row in BACKENDS}
+_broken = {}  # (operation, back end, device): why it does not run there, found out by a call
 
 
-@functools.cache
-def choices(capability, few, directly, K, dtype, forced):
-    """The choices of a linear layer that are timed: dense first, because the others are held against its result.
+def row_of(operation, backend):
+    """The row of `BACKENDS`."""
+    return _ROWS[operation, backend]
 
-    few: for up to FEW_TOKENS rows. directly: see `stores_directly`. forced: the back end that SPARSEDM_BACKEND names,
-    of which alone the configurations are timed. () where no kernel can run.
+
+def rule_of_thumb(request):
+    """-> (Choice, why): the back end that is asked for if it can run, else what the rule of thumb takes."""
+    rows = [row for row in BACKENDS if row.operation == request.operation]
+    why = ""
+    for row in rows:
+        if row.name == request.backend:
+            if not (why := row.supports(request)):
+                return Choice(row.name, row.config(request)[0]), f"backend={row.name}"
+            why, rows = f"backend={row.name} cannot run: {why}", [row for row in rows if not row.module]
+    for row in rows:
+        reason = row.supports(request) or _broken.get((row.operation, row.name, request.device))
+        if not reason and row.meant(request):
+            reason = row.loses(request)
+            if not reason:
+                return Choice(row.name, row.config(request)[0]), row.merit or why
+        why = reason or why
+    raise AssertionError("the last row, torch, serves everything")
+
+
+def candidates(request):
+    """The choices that are timed: dense first, because the others are held against its result. A kernel that is asked
+    for is timed alone. () where no kernel can run."""
+    rows = [row for row in BACKENDS if row.operation == request.operation]
+    named = [row for row in rows if row.name == request.backend]
+    kernels = []
+    for row in named or rows:
+        if row.module and not row.supports(request) and (named or row.meant(request)):
+            numbers = range(len(load(row.module).CONFIGS))
+            number, alone = row.config(request)
+            kernels += [Choice(row.name, i) for i in ([numbers[number]] if alone else numbers)]
+    return ([] if named or not kernels else [Choice("dense")]) + kernels
+
+
+# ---- what was measured
+
+
+def serve(request, run, cache):
+    """The result, computed by the back end that is quickest as far as is known.
+
+    run(choice, cache, strict) computes it, any number of times. strict: a kernel that does not run is an error;
+    otherwise the operator computes in torch. cache: a dict that the caller keeps with the weight, for what `run` keeps
+    there and for the choices made here; None: nothing is kept.
     """
-    able, _ = _able(capability, K, dtype)
-    if forced:
-        return _every(forced, directly) if forced in able else ()
-    if "mma" not in able:
-        return ()
-    if few:
-        area = lambda tile: tile.block_n * tile.block_m  # noqa: E731
-        smallest = min(every(LINEAR, "mma"), key=lambda choice: area(configs(LINEAR, "mma")[choice.config]))
-        return Choice("dense"), *every(LINEAR, "few"), smallest
-    return Choice("dense"), *_every("wgmma" if "wgmma" in able else "mma", directly)
+    cache = {} if cache is None else cache
+    return run(_decide(request, run, cache.setdefault("choices", {})), cache, request.backend is not None)
 
 
-def _every(backend, directly):
-    return (rule_of_thumb(backend, directly),) if backend == "wgmma" and directly else every(LINEAR, backend)
-
-
-def every(operation, backend):
-    """A choice for each configuration of a kernel; () for back ends that are none."""
-    if (operation, backend) not in KERNELS:
-        return ()
-    return tuple(Choice(backend, i) for i in range(len(configs(operation, backend))))
-
-
-def configs(operation, backend):
-    return module(operation, backend).CONFIGS
-
-
-def module(operation, backend):
-    """The module with `launch` and CONFIGS, imported when it is needed: there may be no Triton."""
-    return _module(KERNELS[operation, backend][0])
-
-
-@functools.cache
-def _module(name):
-    return importlib.import_module(f"sparsedm.kernels.sparse24.{name}")
-
-
-def pick(operation, offered, rule, run, device, rows, kept, **key):
-    """The choice that serves `rows` rows on `device`: the quickest, or `rule` where nothing is known.
-
-    offered: () -> the choices. run(choice) computes the result with one, any number of times. kept: a dict in which the
-    caller keeps what was measured. key: whatever else the speed depends on.
-
-    Sizes are known by their power of two (`bucket`). A model that is traced (torch.compile, torch.export) finds what
-    `kept` remembers of eager calls, by comparisons, which leave a dynamic number of rows dynamic.
-    """
-    settings = (operation, device, forced_backend(), *key.values())
-    if torch.compiler.is_compiling():
-        for (size, *others), choice in kept.items():
-            if tuple(others) == settings and rows <= size and (rows > size // 2 or size == 16):
-                return choice
+def _decide(request, run, choices):
+    rule, _ = rule_of_thumb(request)
+    if request.device is None or request.capability is None or not request.M:
         return rule
-    known = (bucket(rows), *settings)
-    if known in kept:
-        return kept[known]
-    tuner, described = _tuner(operation, offered(), forced_backend())
-    if not described:
+    if torch.compiler.is_compiling():  # by comparisons, which leave a dynamic M dynamic
+        key, rows = request.key(), request.M
+        for (size, *others), measured in choices.items():
+            if tuple(others) == key and rows <= size and (rows > size // 2 or size == 16):
+                return measured.choice
         return rule
-    best = tuner.best(
-        lambda description: run(described[_text(description)]),
-        device,
-        default=_describe(operation, rule),
-        **key,
-        m=bucket(rows),
+    known = (bucket(request.M), *request.key())
+    if known in choices:
+        return choices[known].choice
+    if not (offered := candidates(request)):
+        return rule
+    described = [_describe(request.operation, choice) for choice in offered]
+    throwaway = {}  # what the losers read is not kept
+    verdict = _tuner(request.operation).verdict(
+        lambda candidate: run(offered[described.index(candidate)], throwaway, True),
+        request.device,
+        candidates=described,
+        default=_describe(request.operation, rule),
+        **request.described(),
+        m=bucket(request.M),
     )
+    times, failed = (
+        {offered[described.index(candidate)]: value for candidate, value in pairs if candidate in described}
+        for pairs in (verdict.times, verdict.failed)
+    )
+    measured = Measured(offered[described.index(verdict.config)], times, failed)
     if not capturing():
-        kept[known] = described[_text(best)]
-    return described[_text(best)]
+        choices[known] = measured
+    return measured.choice
 
 
-def last_choice(kept, rows=None):
-    """What `pick` took for the latest new size, or for that of `rows` rows; None where it was never asked."""
-    sizes = [known for known in kept if rows is None or known[0] == bucket(rows)]
-    return kept[sizes[-1]] if sizes else None
+def last_measured(cache, rows=None):
+    """What `serve` measured or looked up for the latest new size, or for the size of `rows` rows: `Measured`, or None
+    where it never did. cache: the caller's dict."""
+    choices = cache.get("choices", {})
+    sizes = [known for known in choices if rows is None or known[0] == bucket(rows)]
+    return choices[sizes[-1]] if sizes else None
+
+
+def launch(operation, backend, config, strict, *tensors, **options):
+    """Runs a kernel. Returns whether it ran: where it does not compile, say, and `strict` is not set, the operator must
+    compute in torch. That is logged once, and the rule of thumb does not take this back end again in this process."""
+    device = tensors[0].device
+    if not strict and (operation, backend, device) in _broken:
+        return False
+    row = row_of(operation, backend)
+    try:
+        with torch.cuda.device_of(tensors[0]):
+            module = load(row.module)
+            module.launch(*tensors, config=module.CONFIGS[config], **options)
+        return True
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if strict or capturing() or device_is_lost(device):
+            raise
+        _broken[operation, backend, device] = f"{backend} does not run here: {reason_of(error)}"
+        log.warning("%s: %s; torch computes it", operation, _broken[operation, backend, device])
+        return False
+
+
+def trying(operation, choice):
+    """A context in which a choice runs: if the process ends inside, by a hang say, no tuner tries it again."""
+    return _tuner(operation).trying(_describe(operation, choice))
 
 
 @functools.cache
-def _tuner(operation, offered, forced):
-    """-> (Autotuner, {description as text: choice})."""
-    sources = sorted({name for choice in offered for name in KERNELS.get((operation, choice.backend), ())})
-    described = [_describe(operation, choice) for choice in offered]
-    name = f"{operation} {forced}" if forced else operation
-    tuner = Autotuner(name, described, [_module(source) for source in sources])
-    return tuner, dict(zip(map(_text, described), offered))
+def load(module):
+    """The module of a row, imported when it is needed: there may be no Triton."""
+    return importlib.import_module(module)
+
+
+@functools.cache
+def _tuner(operation):
+    rows = [row for row in BACKENDS if row.operation == operation and row.module]
+    names = {name for row in rows for name in (row.module, *(f"sparsedm.kernels.sparse24.{s}" for s in row.sources))}
+    return Autotuner(operation, [{"backend": "dense"}], [load(name) for name in sorted(names)])
 
 
 def _describe(operation, choice):
-    """What the tables hold, for example {"backend": "few", "programs": 4}."""
-    if (operation, choice.backend) not in KERNELS:
-        return {"backend": choice.backend}
-    return {"backend": choice.backend} | asdict(configs(operation, choice.backend)[choice.config])
-
-
-def _text(description):
-    return json.dumps(description, sort_keys=True)
+    """What the tables hold, for example {"backend": "splitk", "programs": 4}."""
+    module = row_of(operation, choice.backend).module
+    return {"backend": choice.backend} | (asdict(load(module).CONFIGS[choice.config]) if module else {})

@@ -1,4 +1,4 @@
-"""The 2:4 compressed weight: dense (N, K) <-> values (N, K/2) and int16 metadata (N, K/16), and the hardware's orders.
+"""The 2:4 compressed weight: dense (N, K) <-> values (N, K/2) and int16 metadata (N, K/16); as torch's own tensors.
 
 Row-major and the same for every architecture, so this is what checkpoints hold. Of each group of four weights along K
 two are kept, in their order; metadata word c of a row describes columns 16c .. 16c+15, four bits for each group, lowest
@@ -13,15 +13,17 @@ as non-zero and comes back bit for bit.
 K must be a multiple of 4. If it is not a multiple of 16, zeros are appended up to one, so values and metadata are
 (N, 8c) and (N, c) with c = ceil(K / 16), and `unpack` is told the K to return.
 
-Source: PTX ISA, "Warp-level matrix multiply-accumulate with sparse matrix A" (mma.sp.m16n8k32) and
-"wgmma.mma_async.sp" (m64nNk32); both use the same fragments for 16-bit types.
+Source: PTX ISA, "Warp-level matrix multiply-accumulate with sparse matrix A", figures of the sparsity metadata.
 """
 
 import torch
 import torch.nn.functional as F
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from sparsedm.errors import InputError
 
+TORCH_TENSORS = {"cutlass": SparseSemiStructuredTensorCUTLASS, "cusparselt": SparseSemiStructuredTensorCUSPARSELT}
 ZERO_WORD = 0x4444  # the pair (0, 1) in all four groups: legal metadata for rows and columns of zeros
 
 _PAIRS = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
@@ -112,44 +114,32 @@ def check_metadata(metadata):
         )
 
 
-def pad(values, metadata, row_multiple, column_multiple):
-    """Appends rows and columns of zeros, with legal metadata, up to the next multiples (or returns its arguments)."""
-    rows, columns = values.shape[0], 2 * values.shape[1]
-    down, right = -rows % row_multiple, -columns % column_multiple
-    if not (down or right):
-        return values, metadata
-    return F.pad(values, (0, right // 2, 0, down)), F.pad(metadata, (0, right // 16, 0, down), value=ZERO_WORD)
+def to_torch(weight, library):
+    """weight (N, K), 2:4 along K -> torch's SparseSemiStructuredTensor of the same shape, dtype and device.
 
+    Neither library documents its layout for others to write, so the dense weight goes through torch's own conversions:
+    CUTLASS's is plain torch and runs anywhere, cuSPARSELt's needs the library and a GPU.
 
-def fragment_values(values):
-    """values (N, K/2), 16-bit, N % 16 == K % 32 == 0 -> int32 (N/16, K/32, 32, 4): the A fragment of `mma.sp.m16n8k32`.
-
-    Lane l of a warp holds its four registers side by side, so that one 16-byte load feeds one instruction.
+    library: a name in TORCH_TENSORS. The way back is the tensor's `to_dense()`, which gives the weight bit for bit.
+    Raises: InputError for a dtype or shape that the library does not take, or where it is missing.
     """
-    rows, half = values.shape
-    words = values.contiguous().view(torch.int32)  # two values
-    tiles = words.view(rows // 16, 2, 8, half // 16, 2, 4)  # tile, row half, g, k32 step, k half, t; lane = 4 g + t
-    return tiles.permute(0, 3, 2, 5, 4, 1).reshape(rows // 16, half // 16, 32, 4)  # register = row half + 2 k half
-
-
-def fragment_metadata(metadata):
-    """metadata (N, K/16), N % 16 == K % 64 == 0 -> int32 (N/16, K/64, 32): one register for two k32 steps.
-
-    Lane 4 g + 2 f + c holds chunk c (16 columns) of the step with sparsity selector f: row g in the low half of the
-    word, row g + 8 in the high half.
-    """
-    rows, words = metadata.shape
-    tiles = metadata.reshape(rows // 16, 2, 8, words // 4, 4)  # tile, row half, g, k64 step, 2 f + c
-    return tiles.permute(0, 3, 2, 4, 1).contiguous().view(torch.int32).view(rows // 16, words // 4, 32)
-
-
-def tma_metadata(metadata):
-    """metadata (N, K/16), N % 64 == K % 64 == 0 -> int32 (K/64, 2 N): for each k64 step the 128 words of every 64 rows.
-
-    The words of 64 rows are in thread order of the warpgroup that multiplies them (warp w owns rows 16w .. 16w+15).
-    """
-    fragments = fragment_metadata(metadata)
-    return fragments.transpose(0, 1).reshape(fragments.shape[1], -1).contiguous()
+    kind = TORCH_TENSORS[library]
+    if weight.dtype not in (torch.float16, torch.bfloat16):  # of float32 the hardware takes 1:2
+        raise InputError(f"{library} holds a 2:4 weight of float16 or bfloat16, not {weight.dtype}")
+    rules = kind._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]
+    rows, columns = weight.shape
+    if rows % rules.sparse_min_rows or columns % rules.sparse_min_cols:
+        raise InputError(
+            f"{library} takes a {weight.dtype} weight of a multiple of {rules.sparse_min_rows} rows and "
+            f"{rules.sparse_min_cols} columns, not {rows} x {columns}"
+        )
+    if library == "cutlass":
+        values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
+        return kind(weight.shape, values, metadata, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None)
+    try:
+        return kind.from_dense(weight.contiguous())
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"cuSPARSELt cannot hold the weight here: {str(error).splitlines()[0]}") from error
 
 
 def _nibbles(metadata):

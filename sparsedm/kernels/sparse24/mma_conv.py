@@ -4,31 +4,42 @@
 
 The rows of the product are the pixels of y, and K runs over (i, j, c); a step of the ring is 64 channels at one kernel
 position (i, j), or of several where CIN is no multiple of 64; of 8 it must be one, for copies of 16 bytes. Pixels
-outside the image are not copied: cp.async fills with zeros, and that is the padding. The rest is that of sparse24_mma.
-NOT YET RUN ON A GPU: the compiled PTX is executed by the emulator of the tests.
+outside the image are not copied: cp.async fills with zeros, and that is the padding. The rest is as in `mma.py`.
 """
+
+from dataclasses import dataclass
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparsedm.kernels.sparse24.fragments import copy_layout, products, store, tile
-from sparsedm.kernels.sparse24.mma import Config, tile_constants
+from sparsedm.kernels.launch import Launch
+from sparsedm.kernels.sparse24.mma import Config, copy_layout, products, store, tile, tile_count, warps
+from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 
-# The first is the default until these are timed: tuned on no GPU yet.
+# The first is the default until these are timed.
 CONFIGS = (Config(128, 128, 4, 2, 4), Config(128, 64, 2, 2, 4), Config(64, 64, 2, 2, 4))
 
 
+@dataclass(frozen=True)
+class Window:
+    """The kernel: a compile-time argument of the convolution."""
+
+    height: int
+    width: int
+    stride: int
+    narrow: bool  # channels no multiple of 64: this general way costs the others 31 of 213 instructions in the loop
+
+
 @gluon.jit
-def pixels_of(
-    x_ptr, H, W, HO, WO, chunks, pad_h, pad_w, m, M, BLOCK_M: gl.constexpr, WARPS: gl.constexpr, KH: gl.constexpr,
-    KW: gl.constexpr, STRIDE: gl.constexpr,
-):  # fmt: skip
-    """A source for `products`: what lies under the kernel at the output pixels m .. m + BLOCK_M - 1."""
-    row = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copy_layout(WARPS)))
+def pixels_of(x_ptr, H, W, HO, WO, chunks, pad_h, pad_w, m, M, CONFIG: gl.constexpr, WINDOW: gl.constexpr):
+    """A source for `products`: what lies under the kernel at the output pixels m .. m + block_m - 1."""
+    KH: gl.constexpr = WINDOW.height
+    KW: gl.constexpr = WINDOW.width
+    row = m + gl.arange(0, CONFIG.block_m, layout=gl.SliceLayout(1, copy_layout(CONFIG)))
     image = m // (HO * WO)
-    h = row % (HO * WO) // WO * STRIDE - pad_h
-    w = row % WO * STRIDE - pad_w
+    h = row % (HO * WO) // WO * WINDOW.stride - pad_h
+    w = row % WO * WINDOW.stride - pad_w
     pixel = ((row // (HO * WO) - image) * H + h) * W + w
     return x_ptr + image.to(gl.int64) * (H * W * chunks * 4), pixel, h, w, row < M, H, W, chunks, KH, KW
 
@@ -63,38 +74,28 @@ def narrow_addresses(source, word, step):
 @gluon.jit
 def conv_mma(
     w_ptr, e_ptr, x_ptr, y_ptr, bias_ptr, r_ptr, H, W, HO, WO, chunks, pad_h, pad_w, M, N, steps,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, WARPS_N: gl.constexpr, WARPS_M: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, STRIDE: gl.constexpr, NARROW: gl.constexpr,
-    KIND: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """One program per tile of y (M = B HO WO, N). x int32 (two channels each), chunks = CIN / 8 of 16 bytes."""
-    WARPS: gl.constexpr = WARPS_N * WARPS_M
-    n, m = tile(gl.program_id(0), M, N, BLOCK_N, BLOCK_M, GROUP)
-    source = pixels_of(x_ptr, H, W, HO, WO, chunks, pad_h, pad_w, m, M, BLOCK_M, WARPS, KH, KW, STRIDE)
-    acc = products(
-        w_ptr, e_ptr, source, n, 0, steps, steps, BLOCK_N, BLOCK_M, WARPS_N, WARPS_M, STAGES, KIND,
-        narrow_addresses if NARROW else pixel_addresses,
-    )  # fmt: skip
-    store(
-        acc, n, m, M, N, y_ptr, bias_ptr, bias_ptr, 1, r_ptr, N, BLOCK_N, BLOCK_M, WARPS, ACTIVATION, BIAS, False,
-        RESIDUAL,
-    )  # fmt: skip
+    n, m = tile(gl.program_id(0), M, N, CONFIG)
+    source = pixels_of(x_ptr, H, W, HO, WO, chunks, pad_h, pad_w, m, M, CONFIG, WINDOW)
+    addresses: gl.constexpr = narrow_addresses if WINDOW.narrow else pixel_addresses
+    acc = products(w_ptr, e_ptr, source, n, 0, steps, steps, CONFIG, KIND, addresses)
+    store(acc, n, m, M, N, y_ptr, (bias_ptr, bias_ptr, 1, r_ptr, N), CONFIG, EPILOGUE)
 
 
-def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
-    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `arrange` made them for mma."""
-    arguments, constants = operands(
-        config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
-    )
-    grid = -(-arguments["N"] // config.block_n) * -(-arguments["M"] // config.block_m)
-    conv_mma[(grid,)](**arguments, **constants, num_warps=config.warps_n * config.warps_m)
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        step.start()
 
 
-def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):
-    """-> (run-time, compile-time) arguments."""
+def plan(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
+    """[Launch] that computes y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; the weight as "fragments"."""
     _, height, width, channels = x.shape
     images, rows, columns, features = y.shape
-    return {
+    pixels = images * rows * columns
+    arguments = {
         "w_ptr": values,
         "e_ptr": metadata,
         "x_ptr": x.view(torch.int32),
@@ -108,16 +109,14 @@ def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias,
         "chunks": channels // 8,
         "pad_h": padding[0],
         "pad_w": padding[1],
-        "M": images * rows * columns,
+        "M": pixels,
         "N": features,
         "steps": metadata.shape[1],
-    }, tile_constants(config) | {
-        "KH": kernel_size[0],
-        "KW": kernel_size[1],
-        "STRIDE": stride,
-        "NARROW": channels % 64 != 0,  # the general way costs the others 31 of 213 instructions in the loop
-        "KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[x.dtype],
-        "ACTIVATION": activation,
-        "BIAS": bias is not None,
-        "RESIDUAL": residual is not None,
     }
+    constants = {
+        "CONFIG": config,
+        "EPILOGUE": Epilogue(activation, bias=bias is not None, residual=residual is not None),
+        "KIND": KIND[x.dtype],
+        "WINDOW": Window(*kernel_size, stride, channels % 64 != 0),
+    }
+    return [Launch(conv_mma, (tile_count(pixels, features, config),), arguments, constants, warps(config))]

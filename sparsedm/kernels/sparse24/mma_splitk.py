@@ -3,7 +3,7 @@
 So few rows are bound by reading the weight once, 1.125 bytes per weight instead of 2. A tile of 64 features alone would
 give too few programs to keep that many bytes in flight, so every tile's K is divided among `splits` programs, which
 write fp32 partial sums (splits, M, N); a second kernel adds them, in a fixed order, and applies the epilogue. The sums
-therefore do not depend on the order in which programs run. NOT YET RUN ON A GPU.
+therefore do not depend on the order in which programs run.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,21 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparsedm.kernels.sparse24 import mma as sparse24_mma
-from sparsedm.kernels.sparse24.fragments import (
+from sparsedm.kernels.launch import Launch, multiprocessors
+from sparsedm.kernels.sparse24 import mma
+from sparsedm.kernels.sparse24.mma import (
     finish,
     joined_addresses,
+    operands,
     output_layout,
     products,
     row_addresses,
     rows_of,
     tile,
+    tile_count,
     to_rows,
+    warps,
 )
-from sparsedm.kernels.sparse24.mma import operands, tile_constants
 
 
 @dataclass(frozen=True)
@@ -32,44 +35,42 @@ class Config:
 
 
 CONFIGS = (Config(4), Config(2), Config(8))  # the first is the default until these are timed
-TILES = tuple(sparse24_mma.Config(64, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
+TILES = tuple(mma.Config(64, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
 REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
 
 
 @gluon.jit
-def linear_few(
+def linear_splitk(
     w_ptr, e_ptr, x_ptr, s_ptr, part_ptr, stride_x, stride_s, chunks_x, chunks_s, split, M, N, steps, share,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, WARPS_N: gl.constexpr, WARPS_M: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
+    CONFIG: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
     """Program (tile, i) multiplies the 64-column steps i share .. (i+1) share - 1; part_ptr fp32 (splits, M, N)."""
-    n, m = tile(gl.program_id(0), M, N, BLOCK_N, BLOCK_M, GROUP)
+    BLOCK_N: gl.constexpr = CONFIG.block_n
+    BLOCK_M: gl.constexpr = CONFIG.block_m
+    LAYOUT: gl.constexpr = output_layout(CONFIG)
+    n, m = tile(gl.program_id(0), M, N, CONFIG)
     first = gl.program_id(1) * share
-    source = rows_of(x_ptr, stride_x, chunks_x, m, M, BLOCK_M, WARPS_N * WARPS_M)
+    source = rows_of(x_ptr, stride_x, chunks_x, m, M, CONFIG)
     if SKIP:
-        source = (source, rows_of(s_ptr, stride_s, chunks_s, m, M, BLOCK_M, WARPS_N * WARPS_M), split)
-    acc = products(
-        w_ptr, e_ptr, source, n, first, gl.minimum(first + share, steps), steps,
-        BLOCK_N, BLOCK_M, WARPS_N, WARPS_M, STAGES, KIND, joined_addresses if SKIP else row_addresses,
-    )  # fmt: skip
-    LAYOUT: gl.constexpr = output_layout(BLOCK_N, WARPS_N * WARPS_M)
+        source = (source, rows_of(s_ptr, stride_s, chunks_s, m, M, CONFIG), split)
+    addresses: gl.constexpr = joined_addresses if SKIP else row_addresses
+    last = gl.minimum(first + share, steps)
+    acc = products(w_ptr, e_ptr, source, n, first, last, steps, CONFIG, KIND, addresses)
     row = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
     feature = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
     part = part_ptr + gl.program_id(1).to(gl.int64) * (M * N) + (row[:, None] * N + feature[None, :])
     inside = (row < M)[:, None] & (feature < N)[None, :]
-    gl.store(part, to_rows(acc, BLOCK_N, BLOCK_M, LAYOUT), mask=inside)
+    gl.store(part, to_rows(acc, CONFIG), mask=inside)
 
 
 @gluon.jit
-def reduce_few(
+def reduce_splitk(
     part_ptr, y_ptr, bias_ptr, scale_ptr, r_ptr, stride_r, rows_per_scale, M, N, splits,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, SCALE: gl.constexpr,
-    RESIDUAL: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
     """Program (i, j) adds up the partial sums of ROWS x COLUMNS results and finishes them."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
-    BF16: gl.constexpr = DTYPE == gl.bfloat16  # noqa: SIM300
     m = gl.program_id(0) * ROWS
     row = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     feature = gl.program_id(1) * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
@@ -78,10 +79,8 @@ def reduce_few(
     y = gl.zeros([ROWS, COLUMNS], gl.float32, layout=LAYOUT)
     for i in range(splits):
         y += gl.load(part_ptr + i.to(gl.int64) * (M * N) + offset, mask=inside, other=0)
-    y = finish(
-        y, row, feature, M, N, bias_ptr, scale_ptr, rows_per_scale, r_ptr, stride_r, m, ROWS, ACTIVATION, BF16, BIAS,
-        SCALE, RESIDUAL,
-    )  # fmt: skip
+    sink = (bias_ptr, scale_ptr, rows_per_scale, r_ptr, stride_r)
+    y = finish(y, row, feature, m, M, N, sink, ROWS, gl.bfloat16 == DTYPE, EPILOGUE)
     gl.store(y_ptr + offset, y.to(DTYPE), mask=inside)
 
 
@@ -92,32 +91,28 @@ def choose(M, N, steps, programs):
     return config, min(max(4, steps // -(-programs // tiles)), steps)
 
 
-def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
-    """As `sparse24_mma.launch`, meant for M up to 64."""
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        step.start()
+
+
+def plan(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0], share=None):
+    """[Launch, Launch] as `mma.plan`, meant for M up to 64. share: by default as `choose` says."""
     M, N = y.shape
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config, share = choose(M, N, metadata.shape[1], multiprocessors * config.programs)
+    programs = config.programs * multiprocessors(x.device) if share is None else 1
+    tiles, chosen = choose(M, N, metadata.shape[1], programs)
+    share = share or chosen
     parts = y.new_empty(-(-metadata.shape[1] // share), M, N, dtype=torch.float32)
-    product, constants, reduction, finishing = stages(
-        config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale
-    )
-    tiles = -(-N // config.block_n) * -(-M // config.block_m)
-    linear_few[(tiles, len(parts))](**product, **constants, num_warps=config.warps_n * config.warps_m)
-    reduce_few[(-(-M // REDUCE_ROWS), -(-N // REDUCE_COLUMNS))](**reduction, **finishing, num_warps=4)
-
-
-def stages(config, share, parts, x, values, metadata, y, bias, activation, residual, skip, scale):
-    """-> run-time and compile-time arguments of `linear_few`, then those of `reduce_few`."""
-    arguments, flags = operands(x, values, metadata, y, bias, residual, skip, scale)
+    arguments, constants = operands(tiles, x, values, metadata, y, bias, activation, residual, skip, scale)
     arguments |= {"part_ptr": parts, "share": share, "splits": len(parts)}
-    product = (
-        "w_ptr", "e_ptr", "x_ptr", "s_ptr", "part_ptr", "stride_x", "stride_s", "chunks_x", "chunks_s", "split",
-        "M", "N", "steps", "share",
-    )  # fmt: skip
-    reduction = (
-        "part_ptr", "y_ptr", "bias_ptr", "scale_ptr", "r_ptr", "stride_r", "rows_per_scale", "M", "N", "splits",
-    )  # fmt: skip
-    constants = tile_constants(config) | {name: flags[name] for name in ("KIND", "SKIP")}
-    finishing = {"ROWS": REDUCE_ROWS, "COLUMNS": REDUCE_COLUMNS, "ACTIVATION": activation}
-    finishing |= {name: flags[name] for name in ("BIAS", "SCALE", "RESIDUAL")}
-    return {k: arguments[k] for k in product}, constants, {k: arguments[k] for k in reduction}, finishing
+    finishing = {"ROWS": REDUCE_ROWS, "COLUMNS": REDUCE_COLUMNS, "EPILOGUE": constants.pop("EPILOGUE")}
+    product, reduction = (
+        {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        for kernel in (linear_splitk, reduce_splitk)
+    )
+    blocks = -(-M // REDUCE_ROWS), -(-N // REDUCE_COLUMNS)
+    return [
+        Launch(linear_splitk, (tile_count(M, N, tiles), len(parts)), product, constants, warps(tiles)),
+        Launch(reduce_splitk, blocks, reduction, finishing, 4),
+    ]

@@ -1,31 +1,18 @@
 """y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r by `wgmma.mma_async.sp` (sm_90a): configurations and launch.
 
-The kernels are in sparse24_wgmma_kernels. NOT YET RUN ON A GPU: their compiled PTX is executed by the emulator of the
-tests. The order of CONFIGS is not the result of any measurement.
+The kernels are in `wgmma_kernels.py`.
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparsedm.kernels.sparse24.dispatch import stores_directly
+from sparsedm.kernels.launch import FUSED, Launch, multiprocessors
+from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
-from sparsedm.kernels.sparse24.wgmma_pipeline import boxes
-
-
-@dataclass(frozen=True)
-class Config:
-    block_n: int  # features
-    block_m: int  # rows of x
-    block_k: int
-    stages: int
-    cluster: str = "none"  # "x", "w": what the two blocks of a cluster share
-    specialized: bool = True
-    group: int = 8  # tiles along M that are walked before the next along N, for L2
-
+from sparsedm.kernels.sparse24.wgmma_pipeline import Config, boxes
 
 # The first, without clusters, is the default until these are timed.
 CONFIGS = (
@@ -44,27 +31,22 @@ CONFIGS = (
 ENDLESS = 1 << 30  # steps of a first source of x that has no second
 
 
-def launch(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0]):
-    """y (M, N) of rows x (M, K), all on one sm_90a device. values (256 n, 64 k) and metadata as `arrange` made them.
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        start(step)
+
+
+def plan(x, values, metadata, y, *, bias, activation, residual, skip, scale, config=CONFIGS[0], blocks=None):
+    """[Launch] that computes y (M, N) of rows x (M, K), all on one sm_90a device; the weight in the layout "tma".
 
     bias (N,), residual (M, N), skip (M, K2), scale (G, N) or None; rows of x, skip and residual 16-byte aligned.
+    blocks: of the persistent grid at most, by default one on every multiprocessor.
     """
-    kernel, tensors, arguments, constants = operands(
-        config, x, values, metadata, y, bias, activation, residual, skip, scale
-    )
-    arguments |= {name: descriptor(tensors[name], *box) for name, box in maps(config).items()}
-    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    cluster = 1 if config.cluster == "none" else 2
-    grid = min(blocks // cluster, count_tiles(*y.shape, config))
-    start(kernel, grid, arguments, constants, num_warps=warps(config), cluster=cluster)
-
-
-def operands(config, x, values, metadata, y, bias, activation, residual, skip, scale):
-    """-> (kernel, the tensor of each tensor map, the other run-time arguments, the compile-time ones)."""
     if skip is not None and x.shape[1] % config.block_k:
         x, skip = torch.cat((x, skip), 1), None  # a TMA box may not straddle the two
     M, N = y.shape
-    direct = stores_directly(N, y.dtype, residual)
+    direct = y.dtype == torch.float32 or N % 8 != 0 or (residual is not None and residual.dtype != y.dtype)
     stored = x if direct else y
     tensors = {
         "w_desc": values,
@@ -86,27 +68,13 @@ def operands(config, x, values, metadata, y, bias, activation, residual, skip, s
         "N": N,
         "K": 2 * values.shape[1],
     }
-    constants = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "BLOCK_K": config.block_k,
-        "CLUSTER": config.cluster,
-        "STAGES": config.stages,
-        "GROUP": config.group,
-        "KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[x.dtype],
-        "ACTIVATION": activation,
-        "BIAS": bias is not None,
-        "RESIDUAL": residual is not None,
-        "SCALE": scale is not None,
-        "SKIP": skip is not None,
-        "DIRECT": direct,
-    }
-    return linear_specialized if config.specialized else linear_flat, tensors, arguments, constants
-
-
-def warps(config):
-    """Of the launch; warp specialisation adds its own."""
-    return 4 if config.specialized else 8
+    finish = Epilogue(activation, bias is not None, scale is not None, residual is not None, direct)
+    constants = {"CONFIG": config, "EPILOGUE": finish, "KIND": KIND[x.dtype], "SKIP": skip is not None}
+    kernel, num_warps = (linear_specialized, 4) if config.specialized else (linear_flat, 8)
+    cluster = 1 if config.cluster == "none" else 2
+    grid = min((blocks or multiprocessors(x.device)) // cluster, count_tiles(M, N, config))
+    maps = {name: (tensors[name], *box) for name, box in boxes_of(config).items()}
+    return [Launch(kernel, (grid,), arguments, constants, num_warps, maps, cluster)]
 
 
 def count_tiles(M, N, config):
@@ -120,9 +88,9 @@ def count_tiles(M, N, config):
 
 
 @functools.cache
-def maps(config):
+def boxes_of(config):
     """Tensor map -> (box, swizzle in bytes), in the order of the kernel's arguments."""
-    rows_x, rows_w, words = boxes(config.block_n, config.block_m, config.block_k, config.cluster)
+    rows_x, rows_w, words = boxes(config)
     panel = ((config.block_m, 64 if config.specialized else 128), 128)
     return {
         "w_desc": ((rows_w, config.block_k // 2), config.block_k),
@@ -156,20 +124,22 @@ def _checked_fields(shape, stride, dtype, box, swizzle):
 _compiled = {}
 
 
-def start(kernel, grid, arguments, constants, *, num_warps, cluster=1):
-    """kernel[(grid,)](...) in a tenth of the time, as `grid` clusters of blocks.
+def start(step):
+    """A Launch in a tenth of the time that Triton takes.
 
     Integers and alignments are kept out of the specialisation of these kernels (see their decorators), so that the key
     below is all that decides which compiled kernel runs, and Triton need not look at every argument again. A kernel is
     compiled for single blocks, whose layouts know nothing of clusters; the launcher takes the cluster size from
     `packed_metadata`, so that grid (g,) becomes `cluster` g blocks.
     """
-    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
-    key = (kernel, *constants.values(), *(tensor.dtype for tensor in tensors), tensors[0].device)
+    arguments = step.arguments | {name: descriptor(*tensor_map) for name, tensor_map in step.maps.items()}
+    tensors = [value for value in step.arguments.values() if isinstance(value, torch.Tensor)]
+    key = (step.kernel, *step.constants.values(), *(tensor.dtype for tensor in tensors), tensors[0].device)
     if key not in _compiled:
-        compiled = kernel.warmup(**arguments, **constants, num_warps=num_warps, grid=(1,))
+        options = FUSED | {"num_warps": step.num_warps}
+        compiled = step.kernel.warmup(**arguments, **step.constants, **options, grid=(1,))
         warps, _, shared = compiled.packed_metadata
-        compiled.packed_metadata = (warps, cluster, shared)
+        compiled.packed_metadata = (warps, step.cluster, shared)
         _compiled[key] = compiled
-    values = constants | arguments
-    _compiled[key][grid, 1, 1](*[values[name] for name in kernel.arg_names])
+    values = step.constants | arguments
+    _compiled[key][step.grid[0], 1, 1](*[values[name] for name in step.kernel.arg_names])

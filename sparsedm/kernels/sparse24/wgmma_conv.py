@@ -7,159 +7,112 @@ and CIN must be a multiple of 64. One tile is BLOCK_N features x a patch of TB i
 output. Its part of x is one TMA box of the five-dimensional view (B, H/S, S, W/S, S C) of x: with stride 2 a kernel
 position reads every other row and column, which in this view is an index of the third axis and an offset in the last;
 images of odd sides are copied for it, with a row or column of zeros behind.
-Outside the image TMA fills with zeros, and that is the padding. Everything else is as in sparse24_wgmma_kernels. NOT
-YET RUN ON A GPU: the compiled PTX is executed by the emulator of the tests.
+Outside the image TMA fills with zeros, and that is the padding. Everything else is as in `wgmma_kernels.py`.
 """
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from sparsedm.kernels.sparse24.ptx import (
-    activate,
-    barrier_arrive,
-    barrier_expect,
-    barrier_wait,
-    box_in,
-    box_out,
-    shared_base,
-    tma_load,
-    tma_load_5d,
-    wgmma_wait,
-)
-from sparsedm.kernels.sparse24.wgmma import descriptor, start
+from sparsedm.kernels.launch import Launch, multiprocessors
+from sparsedm.kernels.sparse24.ptx import KIND, Epilogue, shared_base, tma_load_5d
+from sparsedm.kernels.sparse24.wgmma import start
 from sparsedm.kernels.sparse24.wgmma_pipeline import (
-    accumulator_layout,
+    Config,
     allocate,
     boxes,
     descriptors,
-    multiply,
+    empty_slot,
+    epilogue,
+    load_weight,
+    multiply_tile,
     next_slot,
-    read_metadata,
     stage_bytes,
 )
 
+# The default for more than 128 features, that for up to 128, and one with more tiles. block_k is what TMA brings of the
+# channels at one kernel position.
+CONFIGS = (Config(256, 128, 64, 4), Config(128, 256, 64, 3), Config(128, 128, 64, 5))
+
 
 @dataclass(frozen=True)
-class Config:
-    block_n: int  # features
-    block_m: int  # pixels
-    stages: int
+class Window:
+    """The kernel, and the patch of the output that is one tile: compile-time arguments of the convolution."""
+
+    height: int
+    width: int
+    stride: int
+    patch: tuple  # (images, rows, columns), block_m pixels
 
 
-# The default for more than 128 features, that for up to 128, and one with more tiles: tuned on no GPU yet.
-CONFIGS = (Config(256, 128, 4), Config(128, 256, 3), Config(128, 128, 5))
-
-
-PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+@gluon.constexpr_function
+def box_of(window):
+    """The TMA box of a tile's output, of 64 features."""
+    return [*window.patch, 64]
 
 
 @gluon.jit
-def _patch(t, N, HO, WO, BLOCK_N: gl.constexpr, TB: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr):
+def _patch(t, N, HO, WO, CONFIG: gl.constexpr, WINDOW: gl.constexpr):
     """Tile number t -> its first feature, image, row and column. Tiles of one patch are neighbours: x stays in L2."""
-    tiles_n = gl.cdiv(N, BLOCK_N)
-    columns = gl.cdiv(WO, TW)
-    rows = gl.cdiv(HO, TH)
+    tiles_n = gl.cdiv(N, CONFIG.block_n)
+    columns = gl.cdiv(WO, WINDOW.patch[2])
+    rows = gl.cdiv(HO, WINDOW.patch[1])
     patch = t // tiles_n
-    return t % tiles_n * BLOCK_N, patch // (columns * rows) * TB, patch // columns % rows * TH, patch % columns * TW
+    n = t % tiles_n * CONFIG.block_n
+    image = patch // (columns * rows) * WINDOW.patch[0]
+    row = patch // columns % rows * WINDOW.patch[1]
+    return n, image, row, patch % columns * WINDOW.patch[2]
 
 
 @gluon.jit
-def _producer(
-    N, HO, WO, CIN, PAD_H, PAD_W, tiles,
-    BLOCK_N: gl.constexpr, TB: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
-    STRIDE: gl.constexpr, STAGES: gl.constexpr, KERNEL: gl.constexpr,
-):  # fmt: skip
-    BLOCK_M: gl.constexpr = TB * TH * TW
-    SIZE: gl.constexpr = stage_bytes(BLOCK_N, BLOCK_M, 64)
-    BOX: gl.constexpr = boxes(BLOCK_N, BLOCK_M, 64, "none")
-    SHIFT: gl.constexpr = STRIDE - 1  # log2 of 1 and 2
+def _producer(N, HO, WO, CIN, PAD_H, PAD_W, tiles, CONFIG: gl.constexpr, WINDOW: gl.constexpr, KERNEL: gl.constexpr):
+    SHIFT: gl.constexpr = WINDOW.stride - 1  # log2 of 1 and 2
     base = shared_base()
     slot = 0
     phase = 0
     steps = CIN // 64
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        n, b, h, w = _patch(t, N, HO, WO, BLOCK_N, TB, TH, TW)
-        for k in range(KH * KW * steps):
-            row = k // steps // KW - PAD_H
-            column = k // steps % KW - PAD_W
+        n, b, h, w = _patch(t, N, HO, WO, CONFIG, WINDOW)
+        for k in range(WINDOW.height * WINDOW.width * steps):
+            row = k // steps // WINDOW.width - PAD_H
+            column = k // steps % WINDOW.width - PAD_W
             channel = k % steps * 64 + (column & SHIFT) * CIN
-            full = base + STAGES * SIZE[3] + 16 * slot
-            barrier_wait(full + 8, phase ^ 1)
-            barrier_expect(full, SIZE[0] + SIZE[1] + SIZE[2])
-            x = base + slot * SIZE[3]
+            full, x, weight, metadata = empty_slot(base, slot, phase, CONFIG)
             tma_load_5d(x, channel, w + (column >> SHIFT), row & SHIFT, h + (row >> SHIFT), b, full, KERNEL, 10)
-            tma_load(x + SIZE[0], 32 * k, n, full, 0, KERNEL, 0, -1, False)
-            for q in gl.static_range(2 * BLOCK_N // BOX[2]):
-                part = x + (SIZE[0] + SIZE[1]) + q * (BOX[2] * 4)
-                tma_load(part, 2 * n + q * BOX[2], k, full, 0, KERNEL, 5, -1, False)
-            slot, phase = next_slot(slot, phase, STAGES)
+            load_weight(weight, metadata, full, n, k, 0, CONFIG, KERNEL, 0, 5)
+            slot, phase = next_slot(slot, phase, CONFIG)
 
 
 @gluon.jit
 def _consumer(
-    WARPGROUP: gl.constexpr, y_desc, r_desc, bias_ptr, panels, arrived, N, HO, WO, CIN, tiles,
-    BLOCK_N: gl.constexpr, TB: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
-    STAGES: gl.constexpr, KIND: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    WARPGROUP: gl.constexpr, image, CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr,
+    WINDOW: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_M: gl.constexpr = TB * TH * TW
-    TILES: gl.constexpr = BLOCK_N // 128
-    FIRST: gl.constexpr = WARPGROUP * TILES
-    SIZE: gl.constexpr = stage_bytes(BLOCK_N, BLOCK_M, 64)
-    ACC: gl.constexpr = accumulator_layout(4, BLOCK_M)
-    PIXELS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
-    DTYPE: gl.constexpr = y_desc.dtype
+    y_desc, r_desc, bias_ptr, panels, arrived, N, HO, WO, CIN, tiles = image
+    FIRST: gl.constexpr = WARPGROUP * (CONFIG.block_n // 2)
+    SIZE: gl.constexpr = stage_bytes(CONFIG)
+    BOX: gl.constexpr = box_of(WINDOW)
+    sink = (y_desc, r_desc, bias_ptr, bias_ptr, 0, bias_ptr, bias_ptr, 1)
     base = shared_base()
-    bars = base + STAGES * SIZE[3]
-    w0, x0 = descriptors(base, 64 * FIRST, BLOCK_N, BLOCK_M, 64)
+    bars = base + CONFIG.stages * SIZE[3]
+    w0, x0 = descriptors(base, FIRST, CONFIG)
     words = base + (SIZE[0] + SIZE[1]) + 4 * gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     slot = 0
     phase = 0
     residual_phase = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        n, b, h, w = _patch(t, N, HO, WO, BLOCK_N, TB, TH, TW)
-        n += 64 * FIRST
-        acc = (gl.zeros([64, BLOCK_M], gl.float32, layout=ACC),) * TILES
-        for _ in range(KH * KW * (CIN // 64)):
-            barrier_wait(bars + 16 * slot, phase)
-            metadata = read_metadata(words, slot, 64 * FIRST, TILES, 4, BLOCK_N, BLOCK_M, 64, "none")
-            step = slot * (SIZE[3] >> 4)
-            acc = multiply(acc, metadata, w0 + step, x0 + step, 4, BLOCK_M, 64, KIND)
-            acc = wgmma_wait(acc, 0)
-            barrier_arrive(bars + 16 * slot + 8, False)
-            slot, phase = next_slot(slot, phase, STAGES)
-        tma.store_wait(0)  # the panels are free again
-        if RESIDUAL:
-            mbarrier.expect(arrived.index(WARPGROUP), TILES * BLOCK_M * 128)
-            for i in gl.static_range(TILES):
-                if PUBLIC:
-                    panel = panels.index(FIRST + i).reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
-                else:
-                    panel = panels.index(FIRST + i)._reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
-                box_in(r_desc, [b, h, w, n + 64 * i], arrived.index(WARPGROUP), panel)
-            mbarrier.wait(arrived.index(WARPGROUP), residual_phase)
-            residual_phase = residual_phase ^ 1
-        for i in gl.static_range(TILES):
-            feature = n + 64 * i + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
-            panel = panels.index(FIRST + i).permute((1, 0))
-            y = acc[i]
-            if BIAS:
-                y = y + gl.load(bias_ptr + feature, mask=feature < N, other=0).to(gl.float32)[:, None]
-            y = activate(y, ACTIVATION, gl.bfloat16 == DTYPE)
-            if RESIDUAL:
-                y = y + panel.load(ACC).to(gl.float32)
-            panel.store(y.to(DTYPE))
-        fence_async_shared()
-        for i in gl.static_range(TILES):
-            if PUBLIC:
-                panel = panels.index(FIRST + i).reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
-            else:
-                panel = panels.index(FIRST + i)._reinterpret(DTYPE, [TB, TH, TW, 64], PIXELS)
-            box_out(y_desc, [b, h, w, n + 64 * i], panel)
+        n, b, h, w = _patch(t, N, HO, WO, CONFIG, WINDOW)
+        n += FIRST
+        steps = WINDOW.height * WINDOW.width * (CIN // 64)
+        acc, slot, phase = multiply_tile(bars, words, w0, x0, slot, phase, steps, FIRST, CONFIG, KIND)
+        epilogue(
+            acc, n, (b, h, w), sink, panels, arrived.index(WARPGROUP), residual_phase, 0, N,
+            FIRST // 64, 4, CONFIG, EPILOGUE, BOX,
+        )  # fmt: skip
+        residual_phase = residual_phase ^ 1
     tma.store_wait(0)
 
 
@@ -168,72 +121,16 @@ def _consumer(
 )
 def conv_specialized(
     w_desc, e_desc, x_desc, y_desc, r_desc, bias_ptr, N, HO, WO, CIN, PAD_H, PAD_W, tiles,
-    BLOCK_N: gl.constexpr, TB: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr,
-    STRIDE: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr,
-    RESIDUAL: gl.constexpr,
+    CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup per half of BLOCK_N and one TMA warp, as linear_specialized."""
-    ring, panels, arrived = allocate(BLOCK_N, TB * TH * TW, 64, False, STAGES, 64, y_desc.dtype, False)
+    """One consumer warpgroup per half of block_n and one TMA warp, as linear_specialized."""
+    ring, panels, arrived = allocate(CONFIG, False, y_desc.dtype)
+    image = (y_desc, r_desc, bias_ptr, panels, arrived, N, HO, WO, CIN, tiles)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    0,
-                    y_desc,
-                    r_desc,
-                    bias_ptr,
-                    panels,
-                    arrived,
-                    N,
-                    HO,
-                    WO,
-                    CIN,
-                    tiles,
-                    BLOCK_N,
-                    TB,
-                    TH,
-                    TW,
-                    KH,
-                    KW,
-                    STAGES,
-                    KIND,
-                    ACTIVATION,
-                    BIAS,
-                    RESIDUAL,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    1,
-                    y_desc,
-                    r_desc,
-                    bias_ptr,
-                    panels,
-                    arrived,
-                    N,
-                    HO,
-                    WO,
-                    CIN,
-                    tiles,
-                    BLOCK_N,
-                    TB,
-                    TH,
-                    TW,
-                    KH,
-                    KW,
-                    STAGES,
-                    KIND,
-                    ACTIVATION,
-                    BIAS,
-                    RESIDUAL,
-                ),
-            ),
-            (
-                _producer,
-                (N, HO, WO, CIN, PAD_H, PAD_W, tiles, BLOCK_N, TB, TH, TW, KH, KW, STRIDE, STAGES, "conv_specialized"),
-            ),
+            (_consumer, (0, image, CONFIG, EPILOGUE, KIND, WINDOW)),
+            (_consumer, (1, image, CONFIG, EPILOGUE, KIND, WINDOW)),
+            (_producer, (N, HO, WO, CIN, PAD_H, PAD_W, tiles, CONFIG, WINDOW, "conv_specialized")),
         ],
         [4, 1],
         [232, 40],
@@ -241,31 +138,27 @@ def conv_specialized(
     ring._keep_alive()
 
 
-def launch(x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0]):
-    """y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; values and metadata as `arrange` made them for wgmma."""
-    tensors, arguments, constants = operands(
-        config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual
-    )
-    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-    grid = min(blocks, arguments["tiles"])
-    arguments |= {name: descriptor(*map_) for name, map_ in tensors.items()}
-    start(conv_specialized, grid, arguments, constants, num_warps=4)
+def launch(*tensors, **options):
+    """Computes y; arguments as `plan`."""
+    for step in plan(*tensors, **options):
+        start(step)
 
 
-def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias, activation, residual):
-    """-> ({tensor map: (tensor, box, swizzle)}, run-time arguments, compile-time arguments)."""
+def plan(
+    x, values, metadata, y, *, kernel_size, stride, padding, bias, activation, residual, config=CONFIGS[0], blocks=None
+):
+    """[Launch] that computes y (B, HO, WO, N) of x (B, H, W, CIN), both contiguous; the weight in the layout "tma"."""
     images, height, width, channels = x.shape
     _, rows, columns, features = y.shape
-    block_n, block_m = config.block_n, config.block_m
     if height % stride or width % stride:
         x = F.pad(x, (0, 0, 0, width % stride, 0, height % stride))
         _, height, width, _ = x.shape
-    patch = choose_patch(block_m, rows, columns)
+    patch = choose_patch(config.block_m, rows, columns)
     split = x.view(images, height // stride, stride, width // stride, stride * channels)
-    words = boxes(block_n, block_m, 64, "none")[2]
+    words = boxes(config)[2]
     pixels = (*patch, 64)
-    tensors = {
-        "w_desc": (values, (block_n, 32), 64),
+    maps = {
+        "w_desc": (values, (config.block_n, 32), 64),
         "e_desc": (metadata, (1, words), 0),
         "x_desc": (split, (patch[0], patch[1], 1, patch[2], 64), 128),
         "y_desc": (y, pixels, 128),
@@ -280,12 +173,13 @@ def operands(config, x, values, metadata, y, kernel_size, stride, padding, bias,
         "CIN": channels,
         "PAD_H": padding[0],
         "PAD_W": padding[1],
-        "tiles": patches * -(-features // block_n),
+        "tiles": patches * -(-features // config.block_n),
     }
-    constants = {"BLOCK_N": block_n, "TB": patch[0], "TH": patch[1], "TW": patch[2]}
-    constants |= {"KH": kernel_size[0], "KW": kernel_size[1], "STRIDE": stride, "STAGES": config.stages}
-    constants |= {"KIND": {torch.bfloat16: "bf16", torch.float16: "f16"}[x.dtype], "ACTIVATION": activation}
-    return tensors, arguments, constants | {"BIAS": bias is not None, "RESIDUAL": residual is not None}
+    finish = Epilogue(activation, bias=bias is not None, residual=residual is not None)
+    window = Window(*kernel_size, stride, patch)
+    constants = {"CONFIG": config, "EPILOGUE": finish, "KIND": KIND[x.dtype], "WINDOW": window}
+    grid = min(blocks or multiprocessors(x.device), arguments["tiles"])
+    return [Launch(conv_specialized, (grid,), arguments, constants, 4, maps)]
 
 
 def choose_patch(pixels, rows, columns):

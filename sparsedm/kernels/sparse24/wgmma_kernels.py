@@ -3,16 +3,16 @@
 One tile of y^T is BLOCK_N features x BLOCK_M rows: the compressed W is the sparse operand A of m64nNk32 and x is B,
 both in shared memory, the accumulator is fp32 in registers. The grid is persistent; TMA fills a ring of STAGES slots.
 
-Two main loops share everything else (sparse24_pipeline):
+Two main loops share everything else (`wgmma_pipeline.py`):
 * specialized: two consumer warpgroups and a TMA warp. Metadata is a register input of wgmma, so each consumer waits for
   its own wgmma once per slot; the other warpgroup keeps the tensor core busy meanwhile.
 * flat: eight warps, of which warp 0 also issues TMA; two slots in turn with their own metadata registers, so that the
   tensor core is never drained inside a tile. ptxas accepts this only without the `setmaxnreg` of warp specialisation
   (C7512). K must fill an even number of slots.
 
-CLUSTER = "x" or "w" runs pairs of blocks: the two tiles of a pair share their rows of x (of W and metadata), each block
-loads half of them and multicasts it to both. It divides the traffic between L2 and the multiprocessors, which by our
-model limits this product. An odd last tile is computed twice, with equal results.
+CONFIG.cluster = "x" or "w" runs pairs of blocks. The two tiles of a pair share their rows of x (of W and metadata):
+each block loads half of them and multicasts it to both. That divides the traffic between L2 and multiprocessors, which
+by our model limits this product. An odd last tile is computed twice, with equal results.
 
 Sources: PTX ISA 8.5 (wgmma.mma_async.sp, matrix descriptors, sparsity metadata, mbarrier, multicast). Unlike CUTLASS's
 sm90 sparse main loop, the flat one waits for the wgmma of the slot before, not for its own.
@@ -40,6 +40,7 @@ from sparsedm.kernels.sparse24.wgmma_pipeline import (
     epilogue,
     fill_slot,
     multiply,
+    multiply_tile,
     next_slot,
     read_metadata,
     stage_bytes,
@@ -53,72 +54,52 @@ POINTERS = ("y_ptr", "r_ptr", "bias_ptr", "scale_ptr")
 
 # ------------------------------------------------------------------------------------------------ specialized
 @gluon.jit
-def _producer(
-    M, N, K, split,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CLUSTER: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, SKIP: gl.constexpr, KERNEL: gl.constexpr,
-):  # fmt: skip
-    PAIR: gl.constexpr = CLUSTER != "none"
+def _producer(M, N, K, split, CONFIG: gl.constexpr, SKIP: gl.constexpr, KERNEL: gl.constexpr):
+    PAIR: gl.constexpr = CONFIG.cluster != "none"
     BLOCKS: gl.constexpr = 2 if PAIR else 1
     cluster_sync(PAIR)
     base = shared_base()
     rank = cluster_rank()
     slot = 0
     phase = 0
-    tiles = tile_count(M, N, BLOCK_N, BLOCK_M, CLUSTER)
+    tiles = tile_count(M, N, CONFIG)
     for t in range(gl.program_id(0) // BLOCKS, tiles, gl.num_programs(0) // BLOCKS):
-        n, m = tile(t, M, N, rank, BLOCK_N, BLOCK_M, CLUSTER, GROUP)
-        for k in range(K // BLOCK_K):
-            fill_slot(
-                base, slot, phase, n, m, k, split, rank,
-                BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER, STAGES, SKIP, KERNEL,
-            )  # fmt: skip
-            slot, phase = next_slot(slot, phase, STAGES)
+        n, m = tile(t, M, N, rank, CONFIG)
+        for k in range(K // CONFIG.block_k):
+            fill_slot(base, slot, phase, n, m, k, split, rank, CONFIG, SKIP, KERNEL)
+            slot, phase = next_slot(slot, phase, CONFIG)
     if PAIR:
-        drain(base + STAGES * stage_bytes(BLOCK_N, BLOCK_M, BLOCK_K)[3], slot, phase, STAGES)
+        drain(base + CONFIG.stages * stage_bytes(CONFIG)[3], slot, phase, CONFIG)
 
 
 @gluon.jit
 def _consumer(
-    WARPGROUP: gl.constexpr, y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale, panels,
-    arrived, M, N, K,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CLUSTER: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, KIND: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-    SCALE: gl.constexpr, DIRECT: gl.constexpr,
+    WARPGROUP: gl.constexpr, sink, panels, arrived, M, N, K,
+    CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
-    TILES: gl.constexpr = BLOCK_N // 128
-    FIRST: gl.constexpr = WARPGROUP * TILES * 64
-    SIZE: gl.constexpr = stage_bytes(BLOCK_N, BLOCK_M, BLOCK_K)
-    PAIR: gl.constexpr = CLUSTER != "none"
+    FIRST: gl.constexpr = WARPGROUP * (CONFIG.block_n // 2)
+    SIZE: gl.constexpr = stage_bytes(CONFIG)
+    PAIR: gl.constexpr = CONFIG.cluster != "none"
     BLOCKS: gl.constexpr = 2 if PAIR else 1
     cluster_sync(PAIR)
     base = shared_base()
-    bars = base + STAGES * SIZE[3]
+    bars = base + CONFIG.stages * SIZE[3]
     rank = cluster_rank()
-    w0, x0 = descriptors(base, FIRST, BLOCK_N, BLOCK_M, BLOCK_K)
+    w0, x0 = descriptors(base, FIRST, CONFIG)
     words = base + (SIZE[0] + SIZE[1]) + 4 * gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     slot = 0
     phase = 0
     residual_phase = 0
-    tiles = tile_count(M, N, BLOCK_N, BLOCK_M, CLUSTER)
+    tiles = tile_count(M, N, CONFIG)
     for t in range(gl.program_id(0) // BLOCKS, tiles, gl.num_programs(0) // BLOCKS):
-        n, m = tile(t, M, N, rank, BLOCK_N, BLOCK_M, CLUSTER, GROUP)
-        acc = (gl.zeros([64, BLOCK_M], gl.float32, layout=accumulator_layout(4, BLOCK_M)),) * TILES
-        for _ in range(K // BLOCK_K):
-            barrier_wait(bars + 16 * slot, phase)
-            metadata = read_metadata(words, slot, FIRST, TILES, 4, BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER)
-            step = slot * (SIZE[3] >> 4)
-            acc = multiply(acc, metadata, w0 + step, x0 + step, 4, BLOCK_M, BLOCK_K, KIND)
-            acc = wgmma_wait(acc, 0)
-            barrier_arrive(bars + 16 * slot + 8, PAIR)
-            slot, phase = next_slot(slot, phase, STAGES)
+        n, m = tile(t, M, N, rank, CONFIG)
+        acc, slot, phase = multiply_tile(bars, words, w0, x0, slot, phase, K // CONFIG.block_k, FIRST, CONFIG, KIND)
         epilogue(
-            acc, n + FIRST, m, y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale, panels,
-            arrived.index(WARPGROUP), residual_phase, M, N,
-            FIRST // 64, 4, BLOCK_M, ACTIVATION, BIAS, RESIDUAL, SCALE, DIRECT,
+            acc, n + FIRST, (m,), sink, panels, arrived.index(WARPGROUP), residual_phase, M, N,
+            FIRST // 64, 4, CONFIG, EPILOGUE, None,
         )  # fmt: skip
         residual_phase = residual_phase ^ 1
-    if not DIRECT:
+    if not EPILOGUE.direct:
         tma.store_wait(0)
 
 
@@ -131,82 +112,17 @@ def _idle(PAIR: gl.constexpr):
 @gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def linear_specialized(
     w_desc, x_desc, e_desc, y_desc, r_desc, s_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale, split,
-    M, N, K,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CLUSTER: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, KIND: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-    SCALE: gl.constexpr, SKIP: gl.constexpr, DIRECT: gl.constexpr,
+    M, N, K, CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup per half of BLOCK_N, one TMA warp, three idle warps. K: padded to BLOCK_K."""
-    PAIR: gl.constexpr = CLUSTER != "none"
-    ring, panels, arrived = allocate(BLOCK_N, BLOCK_M, BLOCK_K, PAIR, STAGES, 64, y_desc.dtype, DIRECT)
+    """One consumer warpgroup per half of block_n, one TMA warp, three idle warps. K: padded to block_k."""
+    PAIR: gl.constexpr = CONFIG.cluster != "none"
+    ring, panels, arrived = allocate(CONFIG, EPILOGUE.direct, y_desc.dtype)
+    sink = (y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    0,
-                    y_desc,
-                    r_desc,
-                    y_ptr,
-                    r_ptr,
-                    stride_r,
-                    bias_ptr,
-                    scale_ptr,
-                    rows_per_scale,
-                    panels,
-                    arrived,
-                    M,
-                    N,
-                    K,
-                    BLOCK_N,
-                    BLOCK_M,
-                    BLOCK_K,
-                    CLUSTER,
-                    STAGES,
-                    GROUP,
-                    KIND,
-                    ACTIVATION,
-                    BIAS,
-                    RESIDUAL,
-                    SCALE,
-                    DIRECT,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    1,
-                    y_desc,
-                    r_desc,
-                    y_ptr,
-                    r_ptr,
-                    stride_r,
-                    bias_ptr,
-                    scale_ptr,
-                    rows_per_scale,
-                    panels,
-                    arrived,
-                    M,
-                    N,
-                    K,
-                    BLOCK_N,
-                    BLOCK_M,
-                    BLOCK_K,
-                    CLUSTER,
-                    STAGES,
-                    GROUP,
-                    KIND,
-                    ACTIVATION,
-                    BIAS,
-                    RESIDUAL,
-                    SCALE,
-                    DIRECT,
-                ),
-            ),
-            (
-                _producer,
-                (M, N, K, split, BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER, STAGES, GROUP, SKIP, "linear_specialized"),
-            ),
+            (_consumer, (0, sink, panels, arrived, M, N, K, CONFIG, EPILOGUE, KIND)),
+            (_consumer, (1, sink, panels, arrived, M, N, K, CONFIG, EPILOGUE, KIND)),
+            (_producer, (M, N, K, split, CONFIG, SKIP, "linear_specialized")),
             (_idle, (PAIR,)),
             (_idle, (PAIR,)),
         ],
@@ -219,101 +135,88 @@ def linear_specialized(
 # ------------------------------------------------------------------------------------------------ flat
 @gluon.jit
 def _fill_next(
-    cursor, base, split, rank, M, N, KT, blocks, warp,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CLUSTER: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, SKIP: gl.constexpr, KERNEL: gl.constexpr,
-):  # fmt: skip
+    cursor, base, split, rank, M, N, KT, blocks, warp, CONFIG: gl.constexpr, SKIP: gl.constexpr, KERNEL: gl.constexpr
+):
     """Warp 0 fills the next slot, if any tile is left. cursor: (tile, k, slot, phase, n, m) of the next load."""
     t, k, slot, phase, n, m = cursor
-    if (warp == 0) & (t < tile_count(M, N, BLOCK_N, BLOCK_M, CLUSTER)):
-        fill_slot(base, slot, phase, n, m, k, split, rank, BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER, STAGES, SKIP, KERNEL)
-    slot, phase = next_slot(slot, phase, STAGES)
+    if (warp == 0) & (t < tile_count(M, N, CONFIG)):
+        fill_slot(base, slot, phase, n, m, k, split, rank, CONFIG, SKIP, KERNEL)
+    slot, phase = next_slot(slot, phase, CONFIG)
     k += 1
     if k == KT:
         k = 0
         t += blocks
-        n, m = tile(t, M, N, rank, BLOCK_N, BLOCK_M, CLUSTER, GROUP)
+        n, m = tile(t, M, N, rank, CONFIG)
     return t, k, slot, phase, n, m
 
 
 @gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def linear_flat(
     w_desc, x_desc, e_desc, y_desc, r_desc, s_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale, split,
-    M, N, K,
-    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CLUSTER: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, KIND: gl.constexpr, ACTIVATION: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
-    SCALE: gl.constexpr, SKIP: gl.constexpr, DIRECT: gl.constexpr,
+    M, N, K, CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
-    """Eight warps; both warpgroups multiply, their 64 features of each 128 side by side. K: padded to 2 BLOCK_K."""
-    TILES: gl.constexpr = BLOCK_N // 128
-    SIZE: gl.constexpr = stage_bytes(BLOCK_N, BLOCK_M, BLOCK_K)
-    PAIR: gl.constexpr = CLUSTER != "none"
+    """Eight warps; both warpgroups multiply, their 64 features of each 128 side by side. K: padded to 2 block_k."""
+    TILES: gl.constexpr = CONFIG.block_n // 128
+    BLOCK_M: gl.constexpr = CONFIG.block_m
+    KERNEL: gl.constexpr = "linear_flat"
+    SIZE: gl.constexpr = stage_bytes(CONFIG)
+    PAIR: gl.constexpr = CONFIG.cluster != "none"
     BLOCKS: gl.constexpr = 2 if PAIR else 1
-    ring, panels, arrived = allocate(BLOCK_N, BLOCK_M, BLOCK_K, PAIR, STAGES, 128, y_desc.dtype, DIRECT)
+    ring, panels, arrived = allocate(CONFIG, EPILOGUE.direct, y_desc.dtype)
+    sink = (y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale)
     effect("bar.sync 0;")
     cluster_sync(PAIR)
     base = shared_base()
-    bars = base + STAGES * SIZE[3]
+    bars = base + CONFIG.stages * SIZE[3]
     rank = cluster_rank()
     warp = warp_index()
-    KT = K // BLOCK_K
+    KT = K // CONFIG.block_k
     gl.assume(KT // 2 > 0)  # a loop that might not run would leave the wgmma registers undefined (C7515)
-    w0, x0 = descriptors(base, 0, BLOCK_N, BLOCK_M, BLOCK_K)
-    w0 += warp // 4 * (64 * BLOCK_K >> 4)
+    w0, x0 = descriptors(base, 0, CONFIG)
+    w0 += warp // 4 * (64 * CONFIG.block_k >> 4)
     words = base + (SIZE[0] + SIZE[1]) + 4 * gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [8], [0]))
-    tiles = tile_count(M, N, BLOCK_N, BLOCK_M, CLUSTER)
+    tiles = tile_count(M, N, CONFIG)
     blocks = gl.num_programs(0) // BLOCKS
     first = gl.program_id(0) // BLOCKS
-    n, m = tile(first, M, N, rank, BLOCK_N, BLOCK_M, CLUSTER, GROUP)
+    n, m = tile(first, M, N, rank, CONFIG)
     cursor = (first, 0, 0, 0, n, m)
-    for _ in range(STAGES - 1):
-        cursor = _fill_next(
-            cursor, base, split, rank, M, N, KT, blocks, warp,
-            BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER, STAGES, GROUP, SKIP, "linear_flat",
-        )  # fmt: skip
+    for _ in range(CONFIG.stages - 1):
+        cursor = _fill_next(cursor, base, split, rank, M, N, KT, blocks, warp, CONFIG, SKIP, KERNEL)
     slot = 0
     phase = 0
     residual_phase = 0
     for t in range(first, tiles, blocks):
-        n, m = tile(t, M, N, rank, BLOCK_N, BLOCK_M, CLUSTER, GROUP)
+        n, m = tile(t, M, N, rank, CONFIG)
         acc = (gl.zeros([128, BLOCK_M], gl.float32, layout=accumulator_layout(8, BLOCK_M)),) * TILES
         before = slot
         for k in range(0, KT, 2):
             barrier_wait(bars + 16 * slot, phase)
-            even = read_metadata(words, slot, 0, TILES, 8, BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER)
+            even = read_metadata(words, slot, 0, TILES, 8, CONFIG)
             step = slot * (SIZE[3] >> 4)
-            acc = multiply(acc, even, w0 + step, x0 + step, 8, BLOCK_M, BLOCK_K, KIND)
+            acc = multiply(acc, even, w0 + step, x0 + step, 8, CONFIG, KIND)
             acc = wgmma_wait(acc, 1)  # the slot before this one is read
             if k > 0:
                 barrier_arrive(bars + 16 * before + 8, PAIR)
-            cursor = _fill_next(
-                cursor, base, split, rank, M, N, KT, blocks, warp,
-                BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER, STAGES, GROUP, SKIP, "linear_flat",
-            )  # fmt: skip
+            cursor = _fill_next(cursor, base, split, rank, M, N, KT, blocks, warp, CONFIG, SKIP, KERNEL)
             even_slot = slot
-            slot, phase = next_slot(slot, phase, STAGES)
+            slot, phase = next_slot(slot, phase, CONFIG)
             barrier_wait(bars + 16 * slot, phase)
-            odd = read_metadata(words, slot, 0, TILES, 8, BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER)
+            odd = read_metadata(words, slot, 0, TILES, 8, CONFIG)
             step = slot * (SIZE[3] >> 4)
-            acc = multiply(acc, odd, w0 + step, x0 + step, 8, BLOCK_M, BLOCK_K, KIND)
+            acc = multiply(acc, odd, w0 + step, x0 + step, 8, CONFIG, KIND)
             acc = wgmma_wait(acc, 1)
             barrier_arrive(bars + 16 * even_slot + 8, PAIR)
-            cursor = _fill_next(
-                cursor, base, split, rank, M, N, KT, blocks, warp,
-                BLOCK_N, BLOCK_M, BLOCK_K, CLUSTER, STAGES, GROUP, SKIP, "linear_flat",
-            )  # fmt: skip
+            cursor = _fill_next(cursor, base, split, rank, M, N, KT, blocks, warp, CONFIG, SKIP, KERNEL)
             before = slot
-            slot, phase = next_slot(slot, phase, STAGES)
+            slot, phase = next_slot(slot, phase, CONFIG)
         acc = wgmma_wait(acc, 0)
         barrier_arrive(bars + 16 * before + 8, PAIR)
         epilogue(
-            acc, n, m, y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale, panels,
-            arrived.index(0), residual_phase, M, N,
-            0, 8, BLOCK_M, ACTIVATION, BIAS, RESIDUAL, SCALE, DIRECT,
+            acc, n, (m,), sink, panels, arrived.index(0), residual_phase, M, N, 0, 8, CONFIG, EPILOGUE, None
         )  # fmt: skip
         residual_phase = residual_phase ^ 1
-    if not DIRECT:
+    if not EPILOGUE.direct:
         tma.store_wait(0)
     if PAIR and warp == 0:
-        drain(bars, slot, phase, STAGES)
+        drain(bars, slot, phase, CONFIG)
     ring._keep_alive()

@@ -1,59 +1,16 @@
-"""The 2:4 convolution: reference against torch, dispatch and refusals, and the wgmma.sp kernel in the emulator."""
-
-import functools
+"""The 2:4 convolution: reference against torch, dispatch and refusals."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from emulator.launch import run
-from emulator.memory import SHARED_BYTES
-from emulator.sass import Build, compile_offline
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref, group_view, ungroup
-from sparsedm.kernels.sparse24 import conv
-from sparsedm.kernels.sparse24 import wgmma_conv as kernel
-from sparsedm.kernels.sparse24 import wgmma_pipeline as pipeline
-from sparsedm.kernels.sparse24.conv import _pair, _pixels, choose_conv_backend, sparse24_conv2d, sparse24_conv2d_ref
-from sparsedm.kernels.sparse24.dispatch import Choice
-from sparsedm.kernels.sparse24.format import pack
-from sparsedm.kernels.sparse24.linear import ACTIVATIONS
-from tests.kernels.sparse24.problem import arranged, kinds
+from sparsedm.kernels.sparse24 import dispatch
+from sparsedm.kernels.sparse24.conv import _pixels, sparse24_conv2d, sparse24_conv2d_ref
+from sparsedm.kernels.sparse24.dispatch import CONV, Choice, Request
+from tests.kernels.sparse24.kernel_case import Convolution
 from tests.tolerance import assert_as_good_as_torch
 
 BF16 = torch.bfloat16
-
-
-class Convolution:
-    """B images of C x H x W, a 2:4 weight, and what torch makes of them.
-
-    kernel, padding: a number or a pair. config: number of the kernel's, or None.
-    """
-
-    def __init__(
-        self, B, C, H, W, N, *, kernel=3, stride=1, padding=1, bias=False, activation=None, residual=False, dtype=BF16,
-        config=None,
-    ):  # fmt: skip
-        torch.manual_seed(0)
-        self.kernel_size, self.activation = _pair(kernel), activation
-        weight = torch.randn(N, C, *self.kernel_size)
-        weight /= weight[0].numel() ** 0.5
-        rows = group_view(weight)
-        self.weight = ungroup(torch.where(choose_mask_ref(rows, Pattern(2, 4)), rows, 0), weight.shape).to(dtype)
-        self.values, self.metadata = pack(group_view(self.weight).reshape(N, -1))
-        self.x = torch.randn(B, C, H, W).to(dtype)
-        self.bias = torch.randn(N).to(dtype) if bias else None
-        self.config = config
-        self.geometry = {"stride": stride, "padding": _pair(padding)}
-        size = self.reference(torch.Tensor.float, residual=False).shape
-        self.residual = torch.randn(size).to(dtype) if residual else None
-        self.y = torch.full(size, float("nan"), dtype=dtype).to(memory_format=torch.channels_last)
-
-    def reference(self, convert, residual=True):
-        bias = None if self.bias is None else convert(self.bias)
-        y = F.conv2d(convert(self.x), convert(self.weight), bias, **self.geometry)
-        y = ACTIVATIONS[self.activation](y)
-        return y if not residual or self.residual is None else y + convert(self.residual)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -93,199 +50,48 @@ def test_pixels_are_copied_only_where_the_kernels_cannot_read_them():
     assert _pixels(one).stride() == (64, 64, 64, 1)
 
 
-# name -> arguments of Convolution. Ragged images, several images in a patch, more features than one tile.
-QUICK = {
-    "3x3": dict(B=1, C=64, H=11, W=20, N=136, bias=True, activation="silu", residual=True),
-    "stride-2": dict(B=3, C=128, H=12, W=8, N=72, stride=2, bias=True),
-    # sides that TMA cannot halve, a kernel and a padding that are not the same along both
-    "odd-1x3": dict(B=2, C=64, H=9, W=7, N=16, stride=2, kernel=(1, 3), padding=(0, 2)),
-}
-SLOW = {
-    **{
-        f"{i}-{activation}": dict(
-            config=i, B=2, C=64, H=9, W=12, N=136, bias=True, activation=activation, residual=True
-        )
-        for i in range(len(kernel.CONFIGS))
-        for activation in (None, "gelu", "gelu_tanh", "silu")
-    },
-    "one-pixel": dict(B=130, C=64, H=1, W=1, N=64, bias=True),
-    "small-images": dict(B=9, C=64, H=4, W=4, N=264, residual=True),
-    "stride-2-asymmetric": dict(B=1, C=64, H=18, W=34, N=128, stride=2, padding=0, activation="gelu"),
-    "fp16-5x5": dict(B=1, C=64, H=16, W=16, N=64, kernel=5, padding=2, dtype=torch.float16),
-}
-CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-
-
-def nhwc(tensor):
-    return None if tensor is None else _pixels(tensor)
-
-
-def configuration(c):
-    return kernel.CONFIGS[c.y.shape[1] <= 128 if c.config is None else c.config]
-
-
-def operands(c):
-    values, metadata = arranged(c, "wgmma")
-    y = c.y.permute(0, 2, 3, 1)
-    return kernel.operands(
-        configuration(c), nhwc(c.x), values, metadata, y, c.kernel_size, *c.geometry.values(), c.bias, c.activation,
-        nhwc(c.residual),
-    )  # fmt: skip
-
-
-def build(c):
-    tensors, scalars, constants = operands(c)
-    signature = {}
-    for name, (tensor, box, swizzle) in tensors.items():
-        dtype, bits = {BF16: ("bf16", 16), torch.float16: ("fp16", 16), torch.int32: ("i32", 32)}[tensor.dtype]
-        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={len(box)})"
-        signature[name] = f"tensordesc<{dtype}{list(box)},{layout}>"
-    return Build(
-        "sparsedm.kernels.sparse24.wgmma_conv:conv_specialized", signature | kinds(scalars), constants, {"num_warps": 4}
+def test_the_dispatcher_is_told_of_the_convolution_and_decides(monkeypatch):
+    c, cache = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
+    call = lambda: sparse24_conv2d(  # noqa: E731
+        c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, cache=cache, backend="wgmma"
     )
-
-
-@functools.cache
-def compiled(names):
-    builds = [build(Convolution(**(QUICK | SLOW)[name])) for name in names]
-    return dict(zip(names, zip(builds, compile_offline(builds))))
-
-
-def built(name):
-    return compiled(tuple(QUICK) if name in QUICK else (name,))[name]
-
-
-@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_kernel_is_right_in_the_emulator(name, early):
-    c = Convolution(**(QUICK | SLOW)[name])
-    offline, result = built(name)
-    tensors, scalars, _ = operands(c)
-    run(offline, result.ptx, {k: v[0] for k, v in tensors.items()} | scalars, (1,), early=early)
-    assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_sass(name):
-    _, result = built(name)
-    assert result.warnings == ()
-    assert result.spills == 0
-    assert result.shared <= SHARED_BYTES
-    assert result.count("HGMMA.SP") > 0
-    assert result.count("HGMMA") == result.count("HGMMA.SP")
-
-
-@pytest.mark.parametrize("config", kernel.CONFIGS, ids=str)
-def test_every_configuration_fits_and_keeps_its_ring_the_largest(config):
-    ring = config.stages * pipeline.stage_bytes(config.block_n, config.block_m, 64)[3]
-    panels = config.block_n * config.block_m * 2
-    assert ring >= panels
-    assert ring + 1024 + panels + 256 <= SHARED_BYTES
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 16), (8, 8), (4, 4), (1, 1), (5, 100)])
-@pytest.mark.parametrize("pixels", [128, 256])
-def test_patches(pixels, rows, columns):
-    images, height, width = kernel.choose_patch(pixels, rows, columns)
-    assert images * height * width == pixels
-    assert width <= 2 * columns
-    assert height <= 2 * rows
-
-
-DISPATCH = [
-    # capability, channels, kernel, stride, dilation, pixels, features, dtype -> back end, words of the reason
-    (None, 64, 3, 1, 1, 4096, 64, BF16, "dense", "not an NVIDIA GPU"),
-    ((9, 0), 64, 1, 1, 1, 4096, 64, BF16, "linear", "over the pixels"),
-    ((9, 0), 64, 3, 1, 1, 4096, 64, BF16, "wgmma", "sm_90a"),
-    ((9, 0), 64, 3, 2, 1, 4096, 64, BF16, "wgmma", "sm_90a"),
-    ((9, 0), 96, 3, 1, 1, 4096, 64, BF16, "dense", "96 input channels: the wgmma kernel needs a multiple of 64"),
-    ((9, 0), 64, 3, 1, 1, 4096, 3, BF16, "dense", "3 output channels"),
-    ((9, 0), 64, 3, 1, 1, 1984, 256, BF16, "wgmma", "sm_90a"),
-    ((9, 0), 64, 3, 1, 1, 1920, 256, BF16, "dense", "30 tiles of 128 x 128 leave most of the GPU idle"),
-    ((9, 0), 64, 3, 1, 2, 4096, 64, BF16, "dense", "no dilation"),
-    ((9, 0), 64, 3, 1, 1, 4096, 64, torch.float32, "dense", "float32"),
-    ((9, 0), 64, 3, 3, 1, 4096, 64, BF16, "dense", "strides 1 and 2"),
-    ((8, 0), 64, 3, 1, 1, 4096, 64, BF16, "mma", "sm_80"),
-    ((8, 9), 64, 3, 2, 1, 4096, 67, BF16, "mma", "sm_89"),
-    ((8, 9), 64, 3, 2, 1, 4096, 3, BF16, "dense", "3 features leave most of a tile of 128 x 128 empty"),
-    ((8, 0), 96, 3, 1, 1, 4096, 64, BF16, "mma", "sm_80"),
-    ((8, 0), 100, 3, 1, 1, 4096, 64, BF16, "dense", "100 input channels: the mma kernel needs a multiple of 8"),
-    ((8, 0), 64, 3, 1, 1, 64, 64, BF16, "dense", "1 tiles of 128 x 128"),
-    ((7, 5), 64, 3, 1, 1, 4096, 64, BF16, "dense", "sm_75 has no sparse tensor cores"),
-    ((10, 0), 64, 3, 1, 1, 4096, 64, BF16, "dense", "wgmma.sp needs sm_90a"),
-]
-
-
-@pytest.mark.parametrize(
-    ("capability", "channels", "kernel", "stride", "dilation", "pixels", "features", "dtype", "backend", "words"),
-    DISPATCH,
-)
-def test_dispatch_says_what_runs_and_why(
-    capability, channels, kernel, stride, dilation, pixels, features, dtype, backend, words, monkeypatch
-):
-    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
-    geometry = ((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (dilation, dilation))
-    chosen, reason = choose_conv_backend(capability, channels, *geometry, pixels, features, dtype)
-    assert chosen == backend
-    assert words in reason
-
-
-@pytest.mark.parametrize(("rule", "forced"), [("wgmma", ""), ("dense", ""), ("wgmma", "few"), ("wgmma", "wgmma")])
-def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(rule, forced, monkeypatch):
-    """Also where the rule, for so few pixels, is dense; and a kernel is timed alone only if it is the forced one."""
-    monkeypatch.setenv("SPARSEDM_BACKEND", forced)
-    c, kept = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
-    call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, arranged=kept)  # noqa: E731
     expected = call()
-    kept.clear()
+    cache.clear()
 
-    def pick(operation, offered, choice, run, device, rows, kept, **key):
-        assert (operation, choice, device, rows) == ("sparse24_conv2d", (rule, rule == "wgmma"), c.x.device, 2 * 4 * 3)
-        dense = [] if forced == "wgmma" else ["dense"]
-        assert [choice.backend for choice in offered()] == dense + ["wgmma"] * len(kernel.CONFIGS)
-        assert key == dict(
-            dtype=torch.float32, activation=None, bias=True, residual=False, kernel=(3, 3), stride=2, image=(4, 3),
-            n=16, c=64,
+    def serve(request, run, cache):
+        assert request == Request(
+            CONV, None, torch.float32, 2 * 4 * 3, 16, 9 * 64, device=c.x.device, out_dtype=torch.float32, bias=True,
+            channels=64, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), image=(4, 3),
+            backend="wgmma",
         )  # fmt: skip
-        assert torch.equal(run(Choice("dense")), expected)
-        return Choice("torch")
+        assert torch.equal(run(Choice("dense"), {}, True), expected)
+        return run(Choice("torch"), cache, False)
 
-    monkeypatch.setattr(conv, "choose_conv_backend", lambda *geometry: (rule, ""))
-    monkeypatch.setattr(conv, "conv_kernel", lambda *geometry: ("wgmma", ""))
-    monkeypatch.setattr(conv, "pick", pick)
+    monkeypatch.setattr(dispatch, "serve", serve)
     assert torch.equal(call(), expected)
-    assert set(kept) == {"choices", "torch"}
+    assert set(cache) == {"torch"}
 
 
-@pytest.mark.parametrize(
-    ("forced", "capability", "expected"),
-    [
-        ("mma", (9, 0), "mma"),
-        ("wgmma", (9, 0), "wgmma"),
-        ("wgmma", (8, 0), "dense"),
-        ("few", (8, 0), "mma"),
-        ("torch", (9, 0), "torch"),
-        ("dense", (8, 0), "dense"),
-        ("torch", None, "torch"),
-        ("mma", None, "dense"),
-    ],
-)
-def test_dispatch_can_be_forced(forced, capability, expected, monkeypatch):
-    monkeypatch.setenv("SPARSEDM_BACKEND", forced)
-    pair = (1, 1)
-    assert choose_conv_backend(capability, 64, (3, 3), pair, pair, pair, 4096, 64, BF16)[0] == expected
+def test_a_kernel_that_does_not_run_is_computed_in_torch(monkeypatch):
+    c = Convolution(2, 64, 8, 6, 16, bias=True, activation="silu", residual=True)
+    call = lambda: sparse24_conv2d(c.x, c.values, c.metadata, 3, c.bias, "silu", c.residual, padding=1)  # noqa: E731
+    expected = call()
+    monkeypatch.setattr(dispatch, "rule_of_thumb", lambda request: (Choice("mma"), ""))
+    monkeypatch.setattr(dispatch, "launch", lambda *arguments, **_: False)
+    assert torch.equal(call(), expected)
 
 
 REFUSED = {
     "channels": (dict(x=torch.ones(1, 16, 8, 8)), "16 channels and a 3 x 3 kernel make 144 columns"),
     "dtype": (dict(x=torch.ones(1, 32, 8, 8, dtype=BF16)), "x is bfloat16 and the weight float32"),
     "dimensions": (dict(x=torch.ones(32, 8, 8)), r"images are \(B, C, H, W\)"),
-    "bias": (dict(bias=torch.ones(9)), r"bias of shape \(9,\)"),
+    "bias": (dict(bias=torch.ones(9)), r"bias \(9,\) float32 must have the shape \(8,\)"),
     "bias-dtype": (
         dict(bias=torch.ones(8).half()),
-        r"type float16 must have the shape \(8,\) and the type of x, float32",
+        r"bias \(8,\) float16 must have the shape \(8,\) and the dtype of x",
     ),
     "residual": (dict(residual=torch.ones(1, 8, 8, 8)), r"must have the shape of y, \(1, 8, 6, 6\)"),
+    "device": (dict(bias=torch.ones(8, device="meta")), "one device, not on cpu and meta"),
     "activation": (dict(activation="relu"), "unknown activation 'relu'"),
     "too-small": (dict(x=torch.ones(1, 32, 2, 8)), "smaller than the kernel"),
 }
@@ -306,42 +112,4 @@ def test_operator_is_registered_correctly(memory_format):
     c = Convolution(2, 32, 8, 8, 8, bias=True, activation="silu", residual=True, dtype=torch.float32)
     x = c.x.to(memory_format=memory_format)
     arguments = (x, c.values, c.metadata, [], [3, 3], c.bias, "silu", c.residual, [1, 1], [1, 1], [1, 1], [8, 8])
-    torch.library.opcheck(torch.ops.sparsedm.sparse24_conv2d, (*arguments, "torch", 0))
-
-
-def launched_on_the_gpu(module, backend, c, config):
-    """y, computed by the kernel itself: the dispatcher might find dense quicker."""
-    move = lambda tensor: None if tensor is None else tensor.cuda()  # noqa: E731
-    y = c.y.cuda()
-    module.launch(
-        move(nhwc(c.x)), *map(move, arranged(c, backend)), y.permute(0, 2, 3, 1), kernel_size=c.kernel_size,
-        **c.geometry, bias=move(c.bias), activation=c.activation, residual=move(nhwc(c.residual)), config=config,
-    )  # fmt: skip
-    return y.cpu()
-
-
-def one_pixel_each(**sizes):
-    """Images with a single 1, in the channel 37 b of the image b: every result is one weight or zero, exactly."""
-    c = Convolution(**sizes)
-    images, channels, height, width = c.x.shape
-    c.x = torch.zeros_like(c.x)
-    for b in range(images):
-        c.x[b, 37 * b % channels, b % height, (b + 1) % width] = 1
-    return c
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", range(len(kernel.CONFIGS)))
-@pytest.mark.parametrize("stride", [1, 2])
-def test_on_the_gpu_every_weight_comes_out_in_its_place(stride, config):
-    c = one_pixel_each(B=64, C=64, H=4, W=6, N=136, stride=stride, config=config)
-    y = launched_on_the_gpu(kernel, "wgmma", c, configuration(c))
-    assert torch.equal(y, c.reference(torch.Tensor.float).to(BF16))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [*(pytest.param(name, id=f"random-{name}") for name in QUICK), *SLOW])
-def test_on_the_gpu_as_well_as_torch(name):
-    c = Convolution(**(QUICK | SLOW)[name])
-    c.y = launched_on_the_gpu(kernel, "wgmma", c, configuration(c))
-    assert_as_good_as_torch(c.y, c.reference(torch.Tensor.double), c.reference(lambda tensor: tensor))
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_conv2d, (*arguments, "torch", 0, True))

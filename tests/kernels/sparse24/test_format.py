@@ -1,15 +1,15 @@
-"""The compressed format: bit-for-bit round trips, words written by hand, torch's own converter."""
+"""The compressed format: bit-for-bit round trips, words written by hand, torch's own converters."""
 
 import time
 
-import numpy as np
 import pytest
 import torch
 from torch.sparse import _semi_structured_conversions as cutlass
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, choose_mask_ref
+from sparsedm.kernels.pattern import Pattern, select_mask_ref
 from sparsedm.kernels.sparse24 import format as fmt
+from tests.tolerance import assert_as_good_as_torch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGER = {2: torch.int16, 4: torch.int32}
@@ -22,7 +22,7 @@ def bits(tensor):
 def pruned(rows, columns, dtype=torch.bfloat16, drop=0.0):
     """A random 2:4 weight; `drop` empties further entries, so that groups with one and no non-zero occur."""
     weight = torch.randn(rows, columns).to(dtype)
-    keep = choose_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
+    keep = select_mask_ref(weight, Pattern(2, 4)) & (torch.rand(rows, columns) >= drop)
     return torch.where(keep, weight, 0)
 
 
@@ -89,45 +89,6 @@ def test_agrees_with_the_cutlass_layout_of_torch():
     assert torch.equal(metadata, torch_metadata.view(-1)[offsets].view(64, 16))
 
 
-def test_fragments_hold_what_the_ptx_isa_figures_say():
-    """mma.sp.m16n8k32: register r of lane l holds row l/4 + 8 (r%2), kept columns 2 (l%4) + 8 (r/2) and the next."""
-    values, metadata = fmt.pack(pruned(48, 128))
-    fragments = fmt.fragment_values(values).numpy().view(np.uint16)  # (N/16, K/32, 32, 8)
-    words = fmt.fragment_metadata(metadata).numpy().view(np.uint16)  # (N/16, K/64, 64)
-    value_bits, metadata_bits = bits(values).numpy().view(np.uint16), metadata.numpy().view(np.uint16)
-    for lane in range(32):
-        group, thread = lane // 4, lane % 4
-        for register in range(4):
-            row, column = group + 8 * (register % 2), 2 * thread + 8 * (register // 2)
-            for half in range(2):
-                expected = value_bits[row::16, column + half :: 16]
-                np.testing.assert_array_equal(fragments[:, :, lane, 2 * register + half], expected)
-        for half in range(2):
-            expected = metadata_bits[group + 8 * half :: 16, thread::4]
-            np.testing.assert_array_equal(words[:, :, 2 * lane + half], expected)
-
-
-def test_tma_metadata_is_the_fragments_of_64_rows_side_by_side():
-    _, metadata = fmt.pack(pruned(128, 192))
-    fragments = fmt.fragment_metadata(metadata)  # (8, 3, 32)
-    ordered = fmt.tma_metadata(metadata)
-    assert ordered.shape == (3, 256)
-    for step in range(3):
-        for tile in range(8):
-            assert torch.equal(ordered[step, 32 * tile : 32 * tile + 32], fragments[tile, step])
-
-
-def test_padding_is_zero_and_legal():
-    weight = pruned(5, 48)
-    values, metadata = fmt.pad(*fmt.pack(weight), 16, 64)
-    assert values.shape == (16, 32)
-    assert metadata.shape == (16, 4)
-    dense = fmt.unpack(values, metadata)
-    assert torch.equal(dense[:5, :48], weight)
-    assert not dense[5:].any()
-    assert not dense[:, 48:].any()
-
-
 def test_packing_a_large_weight_takes_well_under_a_second():
     weight = pruned(4096, 4096)
     seconds = []
@@ -172,14 +133,38 @@ def test_values_and_metadata_must_belong_together():
         fmt.unpack(values, metadata.int())
 
 
-def test_the_metadata_of_a_warp_is_what_cutlass_gives_the_same_instruction():
-    """CUTLASS, whose order torch knows, and which runs, is a witness beside the text of the PTX ISA.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cutlass_holds_the_weight_bit_for_bit(dtype):
+    weight = pruned(64, 128, dtype)
+    held = fmt.to_torch(weight, "cutlass")
+    assert isinstance(held, fmt.TORCH_TENSORS["cutlass"])
+    assert held.shape == weight.shape
+    assert held.packed.shape == (64, 64)
+    assert torch.equal(held.to_dense(), weight)
 
-    Its lane 4 g + 2 i + c reads word 4 g + 2 i + c of 32 rows, for tile i of two and all steps of 32 columns; ours hold
-    one tile and two steps.
-    """
-    weight = pruned(64, 128)
-    _, reordered = cutlass.sparse_semi_structured_from_dense_cutlass(weight)
-    words = reordered.flatten().view(torch.int32).view(2, 2, 2, 8, 2, 2)  # k64, f, 32 rows, g, tile, c
-    ours = fmt.fragment_metadata(fmt.pack(weight)[1]).view(2, 2, 2, 8, 2, 2)  # 32 rows, tile, k64, g, f, c
-    assert torch.equal(ours, words.permute(2, 4, 0, 3, 1, 5))
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", fmt.TORCH_TENSORS)
+def test_both_libraries_hold_the_weight_and_multiply_by_it(library):
+    weight, x = pruned(128, 256).cuda(), torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    held = fmt.to_torch(weight, library)
+    assert torch.equal(held.to_dense(), weight)
+    if library == "cutlass" and torch.cuda.get_device_capability() >= (9, 0):
+        pytest.skip("torch's CUTLASS kernels multiply on sm_80 to sm_89 only")
+    assert torch.equal(held @ torch.eye(256, device="cuda", dtype=torch.bfloat16), weight)
+    assert_as_good_as_torch(torch.nn.functional.linear(x, held), x.double() @ weight.double().t(), x @ weight.t())
+
+
+@pytest.mark.parametrize(
+    ("weight", "library", "message"),
+    [
+        (pruned(64, 128, torch.float64), "cutlass", "float16 or bfloat16, not torch.float64"),
+        (pruned(30, 128), "cutlass", "a multiple of 32 rows and 64 columns, not 30 x 128"),
+        (pruned(64, 128, torch.float32), "cusparselt", "float16 or bfloat16, not torch.float32"),
+        (pruned(64, 128), "cusparselt", "cuSPARSELt cannot hold the weight here"),
+    ],
+    ids=["dtype", "shape", "float32", "no GPU"],
+)
+def test_what_a_library_cannot_hold_is_refused(weight, library, message):
+    with pytest.raises(InputError, match=message):
+        fmt.to_torch(weight, library)

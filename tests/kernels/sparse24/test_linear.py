@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.sparse24 import dispatch
-from sparsedm.kernels.sparse24.dispatch import Choice
+from sparsedm.kernels.sparse24.dispatch import LINEAR, Choice, Request
 from sparsedm.kernels.sparse24.format import ZERO_WORD, pack, unpack
 from sparsedm.kernels.sparse24.linear import _rows, sparse24_linear
-from tests.kernels.sparse24.problem import Problem, arranged, pruned
+from tests.kernels.sparse24.kernel_case import Convolution, Problem, layout_of, pruned
 
 BF16 = torch.bfloat16
 
@@ -56,38 +56,55 @@ def test_out_dtype():
 
 def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
     monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
-    p, kept = Problem(M=3, N=16, K=32), {}
-    first = linear(p, arranged=kept)
+    p, cache = Problem(M=3, N=16, K=32), {}
+    first = linear(p, cache=cache)
     assert torch.equal(linear(p), first)
-    _, (dense,) = kept["dense"]
+    _, (dense,) = cache["dense"]
     assert torch.equal(dense, unpack(p.values, p.metadata))
     dense.zero_()
-    assert not linear(p, arranged=kept).any(), "what was kept is used"
+    assert not linear(p, cache=cache).any(), "what is kept is used"
     p.values.mul_(2)
-    assert torch.equal(linear(p, arranged=kept), 2 * first)
+    assert torch.equal(linear(p, cache=cache), 2 * first)
     p.values = p.values.clone()
-    kept["dense"][1][0].zero_()
-    assert torch.equal(linear(p, arranged=kept), 2 * first)
+    cache["dense"][1][0].zero_()
+    assert torch.equal(linear(p, cache=cache), 2 * first)
 
 
-def test_the_dispatcher_decides_and_what_the_losers_read_is_not_kept(monkeypatch):
-    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
-    p, kept = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu", dtype=torch.float32), {}
+def test_the_dispatcher_is_told_of_the_product_and_decides(monkeypatch):
+    p, cache = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu", dtype=torch.float32), {}
     expected = linear(p)
 
-    def pick(operation, offered, rule, run, device, rows, kept, **key):
-        assert (operation, rule, device, rows) == ("sparse24_linear", Choice("dense"), p.x.device, 3)
-        assert key == dict(
-            dtype=torch.float32, out=torch.float32, activation="gelu", bias=True, scale=False, residual=False, skip=16,
-            n=16, k=48,
+    def serve(request, run, cache):
+        assert request == Request(
+            LINEAR, None, torch.float32, 3, 16, 48, device=p.x.device, out_dtype=torch.float32, activation="gelu",
+            bias=True, skip=16, backend="mma",
         )  # fmt: skip
-        for choice in (Choice("dense"), Choice("torch")):
-            assert torch.equal(run(choice), expected)
-        return Choice("torch")
+        assert torch.equal(run(Choice("dense"), {}, True), expected)
+        return run(Choice("torch"), cache, False)
 
-    monkeypatch.setattr(dispatch, "pick", pick)
-    assert torch.equal(linear(p, arranged=kept), expected)
-    assert set(kept) == {"choices", "torch"}
+    monkeypatch.setattr(dispatch, "serve", serve)
+    assert torch.equal(linear(p, cache=cache, backend="mma"), expected)
+    assert set(cache) == {"torch"}
+
+
+def test_the_environment_names_a_back_end_where_the_call_does_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dispatch, "serve", lambda request, *_: asked.append(request.backend))
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    p = Problem(M=3, N=16, K=32)
+    linear(p), linear(p, backend="torch")
+    assert asked == ["dense", "torch"]
+
+
+def test_a_kernel_that_does_not_run_is_computed_in_torch_unless_it_was_asked_for(monkeypatch):
+    p = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu")
+    expected, stricts = linear(p), []
+    choice = Choice("splitk")
+    monkeypatch.setattr(dispatch, "rule_of_thumb", lambda request: (choice, ""))
+    monkeypatch.setattr(dispatch, "launch", lambda *arguments, **_: stricts.append(arguments[3]))
+    assert torch.equal(linear(p), expected)
+    assert torch.equal(linear(p, backend="splitk"), expected)
+    assert stricts == [False, True]
 
 
 REFUSED = {
@@ -115,18 +132,18 @@ def test_refusals(case):
 def test_operator_is_registered_correctly():
     p = Problem(M=6, N=16, K=32, skip=16, groups=2, bias=True, activation="silu", residual=True, dtype=torch.float32)
     arguments = (p.x, p.values, p.metadata, [], p.bias, p.activation, p.residual, p.skip, p.scale, torch.float32)
-    torch.library.opcheck(torch.ops.sparsedm.sparse24_linear, (*arguments, "torch", 0))
+    torch.library.opcheck(torch.ops.sparsedm.sparse24_linear, (*arguments, "torch", 0, True))
 
 
 class Layer(torch.nn.Module):
     def __init__(self, problem):
         super().__init__()
-        self.arranged = {}
+        self.cache = {}
         self.register_buffer("values", problem.values)
         self.register_buffer("metadata", problem.metadata)
 
     def forward(self, x):
-        return sparse24_linear(x, self.values, self.metadata, activation="gelu", arranged=self.arranged) + 1
+        return sparse24_linear(x, self.values, self.metadata, activation="gelu", cache=self.cache) + 1
 
 
 @pytest.mark.parametrize("backend", ["torch", "dense"])
@@ -166,7 +183,7 @@ def test_launches_reach_the_driver_with_the_right_grid():
     assert recorded["specialized"] == 2 * [["linear_specialized", 6, 1]]
     assert recorded["cluster"] == 2 * [["linear_flat", 3, 2]]
     assert recorded["mma"] == 2 * [["linear_mma", 10, 1]]
-    assert recorded["few"] == 2 * [["linear_few", 40, 1], ["reduce_few", 50, 1]]
+    assert recorded["splitk"] == 2 * [["linear_splitk", 40, 1], ["reduce_splitk", 50, 1]]
     assert recorded["conv"] == 2 * [["conv_specialized", 8, 1]]
     assert recorded["compiled"] == [1, 2]
     assert recorded["conv-mma"] == 2 * [["conv_mma", 16, 1]]
@@ -205,57 +222,36 @@ def _record_launches():
     CompiledKernel._init_handles = handles
     torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
 
-    from sparsedm.kernels.sparse24 import mma as sparse24_mma
-    from sparsedm.kernels.sparse24 import mma_conv as sparse24_conv_mma
-    from sparsedm.kernels.sparse24 import mma_splitk as sparse24_few
-    from sparsedm.kernels.sparse24 import wgmma as sparse24_wgmma
-    from sparsedm.kernels.sparse24 import wgmma_conv as sparse24_conv_wgmma
-    from tests.kernels.sparse24.test_conv import Convolution, nhwc
+    from sparsedm.kernels.sparse24 import mma, mma_conv, mma_splitk, wgmma, wgmma_conv
 
     recorded = {}
 
-    def twice(name, launch, backend, **config):
-        p = Problem(M=200, N=600, K=256, bias=True, residual=True)
-        tensors = arranged(p, backend)
+    def launch(module, p, **config):
+        module.launch(*p.tensors(layout_of(module)), **p.options(), **config)
+
+    def twice(name, module, p, **config):
         for _ in range(2):
-            launch(
-                p.x, *tensors, p.y, bias=p.bias, activation=None, residual=p.residual, skip=None, scale=None, **config
-            )
+            launch(module, p, **config)
         recorded[name] = calls.copy()
         calls.clear()
 
-    twice("specialized", sparse24_wgmma.launch, "wgmma")
-    p = Problem(M=520, N=600, K=256, bias=True, residual=True)
+    p = Problem(M=200, N=600, K=256, bias=True, residual=True)
+    twice("specialized", wgmma, p)
+    longer = Problem(M=520, N=600, K=256, bias=True, residual=True)
     other = Problem(M=520, N=600, K=256, bias=True, residual=True)
     other.bias = other.bias.float()
-    for problem in (p, other):  # other sizes run the same compiled kernel, another dtype of the bias does not
-        sparse24_wgmma.launch(
-            problem.x, *arranged(problem, "wgmma"), problem.y, bias=problem.bias, activation=None,
-            residual=problem.residual, skip=None, scale=None,
-        )  # fmt: skip
-        recorded.setdefault("compiled", []).append(len(sparse24_wgmma._compiled))
+    for problem in (longer, other):  # other sizes run the same compiled kernel, another dtype of the bias does not
+        launch(wgmma, problem)
+        recorded.setdefault("compiled", []).append(len(wgmma._compiled))
     recorded["maps"] = [int(number) for number in re.findall(r"linear_specialized_param_(\d+)\[128\]", texts[0])]
-    config = next(c for c in sparse24_wgmma.CONFIGS if c.cluster == "w" and not c.specialized)
     calls.clear()
-    twice("cluster", sparse24_wgmma.launch, "wgmma", config=config)
-    twice("mma", sparse24_mma.launch, "mma")
-    twice("few", sparse24_few.launch, "few")
-    c = Convolution(B=2, C=64, H=32, W=32, N=64, bias=True, residual=True)
-    for _ in range(2):
-        sparse24_conv_wgmma.launch(
-            nhwc(c.x), *arranged(c, "wgmma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1,
-            padding=(1, 1), bias=c.bias, activation="silu", residual=nhwc(c.residual),
-            config=sparse24_conv_wgmma.CONFIGS[1],
-        )  # fmt: skip
-    recorded["conv"] = calls.copy()
-    calls.clear()
-    for _ in range(2):
-        sparse24_conv_mma.launch(
-            nhwc(c.x), *arranged(c, "mma"), c.y.permute(0, 2, 3, 1), kernel_size=(3, 3), stride=1, padding=(1, 1),
-            bias=c.bias, activation="silu", residual=nhwc(c.residual),
-        )  # fmt: skip
-    recorded["conv-mma"] = calls
-    recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-3])]
+    twice("cluster", wgmma, p, config=next(c for c in wgmma.CONFIGS if c.cluster == "w" and not c.specialized))
+    twice("mma", mma, p)
+    twice("splitk", mma_splitk, p)
+    c = Convolution(B=2, C=64, H=32, W=32, N=64, bias=True, residual=True, activation="silu")
+    twice("conv", wgmma_conv, c, config=wgmma_conv.CONFIGS[1])
+    recorded["conv-maps"] = [int(number) for number in re.findall(r"conv_specialized_param_(\d+)\[128\]", texts[-1])]
+    twice("conv-mma", mma_conv, c)
     print(json.dumps(recorded))
 
 

@@ -1,0 +1,190 @@
+"""First contact with a GPU: which configurations of our 2:4 products are right, and how fast are these?
+
+    python -m bench.first_contact --out DIR
+
+Each configuration has a process of its own, all side by side. It compiles, for the epilogues of the models too, which
+leaves everything in Triton's cache; then it says so, and has --timeout seconds to show that every weight is in its
+place, that a ragged product with an epilogue is right, and one of many tiles for each block. One that hangs or faults
+is noted where the autotuner passes over it. Those that are right are timed by the suite "first" of `bench.run`, beside
+cuBLAS and cuSPARSELt: in single calls, and over a second without a pause with the power and the clock read meanwhile.
+
+DIR/first.json: {"configurations": {name: "right", or what is wrong}}; DIR/results.csv: the times.
+"""
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from bench import program, run
+from bench.problems import LinearProblem
+from bench.providers import Configuration, configured
+from bench.shapes import LinearShape
+from bench.suite import reason_of, signal_all
+from sparsedm.errors import InputError
+from sparsedm.files import write_json
+from sparsedm.kernels.launch import capability
+from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Choice, Request, candidates, trying
+from sparsedm.kernels.sparse24.format import pack
+
+COMPILES = 240  # seconds that compiling one configuration for all epilogues may take at most
+COMPILED, RIGHT = "compiled", "right"  # what a process says, a line each
+EPILOGUES = (  # the first two are checked; the others are of the layers of U-ViT and DiT, and of the sweeps
+    {"bias": True},
+    {"bias": True, "activation": "gelu", "residual": True},
+    {},
+    {"bias": True, "residual": True},
+    {"bias": True, "activation": "gelu"},
+    {"bias": True, "activation": "gelu_tanh"},
+    {"bias": True, "activation": "gelu_tanh", "residual": True},
+    {"bias": True, "residual": True, "scale": True},
+    {"bias": True, "skip": True},
+)
+PLACES, PRODUCTS = (520, 512), ((136, 520, 320), (5000, 2056, 520))  # N, K; M, N, K
+PLACES_SMALL, PRODUCTS_SMALL = (264, 128), ((136, 264, 128),)
+
+
+def choices(device, rows=(8192, SPLITK_ROWS)):
+    """The configurations that the dispatcher would time for many and for few rows."""
+    requests = [Request(LINEAR, capability(device), torch.bfloat16, M, 8192, 8192) for M in rows]
+    return [choice for request in requests for choice in candidates(request) if choice.backend != "dense"]
+
+
+@contextlib.contextmanager
+def compiling_only():
+    """Whatever is launched is compiled into Triton's cache, and does not run."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    compiles = JITFunction.run
+
+    def compile_it(self, *arguments, grid, warmup, **options):
+        return compiles(self, *arguments, grid=grid, warmup=True, **options)
+
+    nothing = lambda kernel, grid: lambda *arguments: None  # noqa: E731
+    with patch.object(JITFunction, "run", compile_it), patch.object(CompiledKernel, "__getitem__", nothing):
+        yield
+
+
+def compile_all(choice, device, epilogues=EPILOGUES):
+    M, N, K, dtype = 64, 64, 128, torch.bfloat16
+    x, weight = torch.randn(M, K, device=device, dtype=dtype), torch.zeros(N, K, device=device, dtype=dtype)
+    given = {"bias": weight[:, 0].clone(), "residual": x[:, :N].clone(), "scale": weight[:1, :N].clone()}
+    with compiling_only():
+        for epilogue in epilogues:
+            options = {name: given.get(name, value) for name, value in epilogue.items() if name != "skip"}
+            halves = x.chunk(2, 1) if epilogue.get("skip") else (x, None)
+            configured(choice, halves[0].contiguous(), *pack(weight), **options, skip=halves[1])()
+
+
+def check(choice, device, small=False):
+    """Raises: AssertionError that says what is wrong."""
+    provider = Configuration(choice)
+    N, K = PLACES_SMALL if small else PLACES
+    problem = LinearProblem(LinearShape("identity", "", K, N, K), "plain", torch.bfloat16, device)
+    problem.x, problem.bias = torch.eye(K, device=device, dtype=torch.bfloat16), torch.zeros_like(problem.bias)
+    y, expected = provider.bind(problem, provider.prepare(problem)).run(), problem.masked.t()
+    if (wrong := (y != expected).nonzero()).numel():
+        row, feature = wrong[0].tolist()
+        came = (expected == y[row, feature]).nonzero()[:3].tolist()
+        raise AssertionError(
+            f"{len(wrong)} of {y.numel()} weights are not in their place: column {row} of row {feature} holds "
+            f"{y[row, feature]:g}, which belongs at {came}, and not {expected[row, feature]:g}"
+        )
+    for M, N, K in PRODUCTS_SMALL if small else PRODUCTS:
+        shape = LinearShape(f"{M}x{N}x{K}", "", M, N, K, "gelu", residual=True)
+        problem = LinearProblem(shape, "epilogue", torch.bfloat16, device)
+        problem.poison(sparse=True)
+        verdict = problem.check(provider.bind(problem, provider.prepare(problem)).run(), sparse=True)
+        if not verdict.right:
+            raise AssertionError(f"{shape.name}: its error is {verdict.error:.3g} and {verdict.allowed:.3g} is allowed")
+
+
+def contact(choice, device, small):
+    """What one process does; see the head of this file."""
+    compile_all(choice, device, EPILOGUES[:2] if small else EPILOGUES)
+    print(COMPILED, flush=True)
+    with trying(LINEAR, choice):
+        check(choice, device, small)
+        torch.cuda.synchronize()
+    print(RIGHT, flush=True)
+
+
+def verdict_of(command, timeout):
+    """ "right", or what is wrong. The process is killed if it does not end so long after it has said `compiled`."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
+    lines, killed = [], threading.Event()
+
+    def kill():
+        killed.set()
+        signal_all(process, 9)
+
+    timer = threading.Timer(COMPILES, kill)
+    timer.start()
+    for line in process.stdout:
+        lines.append(line.strip())
+        if lines[-1] == COMPILED:
+            timer.cancel()
+            timer = threading.Timer(timeout, kill)
+            timer.start()
+    process.wait()
+    timer.cancel()
+    if RIGHT in lines and not process.returncode:
+        return RIGHT
+    if killed.is_set():
+        return f"hangs: more than {timeout:g} s" if COMPILED in lines else f"compiles for more than {COMPILES} s"
+    return reason_of(process.returncode, "\n".join(lines))
+
+
+@program("first contact")
+def main(arguments=None):
+    """Returns the exit code: 0 if one configuration is right and all were timed, 1 if none is, else as `bench.run`."""
+    began, options = time.monotonic(), parser().parse_args(arguments)
+    device = torch.device("cuda")
+    if options.one:
+        backend, number = options.one.split(",")
+        contact(Choice(backend, int(number)), device, options.small)
+        return 0
+    if not torch.cuda.is_available():
+        raise InputError("torch sees no GPU")
+    found, folder = choices(device), Path(options.out)
+    own = (sys.executable, "-m", "bench.first_contact", *(["--small"] if options.small else []), "--one")
+    commands = [(*own, f"{choice.backend},{choice.config}") for choice in found]
+    with ThreadPoolExecutor(max(1, len(found))) as pool:
+        verdicts = list(pool.map(lambda command: verdict_of(command, options.timeout), commands))
+    named = {Configuration(choice).name: verdict for choice, verdict in zip(found, verdicts)}
+    write_json(folder / "first.json", {"configurations": named})
+    print(*(f"{name}: {verdict}" for name, verdict in named.items()), sep="\n", flush=True)
+    right = [name for name, verdict in named.items() if verdict == RIGHT]
+    if not right:
+        return 1
+    large = [name for name in right if name in {Configuration(choice).name for choice in choices(device, (8192,))}]
+    names = ",".join(["dense", *large, "cuSPARSELt", "cuSPARSELt tuned"])
+    left = max(0.0, options.seconds - (time.monotonic() - began))
+    timing = ["--suite", "first", "--resume", "--out", str(folder / "results.csv"), "--timeout", f"{options.timeout:g}"]
+    quick = ["--quick"] if options.small else []
+    return run.main([*timing, "--seconds", f"{left:.0f}", "--providers", names, *quick])
+
+
+def parser():
+    text = argparse.RawDescriptionHelpFormatter
+    parsed = argparse.ArgumentParser("python -m bench.first_contact", description=__doc__, formatter_class=text)
+    parsed.add_argument("--out", default="first-contact", help="folder (default: %(default)s)")
+    parsed.add_argument("--timeout", type=float, default=20, help="seconds until one hangs (default: %(default)s)")
+    parsed.add_argument("--seconds", type=float, default=90, help="for everything together (default: %(default)s)")
+    parsed.add_argument("--small", action="store_true", help="small products, for the emulator")
+    parsed.add_argument("--one", metavar="BACKEND,NUMBER", help="only this configuration, in this process")
+    return parsed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

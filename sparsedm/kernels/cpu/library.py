@@ -1,0 +1,175 @@
+"""The C library of this folder: compiled by the system's `cc` at first use, kept in the cache folder, loaded by ctypes.
+
+It is named by a hash of the sources, the flags and the compiler. The flags follow what torch says of the CPU, not
+-march=native, so that a home folder may be shared by different machines. What is found in the cache is loaded only if
+it is whole (its last 32 bytes are the SHA-256 of the rest) and ours (its owner is this user).
+
+OpenMP: the sources are compiled with -fopenmp and linked without it. Their calls then reach the libgomp that torch has
+loaded, whatever its file is called, so there is one pool of threads and `torch.set_num_threads` counts.
+
+Without a compiler, or on a CPU that is neither x86 with AVX2 nor aarch64, `library()` is None and
+`unavailable_because()` says why, which is also logged once; callers then compute in torch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.files import atomic_file, cache_folder
+
+FOLDER = Path(__file__).parent
+SOURCES = ("product.c", "attention.c", "mask.c")
+FLAGS = ("-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+INSTRUCTIONS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "neon": (),
+}
+TIMEOUT = 300  # seconds for one call of the compiler
+log = logging.getLogger(__name__)
+
+
+class _Unavailable(Exception):
+    """Why there is no library."""
+
+
+def instruction_set():
+    """ "avx512", "avx2", "neon", or None where the library does not serve the CPU."""
+    if not sys.platform.startswith("linux"):
+        return None
+    if platform.machine() == "aarch64":
+        return "neon"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability) if platform.machine() == "x86_64" else None
+
+
+def library():
+    """The loaded library, or None. The first call may compile for some seconds."""
+    return _loaded()[0]
+
+
+def unavailable_because():
+    """None, or why `library()` is None, as a phrase."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded():
+    instructions = instruction_set()
+    if instructions is None:
+        return None, "the C kernels need Linux on x86 with AVX2 or on aarch64"
+    _share_openmp()
+    for threads in ("-fopenmp",), ():
+        try:
+            return _load((*FLAGS, *INSTRUCTIONS[instructions], *threads)), None
+        except _Unavailable as error:
+            reason = str(error)
+            if "GOMP" not in reason and "fopenmp" not in reason:
+                break
+    log.warning("CPU kernels are not available (%s): torch's dense products run instead", reason)
+    return None, reason
+
+
+def _load(flags):
+    """The library of these flags, from the cache or compiled. Raises _Unavailable."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise _Unavailable("there is no C compiler `cc`")
+    kept = cache_folder() / "cpu" / f"{_name(flags, compiler)}.so"
+    if _is_whole(kept):
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError:  # of another system: compiled anew
+            pass
+    with tempfile.TemporaryDirectory() as folder:
+        built = _compile(flags, compiler, Path(folder))
+        try:
+            with atomic_file(kept) as partial:
+                shutil.copyfile(built, partial)
+            built = kept
+        except InputError as error:
+            log.warning("the compiled CPU kernels are not kept for the next process: %s", error)
+        try:
+            return ctypes.CDLL(str(built))  # a loaded file may be removed
+        except OSError as error:
+            raise _Unavailable(f"the compiled library cannot be loaded: {error}") from None
+
+
+def _name(flags, compiler):
+    status = os.stat(os.path.realpath(compiler))
+    parts = [platform.machine(), *flags, os.path.realpath(compiler), status.st_size, status.st_mtime_ns]
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode())
+    for name in ("vectors.h", *SOURCES):
+        digest.update((FOLDER / name).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _is_whole(path):
+    try:
+        if path.stat().st_uid not in (os.getuid(), 0):
+            return False
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return len(data) > 32 and hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
+def _compile(flags, compiler, folder):
+    """The sources' shared library in `folder`, its own SHA-256 appended."""
+    objects = [folder / f"{name}.o" for name in SOURCES]
+    _call_all([[compiler, *flags, "-c", FOLDER / name, "-o", out] for name, out in zip(SOURCES, objects)])
+    built = folder / "library.so"
+    _call_all([[compiler, "-shared", *objects, "-o", built, "-lm"]])
+    with open(built, "r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(digest)
+    return built
+
+
+def _call_all(commands):
+    """Run the commands side by side. Raises _Unavailable if one fails."""
+    processes, failure = [], None
+    try:
+        for command in commands:
+            processes.append(
+                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            )
+        for process in processes:
+            output = process.communicate(timeout=TIMEOUT)[0].decode(errors="replace").strip().splitlines()
+            if process.returncode and not failure:
+                told = next((line for line in output if "error" in line), output[0] if output else "it said nothing")
+                failure = f"`cc` ended with {process.returncode}: {told.strip()}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failure = f"`cc` did not run: {error}"
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    if failure:
+        raise _Unavailable(failure)
+
+
+def _share_openmp():
+    """Make the functions of the OpenMP library that torch has loaded visible to ours."""
+    try:
+        paths = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*", Path("/proc/self/maps").read_text()))
+    except OSError:
+        return
+    for path in sorted(paths, key=lambda path: "/torch" not in path):
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue

@@ -1,0 +1,495 @@
+"""Whole models: `sparsify` gives layers a pattern, `compress` makes the form that runs, `decompress` goes back."""
+
+import contextlib
+import copy
+import functools
+import inspect
+import itertools
+import re
+import types
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.masked_matmul import GradientRule
+from sparsedm.kernels.pattern import Pattern, group_view, holds
+from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
+from sparsedm.layers import (
+    Compressed,
+    CompressedConv2d,
+    CompressedLinear,
+    Conv2d,
+    Linear,
+    Masked,
+    invalid_because,
+    product_dtype,
+)
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+_TRANSFORMER = (
+    r"blocks\.\d+\.(attn\d?\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
+    r"|ff(_context)?\.net\.(0\.proj|2)|proj_(mlp|out))$"
+)
+_SMALL = "an embedding, a modulation or an end layer: few MACs, and every token depends on it"
+FAMILIES = {  # class of the model: (the layers to make sparse unless told otherwise, why the others stay dense)
+    "UNet2DModel": (r"^(?!conv_in$)", "the first convolution, of few channels"),  # the layers of our own DDPM
+    "UNet2DConditionModel": (r"(down|mid|up)_blocks?\.(?!.*time_emb_proj$)", _SMALL),
+    "DiTTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "PixArtTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "SD3Transformer2DModel": (_TRANSFORMER, _SMALL),
+    "FluxTransformer2DModel": (_TRANSFORMER, _SMALL),
+    "VisionTransformer": (r"\.(attn\.(qkv|proj)|mlp\.(fc[12]|[03]))$", _SMALL),  # timm's and torchvision's
+}
+
+
+def _selection(model, where):
+    """((name, module) -> whether it is selected, name -> why it stays dense if it is not)."""
+    if where is not None:
+        return _selector(model, where), lambda name: "not selected"
+    known = {}  # prefix of its names -> (selector, reason): the model itself, or those in a wrapper as DDP or PEFT
+    for name, module in model.named_modules():
+        where, reason = _known_layers(module)
+        if where and not any(name.startswith(prefix) for prefix in known):
+            known[f"{name}." if name else ""] = _selector(module, where), reason
+    if not known:
+        return _selector(model, "all"), lambda name: "not selected"
+
+    def inside(name):
+        return next((prefix for prefix in known if name.startswith(prefix)), None)
+
+    def selected(name, module):
+        prefix = inside(name)
+        return prefix is not None and known[prefix][0](name.removeprefix(prefix), module)
+
+    def reason(name):
+        prefix = inside(name)
+        return "outside of the known model inside: name it in where=" if prefix is None else known[prefix][1]
+
+    return selected, reason
+
+
+def _known_layers(module):
+    """(where, why the others stay dense) for one of our models or of FAMILIES, (None, None) for any other."""
+    if getattr(module, "sparse_layers", None):
+        return module.sparse_layers, "not selected"
+    for kind in type(module).__mro__:
+        where, reason = FAMILIES.get(kind.__name__, (None, None))
+        if where and any(re.search(where, name) for name, _ in module.named_modules()):  # not only of the same name
+            return where, reason
+    return None, None
+
+
+def _selector(model, where):
+    if where == "all":
+        return lambda name, module: True
+    if callable(where):
+        return where
+    if isinstance(where, str):
+        try:
+            expression = re.compile(where)
+        except re.error as error:
+            raise InputError(f"where={where!r} is not a regular expression: {error}") from None
+        return lambda name, module: expression.search(name)
+    try:
+        names = list(where)
+    except TypeError:
+        raise InputError(f"where={where!r}: an expression, a list of names, or a predicate (name, module)") from None
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear | nn.Conv2d)}
+    unknown = [str(name) for name in names if name not in layers]
+    if unknown:
+        raise InputError(f"where names layers the model does not have: {', '.join(unknown)}")
+    chosen = {layers[name] for name in names}
+    return lambda name, module: module in chosen
+
+
+def _dense_reason(name, module, parent, pattern):
+    """None if `module` can take `pattern`, else why it stays dense."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other tensors (parametrize, weight_norm and the like)"
+    if type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__}"
+    if getattr(parent, "lora_magnitude_vector", None):
+        return "DoRA reads its weight without calling it"
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        return f"{type(parent).__name__} reads its weight without calling it"
+    if not isinstance(module, Masked) and type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} is a special kind of {type(module).__mro__[1].__name__}"
+    if "lora_" in name:
+        return "a LoRA factor: merge it into its layer first"
+    if "forward" in vars(module):
+        return "its forward was replaced (by a hook of accelerate or diffusers): sparsify before that"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if pattern is None:
+        return "no pattern was set"
+    return invalid_because(module.weight, pattern)
+
+
+# ---- masked models ---------------------------------------------------------------------------------------------------
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: str | Pattern | None,
+    where: str | Collection[str] | Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """Give the layers of `model` a pattern, in place, and return the model.
+
+    Plain `nn.Linear` and `nn.Conv2d` modules of any model become ours, the model itself too if it is one; parameters,
+    hooks and optimizer state stay as they are. Layers that cannot hold the pattern, or are not selected, are dense
+    afterwards, also where an earlier call had given them a pattern, and `inspect` says why.
+
+    pattern: "2:4", Pattern, or None / "dense" to take patterns away.
+    where: None (the model's own `sparse_layers` if it has one, else what FAMILIES says of its class, else all), "all",
+        a regular expression searched for in the dotted names, a list of names, or a predicate (name, module) -> bool.
+    Raises: InputError if nothing was selected or no selected layer can hold the pattern.
+    """
+    pattern = Pattern.parse(pattern)
+    selected, unselected = _selection(model, where)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    parents = {child: parent for parent in model.modules() for child in parent._modules.values()}
+    reasons = {n: _dense_reason(n, m, parents.get(m), pattern) if selected(n, m) else unselected(n) for n, m in found}
+    chosen = [n for n, m in found if selected(n, m)]
+    if not chosen:
+        if any(isinstance(m, Compressed) for m in model.modules()):
+            raise InputError("the model is compressed and has no weights to mask: decompress(model) gives them back")
+        raise InputError(f"where={where!r} selects none of the {len(found)} linear and convolution layers")
+    if pattern and all(reasons.values()):
+        raise InputError(f"no selected layer can hold {pattern}: {reasons[chosen[0]]}")
+    for name, module in found:
+        if not reasons[name] and not isinstance(module, Masked):
+            _adopt(module)
+        if isinstance(module, Masked):
+            module.set_pattern(None if reasons[name] else pattern)
+        if reasons[name]:
+            module.dense_reason = reasons[name]
+    for module in model.modules():
+        if hasattr(type(module), "fuse_projections"):  # diffusers: copies the weights of q, k and v into a plain layer
+            vars(module).pop("fuse_projections", None)
+            if masked_layers(module):
+                module.fuse_projections = _refuse_to_fuse
+    return model
+
+
+def _adopt(module):
+    """Make a plain layer ours, in place: whoever holds it, holds ours."""
+    module.__class__ = Linear if type(module) is nn.Linear else Conv2d
+    module._start_masking()
+    module._plain = True  # it was, and `bake` makes it so again
+    return module
+
+
+def _refuse_to_fuse(*arguments, **options):
+    raise InputError("fuse_qkv_projections() would drop the masks of to_q, to_k and to_v: fuse before sparsify")
+
+
+def masked_layers(model):
+    """[(name, layer)] of the layers that hold a pattern."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, Masked) and m.pattern is not None]
+
+
+def set_masking(
+    model: nn.Module, *, decay: float = 0.0, kept: float = 1.0, dropped: float = 1.0, frozen: bool = False
+) -> None:
+    """Gradient settings of every layer that has a pattern.
+
+    dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
+    frozen=True is ASP. frozen=True keeps today's masks for good (they are then saved with the weights).
+
+    Every backward adds the decay once per weight, as it is, to the gradient as it arrives. To accumulate gradients over
+    n parts of a batch, divide the gradients by n, not the losses; under a GradScaler multiply the decay by its scale.
+    `save_model` keeps the settings. Raises: InputError if no layer has a pattern: call `sparsify` first.
+    """
+    layers = masked_layers(model)
+    if not layers:
+        raise InputError("the model holds no masked layer whose gradients could be set: call sparsify first")
+    for _, layer in layers:
+        layer.rule = GradientRule(float(decay), float(kept), float(dropped))
+        layer.hook_decay()
+        if frozen != (layer.mask is not None):
+            layer.freeze_mask(frozen)
+
+
+def masks(model):
+    """{layer name: bool mask with the weight's shape} of the layers that have a pattern."""
+    return {name: layer.current_mask() for name, layer in masked_layers(model)}
+
+
+@contextlib.contextmanager
+def hold_masks(*models: nn.Module) -> Iterator[None]:
+    """Select the masks now and use them in every forward of the block, instead of selecting in each.
+
+    It belongs around work that leaves the weights as they are: the forwards and backwards of one optimizer step, or
+    sampling. Enter it under the autocast that the forwards run in. Inside of the block a changed weight keeps its old
+    mask.
+    Raises: InputError at the end of the block (on a GPU at the end of a later one, because nothing here waits for the
+    GPU), naming the layer, if a weight was changed inside of it; at once, if a weight is sharded (a DTensor), because
+    only a forward puts its parts together.
+    """
+    layers = {layer: name for model in models for name, layer in masked_layers(model)}
+    for layer, name in layers.items():
+        if is_sharded(layer.weight):
+            raise InputError(f"the weight of {name} is sharded: its mask can only be selected in each forward")
+    outer = [layer._held for layer in layers]
+    before = [(layer.weight, _checksum(layer)) for layer in layers]
+    with torch.inference_mode(False):  # what is held must serve a backward, too
+        held = [(layer.weight, layer.selection(product_dtype(layer.weight))) for layer in layers]
+    for layer, mine in zip(layers, held):
+        layer._held = mine
+    try:
+        yield
+    finally:
+        for layer, mine, theirs in zip(layers, held, outer):
+            layer._held = theirs if layer._held is mine else None  # else a pattern was set, and theirs is old too
+    changed = [_changed(layer, *record) for layer, record in zip(layers, before)]
+    if changed:
+        _refuse_changes(torch.stack(changed), list(layers.values()))
+
+
+_unseen = []  # (event, flags in host memory, names) of the blocks on a GPU that have not been looked at
+
+
+def _refuse_changes(changed, names):
+    """Raise InputError for the first name whose flag in `changed` is set: on a GPU, when the flags have arrived."""
+    arrived = []
+    if changed.is_cuda:
+        event, flags = torch.cuda.Event(), torch.empty(changed.shape, dtype=torch.bool, pin_memory=True)
+        flags.copy_(changed, non_blocking=True)
+        event.record()
+        _unseen.append((event, flags, names))
+        while _unseen and _unseen[0][0].query():
+            arrived.append(_unseen.pop(0)[1:])
+    elif not changed.is_meta:
+        arrived.append((changed.cpu(), names))
+    for flags, names in arrived:
+        for name in itertools.compress(names, flags.numpy()):
+            raise InputError(f"the weight of {name} was changed while its mask was held: step after the block")
+
+
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def _changed(layer, weight, checksum):
+    now = _checksum(layer)
+    if layer.weight is not weight or now.shape != checksum.shape or now.device != checksum.device:
+        return now.new_ones((), dtype=torch.bool)
+    return (now != checksum).any()
+
+
+def _checksum(layer):
+    """int64 sums of the bits of every row and of every column of the weight: what is changed unseen was made for it."""
+    rows = layer.weight.detach().flatten(1).contiguous()
+    size = next(size for size in (8, 4, 2, 1) if rows.shape[1] * rows.element_size() % size == 0)
+    bits = rows.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
+    return torch.cat((bits.sum(1), bits.sum(0)))
+
+
+# ---- compressed models -----------------------------------------------------------------------------------------------
+
+
+def compress(model: nn.Module) -> nn.Module:
+    """A new model whose layers hold only what they multiply with: 2:4 weights as values + metadata, others as they are.
+
+    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes a CompressedLinear or a
+    CompressedConv2d, and so does a linear layer whose weight is torch's SparseSemiStructuredTensor. A denser masked
+    layer, such as 3:4, becomes a dense layer with its mask applied. Forward hooks move along. The input model is not
+    touched.
+    Raises: InputError if no layer is masked, or a function that replaces a method of a module cannot move along.
+    """
+    layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
+    if not layers:
+        raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
+    compressed = {layer: _compress_layer(layer) for layer in layers}
+    small = _with_layers(model, compressed).eval()
+    small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    small._tied = [names for names in parameter_names(model) if len(names) > 1]
+    return small.requires_grad_(False)
+
+
+def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
+    """A new model with a dense weight, value for value, in place of every compressed one; in eval mode, as `model` is.
+
+    Parameters can be trained, except those that could not when `model` was compressed. Tied weights are tied again.
+
+    form: "masked": layers of the pattern 2:4, to be trained on. "cutlass" or "cusparselt": the linear layers hold
+    torch's SparseSemiStructuredTensor for that library, and run only on a GPU; the convolutions are dense.
+    Raises: InputError if no layer is compressed, the library cannot hold a layer, or a weight that was tied is another
+    by now.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
+    if form not in ("masked", *TORCH_TENSORS):
+        raise InputError(f"form={form!r}: one of masked, {', '.join(TORCH_TENSORS)}")
+    if not layers:
+        raise InputError("the model holds no compressed layer")
+    dense = _with_layers(model, {layer: layer.masked() for layer in layers.values()})
+    dense.train(model.training)
+    for names in getattr(model, "_tied", ()):
+        _tie(dense, names, layers)
+    if form == "masked":
+        for name, parameter in dense.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and name not in getattr(model, "_frozen", ()))
+        return dense
+    for name in layers:
+        layer = dense.get_submodule(name)
+        layer.set_pattern(None)
+        if isinstance(layer, Linear):
+            layer.weight = nn.Parameter(to_torch(layer.weight.detach(), form), requires_grad=False)
+    return dense
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """A new, plain model of the same class, with zeros in its weights where the masks are: any N:M, no layer of ours.
+
+    Layers that `sparsify` made ours are torch's again, and a compressed model is decompressed first. The network that
+    comes out computes what `model` does, bit for bit. Tied weights stay tied; hooks move along.
+    Raises: InputError if no layer is masked, or a masked weight is also used without the same mask.
+    """
+    if any(isinstance(m, Compressed) for m in model.modules()):
+        model = decompress(model)
+    layers = dict(masked_layers(model))
+    if not layers:
+        raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
+    baked = {}  # id of a weight: what stands in its place
+    for layer in layers.values():
+        zeros = torch.where(layer.current_mask(), layer.weight.detach(), 0)
+        baked.setdefault(id(layer.weight), []).append(nn.Parameter(zeros, layer.weight.requires_grad))
+    for names in parameter_names(model):
+        weight = model.get_parameter(names[0])
+        found = baked.get(id(weight), [])
+        plain = [weight] if found and any(name.rpartition(".")[0] not in layers for name in names) else []
+        if not all(torch.equal(found[0], other) for other in found[1:] + plain):
+            raise InputError(f"{' and '.join(names)} are one weight under different masks: it cannot be baked")
+    plain = _copied(model, {key: found[0] for key, found in baked.items()})
+    for module in plain.modules():
+        if getattr(module, "_plain", False):
+            module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
+            for name in ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_plain"):
+                delattr(module, name)
+            del module._buffers["mask"]
+        elif isinstance(module, Masked) and module.pattern is not None:
+            module.set_pattern(None)
+        vars(module).pop("fuse_projections", None)
+    return plain
+
+
+def _tie(dense, names, compressed):
+    """Let the layers of `dense` share one weight, which must give each of them the weight it had as compressed."""
+    names = sorted(names, key=lambda name: name.rpartition(".")[0] in compressed)  # an embedding's holds all entries
+    shared = dense.get_parameter(names[0])
+    for name in names[1:]:
+        layer = dense.get_submodule(name.rpartition(".")[0])
+        if name.rpartition(".")[0] in compressed:
+            own, layer.weight = layer.weight, shared
+            if own.shape != shared.shape or not torch.equal(layer.effective_weight(), own):
+                raise InputError(f"{name} was tied to {names[0]}, and their values no longer belong to one weight")
+
+
+def parameter_names(model):
+    """The names of each parameter, a list of more than one where it is tied."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+def _with_layers(model, replacements):
+    for old, new in replacements.items():
+        for hooks in _HOOKS:
+            setattr(new, hooks, getattr(old, hooks).copy())
+    return _copied(model, {id(old): new for old, new in replacements.items()})
+
+
+def _copied(model, memo):
+    """A deep copy, in which what `memo` names by its id stands in place of the old.
+
+    Raises: InputError for a function that would go on running the old network.
+    """
+    for name, attribute in replaced_methods(model):
+        raise InputError(f"{name}.{attribute} was replaced by a function that a copy of the model cannot take along")
+    return copy.deepcopy(model, memo)
+
+
+def replaced_methods(model):
+    """[(module name, attribute)] of functions, set on modules of the model, that refer to its modules by closure."""
+    modules, registries = set(model.modules()), set(vars(nn.Module()))
+    return [
+        (name or type(model).__name__, attribute)
+        for name, module in model.named_modules()
+        for attribute, value in module.__getstate__().items()
+        if attribute not in registries and _keeps(value, modules)
+    ]
+
+
+def _keeps(value, modules):
+    """Whether a deep copy of `value` refers to the old modules: it copies bound methods, but no function's closure."""
+    if isinstance(value, types.MethodType):
+        return _keeps(value.__func__, modules)
+    if isinstance(value, functools.partial):
+        return any(_keeps(part, modules) for part in (value.func, *value.args, *value.keywords.values()))
+    return isinstance(value, types.FunctionType) and _refers(value, modules, set())
+
+
+def _refers(value, modules, seen):
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        return value in modules
+    parts = ()
+    if isinstance(value, types.MethodType):
+        parts = value.__self__, value.__func__
+    elif isinstance(value, functools.partial):
+        parts = value.func, *value.args, *value.keywords.values()
+    elif isinstance(value, list | tuple | set | dict):
+        parts = value.values() if isinstance(value, dict) else value
+    elif isinstance(value, types.FunctionType):
+        used = inspect.getclosurevars(value)
+        parts = *used.nonlocals.values(), *used.globals.values(), *(value.__defaults__ or ())
+        parts += tuple((value.__kwdefaults__ or {}).values())
+    return any(_refers(part, modules, seen) for part in parts)
+
+
+def _is_torch_sparse(module):
+    return isinstance(module, nn.Linear) and isinstance(module.weight, tuple(TORCH_TENSORS.values()))
+
+
+def _compress_layer(layer):
+    with torch.no_grad():
+        if _is_torch_sparse(layer):
+            twin = copy.copy(layer)
+            twin._buffers = dict(layer._buffers)
+            return CompressedLinear(_adopt(twin), layer.weight.to_dense())
+        reason = uncompressed_because(layer)
+        if not reason:
+            return CompressedLinear(layer) if isinstance(layer, Linear) else CompressedConv2d(layer)
+        dense = copy.deepcopy(layer)
+        dense.weight.copy_(layer.effective_weight())
+        dense.set_pattern(None)
+        dense.dense_reason = reason
+        return dense
+
+
+def uncompressed_because(layer):
+    """None if a masked layer can be held as 2:4 values + metadata, else the reason as a short phrase."""
+    if isinstance(layer, Conv2d) and (
+        layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
+        return "convolutions with groups, or padded other than by a number of zeros, have no compressed form"
+    reason = invalid_because(layer.weight, Pattern(2, 4))
+    if reason:
+        return reason
+    if layer.weight.is_meta:  # no values to look at
+        fits = layer.pattern.keep <= 2
+    else:
+        fits = holds(group_view(layer.effective_weight()), Pattern(2, 4))
+    return None if fits else f"{layer.pattern} keeps more than 2 of every 4 somewhere"

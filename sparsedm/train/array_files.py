@@ -1,0 +1,199 @@
+"""Images that lie in files as arrays: numpy's .npz, and CIFAR-10 (Krizhevsky, 2009) as its author distributes it.
+
+.npz: images under one of the names images, x, arr_0; labels, if there are any, under labels, y or arr_1.
+CIFAR-10: python batches or binary batches, in a folder or a tar.gz. Binary batch: records of 3073 bytes, the label and
+then 3 x 32 x 32 pixels, plane by plane. Python batch: a pickled dict with `data` (uint8, n x 3072, the same pixels) and
+`labels`. A pickle can run any code, so these are read with an unpickler that knows no class at all but stand-ins for
+the few a batch is made of.
+"""
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+import zlib
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sparsedm.errors import InputError
+from sparsedm.files import cache_folder, download
+from sparsedm.train.image_files import MOST_BYTES, Parts
+
+IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0"), ("labels", "y", "arr_1")  # in an .npz file
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+TRAIN, TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+MOST_BATCH_BYTES = 1 << 28  # of one batch, which has 31 MB; the limit is against bombs
+
+
+def read_npz(path):
+    """Read an .npz file of plain arrays, see the top of this file. Returns Parts; InputError names the rule."""
+    try:
+        with ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                raise InputError(f"{path} unpacks to more than {MOST_BYTES} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (BadZipFile, EOFError, MemoryError, ValueError, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
+    images, labels = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS))
+    if len(images) != 1 or len(labels) > 1 or len(images + labels) < len(arrays):
+        rule = f"one of {', '.join(IMAGE_KEYS)} is needed, one of {', '.join(LABEL_KEYS)} may be there"
+        raise InputError(f"{path} holds the arrays {', '.join(arrays) or 'none'}: {rule}")
+    images, labels = _as_images(path, arrays[images[0]]), arrays[labels[0]] if labels else None
+    if labels is None:
+        return Parts({"all": (images, None)})
+    one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not one_each or labels.min() < 0 or labels.max() > 65535:
+        raise InputError(f"{path}: labels must be {len(images)} integers from 0 to 65535, one for each image")
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return Parts({"all": (images, labels)}, tuple(map(str, range(labels.max() + 1))))
+
+
+def _as_images(path, array):
+    """Tensor uint8 (n, 1 or 3, h, w), or float32 (n, c, h, w) latents."""
+    if array.ndim != 4 or not array.size:
+        raise InputError(f"{path}: images of shape {array.shape} must be (n, h, w, c) or (n, c, h, w)")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: the latents hold NaN or infinity")
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
+    if array.dtype != np.uint8 or last == first:
+        rule = "uint8 with 1 or 3 channels on the second or the last axis (or floating-point latents)"
+        raise InputError(f"{path}: images of {array.dtype} {array.shape} must be {rule}")
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array))
+
+
+# ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
+
+
+def download_cifar10(folder=None, url=None, progress=True):
+    """The path of cifar-10-python.tar.gz in `folder` (default: the cache), downloaded unless it is there.
+
+    url: a mirror; default $SPARSEDM_CIFAR10_URL, else the author's page. The file must have the author's checksum.
+    """
+    url = url or os.environ.get("SPARSEDM_CIFAR10_URL") or URL
+    return download(url, (folder or cache_folder()) / "cifar-10-python.tar.gz", SHA256, progress)
+
+
+def cifar10_folder(folder):
+    """`folder`, or cifar-10-batches-py or -bin inside it, whichever holds CIFAR-10 batches; else None."""
+    for candidate in (folder, *(child for child in sorted(folder.glob("cifar-10-batches-*")) if child.is_dir())):
+        if any((candidate / name).is_file() for name in (TRAIN[0], TRAIN[0] + ".bin", TEST[0], TEST[0] + ".bin")):
+            return candidate
+    return None
+
+
+def read_cifar10(path, progress=True):
+    """Read a folder (see cifar10_folder) or tar.gz file. Returns Parts: train and test, uint8 (n, 3, 32, 32).
+
+    InputError, naming the file: a batch missing, damaged or with anything else in its pickle.
+    """
+    batches = _folder_batches(path) if path.is_dir() else _tar_batches(path)
+    batches = dict(tqdm(batches, f"read {path.name}", total=6, unit="batch", disable=None if progress else True))
+    for name in TRAIN + TEST:
+        if name not in batches:
+            raise InputError(f"{path} lacks {name}: CIFAR-10 is data_batch_1 to data_batch_5 and test_batch")
+    splits = {}
+    for split, names in {"train": TRAIN, "test": TEST}.items():
+        images, labels = zip(*(batches[name] for name in names))
+        splits[split] = torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
+    return Parts(splits, CLASSES)
+
+
+def _folder_batches(folder):
+    for name in TRAIN + TEST:
+        for file in (folder / name, folder / f"{name}.bin"):
+            if file.is_file():
+                if file.stat().st_size > MOST_BATCH_BYTES:
+                    raise InputError(f"{file} is larger than {MOST_BATCH_BYTES} bytes, which no CIFAR-10 batch is")
+                yield name, _batch(file, file.read_bytes())
+
+
+def _tar_batches(path):
+    """Read in memory what is needed, by the last part of its name: nothing is extracted, so no path can climb out."""
+    try:
+        with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+            for member in archive:
+                if member.size > MOST_BATCH_BYTES:
+                    raise InputError(f"{path} holds {member.name!r} of {member.size} bytes, which no CIFAR-10 batch is")
+                name = os.path.basename(member.name)
+                if member.isreg() and name.removesuffix(".bin") in TRAIN + TEST:
+                    yield name.removesuffix(".bin"), _batch(f"{path}/{name}", archive.extractfile(member).read())
+            file.read(MOST_BATCH_BYTES)  # to the end, where gzip compares its checksum
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is not a readable tar.gz file, perhaps cut short ({error})") from error
+
+
+def _batch(name, content):
+    """Images uint8 (n, 3, 32, 32) and labels int64 (n,) from the bytes of one batch."""
+    try:
+        pixels, labels = (_binary if str(name).endswith(".bin") else _pickled)(content)
+        if len(labels) != len(pixels) or not 0 <= labels.min() <= labels.max() < len(CLASSES):
+            raise ValueError("a label for each image, from 0 to 9, is the rule")
+        return pixels.reshape(-1, 3, 32, 32), labels
+    except _Foreign as error:
+        raise InputError(f"{name} asks for {error}, which no CIFAR-10 batch needs: refused") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        raise InputError(f"{name} is not a CIFAR-10 batch ({error})") from error
+
+
+def _binary(content):
+    records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+    return records[:, 1:], records[:, 0].astype(np.int64)
+
+
+def _pickled(content):
+    batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    _, shape, dtype, fortran, raw = batch["data"].state
+    if dtype.code not in ("u1", b"u1"):
+        raise ValueError(f"pixels of type {dtype.code} instead of u1")
+    pixels = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
+    return pixels.reshape(-1, 3072), np.array(batch["labels"], np.int64)
+
+
+class _Foreign(Exception):
+    """A pickle names something that is not in a batch."""
+
+
+class _Array:
+    """Stands for numpy.ndarray in a pickle: `state` is (version, shape, dtype, column-major, bytes)."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _DType:
+    """Stands for numpy.dtype in a pickle."""
+
+    def __init__(self, code, *args):
+        self.code = code
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    """Nothing but the stand-ins can be named, so nothing of numpy or Python runs."""
+
+    def find_class(self, module, name):
+        match module, name:
+            case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") | ("numpy", "ndarray"):
+                return _Array
+            case "numpy", "dtype":
+                return _DType
+            case "_codecs", "encode":  # how Python 3 writes bytes for Python 2
+                return lambda text, encoding: text.encode("latin1")
+        raise _Foreign(f"{module}.{name}")

@@ -1,0 +1,57 @@
+"""What the originals do with each published network: how it is trained, how its images are cropped, how it is sampled.
+
+From the configurations of github.com/baofff/U-ViT, facebookresearch/DiT, ermongroup/ddim and EnVision-Research/DDSM.
+The average of the weights keeps its warm-up (`TrainOptions.ema_warmup`), which no original has: it is forgotten within
+a thousandth of their runs, and short runs need it.
+"""
+
+from typing import NamedTuple
+
+from sparsedm.models import MODELS
+
+
+class Published(NamedTuple):
+    """training: options of `TrainOptions` that differ from its defaults, and steps, the length of the original's run.
+    steps: of the sampler, which for all of these is the number of network evaluations. crop: see `data.load`."""
+
+    training: dict
+    steps_trained: int
+    sampler: str = "dpm++2m"
+    steps: int = 50
+    clip: str = "never"
+    crop: str = "square"
+
+
+_UVIT = {"clip": 0.0, "betas": (0.99, 0.99), "warmup_most": 5000}
+_LATENT = _UVIT | {"batch_size": 1024}
+_ADAM = {"optimizer": "adam", "betas": (0.9, 0.999), "weight_decay": 0.0}
+_DDPM = Published(_ADAM, 500_000, "ddpm-large", 1000, "every")
+_SLIMMABLE = _ADAM | {"lr": 4e-4, "batch_size": 256, "warmup_most": 5000}
+_DIT = _ADAM | {"optimizer": "adamw", "lr": 1e-4, "batch_size": 256, "warmup": 0, "clip": 0.0}
+_SDE = ("euler-maruyama-uvit", 1000)
+
+PUBLISHED = {  # by preset
+    "uvit-cifar10-small": Published({"clip": 0.0}, 500_000, *_SDE),
+    "uvit-celeba64-small": Published(_UVIT, 500_000, *_SDE, crop="celeba"),
+    "uvit-imagenet64-mid": Published(_LATENT | {"lr": 3e-4}, 300_000),
+    "uvit-imagenet64-large": Published(_LATENT | {"lr": 3e-4}, 300_000),
+    "uvit-imagenet256-large": Published(_LATENT | {"label_dropout": 0.15}, 300_000),
+    "uvit-imagenet256-huge": Published(_LATENT, 500_000),
+    "uvit-imagenet512-large": Published(_LATENT | {"label_dropout": 0.15}, 500_000),
+    "uvit-imagenet512-huge": Published(_LATENT, 500_000),
+    "uvit-coco-small": Published(_UVIT | {"betas": (0.9, 0.9), "batch_size": 256}, 1_000_000),
+    "uvit-coco-small-deep": Published(_UVIT | {"betas": (0.9, 0.9), "batch_size": 256}, 1_000_000),
+    "ddpm-cifar10": _DDPM,
+    "ddpm-celeba64": _DDPM._replace(crop="celeba"),
+    "slimmable-cifar10": Published(_SLIMMABLE, 450_000, "ddpm-large", 1000, "final"),
+}
+PUBLISHED |= {
+    name: Published(_DIT, 7_000_000 if "256" in name else 3_000_000, "ddpm-learned", 250)
+    for name in MODELS
+    if name.startswith("dit-imagenet")
+}
+
+
+def published(config):
+    """The Published row of a network that has the shape of one of the presets, None for any other."""
+    return next((row for name, row in PUBLISHED.items() if MODELS[name] == config), None)

@@ -1,0 +1,110 @@
+"""The benchmark without a GPU: the emulator's driver, and what else torch.cuda would have to give to it.
+
+A process in which `sitecustomize` calls `start()` takes this machine for one with an H200. Kernels run in the emulator,
+unless `execute` is False, where they are compiled and launched, and leave their output as it was. Times mean nothing.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from tests import emulated_gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+class Generator(torch.Generator):
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
+
+
+class Clock:
+    """One call for each sample, however long it takes."""
+
+    def __new__(cls, device, graphs=True):
+        from bench.timing import CpuClock
+
+        clock = CpuClock()
+        clock.ready = lambda run: timed(run)
+        clock.held = lambda call, microseconds: (timed(call).times, {"power_w": "1", "sm_mhz": "2"})
+        return clock
+
+
+def timed(run):
+    from bench.timing import Timed, percentiles
+
+    run()
+    found = Timed(lambda count: [7.0] * count, "stand-in", run)
+    return type("TimedHere", (Timed,), {"times": percentiles([7.0])})(*found)
+
+
+def start(planted=None):
+    """Take this machine for one with an H200. planted: None, or {number of a wgmma configuration: "hangs" or "wrong"}.
+    Then no kernel is executed: each is compiled and launched, and torch computes what it would have computed; and there
+    are no more configurations than these and one."""
+    device = emulated_gpu.start(execute=planted is None)
+    torch.Generator = Generator
+    torch.cuda.get_device_name = lambda device=None: "Stand-in"
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.memory_allocated = lambda device=None: 0
+    torch.cuda.get_device_properties(0).uuid = "0"
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    adamw = torch.optim.AdamW.__init__
+    torch.optim.AdamW.__init__ = lambda self, *a, capturable=False, **options: adamw(self, *a, **options)
+    from bench import timing
+
+    timing.CudaClock = Clock
+    if planted is not None:
+        plant(planted)
+    return device
+
+
+def plant(planted):
+    from sparsedm.kernels import launch, mask, masked_matmul
+    from sparsedm.kernels.sparse24 import dispatch
+
+    every = dispatch.candidates  # before others import it by name
+    kept = ["dense", *(f"wgmma {number}" for number in range(len(planted) + 1))]
+    dispatch.candidates = lambda request: [
+        c for c in every(request) if {c.backend, f"{c.backend} {c.config}"} & {*kept}
+    ]
+    from bench import providers
+    from sparsedm.kernels.sparse24.linear import sparse24_linear_ref
+
+    for module in (launch, mask, masked_matmul):
+        module.uses_triton = lambda *tensors: False
+    launches, configured = dispatch.launch, providers.configured
+
+    def not_executed(*arguments, **options):  # the operator computes in torch what did not run
+        launches(*arguments, **options)
+        return False
+
+    def computed(choice, x, values, metadata, *epilogue, **options):
+        launched, state = configured(choice, x, values, metadata, *epilogue, **options), planted.get(choice.config)
+        state = state if choice.backend == "wgmma" and len(values) > 64 else None  # not where it is only compiled
+
+        def run():
+            launched()
+            if state == "hangs":
+                time.sleep(3600)
+            y = sparse24_linear_ref(x, values, metadata, *epilogue, **options)
+            y[0, 0] += state == "wrong"
+            return y
+
+        return run
+
+    dispatch.launch, providers.configured = not_executed, computed
+
+
+def environment(folder, planted=None):
+    """The environment variables of processes that take this machine so; see `start`."""
+    site = folder / "site"
+    site.mkdir()
+    code = "import sys\nif any(a.startswith('bench.') for a in sys.orig_argv):\n"
+    code += f"    from tests.bench import stand_in\n    stand_in.start({planted!r})\n"
+    (site / "sitecustomize.py").write_text(code)
+    places = {"PYTHONPATH": f"{site}:{ROOT}", "SPARSEDM_CACHE": str(folder / "cache")}
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | places

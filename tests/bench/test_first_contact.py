@@ -1,0 +1,79 @@
+"""First contact on the stand-in driver, and what its parent process makes of children that hang or are wrong."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import baselines, first_contact
+from bench.first_contact import verdict_of
+from tests.bench import stand_in
+
+
+def test_a_configuration_is_compiled_and_then_found_right(tmp_path):
+    command = (sys.executable, "-m", "bench.first_contact", "--small", "--one", "wgmma,8")
+    environment = stand_in.environment(tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=stand_in.ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [first_contact.COMPILED, first_contact.RIGHT]
+
+
+def script(code):
+    return (sys.executable, "-c", f"import subprocess, sys, time\nsay = lambda *s: print(*s, flush=True)\n{code}")
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict"),
+    [
+        ("say('compiled'); say('right')", "right"),
+        ("say('compiled'); say('right'); sys.exit(3)", "exit code 3: right"),
+        ("say('compiled'); raise AssertionError('1 of 9 weights')", "exit code 1: AssertionError: 1 of 9 weights"),
+        ("say('compiled'); subprocess.run(['sleep', '600'])", "hangs: more than 0.5 s"),
+        ("say('warning'); time.sleep(600)", "compiles for more than 2 s"),
+        ("pass", "exit code 0: no output"),
+    ],
+    ids=["right", "ends-badly", "wrong", "hangs", "compiles-for-ever", "silent"],
+)
+def test_the_verdict_on_a_process(code, verdict, monkeypatch):
+    monkeypatch.setattr(first_contact, "COMPILES", 2)
+    began = time.monotonic()
+    assert verdict_of(script(code), 0.5) == verdict
+    assert time.monotonic() - began < 20
+
+
+def test_only_what_is_right_and_meant_for_large_products_is_timed(tmp_path, monkeypatch):
+    """And what is asked for is known to the suite "first"."""
+    seen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for module in (first_contact, baselines):
+        monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        first_contact, "verdict_of", lambda command, _: "hangs" if command[-1] == "wgmma,1" else "right"
+    )
+    monkeypatch.setattr(first_contact.run, "main", lambda arguments: seen.append(arguments) or 3)
+    assert first_contact.main(["--out", str(tmp_path), "--seconds", "50"]) == 3
+    verdicts = json.loads((tmp_path / "first.json").read_text())["configurations"]
+    assert {name for name, verdict in verdicts.items() if verdict != "right"} == {"wgmma 1"}
+    assert {name.split()[0] for name in verdicts} == {"wgmma", "splitk", "mma"}
+    ((*_, seconds, _, names),) = seen
+    assert 0 < int(seconds) <= 50
+    known = [p.name for p in baselines.first_providers("cuda", torch.bfloat16)]
+    assert names.split(",") == [name for name in known if name != "wgmma 1"]
+
+
+def test_when_nothing_is_right_nothing_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(first_contact, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(first_contact, "verdict_of", lambda command, _: "hangs")
+    monkeypatch.setattr(first_contact.run, "main", lambda arguments: pytest.fail("timed"))
+    assert first_contact.main(["--out", str(tmp_path)]) == 1
+
+
+def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert first_contact.main(["--out", str(tmp_path)]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

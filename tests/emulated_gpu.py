@@ -1,0 +1,27 @@
+"""gpu-marked tests without a GPU, by a pytest plugin: `pytest -p tests.emulated_gpu -m gpu tests/kernels/sparse24`."""
+
+import pytest
+
+from emulator import driver
+
+
+def start(capability=driver.H200, execute=True):
+    """Let Triton, torch and sparsedm find a GPU in this process. Returns the emulator's Device."""
+    emulated = driver.start(capability, execute)
+    from sparsedm.kernels import launch
+    from sparsedm.kernels.sparse24 import conv, linear
+
+    for module in (launch, conv, linear):
+        module.capability = lambda device: capability
+    return emulated
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config):
+    """Before Triton is imported."""
+    early_config.emulated = start()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    launches = config.emulated.launches
+    terminalreporter.write_line(f"{len(launches)} launches of {', '.join(sorted(set(launches)))}")

@@ -1,0 +1,50 @@
+import pytest
+
+from sparsedm import samplers
+from sparsedm.models import MODELS, build_model
+from sparsedm.train.image_files import CROPS
+from sparsedm.train.loop import TrainOptions
+from sparsedm.train.published import PUBLISHED, published
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_recipe_is_one(name):
+    row = PUBLISHED[name]
+    options = TrainOptions(steps=row.steps_trained, **row.training)
+    assert published(MODELS[name]) is row
+    assert row.sampler in samplers.SAMPLERS
+    assert row.clip in samplers.CLIPS
+    assert row.crop in CROPS
+    assert sum(samplers.evaluations(row.sampler, row.steps)) == row.steps
+    assert options.lr_at(100_000, 100_000) == options.lr
+    if row.sampler == "ddpm-learned":
+        assert build_model(name, device="meta").config.learn_sigma
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("tiny")])
+def test_every_published_network_has_a_recipe(name):
+    assert name in PUBLISHED
+    assert published(build_model("uvit-tiny", device="meta").config) is None
+
+
+# optimizer, lr, betas, weight decay, warm-up, batch, p_uncond, clip: the originals' configuration files
+EXPECTED = {
+    "uvit-cifar10-small": ("adamw", 2e-4, (0.99, 0.999), 0.03, 2500, 128, 0.1, 0),
+    "uvit-celeba64-small": ("adamw", 2e-4, (0.99, 0.99), 0.03, 5000, 128, 0.1, 0),
+    "uvit-imagenet64-mid": ("adamw", 3e-4, (0.99, 0.99), 0.03, 5000, 1024, 0.1, 0),
+    "uvit-imagenet256-large": ("adamw", 2e-4, (0.99, 0.99), 0.03, 5000, 1024, 0.15, 0),
+    "uvit-imagenet256-huge": ("adamw", 2e-4, (0.99, 0.99), 0.03, 5000, 1024, 0.1, 0),
+    "uvit-coco-small": ("adamw", 2e-4, (0.9, 0.9), 0.03, 5000, 256, 0.1, 0),
+    "ddpm-cifar10": ("adam", 2e-4, (0.9, 0.999), 0.0, 2500, 128, 0.1, 1),
+    "slimmable-cifar10": ("adam", 4e-4, (0.9, 0.999), 0.0, 5000, 256, 0.1, 1),
+    "dit-imagenet256-xlarge": ("adamw", 1e-4, (0.9, 0.999), 0.0, 0, 256, 0.1, 0),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_recipes_are_the_published_ones(name):
+    o = TrainOptions(**PUBLISHED[name].training)
+    warmup = next(u for u in range(10_000) if o.lr_at(u, u) == o.lr)
+    warmup += 1 if warmup else 0  # the last of its steps has the full rate already
+    found = (o.optimizer, o.lr, o.betas, o.weight_decay, warmup, o.batch_size, o.label_dropout, o.clip)
+    assert found == EXPECTED[name]
