@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsedm import diffusion, layers, samplers
+from sparsedm import diffusion, samplers
 from sparsedm.diffusion import VPSDE, DDPMSchedule
 from sparsedm.errors import InputError
-from sparsedm.models import build_model
-from sparsedm.sparsity import sparsify
 from tests.test_diffusion import COVARIANCE, MEAN, SHAPE, Elementwise, Gaussian, Small
 from tests.tolerance import assert_as_good_as_torch
 
@@ -491,13 +489,3 @@ def test_labels_that_no_class_has_are_refused():
 def test_a_learned_variance_asks_for_a_network_that_has_one():
     with pytest.raises(InputError, match="sampler ddpm-learned needs a network that has learnt the variance"):
         samplers.sample(Elementwise(), DDPMSchedule(), 2, SHAPE, sampler="ddpm-learned", steps=2)
-
-
-def test_masks_are_selected_once_for_all_steps(monkeypatch):
-    model = sparsify(build_model("uvit-tiny", image_size=8, dim=16, heads=2), "2:4")
-    selected, select = [], layers.select_mask
-    monkeypatch.setattr(layers, "select_mask", lambda *a, **b: selected.append(a[0]) or select(*a, **b))
-    samplers.sample(model, VPSDE(), 2, (3, 8, 8), steps=3)
-    assert len(selected) == 20
-    diffusion.validation_loss(model, torch.zeros(4, 3, 8, 8), VPSDE(), batch_size=1)
-    assert len(selected) == 40
