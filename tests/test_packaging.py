@@ -87,6 +87,8 @@ def test_what_pip_installs_works_outside_of_the_checkout(built, kind, tmp_path):
     run(*pip, "--no-build-isolation", "--target", target, built[kind], cwd=tmp_path)
     top = {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")}
     assert top - {"bin"} == {"sparsedm"}
-    assert (target / "sparsedm/py.typed").exists()
+    files = [path.relative_to(ROOT) for path in (ROOT / "sparsedm").rglob("*") if path.suffix in (".c", ".h", ".json")]
+    for file in (Path("sparsedm/py.typed"), *files):
+        assert (target / file).exists(), f"{file} is not installed"
     code = f"import sys; sys.path.insert(0, {str(target)!r}); {USE.format(folder=str(target))}"
     run(sys.executable, "-W", "error", "-c", code, cwd=tmp_path)

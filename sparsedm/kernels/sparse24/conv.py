@@ -17,7 +17,7 @@ from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request
 from sparsedm.kernels.sparse24.format import check_shapes, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
-from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
+from sparsedm.kernels.sparse24.linear import ACTIVATIONS, check_operands, sparse24_linear
 
 
 def sparse24_conv2d_ref(
@@ -186,8 +186,6 @@ def _check(x, values, metadata, kernel_size, bias, activation, residual, stride,
     """-> (H', W')."""
     check_shapes(values, metadata)
     features, words = metadata.shape
-    if activation not in ACTIVATIONS:
-        raise InputError(f"unknown activation {activation!r}: it must be one of {', '.join(map(str, ACTIVATIONS))}")
     if x.dim() != 4:
         raise InputError(f"x of shape {tuple(x.shape)}: images are (B, C, H, W)")
     columns = x.shape[1] * kernel_size[0] * kernel_size[1]
@@ -196,20 +194,10 @@ def _check(x, values, metadata, kernel_size, bias, activation, residual, stride,
             f"{x.shape[1]} channels and a {kernel_size[0]} x {kernel_size[1]} kernel make {columns} columns, and the "
             f"weight has {16 * words} (rounded up to a multiple of 16)"
         )
-    if values.dtype != x.dtype:
-        raise InputError(f"x is {str(x.dtype)[6:]} and the weight {str(values.dtype)[6:]}: they must have one dtype")
-    if bias is not None and (bias.shape != (features,) or bias.dtype != x.dtype):
-        raise InputError(
-            f"bias of shape {tuple(bias.shape)} and type {str(bias.dtype)[6:]} must have the shape ({features},) and "
-            f"the type of x, {str(x.dtype)[6:]}"
-        )
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]
     if min(size) < 1:
         raise InputError(f"images of {x.shape[2]} x {x.shape[3]} pixels are smaller than the kernel")
-    if residual is not None and tuple(residual.shape) != (x.shape[0], features, *size):
-        raise InputError(
-            f"residual of shape {tuple(residual.shape)} must have the shape of y, {(x.shape[0], features, *size)}"
-        )
+    check_operands(x, values, metadata, bias, activation, residual, (x.shape[0], features, *size))
     return size

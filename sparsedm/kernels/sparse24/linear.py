@@ -138,27 +138,33 @@ def _(x, values, metadata, prepacked, bias, activation, residual, skip, scale, o
 
 def _check(x, values, metadata, bias, activation, residual, skip, scale):
     check_shapes(values, metadata)
-    devices = {t.device for t in (x, values, metadata, bias, residual, skip, scale) if t is not None}
-    if len(devices) > 1:
-        raise InputError(f"all tensors must be on one device, not on {' and '.join(sorted(map(str, devices)))}")
     N, words = metadata.shape
     K = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    if activation not in ACTIVATIONS:
-        raise InputError(f"unknown activation {activation!r}: it must be one of {', '.join(map(str, ACTIVATIONS))}")
     if words != -(-K // 16):
         raise InputError(f"x has {K} columns and the weight {16 * words} (K rounded up to a multiple of 16)")
     if skip is not None and (skip.shape[:-1] != x.shape[:-1] or skip.dtype != x.dtype):
         raise InputError(f"skip {_describe(skip)} must have the leading dimensions and the dtype of x {_describe(x)}")
-    if values.dtype != x.dtype:
-        raise InputError(f"x is {str(x.dtype)[6:]} and the weight {str(values.dtype)[6:]}: they must have one dtype")
-    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
-        raise InputError(f"bias {_describe(bias)} must have the shape ({N},) and the dtype of x {_describe(x)}")
-    if residual is not None and residual.shape != (*x.shape[:-1], N):
-        raise InputError(f"residual {_describe(residual)} must have the shape of y, {(*x.shape[:-1], N)}")
     if scale is not None:
         M, groups = math.prod(x.shape[:-1]), math.prod(scale.shape[:-1])
         if scale.shape[-1] != N or scale.dim() > 2 or M % max(groups, 1):
             raise InputError(f"scale {_describe(scale)} must be ({N},) or (G, {N}) with G a divisor of the {M} rows")
+    check_operands(x, values, metadata, bias, activation, residual, (*x.shape[:-1], N), skip, scale)
+
+
+def check_operands(x, values, metadata, bias, activation, residual, shape, *others):
+    """What a product and a convolution refuse alike. shape: of y. others: further tensors, for their devices."""
+    devices = {t.device for t in (x, values, metadata, bias, residual, *others) if t is not None}
+    if len(devices) > 1:
+        raise InputError(f"all tensors must be on one device, not on {' and '.join(sorted(map(str, devices)))}")
+    if activation not in ACTIVATIONS:
+        raise InputError(f"unknown activation {activation!r}: it must be one of {', '.join(map(str, ACTIVATIONS))}")
+    if values.dtype != x.dtype:
+        raise InputError(f"x is {str(x.dtype)[6:]} and the weight {str(values.dtype)[6:]}: they must have one dtype")
+    N = values.shape[0]
+    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
+        raise InputError(f"bias {_describe(bias)} must have the shape ({N},) and the dtype of x {_describe(x)}")
+    if residual is not None and residual.shape != shape:
+        raise InputError(f"residual {_describe(residual)} must have the shape of y, {shape}")
 
 
 def _describe(tensor):
