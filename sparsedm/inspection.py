@@ -357,10 +357,8 @@ def time_report(model, batch=1):
     times = time_layers(model, batch, device, dtype)
     if not times:
         raise InputError("--time needs layers with a 2:4 weight, and there is none: give --pattern 2:4")
-    width = max(map(len, times))
-    lines = [f"{'layer':<{width}}    dense us      2:4 us  speed-up"]
-    for name, (dense, compressed) in times.items():
-        lines.append(f"{name:<{width}}{dense:>12,.1f}{compressed:>12,.1f}{dense / compressed:>9.2f}x")
+    rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}x") for name, (a, b) in times.items()]
+    lines = [table(("layer", "dense us", "2:4 us", "speed-up"), rows)]
     dense, best = sum(dense for dense, _ in times.values()), sum(min(pair) for pair in times.values())
     what = torch.cuda.get_device_name() if on_gpu else "CPU: it says nothing about a GPU, whose tensor cores it lacks"
     lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; with 2:4 where it gains: {best / 1e3:,.3f} ms"]
