@@ -27,10 +27,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# --dist worksteal: neighbouring tests share what they compile or train, so they run in one process
 # the operations of the tests are too small for two threads, and a few compare with one thread bit for bit
 test test-slow: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
@@ -45,7 +46,7 @@ test-versions: $(TRITONS:%=.venvs/triton-%/.tested)
 
 .venvs/triton-%/.tested: .venvs/triton-%/.installed FORCE
 	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__version__"
-	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 emulator/tests tests/kernels tests/bench/test_instruction_rates.py
+	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal emulator/tests tests/kernels tests/bench/test_instruction_rates.py
 	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m tests.kernels.compile_table > $@ && cat $@
 
 .PHONY: FORCE

@@ -6,6 +6,7 @@ hatching, so that a grey print can be read. The losing region, where dense is fa
 
 import itertools
 import statistics
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,8 @@ def first(figure, rows):
     if not found:
         return False
     names = list(dict.fromkeys(r["provider"] for r in found))
-    labels = [next(f"{n}\n{r['detail']}" for r in found if r["provider"] == n) for n in names]
+    details = {r["provider"]: textwrap.fill(r["detail"], 46) for r in found}
+    labels = [f"{name}\n{details[name]}" for name in names]
     for axes, shape in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes):
         here = {(r["provider"], r["metric"]): r for r in found if r["shape"] == shape}
         dense = {}
@@ -124,7 +126,7 @@ def first(figure, rows):
         axes.axvspan(0, min(dense.values()), color=COLOURS[1], alpha=0.12, linewidth=0, zorder=0)
         axes.set_xlim(0, right)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_yticks(range(len(names)), labels, fontsize=8)
+        axes.set_yticks(range(len(names)), labels, fontsize=7)
         axes.grid(False, axis="y")
         axes.set_title(shape, loc="left")
         axes.set_xlabel("TFLOP/s, dense-equivalent (lines: dense; shaded: slower)")

@@ -51,9 +51,8 @@ PLACES, PRODUCTS = (520, 512), ((136, 520, 320), (5000, 2056, 520))  # N, K; M, 
 PLACES_SMALL, PRODUCTS_SMALL = (264, 128), ((136, 264, 128),)
 
 
-def choices(device):
+def choices(device, rows=(8192, SPLITK_ROWS)):
     """The configurations that the dispatcher would time for many and for few rows."""
-    rows = (8192, SPLITK_ROWS)
     requests = [Request(LINEAR, capability(device), torch.bfloat16, M, 8192, 8192) for M in rows]
     return [choice for request in requests for choice in candidates(request) if choice.backend != "dense"]
 
@@ -168,7 +167,8 @@ def main(arguments=None):
     right = [name for name, verdict in named.items() if verdict == RIGHT]
     if not right:
         return 1
-    names = ",".join(["dense", *right, "cuSPARSELt", "cuSPARSELt tuned"])
+    large = [name for name in right if name in {Configuration(choice).name for choice in choices(device, (8192,))}]
+    names = ",".join(["dense", *large, "cuSPARSELt", "cuSPARSELt tuned"])
     left = max(0.0, options.seconds - (time.monotonic() - began))
     timing = ["--suite", "first", "--resume", "--out", str(folder / "results.csv"), "--timeout", f"{options.timeout:g}"]
     quick = ["--quick"] if options.small else []

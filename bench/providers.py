@@ -217,7 +217,8 @@ def configured(choice, x, values, metadata, bias=None, activation=None, residual
 def described(choice):
     """A configuration in a few words, for the results file."""
     config = load(row_of(LINEAR, choice.backend).module).CONFIGS[choice.config]
-    return ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    told = {name: value for name, value in asdict(config).items() if value not in (False, "none")}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in told.items())
 
 
 # ---- what the products of other libraries have in common (they are in `baselines.py`)

@@ -2,6 +2,17 @@
 
 import importlib
 
+TYPE_CHECKING = False  # type checkers take it for true
+if TYPE_CHECKING:
+    from sparsedm.errors import InputError
+    from sparsedm.inspection import inspect
+    from sparsedm.kernels.pattern import Pattern
+    from sparsedm.layers import CompressedConv2d, CompressedLinear, Conv2d, Conv2d24, Linear, Linear24
+    from sparsedm.model_files import load_model, save_model
+    from sparsedm.models import build_model
+    from sparsedm.permutation import permute_channels
+    from sparsedm.sparsity import bake, compress, decompress, hold_masks, set_masking, sparsify
+
 __version__ = "0.2.0"
 
 _HOME = {

@@ -1,5 +1,22 @@
-"""The one exception that means "the input breaks a stated rule", as opposed to a defect of ours."""
+"""Exceptions that mean no defect of ours: the input breaks a stated rule, or a run was stopped."""
+
+import os
 
 
 class InputError(ValueError):
     """Bad input. The message is one sentence that names the value and the rule; the CLI prints it and exits with 2."""
+
+
+class Stopped(Exception):
+    """A run ends early, on purpose; what was done until then is kept. exit_code: of the process."""
+
+    exit_code = 130
+
+
+def check_memory(needed, what):
+    """Raise InputError, before it is tried, where `what` would take more bytes than this machine has."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"not enough memory: {what} takes {needed / 2**30:,.0f} GiB or more, and there are {there / 2**30:,.0f} GiB"
+        )

@@ -5,7 +5,6 @@ features it is just as good for comparing models with one another, but only over
 Images are uint8 (n, C, h, w), or floating point in [-1, 1]; features are float64 (n, d).
 """
 
-import contextlib
 import hashlib
 import warnings
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from sparsedm.errors import InputError
 from sparsedm.features import to_uint8
-from sparsedm.files import atomic_file
+from sparsedm.files import atomic_file, regular_file
 
 # ---- distances
 
@@ -165,11 +164,16 @@ def summarize(images, features, name, *, cache=None, batch_size=250, progress=Fa
         digest = hashlib.sha256(f"{features.name} {tuple(images.shape)} {KEPT} ".encode())
         digest.update(images.cpu().contiguous().numpy())
         path = Path(cache) / f"features-{digest.hexdigest()[:32]}.safetensors"
-        with contextlib.suppress(FileNotFoundError):
+        if path.exists():
             try:
-                with safe_open(path, framework="pt") as file:
-                    return Summary(**facts, **{key: file.get_tensor(key) for key in ("mean", "covariance", "kept")})
-            except SafetensorError as error:
+                with safe_open(regular_file(path), framework="pt") as file:
+                    found = {key: file.get_tensor(key) for key in ("mean", "covariance", "kept")}
+                d = len(found["mean"])
+                shapes = {"mean": (d,), "covariance": (d, d), "kept": (min(KEPT, len(images)), d)}
+                if any(tuple(found[key].shape) != shape for key, shape in shapes.items()):
+                    raise InputError("its tensors have other shapes")
+                return Summary(**facts, **{key: value.double() for key, value in found.items()})
+            except (SafetensorError, InputError) as error:
                 warnings.warn(f"{path} cannot be read ({error}) and is computed anew", stacklevel=2)
     every = features(images, batch_size=batch_size, progress=progress)
     mean, covariance = moments(every)
@@ -183,6 +187,18 @@ def summarize(images, features, name, *, cache=None, batch_size=250, progress=Fa
     return Summary(**facts, mean=mean, covariance=covariance, kept=kept)
 
 
+def check_sets(shape, count, reference_shape, reference_count, neighbours=3):
+    """Raise InputError where two sets of images cannot be compared. shapes: (C, h, w)."""
+    if shape[0] not in (1, 3):
+        raise InputError(f"images of {shape[0]} channels are latents, which have no distance here")
+    if tuple(shape) != tuple(reference_shape):
+        raise InputError(f"the images are {tuple(shape)}, but those of the reference {tuple(reference_shape)}")
+    if min(count, reference_count) <= neighbours:
+        raise InputError(
+            f"{count} images and {reference_count} of the reference: more than {neighbours} of each are needed"
+        )
+
+
 def evaluate(images, reference, features, *, paired=None, neighbours=3, seed=0, batch_size=250, progress=False):
     """Compare images with a reference Summary made by the same features. Returns a dict that JSON can hold.
 
@@ -192,10 +208,7 @@ def evaluate(images, reference, features, *, paired=None, neighbours=3, seed=0, 
     """
     if reference.features != features.name:
         raise InputError(f"the reference {reference.name} holds features {reference.features}, not {features.name}")
-    if tuple(images.shape[1:]) != reference.shape:
-        raise InputError(
-            f"the images are {tuple(images.shape[1:])}, but those of the reference {reference.name} {reference.shape}"
-        )
+    check_sets(images.shape[1:], len(images), reference.shape, reference.count, neighbours)
     own = summarize(images, features, "the generated set", batch_size=batch_size, progress=progress)
     mean, covariance, kept, *theirs = (
         tensor.to(features.device) for side in (own, reference) for tensor in (side.mean, side.covariance, side.kept)

@@ -18,7 +18,7 @@ from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
 from sparsedm.errors import InputError
-from sparsedm.files import cache_folder, download
+from sparsedm.files import cache_folder, download, regular_file
 
 INCEPTION_URL = (
     "https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/inception-2015-12-05.pt"
@@ -47,7 +47,17 @@ class Features:
         bar = tqdm(images.split(batch_size), desc=self.name, disable=None if progress else True)
         with torch.no_grad(), exact:
             for batch in bar:
-                features = self.network(batch.contiguous().to(self.device))
+                try:
+                    features = self.network(batch.contiguous().to(self.device))
+                except (
+                    RuntimeError,
+                    TypeError,
+                    IndexError,
+                ) as error:  # of a user's own network
+                    if isinstance(self.network, RandomConv) or "memory" in str(error):
+                        raise
+                    reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+                    raise InputError(f"features {self.name} fail on uint8 {tuple(batch.shape)}: {reason}") from error
                 if not (isinstance(features, torch.Tensor) and features.ndim == 2 and len(features) == len(batch)):
                     found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
                     raise InputError(f"features {self.name} must give ({len(batch)}, d), but gave {found}")
@@ -75,13 +85,14 @@ def load_features(spec="random-conv", device="cpu", *, weights=None, progress=Tr
         return Features("random-conv-1", RandomConv().to(device), device)
     if spec == "inception":
         path = Path(weights or os.environ.get("SPARSEDM_INCEPTION") or cache_folder() / "inception-2015-12-05.pt")
-        download(INCEPTION_URL, path, sha256=INCEPTION_SHA256, progress=progress)
+        download(INCEPTION_URL, path, INCEPTION_SHA256, progress)
         network = _load_network(path, device)
         return Features("inception", lambda images: network(images, return_features=True), device)
     path = Path(spec)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"features {spec!r} are neither random-conv, nor inception, nor a file")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(regular_file(path), "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Features(f"{path.name}-{digest[:12]}", _load_network(path, device), device)
 
 
@@ -90,18 +101,15 @@ def _load_network(path, device):
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {name.partition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{kind} ({error})") from error
-    try:
         if "models/model.json" in entries:
-            program = torch.export.load(path)
-            return move_to_device_pass(program, device).module()
+            return move_to_device_pass(torch.export.load(path), device).module()
         if any(entry.startswith("code/") for entry in entries):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which this one format is for
                 return torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"{kind} of this torch ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # of a damaged file any
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{kind} of this torch ({reason})") from error
     raise InputError(f"{kind}: a plain pickle can run any code and is refused")
 
 

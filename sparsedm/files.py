@@ -1,18 +1,23 @@
-"""Writing files so that a reader, or a crash, never sees half of one: write a temporary sibling, flush, rename."""
+"""Files, written so that a reader, or a crash, never sees half of one, and read so that a strange one is a sentence."""
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import json
 import os
 import secrets
 import shutil
+import socket
+import stat
+import sys
 import urllib.error
-import urllib.request
 from pathlib import Path
 
 from sparsedm.errors import InputError
+
+MOST_TEXT = 1 << 28  # bytes of a file of text that is read whole
+
+# ---- writing
 
 
 @contextlib.contextmanager
@@ -34,11 +39,10 @@ def atomic_file(path):
     to write (permission, disk full, a file where a folder should be), that exception is an InputError naming `path`.
     """
     path = Path(path)
-    if not path.name:
-        raise InputError(f"cannot write {path}: it is a folder")
-    # the suffix is kept because writers such as matplotlib choose the format by it
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     with writing(path):
+        _check_replaceable(path)
+        # the suffix is kept because writers such as matplotlib choose the format by it
+        partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
@@ -56,11 +60,18 @@ def atomic_file(path):
 def check_writable(path):
     """Raise InputError now, rather than after hours of work, if no file can be written at `path`. Leaves nothing."""
     path = Path(path)
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
     with writing(path):
+        _check_replaceable(path)
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
         probe = folder / f".{secrets.token_hex(4)}.partial"
         probe.touch(exist_ok=False)
         probe.unlink()
+
+
+def _check_replaceable(path):
+    """A rename would put a file in the place of a device, too, if whoever asks for it is allowed to."""
+    if not path.name or (path.exists() and not path.is_file()):
+        raise InputError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'a pipe, socket or device'}")
 
 
 @contextlib.contextmanager
@@ -92,8 +103,9 @@ def atomic_folder(path):
 
 
 def write_text(path, text):
+    """Write UTF-8; what UTF-8 cannot say, such as half of a file's name, is written as an escape."""
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, value):
@@ -101,115 +113,16 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(file):
-    """The value in a JSON file. Raises: InputError if it is missing, unreadable or no JSON."""
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is missing or damaged: {error}") from error
-
-
-def cache_folder():
-    """For downloads and decoded data: $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm, else ~/.cache/sparsedm."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
-    return Path(os.environ.get("SPARSEDM_CACHE") or default)
-
-
-def download(url, path, *, md5=None, sha256=None, progress=True):
-    """Fetch `url` to `path` and return `path` as a Path; a file that is already there is only checked.
-
-    url: http or https. md5, sha256: exactly one of them, the lower-case hexadecimal digest the whole file must have.
-    progress: a bar on stderr, on a terminal only. An interrupted download leaves `path` + ".partial", which the next
-    call continues; nothing appears at `path` before its checksum is right. InputError: no connection (the message names
-    the URL, and the path where the file may be put by hand), a wrong checksum, no permission or space to write.
-    """
-    if (md5 is None) == (sha256 is None):
-        raise TypeError("download takes exactly one of md5 and sha256")
-    if not url.startswith(("http://", "https://")):
-        raise InputError(f"the URL {url!r} must start with http:// or https://")
-    path, kind, expected = Path(path), "sha256" if md5 is None else "md5", md5 or sha256
-    partial = path.with_name(f"{path.name}.partial")
-    if not path.exists():
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "ab") as file:
-                # two runs may want the same file; where a file system has no locks, the checksum still finds the mix-up
-                with contextlib.suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                if not path.exists():
-                    try:
-                        _fetch(url, file, path, kind, expected, progress)
-                    except InputError:
-                        if not file.tell():  # nothing that a next call could continue
-                            partial.unlink(missing_ok=True)
-                        raise
-                    os.fsync(file.fileno())
-                    os.replace(partial, path)
-            _flush(path.parent)
-    found = _digest(path, kind)
-    if found != expected:
-        raise InputError(f"{path} has {kind} {found} but must have {expected}: delete it, then it is downloaded again")
-    return path
-
-
-def _fetch(url, file, path, kind, expected, progress):
-    """Append to the open `file` what it lacks of `url`, until its digest is the expected one."""
-    from tqdm import tqdm
-
-    while _digest(file.name, kind) != expected:
-        had, failure = file.seek(0, os.SEEK_END), None
-        try:
-            body = _body(url, had)
-            start, total = next(body)
-            file.truncate(start)
-            shown = dict(desc=path.name, unit="B", unit_scale=True, disable=None if progress else True)
-            with tqdm(total=total, initial=start, **shown) as bar:
-                for chunk in body:
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        except ConnectionError as error:
-            failure = error
-        file.flush()
-        have = file.seek(0, os.SEEK_END)
-        if failure and have <= had:  # otherwise go on from where the connection broke
-            by_hand = f"run the same command again with a connection, or put the file at {path} by hand"
-            raise InputError(f"cannot download {url} ({failure}): {by_hand}") from failure
-        if not failure and (found := _digest(file.name, kind)) != expected:
-            file.truncate(0)  # if it was continued, what lay here may be the culprit: once more from the start
-            if start == 0:
-                raise InputError(f"{url} gave a file with {kind} {found}, but it must have {expected}")
-
-
-def _body(url, start):
-    """Yield (offset, total bytes or None), then the bytes of `url` from that offset on; ConnectionError if that fails.
-
-    The offset is `start`, or 0 where the server knows nothing but whole files.
-    """
-    try:
-        headers = {"User-Agent": "sparsedm"} | ({"Range": f"bytes={start}-"} if start else {})
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-            offset = start if response.status == 206 else 0
-            length = response.headers["Content-Length"]
-            total = offset + int(length) if length else None
-            yield offset, total
-            received = offset
-            while chunk := response.read(1 << 18):
-                received += len(chunk)
-                yield chunk
-        if total is not None and received < total:
-            raise ConnectionError(f"the connection broke after {received} of {total} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise ConnectionError(f"HTTP {error.code} {error.reason}") from error
-        yield from _body(url, 0)  # nothing lies beyond `start`, so what we have is not the beginning of this file
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise ConnectionError(getattr(reason, "strerror", None) or reason) from error
-
-
-def _digest(path, kind):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
+def append_json_line(file, record):
+    """Add a record to a file of one JSON value per line; a last line that was cut short gives way to it."""
+    file = Path(file)
+    with writing(file), open(file, "ab+") as opened:
+        size = opened.tell()
+        opened.seek(max(0, size - 1))
+        if size and opened.read(1) != b"\n":
+            opened.seek(0)
+            opened.truncate(opened.read().rfind(b"\n") + 1)
+        opened.write((json.dumps(record) + "\n").encode())
 
 
 def _flush(path):
@@ -218,3 +131,113 @@ def _flush(path):
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+# ---- reading
+
+
+def regular_file(path, most=None):
+    """`path` as a Path, once it is known to be a file that ends: no folder, pipe or device, of at most `most` bytes.
+
+    Links are followed. Raises: InputError.
+    """
+    path = Path(path)
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise InputError(f"{path} is missing or unreadable: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise InputError(f"{path} is {kind}: a plain file is needed")
+    if most is not None and found.st_size > most:
+        raise InputError(f"{path} has {found.st_size:,} bytes: at most {most:,} are read")
+    return path
+
+
+def read_text(file):
+    """The text of a UTF-8 file. Raises: InputError."""
+    try:
+        return regular_file(file, MOST_TEXT).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file} is missing or unreadable: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is damaged: it is not UTF-8 text") from error
+
+
+def parse_json(text, where, **kinds):
+    """The JSON value of `text`. kinds: what it must hold, if it must be an object: each name with its type.
+
+    where: what the text was found in, for the message. float stands for any number, and no number may be NaN.
+    Raises: InputError.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise InputError(f"{where} is damaged: it holds no readable JSON ({error})") from error
+    if kinds and not isinstance(value, dict):
+        raise InputError(f"{where} is damaged: it must be an object with {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if name not in value:
+            raise InputError(f"{where} is damaged: it lacks {name!r}")
+        if type(value[name]) not in ((int, float) if kind is float else (kind,)):
+            raise InputError(f"{where} is damaged: {name!r} must be of type {kind.__name__}")
+    return value
+
+
+def _refuse(word):
+    raise ValueError(f"{word} is no JSON")
+
+
+def read_json(file, **kinds):
+    """The value in a JSON file; see `parse_json`. Raises: InputError."""
+    return parse_json(read_text(file), file, **kinds)
+
+
+def read_json_lines(file, **kinds):
+    """Yield the records of a file of one JSON object per line, but a last line that was cut short. No file: no record.
+
+    kinds: as for `parse_json`. Raises: InputError naming the line that is damaged, once it comes to it.
+    """
+    if Path(file).exists():
+        *lines, _ = read_text(file).split("\n")
+        for number, line in enumerate(lines, 1):
+            yield parse_json(line, f"{file}, line {number},", **kinds)
+
+
+def cache_folder():
+    """For downloads and decoded data: $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm, else ~/.cache/sparsedm."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
+    return Path(os.environ.get("SPARSEDM_CACHE") or default)
+
+
+def download(url, path, sha256, progress=True):
+    """Fetch `url` to `path` and return `path` as a Path; a file that is already there is only checked.
+
+    url: http or https. sha256: the lower-case hexadecimal digest that the file must have; nothing appears at `path`
+    before it has. progress: a bar on stderr, on a terminal only. Raises: InputError: no connection (the message names
+    the URL, and the path where the file may be put by hand), a wrong checksum, no permission or space to write.
+    """
+    import torch  # late: whoever only reads and writes files need not wait for it
+
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"the URL {url!r} must start with http:// or https://")
+    path, patience = Path(path), socket.getdefaulttimeout()
+    if path.exists():
+        with open(regular_file(path), "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise InputError(f"{path} has sha256 {found} but must have {sha256}: delete it to download it again")
+        return path
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # of silence
+        try:
+            torch.hub.download_url_to_file(url, str(path), sha256, progress=progress and sys.stderr.isatty())
+        except RuntimeError as error:
+            raise InputError(f"{url} broke off or gave another file than it should: {error}") from error
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+            by_hand = f"run the same command again with a connection, or put the file at {path} by hand"
+            raise InputError(f"cannot download {url} ({error}): {by_hand}") from error
+        finally:
+            socket.setdefaulttimeout(patience)
+    return path

@@ -210,7 +210,17 @@ class Linear(Masked, nn.Linear):
     pattern: "2:4", Pattern or None (dense). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, pattern=None, activation=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: str | Pattern | None = None,
+        activation: str | None = None,
+    ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._start_masking(pattern, activation)
 
@@ -232,7 +242,7 @@ class Linear(Masked, nn.Linear):
 class Conv2d(Masked, nn.Conv2d):
     """`nn.Conv2d` with a pattern along the input channels at each (out, kh, kw), and a fused epilogue."""
 
-    def __init__(self, *args, pattern=None, activation=None, **kwargs):
+    def __init__(self, *args, pattern: str | Pattern | None = None, activation: str | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._start_masking(pattern, activation)
 

@@ -12,6 +12,8 @@ import dataclasses
 import json
 import pickle
 import warnings
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -20,12 +22,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, read_json, write_json, writing
+from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json, writing
 from sparsedm.kernels.masked_matmul import STE, GradientRule
 from sparsedm.layers import Compressed
 from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_names, sparsify
 
 INDEX = ".index.json"
+KINDS = ("dense", "masked", "compressed")
 # what training scripts call a network and the average of its weights, beside or before the names of their tensors
 AVERAGES = ("ema", "model_ema", "ema_model", "net_ema", "nnet_ema", "state_dict_ema", "ema_state_dict", "params_ema")
 NETWORKS = ("model", "state_dict", "net", "nnet", "net_model", "network", "params", "module", "_orig_mod", "unet")
@@ -78,6 +81,7 @@ def read_tensors(file, weights="average"):
     Raises: InputError: missing, truncated, holding code, or holding no state dict.
     """
     file = Path(file)
+    regular_file(file)
     try:
         if file.name.endswith(INDEX):
             return _read_shards(file)
@@ -137,12 +141,13 @@ def _choose(states, weights):
 
 
 def _read_shards(index):
-    try:
-        listing = json.loads(index.read_text(encoding="utf-8"))
-        places, header = dict(listing["weight_map"]), dict(listing.get("metadata", {}))
-        shards = sorted({str(Path(place).name) for place in places.values()})  # beside the index and nowhere else
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is damaged: it must map each tensor to its file under weight_map") from error
+    listing = read_json(index, weight_map=dict)
+    places, header = listing["weight_map"], listing.get("metadata")
+    if not places or not all(isinstance(place, str) for place in places.values()):
+        raise InputError(f"{index} is damaged: it must map each tensor to its file under weight_map")
+    shards = sorted({Path(place).name for place in places.values()})  # beside the index and nowhere else
+    if any(shard.endswith(INDEX) for shard in shards):
+        raise InputError(f"{index} is damaged: it names an index as a file of tensors")
     tensors = {}
     for shard in shards:
         tensors |= read_tensors(index.with_name(shard))[0]
@@ -150,7 +155,7 @@ def _read_shards(index):
     if missing:
         raise InputError(f"the files of {index} lack {len(missing)} tensors ({', '.join(missing[:6])})")
     return {name: tensors[name] for name in places}, {
-        key: text for key, text in header.items() if isinstance(text, str)
+        key: text for key, text in (header if isinstance(header, dict) else {}).items() if isinstance(text, str)
     }
 
 
@@ -262,7 +267,7 @@ def describe(model):
     }
 
 
-def save_model(file, model, shard_bytes=None):
+def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None = None) -> Path:
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
     What torch.compile, DDP and the like wrap is written without the wrapper. shard_bytes: split it into files of at
@@ -280,7 +285,14 @@ def save_model(file, model, shard_bytes=None):
     return file
 
 
-def load_model(path, build, *, which="ema", config=None, convert=None):
+def load_model(
+    path: str | PathLike,
+    build: Callable[..., nn.Module],
+    *,
+    which: str = "ema",
+    config: object = None,
+    convert: Callable[[dict], dict] | None = None,
+) -> Loaded:
     """Build a model from a run folder, a checkpoint folder, a model file, an index of shards, or a foreign file.
 
     build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
@@ -290,12 +302,15 @@ def load_model(path, build, *, which="ema", config=None, convert=None):
     """
     file, state = _find(Path(path), which)
     tensors, header = read_tensors(file)
-    try:
-        description = json.loads(header["sparsedm"]) if "sparsedm" in header else None
-        patterns = description["patterns"] if description else {}
-        config = description["config"] if description and description["config"] is not None else config
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{file} has a damaged description in its header") from None
+    description = patterns = None
+    if "sparsedm" in header:
+        description = parse_json(header["sparsedm"], f"the header of {file}", kind=str, patterns=dict)
+        patterns = description["patterns"]
+        if description["kind"] not in KINDS or not all(isinstance(pattern, str) for pattern in patterns.values()):
+            raise InputError(
+                f"the header of {file} is damaged: it must name a kind of {', '.join(KINDS)}, and patterns"
+            )
+        config = description["config"] if description.get("config") is not None else config
     if config is None:
         raise InputError(f"{file} does not say what model it holds: name one (--model; in Python config=, for build)")
     model = build(config)
@@ -313,7 +328,7 @@ def _as_described(model, kind, patterns, tensors, rules, file):
     for pattern in dict.fromkeys(patterns.values()):  # makes every named layer one of ours
         sparsify(model, pattern, [name for name in patterns if patterns[name] == pattern])
     for name, pattern in patterns.items():
-        layer = model.get_submodule(name)
+        layer = model.get_submodule(name)  # `sparsify` has found it
         layer.set_pattern(pattern)
         layer.freeze_mask(f"{name}.mask" in tensors)
         try:

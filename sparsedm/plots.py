@@ -1,18 +1,56 @@
-"""The pictures a run leaves behind: a grid of samples and the curves of a training log."""
+"""How things are shown: one style for every picture and every table of text; a grid of samples, a training's curves."""
 
+import contextlib
 import itertools
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-from PIL import Image, ImageDraw, ImageFont
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
 
-INK, PAPER = (40, 40, 40), (255, 255, 255)
+INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), "#c8c8c8"
 # Okabe and Ito: safe for the colour-blind
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+STYLE = {
+    "text.parse_math": False,  # names of files and folders may hold a $
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+
+
+@contextlib.contextmanager
+def picture(path, size):
+    """Yield an empty matplotlib Figure of `size` inches; on a clean exit it is written to `path`, by its suffix."""
+    from matplotlib import rc_context  # late: whoever draws nothing need not wait for it
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        for text in figure.findobj(Text):
+            text.set_text(printable(text.get_text()))
+        with atomic_file(path) as partial:
+            figure.savefig(partial, dpi=120)
+
+
+def printable(text):
+    """`text` with escapes for what no font and no encoding has, such as the bytes of a name that is not UTF-8."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def table(head, rows, left=(0,), rule=False):
+    """Rows of cells as text with aligned columns. left: the columns to align left; rule: a line below the head."""
+    cells = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    if rule:
+        cells.insert(1, ["-" * width for width in widths])
+    aligned = [[c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))] for r in cells]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def save_grid(path, rows):
@@ -21,6 +59,9 @@ def save_grid(path, rows):
     rows: [(label, uint8 (n, 3 or 1, h, w))], all of one size; shorter rows leave white space at their end.
     Raises: InputError for a row without images.
     """
+    from PIL import Image, ImageDraw, ImageFont
+
+    rows = [(printable(label), images) for label, images in rows]
     empty = [label for label, images in rows if not len(images)]
     if empty or not rows:
         raise InputError(f"a grid needs at least one image in each row, and there is none in: {', '.join(empty)}")
@@ -51,32 +92,28 @@ def plot_losses(path, stages, batch_size, title=""):
     stages: [(name, records of its metrics.jsonl)], in the order in which they were trained. Thin: as logged; thick:
     smoothed; dots: validation loss of the averaged weights.
     """
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    start = 0
-    for colour, (name, records) in zip(itertools.cycle(COLOURS), stages):
-        records = [r for r in records if "noise_loss" in r]
-        seen = [start + r["step"] * batch_size for r in records]
-        losses = [r["noise_loss"] for r in records]
-        axes.plot(seen, losses, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(seen, _smooth(losses), color=colour, label=name)
-        validated = [(x, r["validation_loss"]) for x, r in zip(seen, records) if "validation_loss" in r]
-        if validated:
-            axes.plot(*zip(*validated), "o", color=colour, markeredgecolor="white")
-        start = seen[-1] if seen else start
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("images seen")
-    axes.set_ylabel("noise-prediction loss")
-    axes.set_title(title, loc="left")
-    axes.grid(alpha=0.25, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="dots: validation, averaged weights", alignment="left")
-    with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=120)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    with picture(path, (8, 4.2)) as figure:
+        axes, start = figure.add_subplot(), 0
+        for colour, (name, records) in zip(itertools.cycle(COLOURS), stages):
+            records = [r for r in records if "noise_loss" in r]
+            seen = [start + r["step"] * batch_size for r in records]
+            losses = [r["noise_loss"] for r in records]
+            axes.plot(seen, losses, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(seen, _smooth(losses), color=colour, label=name)
+            validated = [(x, r["validation_loss"]) for x, r in zip(seen, records) if "validation_loss" in r]
+            if validated:
+                axes.plot(*zip(*validated), "o", color=colour, markeredgecolor="white")
+            start = seen[-1] if seen else start
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set(xlabel="images seen", ylabel="noise-prediction loss", title=title)
+        axes.grid(which="both")
+        axes.legend(title="dots: validation, averaged weights", alignment="left")
 
 
 def _smooth(values, weight=0.7):

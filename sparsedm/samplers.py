@@ -8,6 +8,7 @@ and never waits for their values, so that all of it can be recorded as a CUDA gr
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -282,6 +283,8 @@ def sample(
         raise InputError(f"count is {count} and batch_size {run.batch_size}, both must be at least 1")
     if y is not None and len(y) != count:
         raise InputError(f"{len(y)} labels were given for {count} samples")
+    if guidance is not None and not math.isfinite(guidance):
+        raise InputError(f"guidance is {guidance}, it must be finite")
     times = time_grid(schedule, steps, spacing or SAMPLERS[sampler].spacing)
     models = model if isinstance(model, list | tuple) else [model] * steps
     for network in {id(m): m for m in models}.values():
@@ -312,8 +315,9 @@ def _check(config, sampler, y):
         raise InputError(f"sampler {sampler} needs a network that has learnt the variance (a DiT with learn_sigma)")
     classes = getattr(config, "num_classes", 0)
     if y is not None and classes:
+        most = classes - (not getattr(config, "null_label", True))
         low, high = (int(end) for end in torch.as_tensor(y).aminmax())
-        if low < 0 or high > classes:
+        if low < 0 or high > most:
             raise InputError(f"labels from {low} to {high}: the network has the classes 0 to {classes - 1}")
 
 

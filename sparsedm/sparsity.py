@@ -7,6 +7,7 @@ import inspect
 import itertools
 import re
 import types
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import nn
@@ -135,7 +136,11 @@ def _dense_reason(name, module, parent, pattern):
 # ---- masked models ---------------------------------------------------------------------------------------------------
 
 
-def sparsify(model, pattern, where=None):
+def sparsify(
+    model: nn.Module,
+    pattern: str | Pattern | None,
+    where: str | Collection[str] | Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
     """Give the layers of `model` a pattern, in place, and return the model.
 
     Plain `nn.Linear` and `nn.Conv2d` modules of any model become ours, the model itself too if it is one; parameters,
@@ -191,7 +196,9 @@ def masked_layers(model):
     return [(n, m) for n, m in model.named_modules() if isinstance(m, Masked) and m.pattern is not None]
 
 
-def set_masking(model, *, decay=0.0, kept=1.0, dropped=1.0, frozen=False):
+def set_masking(
+    model: nn.Module, *, decay: float = 0.0, kept: float = 1.0, dropped: float = 1.0, frozen: bool = False
+) -> None:
     """Gradient settings of every layer that has a pattern.
 
     dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
@@ -217,7 +224,7 @@ def masks(model):
 
 
 @contextlib.contextmanager
-def hold_masks(*models):
+def hold_masks(*models: nn.Module) -> Iterator[None]:
     """Select the masks now and use them in every forward of the block, instead of selecting in each.
 
     It belongs around work that leaves the weights as they are: the forwards and backwards of one optimizer step, or
@@ -290,7 +297,7 @@ def _checksum(layer):
 # ---- compressed models -----------------------------------------------------------------------------------------------
 
 
-def compress(model):
+def compress(model: nn.Module) -> nn.Module:
     """A new model whose layers hold only what they multiply with: 2:4 weights as values + metadata, others as they are.
 
     Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes a CompressedLinear or a
@@ -309,7 +316,7 @@ def compress(model):
     return small.requires_grad_(False)
 
 
-def decompress(model, form="masked"):
+def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
     """A new model with a dense weight, value for value, in place of every compressed one; in eval mode, as `model` is.
 
     Parameters can be trained, except those that could not when `model` was compressed. Tied weights are tied again.
@@ -340,7 +347,7 @@ def decompress(model, form="masked"):
     return dense
 
 
-def bake(model):
+def bake(model: nn.Module) -> nn.Module:
     """A new, plain model of the same class, with zeros in its weights where the masks are: any N:M, no layer of ours.
 
     Layers that `sparsify` made ours are torch's again, and a compressed model is decompressed first. The network that

@@ -1,5 +1,7 @@
 """What `pip install` gets: an sdist that holds the package alone, and a wheel that works outside of the checkout."""
 
+import ast
+import inspect
 import os
 import re
 import shutil
@@ -9,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+import sparsedm
 
 ROOT = Path(__file__).parents[1]
 USE = """
@@ -31,6 +35,22 @@ def run(*command, cwd):
 def test_import_is_silent_and_takes_less_than_15_ms():
     code = "import time; start = time.process_time(); import sparsedm; print(time.process_time() - start)"
     assert min(float(run(sys.executable, "-W", "error", "-c", code, cwd=ROOT)) for _ in range(5)) < 0.015
+
+
+def test_type_checkers_find_every_public_name_with_its_types():
+    block = next(
+        node for node in ast.parse((ROOT / "sparsedm/__init__.py").read_text()).body if isinstance(node, ast.If)
+    )
+    homes = {alias.name: node.module for node in block.body for alias in node.names}
+    assert homes == sparsedm._HOME
+    for name in sparsedm.__all__:
+        public = getattr(sparsedm, name)
+        if isinstance(public, type):
+            continue
+        for parameter in inspect.signature(public).parameters.values():
+            given = parameter.annotation is not parameter.empty
+            assert given or parameter.kind is parameter.VAR_KEYWORD, f"{name}: {parameter.name} has no type"
+        assert inspect.signature(public).return_annotation is not inspect.Signature.empty, f"{name} says no type"
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +87,8 @@ def test_what_pip_installs_works_outside_of_the_checkout(built, kind, tmp_path):
     run(*pip, "--no-build-isolation", "--target", target, built[kind], cwd=tmp_path)
     top = {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")}
     assert top - {"bin"} == {"sparsedm"}
-    assert (target / "sparsedm/py.typed").exists()
+    files = [path.relative_to(ROOT) for path in (ROOT / "sparsedm").rglob("*") if path.suffix in (".c", ".h", ".json")]
+    for file in (Path("sparsedm/py.typed"), *files):
+        assert (target / file).exists(), f"{file} is not installed"
     code = f"import sys; sys.path.insert(0, {str(target)!r}); {USE.format(folder=str(target))}"
     run(sys.executable, "-W", "error", "-c", code, cwd=tmp_path)

@@ -6,7 +6,7 @@ import sys
 
 from bench import program
 from bench.experiments import runner
-from sparsedm.cli import _device, _seed
+from sparsedm.commands.options import add_seed_and_device
 from sparsedm.train.loop import Interrupted
 
 
@@ -17,8 +17,7 @@ def main(arguments=None):
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench.experiments", description=runner.__doc__, formatter_class=text)
     runner.add_arguments(parser)
-    parser.add_argument("--seed", type=_seed, default=0, help="the first of --seeds (default: 0)")
-    parser.add_argument("--device", type=_device, default=_device("auto"), help="auto, cpu, cuda or cuda:1")
+    add_seed_and_device(parser)
     try:
         runner.experiment(parser.parse_args(arguments))
     except Interrupted as interruption:

@@ -7,12 +7,11 @@ ablate                      transfer weight, decay, teacher, length of the chain
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from sparsedm.commands.quickstart import SYNTHETIC
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
-from sparsedm.train.loop import TrainOptions
+from sparsedm.recipes import EXPERIMENTS as SCALES
 from sparsedm.train.stages import Stage, method_stages
 
 
@@ -33,79 +32,9 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What one run spends, on which network and data. options: of training; its steps and seed are set for each run."""
-
-    summary: str
-    model: str
-    data: str
-    base_steps: int  # of the dense network that all runs of a seed start from
-    steps: int  # of each run
-    ladder: tuple | None  # patterns before 2:4 in progressive methods; None: all of LADDER that are denser
-    seeds: int
-    samples: int
-    sampling_steps: int
-    options: TrainOptions
-    overrides: dict = field(default_factory=dict)  # options of the model
-    conditional: bool = False  # the network is told the classes of the data
-    features: str = "random-conv"
-    validation: int = 1024
-    threads: int | None = None
-
-
-SCALES = {
-    "smoke": Scale(
-        summary="a million parameters on drawn images: minutes on a CPU; shows that it works, not what is best",
-        model="uvit-tiny",
-        overrides=SYNTHETIC.model,
-        conditional=True,
-        data="synthetic",
-        base_steps=600,
-        steps=120,
-        ladder=("3:4",),
-        seeds=2,
-        samples=256,
-        sampling_steps=15,
-        options=SYNTHETIC.options,
-        validation=256,
-        threads=1,
-    ),
-    "lite": Scale(
-        summary="U-ViT S/2 on CIFAR-10 for half an hour of one large GPU, in three parts of ten minutes (not timed "
-        "yet): 3,000 dense steps, then 900 for each run, on a ladder of three, so that each student has 300; the "
-        "network computes the velocity, because one that computes the noise shows nothing after so few steps",
-        model="uvit-cifar10-small",
-        overrides={"velocity": True},
-        data="cifar10",
-        base_steps=3000,
-        steps=900,
-        ladder=("7:8", "3:4"),
-        seeds=2,
-        samples=5000,
-        sampling_steps=25,
-        # twice the published lr: a distance over samples of a network that has learnt too little does not see pruning
-        options=replace(TrainOptions(), lr=4e-4, ema=0.999, cosine=True, weighting="velocity", save_every=2000),
-    ),
-    "full": Scale(
-        summary="the paper's settings: U-ViT S/2 on CIFAR-10, 500,000 dense steps; days on a GPU",
-        model="uvit-cifar10-small",
-        data="cifar10",
-        base_steps=500_000,
-        steps=100_000,
-        ladder=None,
-        seeds=2,
-        samples=50_000,
-        sampling_steps=50,
-        options=replace(TrainOptions(), save_every=10_000, validate_every=5000),
-        features="inception",
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Experiment:
     summary: str
-    runs: Callable  # Scale -> [Run]
+    runs: Callable  # recipes.Scale -> [Run]
     axis: str = ""  # what x is, where the runs have one
     control: str = "dense"  # the run that the others are shown against
 
@@ -167,7 +96,7 @@ EXPERIMENTS = {
 
 
 def planned(name, scale):
-    """(Experiment, Scale, [Run]). Raises: InputError for a name or scale that is none."""
+    """(Experiment, recipes.Scale, [Run]). Raises: InputError for a name or scale that is none."""
     for kind, given, known in (("experiment", name, EXPERIMENTS), ("scale", scale, SCALES)):
         if given not in known:
             raise InputError(f"unknown {kind} {given!r}: one of {', '.join(known)}")

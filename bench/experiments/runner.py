@@ -27,12 +27,12 @@ from bench.experiments.plans import EXPERIMENTS, SCALES, planned
 from bench.experiments.report import FLIPS
 from bench.results import STAMPED, read_experiment, stamp, write_experiment
 from sparsedm import diffusion, evaluate
-from sparsedm import plots as pictures
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import cache_folder
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config
+from sparsedm.plots import save_grid
 from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint
 from sparsedm.train.chain import StageResult, Start, run_chain
@@ -172,7 +172,7 @@ class _Work:
             network, images, self.validation, self.reference, self.features, base.ema, self.autocast
         )
         shown = images[:SHOWN].split(16)
-        pictures.save_grid(self._folder(seed, run.name) / "samples.png", [("", row) for row in shown])
+        save_grid(self._folder(seed, run.name) / "samples.png", [("", row) for row in shown])
         measured[BASE] = [(None, mark)]
         measured["images"] = [(None, sum(s.steps for s in run.stages) * self.scale.options.batch_size)]
         measured["seconds"] = [(None, seconds)]

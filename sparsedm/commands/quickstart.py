@@ -3,80 +3,26 @@ the dense network in one shot. A few minutes on two CPU cores."""
 
 import copy
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sparsedm import diffusion, evaluate, samplers
-from sparsedm import plots as pictures
-from sparsedm.commands.train import show_plan
+from sparsedm.commands.options import add_seed_and_device
+from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import write_json, write_text
 from sparsedm.inspection import inspect
 from sparsedm.model_files import save_model
-from sparsedm.models import build_model, model_config
+from sparsedm.plots import plot_losses, save_grid, table
+from sparsedm.recipes import QUICKSTART
 from sparsedm.sparsity import compress, sparsify
 from sparsedm.train import data
-from sparsedm.train.chain import Start, run_chain
-from sparsedm.train.data import load_images
-from sparsedm.train.loop import TrainOptions, amp_of
-from sparsedm.train.stages import Stage
+from sparsedm.train.data import check_source
 from sparsedm.train.synthetic import CLASSES
 
-TRANSFER = {"teacher": "dense", "w_kd": 0.1, "decay": 2e-4}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What one quickstart spends, and on what network."""
-
-    model: dict  # options that differ from uvit-tiny
-    stages: tuple
-    options: TrainOptions
-    samples: int  # for the distances, per network
-    sampling_steps: int
-    threads: int  # on a CPU; on tensors this small a second one mostly waits, and for ages if another process is busy
-
-
-SYNTHETIC = Recipe(
-    model={"image_size": 12, "patch_size": 3, "velocity": True},
-    stages=(
-        Stage("dense", 1600),
-        Stage("3of4", 200, "3:4", **TRANSFER),
-        Stage("2of4", 450, "2:4", **TRANSFER),
-    ),
-    options=TrainOptions(
-        batch_size=32,
-        lr=2e-3,
-        betas=(0.9, 0.99),
-        weight_decay=0.0,
-        cosine=True,
-        ema=0.99,
-        weighting="velocity",
-        flip=False,
-        log_every=20,
-        save_every=500,
-        validate_every=200,
-    ),
-    samples=500,
-    sampling_steps=25,
-    threads=1,
-)
-REAL = replace(
-    SYNTHETIC,
-    model={"velocity": True},
-    stages=(
-        Stage("dense", 800),
-        Stage("3of4", 120, "3:4", **TRANSFER),
-        Stage("2of4", 260, "2:4", **TRANSFER),
-    ),
-    options=replace(SYNTHETIC.options, flip=True),
-    samples=256,
-    threads=2,
-)
-
+EXAMPLES = ("", "--data cifar-10-python.tar.gz")
 SHOWN = 20  # images of each network in the picture
 
 SYNTHETIC_NOTE = """\
@@ -94,36 +40,33 @@ def add_arguments(parser):
     )
     parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/quickstart, or with the data's name)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
+    add_seed_and_device(parser)
 
 
-def quickstart(options):
-    """The command: options.data, run, seed, device, dry_run. Leaves a run folder; to resume, run it again.
+def run(options):
+    """Leaves a run folder; to resume, run it again.
 
     The folder: one sub-folder with checkpoints per stage, the one-shot and the compressed network as model files,
     samples.png, loss.png, layers.png, report.md, report.json.
     """
     started = time.perf_counter()
     drawn = options.data == "synthetic"
-    recipe, note = (SYNTHETIC, SYNTHETIC_NOTE) if drawn else (REAL, REAL_NOTE)
+    recipe, note = (QUICKSTART["synthetic"], SYNTHETIC_NOTE) if drawn else (QUICKSTART["images"], REAL_NOTE)
     folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(options.data).resolve().stem}")
-    training = replace(recipe.options, seed=options.seed, amp=amp_of(options.device))
     if options.dry_run:  # how many classes other images have is not known before they are read
-        classes = len(CLASSES) if drawn else 0
-        network = build_model("uvit-tiny", device="meta", **recipe.model, num_classes=classes)
-        show_plan(recipe.stages, training, network, folder)
+        check_source(options.data)
+        show_recipe(recipe, options, folder, classes=len(CLASSES) if drawn else 0)
         return
-    size = model_config("uvit-tiny", **recipe.model).image_size
-    images = load_images(options.data, "train", size)
-    validation = load_images(options.data, "test", size, limit=1024)
+    images, validation = recipe_images(recipe, options.data)
     if images.is_latent:
         raise InputError(f"data {options.data} holds latents, of which no picture can be shown: use sparsedm train")
     torch.set_num_threads(min(recipe.threads, torch.get_num_threads()))
-    results = _train(recipe, training, images, validation, folder, options)
+    results = train_recipe(recipe, images, validation, folder, options)
     networks = _networks(results)
     save_model(folder / "one-shot-2of4.safetensors", networks["one-shot 2:4"])
     save_model(folder / "chain-2of4-compressed.safetensors", compress(networks["chain 2:4"]))
     rows, samples = _measure(networks, results, recipe, images, validation, options)
-    _draw(folder, networks, results, samples, images, training)
+    _draw(folder, networks, results, samples, images, recipe.options)
     report = {
         "data": options.data,
         "images": len(images),
@@ -134,38 +77,19 @@ def quickstart(options):
         "models": rows,
     }
     write_json(folder / "report.json", report)
-    table = _table(rows)
-    write_text(folder / "report.md", _markdown(report, table, note))
-    print(f"\n{table}\n\n{note}\n")
+    text = _table(rows)
+    write_text(folder / "report.md", _markdown(report, text, note))
+    print(f"\n{text}\n\n{note}\n")
     print(f"look at {folder / 'samples.png'} first, then loss.png, layers.png and report.md beside it")
-
-
-def _train(recipe, training, images, validation, folder, options):
-    """[StageResult] of the recipe's chain."""
-    torch.manual_seed(options.seed)
-    channels, classes = images.images.shape[1], len(images.class_names)
-    model = build_model("uvit-tiny", **recipe.model, channels=channels, num_classes=classes)
-    print(f"training {' -> '.join(s.pattern for s in recipe.stages)} on {len(images):,} images of {images.source}")
-    return run_chain(
-        Start(model),
-        recipe.stages,
-        images,
-        diffusion.schedule_of(model),
-        training,
-        folder,
-        validation=validation,
-        record={"data": options.data},
-        device=options.device,
-    )
 
 
 def _draw(folder, networks, results, samples, images, training):
     """The pictures in the folder."""
     rows = [("real", _real_row(images))]
     rows += [(name, samples[name][:SHOWN]) for name in ("dense", "one-shot 2:4", "chain 2:4")]
-    pictures.save_grid(folder / "samples.png", rows)
+    save_grid(folder / "samples.png", rows)
     curves = [(r.stage.pattern, r.metrics) for r in results]
-    pictures.plot_losses(folder / "loss.png", curves, training.batch_size, f"quickstart on {images.source}")
+    plot_losses(folder / "loss.png", curves, training.batch_size, f"quickstart on {images.source}")
     inspect(networks["chain 2:4"]).plot(folder / "layers.png", "chain 2:4: parameters per layer, before and after")
 
 
@@ -232,17 +156,23 @@ def _measure(networks, results, recipe, images, validation, options):
 
 
 def _table(rows):
-    head = f"{'model':<14}{'val. loss':>10}{'Fréchet':>9}{'density':>9}{'parameters':>12}{'MACs':>10}{'training':>10}"
-    lines = [
-        f"{r['model']:<14}{r['validation_loss']:>10.4f}{r['frechet_distance']:>9.2f}"
-        f"{r['density']:>9.2f}{r['parameters_after']:>12,}{r['macs_after'] / 1e6:>8.1f} M"
-        f"{r['training_seconds']:>8.0f} s"
-        for r in rows
+    head = ("model", "val. loss", "Fréchet", "density", "parameters", "MACs", "training")
+    body = [
+        (
+            row["model"],
+            f"{row['validation_loss']:.4f}",
+            f"{row['frechet_distance']:.2f}",
+            f"{row['density']:.2f}",
+            f"{row['parameters_after']:,}",
+            f"{row['macs_after'] / 1e6:.1f} M",
+            f"{row['training_seconds']:.0f} s",
+        )
+        for row in rows
     ]
-    return "\n".join([head, *lines])
+    return table(head, body)
 
 
-def _markdown(report, table, note):
+def _markdown(report, text, note):
     by_name = {row["model"]: row for row in report["models"]}
     dense, chain, one_shot = by_name["dense"], by_name["chain 2:4"], by_name["one-shot 2:4"]
 
@@ -252,7 +182,7 @@ def _markdown(report, table, note):
     return f"""# Quickstart on {report["data"]}
 
 ```
-{table}
+{text}
 ```
 
 Against dense, the validation loss of the chain's 2:4 network is {against_dense(chain)}, that of pruning in one shot

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import jit, operator, tl, triton, uses_triton
+from sparsedm.kernels.launch import FUSED, jit, operator, tl, triton, uses_triton
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
@@ -125,7 +125,8 @@ def _launch(weight, pattern, outputs, name):
         _select_mask_kernel[(triton.cdiv(rows, block_r), triton.cdiv(K, block_k))](
             w, m, None if mask is None else mask.view(torch.int8), bits, values, metadata, nan,
             rows, taps, K, *w.stride(), *m.stride(),
-            KEEP=pattern.keep, GROUP=pattern.group, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=config["num_warps"],
+            KEEP=pattern.keep, GROUP=pattern.group, BLOCK_R=block_r, BLOCK_K=block_k,
+            num_warps=config["num_warps"], **FUSED,
         )  # fmt: skip
         return outputs
 

@@ -10,7 +10,7 @@ ptxas serialises the wgmmas (C7515).
 
 import torch
 
-from sparsedm.kernels.launch import jit, tl, triton
+from sparsedm.kernels.launch import FUSED, jit, tl, triton
 
 
 def _config(algorithm, m, n, k, warps, stages, **more):
@@ -199,4 +199,4 @@ def launch_weight_grad(dz, x, weight, bits, rule, dw, config):
 
 def _constants(dtype, config):
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {"PRECISION": "tf32" if tf32 else "ieee"} | {k: v for k, v in config.items() if k != "algorithm"}
+    return FUSED | {"PRECISION": "tf32" if tf32 else "ieee"} | {k: v for k, v in config.items() if k != "algorithm"}

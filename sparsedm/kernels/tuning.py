@@ -10,7 +10,6 @@ import fcntl
 import functools
 import hashlib
 import inspect
-import json
 import logging
 import os
 import platform
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.files import cache_folder, write_json
+from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.kernels.launch import device_name, setting, triton
 
 SHIPPED = Path(__file__).parent / "tuned"  # tables measured on real GPUs by us, one JSON file per GPU
@@ -264,13 +263,11 @@ def table_path(folder, gpu):
 def read_table(path):
     """{section: {shape: {"config", "microseconds", "times", "failed"}}}; empty if there is no such table."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path) if path.exists() else {}
         if all(isinstance(entry, dict) for section in table.values() for entry in section.values()):
             return table
         reason = "an entry is not an object"
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, OSError) as error:
+    except (InputError, AttributeError, OSError) as error:
         reason = error
     log.warning("the tuned table %s is ignored: %s", path, reason)
     return {}

@@ -15,8 +15,9 @@ import warnings
 from dataclasses import fields, replace
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.models.ddpm import DDPM, DDPMConfig
 from sparsedm.models.ddpm import PRESETS as DDPM_PRESETS
 from sparsedm.models.dit import PRESETS as DIT_PRESETS
@@ -27,6 +28,7 @@ from sparsedm.models.uvit import PRESETS as UVIT_PRESETS
 from sparsedm.models.uvit import UViT, UViTConfig
 
 MODELS = {**UVIT_PRESETS, **DIT_PRESETS, **DDPM_PRESETS, **SLIMMABLE_PRESETS}
+MOST_LAYERS, MOST_NUMBER = 1000, 2**24  # in a configuration, against those that could never be built
 _KINDS = {
     "uvit": (UViTConfig, UViT),
     "dit": (DiTConfig, DiT),
@@ -50,9 +52,27 @@ def build_model(
     Raises: InputError for an unknown name or option, a value of the wrong type, or options that do not fit together.
     """
     config = model_config(model, **overrides)
-    with contextlib.nullcontext() if device is None else torch.device(device):
+    with _within_memory(), contextlib.nullcontext() if device is None else torch.device(device):
         network = _KINDS[config.kind][1](config)
     return network if dtype is None else network.to(dtype)
+
+
+@contextlib.contextmanager
+def _within_memory():
+    """Refuse a network as soon as its parameters are more than fit; the system would end the process instead."""
+    held = 0
+
+    def add(module, name, parameter):
+        nonlocal held
+        if parameter is not None and parameter.device.type == "cpu":
+            held += parameter.nbytes
+            check_memory(held, "the network")
+
+    hook = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def model_config(model, **overrides):
@@ -95,7 +115,7 @@ def parse_overrides(texts):
             raise InputError(f"--set {text!r}: write name=value, for example --set image_size=16")
         try:
             overrides[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             overrides[name] = value
     return overrides
 
@@ -110,6 +130,10 @@ def _checked(config_class, options):
         if not _fits(value, types[name]):
             such_as = {bool: ", true or false", tuple: ", whole numbers such as [1,2]"}.get(types[name], "")
             raise InputError(f"model option {name}={value!r}: must be of type {types[name].__name__}{such_as}")
+        numbers = value if isinstance(value, tuple) else (value,) if type(value) in (int, float) else ()
+        most = MOST_LAYERS if name in ("depth", "blocks") else MOST_NUMBER
+        if len(numbers) > MOST_LAYERS or not all(-most <= number <= most for number in numbers):
+            raise InputError(f"model option {name} is out of bounds: at most {MOST_LAYERS} numbers, each up to {most}")
     return options
 
 

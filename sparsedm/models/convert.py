@@ -1,4 +1,4 @@
-"""`sparsedm import`: other people's checkpoints of our networks as self-describing .safetensors files.
+"""Other people's checkpoints of our networks, recognised and read (`sparsedm import`).
 
     U-ViT       official .pth (github.com/baofff/U-ViT), also SparseDM's, whose weights are dense until they are masked
     DiT         official .pt (github.com/facebookresearch/DiT)
@@ -12,52 +12,15 @@ Loading is safe: nothing that a file might hold is run.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 from sparsedm.errors import InputError
-from sparsedm.model_files import INDEX, fill, one_network, read_tensors, save_model
-from sparsedm.models import MODELS, build_model, model_config, parse_overrides, schedule_note
+from sparsedm.files import read_json
+from sparsedm.model_files import INDEX, fill, one_network, read_tensors
+from sparsedm.models import MODELS, build_model, model_config, schedule_note
 from sparsedm.models.diffusers import config_from_diffusers, from_diffusers, rename_state
-
-
-def add_arguments(parser):
-    parser.add_argument("source", metavar="FILE", help="a .pth, .pt, .bin or .safetensors file, or a diffusers folder")
-    parser.add_argument("--model", metavar="NAME", help="what it holds, if that is not recognised")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="correct what was recognised")
-    parser.add_argument(
-        "--weights",
-        choices=("average", "raw"),
-        default="average",
-        help="of a training checkpoint that holds the network and the average of its weights (default: average)",
-    )
-    parser.add_argument("--out", metavar="FILE", help="the file to write (default: its name, as .safetensors, here)")
-
-
-def run_import(options):
-    source = Path(options.source)
-    out = Path(options.out or _name_of(source) + ".safetensors")
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {out}: must end in .safetensors")
-    if out.exists():
-        raise InputError(f"{out} exists already: name another file with --out")
-    found = read_foreign(source, options.model, parse_overrides(options.set), options.weights)
-    save_model(out, found.model)
-    config = dataclasses.asdict(found.model.config)
-    parameters = sum(p.numel() for p in found.model.parameters())
-    print(f"{source}: {found.about}")
-    print("  " + ", ".join(f"{name}={value}" for name, value in config.items()))
-    print(f"  {parameters:,} parameters of {found.dtype}")
-    for note in found.notes:
-        print(f"  {note}")
-    print(f"written to {out}   next: sparsedm inspect {out} --pattern 2:4")
-
-
-def _name_of(source):
-    name = source.resolve().name
-    return name if source.is_dir() else Path(name.removesuffix(INDEX)).stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +84,10 @@ def _diffusers_folder(folder):
     """(weights' file, configuration, what they are, notes) of a diffusers model folder or pipeline folder."""
     inner = next((folder / part for part in ("unet", "transformer") if (folder / part).is_dir()), folder)
     try:
-        options = json.loads((inner / "config.json").read_text(encoding="utf-8"))
+        options = read_json(inner / "config.json")
         kind = options.get("_class_name", "model")
-    except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{inner / 'config.json'} is missing or damaged ({reason}): no diffusers folder") from error
+    except (InputError, AttributeError) as error:
+        raise InputError(f"{inner} is no diffusers folder: {error}") from error
     config = config_from_diffusers(options)
     stem = "diffusion_pytorch_model"
     names = [f"{stem}{kind}.safetensors{index}" for kind in ("", ".fp16") for index in ("", INDEX)] + [f"{stem}.bin"]

@@ -20,7 +20,7 @@ import torch
 from sparsedm import samplers
 from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
-from sparsedm.files import write_json
+from sparsedm.files import read_json, write_json
 from sparsedm.inspection import inspect
 from sparsedm.model_files import describe, load_model
 from sparsedm.models import build_model
@@ -175,6 +175,8 @@ class Strategy:
         for name in ("networks", "indices", "fingerprints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         names, indices = self.networks, self.indices
+        if not all(isinstance(name, str) for name in (*names, *self.fingerprints)):
+            raise InputError("the names and fingerprints of a strategy's networks must be texts")
         if len(self.fingerprints) not in (0, len(names)):
             raise InputError(f"{len(self.fingerprints)} fingerprints were given for {len(names)} networks")
         if self.sampler not in samplers.SAMPLERS:
@@ -216,18 +218,16 @@ def _text(value):
 
 def load_strategy(file):
     """A Strategy from its JSON file. Raises InputError naming the file and what is wrong with it."""
+    kinds = {field.name: list if field.type is tuple else field.type for field in fields(Strategy)} | {"steps": int}
+    values = read_json(file, **kinds)
+    if unknown := values.keys() - kinds.keys():
+        raise InputError(f"{file} holds no strategy: {', '.join(unknown)} is no part of one")
     try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-        steps, knows_weights = values.pop("steps"), "fingerprints" in values
-        strategy = Strategy(**values)
+        strategy = Strategy(**{field.name: values[field.name] for field in fields(Strategy)})
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{file} is missing or holds no strategy: {error}") from error
-    if steps != strategy.steps:
-        raise InputError(f"{file} says {steps} steps and has {strategy.steps} indices")
-    if not knows_weights:
-        raise InputError(f"{file} was made by an older version, which did not say for which weights: search again")
+    if values["steps"] != strategy.steps:
+        raise InputError(f"{file} says {values['steps']} steps and has {strategy.steps} indices")
     return strategy
 
 

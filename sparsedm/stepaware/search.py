@@ -1,4 +1,4 @@
-"""The search for strategies: which network at which step (see `stepaware.py`), by evolution.
+"""The search for strategies: which network at which step (see `family.py`), by evolution.
 
     DDSM       minimise quality + weight * cost                     (DDSM, arXiv 2310.03337; `weight` is a number)
     NSGA-II    find the whole front of (quality, cost) at once      (Deb et al. 2002; `weight` is None)
@@ -8,7 +8,6 @@ uniform strategies, given ones, and random ones; both cross two strategies at on
 random. The machinery is pymoo's. Everything that was ever evaluated is kept: the front is drawn from all of it.
 """
 
-import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 from sparsedm.errors import InputError
-from sparsedm.files import writing
+from sparsedm.files import append_json_line, read_json_lines
+
+RECORD = {"indices": list, "quality": float, "seconds": float}  # of the file of Evaluations, with the cost to be read
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,11 @@ class Evaluations:
         self.measure, self.cost, self.file, self.workers = measure, cost, file and Path(file), workers
         self.known, self.asked = {}, 0  # indices -> quality; how many were measured in this session
         self.seconds = 0.0  # spent measuring, of all workers and sessions together
-        if self.file and self.file.exists():
-            text = self.file.read_text(encoding="utf-8")
-            lines = text.splitlines(keepends=True)
-            if lines and not lines[-1].endswith("\n"):
-                with writing(self.file), open(self.file, "rb+") as opened:
-                    opened.truncate(len("".join(lines[:-1]).encode()))
-                del lines[-1]
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = json.loads(line)
-                    self.known[tuple(record["indices"])] = float(record["quality"])
-                    self.seconds += record["seconds"]
-                except (ValueError, TypeError, KeyError) as error:
-                    raise InputError(f"{self.file} is damaged in line {number}: {error}") from error
+        for number, record in enumerate(read_json_lines(self.file, **RECORD) if self.file else (), 1):
+            if not all(type(index) is int for index in record["indices"]):
+                raise InputError(f"{self.file} is damaged in line {number}: indices must be whole numbers")
+            self.known[tuple(record["indices"])] = float(record["quality"])
+            self.seconds += record["seconds"]
 
     def __call__(self, indices):
         """The Evaluation of a strategy. Raises InputError if its quality is not a finite number."""
@@ -123,8 +115,7 @@ class Evaluations:
         self.known[indices] = quality
         if self.file:
             record = {"indices": indices, "quality": quality, "cost": self.cost(indices), "seconds": seconds}
-            with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_json_line(self.file, record)
 
     def all(self):
         """Every Evaluation known, in the order in which they were made."""

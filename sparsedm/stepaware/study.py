@@ -4,9 +4,9 @@ Everything that takes time is kept in the folder as it is made, and not made aga
 final.jsonl.
 """
 
-import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,16 +14,23 @@ import numpy as np
 import torch
 
 from sparsedm import evaluate, samplers
-from sparsedm import plots as pictures
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
-from sparsedm.files import cache_folder, write_json
-from sparsedm.stepaware import family as stepaware
-from sparsedm.stepaware.family import Strategy, family_of
+from sparsedm.files import cache_folder, read_json, write_json
+from sparsedm.plots import save_grid
+from sparsedm.stepaware.family import Family, Strategy, family_of, loss_table, sample
 from sparsedm.stepaware.report import write_report
-from sparsedm.stepaware.search import Evaluations, SearchOptions, front, proxy_optima, rank_correlation, search
+from sparsedm.stepaware.search import (
+    Evaluations,
+    SearchOptions,
+    first_generation,
+    front,
+    proxy_optima,
+    rank_correlation,
+    search,
+)
 from sparsedm.train import checkpoint
-from sparsedm.train.data import batch, load_images
+from sparsedm.train.data import ImageSet, batch, load_images
 from sparsedm.train.loop import OutOfTime, amp_of
 
 QUALITIES = ("frechet", "proxy")
@@ -75,83 +82,132 @@ def study(plan):
     Raises InputError: the folder was made by another plan; latents, of which only the proxy can be measured; a search
     that cannot be. OutOfTime: what was measured until then is kept.
     """
+    setting = _prepare(plan)
+    tried = setting.evaluations("evaluations.jsonl", plan.count, plan.search.seed)
+    compared = _compared(setting, _evolved(setting, tried))
+    final = setting.evaluations("final.jsonl", plan.final_count, plan.search.seed + 1)
+    report = _report(setting, tried, final, _rows(compared, tried, final))
+    for name, indices in compared["found"].items():
+        strategy = replace(setting.strategy(indices), fingerprints=setting.family.fingerprints)
+        strategy.save(plan.folder / "strategies" / f"{name.replace(' ', '-')}.json")
+    write_report(plan.folder, report)
+    if not setting.images.is_latent:
+        _save_samples(setting, report)
+    return report
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What every measurement of a plan shares. losses (networks, steps): see `loss_table`."""
+
+    plan: Plan
+    family: Family
+    images: ImageSet
+    losses: np.ndarray
+    table_seconds: float
+    distance: Callable | None  # uint8 samples -> quality; None: the proxy is the quality
+
+    def proxy(self, indices):
+        return np.log(self.losses[list(indices), range(self.plan.steps)]).sum()
+
+    def cost(self, indices):
+        return self.family.cost(self.plan.sampler, indices)
+
+    def strategy(self, indices):
+        return Strategy(self.family.name, self.family.names, self.plan.sampler, indices, self.plan.data)
+
+    def draw(self, indices, count, seed):
+        return _draw(self.family, self.strategy(indices), count, seed, self.plan.clip)
+
+    def evaluations(self, file, count, seed):
+        """Evaluations of the quality over `count` images of this seed, kept in the folder."""
+
+        def measured(indices):
+            if time.monotonic() >= self.plan.deadline:
+                known = len(evaluations.known)
+                raise OutOfTime(f"after {known} strategies of the search in {self.plan.folder}, which are kept")
+            return self.distance(self.draw(indices, count, seed))
+
+        measure = measured if self.distance else self.proxy
+        evaluations = Evaluations(measure, self.cost, self.plan.folder / file, self.plan.workers)
+        return evaluations
+
+
+def _prepare(plan):
+    """The _Setting of a plan, whose folder is claimed once it is known that the plan can be carried out."""
     family = family_of(plan.run, plan.unit, plan.device)
-    size = family.shape[1]
-    images = load_images(plan.data, "train", size)
+    images = load_images(plan.data, "train", family.shape[1])
     if images.is_latent and plan.quality != "proxy":
         raise InputError(f"data {plan.data} holds latents, which have no Fréchet distance here: use --quality proxy")
+    first_generation(len(family.names), plan.steps, plan.search)
     checkpoint.claim(plan.folder, plan.facts(family))
-    family, losses, table_seconds = _table(plan, family)
-    logarithms = np.log(losses)
-
-    def proxy(indices):
-        return logarithms[list(indices), range(plan.steps)].sum()
-
-    def cost(indices):
-        return family.cost(plan.sampler, indices)
-
-    def draw(indices, count, seed):
-        strategy = Strategy(family.name, family.names, plan.sampler, indices, plan.data)
-        return _draw(family, strategy, count, seed, plan.clip)
-
-    def measure(count, seed):
-        def measured(indices):
-            if time.monotonic() >= plan.deadline:
-                known = len(tried.known)
-                raise OutOfTime(f"after {known} strategies of the search in {plan.folder}, which are kept")
-            return distance(draw(indices, count, seed))
-
-        return proxy if plan.quality == "proxy" else measured
-
+    family, losses, seconds = _table(plan, family)
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)
-    tried = Evaluations(measure(plan.count, plan.search.seed), cost, plan.folder / "evaluations.jsonl", plan.workers)
+    return _Setting(plan, family, images, losses, seconds, distance)
+
+
+def _evolved(setting, tried):
+    """The front of the search, at most eight Evaluations evenly spread along it."""
+    plan, family = setting.plan, setting.family
     step_costs = np.outer(family.costs, samplers.evaluations(plan.sampler, plan.steps))
     room = max(0, plan.search.population - len(family.names)) // 2
-    start = _spread(proxy_optima(logarithms, step_costs)[1:-1], room)
-    found = _spread(front(search(tried, len(family.names), plan.steps, plan.search, start=start, progress=True)), 8)
+    start = _spread(proxy_optima(np.log(setting.losses), step_costs)[1:-1], room)
+    every = search(tried, len(family.names), plan.steps, plan.search, start=start, progress=True)
+    return _spread(front(every), 8)
 
-    groups = {"uniform": {name: (index,) * plan.steps for index, name in enumerate(family.names)}}
-    groups |= {"random": _random(family, plan), "by hand": _by_hand(family, plan.steps)}
-    groups["found"] = {f"found {i + 1}": e.indices for i, e in enumerate(found) if len(set(e.indices)) > 1}
-    final = Evaluations(
-        measure(plan.final_count, plan.search.seed + 1), cost, plan.folder / "final.jsonl", plan.workers
-    )
-    named = [(group, name, indices) for group, items in groups.items() for name, indices in items.items()]
-    compared = [indices for _, _, indices in named]
+
+def _compared(setting, found):
+    """{group: {name: indices}} of all strategies in the table."""
+    plan, networks = setting.plan, len(setting.family.names)
+    random = np.random.default_rng([plan.search.seed, 1])
+    falling = tuple((np.arange(plan.steps) * networks // plan.steps).tolist())
+    return {
+        "uniform": {name: (index,) * plan.steps for index, name in enumerate(setting.family.names)},
+        "random": {f"random {i}": tuple(random.integers(networks, size=plan.steps).tolist()) for i in range(1, 5)},
+        # the whole family in turn, in equal shares: the costliest network at low noise, or at high noise
+        "by hand": {"costly last": falling[::-1], "costly first": falling},
+        "found": {f"found {i}": e.indices for i, e in enumerate(found, 1) if len(set(e.indices)) > 1},
+    }
+
+
+def _rows(compared, tried, final):
+    """The rows of the table, the costliest first: each strategy on fresh noise, and as the search saw it."""
+    named = [(group, name, indices) for group, items in compared.items() for name, indices in items.items()]
+    every = [indices for _, _, indices in named]
     rows = [
         {"group": group, "strategy": name, **asdict(measured), "search_quality": searched.quality}
-        for (group, name, _), measured, searched in zip(named, final.each(compared), tried.each(compared))
+        for (group, name, _), measured, searched in zip(named, final.each(every), tried.each(every))
     ]
-    for name, indices in groups["found"].items():
-        strategy = Strategy(family.name, family.names, plan.sampler, indices, plan.data, family.fingerprints)
-        strategy.save(plan.folder / "strategies" / f"{name.replace(' ', '-')}.json")
-    every = tried.all()
-    proxies = {"logarithms": logarithms, "losses": losses}
-    seconds = {"training": _training_seconds(plan.run), "table": table_seconds}
-    report = {
+    return sorted(rows, key=lambda row: -row["cost"])
+
+
+def _report(setting, tried, final, rows):
+    plan, family, every = setting.plan, setting.family, tried.all()
+    seconds = {"training": _training_seconds(plan.run), "table": setting.table_seconds}
+    return {
         **plan.facts(family),
         "family": family.name,
         "names": family.names,
         "costs": family.costs,
-        "dearest": cost((0,) * plan.steps),
+        "dearest": setting.cost((0,) * plan.steps),
         "times": (_times(plan, family) / family.schedule.last).tolist(),
-        "losses": losses.tolist(),
-        "rank_correlation": {name: _correlation(table, every) for name, table in proxies.items()},
-        "tried": [asdict(e) | {"proxy": proxy(e.indices)} for e in every],
+        "losses": setting.losses.tolist(),
+        "rank_correlation": {
+            "logarithms": _correlation(np.log(setting.losses), every),
+            "losses": _correlation(setting.losses, every),
+        },
+        "tried": [asdict(e) | {"proxy": setting.proxy(e.indices)} for e in every],
         "seconds": seconds | {"search": tried.seconds, "comparison": final.seconds},
         "torch": torch.__version__,
         "device": str(plan.device),
-        "rows": sorted(rows, key=lambda row: -row["cost"]),
+        "rows": rows,
     }
-    write_report(plan.folder, report)
-    if not images.is_latent:
-        _save_samples(plan, images, report, draw)
-    return report
 
 
 def _training_seconds(run):
+    """Of all stages below a run folder, as their latest checkpoints say."""
     files = sorted(Path(run).glob("**/checkpoints/step-*/state.json"))
-    latest = {file.parents[2]: json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files}
+    latest = {file.parents[2]: read_json(file, seconds=float)["seconds"] for file in files}
     return sum(latest.values())
 
 
@@ -168,13 +224,17 @@ def _table(plan, family):
         x, y = batch(held_out, torch.arange(len(held_out)))
         y = y if family.networks[0].config.num_classes else None
         with _autocast(family):
-            losses = stepaware.loss_table(
-                family, x, plan.sampler, plan.steps, y=y, seed=plan.search.seed, progress=True
-            )
+            losses = loss_table(family, x, plan.sampler, plan.steps, y=y, seed=plan.search.seed, progress=True)
         seconds = time.perf_counter() - start
         write_json(file, {"names": family.names, "costs": family.costs, "losses": losses.tolist(), "seconds": seconds})
-    known = json.loads(file.read_text(encoding="utf-8"))
-    return replace(family, costs=tuple(known["costs"])), np.array(known["losses"]), known["seconds"]
+    known = read_json(file, costs=list, losses=list, seconds=float)
+    try:
+        losses, costs = np.array(known["losses"], dtype=float), tuple(map(float, known["costs"]))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged: {error}") from error
+    if losses.shape != (len(family.names), plan.steps) or not (losses > 0).all() or not np.isfinite(losses).all():
+        raise InputError(f"{file} is damaged: it must hold a loss of each of the networks at each step")
+    return replace(family, costs=costs), losses, known["seconds"]
 
 
 def _distance_to(images, plan):
@@ -195,7 +255,7 @@ def _draw(family, strategy, count, seed, clip):
     classes = family.networks[0].config.num_classes
     labels = torch.arange(count) % classes if classes else None
     with _autocast(family):
-        images = stepaware.sample(family, strategy, count, seed=seed, y=labels, clip=clip, batch_size=256)
+        images = sample(family, strategy, count, seed=seed, y=labels, clip=clip, batch_size=256)
     return to_uint8(images).cpu()
 
 
@@ -217,23 +277,16 @@ def _spread(items, count):
     return [items[place] for place in places]
 
 
-def _random(family, plan):
-    random = np.random.default_rng([plan.search.seed, 1])
-    return {f"random {i + 1}": tuple(random.integers(len(family.names), size=plan.steps).tolist()) for i in range(4)}
-
-
-def _by_hand(family, steps):
-    """The whole family in turn, in equal shares: the costliest network at low noise, or at high noise."""
-    falling = tuple((np.arange(steps) * len(family.names) // steps).tolist())
-    return {"costly last": falling[::-1], "costly first": falling}
-
-
-def _save_samples(plan, images, report, draw):
+def _save_samples(setting, report):
+    plan, images = setting.plan, setting.images
     by_group = {group: [row for row in report["rows"] if row["group"] == group] for group in ("uniform", "found")}
     shown = _spread(by_group["uniform"], 4) + _spread(by_group["found"], 4)
     drawn = [
-        (f"{row['strategy']}, {row['cost'] / report['dearest']:.0%}", draw(row["indices"], SHOWN, plan.search.seed + 1))
+        (
+            f"{row['strategy']}, {row['cost'] / report['dearest']:.0%}",
+            setting.draw(row["indices"], SHOWN, plan.search.seed + 1),
+        )
         for row in sorted(shown, key=lambda row: -row["cost"])
     ]
     real = images.images[:: max(1, len(images) // SHOWN)][:SHOWN]
-    pictures.save_grid(plan.folder / "samples.png", [("real", real), *drawn])
+    save_grid(plan.folder / "samples.png", [("real", real), *drawn])

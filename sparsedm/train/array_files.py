@@ -25,7 +25,7 @@ from sparsedm.train.image_files import MOST_BYTES, Parts
 
 IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0"), ("labels", "y", "arr_1")  # in an .npz file
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-MD5 = "c58f30108f718f92721af3b95e74349a"
+SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN, TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 MOST_BATCH_BYTES = 1 << 28  # of one batch, which has 31 MB; the limit is against bombs
@@ -81,7 +81,7 @@ def download_cifar10(folder=None, url=None, progress=True):
     url: a mirror; default $SPARSEDM_CIFAR10_URL, else the author's page. The file must have the author's checksum.
     """
     url = url or os.environ.get("SPARSEDM_CIFAR10_URL") or URL
-    return download(url, (folder or cache_folder()) / "cifar-10-python.tar.gz", md5=MD5, progress=progress)
+    return download(url, (folder or cache_folder()) / "cifar-10-python.tar.gz", SHA256, progress)
 
 
 def cifar10_folder(folder):

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, cache_folder
+from sparsedm.files import atomic_file, cache_folder, parse_json
 from sparsedm.train.array_files import cifar10_folder, download_cifar10, read_cifar10, read_npz
 from sparsedm.train.image_files import CROPS, Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
@@ -108,6 +108,12 @@ def load_images(source, split, size, limit=None, crop="square"):
     return found
 
 
+def check_source(source):
+    """Raise InputError, before anything is read, where `source` is none that `load` could read."""
+    if source != "cifar10" and source.partition(":")[0] != "synthetic" and not Path(source).expanduser().exists():
+        raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
+
+
 def batch(images, indices, *, flip_generator=None):
     """The images `indices` (int64 (b,), any device) of an ImageSet as the network sees them, on the device of the set.
 
@@ -166,9 +172,8 @@ def _synthetic_size(source, size):
 def _read(source, split, size, progress, cache, crop):
     """Parts of any source but the synthetic; from the cache only the needed split."""
     try:
+        check_source(source)
         path = download_cifar10(cache, progress=progress) if source == "cifar10" else Path(source).expanduser()
-        if not path.exists():
-            raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
         if path.suffix.lower() == ".npz":
             return _resize(read_npz(path), size, progress)
         fitted = str(size) if crop == "square" else f"{size} {crop}"
@@ -236,8 +241,9 @@ def _from_cache(cached, signature, split):
                 for name in (split, "all")
                 if f"{name}.images" in keys
             }
-            return Parts(splits, tuple(json.loads(facts["class_names"])), json.loads(facts["sizes"]))
-    except (OSError, SafetensorError):
+            names, sizes = (parse_json(facts.get(name), cached) for name in ("class_names", "sizes"))
+            return Parts(splits, tuple(names), dict(sizes))
+    except (OSError, SafetensorError, InputError, TypeError, ValueError):
         return None
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsedm import diffusion
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, Stopped
 from sparsedm.model_files import describe
 from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = ("accumulate", "log_every", "save_every", "validate_every")
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """SIGINT or SIGTERM arrived; the step was finished and saved. exit_code: 128 + the signal, as shells expect."""
 
     def __init__(self, signum, step, folder):

@@ -7,6 +7,7 @@ sessions together), images_per_second, speed_to_dense (the same as a share of th
 and validation_loss where it was measured.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.files import write_text, writing
+from sparsedm.files import append_json_line, read_json_lines, write_text
 from sparsedm.sparsity import masked_layers, masks
 from sparsedm.train import checkpoint, distributed
 
@@ -28,14 +29,11 @@ class TrainingDiverged(InputError):
 
 
 def read_metrics(folder):
-    """The records of a run folder's metrics.jsonl, oldest first, up to one that was cut short; [] if there are none."""
-    file, records = Path(folder) / "metrics.jsonl", []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+    """The records of a run folder's metrics.jsonl, oldest first, up to one that is damaged; [] if there are none."""
+    records = []
+    with contextlib.suppress(InputError):
+        for record in read_json_lines(Path(folder) / "metrics.jsonl", step=int):
+            records.append(record)
     return records
 
 
@@ -123,8 +121,7 @@ class MetricsLog:
     def write(self, record):
         if not distributed.is_main_process():
             return
-        with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_line(self.file, record)
 
 
 def weight_distance(network, dense):

@@ -95,6 +95,8 @@ def divide(steps, shares, stages):
     if len(shares) != stages or not all(0 < share < float("inf") for share in shares):
         raise InputError(f"split {shares} must be {stages} positive numbers, one per stage")
     total = sum(shares)
+    if total == math.inf:
+        raise InputError(f"split {shares} must be numbers whose sum is finite")
     ends = [0] + [round(steps * end / total) for end in itertools.accumulate(shares)]
     parts = [end - start for start, end in itertools.pairwise(ends)]
     if min(parts) < 1:

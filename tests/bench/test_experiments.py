@@ -13,13 +13,13 @@ import torch
 from bench import results
 from bench.experiments import measures, report, runner
 from bench.experiments.__main__ import main
-from bench.experiments.plans import EXPERIMENTS, SCALES, Scale, planned
-from sparsedm.commands.quickstart import SYNTHETIC
+from bench.experiments.plans import EXPERIMENTS, SCALES, planned
 from sparsedm.diffusion import schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model, model_config
+from sparsedm.recipes import QUICKSTART, Scale
 from sparsedm.sparsity import sparsify
 from sparsedm.train import checkpoint, data, loop
 from sparsedm.train.metrics import read_metrics, usual_speed
@@ -28,7 +28,7 @@ from sparsedm.train.stages import LADDER, METHODS
 TINY = Scale(
     summary="for the tests",
     model="uvit-tiny",
-    overrides={**SYNTHETIC.model, "dim": 32, "depth": 2, "heads": 2},
+    overrides={**QUICKSTART["synthetic"].overrides, "dim": 32, "depth": 2, "heads": 2},
     conditional=True,
     data="synthetic",
     base_steps=6,
@@ -37,7 +37,7 @@ TINY = Scale(
     seeds=2,
     samples=16,
     sampling_steps=2,
-    options=SYNTHETIC.options,
+    options=QUICKSTART["synthetic"].options,
     validation=16,
 )
 RUNS = ("dense", "oneshot", "chain", "small-dense")

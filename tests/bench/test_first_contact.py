@@ -1,12 +1,14 @@
 """First contact on the stand-in driver, and what its parent process makes of children that hang or are wrong."""
 
+import json
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
-from bench import first_contact
+from bench import baselines, first_contact
 from bench.first_contact import verdict_of
 from tests.bench import stand_in
 
@@ -40,6 +42,34 @@ def test_the_verdict_on_a_process(code, verdict, monkeypatch):
     began = time.monotonic()
     assert verdict_of(script(code), 0.5) == verdict
     assert time.monotonic() - began < 20
+
+
+def test_only_what_is_right_and_meant_for_large_products_is_timed(tmp_path, monkeypatch):
+    """And what is asked for is known to the suite "first"."""
+    seen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for module in (first_contact, baselines):
+        monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        first_contact, "verdict_of", lambda command, _: "hangs" if command[-1] == "wgmma,1" else "right"
+    )
+    monkeypatch.setattr(first_contact.run, "main", lambda arguments: seen.append(arguments) or 3)
+    assert first_contact.main(["--out", str(tmp_path), "--seconds", "50"]) == 3
+    verdicts = json.loads((tmp_path / "first.json").read_text())["configurations"]
+    assert {name for name, verdict in verdicts.items() if verdict != "right"} == {"wgmma 1"}
+    assert {name.split()[0] for name in verdicts} == {"wgmma", "splitk", "mma"}
+    ((*_, seconds, _, names),) = seen
+    assert 0 < int(seconds) <= 50
+    known = [p.name for p in baselines.first_providers("cuda", torch.bfloat16)]
+    assert names.split(",") == [name for name in known if name != "wgmma 1"]
+
+
+def test_when_nothing_is_right_nothing_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(first_contact, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(first_contact, "verdict_of", lambda command, _: "hangs")
+    monkeypatch.setattr(first_contact.run, "main", lambda arguments: pytest.fail("timed"))
+    assert first_contact.main(["--out", str(tmp_path)]) == 1
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):

@@ -1,8 +1,10 @@
 """The commands as a user runs them, on the smallest possible jobs."""
 
+import importlib
 import io
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -10,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsedm.cli import main
-from sparsedm.commands import sample as drawing
-from sparsedm.commands import train as commands
+from sparsedm.cli import COMMANDS, main, parse
+from sparsedm.commands import evaluate, sample, train
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import MODELS, build_model
 from sparsedm.stepaware.family import Strategy, family_of
@@ -75,7 +76,7 @@ def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
 @pytest.mark.parametrize("bad", [("--count", -1), ("--count", 0), ("--batch-size", 0)], ids=str)
 def test_no_images_are_no_job(trained, bad, capsys):
     assert run("sample", trained, *bad) == 2
-    assert "both must be at least 1" in capsys.readouterr().err
+    assert "is not a whole number from 1" in capsys.readouterr().err
 
 
 def test_a_cuda_graph_off_a_gpu_is_refused(trained, tmp_path, capsys):
@@ -109,8 +110,8 @@ def test_evaluate_writes_numbers(trained, tmp_path, capsys):
 def test_samples_are_compared_with_the_dense_network_of_a_chain_not_with_themselves(trained, tmp_path):
     out, found = tmp_path / "numbers.json", []
     for dense in (trained, trained / "00-dense"):
-        evaluate = ("evaluate", trained, "--data", "synthetic", "--split", "test", "--count", 16, "--out", out)
-        assert run(*evaluate, "--sampling-steps", 2, "--dense", dense) == 0
+        command = ("evaluate", trained, "--data", "synthetic", "--split", "test", "--count", 16, "--out", out)
+        assert run(*command, "--sampling-steps", 2, "--dense", dense) == 0
         found.append(json.loads(out.read_text())["ssim"])
     assert found[0] == found[1] < 1
 
@@ -118,7 +119,8 @@ def test_samples_are_compared_with_the_dense_network_of_a_chain_not_with_themsel
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 def test_where_nothing_can_be_written_nothing_is_drawn(command, trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(drawing, "_draw", lambda *_: pytest.fail("drawn"))
+    for module in (sample, evaluate):
+        monkeypatch.setattr(module, "draw", lambda *_: pytest.fail("drawn"))
     data = ["--data", "synthetic"] if command == "evaluate" else []
     assert run(command, trained, *data, "--out", tmp_path / "file" / "drawn.png") == 2
     assert "cannot write" in capsys.readouterr().err
@@ -209,7 +211,7 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
         assert run(*draw, "--strategy", file, *extra) == 2
         assert message in capsys.readouterr().err
     assert run(*draw, "--strategy", tmp_path / "none.json") == 2
-    assert "is missing or holds no strategy" in capsys.readouterr().err
+    assert "none.json is missing or unreadable" in capsys.readouterr().err
     assert run("sample", trained, "--sampling-steps", 0) == 2
 
 
@@ -260,8 +262,9 @@ def test_a_refused_run_leaves_no_folder_and_the_corrected_one_starts(tmp_path, c
     assert run(*common, *tiny, "--set", "num_classes=2") == 2
     assert "expects labels 0..1" in capsys.readouterr().err
     assert run(*common, *tiny, "--w-kd", "nan") == 2
-    assert "w_kd=nan must be 0 or more, and finite" in capsys.readouterr().err
+    assert "--w-kd: 'nan' is not a finite number" in capsys.readouterr().err
     assert run(*common, *tiny, "--decay", "-1") == 2
+    assert "decay=-1.0 must be 0 or more, and finite" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert run(*common, *tiny) == 0
 
@@ -273,7 +276,7 @@ def test_a_picture_needs_a_picture_name(trained, tmp_path, capsys):
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     folder = tmp_path / "nothing"
-    arguments = ["train", "--model", "uvit-cifar10-small", "--data", "nowhere", "--steps", 1000, "--run", folder]
+    arguments = ["train", "--model", "uvit-cifar10-small", "--data", "cifar10", "--steps", 1000, "--run", folder]
     assert run(*arguments, "--dry-run") == 0
     assert not folder.exists()
     text = capsys.readouterr().out
@@ -351,7 +354,7 @@ BAD = {
     "negative seed": (["train", "--data", "synthetic", "--seed", "-1"], "'-1' is not a whole number"),
     "device not served": (["quickstart", "--device", "mps"], "'mps' is not served"),
     "where without pattern": (["inspect", "--model", "uvit-tiny", "--where", "qkv"], "give one with --pattern"),
-    "no batch": (["inspect", "--model", "uvit-tiny", "--batch", "0"], "batch 0: must be at least 1"),
+    "no batch": (["inspect", "--model", "uvit-tiny", "--batch", "0"], "'0' is not a whole number from 1"),
     "no chart": (
         ["inspect", "--model", "uvit-tiny", "--plot", "x.txt"],
         "x.txt must end in .png, .jpg, .jpeg or .webp",
@@ -359,7 +362,7 @@ BAD = {
     "numbers in a folder": (["inspect", "--model", "uvit-tiny", "--json", "."], "cannot write .: it is a folder"),
     "more bytes than there are": (
         ["inspect", "--model", "uvit-tiny", "--set", "image_size=1000000000"],
-        "not enough memory (Storage size calculation overflowed",
+        "model option image_size is out of bounds",
     ),
     "no flag": (["inspect", "--model", "uvit-tiny", "--set", "velocity=yes"], "must be of type bool, true or false"),
     "guidance without end": (["sample", "{folder}", "--guidance", "nan"], "argument --guidance: 'nan' is not a finite"),
@@ -386,21 +389,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name, tmp_path, capsys):
     ids=repr,
 )
 def test_a_lack_of_memory_is_one_sentence(lacking, monkeypatch, tmp_path, capsys):
-    def train(*_, **__):
+    def run_chain(*_, **__):
         if isinstance(lacking, Exception):
             raise lacking
         torch.empty(lacking, dtype=torch.uint8)  # torch's own refusal, on a CPU
 
-    monkeypatch.setattr(commands, "run_chain", train)
+    monkeypatch.setattr(train, "run_chain", run_chain)
     assert run("train", "--data", "synthetic", "--set", "image_size=12", "--run", tmp_path / "run") == 2
     assert "not enough memory (" in capsys.readouterr().err
 
 
 def test_a_defect_is_not_a_lack_of_memory(monkeypatch, tmp_path):
-    def train(*_, **__):
+    def run_chain(*_, **__):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(commands, "run_chain", train)
+    monkeypatch.setattr(train, "run_chain", run_chain)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run("train", "--data", "synthetic", "--set", "image_size=12", "--run", tmp_path / "run")
 
@@ -438,6 +441,30 @@ def test_help_teaches(command, capsys):
     assert all(name in text for name in MODELS) or "--model" not in text, "a name cut at a hyphen cannot be copied"
     assert all(f"  {name}: " in text for name in METHODS) or "--method" not in text, "a line for each"
     assert ("--seed" in text) == (command not in ("", "inspect")), "an option is there where it does something"
+    assert "exit codes:" in text
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from sparsedm.cli import main\ntry: main(['--help'])\nexcept SystemExit as end: code = end.code"
+    code += "\nsys.exit(code or any(name in sys.modules for name in ('torch', 'matplotlib', 'numpy', 'PIL')))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert all(f"\n    {name}" in shown.stdout for name in COMMANDS)
+
+
+def test_every_command_is_a_module_of_its_own():
+    for module, summary in COMMANDS.values():
+        command = importlib.import_module(module)
+        assert callable(command.run)
+        assert callable(command.add_arguments)
+        assert command.EXAMPLES
+        assert summary
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_commands(command):
+    for example in importlib.import_module(COMMANDS[command][0]).EXAMPLES:
+        assert parse([command, *example.split()]).run_command
 
 
 def test_cuda_is_refused_where_there_is_none(capsys):

@@ -9,16 +9,18 @@ import torch
 
 from sparsedm.cli import main
 from sparsedm.commands import quickstart
+from sparsedm.recipes import QUICKSTART
 from sparsedm.train.data import load
 from sparsedm.train.stages import Stage
 
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    stages = tuple(replace(stage, steps=2) for stage in quickstart.SYNTHETIC.stages)
-    model = {**quickstart.SYNTHETIC.model, "dim": 32, "depth": 2, "heads": 2}
-    recipe = replace(quickstart.SYNTHETIC, stages=stages, model=model, samples=24, sampling_steps=2, threads=1)
-    monkeypatch.setattr(quickstart, "SYNTHETIC", recipe)
+    recipe = QUICKSTART["synthetic"]
+    stages = tuple(replace(stage, steps=2) for stage in recipe.stages)
+    overrides = {**recipe.overrides, "dim": 32, "depth": 2, "heads": 2}
+    recipe = replace(recipe, stages=stages, overrides=overrides, samples=24, sampling_steps=2, threads=1)
+    monkeypatch.setitem(QUICKSTART, "synthetic", recipe)
 
 
 def test_it_leaves_what_it_says(few_steps, tmp_path, capsys):
@@ -71,7 +73,7 @@ def test_latents_are_refused(tmp_path, capsys):
 
 
 def test_recipes_are_the_chain_of_the_readme():
-    for recipe in (quickstart.SYNTHETIC, quickstart.REAL):
+    for recipe in QUICKSTART.values():
         assert [stage.pattern for stage in recipe.stages] == ["dense", "3:4", "2:4"]
         assert all(isinstance(stage, Stage) for stage in recipe.stages)
 

@@ -11,28 +11,28 @@ import pytest
 import torch
 
 from sparsedm.cli import main
-from sparsedm.commands import search as search_command
-from sparsedm.models import build_model, model_config
-from sparsedm.stepaware import study as search_study
+from sparsedm.commands import search, train
+from sparsedm.models import model_config
+from sparsedm.recipes import SEARCHES
+from sparsedm.stepaware import study
 from sparsedm.train import loop
 
 
 @pytest.fixture
 def tiny_scale(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "cache"))
-    smoke = search_command.SCALES["smoke"]
     shapes = {"chain": {"dim": 16, "depth": 2, "heads": 2}, "both": {"multipliers": (1, 1), "attention": ()}}
-    families = {
-        name: (model, overrides | shapes[name], [replace(s, steps=2) for s in stages], replace(training, batch_size=4))
-        for name, (model, overrides, stages, training) in smoke.families.items()
-        if name in shapes
-    }
-    few = replace(smoke, families=families, count=4, final_count=4, validation=4, steps=2, population=9, generations=1)
-    monkeypatch.setitem(search_command.SCALES, "smoke", few)
-    load = search_study.load_images
-    for module in (search_study, search_command):
+    few = {"count": 4, "samples": 4, "validation": 4, "sampling_steps": 2, "population": 9, "generations": 1}
+    for family, shape in shapes.items():
+        scale = SEARCHES["smoke"][family]
+        overrides, stages = scale.overrides | shape, tuple(replace(stage, steps=2) for stage in scale.stages)
+        options = replace(scale.options, batch_size=4)
+        tiny = replace(scale, overrides=overrides, stages=stages, options=options, **few)
+        monkeypatch.setitem(SEARCHES["smoke"], family, tiny)
+    load = study.load_images
+    for module in (study, train):
         monkeypatch.setattr(module, "load_images", lambda *a, limit=None: load(*a, limit=min(limit or 20, 20)))
-    monkeypatch.setattr(search_study, "SHOWN", 2)
+    monkeypatch.setattr(study, "SHOWN", 2)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -47,7 +47,7 @@ def test_from_nothing_and_again(tiny_scale, tmp_path, capsys, monkeypatch, famil
     assert "rank correlation" in out
     assert ("0 = dense, 1 = 2:4, 2 = 1:4, 3 = 1:8" if family == "chain" else "dense 8/8") in out
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"family", "front.png", "samples.png", "report.md"}
-    monkeypatch.setattr(search_study, "_distance_to", lambda *_: pytest.fail)
+    monkeypatch.setattr(study, "_distance_to", lambda *_: pytest.fail)
     assert main(command) == 0, "finished: nothing is measured again"
     assert out.splitlines()[1:-1] == capsys.readouterr().out.splitlines()[1:-1]
 
@@ -88,11 +88,11 @@ def test_a_search_that_is_cut_again_and_again_is_that_of_one_piece(tiny_scale, t
     """The clock goes on by a second whenever it is looked at, so that every place where time can be up is one."""
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
-    for module in (search_command, search_study, loop):
+    for module in (search, study, loop):
         monkeypatch.setattr(module, "time", clock)
     command = ["search", "--out", str(tmp_path / "cut"), "--workers", "1", "--minutes"]
     said = []
-    while (code := main([*command, f"{(search_command.RESERVE + 4) / 60}"])) and len(said) < 20:
+    while (code := main([*command, f"{(search.RESERVE + 4) / 60}"])) and len(said) < 20:
         assert code == 3
         said.append(capsys.readouterr().err)
     assert code == 0
@@ -106,7 +106,7 @@ def test_a_search_that_is_cut_again_and_again_is_that_of_one_piece(tiny_scale, t
 
 
 @pytest.mark.parametrize("family", ["chain", "widths", "both"])
-@pytest.mark.parametrize("scale", search_command.SCALES)
+@pytest.mark.parametrize("scale", SEARCHES)
 def test_a_dry_run_shows_the_plan_and_writes_nothing(scale, family, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["search", "--scale", scale, "--family", family, "--weight", "0.1", "--dry-run"]) == 0
@@ -117,16 +117,15 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(scale, family, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("scale", search_command.SCALES)
+@pytest.mark.parametrize("scale", SEARCHES)
 def test_every_family_can_be_built_and_searched(scale):
     """The networks fit the data, the population holds every uniform strategy, a batch can be divided among widths."""
-    settings = search_command.SCALES[scale]
-    for name, overrides, stages, training in settings.families.values():
-        config = build_model(name, device="meta", **overrides).config
+    for settings in SEARCHES[scale].values():
+        config = model_config(settings.model, **settings.overrides)
         widths = getattr(config, "eighths", (8,))
-        assert len(stages) * len(widths) >= 2
-        assert settings.population >= 1.5 * len(stages) * len(widths)
-        assert training.batch_size >= getattr(config, "passes", 0)
+        assert len(settings.stages) * len(widths) >= 2
+        assert settings.population >= 1.5 * len(settings.stages) * len(widths)
+        assert settings.options.batch_size >= getattr(config, "passes", 0)
     assert model_config("slimmable-cifar10").image_size == 32
 
 
@@ -134,11 +133,14 @@ def test_every_family_can_be_built_and_searched(scale):
     ("arguments", "message"),
     [
         (["--population", "1"], "search option population=1: must be at least 2"),
-        (["--sampling-steps", "0"], "steps is 0"),
+        (["--sampling-steps", "0"], "'0' is not a whole number from 1 to 100000"),
         (["--count", "1"], "count is 1: at least 2 images"),
-        (["--workers", "0"], "workers is 0: at least 1 is needed"),
+        (["--workers", "0"], "'0' is not a whole number from 1"),
         (["--minutes", "0.5"], "--minutes 0.5: more than 40 seconds are needed to stop cleanly"),
+        (["--minutes", "nan"], "'nan' is not a finite number"),
+        (["--minutes", "-3"], "'-3' is not more than 0"),
         (["--weight", "-1"], "search option weight=-1.0"),
+        (["--population", "2"], "a population of 2 is too small"),
         (["nowhere"], "nowhere does not exist"),
         (["nowhere", "--data", "synthetic"], "nowhere does not exist"),
         (["--scale", "huge"], "invalid choice: 'huge'"),

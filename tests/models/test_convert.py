@@ -207,7 +207,7 @@ def test_files_and_folders_that_hold_nothing_of_use_are_refused(tmp_path):
     for source, message in [
         (tmp_path / "nothing.pt", "nothing.pt does not exist"),
         (own, "is a file of this package already"),
-        (folder, r"config.json is missing or damaged \(No such file or directory\): no diffusers folder"),
+        (folder, r"no diffusers folder: .*config.json is missing or unreadable: No such"),
     ]:
         with pytest.raises(InputError, match=message):
             read_foreign(source)
@@ -215,7 +215,7 @@ def test_files_and_folders_that_hold_nothing_of_use_are_refused(tmp_path):
     with pytest.raises(InputError, match="UNet2DConditionModel, and only UNet2DModel and DiTTransformer2DModel have a"):
         read_foreign(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"config.json is missing or damaged \('list' object"):
+    with pytest.raises(InputError, match=r"no diffusers folder: .list. object"):
         read_foreign(folder)
     (folder / "config.json").write_text(json.dumps(config_to_diffusers(build_model(DDPM).config)))
     with pytest.raises(InputError, match=r"folder holds none of diffusion_pytorch_model.safetensors"):

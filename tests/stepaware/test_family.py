@@ -173,10 +173,10 @@ def test_switching_networks_costs_no_operation_and_copies_no_weight(chain, form)
             sample(family, strategy(indices), 2)
         return mode.counts
 
-    operations((0, 1, 2))  # masks are chosen and weights arranged once
+    operations((0, 1, 2))  # weights are arranged once; masks are chosen once for each time that samples are drawn
     held = [(p.data_ptr(), p._version) for n in networks for p in n.state_dict().values()]
     switching = operations((0, 1, 0, 1)) + operations((1, 0, 1, 0))
-    assert switching == operations((0,) * 4) + operations((1,) * 4)
+    assert switching == operations((0, 0, 1, 1)) + operations((1, 1, 0, 0))
     assert held == [(p.data_ptr(), p._version) for n in networks for p in n.state_dict().values()]
 
 
@@ -282,25 +282,23 @@ def test_strategies_for_another_case_are_refused(chain, change, asked, message):
         replace(strategy((0, 1)), **change).models(chain, **asked)
 
 
+STRATEGY = """{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": %s,
+    "data": "", "fingerprints": ["f"], "steps": %s}"""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "holds no strategy"),
-        ("[1]", "holds no strategy"),
-        ('{"family": "chain"}', "holds no strategy"),
-        (
-            '{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [1], "steps": 1}',
-            "s.json: step 0 asks for",
-        ),
-        ('{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [0], "steps": 2}', "says 2 steps and has 1"),
-        (
-            '{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [0], "steps": 1, "x": 0}',
-            "holds no strategy",
-        ),
-        (
-            '{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": [0], "steps": 1}',
-            "s.json was made by an older version, which did not say for which weights: search again",
-        ),
+        ("{", "holds no readable JSON"),
+        ("[" * 100_000, "holds no readable JSON"),
+        ("[1]", "must be an object with family"),
+        ('{"family": "chain"}', "lacks 'networks'"),
+        (STRATEGY % ("[1]", "1"), "s.json: step 0 asks for"),
+        (STRATEGY % ("[0]", "2"), "says 2 steps and has 1"),
+        (STRATEGY % ("[0]", '1, "x": 0'), "x is no part of one"),
+        (STRATEGY % ("7", "1"), "'indices' must be of type list"),
+        (STRATEGY.replace('"b"', "7") % ("[0]", "1"), "must be texts"),
+        (STRATEGY.replace("fingerprints", "prints") % ("[0]", "1"), "lacks 'fingerprints'"),
     ],
 )
 def test_files_that_hold_no_strategy(tmp_path, text, message):

@@ -192,7 +192,7 @@ def test_what_cannot_be_believed_is_refused(tmp_path):
         Evaluations(lambda indices: math.nan, cost, file)((0, 1))
     assert not file.exists()
     file.write_text('{"indices": [0, 1], "quality": 1.0, "seconds": 0.5}\nnonsense\n')
-    with pytest.raises(InputError, match="damaged in line 2"):
+    with pytest.raises(InputError, match=r"log.jsonl, line 2, is damaged"):
         Evaluations(measure, cost, file)
 
 

@@ -13,7 +13,7 @@ from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.models import build_model
 from sparsedm.sparsity import sparsify
-from sparsedm.stepaware import study as search_study
+from sparsedm.stepaware import study as study_module
 from sparsedm.stepaware.family import Strategy, family_of, load_strategy, sample
 from sparsedm.stepaware.search import SearchOptions
 from sparsedm.stepaware.study import Plan, study
@@ -44,10 +44,10 @@ def chain(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(search_study, "load_images", lambda *a, limit=None: LOAD(*a, limit=min(limit or 40, 40)))
+    monkeypatch.setattr(study_module, "load_images", lambda *a, limit=None: LOAD(*a, limit=min(limit or 40, 40)))
 
 
-LOAD = search_study.load_images
+LOAD = study_module.load_images
 
 
 def plan(run, folder, **changes):
@@ -57,20 +57,20 @@ def plan(run, folder, **changes):
 
 
 def test_a_search_leaves_what_it_found_and_goes_on_where_it_stopped(chain, tmp_path, monkeypatch):
-    drawn, draw = [], search_study._draw
+    drawn, draw = [], study_module._draw
 
-    def stops(family, strategy, count, seed):
+    def stops(family, strategy, count, seed, clip):
         if len(drawn) == 5:
             raise KeyboardInterrupt
         drawn.append((strategy.indices, count, seed))
-        return draw(family, strategy, count, seed)
+        return draw(family, strategy, count, seed, clip)
 
     def planted(images):
         first, second, third = drawn[-1][0]
         return 9 * (second != 0) + (first != 2) + (third != 2)
 
-    monkeypatch.setattr(search_study, "_draw", stops)
-    monkeypatch.setattr(search_study, "_distance_to", lambda images, plan: planted)
+    monkeypatch.setattr(study_module, "_draw", stops)
+    monkeypatch.setattr(study_module, "_distance_to", lambda images, plan: planted)
     with pytest.raises(KeyboardInterrupt):
         study(plan(chain, tmp_path))
     assert {(count, seed) for _, count, seed in drawn} == {(6, 3)}
@@ -79,7 +79,7 @@ def test_a_search_leaves_what_it_found_and_goes_on_where_it_stopped(chain, tmp_p
     report = study(plan(chain, tmp_path))
     made = drawn[6:]
     assert not before & set(made), "what was measured is not measured again"
-    assert {(count, seed) for _, count, seed in made} == {(6, 3), (8, 4), (search_study.SHOWN, 4)}
+    assert {(count, seed) for _, count, seed in made} == {(6, 3), (8, 4), (study_module.SHOWN, 4)}
 
     left = {p.name for p in tmp_path.iterdir()}
     assert left >= {"front.png", "strategies.png", "proxy.png", "samples.png", "report.md", "report.json"}
@@ -98,7 +98,7 @@ def test_a_search_leaves_what_it_found_and_goes_on_where_it_stopped(chain, tmp_p
 
     drawn[:] = [()] * 6
     assert study(plan(chain, tmp_path))["rows"] == report["rows"]
-    assert {count for _, count, _ in drawn[6:]} == {search_study.SHOWN}, "only the picture is drawn again"
+    assert {count for _, count, _ in drawn[6:]} == {study_module.SHOWN}, "only the picture is drawn again"
     with pytest.raises(InputError, match="steps is 3 there and 4 here"):
         study(plan(chain, tmp_path, steps=4))
 
@@ -116,7 +116,7 @@ def test_distances_are_those_of_the_samples(chain, tmp_path, one_thread):
     report = study(plan(chain, tmp_path))
     family = family_of(chain)
     features = load_features()
-    real = evaluate.summarize(search_study.load_images("synthetic", "train", 12).images, features, "real")
+    real = evaluate.summarize(study_module.load_images("synthetic", "train", 12).images, features, "real")
     row = next(row for row in report["rows"] if row["group"] == "random")
     strategy = Strategy(family.name, family.names, "ddim", row["indices"])
     for count, seed, value in ((6, 3, row["search_quality"]), (8, 4, row["quality"])):
@@ -197,9 +197,9 @@ def test_networks_run_in_the_precision_of_their_training(chain, monkeypatch):
         layer.register_forward_hook(lambda module, inputs, out: seen.append((torch.is_grad_enabled(), out.dtype)))
     strategy = Strategy(family.name, family.names, "ddim", (0, 1, 2))
     for amp, dtype in ((None, torch.float32), ("bf16", torch.bfloat16)):
-        monkeypatch.setattr(search_study, "amp_of", lambda device, amp=amp: amp)
+        monkeypatch.setattr(study_module, "amp_of", lambda device, amp=amp: amp)
         seen.clear()
-        assert search_study._draw(family, strategy, 2, 0).dtype == torch.uint8
+        assert study_module._draw(family, strategy, 2, 0, "every").dtype == torch.uint8
         assert seen == [(False, dtype)] * 3
 
 

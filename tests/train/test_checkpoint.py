@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
     hint = r"; to go on from step-00000001 instead, delete .*step-00000002"
     with pytest.raises(InputError, match=r"ema.safetensors is missing.*" + hint):
         checkpoint.load(path, model, sparsify(tiny(), "2:4"))
-    with pytest.raises(InputError, match=r"state.json is missing or damaged.*" + hint):
+    with pytest.raises(InputError, match=r"state.json is (missing|damaged).*" + hint):
         checkpoint.load_optimizer(path, model, torch.optim.AdamW(model.parameters()))
 
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         checkpoint.load_optimizer(path, other, torch.optim.AdamW(other.parameters()))
     (path / "state.json").write_text("{")
     model = sparsify(tiny(), "2:4")
-    with pytest.raises(InputError, match=r"state.json is missing or damaged"):
+    with pytest.raises(InputError, match=r"state.json is (missing|damaged)"):
         checkpoint.load_optimizer(path, model, torch.optim.AdamW(model.parameters()))
 
 
@@ -350,7 +350,7 @@ def test_garbage_is_refused(tmp_path, suffix, content):
 )
 def test_a_damaged_description_is_refused(tmp_path, description):
     save_file(tiny().state_dict(), tmp_path / "a.safetensors", metadata={"sparsedm": description})
-    with pytest.raises(InputError, match=r"a.safetensors (has a damaged description|does not say what model it holds)"):
+    with pytest.raises(InputError, match=r"a.safetensors (is damaged|does not say what model it holds)"):
         load_model(tmp_path / "a.safetensors", tiny_from)
 
 

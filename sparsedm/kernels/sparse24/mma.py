@@ -19,11 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from sparsedm.kernels.launch import Launch
-from sparsedm.kernels.sparse24.ptx import KIND, Epilogue, activate, block_barrier, mma_sp
-
-words_in = (
-    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-)  # 3.8; before
+from sparsedm.kernels.sparse24.ptx import KIND, Epilogue, activate, block_barrier, mma_sp, words_in
 
 
 @dataclass(frozen=True)
@@ -211,7 +207,7 @@ def finish(y, row, feature, m, M, N, sink, BLOCK_M: gl.constexpr, BF16: gl.const
     bias_ptr, scale_ptr, rows_per_scale, r_ptr, stride_r = sink
     if EPILOGUE.bias:
         y = y + gl.load(bias_ptr + feature, mask=feature < N, other=0).to(gl.float32)[None, :]
-    y = activate(y, EPILOGUE.activation, BF16)
+    y = activate(y, EPILOGUE, BF16)
     if EPILOGUE.scale:
         for g in range(m // rows_per_scale, (gl.minimum(m + BLOCK_M, M) - 1) // rows_per_scale + 1):
             gate = gl.load(scale_ptr + g.to(gl.int64) * N + feature, mask=feature < N, other=0).to(gl.float32)

@@ -12,7 +12,7 @@ What the callers must keep to, because the compiler knows nothing of it:
   serialises every wgmma and says C7513).
 * Assembly with side effects is `is_pure=False`; it keeps its order, but Triton inserts no barrier for it.
 
-The Gluon names that differ between Triton 3.6.0 and 3.7.1, both supported, are resolved here and nowhere else.
+The Gluon names that differ between Triton 3.6.0 and 3.9.0, all supported, are resolved here and nowhere else.
 Source: PTX ISA 8.5, sections on wgmma.mma_async.sp, mma.sp, mbarrier, cp.async.bulk.tensor, barrier.cluster.
 """
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 KIND = {torch.bfloat16: "bf16", torch.float16: "f16"}  # dtype -> its name in the instructions
@@ -28,6 +29,8 @@ KIND = {torch.bfloat16: "bf16", torch.float16: "f16"}  # dtype -> its name in th
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # 3.6.0; 3.7.1
 box_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # 3.8; before
 box_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+words_in = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # 3.9; `_reinterpret` before
 
 
 @gluon.jit
@@ -298,15 +301,15 @@ def _gelu_erf(y):
 
 
 @gluon.jit
-def activate(y, ACTIVATION: gl.constexpr, BF16: gl.constexpr):
+def activate(y, EPILOGUE: gl.constexpr, BF16: gl.constexpr):
     """y fp32 -> act(y) fp32. BF16: the result will be rounded to bf16, so the hardware's tanh is exact enough."""
-    if ACTIVATION == "gelu":
+    if EPILOGUE.activation == "gelu":
         y = _gelu_erf(y)
-    elif ACTIVATION == "gelu_tanh":
+    elif EPILOGUE.activation == "gelu_tanh":
         u = y * (0.7978845608028654 + 0.035677408136300125 * (y * y))
         y = 0.5 * y + 0.5 * y * _tanh(u) if BF16 else y * _reciprocal(1 + _exp2(-2.885390081777927 * u))
-    elif ACTIVATION == "silu":
+    elif EPILOGUE.activation == "silu":
         y = 0.5 * y + 0.5 * y * _tanh(0.5 * y) if BF16 else y * _reciprocal(1 + _exp2(-1.4426950408889634 * y))
     else:
-        gl.static_assert(ACTIVATION is None, "unknown activation")
+        gl.static_assert(EPILOGUE.activation is None, "unknown activation")
     return y

@@ -9,7 +9,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparsedm.kernels.launch import Launch, multiprocessors
+from sparsedm.kernels.launch import FUSED, Launch, multiprocessors
 from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
 from sparsedm.kernels.sparse24.wgmma_pipeline import Config, boxes
@@ -136,7 +136,8 @@ def start(step):
     tensors = [value for value in step.arguments.values() if isinstance(value, torch.Tensor)]
     key = (step.kernel, *step.constants.values(), *(tensor.dtype for tensor in tensors), tensors[0].device)
     if key not in _compiled:
-        compiled = step.kernel.warmup(**arguments, **step.constants, num_warps=step.num_warps, grid=(1,))
+        options = FUSED | {"num_warps": step.num_warps}
+        compiled = step.kernel.warmup(**arguments, **step.constants, **options, grid=(1,))
         warps, _, shared = compiled.packed_metadata
         compiled.packed_metadata = (warps, step.cluster, shared)
         _compiled[key] = compiled

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparsedm.kernels.sparse24.ptx import (
+    PUBLIC,
     activate,
     barrier_arrive,
     barrier_expect,
@@ -28,8 +29,6 @@ from sparsedm.kernels.sparse24.ptx import (
     wgmma_sp,
     wgmma_wait,
 )
-
-PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # since Triton 3.9
 
 
 @dataclass(frozen=True)
@@ -323,7 +322,7 @@ def epilogue(
         y = acc[b]
         if EPILOGUE.bias:
             y = y + gl.load(bias_ptr + feature, mask=feature < N, other=0).to(gl.float32)[:, None]
-        y = activate(y, EPILOGUE.activation, gl.bfloat16 == DTYPE)
+        y = activate(y, EPILOGUE, gl.bfloat16 == DTYPE)
         if EPILOGUE.scale:
             for g in range(m // rows_per_scale, (gl.minimum(m + BLOCK_M, M) - 1) // rows_per_scale + 1):
                 gate = gl.load(scale_ptr + g.to(gl.int64) * N + feature, mask=feature < N, other=0).to(gl.float32)

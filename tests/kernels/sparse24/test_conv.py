@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import library
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.conv import _pixels, sparse24_conv2d, sparse24_conv2d_ref
 from sparsedm.kernels.sparse24.dispatch import CONV, Choice, Request
@@ -62,7 +63,7 @@ def test_the_dispatcher_is_told_of_the_convolution_and_decides(monkeypatch):
         assert request == Request(
             CONV, None, torch.float32, 2 * 4 * 3, 16, 9 * 64, device=c.x.device, out_dtype=torch.float32, bias=True,
             channels=64, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), image=(4, 3),
-            backend="wgmma",
+            backend="wgmma", instructions=library.serving()[0],
         )  # fmt: skip
         assert torch.equal(run(Choice("dense"), {}, True), expected)
         return run(Choice("torch"), cache, False)
@@ -85,12 +86,13 @@ REFUSED = {
     "channels": (dict(x=torch.ones(1, 16, 8, 8)), "16 channels and a 3 x 3 kernel make 144 columns"),
     "dtype": (dict(x=torch.ones(1, 32, 8, 8, dtype=BF16)), "x is bfloat16 and the weight float32"),
     "dimensions": (dict(x=torch.ones(32, 8, 8)), r"images are \(B, C, H, W\)"),
-    "bias": (dict(bias=torch.ones(9)), r"bias of shape \(9,\)"),
+    "bias": (dict(bias=torch.ones(9)), r"bias \(9,\) float32 must have the shape \(8,\)"),
     "bias-dtype": (
         dict(bias=torch.ones(8).half()),
-        r"type float16 must have the shape \(8,\) and the type of x, float32",
+        r"bias \(8,\) float16 must have the shape \(8,\) and the dtype of x",
     ),
     "residual": (dict(residual=torch.ones(1, 8, 8, 8)), r"must have the shape of y, \(1, 8, 6, 6\)"),
+    "device": (dict(bias=torch.ones(8, device="meta")), "one device, not on cpu and meta"),
     "activation": (dict(activation="relu"), "unknown activation 'relu'"),
     "too-small": (dict(x=torch.ones(1, 32, 2, 8)), "smaller than the kernel"),
 }

@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sparsedm.stepaware.pictures import plot_front, plot_proxy, plot_strategies, shades
+from sparsedm.stepaware.report import plot_front, plot_proxy, plot_strategies, shades
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""`sparsedm evaluate`: distances between a model's samples and real images, as numbers in a file."""
+
+from pathlib import Path
+
+from sparsedm import evaluate
+from sparsedm.commands.options import add_crop, crop_of, dense_part
+from sparsedm.commands.sample import add_sampling_arguments, beside, draw, labels_of, source_of
+from sparsedm.errors import InputError
+from sparsedm.features import load_features, to_uint8
+from sparsedm.files import cache_folder, check_writable, write_json
+from sparsedm.model_files import load_model
+from sparsedm.models import build_model
+from sparsedm.plots import table
+from sparsedm.train import distributed
+from sparsedm.train.data import load_images
+
+EXAMPLES = ("runs/quickstart --data synthetic", "runs/mine --data cifar10 --features inception --count 50000")
+
+
+def add_arguments(parser):
+    add_sampling_arguments(parser, images=2000)
+    parser.add_argument("--data", required=True, help="the real images, as for train")
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="part of --data (default: train)")
+    add_crop(parser)
+    parser.add_argument(
+        "--features",
+        default="random-conv",
+        help="random-conv: built in, needs nothing, not comparable with published FIDs; inception; or an exported FILE",
+    )
+    parser.add_argument("--dense", metavar="RUN", help="also measure SSIM to this model's samples from the same noise")
+    parser.add_argument("--out", help="the numbers (default: evaluation.json in the run folder, of a model file here)")
+
+
+def run(options):
+    source = source_of(options)
+    config, labels = source.config, labels_of(source.config, options)
+    shape = (config.channels, config.image_size, config.image_size)
+    out = Path(options.out or beside(options.run) / "evaluation.json")
+    check_writable(out)
+    dense = load_model(dense_part(options.dense), build_model, which=options.which).model if options.dense else None
+    if dense is not None:
+        for name in ("channels", "image_size", "num_classes"):
+            if getattr(dense.config, name) != getattr(config, name):
+                raise InputError(f"--dense {options.dense}: its {name} differ, so that no sample has a pair")
+    reference = load_images(options.data, options.split, config.image_size, crop=crop_of(options, config))
+    if reference.is_latent:
+        raise InputError(f"data {options.data} holds latents, which have no distance here: images are needed")
+    evaluate.check_sets(shape, options.count, reference.images.shape[1:], len(reference))
+    summary = features = paired = None
+    with distributed.process_group(options.device):
+        if distributed.is_main_process():
+            features = load_features(options.features, options.device)
+            name = f"{reference.source} {options.split}"
+            summary = evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)
+        if dense is not None:
+            paired = draw(source._replace(networks=[dense] * source.steps), labels, options)
+        images = draw(source, labels, options)
+    if images is None:
+        return
+    images, paired = to_uint8(images), None if paired is None else to_uint8(paired)
+    report = evaluate.evaluate(images, summary, features, paired=paired, seed=options.seed, progress=True)
+    report |= {
+        "model": source.words,
+        "data": options.data,
+        "split": options.split,
+        "sampler": source.sampler,
+        "sampling_steps": source.steps,
+        "network_evaluations": source.evaluations,
+        "seed": options.seed,
+        **source.cost,
+    }
+    write_json(out, report)
+    rows = [(name, f"{value:.5g}" if isinstance(value, float) else value) for name, value in report.items()]
+    print(table(rows[0], rows[1:], left=(0, 1)))
+    if report["rank_deficient"]:
+        print(f"rank_deficient: {report['dimension']} images or fewer make a rough Fréchet distance: raise --count")
+    print(f"written to {out}")

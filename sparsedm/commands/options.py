@@ -1,0 +1,126 @@
+"""What several commands share: the types of their options, and which model the command line names."""
+
+import argparse
+import contextlib
+import functools
+import math
+from pathlib import Path
+
+import torch
+
+from sparsedm.errors import InputError
+from sparsedm.model_files import load_model
+from sparsedm.models import MODELS, build_model, model_config, parse_overrides, schedule_note
+from sparsedm.models.diffusers import from_diffusers
+from sparsedm.train.distributed import local_device
+from sparsedm.train.image_files import CROPS
+from sparsedm.train.published import Published, published
+
+MOST = 2**31 - 1  # of anything that is counted
+
+
+def add_model_arguments(parser, note=""):
+    parser.add_argument("--model", metavar="NAME", help=f"one of {', '.join(MODELS)}{note}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change an option of the model"
+    )
+
+
+def add_crop(parser):
+    parser.add_argument(
+        "--crop",
+        choices=CROPS,
+        help="square: the largest in the centre; celeba: images of 178x218 to 128x128 at (25, 57), as U-ViT and DDIM "
+        "do (default: as the model's original does)",
+    )
+
+
+def crop_of(options, config):
+    return options.crop or (published(config) or Published({}, 0)).crop
+
+
+def add_seed_and_device(parser):
+    parser.add_argument("--seed", type=seed, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--device", type=device, default=device("auto"), help="auto, cpu, cuda, cuda:1 (default: auto)")
+
+
+def seed(text):
+    return _whole(text, 0, 2**63 - 1)
+
+
+def whole(text):
+    return _whole(text, 0, MOST)
+
+
+def count(text):
+    return _whole(text, 1, MOST)
+
+
+def sampling_steps(text):
+    """Of a sampler."""
+    return _whole(text, 1, 100_000)
+
+
+def _whole(text, least, most):
+    if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
+    return int(text)
+
+
+def betas(text):
+    return tuple(finite(beta) for beta in text.split(","))
+
+
+def finite(text):
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+
+
+def positive(text):
+    if finite(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0")
+    return finite(text)
+
+
+def device(text):
+    if text == "auto":
+        return local_device()
+    try:
+        found = torch.device(text)
+    except (RuntimeError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device, such as cpu, cuda or cuda:1") from None
+    if found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not served: cpu and cuda are")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return found
+
+
+def picture_name(path):
+    """`path`, once it is known to be a name that a picture can have: refused before hours of sampling, not after."""
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"{path} must end in .png, .jpg, .jpeg or .webp, as a picture does")
+    return Path(path)
+
+
+def dense_part(run):
+    """Where the dense network of a run lies: the first stage of a chain's folder, anything else as it is."""
+    return next(iter(sorted(Path(run).glob("[0-9][0-9]-*"))), Path(run))
+
+
+def load_named(options, path=None, which="ema"):
+    """The model file or run folder that the command line names; --model and --set say what a foreign file holds."""
+    path = Path(path or options.run)
+    named = options.model or options.set
+    config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None
+    convert = functools.partial(from_diffusers, config=config) if config and config.kind == "ddpm" else None
+    loaded = load_model(path, build_model, which=which, config=config, convert=convert)
+    if config and config != loaded.model.config:
+        raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")
+    if note := schedule_note(loaded.model.config):
+        print(note)
+    return loaded
