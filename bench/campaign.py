@@ -32,6 +32,7 @@ import torch
 from bench import plot, program, targets
 from bench.results import read, stamp
 from bench.suite import Suite, side_by_side
+from sparsedm import plots
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder, read_json, write_json, write_text
 from sparsedm.kernels import tuning
@@ -275,8 +276,8 @@ def main(arguments=None):
     suites = [suite for suite in suites if not options.only or suite.name in options.only]
     index = run_campaign(suites, folder, options.seconds or SECONDS[options.part], device="cuda")
     mine = [entry for entry in index["suites"] if entry["name"] in names]
-    for entry in mine:
-        print(f"{entry['status']:<8} {entry['name']:<20} {entry.get('seconds', ''):>6}  {entry['reason']}")
+    rows = [(entry["name"], entry["status"], entry.get("seconds", ""), entry["reason"]) for entry in mine]
+    print(plots.table(("suite", "status", "seconds", "why"), rows, left=(0, 1, 3)))
     if (folder / "targets.md").exists():
         print(f"\n{(folder / 'targets.md').read_text(encoding='utf-8')}")
     statuses = {entry["status"] for entry in mine}

@@ -20,6 +20,7 @@ from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
 from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Compressed, CompressedLinear, Linear
+from sparsedm.plots import table
 from sparsedm.sparsity import compress, masked_layers, replaced_methods, uncompressed_because
 
 ARCHS = {
@@ -95,14 +96,7 @@ class Inspection:
             )
             for r in self.rows
         ]
-        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-        right = {3, 4, 5, 6}
-        lines = [
-            "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-            for row in [head, *body]
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*(line.rstrip() for line in lines), "", *self.notes, self.summary()])
+        return f"{table(head, body, left=(0, 1, 2, 7, 8), rule=True)}\n\n{self.summary()}"
 
     def summary(self):
         """The totals in three lines, saying which convention each MAC count follows."""
@@ -368,10 +362,8 @@ def time_report(model, batch=1):
     times = time_layers(model, batch, device, dtype)
     if not times:
         raise InputError("--time needs layers with a 2:4 weight, and there is none: give --pattern 2:4")
-    width = max(map(len, times))
-    lines = [f"{'layer':<{width}}    dense us      2:4 us  speed-up"]
-    for name, (dense, compressed) in times.items():
-        lines.append(f"{name:<{width}}{dense:>12,.1f}{compressed:>12,.1f}{dense / compressed:>9.2f}x")
+    rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}x") for name, (a, b) in times.items()]
+    lines = [table(("layer", "dense us", "2:4 us", "speed-up"), rows)]
     dense, best = sum(dense for dense, _ in times.values()), sum(min(pair) for pair in times.values())
     what = torch.cuda.get_device_name() if on_gpu else "CPU: it says nothing about a GPU, whose tensor cores it lacks"
     lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; with 2:4 where it gains: {best / 1e3:,.3f} ms"]

@@ -107,7 +107,7 @@ class OnPaper:
         (Cutlass(), OnPaper(K=96), "N, K, M = 64, 96, 64 are not multiples of 32, 64, 8"),
     ],
 )
-def test_rules_of_the_rivals(provider, problem, reason):
+def test_rules_of_the_baselines(provider, problem, reason):
     assert provider.supports(problem) == reason
 
 
@@ -172,7 +172,7 @@ def test_without_a_right_algorithm_there_is_no_time(monkeypatch):
         CuSparseLtTuned().search(problem, problem.masked)
 
 
-def test_a_rival_with_masks_of_its_own_is_checked_against_them(monkeypatch):
+def test_a_baseline_with_masks_of_its_own_is_checked_against_them(monkeypatch):
     """torch's reference of its tile kernel plays the kernel, and dense tensors its sparse ones."""
     monkeypatch.setattr(TrainTile, "pruned", staticmethod(lambda w: _sparse_semi_structured_tile(w.clone())))
     problem = TrainingProblem(LinearShape("m", "l", 16, 24, 32), "forward+backward", torch.float32, "cpu")

@@ -15,8 +15,8 @@ PLANTED = {1: "hangs", 2: "wrong"}
 
 
 def small(suite):
-    """The same suite on small shapes, and of the tests a file that needs no GPU."""
-    tests = {str(campaign.TESTS): str(campaign.TESTS / "bench/test_shapes.py")}
+    """The same suite on small shapes, and of the tests a file, whose tests are skipped without a GPU."""
+    tests = {str(campaign.TESTS): str(campaign.TESTS / "bench/test_timing.py")}
     command = [tests.get(part, part) for part in suite.command]
     if "--shapes" in command:
         at = command.index("--shapes") + 1
@@ -58,6 +58,8 @@ def test_both_parts_in_their_time_with_a_hang_and_a_wrong_configuration(tmp_path
     assert {p.name for p in folder.iterdir()} == {
         *("index.json", "first.json", "results.csv", "log.txt", "targets.md", "plots.zip"),
     }
+    rows = read(folder / "results.csv")
+    assert not [(r["suite"], r["provider"], r["reason"]) for r in rows if r["status"] in ("failed", "wrong")]
     names = set(zipfile.ZipFile(folder / "plots.zip").namelist())
     assert names >= {"first-contact.png", "end-to-end.png", "train.png", "masks.png", "speedup-square.png"}
 

@@ -87,7 +87,7 @@ def test_targets_that_are_met():
         (("train", "uvit-cifar10-small@128", "dense"), {12}),
     ],
 )
-def test_each_is_missed_where_its_rival_is_quicker(which, missed):
+def test_each_is_missed_where_its_baseline_is_quicker(which, missed):
     rows = met()
     for r in rows:
         if (r["suite"], r["shape"], r["provider"]) == which:
