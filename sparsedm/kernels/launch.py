@@ -3,8 +3,8 @@
 Kernel files take `tl` and `jit` from here, so that they can be imported where Triton has no wheel; there, on a CPU, and
 on a GPU too old for the tensor-core instructions every operation runs in plain torch.
 
-The environment variable SPARSEDM_BACKEND forces one way of computing: torch (no Triton anywhere), dense, or a 2:4
-kernel: mma, splitk, wgmma.
+The environment variable SPARSEDM_BACKEND forces one way of computing: torch (no Triton and no C anywhere), dense, or
+a sparse kernel: cpu, mma, splitk, wgmma.
 """
 
 import functools
@@ -50,7 +50,7 @@ class Launch(NamedTuple):
         self.kernel[self.grid](**self.arguments, **self.constants, **FUSED, num_warps=self.num_warps)
 
 
-BACKENDS = ("torch", "dense", "mma", "splitk", "wgmma")
+BACKENDS = ("torch", "dense", "cpu", "mma", "splitk", "wgmma")
 
 
 def setting(name, choices, default=None):

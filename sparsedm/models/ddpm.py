@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import nn
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs
 
@@ -128,8 +129,7 @@ class Attention(nn.Module):
     def forward(self, x):
         tokens = rearrange(x, "b c h w -> b (h w) c")
         qkv = self.qkv(rearrange(self.norm(x), "b c h w -> b (h w) c"))
-        q, k, v = rearrange(qkv, "b l (three c) -> three b 1 l c", three=3)  # the 1 is the only head
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
+        out = self_attention(qkv, heads=1)  # (B, HW, C)
         return rearrange(self.proj(out, residual=tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 

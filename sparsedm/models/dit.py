@@ -15,11 +15,11 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Linear
 from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs
 from sparsedm.models.uvit import PatchEmbed, timestep_embedding
@@ -126,9 +126,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x, gate, residual):
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h l d -> b l (h d)"), residual, scale=gate)
+        return self.proj(self_attention(self.qkv(x), self.heads), residual, scale=gate)
 
 
 class MLP(nn.Module):

@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
+from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs, ramp
 
@@ -127,9 +127,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x, residual):
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h l d -> b l (h d)"), residual)
+        return self.proj(self_attention(self.qkv(x), self.heads), residual)
 
 
 class MLP(nn.Module):

@@ -16,8 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.cpu import library, products
+from sparsedm.kernels.attention import self_attention
+from sparsedm.kernels.cpu import library, products, rules
 from sparsedm.kernels.pattern import GROUPS, Pattern, group_view, memory_format, select_mask_ref, ungroup
+from sparsedm.kernels.sparse24.conv import sparse24_conv2d
+from sparsedm.kernels.sparse24.format import pack
+from sparsedm.kernels.sparse24.linear import sparse24_linear
 
 HARNESS = Path(__file__).with_name("cpu_harness.c")
 COMPUTE = {None: lambda y: y, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu}
@@ -128,7 +132,7 @@ def check_conv(rng, guard):
     if residual is not None:
         exact = exact + residual
     geometry = (size, size), (stride, stride), (padding, padding)
-    halo = products.halo_serves(*geometry, W, pattern) and rng.random() < 0.7
+    halo = rules.halo_serves(*geometry, W, pattern.group, library.instruction_set()) and rng.random() < 0.7
     torch.set_num_threads(rng.choice([1, 2]))
     prepacked = products.prepack("halo" if halo else "conv", weight, mask, pattern, W)
     epilogue = {"bias": guard.copy(bias), "residual": guard.copy(residual), "activation": activation}
@@ -263,6 +267,104 @@ def test_a_weight_that_is_nan_is_reported():
         weight[4, 7] = math.nan
         assert products.select_mask(weight, Pattern(2, 4))[2]
         assert not products.select_mask(weight.nan_to_num(), Pattern(2, 4))[2]
+
+
+@needs_library
+def test_the_rules_know_where_the_halo_way_serves():
+    same = (3, 3), (1, 1), (1, 1)
+    for width in range(1, 300):
+        for group in GROUPS:
+            serves = rules.halo_serves(*same, width, group, library.instruction_set())
+            assert serves == (library.library().nm_halo_channels(width, group) > 0), (width, group)
+    assert not rules.halo_serves((3, 3), (2, 2), (1, 1), 32, 4, "avx2")
+
+
+# ---- as a back end ---------------------------------------------------------------------------------------------------
+
+
+def compressed(pattern, N=128, K=96):
+    weight = torch.randn(N, K)
+    weight = weight * mask_of(weight, pattern)
+    return weight, *pack(weight, pattern)
+
+
+@needs_library
+@pytest.mark.parametrize("text", ["2:4", "1:4", "1:2", "3:8", "1:32"])
+@pytest.mark.parametrize("rows", [2, 300])
+def test_the_dispatcher_takes_the_kernel_for_every_pattern(text, rows):
+    pattern, cache, x = Pattern.parse(text), {}, torch.randn(2, rows // 2, 96)
+    weight, values, metadata = compressed(pattern)
+    skip, bias, residual, scale = x[..., 64:], torch.randn(128), torch.randn(2, rows // 2, 128), torch.randn(2, 128)
+    options = {"skip": skip, "scale": scale, "cache": cache, "pattern": text, "backend": "cpu"}
+    y = sparse24_linear(x[..., :64], values, metadata, bias, "gelu", residual, **options)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double())) * scale[:, None] + residual
+    close(y, exact, text, rows)
+    assert [name.split()[0] for name in cache if name != "choices"] == ["cpu"]
+
+
+@needs_library
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_dispatcher_takes_the_kernel_for_a_convolution(size, layout):
+    pattern, cache, x = Pattern(1, 4), {}, torch.randn(3, 32, size, size).contiguous(memory_format=layout)
+    weight, bias = torch.randn(64, 32, 3, 3), torch.randn(64)
+    weight = weight * mask_of(weight, pattern)
+    values, metadata = pack(group_view(weight).reshape(64, -1), pattern)
+    options = {"padding": 1, "cache": cache, "pattern": "1:4", "backend": "cpu"}
+    y = sparse24_conv2d(x, values, metadata, 3, bias, "silu", **options)
+    close(y, F.silu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)), size)
+    halo = size % products.lanes() == 0
+    assert [name.split()[:2] for name in cache if name != "choices"] == [["cpu", "halo" if halo else "conv"]]
+
+
+@pytest.mark.parametrize("why", ["forced", "double", "no library"])
+def test_where_the_kernel_cannot_run_torch_computes_the_same(why, monkeypatch):
+    if why == "forced":
+        monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    if why == "no library":
+        monkeypatch.setattr(library, "_loaded", lambda: (None, "no C compiler"))
+    pattern, cache, dtype = Pattern(1, 4), {}, torch.float64 if why == "double" else torch.float32
+    weight, values, metadata = compressed(pattern)
+    x = torch.randn(300, 96, dtype=dtype)
+    y = sparse24_linear(x, values.to(dtype), metadata, cache=cache, pattern="1:4")
+    torch.testing.assert_close(y, F.linear(x, weight.to(dtype)))
+    assert "dense" in cache
+
+
+@needs_library
+def test_a_compiled_and_an_exported_model():
+    x = torch.randn(300, 96)
+    weight, values, metadata = compressed(Pattern(2, 4))
+
+    class Product(torch.nn.Module):
+        def forward(self, x):
+            return sparse24_linear(x, values, metadata)
+
+    graphs = []
+    compiled = torch.compile(Product(), backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.linear(x, weight))
+    assert " cpu," in str(graphs[0].graph)
+    program = torch.export.export(Product(), (x,))
+    assert " cpu," not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), F.linear(x, weight))
+
+
+def test_attention_of_a_model_in_inference_and_in_training(monkeypatch):
+    monkeypatch.setattr(rules, "ATTENTION_TOKENS", dict.fromkeys(rules.ATTENTION_TOKENS, 1000))
+    qkv, called = torch.randn(2, 100, 3 * 4 * 32, requires_grad=True), []
+    real = products.attention
+    monkeypatch.setattr(products, "attention", lambda *tensors: called.append(1) or real(*tensors))
+    trained = self_attention(qkv, 4)
+    trained.sum().backward()
+    assert not called
+    with torch.no_grad():
+        y = self_attention(qkv, 4)
+    assert bool(called) == (library.library() is not None)
+    torch.testing.assert_close(y, trained.detach())
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    called.clear()
+    self_attention(qkv.detach(), 4)
+    assert not called
 
 
 # ---- the compiler, the cache, other machines -------------------------------------------------------------------------

@@ -65,6 +65,13 @@ def unavailable_because():
     return _loaded()[1]
 
 
+@torch.compiler.assume_constant_result
+def serving():
+    """-> (instruction set, None) where `library()` can be called, else (None, why not)."""
+    reason = unavailable_because()
+    return (None, reason) if reason else (instruction_set(), None)
+
+
 @functools.cache
 def _loaded():
     instructions = instruction_set()

@@ -85,9 +85,8 @@ def prepack(order, weight, mask, pattern, width=0):
     """
     weight, mask = (group_view(t.detach()).reshape(t.shape[0], -1, t.shape[1]).contiguous() for t in (weight, mask))
     N, taps, C = weight.shape
-    rows = -(-N // lanes()) * lanes() if order == "few" else N
-    values = _empty(rows, taps * C * pattern.keep // pattern.group)
-    offsets = _empty(values.shape, dtype=torch.uint8 if order == "few" else torch.int16)
+    shape, dtype = prepacked_shape(order, N, taps * C, pattern)
+    values, offsets = _empty(*shape), _empty(*shape, dtype=dtype)
     pointers = [POINTER(t.data_ptr()) for t in (weight, mask, values, offsets)]
     sizes = [LONG(N), LONG(taps), LONG(C), pattern.keep, pattern.group, LONG(width)]
     if library().nm_prepack(ORDERS.index(order), *pointers[:2], *sizes, *pointers[2:]):
@@ -95,16 +94,15 @@ def prepack(order, weight, mask, pattern, width=0):
     return values, offsets
 
 
+def prepacked_shape(order, N, columns, pattern):
+    """(shape of values and offsets, dtype of offsets) of `prepack`, for N rows of so many columns."""
+    rows = -(-N // lanes()) * lanes() if order == "few" else N
+    return (rows, columns * pattern.keep // pattern.group), torch.uint8 if order == "few" else torch.int16
+
+
 def lanes():
     """Floats in a vector: 16, 8 or 4."""
     return library().nm_lanes()
-
-
-def halo_serves(kernel_size, stride, padding, width, pattern):
-    """Whether a convolution can go the halo way, which is quicker: 3 x 3, stride 1, y as large as x."""
-    if (*kernel_size, *stride, *padding) != (3, 3, 1, 1, 1, 1):
-        return False
-    return library().nm_halo_channels(LONG(width), pattern.group) > 0
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -121,12 +119,15 @@ def _out(y, N, bias, activation, residual):
     return out
 
 
-def linear(x, prepacked, pattern, N, *, bias=None, activation=None, residual=None, skip=None, scale=None, few=False):
+def linear(
+    x, prepacked, pattern, N, *, bias=None, activation=None, residual=None, skip=None, scale=None, few=False, out=None
+):
     """y (M, N) from x (M, K) and skip (M, K2) or None; bias (N,), residual (M, N), scale (G, N), G a divisor of M.
 
-    prepacked: of "linear", or of "few" where `few`.
+    prepacked: of "linear", or of "few" where `few`. out: y, contiguous, where the caller has it.
     """
-    M, y = x.shape[0], _empty(x.shape[0], N)
+    M = x.shape[0]
+    y = _empty(M, N) if out is None else out
     if not M:
         return y
     x, skip, residual = _rows(x), _rows(skip), _rows(residual)
@@ -151,17 +152,17 @@ def output_size(size, kernel_size, stride, padding):
     return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding))
 
 
-def conv2d(x, prepacked, pattern, N, geometry, *, bias=None, activation=None, residual=None, halo=False):
-    """y (B, N, OH, OW) in the memory format of x (B, C, H, W); residual as y.
+def conv2d(x, prepacked, pattern, N, geometry, *, bias=None, activation=None, residual=None, halo=False, out=None):
+    """y (B, N, OH, OW) in the memory format of x (B, C, H, W), or `out`, which then decides it; residual as y.
 
     geometry: (kernel_size, stride, padding), pairs; both strides are the same. prepacked: of "conv", or of "halo" where
     `halo`.
     """
     kernel_size, stride, padding = geometry
     (B, C, H, W), (OH, OW) = x.shape, output_size(x.shape[2:], *geometry)
-    layout = memory_format(x)
+    layout = memory_format(x if out is None else out)
     x = x.contiguous(memory_format=layout)
-    y = _empty(B, N, OH, OW, memory_format=layout)
+    y = _empty(B, N, OH, OW, memory_format=layout) if out is None else out
     if not y.numel():
         return y
     residual = residual if residual is None else residual.contiguous(memory_format=layout)

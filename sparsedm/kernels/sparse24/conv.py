@@ -13,25 +13,27 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import capability, forced_backend
+from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
-from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request
-from sparsedm.kernels.sparse24.format import check_shapes, unpack
+from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, cpu_instructions
+from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, check_operands, sparse24_linear
 
 
 def sparse24_conv2d_ref(
-    x, values, metadata, kernel_size, bias=None, activation=None, residual=None, *, stride=1, padding=0, dilation=1
-):
+    x, values, metadata, kernel_size, bias=None, activation=None, residual=None, *, stride=1, padding=0, dilation=1,
+    pattern="2:4",
+):  # fmt: skip
     """The specification: decompress, then torch. Arguments as `sparse24_conv2d`."""
-    weight = _weight(values, metadata, x.shape[1], kernel_size)
+    weight = _weight(values, metadata, x.shape[1], kernel_size, pattern)
     y = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
     return y if residual is None else y + residual
 
 
-def _weight(values, metadata, channels, kernel_size):
+def _weight(values, metadata, channels, kernel_size, pattern):
     """The dense weight (N, C, kh, kw), in channels_last."""
-    rows = unpack(values, metadata, channels * kernel_size[0] * kernel_size[1])
+    rows = unpack(values, metadata, channels * kernel_size[0] * kernel_size[1], Pattern.parse(pattern))
     return rows.view(-1, *kernel_size, channels).permute(0, 3, 1, 2)
 
 
@@ -41,7 +43,8 @@ def conv_request(capability, dtype, pixels, features, channels, kernel_size, str
     padding = _padding(padding, kernel_size, dilation)
     M, N, K = pixels, features, channels * kernel_size[0] * kernel_size[1]
     if (*kernel_size, *stride, *padding) == (1, 1, 1, 1, 0, 0):
-        return Request(LINEAR, capability, dtype, M, N, K, device=others.get("device"), backend=others.get("backend"))
+        shared = {name: others[name] for name in ("device", "backend", "instructions", "pattern") if name in others}
+        return Request(LINEAR, capability, dtype, M, N, K, **shared)
     return Request(
         CONV, capability, dtype, M, N, K, channels=channels, kernel_size=kernel_size, stride=stride, padding=padding,
         dilation=dilation, **others,
@@ -62,37 +65,39 @@ def sparse24_conv2d(
     dilation=1,
     cache=None,
     backend=None,
+    pattern="2:4",
 ):
     """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual, W the 2:4 weight that values and metadata hold.
 
     x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair; padding also "same" or "valid".
-    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. cache, backend:
-    as in `sparse24_linear`. y has the dtype of x, in channels_last (contiguous in 16 bits on a CPU).
+    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. cache, backend,
+    pattern: as in `sparse24_linear`. y has the dtype of x, in channels_last (contiguous in 16 bits on a CPU).
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
     dtypes that do not belong together.
     """
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
     padding = _padding(padding, kernel_size, dilation)
-    size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation)
+    size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern)
     backend = backend or forced_backend()
     request = conv_request(
-        capability(x.device), x.dtype, x.shape[0] * size[0] * size[1], values.shape[0], x.shape[1], kernel_size, stride,
-        padding, dilation, device=x.device if type(x) is torch.Tensor else None, out_dtype=x.dtype,
+        sm := capability(x.device), x.dtype, x.shape[0] * size[0] * size[1], values.shape[0], x.shape[1], kernel_size,
+        stride, padding, dilation, device=x.device if type(x) is torch.Tensor else None, out_dtype=x.dtype,
         activation=activation, bias=bias is not None, residual=None if residual is None else residual.dtype,
-        image=tuple(size), backend=backend,
+        image=tuple(size), backend=backend, instructions=cpu_instructions(sm, x.device), pattern=pattern,
     )  # fmt: skip
     if request.operation == LINEAR:
         rows, added = (None if image is None else image.permute(0, 2, 3, 1) for image in (x, residual))
-        y = sparse24_linear(rows, values, metadata, bias, activation, added, cache=cache, backend=backend)
+        options = {"cache": cache, "backend": backend, "pattern": pattern}
+        y = sparse24_linear(rows, values, metadata, bias, activation, added, **options)
         return y.permute(0, 3, 1, 2)
 
     def run(choice, cache, strict):
-        layout = dispatch.row_of(CONV, choice.backend).layout
-        tensors = prepack_once(values, metadata, layout, request.K, cache)
+        layout = dispatch.row_of(CONV, choice.backend).layout_for(request)
+        tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
         return _conv(
             x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size,
-            *choice, strict,
+            *choice, strict, pattern,
         )  # fmt: skip
 
     return dispatch.serve(request, run, cache)
@@ -115,10 +120,11 @@ def _conv(
     backend: str,
     config: int,
     strict: bool,
+    pattern: str = "2:4",
 ) -> torch.Tensor:
     y = _conv_fake(
         x, values, metadata, prepacked, kernel_size, bias, activation, residual, stride, padding, dilation, size,
-        backend, config, strict,
+        backend, config, strict, pattern,
     )  # fmt: skip
     row = dispatch.row_of(CONV, backend)
     if row.module:
@@ -130,13 +136,15 @@ def _conv(
             "activation": activation,
             "residual": None if residual is None else _pixels(residual).to(y.dtype),
         }
+        if row.on == "cpu":
+            options["pattern"] = pattern
         tensors = (_pixels(x), *kernel_tensors(values, prepacked), y.permute(0, 2, 3, 1))
         if not y.numel() or dispatch.launch(CONV, backend, config, strict, *tensors, **options):
             return y
     if row.layout == "dense":
         weight = prepacked[0].view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)
     else:
-        weight = _weight(values, metadata, x.shape[1], kernel_size)
+        weight = _weight(values, metadata, x.shape[1], kernel_size, pattern)
     weight = weight.contiguous(memory_format=_memory_format(x))
     result = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
     return y.copy_(result if residual is None else result + residual)
@@ -145,7 +153,7 @@ def _conv(
 @_conv.register_fake
 def _conv_fake(
     x, values, metadata, prepacked, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend,
-    config, strict,
+    config, strict, pattern="2:4",
 ):  # fmt: skip
     shape = (x.shape[0], values.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
@@ -182,17 +190,18 @@ def _padding(padding, kernel_size, dilation):
     return reach[0] // 2, reach[1] // 2
 
 
-def _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation):
+def _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern):
     """-> (H', W')."""
-    check_shapes(values, metadata)
-    features, words = metadata.shape
+    parsed = Pattern.parse(pattern)
+    check_shapes(values, metadata, parsed)
+    features, held = values.shape[0], columns_of(values, parsed)
     if x.dim() != 4:
         raise InputError(f"x of shape {tuple(x.shape)}: images are (B, C, H, W)")
     columns = x.shape[1] * kernel_size[0] * kernel_size[1]
-    if words != -(-columns // 16):
+    if held != (-(-columns // 16) * 16 if parsed == TWO_FOUR else columns):
         raise InputError(
             f"{x.shape[1]} channels and a {kernel_size[0]} x {kernel_size[1]} kernel make {columns} columns, and the "
-            f"weight has {16 * words} (rounded up to a multiple of 16)"
+            f"weight has {held} (of 2:4, rounded up to a multiple of 16)"
         )
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)

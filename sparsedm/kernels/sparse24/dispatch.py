@@ -1,9 +1,9 @@
-"""Which kernel serves a 2:4 product, and with which of its configurations: a rule of thumb until it has been measured.
+"""Which kernel serves a sparse product, and with which configuration: a rule of thumb until it has been measured.
 
 One `Request` per call describes the product. `BACKENDS` lists what can compute one. `rule_of_thumb` is
 arithmetic alone. On a GPU `serve` asks the autotuner of `tuning.py`, whose tables hold what was quickest for the GPU,
 dtype, epilogue and size. A size that no table has is timed once, torch's dense product on the decompressed weight
-beside the sparse kernels: where dense is quicker, dense it is. The rule holds where nothing may be timed: off a GPU,
+beside the sparse kernels: where dense is quicker, dense it is. The rule holds where nothing may be timed: on a CPU,
 with SPARSEDM_AUTOTUNE=off, while a CUDA graph is captured, while a model is traced.
 
 To add a back end, write one file with `launch` and CONFIGS, and one row of `BACKENDS`. A new order of the weight goes
@@ -20,7 +20,9 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import library, rules
 from sparsedm.kernels.launch import exporting
+from sparsedm.kernels.sparse24.layouts import cpu_layout
 from sparsedm.kernels.tuning import Autotuner, bucket, capturing, device_is_lost, reason_of
 
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
@@ -44,6 +46,7 @@ class Request:
     N: int
     K: int
     device: torch.device | None = None  # where it may be timed; None: nowhere
+    instructions: str | None = None  # of the CPU, as `cpu.library.serving` gives them
     pattern: str = "2:4"  # as `str(Pattern)`: torch.compile cannot wrap the object
     out_dtype: torch.dtype | None = None
     activation: str | None = None
@@ -67,6 +70,11 @@ class Request:
         """What the tables call it: the key without what the file and section of a table say already."""
         names = [name for name in KEY if name not in ("operation", "capability", "device")]
         return {name: value for name in names if (value := getattr(self, name)) not in (None, False, 0)}
+
+    @property
+    def keep_and_group(self):
+        keep, group = self.pattern.split(":")
+        return int(keep), int(group)
 
     @property
     def sm(self):
@@ -108,13 +116,66 @@ class Measured(NamedTuple):
 # ---- what can compute a product: arithmetic on a Request
 
 
+def cpu_instructions(capability, device):
+    """`Request.instructions` of a product on a device that `launch.capability` describes so."""
+    return library.serving()[0] if capability is None and device.type == "cpu" and not exporting() else None
+
+
+def _no_cpu(request):
+    if request.instructions is None:
+        return library.serving()[1] or "not on a CPU, or in an exported program"
+    if request.dtype != torch.float32 or request.out_dtype not in (None, torch.float32):
+        return f"{str(request.dtype)[6:]}: the CPU kernels take float32"
+    if request.residual not in (None, torch.float32):
+        return f"a residual of {str(request.residual)[6:]}: the CPU kernels take float32"
+    if request.operation == CONV and (request.stride[0] != request.stride[1] or request.dilation != (1, 1)):
+        return f"stride {request.stride}, dilation {request.dilation}: one stride for both axes and no dilation"
+    return None
+
+
+def _cpu_loses(request):
+    if request.operation == LINEAR:
+        cost, _ = _cpu_cost(request)
+    else:
+        pixels = request.image[0] * request.image[1]
+        sizes = request.N, request.K, *request.keep_and_group
+        cost = rules.conv_cost((request.M // pixels, pixels), *sizes, request.instructions)
+    if cost < 1:
+        return None
+    sizes = "" if torch.compiler.is_compiling() else f", {request.M} x {request.K} x {request.N}"
+    return f"{request.pattern}{sizes}: about {cost:.2f} of the dense product's time"
+
+
+def _cpu_cost(request):
+    rows = request.M
+    if torch.compiler.is_compiling():  # comparisons leave a dynamic M dynamic
+        if rows * request.N * request.K < rules.SMALLEST:
+            return 2.0, "linear"
+        rows = 4096 if rows > 16 else 4
+    return rules.linear_cost(rows, request.N, request.K, *request.keep_and_group, request.instructions)
+
+
+def _cpu_order(request):
+    """The order in which a CPU kernel reads the weight."""
+    if request.operation == LINEAR:
+        return _cpu_cost(request)[1]
+    geometry = request.kernel_size, request.stride, request.padding, request.image[1]
+    return "halo" if rules.halo_serves(*geometry, request.keep_and_group[1], request.instructions) else "conv"
+
+
+def _cpu_layout(request):
+    taps = 1 if request.operation == LINEAR else request.kernel_size[0] * request.kernel_size[1]
+    order = _cpu_order(request)
+    return cpu_layout(order, request.pattern, taps, request.image[1] if order == "halo" else 0)
+
+
 def _no_sparse_cores(request):
     if request.capability is None:
         return NO_GPU
     if request.capability < (8, 0):
         return f"{request.sm} has no sparse tensor cores (sm_80 and later have)"
-    if request.pattern != "2:4":
-        return f"pattern {request.pattern}: sparse tensor cores take 2:4"
+    if request.keep_and_group[0] > 2:
+        return f"pattern {request.pattern}: sparse tensor cores take at most 2 of every 4"
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(request.dtype)[6:]}: the sparse tensor-core kernels take bfloat16 and float16"
     return None
@@ -173,13 +234,17 @@ class Backend:
     name: str
     operation: str
     module: str | None  # with `launch` and CONFIGS, imported when it runs; None: the operator, in plain torch
-    layout: str  # of the weight: a name in `layouts.LAYOUTS`
+    layout: str | Callable  # of the weight: a name in `layouts.LAYOUTS`, or the function that tells it
     supports: Callable = lambda request: None  # -> None, or why it cannot run
     meant: Callable = lambda request: True  # whether it is worth timing: not where another kernel is better for sure
     loses: Callable = lambda request: None  # -> None, or why the rule of thumb expects dense to be quicker
     config: Callable = lambda request: (0, False)  # -> configuration that the rule takes, whether to time it alone
     merit: str = ""
     sources: tuple = ()  # the other modules that hold its code
+    on: str | None = "gpu"  # None: anywhere
+
+    def layout_for(self, request):
+        return self.layout if isinstance(self.layout, str) else self.layout(request)
 
 
 # fmt: off
@@ -198,10 +263,15 @@ BACKENDS = (  # in the order in which the rule of thumb asks them
             merit="wgmma.sp (sm_90a), implicit product", sources=("wgmma", "wgmma_pipeline", "ptx")),
     Backend("mma", CONV, "sparsedm.kernels.sparse24.mma_conv", "fragments", _no_mma, _no_wgmma, _mma_loses,
             merit="mma.sp, implicit product", sources=("mma", "ptx")),
+    Backend("cpu", LINEAR, "sparsedm.kernels.cpu.linear", _cpu_layout, _no_cpu, loses=_cpu_loses,
+            config=lambda r: (("linear", "few").index(_cpu_order(r)), True), merit="C kernel", on="cpu"),
+    Backend("cpu", CONV, "sparsedm.kernels.cpu.conv", _cpu_layout, _no_cpu, loses=_cpu_loses,
+            config=lambda r: (("conv", "halo").index(_cpu_order(r)), True), merit="C kernel, no im2col", on="cpu"),
     # the weight decompressed once; not in an exported program, which would then hold it twice
-    *(Backend("dense", operation, None, "dense", meant=lambda r: not exporting()) for operation in (LINEAR, CONV)),
+    Backend("dense", LINEAR, None, "dense", meant=lambda r: not exporting(), on=None),
+    Backend("dense", CONV, None, "dense", meant=lambda r: not exporting(), on=None),
     # decompressed at every call
-    *(Backend("torch", operation, None, "torch") for operation in (LINEAR, CONV)),
+    *(Backend("torch", operation, None, "torch", on=None) for operation in (LINEAR, CONV)),
 )
 # fmt: on
 _ROWS = {(row.operation, row.name): row for row in BACKENDS}
@@ -223,6 +293,8 @@ def rule_of_thumb(request):
                 return Choice(row.name, row.config(request)[0]), f"backend={row.name}"
             why, rows = f"backend={row.name} cannot run: {why}", [row for row in rows if not row.module]
     for row in rows:
+        if row.on not in (None, "cpu" if request.instructions else "gpu"):
+            continue
         reason = row.supports(request) or _broken.get((row.operation, row.name, request.device))
         if not reason and row.meant(request):
             reason = row.loses(request)

@@ -13,6 +13,9 @@ as non-zero and comes back bit for bit.
 K must be a multiple of 4. If it is not a multiple of 16, zeros are appended up to one, so values and metadata are
 (N, 8c) and (N, c) with c = ceil(K / 16), and `unpack` is told the K to return.
 
+Other patterns N:M (K a multiple of M) hold values (rows, K N/M), the kept weights in their order, and in the place of
+metadata the mask's bits (rows, ceil(K / 32)) int32 as in `pattern.pack_bits`, N of every M set. No padding.
+
 Source: PTX ISA, "Warp-level matrix multiply-accumulate with sparse matrix A", figures of the sparsity metadata.
 """
 
@@ -22,8 +25,10 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.pattern import Pattern, pack_bits, unpack_bits
 
 TORCH_TENSORS = {"cutlass": SparseSemiStructuredTensorCUTLASS, "cusparselt": SparseSemiStructuredTensorCUSPARSELT}
+TWO_FOUR = Pattern(2, 4)
 ZERO_WORD = 0x4444  # the pair (0, 1) in all four groups: legal metadata for rows and columns of zeros
 
 _PAIRS = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
@@ -41,15 +46,18 @@ def _nibble_of_nonzeros(code):
 _NIBBLE_OF_NONZEROS = torch.tensor([_nibble_of_nonzeros(code) for code in range(16)], dtype=torch.uint8)
 
 
-def pack(weight):
+def pack(weight, pattern=TWO_FOUR):
     """weight (N, K), 2:4 along K, any floating dtype -> values (N, 8c) of that dtype, metadata (N, c) int16.
 
-    c = ceil(K / 16).
+    c = ceil(K / 16). With another pattern: values (N, K * density) and bits (N, ceil(K / 32)) int32.
 
     Raises: InputError if K is not a multiple of 4 or a group has more than two non-zeros (naming row and group).
     """
-    if weight.dim() != 2 or weight.shape[1] % 4:
-        raise InputError(f"a weight of shape {tuple(weight.shape)}: 2:4 needs (N, K) with K a multiple of 4")
+    if weight.dim() != 2 or weight.shape[1] % pattern.group:
+        rule = f"{pattern} needs (N, K) with K a multiple of {pattern.group}"
+        raise InputError(f"a weight of shape {tuple(weight.shape)}: {rule}")
+    if pattern != TWO_FOUR:
+        return _pack_with_bits(weight.detach(), pattern)
     rows, columns = weight.shape
     groups = F.pad(weight.detach(), (0, -columns % 16)).view(rows, -1, 4)
     nonzero = groups != 0
@@ -58,24 +66,45 @@ def pack(weight):
     nibble = _NIBBLE_OF_NONZEROS.to(weight.device)[code]
     too_many = nibble == 0
     if too_many.any():
-        row, group = too_many.nonzero()[0].tolist()
-        raise InputError(
-            f"the weight is not 2:4: row {row}, group {group} (columns {4 * group} to {4 * group + 3}) "
-            f"holds {int(nonzero[row, group].sum())} non-zeros and at most 2 are allowed"
-        )
+        _refuse(nonzero, too_many, TWO_FOUR)
     positions = torch.stack((nibble & 3, nibble >> 2), -1).long()
     values = groups.gather(-1, positions).masked_fill_(~nonzero.gather(-1, positions), 0).view(rows, -1)
     metadata = (nibble[:, 0::2] | nibble[:, 1::2] << 4).view(torch.int16)
     return values, metadata
 
 
-def unpack(values, metadata, columns=None):
+def _refuse(nonzero, too_many, pattern):
+    row, group = too_many.nonzero()[0].tolist()
+    first = pattern.group * group
+    raise InputError(
+        f"the weight is not {pattern}: row {row}, group {group} (columns {first} to {first + pattern.group - 1}) "
+        f"holds {int(nonzero[row, group].sum())} non-zeros and at most {pattern.keep} are allowed"
+    )
+
+
+def _pack_with_bits(weight, pattern):
+    """Where a group has fewer non-zeros, its lowest free positions fill up, as in 2:4."""
+    groups = weight.unflatten(1, (-1, pattern.group))
+    nonzero = groups != 0
+    if (too_many := nonzero.sum(-1) > pattern.keep).any():
+        _refuse(nonzero, too_many, pattern)
+    free = ~nonzero
+    mask = nonzero | free & (free.cumsum(-1) <= pattern.keep - nonzero.sum(-1, keepdim=True))
+    values = torch.where(nonzero, groups, 0)[mask].view(len(weight), -1)  # -0.0 counts as zero
+    return values, pack_bits(mask.flatten(1))
+
+
+def unpack(values, metadata, columns=None, pattern=TWO_FOUR):
     """values (N, 8c), metadata (N, c) int16 -> dense weight (N, columns), by default all 16c columns, dtype of values.
 
-    Raises: InputError if the shapes do not belong together or a metadata pair is illegal.
+    pattern: another one makes metadata the bits, and columns K. Raises: InputError if the shapes do not belong
+    together, a metadata pair is illegal, or the bits are not of the pattern.
     """
-    check_shapes(values, metadata)
-    check_metadata(metadata)
+    check_shapes(values, metadata, pattern)
+    check_metadata(metadata, pattern, columns_of(values, pattern))
+    if pattern != TWO_FOUR:
+        mask = unpack_bits(metadata, columns_of(values, pattern))
+        return values.new_zeros(mask.shape).masked_scatter_(mask, values)
     rows, words = metadata.shape
     nibble = _nibbles(metadata).view(rows, 4 * words)
     positions = torch.stack((nibble & 3, nibble >> 2), -1).long()
@@ -83,8 +112,21 @@ def unpack(values, metadata, columns=None):
     return groups.view(rows, 16 * words)[:, :columns]
 
 
-def check_shapes(values, metadata):
-    """Refuses values and metadata that are not (N, 8c) and (N, c) int16."""
+def columns_of(values, pattern):
+    """The columns that the values stand for: K, in 2:4 rounded up to a multiple of 16."""
+    return values.shape[1] * pattern.group // pattern.keep
+
+
+def check_shapes(values, metadata, pattern=TWO_FOUR):
+    """Refuses values and metadata that are not (N, 8c) and (N, c) int16, or with another pattern not values and bits of
+    one K."""
+    if pattern != TWO_FOUR:
+        columns = columns_of(values, pattern)
+        expected = (values.shape[0], -(-columns // 32))
+        if metadata.shape != expected or metadata.dtype != torch.int32 or columns % pattern.group:
+            found = f"{tuple(metadata.shape)} {str(metadata.dtype)[6:]}"
+            raise InputError(f"bits of {pattern} values {tuple(values.shape)} must be {expected} int32, not {found}")
+        return
     if metadata.dim() != 2 or metadata.dtype != torch.int16:
         raise InputError(
             f"2:4 metadata must be (N, K/16) int16 and is {tuple(metadata.shape)} {str(metadata.dtype)[6:]}"
@@ -96,9 +138,20 @@ def check_shapes(values, metadata):
         )
 
 
-def check_metadata(metadata):
-    """metadata (N, c) int16, for instance just read from a file. Refuses an illegal index pair, saying where it is."""
+def check_metadata(metadata, pattern=TWO_FOUR, columns=None):
+    """metadata (N, c) int16, for instance just read from a file. Refuses an illegal index pair, saying where it is.
+
+    With another pattern: bits of `columns` columns, of which every group must keep as many as the pattern says.
+    """
     if metadata.is_meta:  # nothing to look at: a model is being counted, not run
+        return
+    if pattern != TWO_FOUR:
+        counts = unpack_bits(metadata, columns).unflatten(1, (-1, pattern.group)).sum(-1)
+        if (wrong := counts != pattern.keep).any():
+            row, group = wrong.nonzero()[0].tolist()
+            raise InputError(
+                f"illegal {pattern} bits: row {row}, group {group} keeps {int(counts[row, group])} weights"
+            )
         return
     legal = torch.zeros(16, dtype=torch.bool)
     legal[list(LEGAL_NIBBLES)] = True

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.sparse24.format import ZERO_WORD, check_metadata, check_shapes, unpack
+from sparsedm.kernels.pattern import Pattern
+from sparsedm.kernels.sparse24.format import TWO_FOUR, ZERO_WORD, check_metadata, check_shapes, pack, unpack
 
 
 def pad(values, metadata, row_multiple, column_multiple):
@@ -62,7 +63,7 @@ def _tma(values, metadata, columns):
     return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
 
 
-LAYOUTS = {  # name -> (values, metadata, columns) -> tensors
+LAYOUTS = {  # name -> (values, metadata of 2:4, columns) -> tensors; also what `cpu_layout` names
     "fragments": _fragments,
     "tma": _tma,
     "dense": lambda values, metadata, columns: [unpack(values, metadata, columns).contiguous()],
@@ -70,21 +71,66 @@ LAYOUTS = {  # name -> (values, metadata, columns) -> tensors
 }
 
 
-@torch.library.custom_op("sparsedm::sparse24_prepack", mutates_args=())
-def prepack(values: torch.Tensor, metadata: torch.Tensor, layout: str, columns: int) -> list[torch.Tensor]:
-    """The tensors that a back end reads instead of values and metadata, by a name in LAYOUTS. columns: K.
+def cpu_layout(order, pattern, taps=1, width=0):
+    """The name of a layout of the CPU kernels: the arguments of `products.prepack`."""
+    return f"cpu {order} {pattern} {taps} {width}"
 
-    An operator, because it looks at the metadata and refuses illegal pairs, which torch.compile could not follow.
+
+def _cpu(values, metadata, columns, layout):
+    from sparsedm.kernels.cpu import products
+
+    _, order, pattern, taps, width = layout.split()
+    pattern, taps = Pattern.parse(pattern), int(taps)
+    if values.device.type != "cpu":
+        raise InputError(f"the CPU kernels cannot read a weight on {values.device}")
+    weight = unpack(values, metadata, columns, pattern)
+    mask = unpack(torch.ones_like(values), metadata, columns, pattern) != 0
+    # (N, taps C) -> (N, C, kh, kw), of which `products.prepack` needs no more than the number of taps
+    weight, mask = (t.unflatten(1, (taps, -1)).transpose(1, 2).unsqueeze(-1) for t in (weight, mask))
+    return list(products.prepack(order, weight, mask, pattern, int(width)))
+
+
+def _two_four(values, metadata, columns, pattern):
+    """Values and metadata of 2:4 for a weight of a pattern with fewer."""
+    return pack(unpack(values, metadata, columns, pattern))
+
+
+@torch.library.custom_op("sparsedm::sparse24_prepack", mutates_args=())
+def prepack(
+    values: torch.Tensor, metadata: torch.Tensor, layout: str, columns: int, pattern: str = "2:4"
+) -> list[torch.Tensor]:
+    """The tensors that a back end reads instead of values and metadata, by a name in LAYOUTS or of `cpu_layout`.
+
+    columns: K. An operator, because it looks at the metadata and refuses illegal pairs, which torch.compile could not
+    follow.
     """
-    check_shapes(values, metadata)
-    check_metadata(metadata)
-    return LAYOUTS[layout](values, metadata, columns)
+    pattern = Pattern.parse(pattern)
+    check_shapes(values, metadata, pattern)
+    check_metadata(metadata, pattern, columns)
+    if layout.startswith("cpu "):
+        return _cpu(values, metadata, columns, layout)
+    if layout == "torch" or pattern == TWO_FOUR:
+        return LAYOUTS[layout](values, metadata, columns)
+    if layout == "dense":
+        return [unpack(values, metadata, columns, pattern)]
+    values, metadata = _two_four(values, metadata, columns, pattern)
+    return kernel_tensors(values, LAYOUTS[layout](values, metadata, columns))
 
 
 @prepack.register_fake
-def _(values, metadata, layout, columns):
+def _(values, metadata, layout, columns, pattern="2:4"):
+    pattern = Pattern.parse(pattern)
     if layout == "dense":  # `unpack` looks at the metadata
         return [values.new_empty(values.shape[0], columns)]
+    if layout.startswith("cpu "):
+        from sparsedm.kernels.cpu import products
+
+        shape, dtype = products.prepacked_shape(layout.split()[1], values.shape[0], columns, pattern)
+        return [values.new_empty(shape), values.new_empty(shape, dtype=dtype)]
+    if layout != "torch" and pattern != TWO_FOUR:
+        padded = -(-columns // 16)
+        values, metadata = values.new_empty(len(values), 8 * padded), metadata.new_empty(len(values), padded).short()
+        return kernel_tensors(values, LAYOUTS[layout](values, metadata, columns))
     return LAYOUTS[layout](values, metadata, columns)
 
 
@@ -93,14 +139,14 @@ def kernel_tensors(values, prepacked):
     return prepacked if len(prepacked) == 2 else [values, *prepacked]
 
 
-def prepack_once(values, metadata, layout, columns, cache):
+def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
     """`prepack`, unless `cache`, the caller's dict, still holds what it gave for these very values."""
     # while tracing there are no addresses, and then the weight cannot change either
     stamp = None if torch.compiler.is_compiling() else [_stamp(values), _stamp(metadata)]
     if layout not in cache or (stamp is not None and cache[layout][0] != stamp):
         if stamp and values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InputError("a layer with a 2:4 weight must be called once before a CUDA graph of it is captured")
-        cache[layout] = stamp, prepack(values, metadata, layout, columns)
+        cache[layout] = stamp, prepack(values, metadata, layout, columns, pattern)
     return cache[layout][1]
 
 

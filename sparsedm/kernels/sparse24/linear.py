@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.launch import capability, forced_backend
+from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
-from sparsedm.kernels.sparse24.dispatch import LINEAR, Request
-from sparsedm.kernels.sparse24.format import check_shapes, unpack
+from sparsedm.kernels.sparse24.dispatch import LINEAR, Request, cpu_instructions
+from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
 
 ACTIVATIONS = {
@@ -29,11 +30,12 @@ ACTIVATIONS = {
 
 
 def sparse24_linear_ref(
-    x, values, metadata, bias=None, activation=None, residual=None, *, skip=None, scale=None, out_dtype=None
-):
+    x, values, metadata, bias=None, activation=None, residual=None, *, skip=None, scale=None, out_dtype=None,
+    pattern="2:4",
+):  # fmt: skip
     """The specification: decompress, then torch. Arguments as `sparse24_linear`."""
     columns = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    weight = unpack(values, metadata, columns)
+    weight = unpack(values, metadata, columns, Pattern.parse(pattern))
     return _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype or x.dtype)
 
 
@@ -61,6 +63,7 @@ def sparse24_linear(
     out_dtype=None,
     cache=None,
     backend=None,
+    pattern="2:4",
 ):
     """y = act([x | skip] @ W^T + bias) * scale + residual, W the 2:4 weight that values and metadata hold.
 
@@ -71,26 +74,28 @@ def sparse24_linear(
     cache: a dict that the caller keeps with the weight (start with {}): the weight as the back ends read it, until it
     changes, and what was measured. Without it, both are made at every call. backend: a name in `launch.BACKENDS`, to
     compute it so if that can run here, with the configuration that is quickest; by default SPARSEDM_BACKEND, or what is
-    quickest, on a GPU by timing each new size once.
+    quickest, on a GPU by timing each new size once. pattern: as text; with another one than 2:4, metadata are the bits
+    of `format.py`.
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
     dtypes that do not belong together.
     """
-    _check(x, values, metadata, bias, activation, residual, skip, scale)
+    _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
     request = Request(
-        LINEAR, capability(x.device), x.dtype, M=math.prod(x.shape[:-1]), N=values.shape[0], K=x.shape[-1] + K2,
+        LINEAR, sm := capability(x.device), x.dtype, M=math.prod(x.shape[:-1]), N=values.shape[0], K=x.shape[-1] + K2,
         device=x.device if type(x) is torch.Tensor else None,  # a fake one has nothing to time
+        instructions=cpu_instructions(sm, x.device), pattern=pattern,
         out_dtype=out_dtype, activation=activation, bias=bias is not None, scale=scale is not None,
         residual=None if residual is None else residual.dtype, skip=K2, backend=backend or forced_backend(),
     )  # fmt: skip
 
     def run(choice, cache, strict):
-        layout = dispatch.row_of(LINEAR, choice.backend).layout
-        tensors = prepack_once(values, metadata, layout, request.K, cache)
+        layout = dispatch.row_of(LINEAR, choice.backend).layout_for(request)
+        tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
         return _linear(
-            x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict
+            x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict, pattern
         )
 
     return dispatch.serve(request, run, cache)
@@ -111,6 +116,7 @@ def _linear(
     backend: str,
     config: int,
     strict: bool,
+    pattern: str = "2:4",
 ) -> torch.Tensor:
     row = dispatch.row_of(LINEAR, backend)
     if row.module:
@@ -123,25 +129,31 @@ def _linear(
             "skip": None if skip is None else _rows(skip),
             "scale": None if scale is None else scale.reshape(-1, values.shape[0]),
         }
+        if row.on == "cpu":
+            options["pattern"] = pattern
         tensors = kernel_tensors(values, prepacked)
         if not len(rows) or dispatch.launch(LINEAR, backend, config, strict, rows, *tensors, y, **options):
             return y.view(*x.shape[:-1], values.shape[0])
     columns = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    weight = prepacked[0] if row.layout == "dense" else unpack(values, metadata, columns)
+    weight = prepacked[0] if row.layout == "dense" else unpack(values, metadata, columns, Pattern.parse(pattern))
     return _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype)
 
 
 @_linear.register_fake
-def _(x, values, metadata, prepacked, bias, activation, residual, skip, scale, out_dtype, backend, config, strict):
+def _(
+    x, values, metadata, prepacked, bias, activation, residual, skip, scale, out_dtype, backend, config, strict,
+    pattern="2:4",
+):  # fmt: skip
     return x.new_empty(*x.shape[:-1], values.shape[0], dtype=out_dtype)
 
 
-def _check(x, values, metadata, bias, activation, residual, skip, scale):
-    check_shapes(values, metadata)
-    N, words = metadata.shape
+def _check(x, values, metadata, bias, activation, residual, skip, scale, pattern):
+    parsed = Pattern.parse(pattern)
+    check_shapes(values, metadata, parsed)
+    N, columns = values.shape[0], columns_of(values, parsed)
     K = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    if words != -(-K // 16):
-        raise InputError(f"x has {K} columns and the weight {16 * words} (K rounded up to a multiple of 16)")
+    if columns != (-(-K // 16) * 16 if parsed == TWO_FOUR else K):
+        raise InputError(f"x has {K} columns and the weight {columns} (of 2:4, K rounded up to a multiple of 16)")
     if skip is not None and (skip.shape[:-1] != x.shape[:-1] or skip.dtype != x.dtype):
         raise InputError(f"skip {_describe(skip)} must have the leading dimensions and the dtype of x {_describe(x)}")
     if scale is not None:

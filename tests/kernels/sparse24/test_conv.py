@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import library
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.conv import _pixels, sparse24_conv2d, sparse24_conv2d_ref
 from sparsedm.kernels.sparse24.dispatch import CONV, Choice, Request
@@ -62,7 +63,7 @@ def test_the_dispatcher_is_told_of_the_convolution_and_decides(monkeypatch):
         assert request == Request(
             CONV, None, torch.float32, 2 * 4 * 3, 16, 9 * 64, device=c.x.device, out_dtype=torch.float32, bias=True,
             channels=64, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), image=(4, 3),
-            backend="wgmma",
+            backend="wgmma", instructions=library.serving()[0],
         )  # fmt: skip
         assert torch.equal(run(Choice("dense"), {}, True), expected)
         return run(Choice("torch"), cache, False)

@@ -46,7 +46,12 @@ RULE = [  # request -> back end, words of the reason
     (linear((7, 5), 8192, 8192, 8192), "dense", "sm_75 has no sparse tensor cores"),
     (linear((9, 0), 8192, 8192, 8192, torch.float32), "dense", "take bfloat16 and float16"),
     (linear((9, 0), 8192, 8192, 8196), "dense", "K = 8196"),
-    (linear((9, 0), pattern="1:4"), "dense", "pattern 1:4: sparse tensor cores take 2:4"),
+    (linear((9, 0), pattern="3:4"), "dense", "pattern 3:4: sparse tensor cores take at most 2 of every 4"),
+    (linear((9, 0), pattern="1:8"), "wgmma", "sm_90a"),
+    (linear(None, instructions="avx2", dtype=torch.float32), "cpu", "C kernel"),
+    (linear(None, instructions="avx2", dtype=torch.float32, pattern="31:32"), "dense", "of the dense product's time"),
+    (linear(None, instructions="avx2"), "dense", "bfloat16: the CPU kernels take float32"),
+    (linear(None, 1, 64, 64, torch.float32, instructions="avx512"), "dense", "about 2.00"),
     (linear((9, 0), 1, 4096, 4096), "splitk", "few rows"),
     (linear((8, 0), 64, 4096, 4096, torch.float16), "splitk", "few rows"),
     (linear((9, 0), 65, 512, 512), "dense", "4 tiles"),
@@ -157,7 +162,9 @@ def test_few_rows_are_also_timed_in_the_smallest_tile():
     assert (tile.block_n, tile.block_m) == (64, 64)
 
 
-@pytest.mark.parametrize("row", [row for row in BACKENDS if row.module], ids=lambda row: f"{row.operation}-{row.name}")
+@pytest.mark.parametrize(
+    "row", [row for row in BACKENDS if row.module and row.on == "gpu"], ids=lambda row: f"{row.operation}-{row.name}"
+)
 def test_every_configuration_is_offered_somewhere_and_no_two_are_the_same(row):
     capability = (9, 0) if row.name == "wgmma" else (8, 0)
     asked = linear(capability, M=64 if row.name == "splitk" else 8192) if row.operation == LINEAR else conv(capability)
@@ -171,7 +178,7 @@ def test_every_configuration_is_offered_somewhere_and_no_two_are_the_same(row):
 
 def test_rows_name_what_there_is():
     assert {row.name for row in BACKENDS} == set(launch.BACKENDS)
-    assert {row.layout for row in BACKENDS} == set(LAYOUTS)
+    assert {row.layout for row in BACKENDS if row.on != "cpu"} == set(LAYOUTS)
 
 
 GPU = torch.device("cuda", 0)

@@ -7,7 +7,7 @@ import torch
 from torch.sparse import _semi_structured_conversions as cutlass
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, select_mask_ref
+from sparsedm.kernels.pattern import Pattern, select_mask_ref, unpack_bits
 from sparsedm.kernels.sparse24 import format as fmt
 from tests.tolerance import assert_as_good_as_torch
 
@@ -168,3 +168,39 @@ def test_both_libraries_hold_the_weight_and_multiply_by_it(library):
 def test_what_a_library_cannot_hold_is_refused(weight, library, message):
     with pytest.raises(InputError, match=message):
         fmt.to_torch(weight, library)
+
+
+# ---- other patterns: values and bits ---------------------------------------------------------------------------------
+
+PATTERNS = [Pattern.parse(text) for text in ("1:2", "1:4", "3:4", "3:8", "15:16", "1:32")]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_bits_bring_the_weight_back_and_say_what_was_kept(pattern):
+    weight = torch.randn(7, 96)
+    weight = weight * select_mask_ref(weight, pattern)
+    weight[3] = 0  # filled up at the lowest places
+    weight[4, 0] = -0.0
+    values, metadata = fmt.pack(weight, pattern)
+    assert values.shape == (7, 96 * pattern.keep // pattern.group)
+    assert metadata.shape == (7, 3)
+    assert torch.equal(fmt.unpack(values, metadata, 96, pattern), weight)
+    mask = unpack_bits(metadata, 96)
+    assert (mask.unflatten(1, (-1, pattern.group)).sum(-1) == pattern.keep).all()
+    assert (mask | (weight == 0)).all()
+    assert mask[3, : pattern.keep].all()
+
+
+def test_what_is_not_of_the_pattern_is_refused():
+    pattern, weight = Pattern(1, 8), torch.randn(4, 16)
+    with pytest.raises(InputError, match=r"not 1:8: row 0, group 0 .columns 0 to 7. holds 8 non-zeros and at most 1"):
+        fmt.pack(weight, pattern)
+    with pytest.raises(InputError, match=r"1:8 needs .N, K. with K a multiple of 8"):
+        fmt.pack(torch.zeros(4, 12), pattern)
+    values, metadata = fmt.pack(weight * select_mask_ref(weight, pattern), pattern)
+    with pytest.raises(InputError, match=r"bits of 1:8 values \(4, 2\) must be \(4, 1\) int32, not \(4, 1\) int16"):
+        fmt.unpack(values, metadata.short(), 16, pattern)
+    metadata[2] |= 0x30000
+    metadata[1] |= 0xFF
+    with pytest.raises(InputError, match="illegal 1:8 bits: row 1, group 0 keeps 8 weights"):
+        fmt.unpack(values, metadata, 16, pattern)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import library
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, Choice, Request
 from sparsedm.kernels.sparse24.format import ZERO_WORD, pack, unpack
@@ -77,7 +78,7 @@ def test_the_dispatcher_is_told_of_the_product_and_decides(monkeypatch):
     def serve(request, run, cache):
         assert request == Request(
             LINEAR, None, torch.float32, 3, 16, 48, device=p.x.device, out_dtype=torch.float32, activation="gelu",
-            bias=True, skip=16, backend="mma",
+            bias=True, skip=16, backend="mma", instructions=library.serving()[0],
         )  # fmt: skip
         assert torch.equal(run(Choice("dense"), {}, True), expected)
         return run(Choice("torch"), cache, False)

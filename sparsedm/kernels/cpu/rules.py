@@ -1,0 +1,96 @@
+"""Where the C kernels are worth calling: arithmetic, never a clock, so that a resumed training stays bit-exact.
+
+The constants were fitted to measurements with one thread: AVX-512 on a Zen 5, AVX2 on a Zen 1. NEON was never timed; it
+gets the constants of AVX-512. A change of any rule changes RULE_VERSION, which checkpoints record.
+"""
+
+import torch
+
+from sparsedm.kernels.cpu import library
+from sparsedm.kernels.launch import autocast_dtype
+
+RULE_VERSION = 1
+SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
+LANES = {"avx512": 16, "avx2": 8, "neon": 4}
+# time over that of the best dense product, of whole vectors of rows: slope * density + offset
+COST = {"avx512": (1.14, 0.1), "avx2": (1.05, 0.07), "neon": (1.14, 0.1)}
+CONV_SLOPE = {"avx512": 1.14, "avx2": 1.1, "neon": 1.14}
+ATTENTION_TOKENS = {
+    "avx512": 1 << 20,
+    "avx2": 64,
+    "neon": 0,
+}  # up to so many: torch's is 1.2 times as quick at 256 with AVX2
+
+
+def linear_cost(M, N, K, keep, group, instructions):
+    """(time over that of the best dense product, "linear" or "few") of `products.linear` for (M, K) x (K, N).
+
+    keep, group: of the pattern. instructions: as `library.instruction_set` gives them.
+    """
+    tile, few = _tile(M, keep / group, instructions), _few(M, keep / group, group, instructions)
+    cost = (few, "few") if few < tile else (tile, "linear")
+    return (max(cost[0], 2.0) if M * N * K < SMALLEST else cost[0]), cost[1]
+
+
+def _tile(M, density, instructions):
+    """Relative time of the kernel whose lanes are rows of x: vectors are padded, and one alone waits for its loads."""
+    (slope, offset), lanes = COST[instructions], LANES[instructions]
+    vectors = -(-M // lanes)
+    return (slope * density + offset) * vectors * lanes / M * (1.4 if vectors == 1 else 1)
+
+
+def _few(M, density, group, instructions):
+    """Relative time of the kernel whose lanes are outputs."""
+    if group > LANES[instructions]:  # gathers
+        return 9.5 * density if LANES[instructions] // 8 >= M else 9
+    if instructions == "avx512":
+        return (0.84 + 0.05 * M) * density if M <= 16 else 9
+    return (1.9 if M <= 2 else 2.2) * density if LANES[instructions] // 2 >= M else 9
+
+
+def conv_cost(pixels, N, K, keep, group, instructions):
+    """Time over that of the best dense convolution, in NHWC.
+
+    pixels: (images, H' W'). N: output channels. K: kh kw C.
+    """
+    lanes = LANES[instructions]
+    vectors = pixels[0] * -(-pixels[1] // lanes)
+    if vectors * lanes * N * K < SMALLEST or vectors < (4 if instructions == "avx512" else 2):
+        return 2.0
+    return CONV_SLOPE[instructions] * keep / group + 0.06 + 9 / N
+
+
+def halo_serves(kernel_size, stride, padding, width, group, instructions):
+    """Whether a convolution can go the halo way, which is quicker: 3 x 3, stride 1, y as large as x.
+
+    The same arithmetic as `nm_halo_channels` in C, because torch.compile cannot look into that.
+    """
+    if (*kernel_size, *stride, *padding) != (3, 3, 1, 1, 1, 1):
+        return False
+    lanes = LANES[instructions]
+    vectors, room = (8, 40960) if lanes == 16 else (12, 28672)
+    per = width // lanes
+    if width % lanes or not 1 <= per <= vectors:
+        return False
+    return min(32, room // (12 * lanes * (vectors // per + 2) * per)) >= group
+
+
+def attention_serves(q):
+    """Whether `products.attention` is called for q (B, H, L, D)."""
+    if torch.compiler.is_compiling() or q.device.type != "cpu":
+        return False
+    (B, H, L, D), instructions = q.shape, library.instruction_set()
+    if instructions is None or L < 16 or ATTENTION_TOKENS[instructions] < L or B * H * L * L * D < SMALLEST:
+        return False
+    return serves(q) and D % LANES[instructions] == 0
+
+
+def serves(*tensors):
+    """Whether the kernels can be called with these tensors: fp32 on a CPU, in eager code, and there is a library."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    fit = all(
+        t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided)
+        for t in tensors
+    )
+    return fit and autocast_dtype(torch.device("cpu")) is None and library.library() is not None
