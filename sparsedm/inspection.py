@@ -13,14 +13,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file
 from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
 from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Compressed, CompressedLinear, Linear
-from sparsedm.plots import table
+from sparsedm.plots import COLOURS, GREY, picture, table
 from sparsedm.sparsity import compress, masked_layers, replaced_methods, uncompressed_because
 
 ARCHS = {
@@ -96,7 +95,7 @@ class Inspection:
             )
             for r in self.rows
         ]
-        return f"{table(head, body, left=(0, 1, 2, 7, 8), rule=True)}\n\n{self.summary()}"
+        return "\n".join([table(head, body, left=(0, 1, 2, 7, 8), rule=True), "", *self.notes, self.summary()])
 
     def summary(self):
         """The totals in three lines, saying which convention each MAC count follows."""
@@ -120,24 +119,20 @@ class Inspection:
 
     def plot(self, path, title=""):
         """Write a bar chart of parameters per layer, before and after, to `path` (format by its suffix)."""
-        from matplotlib.figure import Figure  # late: plotting must not slow down importing the package
-        from matplotlib.ticker import EngFormatter
+        from matplotlib.ticker import EngFormatter  # late: plotting must not slow down importing the package
 
         rows = self.rows
-        figure = Figure(figsize=(9, max(3, 0.19 * len(rows) + 1.4)), layout="constrained")
-        axes = figure.add_subplot()
-        where = range(len(rows))
-        axes.barh(where, [r.parameters for r in rows], color="#c8c8c8", label="dense")
-        axes.barh(where, [r.parameters_after for r in rows], color="#0072b2", height=0.55, label="kept")
-        axes.set_yticks(where, [f"{r.name}  {r.pattern}" for r in rows], fontsize=7)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.set_xlabel("weights and biases")
-        figure.suptitle(title or "Parameters per layer, before and after", x=0.01, ha="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
-        with atomic_file(path) as partial:
-            figure.savefig(partial, dpi=120)
+        with picture(path, (9, max(3, 0.19 * len(rows) + 1.4))) as figure:
+            axes, where = figure.add_subplot(), range(len(rows))
+            axes.grid(False)
+            axes.barh(where, [r.parameters for r in rows], color=GREY, label="dense")
+            axes.barh(where, [r.parameters_after for r in rows], color=COLOURS[0], height=0.55, label="kept")
+            axes.set_yticks(where, [f"{r.name}  {r.pattern}" for r in rows], fontsize=7)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.xaxis.set_major_formatter(EngFormatter())
+            axes.set_xlabel("weights and biases")
+            figure.suptitle(title or "Parameters per layer, before and after", x=0.01, ha="left")
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
 def inspect(

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sparsedm.errors import InputError
+from sparsedm.inspection import inspect
 from sparsedm.plots import plot_losses, save_grid
 
 
@@ -43,6 +44,14 @@ def test_losses_are_drawn_one_stage_after_the_other(tmp_path, monkeypatch):
     plot_losses(tmp_path / "loss.png", [("dense", dense), ("2:4", sparse)], batch_size=10)
     assert drawn == [[10, 20], [10, 20], [20], [50], [50]]
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_name_is_no_formula_and_may_hold_any_byte(tmp_path):
+    records = [{"step": 1, "noise_loss": 0.3}, {"step": 2, "noise_loss": 0.02}]
+    plot_losses(tmp_path / "$.png", [("$x_{$", records)], 10, "runs/$\\frac{$ caf\udce9")
+    save_grid(tmp_path / "grid.png", [("caf\udce9 $x_{$", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))])
+    inspect(torch.nn.Linear(4, 4), (torch.zeros(1, 4),)).plot(tmp_path / "layers.png", "$x_{$ caf\udce9")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_losses_are_read_in_plain_numbers(tmp_path, monkeypatch):

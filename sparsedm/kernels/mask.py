@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import FUSED, jit, operator, tl, triton, uses_triton
+from sparsedm.kernels.cpu import products, rules
+from sparsedm.kernels.launch import FUSED, forced_backend, jit, operator, tl, triton, uses_triton
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
@@ -147,6 +148,10 @@ def _nan_flag(name, pinned):
 
 def _select_in_torch(weight, pattern, dtype, name):
     """-> (masked, mask)"""
+    if weight.dtype == torch.float32 and forced_backend() not in ("torch", "dense") and rules.serves(weight):
+        masked, mask, nan = products.select_mask(weight, pattern)
+        if not nan:  # the number of NaN is counted below
+            return masked.to(dtype, memory_format=memory_format(weight)), mask
     finite = math.isfinite(weight.sum().item())  # or its sum overflows: then the slower ways below are right, too
     if not finite and (nans := int(weight.isnan().sum())):
         raise InputError(f"{name}: {nans} of its weights are NaN, which has no magnitude order")

@@ -23,6 +23,7 @@ except ImportError:  # Windows: folders are not locked there
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_folder, read_json, write_json, writing
 from sparsedm.model_files import checkpoints, describe, fill, read_tensors, write_model, write_tensors
+from sparsedm.plots import printable
 
 # ---- a run folder ----------------------------------------------------------------------------------------------------
 
@@ -69,6 +70,8 @@ def claim(folder, record, free=(), classes=(), may_grow=(), because=None):
     Raises: InputError listing the differences, so that a run is never continued as another one.
     """
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
+    if printable(folder) != str(folder):
+        raise InputError(f"the name of the run folder {folder} is not UTF-8: safetensors could not read what is in it")
     if not file.exists():
         write_json(file, record)
         return

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, cache_folder, parse_json
+from sparsedm.files import atomic_file, cache_folder, parse_json, regular_file
 from sparsedm.train.array_files import cifar10_folder, download_cifar10, read_cifar10, read_npz
 from sparsedm.train.image_files import CROPS, Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
@@ -110,8 +110,13 @@ def load_images(source, split, size, limit=None, crop="square"):
 
 def check_source(source):
     """Raise InputError, before anything is read, where `source` is none that `load` could read."""
-    if source != "cifar10" and source.partition(":")[0] != "synthetic" and not Path(source).expanduser().exists():
+    if source == "cifar10" or source.partition(":")[0] == "synthetic":
+        return
+    path = Path(source).expanduser()
+    if not path.exists():
         raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
+    if not path.is_dir():
+        regular_file(path)
 
 
 def batch(images, indices, *, flip_generator=None):

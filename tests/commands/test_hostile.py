@@ -135,7 +135,7 @@ def check(arguments, places, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_some_strange_options(command, places, capsys, monkeypatch, tmp_path):
     every = list(attempts(command))
-    chosen = random.Random(command).sample(every, min(len(every), 12))
+    chosen = random.Random(command).sample(every, min(len(every), 6))
     wrong = {str(a): said for a in chosen if (said := check(a, places, capsys, monkeypatch, tmp_path))}
     assert not wrong
 

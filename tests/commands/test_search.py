@@ -31,7 +31,7 @@ def tiny_scale(monkeypatch, tmp_path):
         monkeypatch.setitem(SEARCHES["smoke"], family, tiny)
     load = study.load_images
     for module in (study, train):
-        monkeypatch.setattr(module, "load_images", lambda *a, limit=None: load(*a, limit=min(limit or 20, 20)))
+        monkeypatch.setattr(module, "load_images", lambda *a, limit=None, **_: load(*a, limit=min(limit or 20, 20)))
     monkeypatch.setattr(study, "SHOWN", 2)
     threads = torch.get_num_threads()
     yield

@@ -255,11 +255,3 @@ def test_labels_for_a_network_without_classes_are_refused(case):
     model = build(case)
     with pytest.raises(InputError, match=r"input y has shape \(2,\): this model takes None"):
         model(torch.zeros(2, model.config.channels, 8, 8), torch.zeros(2), torch.zeros(2))
-
-
-@every_network
-def test_labels_out_of_range_are_refused(case):
-    model, (x, t, _) = make(case)
-    for label in (-1, 6):
-        with pytest.raises(InputError, match=r"labels from -?\d to \d: this model takes 0 to 5"):
-            model(x, t, torch.tensor([2, label]))

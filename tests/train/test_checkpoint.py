@@ -428,3 +428,9 @@ def test_what_an_older_folder_does_not_know_had_its_default(tmp_path):
     checkpoint.claim(tmp_path, {"options": {"lr": 0.5, "schedule": "vp-sde"}}, classes=[Options])
     with pytest.raises(InputError, match=r"options.schedule is vp-sde there and ddpm here"):
         checkpoint.claim(tmp_path, {"options": {"lr": 0.5, "schedule": "ddpm"}}, classes=[Options])
+
+
+def test_a_run_folder_that_could_not_be_read_again_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not UTF-8"):
+        checkpoint.claim(tmp_path / "caf\udce9", {"lr": 1})
+    assert not list(tmp_path.iterdir())

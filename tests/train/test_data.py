@@ -477,3 +477,11 @@ def test_a_batch_on_the_gpu_is_the_batch_on_the_cpu():
         assert x.device == here.images.device
         assert torch.equal(x.cpu(), batch(images, indices, flip_generator=torch.Generator().manual_seed(1))[0])
         assert y.tolist() == [1, 5, 5, 0]
+
+
+def test_a_pipe_and_a_device_are_refused_rather_than_read_for_ever(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "zero.zip").symlink_to("/dev/zero")
+    for name in ("pipe.npz", "zero.zip"):
+        with pytest.raises(InputError, match=f"{name} is a pipe, socket or device: a plain file is needed"):
+            data.load(tmp_path / name)
