@@ -280,8 +280,8 @@ class SparseConv24(Provider):
 
     def prepare(self, problem):
         shape = problem.shape
-        layer = Conv2d(shape.channels, shape.filters, shape.kernel, shape.stride, shape.padding, pattern=TWO_FOUR)
-        layer = layer.to(problem.x)
+        geometry = shape.channels, shape.filters, shape.kernel, shape.stride, shape.padding
+        layer = Conv2d(*geometry, pattern=TWO_FOUR, device=problem.x.device, dtype=problem.x.dtype)
         with torch.no_grad():
             layer.weight.copy_(problem.masked)
             layer.bias.copy_(problem.bias)

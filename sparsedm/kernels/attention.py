@@ -14,6 +14,8 @@ from sparsedm.kernels.launch import forced_backend, operator
 
 
 def _attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    if qkv.stride(-1) != 1:  # the kernel reads the columns of a head in a row
+        qkv = qkv.contiguous()
     return products.attention(*_split(qkv, heads))
 
 

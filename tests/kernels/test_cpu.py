@@ -361,6 +361,8 @@ def test_attention_of_a_model_in_inference_and_in_training(monkeypatch):
         y = self_attention(qkv, 4)
     assert bool(called) == (library.library() is not None)
     torch.testing.assert_close(y, trained.detach())
+    turned = qkv.detach().mT.contiguous().mT  # as a product leaves it that computes y^T
+    torch.testing.assert_close(self_attention(turned, 4), y)
     monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
     called.clear()
     self_attention(qkv.detach(), 4)
