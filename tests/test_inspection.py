@@ -7,6 +7,8 @@ from torch import nn
 from sparsedm import inspection, layers
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect, time_layers, time_report
+from sparsedm.kernels.cpu import library
+from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import Choice, Measured
 from sparsedm.layers import Compressed
 from sparsedm.sparsity import compress, sparsify
@@ -94,7 +96,8 @@ def test_a_model_without_example_inputs_needs_them():
 @pytest.mark.parametrize(
     ("arch", "batch", "backend"),
     [
-        ("cpu", 64, "dense"),
+        ("cpu", 64, "cpu" if library.library() else "dense"),
+        ("cpu", 1, "dense"),
         ("sm_80", 2, "splitk"),
         ("sm_80", 512, "mma"),
         ("sm_90a", 512, "wgmma"),
@@ -126,6 +129,62 @@ def test_a_1x1_convolution_is_the_product_that_serves_its_pixels():
         (row,) = inspect(model, (torch.zeros(1, 64, 8, 8),), arch="sm_90a", batch=batch).rows
         assert row.backend == backend
         assert row.why.startswith("a 1 x 1 kernel is a product over the pixels: ")
+
+
+class Shared(nn.Module):
+    """One layer for two calls, of 8 and of 64 rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.layer(x), self.layer(x[:, :1])
+
+
+CALLED = {  # the layer, its input at batch 1
+    "linear": (nn.Linear(64, 64), (1, 64, 64)),
+    "vector": (nn.Linear(64, 64), (1, 64)),
+    "shared": (Shared(), (1, 8, 64)),
+    "conv": (nn.Conv2d(64, 64, 3, padding=1), (1, 64, 16, 16)),
+    "stride": (nn.Conv2d(64, 64, 3, stride=2, padding=1), (1, 64, 10, 6)),
+    "small": (nn.Conv2d(8, 8, 3), (1, 8, 3, 3)),
+    "pixels": (nn.Conv2d(64, 64, 1), (1, 64, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("forced", [None, "dense", "torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("layer", "shape"), CALLED.values(), ids=CALLED)
+def test_the_back_end_and_the_reason_are_the_ones_of_the_call(layer, shape, dtype, forced, monkeypatch):
+    if forced:
+        monkeypatch.setenv("SPARSEDM_BACKEND", forced)
+    model, used = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4")).to(dtype), []
+    real = dispatch.serve
+
+    def serve(request, run, cache):
+        _, why = dispatch.rule_of_thumb(request)
+
+        def recorded(choice, *rest):
+            used.append((request.M, choice.backend, why))
+            return run(choice, *rest)
+
+        return real(request, recorded, cache)
+
+    monkeypatch.setattr(dispatch, "serve", serve)
+    model(torch.randn(8, *shape[1:], dtype=dtype))
+    (row,) = inspect(model, (torch.zeros(shape, dtype=dtype),), batch=8).rows
+    assert (row.backend, row.why.removeprefix("a 1 x 1 kernel is a product over the pixels: ")) == max(used)[1:]
+    if library.library() and layer is CALLED["linear"][0] and dtype == torch.float32 and forced in (None, "cpu"):
+        assert row.backend == "cpu"
+
+
+def test_without_a_compiler_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(library, "_loaded", lambda: (None, "there is no C compiler `cc`"))
+    model = compress(sparsify(nn.Sequential(nn.Linear(64, 64)), "2:4"))
+    (row,) = inspect(model, (torch.zeros(1, 16, 64),), batch=8).rows
+    assert row.backend == "dense"
+    assert "there is no C compiler `cc`" in row.why
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -160,12 +219,13 @@ def test_a_layer_without_weights_is_counted(recwarn):
 def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
     x = torch.zeros(1, 512, 64) if isinstance(layer, nn.Linear) else torch.zeros(1, 64, 8, 8)
+    here = "cpu" if library.library() else "dense"
     model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Measured(Choice("wgmma", 2), {}, {})}
     assert inspect(model, (x,)).rows[0].backend == "wgmma"
     assert "tuned table" in inspect(model, (x,)).rows[0].why
-    assert inspect(model, (x,), arch="cpu").rows[0].backend == "dense"
+    assert inspect(model, (x,), arch="cpu").rows[0].backend == here
     if isinstance(layer, nn.Linear):
-        assert inspect(model, (x,), batch=2).rows[0].backend == "dense", "never called with so many rows"
+        assert inspect(model, (x,), batch=2).rows[0].backend == here, "never called with so many rows"
 
 
 def test_an_unknown_arch_is_refused():
