@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.pattern import Pattern, group_view, holds
+from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on, rule_of_thumb
 from sparsedm.kernels.tuning import median_microseconds
@@ -205,7 +205,7 @@ def _kept(layer, pattern, weights):
 
 def _row(name, layer, calls, arch, batch):
     compressed = isinstance(layer, Compressed)
-    pattern = Pattern(2, 4) if compressed else getattr(layer, "pattern", None)
+    pattern = getattr(layer, "pattern", None)
     shape = _weight_shape(layer)
     dense = math.prod(shape)
     kept, held = _kept(layer, pattern, dense)
@@ -255,7 +255,7 @@ def _sparse_backend(layer, shape, calls, arch, batch):
         measured = layer.measured(batch * calls.rows if isinstance(layer, CompressedLinear) else None)
         if measured:
             return measured.choice.backend, str(measured)
-    others = {"device": None if arch else held.device}
+    others = {"device": None if arch else held.device, "pattern": str(layer.pattern)}
     if isinstance(layer, Linear | CompressedLinear):
         choice, why = rule_of_thumb(request_on(where, LINEAR, dtype, batch * calls.rows, *shape, **others))
         return choice.backend, why
@@ -325,7 +325,7 @@ def _count(model, example_inputs, on_meta):
 
 
 def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
-    """What one call of each 2:4 layer takes: {name: (microseconds of the dense layer, of the compressed one)}.
+    """What one call of each sparse layer takes: {name: (microseconds of the dense layer, of the compressed one)}.
 
     Each call has the shapes and the epilogue that it has in a forward of `model` at this batch size. Layers that agree
     in these are timed once. Weights and inputs are random; `model` is not touched. Layers that cannot be compressed, or
@@ -358,18 +358,18 @@ def time_report(model, batch=1):
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     times = time_layers(model, batch, device, dtype)
     if not times:
-        raise InputError("--time needs layers with a 2:4 weight, and there is none: give --pattern 2:4")
+        raise InputError("--time needs layers with a sparse weight, and there is none: give --pattern 2:4")
     rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}x") for name, (a, b) in times.items()]
-    lines = [table(("layer", "dense us", "2:4 us", "speed-up"), rows)]
+    lines = [table(("layer", "dense us", "sparse us", "speed-up"), rows)]
     dense, best = sum(dense for dense, _ in times.values()), sum(min(pair) for pair in times.values())
     what = torch.cuda.get_device_name() if on_gpu else "CPU: it says nothing about a GPU, whose tensor cores it lacks"
-    lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; with 2:4 where it gains: {best / 1e3:,.3f} ms"]
+    lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; sparse where it gains: {best / 1e3:,.3f} ms"]
     return "\n".join([*lines, f"batch {batch}, {str(dtype).removeprefix('torch.')}, {what}"])
 
 
 def _dense_and_compressed(layer, call, device, dtype):
     layer = copy.deepcopy(layer).to_empty(device=device).to(dtype)
-    layer.set_pattern("2:4")  # and no frozen mask, which would hold whatever the memory held
+    layer.set_pattern(layer.pattern)  # and no frozen mask, which would hold whatever the memory held
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     sized = tree_map(lambda x: torch.randn(x.shape, device=device, dtype=dtype) if torch.is_tensor(x) else x, call)

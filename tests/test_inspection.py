@@ -148,18 +148,21 @@ CALLED = {  # the layer, its input at batch 1
     "shared": (Shared(), (1, 8, 64)),
     "conv": (nn.Conv2d(64, 64, 3, padding=1), (1, 64, 16, 16)),
     "stride": (nn.Conv2d(64, 64, 3, stride=2, padding=1), (1, 64, 10, 6)),
-    "small": (nn.Conv2d(8, 8, 3), (1, 8, 3, 3)),
+    "small": (nn.Conv2d(32, 8, 3), (1, 32, 3, 3)),
     "pixels": (nn.Conv2d(64, 64, 1), (1, 64, 8, 8)),
 }
 
 
-@pytest.mark.parametrize("forced", [None, "dense", "torch", "cpu"])
+@pytest.mark.parametrize(
+    ("forced", "pattern"),
+    [(None, "2:4"), ("dense", "2:4"), ("torch", "2:4"), ("cpu", "2:4"), (None, "1:8"), (None, "31:32")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("layer", "shape"), CALLED.values(), ids=CALLED)
-def test_the_back_end_and_the_reason_are_the_ones_of_the_call(layer, shape, dtype, forced, monkeypatch):
+def test_the_back_end_and_the_reason_are_the_ones_of_the_call(layer, shape, dtype, forced, pattern, monkeypatch):
     if forced:
         monkeypatch.setenv("SPARSEDM_BACKEND", forced)
-    model, used = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4")).to(dtype), []
+    model, used = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), pattern)).to(dtype), []
     real = dispatch.serve
 
     def serve(request, run, cache):
@@ -176,7 +179,7 @@ def test_the_back_end_and_the_reason_are_the_ones_of_the_call(layer, shape, dtyp
     (row,) = inspect(model, (torch.zeros(shape, dtype=dtype),), batch=8).rows
     assert (row.backend, row.why.removeprefix("a 1 x 1 kernel is a product over the pixels: ")) == max(used)[1:]
     if library.library() and layer is CALLED["linear"][0] and dtype == torch.float32 and forced in (None, "cpu"):
-        assert row.backend == "cpu"
+        assert row.backend == ("dense" if pattern == "31:32" else "cpu")
 
 
 def test_without_a_compiler_the_reason_says_so(monkeypatch):
@@ -194,8 +197,6 @@ def test_without_a_compiler_the_reason_says_so(monkeypatch):
         (nn.Conv2d(128, 64, 3, padding=1, groups=2), "2:4", "have no compressed form"),
         (nn.Conv2d(64, 64, 3, padding="same"), "2:4", "have no compressed form"),
         (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "2:4", "have no compressed form"),
-        (nn.Conv2d(64, 64, 1), "3:4", "3:4 keeps more than 2 of every 4 somewhere"),
-        (nn.Conv2d(6, 64, 1), "1:2", "the input axis 6 is not a multiple of 4"),
         (nn.Conv2d(64, 64, 1), "1:2", None),
         (nn.Conv2d(64, 64, 1), "2:16", None),
     ],
@@ -208,6 +209,15 @@ def test_arch_shows_a_kernel_for_what_compress_compresses_and_nothing_else(layer
     (row,) = inspect(model.to(device), (torch.zeros(1, layer.in_channels, 8, 8),), arch="sm_90a", batch=64).rows
     assert (row.backend == "wgmma") == compressed
     assert compressed or (row.backend == "torch" and why in row.why)
+
+
+@pytest.mark.parametrize(("pattern", "channels", "words"), [("3:4", 64, "at most 2 of every 4"), ("1:2", 6, "K = 6")])
+def test_what_the_cores_of_a_gpu_do_not_take_is_shown_as_dense_there(pattern, channels, words):
+    model = sparsify(nn.Sequential(nn.Conv2d(channels, 64, 1)), pattern)
+    for form in (model, compress(model)):
+        (row,) = inspect(form, (torch.zeros(1, channels, 8, 8),), arch="sm_90a", batch=64).rows
+        assert (row.backend, row.pattern) == ("dense", pattern)
+        assert words in row.why
 
 
 def test_a_layer_without_weights_is_counted(recwarn):
@@ -342,7 +352,7 @@ def test_the_report_of_times_admits_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = time_report(Twice(), 4)
     assert "2.00x" in text
-    assert "dense: 0.140 ms; with 2:4 where it gains: 0.090 ms" in text
+    assert "dense: 0.140 ms; sparse where it gains: 0.090 ms" in text
     assert text.endswith("batch 4, float32, CPU: it says nothing about a GPU, whose tensor cores it lacks")
 
 

@@ -27,7 +27,7 @@ def add_arguments(parser):
         "--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16 (cpu: fp32)"
     )
     parser.add_argument("--batch", type=count, default=1, help="images at a time, for --arch and --time (default: 1)")
-    parser.add_argument("--time", action="store_true", help="time each 2:4 layer here, dense and compressed")
+    parser.add_argument("--time", action="store_true", help="time each sparse layer here, dense and compressed")
     parser.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers")
 

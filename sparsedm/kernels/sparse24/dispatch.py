@@ -155,8 +155,10 @@ def _cpu_loses(request):
         cost = rules.conv_cost((request.M // pixels, pixels), *sizes, request.instructions)
     if cost < 1:
         return None
-    sizes = "" if torch.compiler.is_compiling() else f", {request.M} x {request.K} x {request.N}"
-    return f"{request.pattern}{sizes}: about {cost:.2f} of the dense product's time"
+    if torch.compiler.is_compiling():  # its sizes have no digits
+        return f"{request.pattern}: the dense product is quicker"
+    sizes = f"{request.M} x {request.K} x {request.N}"
+    return f"{request.pattern}, {sizes}: about {cost:.2f} of the dense product's time"
 
 
 def _cpu_cost(request):
