@@ -112,14 +112,15 @@ def inspected(kernel):
 def _assemble(ptx, shared):
     """-> (SASS, registers, spilled bytes, shared, warnings) by the ptxas and cuobjdump that come with Triton."""
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         architecture = re.search(r"^\.target (sm_\w+)", ptx, re.M)[1]
-        old = re.search(r"^\.version (\d+\.\d+)", ptx, re.M)[1] <= "8.8"  # else made for the other ptxas
-        log = _run(tools / ("ptxas" if old else "ptxas-blackwell"), "-v", f"-arch={architecture}", source, "-o", binary)
+        ptxas = get_ptxas(int(re.sub(r"\D", "", architecture))).path  # each version of Triton has its own choice
+        log = _run(Path(ptxas), "-v", f"-arch={architecture}", source, "-o", binary)
         sass = _run(tools / "cuobjdump", "-sass", binary)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     warnings = [line for line in log.splitlines() if "warning" in line.lower() or re.search(r"\bC7\d\d\d\b", line)]

@@ -49,7 +49,8 @@ def start(planted=None):
     torch.Generator = Generator
     torch.cuda.get_device_name = lambda device=None: "Stand-in"
     torch.cuda.empty_cache = lambda: None
-    torch.cuda.memory_allocated = lambda device=None: 0
+    torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda device=None: 0
+    torch.cuda.reset_peak_memory_stats = lambda device=None: None
     torch.cuda.get_device_properties(0).uuid = "0"
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     adamw = torch.optim.AdamW.__init__

@@ -55,9 +55,9 @@ def test_widths_differ_and_are_given_back():
     assert model.width == 4
 
 
-def test_widths_are_rounded_to_multiples_of_8():
+def test_widths_are_rounded_as_make_divisible_does():
     config = model_config("slimmable-tiny", width=40)  # 10, 20, 30 and 40
-    assert [config.at(k).width for k in config.eighths] == [8, 16, 32, 40]
+    assert [config.at(k).width for k in config.eighths] == [16, 24, 32, 40]  # 8 is less than 9/10 of 10
     assert config.at(2).groups == config.groups == 8
 
 
