@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.problems import TWO_FOUR
-from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.sparse24.dispatch import (
     LINEAR,
     SPLITK_ROWS,
     Choice,
-    Request,
     last_measured,
     launch,
     load,
+    request_on,
     row_of,
     rule_of_thumb,
 )
@@ -181,9 +180,7 @@ class Sparse24(Provider):
 
     def _choice(self, problem):
         shape = problem.shape
-        device = capability(problem.device)
-        backend = self.backend or forced_backend()
-        return rule_of_thumb(Request(LINEAR, device, problem.dtype, shape.M, shape.N, shape.K, backend=backend))
+        return rule_of_thumb(request_on(problem.device, LINEAR, problem.dtype, shape.M, shape.N, shape.K, self.backend))
 
 
 class Configuration(Sparse24):

@@ -13,17 +13,16 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import capability, forced_backend
-from sparsedm.kernels.pattern import Pattern, group_view, holds
+from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.conv import conv_request
-from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, rule_of_thumb
+from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on, rule_of_thumb
 from sparsedm.kernels.tuning import median_microseconds
-from sparsedm.layers import Compressed, CompressedLinear, Linear
+from sparsedm.layers import Compressed, CompressedLinear, Linear, product_dtype
 from sparsedm.plots import COLOURS, GREY, picture, table
 from sparsedm.sparsity import compress, masked_layers, replaced_methods, uncompressed_because
 
 ARCHS = {
-    **{"cpu": None, "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
+    **{"cpu": torch.device("cpu"), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
     **{"sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0)},
 }
 GEOMETRY = ("stride", "padding", "dilation")
@@ -144,7 +143,8 @@ def inspect(
 
     example_inputs: arguments at batch 1: a tuple for `model(*example_inputs)` or a dict for `model(**example_inputs)`;
         by default the model's own `example_inputs()`.
-    arch: None: the back ends that run now. One of ARCHS: those that the compressed model would use there, in bf16.
+    arch: None: the back ends that run now. One of ARCHS: those that the compressed model would use there, in bf16;
+        "cpu": on the CPU of this machine, in fp32.
     batch: the number of images the back ends are chosen for.
     Raises: InputError if the model has no example_inputs and none are given, for an unknown arch, or a batch below 1.
     """
@@ -205,7 +205,7 @@ def _kept(layer, pattern, weights):
 
 def _row(name, layer, calls, arch, batch):
     compressed = isinstance(layer, Compressed)
-    pattern = Pattern(2, 4) if compressed else getattr(layer, "pattern", None)
+    pattern = getattr(layer, "pattern", None)
     shape = _weight_shape(layer)
     dense = math.prod(shape)
     kept, held = _kept(layer, pattern, dense)
@@ -248,30 +248,31 @@ def _foreign_reason(layer):
 def _sparse_backend(layer, shape, calls, arch, batch):
     """(name, reason) of what computes the layer in compressed form."""
     held = layer.values if isinstance(layer, Compressed) else layer.weight
-    architecture, dtype = capability(held.device), held.dtype
+    where, dtype = held.device, product_dtype(held)
     if arch:
-        architecture, dtype = ARCHS[arch], torch.bfloat16
+        where, dtype = ARCHS[arch], torch.float32 if arch == "cpu" else torch.bfloat16
     elif isinstance(layer, Compressed):
         measured = layer.measured(batch * calls.rows if isinstance(layer, CompressedLinear) else None)
         if measured:
             return measured.choice.backend, str(measured)
-    others = {"backend": forced_backend(), "device": None if arch else held.device}
+    others = {"device": None if arch else held.device, "pattern": str(layer.pattern)}
     if isinstance(layer, Linear | CompressedLinear):
-        choice, why = rule_of_thumb(Request(LINEAR, architecture, dtype, batch * calls.rows, *shape, **others))
+        choice, why = rule_of_thumb(request_on(where, LINEAR, dtype, batch * calls.rows, *shape, **others))
         return choice.backend, why
-    pixels = batch * calls.macs // math.prod(shape)
     geometry = [getattr(layer, k) for k in GEOMETRY]
-    request = conv_request(architecture, dtype, pixels, *shape[:2], shape[2:], *geometry, **others)
+    others["image"] = calls.image
+    request = conv_request(where, dtype, batch * calls.rows, *shape[:2], shape[2:], *geometry, **others)
     choice, why = rule_of_thumb(request)
     return choice.backend, why if request.operation == CONV else f"a 1 x 1 kernel is a product over the pixels: {why}"
 
 
 @dataclass
 class _Calls:
-    """What one forward at batch 1 showed of a layer: MACs, rows of a Linear's input."""
+    """What one forward at batch 1 showed of a layer: MACs of all calls, and of the largest call the rows and pixels."""
 
     macs: int = 0
-    rows: int = 0
+    rows: int = 0  # of a Linear's input, or pixels of a convolution's output
+    image: tuple = (1, 1)  # (H', W') of that
 
 
 def _count(model, example_inputs, on_meta):
@@ -299,9 +300,10 @@ def _count(model, example_inputs, on_meta):
             call.macs += counted // 2
         else:
             call.macs += output.numel() * math.prod(shape[1:])
+            rows = output.numel() // max(shape[0], 1)
+            if rows > call.rows:
+                call.rows, call.image = rows, tuple(output.shape[-2:])
         inside.append(counted)
-        if len(shape) == 2:
-            call.rows = max(call.rows, call.macs // max(math.prod(shape), 1))
 
     state, inputs = {}, example_inputs
     if on_meta:
@@ -323,7 +325,7 @@ def _count(model, example_inputs, on_meta):
 
 
 def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
-    """What one call of each 2:4 layer takes: {name: (microseconds of the dense layer, of the compressed one)}.
+    """What one call of each sparse layer takes: {name: (microseconds of the dense layer, of the compressed one)}.
 
     Each call has the shapes and the epilogue that it has in a forward of `model` at this batch size. Layers that agree
     in these are timed once. Weights and inputs are random; `model` is not touched. Layers that cannot be compressed, or
@@ -356,18 +358,18 @@ def time_report(model, batch=1):
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     times = time_layers(model, batch, device, dtype)
     if not times:
-        raise InputError("--time needs layers with a 2:4 weight, and there is none: give --pattern 2:4")
+        raise InputError("--time needs layers with a sparse weight, and there is none: give --pattern 2:4")
     rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}x") for name, (a, b) in times.items()]
-    lines = [table(("layer", "dense us", "2:4 us", "speed-up"), rows)]
+    lines = [table(("layer", "dense us", "sparse us", "speed-up"), rows)]
     dense, best = sum(dense for dense, _ in times.values()), sum(min(pair) for pair in times.values())
     what = torch.cuda.get_device_name() if on_gpu else "CPU: it says nothing about a GPU, whose tensor cores it lacks"
-    lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; with 2:4 where it gains: {best / 1e3:,.3f} ms"]
+    lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; sparse where it gains: {best / 1e3:,.3f} ms"]
     return "\n".join([*lines, f"batch {batch}, {str(dtype).removeprefix('torch.')}, {what}"])
 
 
 def _dense_and_compressed(layer, call, device, dtype):
     layer = copy.deepcopy(layer).to_empty(device=device).to(dtype)
-    layer.set_pattern("2:4")  # and no frozen mask, which would hold whatever the memory held
+    layer.set_pattern(layer.pattern)  # and no frozen mask, which would hold whatever the memory held
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     sized = tree_map(lambda x: torch.randn(x.shape, device=device, dtype=dtype) if torch.is_tensor(x) else x, call)

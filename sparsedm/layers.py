@@ -9,6 +9,7 @@ A mask is a function of the pattern and of today's weight, whoever wrote it. Eve
 largest, so a cast to fewer bits freezes the mask first.
 """
 
+import math
 import warnings
 
 import torch
@@ -30,7 +31,7 @@ from sparsedm.kernels.masked_matmul import (
 from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import last_measured
-from sparsedm.kernels.sparse24.format import check_metadata, pack, unpack
+from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 
 
@@ -254,18 +255,20 @@ class Conv2d(Masked, nn.Conv2d):
 
 
 class Compressed(nn.Module):
-    """What CompressedLinear and CompressedConv2d share: the weight as rows of values and metadata.
+    """What CompressedLinear and CompressedConv2d share: the weight as rows of values and their positions.
 
-    metadata: int16 words, held as uint8, because collectives such as a broadcast have no int16.
+    The positions are the buffer `metadata` of int16 words for 2:4, else the buffer `bits` of int32 words, as
+    `sparse24.format` describes them. Both are held as uint8, because collectives such as a broadcast have no int16.
     weight_shape: of the dense weight. Its rows are (out, in), or (out, kh * kw * in) of a convolution.
     """
 
-    def __init__(self, layer, values, metadata):
-        """layer: what to replace; its weight as values and int16 metadata."""
+    def __init__(self, layer, values, words, pattern):
+        """layer: what to replace; its weight as values and words of the pattern."""
         super().__init__()
         self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
+        self.pattern, self._positions = pattern, "metadata" if pattern == TWO_FOUR else "bits"
         self.register_buffer("values", values)
-        self.register_buffer("metadata", metadata.view(torch.uint8))
+        self.register_buffer(self._positions, words.view(torch.uint8))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self._prepacked = {}  # the same weight in the order a kernel reads it, made at the first call
         self._cast = None  # under autocast: (what the values were, the values in its dtype)
@@ -284,18 +287,21 @@ class Compressed(nn.Module):
             self._cast = key, self.values.to(dtype)
         return self._cast[1], *tensors
 
-    def words(self):
-        """The metadata as int16, as `sparse24.format` describes them."""
-        return self.metadata.view(torch.int16)
+    def words(self, held=None):
+        """The positions as words: int16 metadata of 2:4, else int32 bits. held: others than the layer's own."""
+        held = getattr(self, self._positions) if held is None else held
+        return held.view(torch.int16 if self.pattern == TWO_FOUR else torch.int32)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        metadata = state_dict.get(f"{prefix}metadata")
-        if metadata is not None:
-            state_dict = {**state_dict, f"{prefix}metadata": metadata.view(torch.uint8)}  # older files hold int16
-            try:
-                check_metadata(metadata.view(torch.int16))
-            except InputError as error:
-                raise InputError(f"{prefix[:-1]}: {error}") from None
+        name = f"{prefix}{self._positions}"
+        if name in state_dict:
+            held = state_dict[name].view(torch.uint8)  # older files hold int16
+            state_dict = {**state_dict, name: held}
+            if held.shape == getattr(self, self._positions).shape:  # else torch says so
+                try:
+                    check_metadata(self.words(held), self.pattern, math.prod(self.weight_shape[1:]))
+                except InputError as error:
+                    raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _check_width(self, width, name):
@@ -313,37 +319,45 @@ class Compressed(nn.Module):
         return self.dense_weight()
 
     def masked(self):
-        """A layer with the dense weight and the pattern 2:4, to be trained on."""
+        """A layer with the dense weight and the pattern, to be trained on."""
         layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
-        layer.set_pattern("2:4")
+        layer.set_pattern(self.pattern)
         return layer
 
     def __getstate__(self):
         return {**self.__dict__, "_prepacked": {}, "_cast": None}
 
     def extra_repr(self):
-        return f"weight {self.weight_shape}, pattern=2:4 compressed, activation={self.activation}"
+        return f"weight {self.weight_shape}, pattern={self.pattern} compressed, activation={self.activation}"
 
 
-def _packed(rows):
+def _packed(rows, pattern):
     """`pack`, or on the meta device its shapes."""
     if not rows.is_meta:
-        return pack(rows)
-    words = -(-rows.shape[1] // 16)
-    return rows.new_empty(len(rows), 8 * words), rows.new_empty(len(rows), words, dtype=torch.int16)
+        return pack(rows, pattern)
+    N, K = rows.shape
+    if pattern == TWO_FOUR:
+        words = -(-K // 16)
+        return rows.new_empty(N, 8 * words), rows.new_empty(N, words, dtype=torch.int16)
+    values = rows.new_empty(N, K * pattern.keep // pattern.group)
+    return values, rows.new_empty(N, -(-K // 32), dtype=torch.int32)
 
 
 class CompressedLinear(Compressed):
-    """y = act([x | skip] w^T + b) * s + r from values (N, K/2) and metadata (N, K/16); inference only."""
+    """y = act([x | skip] w^T + b) * s + r from values (N, K * density) and their positions; inference only."""
 
     def __init__(self, layer, rows=None):
-        """layer: what to replace; rows: its weight, if not the layer's own. Raises InputError if it is not 2:4."""
-        if rows is None and layer.pattern == Pattern(2, 4) and layer.mask is None and kernels_serve(layer.weight):
+        """layer: what to replace; rows: its weight, if not the layer's own.
+
+        Raises: InputError if it does not hold the layer's pattern, or 2:4 if that has none.
+        """
+        pattern = layer.pattern or TWO_FOUR
+        if rows is None and layer.pattern == TWO_FOUR and layer.mask is None and kernels_serve(layer.weight):
             _, _, _, values, metadata = select_mask(layer.weight, layer.pattern, mask=False, compressed=True)
         else:
-            values, metadata = _packed(layer.effective_weight().detach() if rows is None else rows)
-        super().__init__(layer, values, metadata)
+            values, metadata = _packed(layer.effective_weight().detach() if rows is None else rows, pattern)
+        super().__init__(layer, values, metadata, pattern)
         self.out_features, self.in_features = self.weight_shape
 
     def _dense_twin(self, **options):
@@ -353,23 +367,30 @@ class CompressedLinear(Compressed):
         self._check_width(x.shape[-1] + (0 if skip is None else skip.shape[-1]), "features")
         values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
         dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # as a sum of tensors has
-        rest = {"skip": skip, "scale": scale, "out_dtype": dtype, "cache": self._prepacked}
+        rest = {
+            "skip": skip,
+            "scale": scale,
+            "out_dtype": dtype,
+            "cache": self._prepacked,
+            "pattern": str(self.pattern),
+        }
         return sparse24_linear(x, values, self.words(), bias, self.activation, residual, **rest)
 
     def dense_weight(self):
-        """The weight (N, K) that values and metadata stand for, bit for bit."""
-        return unpack(self.values, self.words(), self.in_features)
+        """The weight (N, K) that values and positions stand for, bit for bit."""
+        return unpack(self.values, self.words(), self.in_features, self.pattern)
 
 
 class CompressedConv2d(Compressed):
-    """y = act(conv2d(x, w) + b) + r from values and metadata of the rows (out, kh * kw * in); inference only.
+    """y = act(conv2d(x, w) + b) + r from values and positions of the rows (out, kh * kw * in); inference only.
 
     y is in channels_last, whatever x is: the order that the kernels compute in.
     """
 
     def __init__(self, layer):
         rows = group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1)
-        super().__init__(layer, *_packed(rows))
+        pattern = layer.pattern or TWO_FOUR
+        super().__init__(layer, *_packed(rows, pattern), pattern)
         self.out_channels, self.in_channels, *kernel_size = self.weight_shape
         self.kernel_size, self.groups = tuple(kernel_size), 1
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
@@ -395,14 +416,15 @@ class CompressedConv2d(Compressed):
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
+            pattern=str(self.pattern),
         )
         return y + residual if apart else y
 
     def dense_weight(self):
-        """The weight (out, in, kh, kw) that values and metadata stand for, bit for bit."""
+        """The weight (out, in, kh, kw) that values and positions stand for, bit for bit."""
         out, cin, kh, kw = self.weight_shape
-        rows = unpack(self.values, self.words(), cin * kh * kw)
+        rows = unpack(self.values, self.words(), cin * kh * kw, self.pattern)
         return ungroup(rows.reshape(out * kh * kw, cin), self.weight_shape).contiguous()
 
 
-Linear24, Conv2d24 = CompressedLinear, CompressedConv2d  # their names while 2:4 is the only pattern they hold
+Linear24, Conv2d24 = CompressedLinear, CompressedConv2d  # their names while 2:4 was the only pattern they held

@@ -29,6 +29,7 @@ from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_nam
 
 INDEX = ".index.json"
 KINDS = ("dense", "masked", "compressed")
+FORMAT = 2  # of a model file. In files without this number, format 1, every compressed layer is 2:4
 # what training scripts call a network and the average of its weights, beside or before the names of their tensors
 AVERAGES = ("ema", "model_ema", "ema_model", "net_ema", "nnet_ema", "state_dict_ema", "ema_state_dict", "params_ema")
 NETWORKS = ("model", "state_dict", "net", "nnet", "net_model", "network", "params", "module", "_orig_mod", "unet")
@@ -170,8 +171,9 @@ def fill(model, tensors, file):
     """
     expected = model.state_dict()
     for name, value in tensors.items():
-        if value.dtype == torch.int16 and name in expected and expected[name].dtype == torch.uint8:
-            tensors = tensors | {name: value.view(torch.uint8)}  # the metadata of an older compressed model
+        words = value.dtype in (torch.int16, torch.int32) and value.dim() > 0
+        if words and name in expected and expected[name].dtype == torch.uint8:
+            tensors = tensors | {name: value.view(torch.uint8)}  # as older files hold the metadata
     tied = [[name for name in names if name in tensors] for names in parameter_names(model)]
     problems = {
         "missing": [name for name in expected if name not in tensors],
@@ -252,7 +254,7 @@ def describe(model):
     Raises: InputError if `model.config` is neither a dataclass nor JSON.
     """
     model, plain = unwrapped(model)
-    compressed = {plain(name): "2:4" for name, m in model.named_modules() if isinstance(m, Compressed)}
+    compressed = {plain(name): str(m.pattern) for name, m in model.named_modules() if isinstance(m, Compressed)}
     masked = {plain(name): str(layer.pattern) for name, layer in masked_layers(model)}
     config = getattr(model, "config", None)
     config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
@@ -305,7 +307,11 @@ def load_model(
     description = patterns = None
     if "sparsedm" in header:
         description = parse_json(header["sparsedm"], f"the header of {file}", kind=str, patterns=dict)
-        patterns = description["patterns"]
+        patterns, version = description["patterns"], description.get("format", 1)
+        if type(version) is not int or version < 1:
+            raise InputError(f"the header of {file} is damaged: its format is {version!r}")
+        if version > FORMAT:
+            raise InputError(f"{file} is of format {version}, and this sparsedm reads up to {FORMAT}: update it")
         if description["kind"] not in KINDS or not all(isinstance(pattern, str) for pattern in patterns.values()):
             raise InputError(
                 f"the header of {file} is damaged: it must name a kind of {', '.join(KINDS)}, and patterns"
@@ -371,4 +377,4 @@ def _contents(model):
     sharded = [name for name, tensor in tensors.items() if is_sharded(tensor)]
     if sharded:
         raise InputError(f"{sharded[0]} is sharded over processes: gather the model before it is saved")
-    return tensors, {"sparsedm": json.dumps(description | ({"rules": rules} if rules else {}))}
+    return tensors, {"sparsedm": json.dumps({"format": FORMAT} | description | ({"rules": rules} if rules else {}))}

@@ -298,12 +298,11 @@ def _checksum(layer):
 
 
 def compress(model: nn.Module) -> nn.Module:
-    """A new model whose layers hold only what they multiply with: 2:4 weights as values + metadata, others as they are.
+    """A new model whose layers hold only what they multiply with: the kept weights and their positions.
 
-    Every masked layer whose weight is 2:4 (patterns 2:4, 1:2, 1:4, ... and sparser) becomes a CompressedLinear or a
-    CompressedConv2d, and so does a linear layer whose weight is torch's SparseSemiStructuredTensor. A denser masked
-    layer, such as 3:4, becomes a dense layer with its mask applied. Forward hooks move along. The input model is not
-    touched.
+    Every masked layer becomes a CompressedLinear or a CompressedConv2d of its pattern, and so does a linear layer whose
+    weight is torch's SparseSemiStructuredTensor. On a GPU, which runs at most 2 of every 4, a layer that keeps more,
+    such as 3:4, becomes a dense layer with its mask applied. Forward hooks move along. The input model is not touched.
     Raises: InputError if no layer is masked, or a function that replaces a method of a module cannot move along.
     """
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
@@ -321,10 +320,10 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
 
     Parameters can be trained, except those that could not when `model` was compressed. Tied weights are tied again.
 
-    form: "masked": layers of the pattern 2:4, to be trained on. "cutlass" or "cusparselt": the linear layers hold
+    form: "masked": layers of their pattern, to be trained on. "cutlass" or "cusparselt": the linear layers hold
     torch's SparseSemiStructuredTensor for that library, and run only on a GPU; the convolutions are dense.
-    Raises: InputError if no layer is compressed, the library cannot hold a layer, or a weight that was tied is another
-    by now.
+    Raises: InputError if no layer is compressed, the library cannot hold a layer (a pattern that keeps more than 2 of
+    4, say), or a weight that was tied is another by now.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
     if form not in ("masked", *TORCH_TENSORS):
@@ -343,6 +342,8 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
         layer = dense.get_submodule(name)
         layer.set_pattern(None)
         if isinstance(layer, Linear):
+            if layers[name].pattern.keep > 2:
+                raise InputError(f"{form} holds 2:4 weights, and {name} is {layers[name].pattern}")
             layer.weight = nn.Parameter(to_torch(layer.weight.detach(), form), requires_grad=False)
     return dense
 
@@ -480,16 +481,13 @@ def _compress_layer(layer):
 
 
 def uncompressed_because(layer):
-    """None if a masked layer can be held as 2:4 values + metadata, else the reason as a short phrase."""
+    """None if a masked layer is held compressed, else the reason as a short phrase."""
     if isinstance(layer, Conv2d) and (
         layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
     ):
         return "convolutions with groups, or padded other than by a number of zeros, have no compressed form"
-    reason = invalid_because(layer.weight, Pattern(2, 4))
-    if reason:
-        return reason
-    if layer.weight.is_meta:  # no values to look at
-        fits = layer.pattern.keep <= 2
-    else:
-        fits = holds(group_view(layer.effective_weight()), Pattern(2, 4))
-    return None if fits else f"{layer.pattern} keeps more than 2 of every 4 somewhere"
+    if layer.weight.device.type not in ("cpu", "meta") and layer.pattern.keep > 2:
+        return f"{layer.pattern} keeps more than 2 of every 4 somewhere, which a GPU runs dense"
+    if layer.mask is None or layer.mask.is_meta or holds(group_view(layer.effective_weight()), layer.pattern):
+        return None
+    return f"its frozen mask is not {layer.pattern}"

@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsedm import layers
 from sparsedm.errors import InputError
+from sparsedm.kernels.pattern import Pattern
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.model_files import load_model, write_tensors
-from sparsedm.sparsity import compress, sparsify
+from sparsedm.model_files import FORMAT, describe, load_model, read_tensors, save_model, write_tensors
+from sparsedm.sparsity import compress, decompress, masked_layers, sparsify, uncompressed_because
 from tests.tolerance import assert_as_good_as_torch
 
 
@@ -47,6 +49,94 @@ def test_a_compressed_layer_computes_under_autocast_as_the_masked_one_does(activ
             assert y.dtype == usual.dtype == torch.float32, "a residual in fp32 is not rounded to bf16"
             assert_as_good_as_torch(y, exact, usual)
             assert_as_good_as_torch(small(x, residual), exact, layer(x, residual))
+
+
+class Net(nn.Module):
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = {"width": 32}
+        self.conv, self.head = Conv2d(32, 16, 3, padding=1), Linear(64, 24, activation="gelu")
+
+    def forward(self, x):
+        return self.head(self.conv(x).flatten(1).unflatten(1, (-1, 64)))
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "dense"])
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "2:4", "3:4", "1:8", "7:8", "4:16", "1:32"])
+def test_every_pattern_is_compressed_saved_loaded_and_decompressed(pattern, backend, tmp_path, monkeypatch):
+    if backend:
+        monkeypatch.setenv("SPARSEDM_BACKEND", backend)
+    model, x = sparsify(Net(), pattern).eval(), torch.randn(8, 32, 16, 16)
+    small, expected = compress(model), model(x)
+    keep, group = Pattern.parse(pattern).keep, Pattern.parse(pattern).group
+    assert small.head.values.shape == (24, 64 * keep // group)
+    assert small.conv.values.shape == (16, 9 * 32 * keep // group)
+    assert {buffer.dtype for buffer in small.buffers()} == {torch.float32, torch.uint8}, "collectives send these"
+    file = save_model(tmp_path / "m.safetensors", small)
+    assert json.loads(read_tensors(file)[1]["sparsedm"])["format"] == FORMAT == 2
+    loaded = load_model(file, Net).model
+    assert describe(loaded)["patterns"] == {"conv": pattern, "head": pattern}
+    exact = copy.deepcopy(model).double()(x.double())
+    for form in (small, loaded):
+        with torch.no_grad():
+            assert_as_good_as_torch(form(x), exact, expected)
+    again = decompress(loaded)
+    assert {n: str(m.pattern) for n, m in masked_layers(again)} == {"conv": pattern, "head": pattern}
+    for name, layer in masked_layers(model):
+        assert torch.equal(again.get_submodule(name).effective_weight(), layer.effective_weight())
+
+
+def test_bits_are_as_many_as_the_pattern_says_and_as_a_mask_packs():
+    layer = compress(sparsify(nn.Linear(40, 3), "3:8"))
+    assert layer.bits.shape == (3, 8)
+    assert torch.equal(layer.words(), layers.pack_bits(layer.dense_weight() != 0))
+
+
+@pytest.mark.parametrize("number", [3, 0, "2", True, None])
+def test_a_file_of_a_newer_or_of_no_format_is_refused_by_name(number, tmp_path):
+    file = save_model(tmp_path / "m.safetensors", compress(sparsify(Net(), "1:4")))
+    tensors, header = read_tensors(file)
+    description = json.loads(header["sparsedm"]) | {"format": number}
+    write_tensors(file, tensors, {"sparsedm": json.dumps(description)})
+    message = "is of format 3, and .* up to 2" if number == 3 else "is damaged: its format"
+    with pytest.raises(InputError, match=rf"m\.safetensors {message}"):
+        load_model(file, Net)
+
+
+def test_on_a_gpu_a_pattern_that_its_cores_do_not_take_stays_dense():
+    for pattern, reason in (("2:4", None), ("1:8", None), ("3:4", "3:4 keeps more than 2 of every 4")):
+        layer = Linear(64, 64, pattern=pattern)
+        with FakeTensorMode():
+            layer.weight = nn.Parameter(torch.empty(64, 64, device="cuda"))
+        found = uncompressed_because(layer)
+        assert (found is None) if reason is None else (reason in found)
+
+
+def test_a_frozen_mask_that_is_not_of_the_pattern_keeps_the_layer_dense():
+    layer = sparsify(nn.Linear(16, 8), "1:4")
+    layer.mask = torch.ones(8, 16, dtype=torch.bool)
+    small = compress(layer)
+    assert small.dense_reason == "its frozen mask is not 1:4"
+    assert torch.equal(small(torch.ones(1, 16)), layer(torch.ones(1, 16)))
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "7:8"])
+def test_other_patterns_are_one_graph_for_every_batch_size(pattern):
+    model = compress(sparsify(Net(), pattern))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 8, 3):
+        x = torch.randn(batch, 32, 16, 16)
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+def test_bits_that_no_weight_has_are_refused_when_they_are_loaded():
+    model = compress(sparsify(nn.Sequential(nn.Linear(16, 8)), "1:8"))
+    state = model.state_dict()
+    state["0.bits"].view(torch.int32)[2, 0] = 0x0103
+    with pytest.raises(InputError, match=r"^0: illegal 1:8 bits: row 2, group 0 keeps 2 weights"):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({**state, "0.bits": torch.zeros(8, 8, dtype=torch.uint8)})
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(16, 8), nn.Conv2d(16, 8, 3)], ids=["linear", "conv"])
@@ -96,7 +186,7 @@ def test_every_buffer_has_a_dtype_that_collectives_send():
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32, torch.uint8}
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4"])
 def test_a_model_on_the_meta_device_is_compressed_to_the_same_shapes(pattern):
     def build():
         return sparsify(nn.Sequential(nn.Linear(20, 8), nn.Conv2d(16, 8, 3)), pattern)

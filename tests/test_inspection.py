@@ -7,6 +7,8 @@ from torch import nn
 from sparsedm import inspection, layers
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect, time_layers, time_report
+from sparsedm.kernels.cpu import library
+from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import Choice, Measured
 from sparsedm.layers import Compressed
 from sparsedm.sparsity import compress, sparsify
@@ -94,7 +96,8 @@ def test_a_model_without_example_inputs_needs_them():
 @pytest.mark.parametrize(
     ("arch", "batch", "backend"),
     [
-        ("cpu", 64, "dense"),
+        ("cpu", 64, "cpu" if library.library() else "dense"),
+        ("cpu", 1, "dense"),
         ("sm_80", 2, "splitk"),
         ("sm_80", 512, "mma"),
         ("sm_90a", 512, "wgmma"),
@@ -128,6 +131,65 @@ def test_a_1x1_convolution_is_the_product_that_serves_its_pixels():
         assert row.why.startswith("a 1 x 1 kernel is a product over the pixels: ")
 
 
+class Shared(nn.Module):
+    """One layer for two calls, of 8 and of 64 rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.layer(x), self.layer(x[:, :1])
+
+
+CALLED = {  # the layer, its input at batch 1
+    "linear": (nn.Linear(64, 64), (1, 64, 64)),
+    "vector": (nn.Linear(64, 64), (1, 64)),
+    "shared": (Shared(), (1, 8, 64)),
+    "conv": (nn.Conv2d(64, 64, 3, padding=1), (1, 64, 16, 16)),
+    "stride": (nn.Conv2d(64, 64, 3, stride=2, padding=1), (1, 64, 10, 6)),
+    "small": (nn.Conv2d(32, 8, 3), (1, 32, 3, 3)),
+    "pixels": (nn.Conv2d(64, 64, 1), (1, 64, 8, 8)),
+}
+
+
+@pytest.mark.parametrize(
+    ("forced", "pattern"),
+    [(None, "2:4"), ("dense", "2:4"), ("torch", "2:4"), ("cpu", "2:4"), (None, "1:8"), (None, "31:32")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("layer", "shape"), CALLED.values(), ids=CALLED)
+def test_the_back_end_and_the_reason_are_the_ones_of_the_call(layer, shape, dtype, forced, pattern, monkeypatch):
+    if forced:
+        monkeypatch.setenv("SPARSEDM_BACKEND", forced)
+    model, used = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), pattern)).to(dtype), []
+    real = dispatch.serve
+
+    def serve(request, run, cache):
+        _, why = dispatch.rule_of_thumb(request)
+
+        def recorded(choice, *rest):
+            used.append((request.M, choice.backend, why))
+            return run(choice, *rest)
+
+        return real(request, recorded, cache)
+
+    monkeypatch.setattr(dispatch, "serve", serve)
+    model(torch.randn(8, *shape[1:], dtype=dtype))
+    (row,) = inspect(model, (torch.zeros(shape, dtype=dtype),), batch=8).rows
+    assert (row.backend, row.why.removeprefix("a 1 x 1 kernel is a product over the pixels: ")) == max(used)[1:]
+    if library.library() and layer is CALLED["linear"][0] and dtype == torch.float32 and forced in (None, "cpu"):
+        assert row.backend == ("dense" if pattern == "31:32" else "cpu")
+
+
+def test_without_a_compiler_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(library, "_loaded", lambda: (None, "there is no C compiler `cc`"))
+    model = compress(sparsify(nn.Sequential(nn.Linear(64, 64)), "2:4"))
+    (row,) = inspect(model, (torch.zeros(1, 16, 64),), batch=8).rows
+    assert row.backend == "dense"
+    assert "there is no C compiler `cc`" in row.why
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("layer", "pattern", "why"),
@@ -135,8 +197,6 @@ def test_a_1x1_convolution_is_the_product_that_serves_its_pixels():
         (nn.Conv2d(128, 64, 3, padding=1, groups=2), "2:4", "have no compressed form"),
         (nn.Conv2d(64, 64, 3, padding="same"), "2:4", "have no compressed form"),
         (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "2:4", "have no compressed form"),
-        (nn.Conv2d(64, 64, 1), "3:4", "3:4 keeps more than 2 of every 4 somewhere"),
-        (nn.Conv2d(6, 64, 1), "1:2", "the input axis 6 is not a multiple of 4"),
         (nn.Conv2d(64, 64, 1), "1:2", None),
         (nn.Conv2d(64, 64, 1), "2:16", None),
     ],
@@ -151,6 +211,15 @@ def test_arch_shows_a_kernel_for_what_compress_compresses_and_nothing_else(layer
     assert compressed or (row.backend == "torch" and why in row.why)
 
 
+@pytest.mark.parametrize(("pattern", "channels", "words"), [("3:4", 64, "at most 2 of every 4"), ("1:2", 6, "K = 6")])
+def test_what_the_cores_of_a_gpu_do_not_take_is_shown_as_dense_there(pattern, channels, words):
+    model = sparsify(nn.Sequential(nn.Conv2d(channels, 64, 1)), pattern)
+    for form in (model, compress(model)):
+        (row,) = inspect(form, (torch.zeros(1, channels, 8, 8),), arch="sm_90a", batch=64).rows
+        assert (row.backend, row.pattern) == ("dense", pattern)
+        assert words in row.why
+
+
 def test_a_layer_without_weights_is_counted(recwarn):
     (row,) = inspect(nn.Sequential(nn.Linear(0, 5)), (torch.zeros(1, 0),)).rows
     assert (row.parameters, row.macs, row.macs_after) == (5, 0, 0)
@@ -160,12 +229,13 @@ def test_a_layer_without_weights_is_counted(recwarn):
 def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
     x = torch.zeros(1, 512, 64) if isinstance(layer, nn.Linear) else torch.zeros(1, 64, 8, 8)
+    here = "cpu" if library.library() else "dense"
     model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Measured(Choice("wgmma", 2), {}, {})}
     assert inspect(model, (x,)).rows[0].backend == "wgmma"
     assert "tuned table" in inspect(model, (x,)).rows[0].why
-    assert inspect(model, (x,), arch="cpu").rows[0].backend == "dense"
+    assert inspect(model, (x,), arch="cpu").rows[0].backend == here
     if isinstance(layer, nn.Linear):
-        assert inspect(model, (x,), batch=2).rows[0].backend == "dense", "never called with so many rows"
+        assert inspect(model, (x,), batch=2).rows[0].backend == here, "never called with so many rows"
 
 
 def test_an_unknown_arch_is_refused():
@@ -282,7 +352,7 @@ def test_the_report_of_times_admits_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = time_report(Twice(), 4)
     assert "2.00x" in text
-    assert "dense: 0.140 ms; with 2:4 where it gains: 0.090 ms" in text
+    assert "dense: 0.140 ms; sparse where it gains: 0.090 ms" in text
     assert text.endswith("batch 4, float32, CPU: it says nothing about a GPU, whose tensor cores it lacks")
 
 

@@ -331,17 +331,8 @@ def test_compressed_model_is_the_masked_model():
     assert state["head.metadata"].dtype == torch.uint8, "collectives have no int16"
 
 
-def test_compress_keeps_denser_patterns_dense_and_says_so():
-    model, x = sparsify(Small(), "3:4"), torch.randn(2, 3, 8, 8)
-    small = compress(model)
-    assert type(small.head) is Linear
-    assert small.head.pattern is None
-    assert "keeps more than 2 of every 4" in small.head.dense_reason
-    assert_same_network(small, model, x)
-
-
-@pytest.mark.parametrize("pattern", ["1:2", "1:4", "1:16"])
-def test_compress_holds_sparser_patterns_as_2_of_4(pattern):
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "1:16", "3:4"])
+def test_compress_holds_every_pattern(pattern):
     model, x = sparsify(Small(), pattern, "head|conv"), torch.randn(2, 3, 8, 8)
     small = compress(model)
     assert isinstance(small.head, CompressedLinear)
@@ -415,6 +406,10 @@ def test_layers_move_to_torchs_sparse_tensors_and_back():
         ),
         (lambda: decompress(compress(sparsify(Small().half(), "2:4")), "cutlass"), "and 64 columns, not 30 x 32"),
         (lambda: sparsify(compress(sparsify(Small(), "2:4")), "2:4", "head"), "decompress"),
+        (
+            lambda: decompress(compress(sparsify(nn.Sequential(nn.Linear(64, 32)).half(), "3:4")), "cutlass"),
+            "cutlass holds 2:4 weights, and 0 is 3:4",
+        ),
     ],
 )
 def test_what_cannot_be_decompressed_is_refused(call, message):

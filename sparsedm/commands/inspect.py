@@ -23,9 +23,11 @@ def add_arguments(parser):
     add_model_arguments(parser)
     parser.add_argument("--pattern", help="N:M to apply, for example 2:4")
     parser.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
-    parser.add_argument("--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16")
+    parser.add_argument(
+        "--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16 (cpu: fp32)"
+    )
     parser.add_argument("--batch", type=count, default=1, help="images at a time, for --arch and --time (default: 1)")
-    parser.add_argument("--time", action="store_true", help="time each 2:4 layer here, dense and compressed")
+    parser.add_argument("--time", action="store_true", help="time each sparse layer here, dense and compressed")
     parser.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers")
 

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
-from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, Request, cpu_instructions
+from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, check_operands, sparse24_linear
@@ -37,16 +36,16 @@ def _weight(values, metadata, channels, kernel_size, pattern):
     return rows.view(-1, *kernel_size, channels).permute(0, 3, 1, 2)
 
 
-def conv_request(capability, dtype, pixels, features, channels, kernel_size, stride, padding, dilation, **others):
+def conv_request(where, dtype, pixels, features, channels, kernel_size, stride, padding, dilation, **others):
     """The `Request` of a convolution to `features` channels of so many pixels in all; a 1 x 1 kernel asks for a product
-    over the pixels. kernel_size, stride, dilation: pairs."""
+    over the pixels. where, others: as in `request_on`. kernel_size, stride, dilation: pairs."""
     padding = _padding(padding, kernel_size, dilation)
     M, N, K = pixels, features, channels * kernel_size[0] * kernel_size[1]
     if (*kernel_size, *stride, *padding) == (1, 1, 1, 1, 0, 0):
-        shared = {name: others[name] for name in ("device", "backend", "instructions", "pattern") if name in others}
-        return Request(LINEAR, capability, dtype, M, N, K, **shared)
-    return Request(
-        CONV, capability, dtype, M, N, K, channels=channels, kernel_size=kernel_size, stride=stride, padding=padding,
+        shared = {name: others[name] for name in ("device", "backend", "pattern") if name in others}
+        return request_on(where, LINEAR, dtype, M, N, K, **shared)
+    return request_on(
+        where, CONV, dtype, M, N, K, channels=channels, kernel_size=kernel_size, stride=stride, padding=padding,
         dilation=dilation, **others,
     )  # fmt: skip
 
@@ -79,12 +78,11 @@ def sparse24_conv2d(
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
     padding = _padding(padding, kernel_size, dilation)
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern)
-    backend = backend or forced_backend()
     request = conv_request(
-        sm := capability(x.device), x.dtype, x.shape[0] * size[0] * size[1], values.shape[0], x.shape[1], kernel_size,
+        x.device, x.dtype, x.shape[0] * size[0] * size[1], values.shape[0], x.shape[1], kernel_size,
         stride, padding, dilation, device=x.device if type(x) is torch.Tensor else None, out_dtype=x.dtype,
         activation=activation, bias=bias is not None, residual=None if residual is None else residual.dtype,
-        image=tuple(size), backend=backend, instructions=cpu_instructions(sm, x.device), pattern=pattern,
+        image=tuple(size), backend=backend, pattern=pattern,
     )  # fmt: skip
     if request.operation == LINEAR:
         rows, added = (None if image is None else image.permute(0, 2, 3, 1) for image in (x, residual))

@@ -21,7 +21,7 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library, rules
-from sparsedm.kernels.launch import exporting
+from sparsedm.kernels.launch import capability, exporting, forced_backend
 from sparsedm.kernels.sparse24.layouts import cpu_layout
 from sparsedm.kernels.tuning import Autotuner, bucket, capturing, device_is_lost, reason_of
 
@@ -116,14 +116,27 @@ class Measured(NamedTuple):
 # ---- what can compute a product: arithmetic on a Request
 
 
-def cpu_instructions(capability, device):
-    """`Request.instructions` of a product on a device that `launch.capability` describes so."""
-    return library.serving()[0] if capability is None and device.type == "cpu" and not exporting() else None
+def request_on(where, operation, dtype, M, N, K, backend=None, **others):
+    """The `Request` of a product, for a call as for whoever wants to know what a call would do.
+
+    where: the torch.device, or the capability of an NVIDIA GPU that is not here. backend: by default the one that
+    SPARSEDM_BACKEND names. others: further fields.
+    """
+    gpu = capability(where) if isinstance(where, torch.device) else where
+    on_cpu = isinstance(where, torch.device) and where.type == "cpu" and not exporting()
+    instructions = library.serving()[0] if on_cpu else None
+    backend = backend or forced_backend()
+    return Request(operation, gpu, dtype, M, N, K, instructions=instructions, backend=backend, **others)
 
 
 def _no_cpu(request):
+    if request.capability is not None:
+        return "the CPU kernels do not run on a GPU"
     if request.instructions is None:
-        return library.serving()[1] or "not on a CPU, or in an exported program"
+        if exporting():
+            return f"{NO_GPU}; an exported program does not call the CPU kernels"
+        reason = library.serving()[1]
+        return f"{NO_GPU}; no CPU kernels: {reason}" if reason else NO_GPU
     if request.dtype != torch.float32 or request.out_dtype not in (None, torch.float32):
         return f"{str(request.dtype)[6:]}: the CPU kernels take float32"
     if request.residual not in (None, torch.float32):
@@ -142,8 +155,10 @@ def _cpu_loses(request):
         cost = rules.conv_cost((request.M // pixels, pixels), *sizes, request.instructions)
     if cost < 1:
         return None
-    sizes = "" if torch.compiler.is_compiling() else f", {request.M} x {request.K} x {request.N}"
-    return f"{request.pattern}{sizes}: about {cost:.2f} of the dense product's time"
+    if torch.compiler.is_compiling():  # its sizes have no digits
+        return f"{request.pattern}: the dense product is quicker"
+    sizes = f"{request.M} x {request.K} x {request.N}"
+    return f"{request.pattern}, {sizes}: about {cost:.2f} of the dense product's time"
 
 
 def _cpu_cost(request):
@@ -293,7 +308,7 @@ def rule_of_thumb(request):
                 return Choice(row.name, row.config(request)[0]), f"backend={row.name}"
             why, rows = f"backend={row.name} cannot run: {why}", [row for row in rows if not row.module]
     for row in rows:
-        if row.on not in (None, "cpu" if request.instructions else "gpu"):
+        if row.on not in (None, "cpu" if request.capability is None else "gpu"):
             continue
         reason = row.supports(request) or _broken.get((row.operation, row.name, request.device))
         if not reason and row.meant(request):

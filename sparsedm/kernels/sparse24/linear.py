@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import capability, forced_backend
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
-from sparsedm.kernels.sparse24.dispatch import LINEAR, Request, cpu_instructions
+from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
 
@@ -83,12 +82,11 @@ def sparse24_linear(
     _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
-    request = Request(
-        LINEAR, sm := capability(x.device), x.dtype, M=math.prod(x.shape[:-1]), N=values.shape[0], K=x.shape[-1] + K2,
+    request = request_on(
+        x.device, LINEAR, x.dtype, math.prod(x.shape[:-1]), values.shape[0], x.shape[-1] + K2, backend,
         device=x.device if type(x) is torch.Tensor else None,  # a fake one has nothing to time
-        instructions=cpu_instructions(sm, x.device), pattern=pattern,
-        out_dtype=out_dtype, activation=activation, bias=bias is not None, scale=scale is not None,
-        residual=None if residual is None else residual.dtype, skip=K2, backend=backend or forced_backend(),
+        pattern=pattern, out_dtype=out_dtype, activation=activation, bias=bias is not None, scale=scale is not None,
+        residual=None if residual is None else residual.dtype, skip=K2,
     )  # fmt: skip
 
     def run(choice, cache, strict):
