@@ -294,6 +294,7 @@ class _MaskedLinear(torch.autograd.Function):
         want_dx, want_dw, _, _, want_db, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not transformed():
             mask = unpack_bits(bits, weight.shape[1])
+            weight = weight.view_as(weight)  # hooks of the weight itself run where the caller's gradient arrives
             y = _in_torch(x, weight, masked, mask, bias, ctx.activation, ctx.rule._replace(decay=0.0))
             wanted = [t for t, want in ((x, want_dx), (weight, want_dw), (bias, want_db)) if want]
             gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

@@ -133,7 +133,8 @@ def _checked(config_class, options):
         numbers = value if isinstance(value, tuple) else (value,) if type(value) in (int, float) else ()
         most = MOST_LAYERS if name in ("depth", "blocks") else MOST_NUMBER
         if len(numbers) > MOST_LAYERS or not all(-most <= number <= most for number in numbers):
-            raise InputError(f"model option {name} is out of bounds: at most {MOST_LAYERS} numbers, each up to {most}")
+            shown = f"{value!r:.40}"
+            raise InputError(f"model option {name}={shown}: at most {MOST_LAYERS} numbers, each from -{most} to {most}")
     return options
 
 

@@ -362,7 +362,7 @@ BAD = {
     "numbers in a folder": (["inspect", "--model", "uvit-tiny", "--json", "."], "cannot write .: it is a folder"),
     "more bytes than there are": (
         ["inspect", "--model", "uvit-tiny", "--set", "image_size=1000000000"],
-        "model option image_size is out of bounds",
+        "model option image_size=1000000000: at most 1000 numbers, each from",
     ),
     "no flag": (["inspect", "--model", "uvit-tiny", "--set", "velocity=yes"], "must be of type bool, true or false"),
     "guidance without end": (["sample", "{folder}", "--guidance", "nan"], "argument --guidance: 'nan' is not a finite"),

@@ -343,7 +343,7 @@ def test_a_compiled_and_an_exported_model():
     graphs = []
     compiled = torch.compile(Product(), backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
     torch.testing.assert_close(compiled(x), F.linear(x, weight))
-    assert " cpu," in str(graphs[0].graph)
+    assert " cpu," not in str(graphs[0].graph)  # a graph serves every batch, and the kernels win for some
     program = torch.export.export(Product(), (x,))
     assert " cpu," not in str(program.graph)
     torch.testing.assert_close(program.module()(x), F.linear(x, weight))

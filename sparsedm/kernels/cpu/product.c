@@ -61,8 +61,7 @@ INLINE void rows(int R, int P, const float *tile, const float *v, const uint16_t
     vec a[SUMS];
     const uint16_t *after = n + 2 * P <= count ? o + P * nz : o; /* the last rows read their own again */
     UNROLL for (int p = 0; p < P; p++) {
-      UNROLL for (int r = 0; r < R; r++)
-        a[p * R + r] = first ? (vec){0} : *(const vec *)(sums + p * STRIDE + r * LANES);
+      UNROLL for (int r = 0; r < R; r++) a[p * R + r] = (vec){0};
     }
     for (int j = 0; j < fours; j += 4) {
       uint64_t offset[SUMS];
@@ -88,8 +87,13 @@ INLINE void rows(int R, int P, const float *tile, const float *v, const uint16_t
         UNROLL for (int r = 0; r < R; r++) a[p * R + r] += x[r] * w;
       }
     }
+    /* a block's sum is added when it is whole: one long chain of additions would round more than the dense product */
     UNROLL for (int p = 0; p < P; p++) {
-      UNROLL for (int r = 0; r < R; r++) *(vec *)(sums + p * STRIDE + r * LANES) = a[p * R + r];
+      UNROLL for (int r = 0; r < R; r++) {
+        vec *sum = (vec *)(sums + p * STRIDE + r * LANES);
+        if (!first) a[p * R + r] += *sum;
+        *sum = a[p * R + r];
+      }
     }
   }
 }

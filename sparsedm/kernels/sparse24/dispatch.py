@@ -132,6 +132,8 @@ def request_on(where, operation, dtype, M, N, K, backend=None, **others):
 def _no_cpu(request):
     if request.capability is not None:
         return "the CPU kernels do not run on a GPU"
+    if torch.compiler.is_compiling():  # where they win depends on the batch, and one graph serves every batch
+        return "a compiled graph does not call the CPU kernels"
     if request.instructions is None:
         if exporting():
             return f"{NO_GPU}; an exported program does not call the CPU kernels"
@@ -155,19 +157,12 @@ def _cpu_loses(request):
         cost = rules.conv_cost((request.M // pixels, pixels), *sizes, request.instructions)
     if cost < 1:
         return None
-    if torch.compiler.is_compiling():  # its sizes have no digits
-        return f"{request.pattern}: the dense product is quicker"
     sizes = f"{request.M} x {request.K} x {request.N}"
     return f"{request.pattern}, {sizes}: about {cost:.2f} of the dense product's time"
 
 
 def _cpu_cost(request):
-    rows = request.M
-    if torch.compiler.is_compiling():  # comparisons leave a dynamic M dynamic
-        if rows * request.N * request.K < rules.SMALLEST:
-            return 2.0, "linear"
-        rows = 4096 if rows > 16 else 4
-    return rules.linear_cost(rows, request.N, request.K, *request.keep_and_group, request.instructions)
+    return rules.linear_cost(request.M, request.N, request.K, *request.keep_and_group, request.instructions)
 
 
 def _cpu_order(request):
