@@ -1,7 +1,7 @@
 """Where the C kernels are worth calling: arithmetic, never a clock, so that a resumed training stays bit-exact.
 
-The constants were fitted to measurements with one thread: AVX-512 on a Zen 5 (of the prototype of these kernels), AVX2 on
-a busy Zen 1. NEON was never timed; it gets the constants of AVX-512. A change of any rule changes RULE_VERSION, which checkpoints record.
+The constants were fitted to measurements with one thread: AVX-512 on a Zen 5 (a prototype of these kernels), AVX2 on a
+busy Zen 1. NEON was never timed; it gets the constants of AVX-512. A change of any rule changes RULE_VERSION.
 """
 
 import torch
