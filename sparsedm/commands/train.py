@@ -78,7 +78,11 @@ def _add_optimization(group):
         "--accumulate", type=count, default=1, help="parts of a batch, one after the other: less memory (default: 1)"
     )
     group.add_argument("--lr", type=finite, help=f"learning rate {as_published(2e-4)}")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, help=as_published("adamw"))
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help=f"masked-adamw: adamw that selects the masks and adds --decay after clipping {as_published('adamw')}",
+    )
     group.add_argument("--betas", metavar="B,B", type=betas, help=f"of the optimizer {as_published('0.99,0.999')}")
     group.add_argument("--weight-decay", type=finite, help=as_published(0.03))
     group.add_argument("--clip", type=finite, help=f"largest gradient norm, 0: any {as_published(1)}")

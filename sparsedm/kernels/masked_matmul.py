@@ -109,17 +109,19 @@ def straight_through(weight, masked, mask, rule=STE):
 
     weight: the dense master weight, any shape, gets the gradient, in its own dtype.
     masked: weight*mask, already computed and in any floating dtype; returned as it is (no copy is made).
-    mask:   bool, shape of the weight. Neither masked nor mask gets a gradient.
+    mask:   bool, shape of the weight; not read, and may be None, if the rule is STE. Neither masked nor mask gets a
+            gradient.
     rule:   GradientRule. The decay is added to the gradient as it arrives, so under fp16 loss scaling multiply it by
             the scale.
 
     Use: F.linear(x, straight_through(w, *select_mask(w, pattern)[:2]), b), or any other product with the weight.
     Raises: InputError if the shapes differ or the mask is not bool.
     """
-    if not weight.shape == masked.shape == mask.shape:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, masked, mask))
+    given = [t for t in (weight, masked, mask) if t is not None]
+    if len({t.shape for t in given}) > 1 or (mask is None and rule != STE):
+        shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
-    if mask.dtype != torch.bool:
+    if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"the mask must be bool, not {mask.dtype}")
     function = _StraightThrough if transformed() else _EagerStraightThrough
     return function.apply(weight, masked, mask, rule)
