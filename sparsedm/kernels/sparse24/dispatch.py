@@ -344,8 +344,6 @@ def serve(request, run, cache):
 
 
 def _decide(request, run, choices):
-    if request.capability is None and request.backend is None and torch.compiler.is_compiling():
-        return Choice("torch" if exporting() else "dense")  # as the rule, with less to trace
     rule, _ = rule_of_thumb(request)
     if request.device is None or request.capability is None or not request.M:
         return rule
