@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 def is_sharded(tensor):
-    """Whether a tensor is a DTensor, of which this process holds a part."""
+    """Whether a tensor is a DTensor: this process holds only a part of it."""
     return hasattr(tensor, "placements")
 
 
@@ -95,7 +95,7 @@ def check(choices, names):
 
 
 def _checksum(weight):
-    """int64 sums of the bits of every row and of every column of the weight: what is changed unseen was made for it."""
+    """int64 sums of the bits of every row and every column of the weight. A change that keeps all sums is missed."""
     rows = weight.detach().flatten(1).contiguous()
     size = next(size for size in (8, 4, 2, 1) if rows.shape[1] * rows.element_size() % size == 0)
     bits = rows.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
@@ -106,7 +106,7 @@ _unseen = []  # (event, flags in host memory, names, message) of the reports fro
 
 
 def report(flags, names, message):
-    """Raise InputError for the first name whose flag is set: on a GPU, when the flags have arrived."""
+    """Raise InputError for the first name whose flag is set; on a GPU, once the flags have arrived."""
     arrived = []
     if flags.is_cuda:
         event, here = torch.cuda.Event(), torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)

@@ -22,8 +22,8 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(8, 32, 3, padding=1), nn.BatchNorm1d(32)
-        self.first, self.second, self.last = nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 5)
+        self.conv, self.norm = nn.Conv2d(8, 32, 2), nn.BatchNorm1d(32)
+        self.first, self.second, self.last = nn.Linear(32, 16), nn.Linear(16, 32), nn.Linear(32, 5)
 
     def forward(self, x):
         hidden = F.silu(self.conv(x)).mean((2, 3))
@@ -73,7 +73,7 @@ def optimizer_of(network, **options):
 
 def batches(count=4):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(6, 8, 4, 4, generator=generator) for _ in range(count)]
+    return [torch.randn(6, 8, 3, 3, generator=generator) for _ in range(count)]
 
 
 def train(network, optimizer, inputs, clip=0.5, hold=True, amp=False):
@@ -317,7 +317,7 @@ def test_the_decay_is_the_optimizers_while_it_lives():
     del second
     gc.collect()
     assert decays(network.first)
-    network.first.weight = nn.Parameter(torch.randn(48, 32))
+    network.first.weight = nn.Parameter(torch.randn(16, 32))
     third = MaskedAdamW([network.conv.weight], model=network)
     assert decays(network.first), "a weight that is none of its parameters"
     assert not decays(network.conv) if network.conv.weight.dim() == 2 else third

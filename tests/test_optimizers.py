@@ -165,7 +165,7 @@ def with_fsdp(rank):
         with torch.no_grad():
             torch.testing.assert_close(model(X), compress(expected)(X))
     model.reshard()
-    with pytest.raises(InputError, match=r"the weight of 0 is sharded: its mask can only be selected in each forward"):
+    with pytest.raises(InputError, match=r"the weight of 0 is sharded: its mask can be selected only inside a forward"):
         hold_masks(model).__enter__()
     with pytest.raises(InputError, match=r"MaskedAdamW: a parameter of shape \(32, 32\) is sharded \(a DTensor\)"):
         MaskedAdamW(model.parameters(), model=model)
