@@ -291,21 +291,21 @@ def prefixed(state, prefix):
 @pytest.mark.parametrize(
     ("pack", "said"),
     [
-        (lambda net, ema: {"model": net, "model_ema": ema}, "'model_ema' was taken, and 'model' beside it left"),
-        (lambda net, ema: {"net_model": net, "ema_model": ema, "step": 5}, "'ema_model' was taken"),
-        (lambda net, ema: {"state_dict": net, "state_dict_ema": ema}, "'state_dict_ema' was taken"),
-        (lambda net, ema: [prefixed(net, "module."), {"state": {}}, 3, 1000, ema], "'ema' was taken"),
-        (lambda net, ema: prefixed(net, "model.") | prefixed(ema, "model_ema."), "'model_ema' was taken"),
+        (lambda net, ema: {"model": net, "model_ema": ema}, "'model_ema' was read, 'model' ignored"),
+        (lambda net, ema: {"net_model": net, "ema_model": ema, "step": 5}, "'ema_model' was read"),
+        (lambda net, ema: {"state_dict": net, "state_dict_ema": ema}, "'state_dict_ema' was read"),
+        (lambda net, ema: [prefixed(net, "module."), {"state": {}}, 3, 1000, ema], "'ema' was read"),
+        (lambda net, ema: prefixed(net, "model.") | prefixed(ema, "model_ema."), "'model_ema' was read"),
         (
             lambda net, ema: (
                 prefixed(net, "model.") | {"n_averaged": torch.ones(1)} | prefixed(ema, "ema_model.module.")
             ),
             "",
         ),
-        (lambda net, ema: {"model": net, "ema": {"decay": 0.99, "shadow": ema}}, "'ema' was taken"),
+        (lambda net, ema: {"model": net, "ema": {"decay": 0.99, "shadow": ema}}, "'ema' was read"),
         (
             lambda net, ema: {"model": net, "swa_model": {"n_averaged": torch.ones(1)} | prefixed(ema, "module.")},
-            "'swa_model' was",
+            "'swa_model' was read",
         ),
         (
             lambda net, ema: {
@@ -313,7 +313,7 @@ def prefixed(state, prefix):
                 | {"model_ema.decay": torch.ones(1), "model_ema.num_updates": torch.ones(1)}
                 | {f"model_ema.{name.replace('.', '')}": value for name, value in ema.items()}
             },
-            "'model_ema' was taken",
+            "'model_ema' was read",
         ),
         (
             lambda net, ema: {
@@ -321,7 +321,7 @@ def prefixed(state, prefix):
                 "model": net,
                 "ema": {"initted": torch.ones(1)} | prefixed(net, "online_model.") | prefixed(ema, "ema_model."),
             },
-            "'ema_model' was taken, and 'online_model'",
+            "'ema_model' was read, 'online_model' ignored",
         ),
     ],
     ids=["model_ema", "DDSM", "timm", "ermongroup", "beginnings", "nested", "shadow", "swa", "LitEma", "lucidrains"],
