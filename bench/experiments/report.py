@@ -2,24 +2,28 @@
 
 compare.png       Fréchet distance and validation loss of each run, the control marked, and what is within 5% of it
 ratio.png         the same over the axis of the experiment, where it has one
+speed.png         the same over the speed of sampling, as a multiple of the fastest dense network's, after --time
 training.png      validation loss over the images seen
 noise-levels.png  validation loss over t, relative to the control: where sparsity hurts
 health.png        flip rate, density and distance to the dense weights over training
 flips.png         flip rate of each layer over training
 """
 
+import contextlib
 import itertools
 import statistics
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from sparsedm.files import atomic_file, write_text
-from sparsedm.plots import COLOURS
+from bench.experiments import claims
+from sparsedm.files import write_text
+from sparsedm.plots import COLOURS, picture
 
 FLIPS = "flip rate of "  # and a layer's name: a measure
+DISTANCE = "Fréchet distance"  # on the first features, which decide; with ", NAME" behind it, on others
+SPEED, SAMPLING = "sampling speed-up", "sampling seconds"  # over the fastest dense network; of one image
 CLOSE = 0.05  # a Fréchet distance that is larger by at most this share is as good as the control's
-TABLE = ("validation loss", "Fréchet distance", "distance to dense weights", "MACs", "parameters", "images", "seconds")
+TABLE = ("validation loss", DISTANCE, "distance to dense weights", "MACs", "parameters", "images", "seconds")
 
 
 def write(folder, rows, plan):
@@ -28,8 +32,10 @@ def write(folder, rows, plan):
     runs = _in_order(list(dict.fromkeys(row["run"] for row in rows)), values)
     title = f"{rows[0]['experiment']} ({rows[0]['scale']}): {plan.summary}" if rows else ""
     text = f"{markdown(rows, values, runs)}{_against(values, runs, plan.control)}"
+    if rows and rows[0]["experiment"] == "claims":
+        text += f"\n\n{claims.table(values)}"
     pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
-    pictures |= {"flips.png": _flips, "ratio.png": _axis}
+    pictures |= {"flips.png": _flips, "ratio.png": _axis, "speed.png": _speed}
     styles = _styles(runs, plan.control)
     drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, styles, plan, title)]
     shown = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in drawn)
@@ -58,9 +64,11 @@ def _single(values, run, measure):
 
 
 def markdown(rows, values, runs):
-    lines = ["| run | " + " | ".join(TABLE) + " |", "|---" * (len(TABLE) + 1) + "|"]
+    more = dict.fromkeys(m for _, m in values if m.startswith(f"{DISTANCE}, ") or m in (SPEED, SAMPLING))
+    columns = (*TABLE, *more)
+    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for run in runs:
-        cells = [_cell(_single(values, run, measure), measure) for measure in TABLE]
+        cells = [_cell(_single(values, run, measure), measure) for measure in columns]
         lines.append(f"| {run} | " + " | ".join(cells) + " |")
     last = rows[-1]
     seeds = sorted({row["seed"] for row in rows})
@@ -82,7 +90,7 @@ def _against(values, runs, control):
     """Markdown: is each run as good as the control? "" where there is nothing to compare."""
     lines = []
     for run in runs:
-        distances, losses = (_ratios(values, run, control, m) for m in ("Fréchet distance", "validation loss"))
+        distances, losses = (_ratios(values, run, control, m) for m in (DISTANCE, "validation loss"))
         if run != control and distances:
             close = [ratio <= 1 + CLOSE for ratio in distances]
             verdict = "yes" if all(close) else "in some seeds" if any(close) else "no"
@@ -117,7 +125,7 @@ def _cell(numbers, measure):
         return f"{mean / 1e6:.2f} M"
     if measure in ("images", "seconds"):
         return f"{mean:,.0f}"
-    return _spread(numbers, 2 if measure == "Fréchet distance" else 4)
+    return _spread(numbers, 2 if measure.startswith(DISTANCE) or measure == SPEED else 4)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -130,22 +138,18 @@ def _styles(runs, control):
     return {run: ("-", COLOURS[1]) if run == control else next(styles) for run in runs}
 
 
+class _Nothing(Exception):
+    """There is nothing to draw."""
+
+
 def _save(path, draw, values, runs, plan, title):
-    """runs: see `_styles`. draw: (figure, values, runs, plan) -> whether there was anything to draw."""
-    figure = Figure(layout="constrained")
-    if not draw(figure, values, runs, plan):
-        return False
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    return True
-
-
-def _styled(axes, x="", y=""):
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Whether there was anything to draw. runs: see `_styles`. draw: (figure, values, runs, plan) -> the same."""
+    with contextlib.suppress(_Nothing), picture(path, (9, 4.5)) as figure:
+        if not draw(figure, values, runs, plan):
+            raise _Nothing
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        return True
+    return False
 
 
 def _logarithmic(axes):
@@ -160,7 +164,7 @@ def _logarithmic(axes):
 def _compare(figure, values, runs, plan):
     """Dots: seeds. Bars: means, from the best. The line: the mean of the control, the band: up to 5% more."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(runs))
-    for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
+    for axes, measure in zip(figure.subplots(1, 2), (DISTANCE, "validation loss")):
         found = {run: _single(values, run, measure) for run in runs}
         order = sorted((run for run in runs if found[run]), key=lambda run: -statistics.fmean(found[run]))
         for place, run in enumerate(order):
@@ -174,7 +178,8 @@ def _compare(figure, values, runs, plan):
             axes.axvline(mean, color=COLOURS[1], linewidth=1, linestyle="--")
             axes.axvspan(mean, mean * (1 + CLOSE), color=COLOURS[1], alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(order)), order)
-        _styled(axes, f"{measure} ({meaning})")
+        axes.set_xlabel(f"{measure} ({meaning})")
+        axes.set_axisbelow(True)
     return True
 
 
@@ -183,14 +188,36 @@ def _axis(figure, values, runs, plan):
     if not placed:
         return False
     figure.set_size_inches(10, 4.2)
-    for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
+    for axes, measure in zip(figure.subplots(1, 2), (DISTANCE, "validation loss")):
         seeds = [_single(values, run, measure) for _, run in placed]
         axes.plot([statistics.fmean(s) for s in seeds], color=COLOURS[0])
         for place, numbers in enumerate(seeds):
             axes.plot([place] * len(numbers), numbers, "o", color=COLOURS[0], markeredgecolor="white")
         # evenly spaced: on any scale of numbers 15:16, 31:32 and dense would lie on one another
         axes.set_xticks(range(len(placed)), [run for _, run in placed], fontsize=8)
-        _styled(axes, f"{plan.axis}, in order", f"{measure} (dots: seeds)")
+        axes.set(xlabel=f"{plan.axis}, in order", ylabel=f"{measure} (dots: seeds)")
+    return True
+
+
+def _speed(figure, values, runs, plan):
+    """Quality over the measured speed of sampling: what is quicker for nothing lies to the right of the control."""
+    placed = {run: statistics.fmean(found) for run in runs if (found := _single(values, run, SPEED))}
+    if not placed:
+        return False
+    figure.set_size_inches(11, 4.5)
+    for axes, measure in zip(figure.subplots(1, 2), (DISTANCE, "validation loss")):
+        for run, faster in placed.items():
+            seeds = _single(values, run, measure)
+            colour = COLOURS[1] if run == plan.control else COLOURS[0]
+            axes.plot([faster] * len(seeds), seeds, "o", color=colour, markeredgecolor="white", markersize=7)
+            place = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8, "color": colour}
+            axes.annotate(run, (faster, statistics.fmean(seeds)), **place)
+        if plan.control in placed:
+            level = statistics.fmean(_single(values, plan.control, measure))
+            axes.axhline(level, color=COLOURS[1], linewidth=1, linestyle="--")
+        axes.set(xlabel="images per second in sampling, over the fastest dense network's")
+        axes.set_ylabel(f"{measure} (dots: seeds)")
+        axes.margins(x=0.15)
     return True
 
 
@@ -210,14 +237,14 @@ def _curves(axes, values, runs, measure, against=None):
 
 
 def _legend(figure, axes):
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def _training(figure, values, runs, plan):
     figure.set_size_inches(9, 4.5)
     axes = figure.subplots()
     drawn = _curves(axes, values, runs, "validation over training")
-    _styled(axes, "images seen after the dense start", "validation loss (band: seeds)")
+    axes.set(xlabel="images seen after the dense start", ylabel="validation loss (band: seeds)")
     _logarithmic(axes)
     _legend(figure, axes)
     return drawn
@@ -232,7 +259,8 @@ def _levels(figure, values, runs, plan):
     drawn = _curves(axes, values, others, measure, against)
     if control:
         axes.axhline(1, color=COLOURS[1], linewidth=1, linestyle="--")
-    _styled(axes, "t: 0 image, 1 noise", "validation loss" + (f" / that of {plan.control}" if control else ""))
+    axes.set(xlabel="t: 0 image, 1 noise")
+    axes.set_ylabel("validation loss" + (f", relative to {plan.control}" if control else ""))
     _logarithmic(axes)
     _legend(figure, axes)
     return drawn
@@ -249,7 +277,7 @@ def _health(figure, values, runs, plan):
     }
     drawn = [_curves(axes, values, sparse, measure) for axes, measure in zip(panels, measures)]
     for axes, label in zip(panels, measures.values()):
-        _styled(axes, "images seen after the dense start", label)
+        axes.set(xlabel="images seen after the dense start", ylabel=label)
     _legend(figure, panels[0])
     return any(drawn)
 
