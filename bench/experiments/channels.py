@@ -1,4 +1,4 @@
-"""Structured pruning of a DDPM U-Net, the baseline of Diff-Pruning (arXiv 2305.10924): whole channels go, by importance.
+"""Structured pruning of a DDPM U-Net, the baseline of Diff-Pruning (arXiv 2305.10924): channels go by importance.
 
 importance of a channel:   Σ |w · ∂L/∂w| over the weights that write or read it (first-order Taylor, as there and in
                            arXiv 1906.10771), L being the training loss at random noise levels
@@ -150,7 +150,7 @@ def _scores(runs, importance):
         for axis, spans in enumerate(axes):
             others = [other for other in range(value.dim()) if other != axis]
             along = value.sum(others) if others else value
-            for (space, size), part in zip(spans, along.split([size for _, size in spans])):
+            for (space, _), part in zip(spans, along.split([size for _, size in spans])):
                 scores[space] = scores[space] + part if space in scores else part
     return scores
 

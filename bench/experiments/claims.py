@@ -15,7 +15,7 @@ THIRD = ", a third of the images"
 
 
 def table(values):
-    """Markdown: each claim, its verdict, and the numbers it rests on. values: {(run, measure): {seed: [(x, value)]}}."""
+    """Markdown: each claim, its verdict, and its numbers. values: {(run, measure): {seed: [(x, value)]}}."""
     lines = [f"| {claim} | {verdict} | {'; '.join(said)} |" for claim, verdict, said in verdicts(values)]
     return "\n".join(["| claim | verdict | loss, Fréchet distance: change, by seed |", "|---|---|---|", *lines])
 
@@ -82,7 +82,7 @@ def _chain(compare):
 
 
 def _teacher(compare):
-    """Confirmed: 0.1% less loss, and more than the teacher's time would buy; refuted: below 0.05%, or less than that."""
+    """Confirmed: 0.1% less loss, and more than the teacher's time buys; refuted: under 0.05%, or less than that."""
     pairs = [(f"{p} straight", f"{p} straight, no teacher") for p in CLEAR]
     gains = [{seed: -change for seed, change in compare(*pair).items()} for pair in pairs]
     seeds, bought = set.intersection(*map(set, gains)), _bought_by_time(compare, pairs)
@@ -98,7 +98,7 @@ def _teacher(compare):
 
 
 def _bought_by_time(compare, pairs):
-    """{seed: the share of the loss that training for the teacher's time instead would save}, by the slope over images."""
+    """{seed: the share of the loss that training on for the teacher's time would save}, by the slope over images."""
     slope = compare(f"1:8 straight{THIRD}", "1:8 straight")
     longer = [compare(taught, alone, "seconds") for taught, alone in pairs]
     found = {}

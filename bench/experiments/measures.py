@@ -8,10 +8,10 @@ import time
 
 import torch
 
-from sparsedm import diffusion, evaluate, samplers
-from sparsedm.features import to_uint8
 from bench.experiments import activations
 from bench.experiments.report import DISTANCE
+from sparsedm import diffusion, evaluate, samplers
+from sparsedm.features import to_uint8
 from sparsedm.inspection import inspect
 from sparsedm.train import data
 from sparsedm.train.loop import OutOfTime

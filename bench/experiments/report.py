@@ -9,7 +9,6 @@ health.png        flip rate, density and distance to the dense weights over trai
 flips.png         flip rate of each layer over training
 """
 
-import contextlib
 import itertools
 import statistics
 
@@ -138,18 +137,15 @@ def _styles(runs, control):
     return {run: ("-", COLOURS[1]) if run == control else next(styles) for run in runs}
 
 
-class _Nothing(Exception):
-    """There is nothing to draw."""
-
-
 def _save(path, draw, values, runs, plan, title):
-    """Whether there was anything to draw. runs: see `_styles`. draw: (figure, values, runs, plan) -> the same."""
-    with contextlib.suppress(_Nothing), picture(path, (9, 4.5)) as figure:
-        if not draw(figure, values, runs, plan):
-            raise _Nothing
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        return True
-    return False
+    """runs: see `_styles`. draw: (figure, values, runs, plan) -> whether there was anything to draw."""
+    with picture(path) as figure:
+        drawn = draw(figure, values, runs, plan)
+        if drawn:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        else:
+            figure.clear()
+    return drawn
 
 
 def _logarithmic(axes):
@@ -179,7 +175,6 @@ def _compare(figure, values, runs, plan):
             axes.axvspan(mean, mean * (1 + CLOSE), color=COLOURS[1], alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(order)), order)
         axes.set_xlabel(f"{measure} ({meaning})")
-        axes.set_axisbelow(True)
     return True
 
 

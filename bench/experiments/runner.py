@@ -246,7 +246,7 @@ def _show(options, scale, runs, seeds, folder):
 
 
 def _time(options, scale, runs, folder):
-    """Add to results.csv how quickly the finished runs sample, all in turns, beside the fastest form of the dense one."""
+    """Add to results.csv how quickly the finished runs sample, in turns with the fastest form of the dense one."""
     file = folder / "results.csv"
     rows = [
         row for row in read_experiment(file, options.name, options.scale) if row["measure"] not in (SPEED, SAMPLING)
@@ -387,8 +387,8 @@ class _Work:
         else:
             start = Start(base.model, base.ema, base.speed, self.build)
             if run.kind == ACTIVATIONS:
-                hooked = [activations.sparsify_activations(copy.deepcopy(n), where, run.pattern) for n in start[:2]]
-                start = start._replace(model=hooked[0], ema=hooked[1])
+                hooked = [activations.sparsify_activations(copy.deepcopy(n), where, run.pattern) for n in base[:2]]
+                start = replace(start, model=hooked[0], ema=hooked[1])
                 where = None
             results = self._chain(seed, run.name, start, run.stages, where=where)
         return results[-1].ema, results
