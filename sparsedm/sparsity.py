@@ -7,12 +7,13 @@ import inspect
 import itertools
 import re
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import nn
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
@@ -140,6 +141,8 @@ def sparsify(
     model: nn.Module,
     pattern: str | Pattern | None,
     where: str | Collection[str] | Callable[[str, nn.Module], bool] | None = None,
+    *,
+    calibrate: Iterable | None = None,
 ) -> nn.Module:
     """Give the layers of `model` a pattern, in place, and return the model.
 
@@ -150,7 +153,13 @@ def sparsify(
     pattern: "2:4", Pattern, or None / "dense" to take patterns away.
     where: None (the model's own `sparse_layers` if it has one, else what FAMILIES says of its class, else all), "all",
         a regular expression searched for in the dotted names, a list of names, or a predicate (name, module) -> bool.
-    Raises: InputError if nothing was selected or no selected layer can hold the pattern.
+    calibrate: batches of inputs to run the model with, each a tensor, a tuple of arguments or a dict of keyword ones.
+        The masks are then the largest |w| * ||x||, where x holds all inputs that met the weight (Wanda, arXiv
+        2306.11695), and are frozen; `set_masking(frozen=False)` lets the magnitudes choose again. A noise predictor
+        needs noisy images of all levels: (diffuse(x0, t, noise, schedule), schedule.model_time(t)) for t from
+        schedule.training_time(u), see `diffusion`.
+    Raises: InputError if nothing was selected, no selected layer can hold the pattern, or calibrate is empty, leaves a
+    layer out, or gives NaN.
     """
     pattern = Pattern.parse(pattern)
     selected, unselected = _selection(model, where)
@@ -162,8 +171,11 @@ def sparsify(
         if any(isinstance(m, Compressed) for m in model.modules()):
             raise InputError("the model is compressed and has no weights to mask: decompress(model) gives them back")
         raise InputError(f"where={where!r} selects none of the {len(found)} linear and convolution layers")
+    if calibrate is not None and pattern is None:
+        raise InputError("calibrate chooses masks, and without a pattern there are none")
     if pattern and all(reasons.values()):
         raise InputError(f"no selected layer can hold {pattern}: {reasons[chosen[0]]}")
+    norms = {} if calibrate is None else _input_norms(model, {m: n for n, m in found if not reasons[n]}, calibrate)
     for name, module in found:
         if not reasons[name] and not isinstance(module, Masked):
             _adopt(module)
@@ -171,12 +183,64 @@ def sparsify(
             module.set_pattern(None if reasons[name] else pattern)
         if reasons[name]:
             module.dense_reason = reasons[name]
+        elif calibrate is not None:
+            module.mask = select_mask(module.weight.detach() * norms[module], pattern).mask
     for module in model.modules():
         if hasattr(type(module), "fuse_projections"):  # diffusers: copies the weights of q, k and v into a plain layer
             vars(module).pop("fuse_projections", None)
             if masked_layers(module):
                 module.fuse_projections = _refuse_to_fuse
     return model
+
+
+@torch.no_grad()
+def _input_norms(model, layers, batches):
+    """{layer: the norm of each input channel over all `batches`, in the shape of the weight or one that expands to it}.
+
+    layers: {layer: its name}. The model runs in eval mode, as it is before `sparsify` changes it.
+    """
+    if isinstance(batches, torch.Tensor | dict):
+        raise InputError(f"calibrate is a {type(batches).__name__}: a list of batches is needed")
+    sums = {}
+
+    def add(layer, arguments, options):
+        x = arguments[0] if arguments else options.get("x", options.get("input"))
+        skip = options.get("skip", arguments[2] if len(arguments) > 2 else None)
+        x = x if skip is None else torch.cat((x, skip), -1)
+        if not x.numel():
+            raise InputError(f"calibrate holds an empty batch: the input of {layers[layer]} is {tuple(x.shape)}")
+        x = x if isinstance(layer, nn.Linear) else x.movedim(-3, -1)
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().reshape(-1, x.shape[-1]).sum(0)
+        sums[layer] = squares + sums.get(layer, 0)
+
+    was = {module: module.training for module in model.modules()}
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
+    try:
+        model.eval()
+        for batch in batches:
+            arguments = batch if isinstance(batch, list | tuple) else () if isinstance(batch, dict) else (batch,)
+            model(*arguments, **(batch if isinstance(batch, dict) else {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in was.items():
+            module.training = training
+    for layer, name in layers.items():
+        if layer not in sums:
+            raise InputError(f"no batch of calibrate reaches {name}: give inputs that use it, or leave it out by where")
+        if not sums[layer].isfinite().all():
+            raise InputError(f"the inputs of {name} in calibrate hold NaN or infinity")
+    return {layer: _as_weight(layer, squares.sqrt()) for layer, squares in sums.items()}
+
+
+def _as_weight(layer, norms):
+    """One number for each input channel of a layer, in a shape that expands to its weight."""
+    # among inputs that were always 0 the magnitudes decide
+    norms = torch.where(norms.max() > 0, norms.clamp(min=1e-6 * norms.max()), 1)
+    if isinstance(layer, nn.Linear):
+        return norms
+    groups = norms.view(layer.groups, 1, -1).expand(-1, layer.out_channels // layer.groups, -1)
+    return groups.flatten(0, 1)[:, :, None, None]
 
 
 def _adopt(module):
