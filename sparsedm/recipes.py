@@ -177,7 +177,7 @@ EXPERIMENTS = {
     # 12% of that. About 4.6 hours of a process and seed for `claims`.
     "cpu": Scale(
         summary="a million parameters on CIFAR-10 at 16x16, 2,000,000 images for the dense network and 240,000 for "
-        "each run: 4.6 hours for a seed of `claims` on a core that has bf16 instructions (by a pilot's speed, not run); "
+        "each run: 4.6 hours for a seed of `claims` on a core that has bf16 instructions (by a pilot, not run); "
         "give each seed a process and a folder of its own, and join them with --merge",
         data="cifar10",
         native=32,
