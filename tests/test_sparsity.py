@@ -575,7 +575,7 @@ def test_layers_outside_of_a_known_model_say_so():
 
     model = sparsify(Other(), "2:4")
     assert all(name.startswith("eye.") for name in masks(model))
-    assert model.body.dense_reason == "outside of the known model inside: name it in where="
+    assert model.body.dense_reason == "outside the model that this package knows: name it in where="
     assert set(masks(sparsify(Other(), "2:4", ["body"]))) == {"body"}
 
 
@@ -741,11 +741,11 @@ def test_tied_weights_stay_tied_through_every_form_and_file(tmp_path):
     loose = sparsify(Tied(), "2:4")
     loose.second.weight = nn.Parameter(torch.randn(32, 32))
     file = save_model(tmp_path / "loose.safetensors", loose)
-    with pytest.raises(InputError, match=r"1 tied in the model and apart in the file \(second.weight\)"):
+    with pytest.raises(InputError, match=r"1 tied in the model but different in the file \(second.weight\)"):
         load_model(file, lambda config: Tied(), config={})
     with torch.no_grad():
         small.embed.weight.mul_(2)
-    with pytest.raises(InputError, match=r"head.weight was tied to embed.weight, and their values no longer"):
+    with pytest.raises(InputError, match=r"head.weight was tied to embed.weight, but their values now differ"):
         decompress(small)
 
 
@@ -787,7 +787,7 @@ def test_bake_of_our_own_model_of_a_compressed_one_and_of_tied_weights(tmp_path)
     assert plain.first.weight is plain.second.weight
     assert plain.head.weight is plain.embed.weight
     assert torch.equal(plain(torch.arange(24)), tied(torch.arange(24)))
-    with pytest.raises(InputError, match=r"embed.weight and head.weight are one weight under different masks"):
+    with pytest.raises(InputError, match=r"embed.weight and head.weight share one weight under different masks"):
         bake(sparsify(tied, "2:4", "head"))
     with pytest.raises(InputError, match="no masked layer"):
         bake(Small())
