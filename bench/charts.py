@@ -263,12 +263,12 @@ def _bars(figure, entries, labels):
 
 
 def table3(figure, rows):
-    """SparseDM's speed table: patch by MLP ratio, one panel per width and depth."""
+    """SparseDM's speed table: patch by MLP ratio, one panel per width and depth, of a step and of whole sampling."""
     found = [s for s in speedups(rows, {"table3"}) if s.row["provider"] == OURS]
     panels = {}
     for s in found:
         grid, patch, ratio = s.row["model"].rsplit(", ", 2)
-        panels.setdefault(grid, {})[int(ratio.split()[1]), int(patch.split()[1])] = s.p50
+        panels.setdefault(f"{grid}: {s.row['mode']}", {})[int(ratio.split()[1]), int(patch.split()[1])] = s.p50
     if not panels:
         return False
     for axes, (grid, cells) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
