@@ -37,31 +37,19 @@ def test_a_network_that_nobody_published_has_no_published_sampler(file, tmp_path
 
 def test_training_takes_the_recipe_of_the_original_and_options_above_it(tmp_path, capsys):
     plan = ["train", "--data", "synthetic", "--dry-run", "--run", str(tmp_path / "a")]
-    assert main([*plan, "--model", "ddpm-cifar10", "--lr", "0.5"]) == 0
+    assert main([*plan, "--model", "ddpm-cifar10", "--set", "width=32", "--lr", "0.5"]) == 0
     said = capsys.readouterr().out
     assert "recipe of the original: optimizer=adam, betas=(0.9, 0.999), weight_decay=0.0, lr=0.5" in said
-    assert main([*plan, "--model", "uvit-coco-small", "--set", "schedule=vp-sde"]) == 0
+    small = ["--set", "dim=32", "--set", "depth=2", "--set", "heads=2"]
+    assert main([*plan, "--model", "uvit-coco-small", *small, "--set", "schedule=vp-sde"]) == 0
     assert "schedule vp-sde: uvit-coco-small was published with scaled-linear" in capsys.readouterr().out
 
 
 def test_every_option_of_a_recipe_is_an_option(tmp_path):
-    asked = [
-        "--optimizer",
-        "adam",
-        "--betas",
-        "0.8,0.9",
-        "--weight-decay",
-        "0",
-        "--clip",
-        "0.5",
-        "--label-dropout",
-        "0.2",
-        "--ema-warmup",
-        "3",
-    ]
+    asked = ["--optimizer=adam", "--betas=0.8,0.9", "--weight-decay=0", "--clip=0.5", "--label-dropout=0.2"]
     command = ["train", "--data", "synthetic", "--limit", "16", "--steps", "1", "--batch-size", "4", "--chain", "dense"]
     model = ["--set", "image_size=8", "--set", "dim=16", "--set", "heads=2", "--run", str(tmp_path / "a")]
-    assert main([*command, *model, *asked]) == 0
+    assert main([*command, *model, *asked, "--ema-warmup=3"]) == 0
     options = json.loads((tmp_path / "a" / "options.json").read_text())["options"]
     expected = {"optimizer": "adam", "betas": [0.8, 0.9], "weight_decay": 0, "clip": 0.5, "label_dropout": 0.2}
     assert options | expected | {"ema_warmup": 3} == options
