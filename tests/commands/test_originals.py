@@ -37,11 +37,10 @@ def test_a_network_that_nobody_published_has_no_published_sampler(file, tmp_path
 
 def test_training_takes_the_recipe_of_the_original_and_options_above_it(tmp_path, capsys):
     plan = ["train", "--data", "synthetic", "--dry-run", "--run", str(tmp_path / "a")]
-    assert main([*plan, "--model", "ddpm-cifar10", "--set", "width=32", "--lr", "0.5"]) == 0
+    assert main([*plan, "--model", "ddpm-cifar10", "--lr", "0.5"]) == 0
     said = capsys.readouterr().out
     assert "recipe of the original: optimizer=adam, betas=(0.9, 0.999), weight_decay=0.0, lr=0.5" in said
-    small = ["--set", "dim=32", "--set", "depth=2", "--set", "heads=2"]
-    assert main([*plan, "--model", "uvit-coco-small", *small, "--set", "schedule=vp-sde"]) == 0
+    assert main([*plan, "--model", "uvit-coco-small", "--set", "schedule=vp-sde"]) == 0
     assert "schedule vp-sde: uvit-coco-small was published with scaled-linear" in capsys.readouterr().out
 
 
