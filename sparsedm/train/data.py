@@ -64,6 +64,14 @@ class ImageSet:
         labels = None if self.labels is None else self.labels.to(device)
         return dataclasses.replace(self, images=self.images.to(device), labels=labels)
 
+    def every(self, most):
+        """At most so many of the images, evenly spaced, so that all classes stay."""
+        if most >= len(self):
+            return self
+        chosen = torch.arange(most) * len(self) // most
+        labels = None if self.labels is None else self.labels[chosen]
+        return dataclasses.replace(self, images=self.images[chosen], labels=labels)
+
 
 def load(source, split="train", *, size=None, crop="square", limit=None, progress=True, cache=None):
     """Load one split ("train" or "test") of `source` (see the top of this file) into an ImageSet on the CPU.
@@ -89,10 +97,8 @@ def load(source, split="train", *, size=None, crop="square", limit=None, progres
         parts = _read(source, split, size, progress, cache, crop)
         images, labels = parts.splits.get(split) or _held_out(source, *parts.splits["all"], split)
         class_names, sizes = parts.class_names, parts.sizes
-    if limit is not None and limit < len(images):
-        chosen = torch.arange(limit) * len(images) // limit
-        images, labels = images[chosen], None if labels is None else labels[chosen]
-    return ImageSet(images, labels, class_names, source, sizes)
+    found = ImageSet(images, labels, class_names, source, sizes)
+    return found if limit is None else found.every(limit)
 
 
 def load_images(source, split, size, limit=None, crop="square"):
