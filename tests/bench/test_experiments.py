@@ -448,7 +448,7 @@ def test_a_study_that_is_cut_again_and_again_is_that_of_one_piece(
     while (code := command(tmp_path, "--seeds", "1", "--minutes", f"{(runner.RESERVE + 6) / 60}")) and len(cuts) < 20:
         assert code == 3
         cuts.append(capsys.readouterr())
-        assert cuts[-1].err.rstrip().endswith("to go on, run the same command again")
+        assert cuts[-1].err.rstrip().endswith("to continue, run the same command again")
     assert code == 0
     assert "before step" in "".join(cut.err for cut in cuts)
     assert "is saved in" in "".join(cut.err for cut in cuts)
@@ -596,7 +596,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 def test_a_folder_of_another_experiment_is_refused(done, tiny, capsys):
     assert command(done, "--data", "cifar10") == 2
-    assert "was made by other options" in capsys.readouterr().err
+    assert "has other options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
