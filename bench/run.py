@@ -88,6 +88,7 @@ class Session:
     on_timeout: Callable | None = None
     cut: int = 0  # problems that were left out for lack of time
     limits: dict = field(default_factory=dict)
+    dry_run: bool = False  # say what would be measured
 
     def __post_init__(self):
         self.clock = clock_for(self.device)
@@ -108,6 +109,9 @@ class Session:
     def do(self, suite, shape, mode, providers, rows):
         """Add what `rows(missing, starting)` yields to the results, for those providers that they do not hold yet,
         unless the time is up. starting: see `measure`."""
+        if self.dry_run:
+            print(f"{suite}: {shape.name}, {mode}: {', '.join(p.name for p in self.keep(providers))}")
+            return
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         held = self.results.matching(identity)
         names = {row.get("provider", "") for row in held}
@@ -179,7 +183,10 @@ def run_suite(suite, session, progress=False):
             measured = functools.partial(network_rows, suite, kind, shape, kind.modes[0], session)
             session.do(suite, shape, kind.modes[0], providers, measured)
     elif suite == "ceiling":
-        ceilings.run(session)
+        if session.dry_run:
+            print("ceiling: what this device can do at most")
+        else:
+            ceilings.run(session)
     else:
         raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
 
@@ -284,6 +291,7 @@ def run(options, arguments):
         deadline=deadline,
         timeout=options.timeout,
         on_timeout=again if device.type == "cuda" else None,
+        dry_run=options.dry_run,
     )
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
     known |= {p.name for p in (*STEP_PROVIDERS, *TRAINING_PROVIDERS, *first_providers(device, session.dtype))}
@@ -299,6 +307,8 @@ def run(options, arguments):
         if not device_is_lost(device):
             raise
         again()
+    if options.dry_run:
+        return 0
     statuses = [row["status"] for row in session.results.rows]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     print(f"{session.results.path}: {len(statuses)} rows ({counts}); {session.cut} problems left out for time")
@@ -323,6 +333,7 @@ def parser():
         "--timeout", type=float, default=75, help="seconds until a provider counts as hanging (default: %(default)s)"
     )
     parsed.add_argument("--out", default="bench-results.csv", help="results file (default: %(default)s)")
+    parsed.add_argument("--dry-run", action="store_true", help="list what would be measured, and stop")
     parsed.add_argument("--resume", action="store_true", help="continue the results file, skipping what it holds")
     return parsed
 

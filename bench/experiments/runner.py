@@ -18,7 +18,7 @@ import os
 import re
 import resource
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from sparsedm.files import cache_folder, read_json
 from sparsedm.inspection import inspect
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model, model_config, parse_overrides
+from sparsedm.models.ddpm import DDPMConfig
 from sparsedm.plots import save_grid
 from sparsedm.sparsity import masked_layers, sparsify
 from sparsedm.train import checkpoint
@@ -501,8 +502,9 @@ def small_config(config):
     Heads of a transformer and groups of a U-Net stay as many.
     """
     axis, step = ("dim", config.get("heads")) if "dim" in config else ("width", math.lcm(config.get("groups"), 2))
-    plain = config | ({"kind": "ddpm"} if config["kind"] == "slimmable" else {})
-    plain = {name: value for name, value in plain.items() if name not in ("eighths", "passes")}
+    plain = config
+    if config["kind"] == "slimmable":
+        plain = {field.name: config[field.name] for field in fields(DDPMConfig)} | {"kind": "ddpm"}
 
     def totals(network):
         return inspect(network).totals()

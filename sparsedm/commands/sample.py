@@ -49,7 +49,14 @@ def add_sampling_arguments(parser, images):
     parser.add_argument("run", help="run folder (its last stage), stage folder, or model file")
     add_model_arguments(parser, ": what a foreign file holds")
     parser.add_argument("--count", type=count, default=images, help="how many images (default: %(default)s)")
-    parser.add_argument("--strategy", metavar="FILE", help="use the networks of RUN as a file that search found says")
+    parser.add_argument(
+        "--strategy", metavar="FILE", help="use the networks of RUN as a file says that search found, or DDSM released"
+    )
+    parser.add_argument(
+        "--other-weights",
+        action="store_true",
+        help="take a strategy that was found for other weights of networks of the same names",
+    )
     parser.add_argument(
         "--sampler",
         choices=[*samplers.SAMPLERS, "published"],
@@ -107,6 +114,8 @@ class Source(NamedTuple):
 
 def source_of(options):
     """The Source that the command line names: a run or model file, or with --strategy a family and its strategy."""
+    if options.other_weights and options.strategy is None:
+        raise InputError("--other-weights goes with --strategy")
     if options.strategy is None:
         loaded = load_named(options, which=options.which)
         row = published(loaded.model.config) if options.sampler == "published" else Published({}, 0, clip=None)
@@ -122,9 +131,10 @@ def source_of(options):
         raise InputError("--strategy has a sampler of its own: leave --sampler published away")
     strategy, family = load_strategy(options.strategy), family_of(options.run)
     steps = _steps(options, options.sampler or strategy.sampler)
-    networks = strategy.models(family, sampler=options.sampler, steps=steps)
-    macs, dearest = (family.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
-    share = f"{macs / dearest:.0%} of the MACs of {family.names[0]}"
+    networks = strategy.models(family, sampler=options.sampler, steps=steps, other_weights=options.other_weights)
+    named = family.only(strategy.networks)
+    macs, dearest = (named.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
+    share = f"{macs / dearest:.0%} of the MACs of {named.names[0]}"
     words = f"the strategy {options.strategy}, {macs / 1e6:,.1f} M MACs an image, {share}"
     cost = {"strategy": options.strategy, "macs_per_image": macs, "share_of_macs": macs / dearest}
     return Source(words, networks, strategy.sampler, strategy.steps, options.clip, cost=cost)

@@ -37,13 +37,16 @@ class SlimmableConfig(DDPMConfig):
     passes: while it trains, a batch is divided among so many widths by the sandwich rule (arXiv 1903.05134): the
     widest, the narrowest, and random ones between them; 0 trains the widest alone. DDSM gives every width the same
     images, with times and noise of its own. Here each has images of its own: with a batch `passes` times as large as
-    DDSM's the gradient is the same in the mean at the same cost, and no step sees an image twice.
+    DDSM's the gradient is the same in the mean at the same cost, and no step sees an image twice. same_images: as DDSM
+    released it (with passes=3): every width sees the whole batch, with times and noise of its own, and the losses are
+    added up before the gradient is clipped.
     """
 
     kind: str = "slimmable"
     groups: int = 16
     eighths: tuple = (2, 4, 6, 8)
     passes: int = 4
+    same_images: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,6 +55,8 @@ class SlimmableConfig(DDPMConfig):
             raise InputError(f"slimmable eighths={self.eighths}: must be increasing numbers from 2 to 8, 8 the last")
         if self.passes < 0 or self.passes == 1:
             raise InputError(f"slimmable passes={self.passes}: must be 0, or 2 and more: the widest and the narrowest")
+        if self.same_images and not self.passes:
+            raise InputError("slimmable same_images=True: needs passes, which show the images to several widths")
         for k in self.eighths:
             self.at(k)
 
@@ -201,5 +206,5 @@ def check_supernet(model, batch_size):
     passes = getattr(getattr(model, "config", None), "passes", 0)
     if not passes:
         raise InputError("a supernet is a slimmable network with passes of at least 2, and this one trains one width")
-    if batch_size < passes:
+    if batch_size < passes and not model.config.same_images:
         raise InputError(f"batch_size={batch_size} cannot be divided among {passes} widths")
