@@ -15,6 +15,8 @@ class Stopped(Exception):
 
 def check_memory(needed, what):
     """Raise InputError, before it is tried, where `what` would take more bytes than this machine has."""
+    if not hasattr(os, "sysconf"):  # Windows does not say
+        return
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise InputError(
