@@ -103,9 +103,9 @@ def test_measured_costs_are_seconds(chain):
 def test_families_that_are_none(chain):
     with pytest.raises(InputError, match="family nothing is empty"):
         stepaware.family("nothing", {})
-    with pytest.raises(InputError, match="one cost and one name of its own per network"):
+    with pytest.raises(InputError, match="one cost and one unique name per network"):
         replace(chain, names=("a", "a", "b"))
-    with pytest.raises(InputError, match="one cost and one name"):
+    with pytest.raises(InputError, match="one cost and one unique name"):
         replace(chain, costs=(1, 2))
     with pytest.raises(InputError, match="each must be more than 0"):
         replace(chain, costs=(1, 0, 2))
@@ -198,7 +198,7 @@ def test_a_strategy_knows_its_networks_by_their_weights_and_not_by_their_folder(
     networks = dict(zip(chain.names, chain.networks))
     retrained = stepaware.family("chain", networks | {"2:4": student("2:4")})
     assert retrained.fingerprints[0] == chain.fingerprints[0]
-    with pytest.raises(InputError, match="found for other weights of 2:4: search again"):
+    with pytest.raises(InputError, match="the weights of 2:4 changed after the search: search again"):
         found.models(retrained)
 
 
@@ -328,7 +328,7 @@ def test_a_strategy_that_ddsm_released_is_read(tmp_path):
 
 def test_strategies_travel_to_other_weights_if_that_is_said(chain):
     found = replace(strategy((0, 2)), fingerprints=("a", "b", "c"))
-    with pytest.raises(InputError, match=r"found for other weights of dense, 2:4, 1:4: .*--other-w"):
+    with pytest.raises(InputError, match=r"the weights of dense, 2:4, 1:4 changed .*--other-weights"):
         found.models(chain)
     assert found.models(chain, other_weights=True) == [chain.networks[0], chain.networks[2]]
     with pytest.raises(InputError, match="the strategy is for networks dense, 3:4, 1:4"):
