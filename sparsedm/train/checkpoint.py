@@ -22,6 +22,7 @@ except ImportError:  # Windows: folders are not locked there
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_folder, read_json, write_json, writing
+from sparsedm.kernels.cpu import rules
 from sparsedm.model_files import checkpoints, describe, fill, read_tensors, write_model, write_tensors
 from sparsedm.plots import printable
 
@@ -121,7 +122,7 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         write_model(partial / "model.safetensors", model)
         write_model(partial / "ema.safetensors", ema)
         write_tensors(partial / "optimizer.safetensors", moments, {"tensors": str(len(moments))})
-        versions = {"torch": torch.__version__}
+        versions = {"torch": torch.__version__, "cpu_kernels": rules.version()}
         write_json(partial / "state.json", {"step": step, **state, "model": describe(model), "versions": versions})
     for old in checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.partial")  # gone at once, even if the removal is cut short
@@ -133,6 +134,15 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
 def latest(folder):
     """The newest checkpoint of a run folder, or None."""
     return (checkpoints(folder) or [None])[-1]
+
+
+def differing_kernels(state):
+    """What the state.json of a checkpoint says of the CPU kernels, and what this process runs, in words; None if equal.
+
+    Then a training on a CPU that goes on from it is right, and not bit for bit what it would have been.
+    """
+    there, here = state.get("versions", {}).get("cpu_kernels", "not recorded"), rules.version()
+    return None if there == here else f"{there} there, {here} here"
 
 
 def load(path, model, ema):

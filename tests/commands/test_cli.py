@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sparsedm import cli
 from sparsedm.cli import COMMANDS, main, parse
 from sparsedm.commands import evaluate, sample, train
 from sparsedm.model_files import load_model, save_model
@@ -442,6 +444,22 @@ def test_help_teaches(command, capsys):
     assert all(f"  {name}: " in text for name in METHODS) or "--method" not in text, "a line for each"
     assert ("--seed" in text) == (command not in ("", "inspect")), "an option is there where it does something"
     assert "exit codes:" in text
+
+
+@pytest.mark.parametrize("library", ["glibc", "musl", None])
+def test_freed_memory_is_kept_where_the_c_library_is_glibc(library, monkeypatch):
+    told = {}
+    glibc = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda option, size: told.update({option: size}))
+    known = {"glibc": glibc, "musl": SimpleNamespace(mallopt=glibc.mallopt)}
+
+    def load(name):
+        if library is None:
+            raise OSError("no such library")
+        return known[library]
+
+    monkeypatch.setattr(cli.ctypes, "CDLL", load)
+    cli.keep_freed_memory()
+    assert set(told) == ({cli.M_MMAP_THRESHOLD, cli.M_TRIM_THRESHOLD} if library == "glibc" else set())
 
 
 def test_help_does_not_wait_for_torch():

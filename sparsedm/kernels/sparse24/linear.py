@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import dense
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -40,7 +41,7 @@ def sparse24_linear_ref(
 
 def _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype):
     source = x if skip is None else torch.cat((x, skip), -1)
-    y = ACTIVATIONS[activation](F.linear(source, weight, bias))
+    y = ACTIVATIONS[activation](dense.linear(source, weight, bias))
     if scale is not None:
         groups = scale.reshape(-1, 1, y.shape[-1])
         y = (y.reshape(groups.shape[0], -1, y.shape[-1]) * groups).view(y.shape)
