@@ -92,7 +92,7 @@ def sweep(figure, rows, name):
     figure.axes[0].set_ylabel("times as fast as the fastest dense\n(shaded: slower)")
     lines, labels = figure.axes[0].get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: "(published)" in labels[i])  # ours first
-    legend = dict(frameon=False, fontsize=8, loc="outside right upper", title=SOURCE, title_fontsize=7)
+    legend = dict(fontsize=8, loc="outside right upper", title=SOURCE, title_fontsize=7)
     figure.legend([lines[i] for i in order], [labels[i] for i in order], alignment="left", **legend)
     return True
 
@@ -132,7 +132,7 @@ def first(figure, rows):
         axes.set_xlabel("TFLOP/s, dense-equivalent (lines: dense; shaded: slower)")
     bars = [figure.axes[0].barh(0, 0, color=colour) for colour in (COLOURS[0], COLOURS[4])]
     labels = ["single calls, cold cache", "a second without a pause"]
-    figure.legend(bars, labels, frameon=False, ncols=2, loc="outside lower right")
+    figure.legend(bars, labels, ncols=2, loc="outside lower right")
     return True
 
 
@@ -174,7 +174,7 @@ def roofline(figure, rows):
     axes.set_ylim(lowest, highest)
     axes.set_xlabel("dense-equivalent operations per byte that has to move")
     axes.set_ylabel("dense-equivalent TFLOP/s")
-    axes.legend(frameon=False, fontsize=8, loc="lower right", markerscale=5 / size)
+    axes.legend(fontsize=8, loc="lower right", markerscale=5 / size)
     return True
 
 
@@ -259,16 +259,16 @@ def _bars(figure, entries, labels):
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.grid(False, axis="y")
     axes.set_xlabel("times as fast as the fastest dense (shaded: slower)")
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
 
 def table3(figure, rows):
-    """SparseDM's speed table: patch by MLP ratio, one panel per width and depth."""
+    """SparseDM's speed table: patch by MLP ratio, one panel per width and depth, of a step and of whole sampling."""
     found = [s for s in speedups(rows, {"table3"}) if s.row["provider"] == OURS]
     panels = {}
     for s in found:
         grid, patch, ratio = s.row["model"].rsplit(", ", 2)
-        panels.setdefault(grid, {})[int(ratio.split()[1]), int(patch.split()[1])] = s.p50
+        panels.setdefault(f"{grid}: {s.row['mode']}", {})[int(ratio.split()[1]), int(patch.split()[1])] = s.p50
     if not panels:
         return False
     for axes, (grid, cells) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
@@ -295,7 +295,7 @@ def masks(figure, rows):
     axes.set_yscale("log")
     axes.set_xlabel("weights")
     axes.set_ylabel("GB/s of the bytes that have to move")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8)
     return True
 
 

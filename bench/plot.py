@@ -11,13 +11,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
 from bench import charts, program, targets
 from bench.results import read
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, write_text
+from sparsedm.plots import picture
 
 DPI = 110
 THEMES = {"": ("#ffffff", "#222222", "#d9d9d9"), "-dark": ("#0d1117", "#e6edf3", "#30363d")}  # paper, ink, grid
@@ -91,18 +89,16 @@ def save(path, title, draw, size, rows, theme):
     paper, ink, grid = theme
     style = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper)
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
-    style |= {"grid.color": grid, "axes.grid": True, "axes.axisbelow": True, "font.size": 10, "hatch.linewidth": 0.6}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    with rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
+    style |= {"grid.color": grid, "grid.alpha": 1, "font.size": 10, "hatch.linewidth": 0.6}
+    style["text.parse_math"] = True  # the powers of ten on a logarithmic axis; no name of a file is drawn
+    with picture(path, size, DPI, **style) as figure:
         if not draw(figure, rows):
+            figure.clear()
             return False
         figure.suptitle(title + ("\nCPU (no GPU was measured)" if on_cpu(rows) else ""), x=0.01, ha="left", fontsize=13)
         figure.supxlabel(caption(rows), x=0.01, ha="left", fontsize=7)
         if on_cpu(rows):
             figure.text(0.5, 0.5, "CPU", fontsize=140, weight="bold", alpha=0.10, ha="center", va="center", rotation=25)
-        with atomic_file(path) as partial:
-            figure.savefig(partial, dpi=DPI)
     return True
 
 

@@ -1,4 +1,4 @@
-"""What a model is made of, layer by layer: shape, parameters, MACs, pattern, back end, as table, JSON, picture."""
+"""The layers of a model: shape, parameters, MACs, pattern and back end of each, as table, JSON or picture."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from sparsedm.sparsity import compress, masked_layers, replaced_methods, uncompr
 
 ARCHS = {
     **{"cpu": torch.device("cpu"), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
-    **{"sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0)},
+    **{"sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0), "sm_121": (12, 1)},
 }
 GEOMETRY = ("stride", "padding", "dilation")
 LAYERS = (nn.Linear, nn.Conv2d, Compressed)
@@ -36,7 +36,7 @@ class LayerRow:
 
     name: str
     kind: str  # class name
-    shape: tuple  # of the dense weight
+    shape: tuple  # of the weight before compression
     pattern: str  # "dense" or N:M
     holds: bool  # the weight that multiplies x has at most N non-zeros in every group
     parameters: int
@@ -55,7 +55,7 @@ class LayerRow:
 class Inspection:
     """rows: one per linear and convolution layer. other_parameters: norms, embeddings. attention_macs: QK^T and PV.
 
-    notes: what else is to be known, a sentence each.
+    notes: remarks, one sentence each.
     """
 
     rows: tuple
@@ -64,7 +64,7 @@ class Inspection:
     notes: tuple = ()
 
     def totals(self):
-        """Parameters and MACs before and after, with and without the attention products: a dict of ints."""
+        """A dict of ints: parameters and MACs, dense and with kept weights only, and MACs with attention products."""
         macs, after = sum(r.macs for r in self.rows), sum(r.macs_after for r in self.rows)
         return {
             "parameters": sum(r.parameters for r in self.rows) + self.other_parameters,
@@ -97,7 +97,7 @@ class Inspection:
         return "\n".join([table(head, body, left=(0, 1, 2, 7, 8), rule=True), "", *self.notes, self.summary()])
 
     def summary(self):
-        """The totals in three lines, saying which convention each MAC count follows."""
+        """The totals in three lines: parameters, MACs without and with the attention products."""
         t = self.totals()
         scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M")) if t["macs"] >= s), (1e3, "k"))
 
@@ -137,15 +137,15 @@ class Inspection:
 def inspect(
     model: nn.Module, example_inputs: tuple | dict | None = None, *, arch: str | None = None, batch: int = 1
 ) -> Inspection:
-    """Inspect a model: its linear and convolution layers, what each holds and costs.
+    """List the linear and convolution layers of a model with their parameters, MACs, pattern and back end.
 
-    Computes nothing (meta tensors), unless the model cannot run so; then it runs once, as it is.
+    Runs one forward on meta tensors, which computes nothing. If the model cannot run on them, it runs once for real.
 
     example_inputs: arguments at batch 1: a tuple for `model(*example_inputs)` or a dict for `model(**example_inputs)`;
         by default the model's own `example_inputs()`.
-    arch: None: the back ends that run now. One of ARCHS: those that the compressed model would use there, in bf16;
-        "cpu": on the CPU of this machine, in fp32.
-    batch: the number of images the back ends are chosen for.
+    arch: which hardware to show back ends for. None: what the model uses now. A name from ARCHS: what the compressed
+        model would use on that GPU in bf16. "cpu": on this machine's CPU in fp32.
+    batch: the number of images to choose back ends for.
     Raises: InputError if the model has no example_inputs and none are given, for an unknown arch, or a batch below 1.
     """
     if example_inputs is None:
@@ -158,21 +158,21 @@ def inspect(
         raise InputError(f"batch {batch}: must be at least 1")
     try:
         calls, attention = _count(model, example_inputs, on_meta=True)
-    except (NotImplementedError, RuntimeError, TypeError):  # a kernel without a meta form, or a value read on the way
+    except (NotImplementedError, RuntimeError, TypeError):  # no meta kernel, or code that reads a value
         calls, attention = _count(model, example_inputs, on_meta=False)
     layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
     notes = tuple(
-        f"{name}.{attribute} was replaced by a function, which a compressed model cannot take along"
+        f"{name}.{attribute} was replaced by a function: `compress` cannot copy it"
         for name, attribute in replaced_methods(model)
     )
     return Inspection(rows, other, attention, notes)
 
 
 def _is_layer(module):
-    """One of torch's layers or ours, or another library's linear layer (a quantised one, say), which has its sizes."""
+    """Whether it is a layer of torch, one of ours, or another library's linear layer that tells its sizes."""
     sized = isinstance(getattr(module, "in_features", None), int)
     wraps = any(isinstance(m, LAYERS) for m in module.modules())
     return isinstance(module, LAYERS + FOREIGN) or (sized and not wraps)
@@ -185,7 +185,7 @@ def _own_parameters(layer):
 def _weight_shape(layer):
     if isinstance(layer, Compressed):
         return layer.weight_shape
-    if isinstance(layer, nn.MultiheadAttention):  # the projections of q, k and v; that of the output is its own layer
+    if isinstance(layer, nn.MultiheadAttention):  # projections of q, k and v; the output projection is a layer itself
         return 3 * layer.embed_dim, layer.embed_dim
     if isinstance(layer, LAYERS + FOREIGN):
         return tuple(layer.weight.shape)
@@ -219,7 +219,7 @@ def _row(name, layer, calls, arch, batch):
         if layer.mask is not None:
             why = "its mask is frozen: freeze_mask(False) lets it change in training"
         if not calls.macs:
-            why = "not called in a forward: whatever reads its weight elsewhere passes over the mask"
+            why = "not called in a forward: code that reads its weight directly ignores the mask"
     elif compressed or not (why := uncompressed_because(layer)):
         backend, why = _sparse_backend(layer, shape, calls, arch, batch)
     return LayerRow(
@@ -246,7 +246,7 @@ def _foreign_reason(layer):
 
 
 def _sparse_backend(layer, shape, calls, arch, batch):
-    """(name, reason) of what computes the layer in compressed form."""
+    """(name, reason) of the back end that computes the compressed layer."""
     held = layer.values if isinstance(layer, Compressed) else layer.weight
     where, dtype = held.device, product_dtype(held)
     if arch:
@@ -263,22 +263,22 @@ def _sparse_backend(layer, shape, calls, arch, batch):
     others["image"] = calls.image
     request = conv_request(where, dtype, batch * calls.rows, *shape[:2], shape[2:], *geometry, **others)
     choice, why = rule_of_thumb(request)
-    return choice.backend, why if request.operation == CONV else f"a 1 x 1 kernel is a product over the pixels: {why}"
+    return choice.backend, why if request.operation == CONV else f"a 1 x 1 convolution is a matrix product: {why}"
 
 
 @dataclass
 class _Calls:
-    """What one forward at batch 1 showed of a layer: MACs of all calls, and of the largest call the rows and pixels."""
+    """A layer's calls in one forward at batch 1: the MACs of all calls; rows and image of the largest call."""
 
     macs: int = 0
     rows: int = 0  # of a Linear's input, or pixels of a convolution's output
-    image: tuple = (1, 1)  # (H', W') of that
+    image: tuple = (1, 1)  # (H', W') of that output
 
 
 def _count(model, example_inputs, on_meta):
     """({layer: _Calls}, MACs of the attention products), from one forward at batch 1.
 
-    The attention products are every product that torch's counter sees outside of the layers.
+    The attention products are all products that torch's counter sees outside the layers.
     """
     calls, counter = {}, FlopCounterMode(display=False)
     started, inside = [], []
@@ -325,10 +325,10 @@ def _count(model, example_inputs, on_meta):
 
 
 def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
-    """What one call of each sparse layer takes: {name: (microseconds of the dense layer, of the compressed one)}.
+    """Times one call of each sparse layer. Returns {name: (microseconds dense, microseconds compressed)}.
 
-    Each call has the shapes and the epilogue that it has in a forward of `model` at this batch size. Layers that agree
-    in these are timed once. Weights and inputs are random; `model` is not touched. Layers that cannot be compressed, or
+    A call has the shapes and the epilogue of a forward of `model` at this batch size. Layers with equal shapes and
+    epilogue are timed once. Weights and inputs are random; `model` is not changed. Layers that cannot be compressed, or
     are not called, are left out.
     """
     twin, calls, times = copy.deepcopy(model).to("meta").eval(), {}, {}
@@ -358,18 +358,18 @@ def time_report(model, batch=1):
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     times = time_layers(model, batch, device, dtype)
     if not times:
-        raise InputError("--time needs layers with a sparse weight, and there is none: give --pattern 2:4")
+        raise InputError("--time needs a layer with a sparse weight, and the model has none: give --pattern 2:4")
     rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}x") for name, (a, b) in times.items()]
     lines = [table(("layer", "dense us", "sparse us", "speed-up"), rows)]
     dense, best = sum(dense for dense, _ in times.values()), sum(min(pair) for pair in times.values())
-    what = torch.cuda.get_device_name() if on_gpu else "CPU: it says nothing about a GPU, whose tensor cores it lacks"
+    what = torch.cuda.get_device_name() if on_gpu else "CPU: no prediction for a GPU"
     lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; sparse where it gains: {best / 1e3:,.3f} ms"]
     return "\n".join([*lines, f"batch {batch}, {str(dtype).removeprefix('torch.')}, {what}"])
 
 
 def _dense_and_compressed(layer, call, device, dtype):
     layer = copy.deepcopy(layer).to_empty(device=device).to(dtype)
-    layer.set_pattern(layer.pattern)  # and no frozen mask, which would hold whatever the memory held
+    layer.set_pattern(layer.pattern)  # drops a frozen mask, whose memory is uninitialised
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     sized = tree_map(lambda x: torch.randn(x.shape, device=device, dtype=dtype) if torch.is_tensor(x) else x, call)
@@ -386,4 +386,4 @@ def _microseconds(run, device):
         start = time.perf_counter()
         run()
         times.append(1e6 * (time.perf_counter() - start))
-    return statistics.median(times[1:])  # the first chooses and prepares
+    return statistics.median(times[1:])  # the first call chooses a kernel and prepacks

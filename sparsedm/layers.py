@@ -1,12 +1,12 @@
 """A sparse layer in its two states: masked, to train and run anywhere; compressed, to run fast. Models: `sparsity.py`.
 
-Masked layer:      y = act(x (w * m)^T + b) * s + r, with m = the pattern's choice from w; w is the dense master weight.
-Backward:          dL/dw = dL/d(w * m), passed to all entries (straight-through), plus decay * (1 - m) * w (SR-STE,
-                   arXiv 2102.04010); `sparsity.set_masking` sets the decay, and multipliers for kept and dropped.
+Masked layer:      y = act(x (w * m)^T + b) * s + r; w is the dense weight that trains, m its mask.
+Backward:          dL/dw = dL/d(w * m) for all entries (straight-through), plus decay * (1 - m) * w (SR-STE,
+                   arXiv 2102.04010). `sparsity.set_masking` sets the decay, and factors for kept and dropped weights.
 
-A mask is a function of the pattern and of today's weight, whoever wrote it. Every forward selects it again;
-`sparsity.hold_masks` is the only place where a selection is used twice. Rounding may change which weights are the
-largest, so a cast to fewer bits freezes the mask first.
+The mask depends only on the pattern and the current values of the weight. It does not matter whether the optimizer, a
+checkpoint or your own code set those values. Every forward selects the mask anew; inside `sparsity.hold_masks` one mask
+serves all forwards. Rounding may change which weights are the largest: a cast to fewer bits freezes the mask first.
 """
 
 import math
@@ -66,7 +66,7 @@ def invalid_because(weight, pattern):
 
 
 class Masked:
-    """What Linear and Conv2d share: the pattern, the choice of the mask, and the gradient rule.
+    """What Linear and Conv2d share: the pattern, the mask, and the gradient rule.
 
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
     rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
@@ -80,7 +80,7 @@ class Masked:
         self.dense_reason = "no pattern was set"
         self.rule = STE
         self.register_buffer("mask", None)
-        self._held = None  # (the weight, its Selection), inside of `hold_masks`
+        self._held = None  # (the weight, its Selection) inside `hold_masks`
         self._hooked = None  # (the weight whose hook adds the decay,)
         self.pattern = None
         if pattern is not None:
@@ -96,15 +96,15 @@ class Masked:
         self.dense_reason = None if pattern else "no pattern was set"
 
     def freeze_mask(self, frozen=True):
-        """Keep today's mask from now on, whatever the weight does; with frozen=False select it again in each forward.
+        """frozen=True: keep the current mask, even if the weight changes. frozen=False: each forward selects it anew.
 
-        A cast to fewer bits, such as `model.half()`, freezes the masks of the weights before the cast.
+        A cast to fewer bits, such as `model.half()`, first freezes the mask.
         """
         self.mask = self.current_mask().clone() if frozen else None
         self._held = None
 
     def current_mask(self):
-        """bool, shape of the weight: what the layer multiplies its weight with. All true when dense."""
+        """The mask: bool, with the weight's shape. All true if the layer is dense."""
         if self.pattern is None:
             return torch.ones_like(self.weight, dtype=torch.bool)
         if self._held and self._held[0] is self.weight:
@@ -112,11 +112,11 @@ class Masked:
         return self.selection(self.weight.dtype).mask if self.mask is None else self.mask
 
     def effective_weight(self):
-        """The weight that multiplies x, in the dtype of the product, with the straight-through gradient attached."""
+        """The weight that multiplies x, in the dtype of the product. Its gradient is straight-through."""
         return self._weight_and_mask()[0]
 
     def _weight_and_mask(self):
-        """`effective_weight()`, and its mask where it gets a gradient through one, else None."""
+        """`effective_weight()`, and its mask if it gets a gradient through one, else None."""
         if self.pattern is None:
             return self.weight, None
         masked, mask, *_ = self.selection(product_dtype(self.weight))
@@ -125,7 +125,10 @@ class Masked:
         return straight_through(self.weight, masked, mask, self.rule_of_forward()), mask
 
     def rule_of_forward(self):
-        """The rule, without a decay that a hook of the weight adds: once per backward, however often it is used."""
+        """The gradient rule. Its decay is 0 if a hook on the weight adds the decay.
+
+        The hook runs once per backward, even if the layer is called several times.
+        """
         if not (self.rule.decay and torch.is_grad_enabled() and self.weight.requires_grad):
             return self.rule
         if not transformed():
@@ -134,20 +137,20 @@ class Masked:
         return self.rule._replace(decay=0.0) if hooked else self.rule
 
     def hook_decay(self):
-        """See to it that a hook of the weight adds the decay, unless the weight is computed from other tensors."""
+        """Make a hook on the weight add the decay. Does nothing if the weight is computed from other tensors."""
         weight = self.weight
         if (self._hooked and self._hooked[0] is weight) or not (weight.requires_grad and weight.is_leaf):
             return
         there = [hook for hook in (weight._backward_hooks or {}).values() if isinstance(hook, _Decay)]
         if there and not there[0].acts():
-            there[0].layer = self  # the other layer of a tied weight is dense by now
+            there[0].layer = self  # the other layer of a tied weight became dense
         elif not there:
             weight.register_hook(_Decay(self))
         self._hooked = (weight,)
 
     @torch.no_grad()
     def selection(self, dtype):
-        """The Selection of today's weight, the masked weight in `dtype`, with bits where a kernel may want them."""
+        """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them."""
         weight, mask = self.weight.detach(), self.mask
         if self._held and self._held[0] is self.weight and not exporting():
             if self._held[1].masked.dtype == dtype:
@@ -165,14 +168,12 @@ class Masked:
             if after != before and after.itemsize <= before.itemsize:
                 self.freeze_mask()
                 if self.training:
-                    text = (
-                        f"the cast to {after} froze the masks of today's weights: freeze_mask(False) lets them change"
-                    )
-                    warnings.warn(f"{text} again (or sparsify after the cast)", stacklevel=3)
+                    text = f"the cast to {after} froze the masks: freeze_mask(False) lets them change again"
+                    warnings.warn(f"{text} (or sparsify after the cast)", stacklevel=3)
         super()._apply(fn, recurse)
         self._held = None
         if self.mask is not None:
-            self.mask = self.mask.bool()  # `module.type(dtype)` casts masks, too
+            self.mask = self.mask.bool()  # `module.type(dtype)` also casts masks
         return self
 
     def __getstate__(self):
@@ -185,11 +186,11 @@ class Masked:
 
     @property
     def W_q(self):
-        """peft asks a layer that has this attribute for its weight by `dequantize`."""
+        """peft calls `dequantize` to read the weight of a layer that has this attribute."""
         return self.weight
 
     def dequantize(self):
-        """What peft's DoRA and its like multiply by, without calling the layer. Raises: InputError if it is masked."""
+        """The weight for peft's DoRA and the like, which do not call the layer. Raises InputError if it is masked."""
         if self.pattern is None:
             return self.weight
         raise InputError("this method (DoRA, PiSSA ...) reads a layer's weight past its mask: use plain LoRA instead")
@@ -200,7 +201,7 @@ class Masked:
 
 
 class _Decay:
-    """A hook of a weight: adds decay * (1 - m) * w to its gradient."""
+    """A hook on a weight: adds decay * (1 - m) * w to its gradient."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -235,9 +236,9 @@ class Linear(Masked, nn.Linear):
         self._start_masking(pattern, activation)
 
     def forward(self, x, residual=None, skip=None, scale=None):
-        """x (..., K); skip (..., K2) or None: a second source, K + K2 inputs in all; residual (..., N) or None.
+        """x (..., K). skip (..., K2) or None: more inputs, K + K2 in all. residual (..., N) or None.
 
-        scale: (N,), or (B, N) with B the first of x's dimensions: the gate of each image; or None.
+        scale: None, (N,), or (B, N) with B the first dimension of x: the gate of each image.
         """
         if skip is not None:
             x = torch.cat((x, skip), -1)
@@ -255,7 +256,7 @@ class Linear(Masked, nn.Linear):
 
 
 class Conv2d(Masked, nn.Conv2d):
-    """`nn.Conv2d` with a pattern along the input channels at each (out, kh, kw), and a fused epilogue."""
+    """y = act(conv2d(x, w * m) + b) + r: `nn.Conv2d` with a pattern along the input channels at each (out, kh, kw)."""
 
     def __init__(self, *args, pattern: str | Pattern | None = None, activation: str | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -271,24 +272,25 @@ class Conv2d(Masked, nn.Conv2d):
 class Compressed(nn.Module):
     """What CompressedLinear and CompressedConv2d share: the weight as rows of values and their positions.
 
-    The positions are the buffer `metadata` of int16 words for 2:4, else the buffer `bits` of int32 words, as
-    `sparse24.format` describes them. Both are held as uint8, because collectives such as a broadcast have no int16.
-    weight_shape: of the dense weight. Its rows are (out, in), or (out, kh * kw * in) of a convolution.
+    For 2:4 the positions are the buffer `metadata` of int16 words, else the buffer `bits` of int32 words; see
+    `sparse24.format`. Both buffers are uint8, because collectives such as a broadcast do not take int16.
+    weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
+    kh * kw * in weights before compression.
     """
 
     def __init__(self, layer, values, words, pattern):
-        """layer: what to replace; its weight as values and words of the pattern."""
+        """layer: the layer to replace. values, words: its weight, packed."""
         super().__init__()
         self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
         self.pattern, self._positions = pattern, "metadata" if pattern == TWO_FOUR else "bits"
         self.register_buffer("values", values)
         self.register_buffer(self._positions, words.view(torch.uint8))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-        self._prepacked = {}  # the same weight in the order a kernel reads it, made at the first call
-        self._cast = None  # under autocast: (what the values were, the values in its dtype)
+        self._prepacked = {}  # the weight in the order a kernel reads, made at the first call; and `dispatch`'s choices
+        self._cast = None  # under autocast: (what identifies the values, the values in autocast's dtype)
 
     def _operands(self, *tensors):
-        """(values, *tensors) in the dtype of the product, which under autocast is not that of the values."""
+        """(values, *tensors) in the dtype of the product: under autocast that is autocast's dtype."""
         dtype = product_dtype(self.values)
         if dtype == self.values.dtype:
             return self.values, *tensors
@@ -301,19 +303,19 @@ class Compressed(nn.Module):
             self._cast = key, self.values.to(dtype)
         return self._cast[1], *tensors
 
-    def words(self, held=None):
-        """The positions as words: int16 metadata of 2:4, else int32 bits. held: others than the layer's own."""
-        held = getattr(self, self._positions) if held is None else held
-        return held.view(torch.int16 if self.pattern == TWO_FOUR else torch.int32)
+    def words(self, stored=None):
+        """The positions as words: int16 metadata for 2:4, else int32 bits. stored: a buffer; default: the layer's."""
+        stored = getattr(self, self._positions) if stored is None else stored
+        return stored.view(torch.int16 if self.pattern == TWO_FOUR else torch.int32)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         name = f"{prefix}{self._positions}"
         if name in state_dict:
-            held = state_dict[name].view(torch.uint8)  # older files hold int16
-            state_dict = {**state_dict, name: held}
-            if held.shape == getattr(self, self._positions).shape:  # else torch says so
+            stored = state_dict[name].view(torch.uint8)  # older files hold int16
+            state_dict = {**state_dict, name: stored}
+            if stored.shape == getattr(self, self._positions).shape:  # else torch raises its own error
                 try:
-                    check_metadata(self.words(held), self.pattern, math.prod(self.weight_shape[1:]))
+                    check_metadata(self.words(stored), self.pattern, math.prod(self.weight_shape[1:]))
                 except InputError as error:
                     raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -324,16 +326,19 @@ class Compressed(nn.Module):
             raise InputError(f"x has {width} {name}, and the layer's weight {self.weight_shape} takes {expected}")
 
     def measured(self, rows=None):
-        """What the GPU's tables say of the latest new size, or of `rows` rows (`dispatch.Measured`); None before."""
+        """Timings (`dispatch.Measured`) for inputs of `rows` rows, None if there are none.
+
+        rows: by default the size that this layer met for the first time most recently.
+        """
         return last_measured(self._prepacked, rows)
 
     @property
     def weight(self):
-        """`dense_weight()`, made at every access: for code that asks a layer for its weight, or for its dtype."""
+        """`dense_weight()`, computed at every access: for code that reads a layer's weight, or its dtype."""
         return self.dense_weight()
 
     def masked(self):
-        """A layer with the dense weight and the pattern, to be trained on."""
+        """The masked layer of the same weight and pattern, for further training."""
         layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
         layer.set_pattern(self.pattern)
@@ -347,7 +352,7 @@ class Compressed(nn.Module):
 
 
 def _packed(rows, pattern):
-    """`pack`, or on the meta device its shapes."""
+    """`pack`; on the meta device, tensors of the same shapes."""
     if not rows.is_meta:
         return pack(rows, pattern)
     N, K = rows.shape
@@ -362,9 +367,9 @@ class CompressedLinear(Compressed):
     """y = act([x | skip] w^T + b) * s + r from values (N, K * density) and their positions; inference only."""
 
     def __init__(self, layer, rows=None):
-        """layer: what to replace; rows: its weight, if not the layer's own.
+        """layer: the layer to replace. rows (out, in): the weight to pack; default: the layer's.
 
-        Raises: InputError if it does not hold the layer's pattern, or 2:4 if that has none.
+        Raises InputError if that weight does not fit the layer's pattern (2:4 if the layer has no pattern).
         """
         pattern = layer.pattern or TWO_FOUR
         if rows is None and layer.pattern == TWO_FOUR and layer.mask is None and kernels_serve(layer.weight):
@@ -380,7 +385,7 @@ class CompressedLinear(Compressed):
     def forward(self, x, residual=None, skip=None, scale=None):
         self._check_width(x.shape[-1] + (0 if skip is None else skip.shape[-1]), "features")
         values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
-        dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # as a sum of tensors has
+        dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # the dtype of their sum
         rest = {
             "skip": skip,
             "scale": scale,
@@ -391,14 +396,14 @@ class CompressedLinear(Compressed):
         return sparse24_linear(x, values, self.words(), bias, self.activation, residual, **rest)
 
     def dense_weight(self):
-        """The weight (N, K) that values and positions stand for, bit for bit."""
+        """The masked weight (N, K), bit for bit."""
         return unpack(self.values, self.words(), self.in_features, self.pattern)
 
 
 class CompressedConv2d(Compressed):
     """y = act(conv2d(x, w) + b) + r from values and positions of the rows (out, kh * kw * in); inference only.
 
-    y is in channels_last, whatever x is: the order that the kernels compute in.
+    y is always in channels_last, the order that the kernels write.
     """
 
     def __init__(self, layer):
@@ -435,10 +440,10 @@ class CompressedConv2d(Compressed):
         return y + residual if apart else y
 
     def dense_weight(self):
-        """The weight (out, in, kh, kw) that values and positions stand for, bit for bit."""
+        """The masked weight (out, in, kh, kw), bit for bit."""
         out, cin, kh, kw = self.weight_shape
         rows = unpack(self.values, self.words(), cin * kh * kw, self.pattern)
         return ungroup(rows.reshape(out * kh * kw, cin), self.weight_shape).contiguous()
 
 
-Linear24, Conv2d24 = CompressedLinear, CompressedConv2d  # their names while 2:4 was the only pattern they held
+Linear24, Conv2d24 = CompressedLinear, CompressedConv2d  # names from when 2:4 was the only pattern

@@ -1,10 +1,11 @@
-"""Models and their tensors in files: safetensors, whole or in shards, and other people's .pth, .pt, .th, .bin.
+"""Models and their tensors in files: safetensors, whole or in shards, and other programs' .pth, .pt, .th, .bin.
 
-A model file's header says what model it is, so that `load_model` can build it again. Reading runs no code of a file:
-nothing of ours is pickled, and a foreign .pth is read by torch's restricted unpickler, which refuses code.
+The header of a model file describes the model, so that `load_model` can build it again. Reading a file never runs code
+from it: our own files hold no pickles, and torch's restricted unpickler, which refuses code, reads a foreign .pth.
 
-Shards follow the custom of the hubs: name.safetensors.index.json lists which tensor is in which
-name-00001-of-00003.safetensors. It is written last: a writing cut short leaves no index, rather than a mixture.
+Shards are laid out as on the model hubs: name.safetensors.index.json lists which tensor is in which
+name-00001-of-00003.safetensors. The index is written last. If writing is interrupted there is no index, so old and new
+shards are never mixed.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_nam
 
 INDEX = ".index.json"
 KINDS = ("dense", "masked", "compressed")
-FORMAT = 2  # of a model file. In files without this number, format 1, every compressed layer is 2:4
-# what training scripts call a network and the average of its weights, beside or before the names of their tensors
+FORMAT = 2  # of a model file. A file without this number has format 1: every compressed layer is 2:4
+# the names that training scripts give to a network and to its averaged weights
 AVERAGES = ("ema", "model_ema", "ema_model", "net_ema", "nnet_ema", "state_dict_ema", "ema_state_dict", "params_ema")
 NETWORKS = ("model", "state_dict", "net", "nnet", "net_model", "network", "params", "module", "_orig_mod", "unet")
 
@@ -42,18 +43,18 @@ def write_tensors(file, tensors, header):
     # the format has no strides: a channels-last weight is written in the usual order
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     addresses = set()
-    for name, value in tensors.items():  # nor can it hold one memory under two names, as tied weights are
+    for name, value in tensors.items():  # nor shared memory: a tied weight is written twice
         if value.numel() and value.data_ptr() in addresses:
             tensors[name] = value.clone()
         addresses.add(value.data_ptr())
     try:
         save_file(tensors, file, metadata=header or None)
     except SafetensorError as error:
-        raise OSError(str(error)) from error  # it is one: the disk is full, or the like
+        raise OSError(str(error)) from error  # such as a full disk
 
 
 def write_shards(file, tensors, header, shard_bytes):
-    """Write named tensors as files of at most `shard_bytes` (or one tensor), and FILE.index.json, which is returned."""
+    """Write named tensors as files of at most `shard_bytes` (or one tensor), and FILE.index.json. Returns its path."""
     file = Path(file)
     shards = [{}]
     for name, value in tensors.items():
@@ -77,9 +78,9 @@ def write_shards(file, tensors, header, shard_bytes):
 def read_tensors(file, weights="average"):
     """(tensors by name, header) of a .safetensors file, an index of shards, or a foreign file.
 
-    Of several state dicts in a foreign file the average of the weights is taken if there is one, with weights="raw" the
-    network that was trained. The header then says so under "taken", and is empty where there was no choice.
-    Raises: InputError: missing, truncated, holding code, or holding no state dict.
+    A foreign file may hold several state dicts. By default the averaged weights are read, if present; weights="raw"
+    reads the trained weights. If there was a choice, header["taken"] says which was read.
+    Raises: InputError if the file is missing or truncated, holds code, or holds no state dict.
     """
     file = Path(file)
     regular_file(file)
@@ -89,19 +90,19 @@ def read_tensors(file, weights="average"):
         if file.suffix not in (".pth", ".pt", ".th", ".bin", ".ckpt"):
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-        # a Namespace of options, which many training scripts add, is no more than a dict;
-        # and torch warns about pickle's protocols, which nobody can act on
+        # many training scripts add a Namespace of options, which is as safe as a dict;
+        # torch's warning about pickle protocols is of no use to the reader
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{file} is refused: it is damaged, or holds more than tensors and might run code") from error
     except InputError:
         raise
-    except Exception as error:  # of a damaged file any: torch's unpickler reads on until something gives way
+    except Exception as error:  # torch's unpickler may raise anything on a damaged file
         reason = (str(error) or "it ends too early").splitlines()[0]
         raise InputError(f"{file} is missing, truncated or of another format: {reason}") from error
     header = {}
-    if isinstance(tensors, list | tuple):  # ermongroup/ddim: network, optimizer, epoch, step, and the average if any
+    if isinstance(tensors, list | tuple):  # ermongroup/ddim: network, optimizer, epoch, step, EMA if any
         states = list(filter(_is_state_dict, tensors))
         tensors = dict(zip(("model", "ema"), [states[0], *states[1:][-1:]])) if states else None
     if isinstance(tensors, dict) and not _is_state_dict(tensors):
@@ -112,7 +113,10 @@ def read_tensors(file, weights="average"):
 
 
 def one_network(tensors, weights="average"):
-    """(tensors, header) without what all names begin with, such as "module."; one of several, as in `read_tensors`."""
+    """Strips a prefix that all names share, such as "module.". Returns (tensors, header).
+
+    If the prefixes name several networks, one is chosen as in `read_tensors`.
+    """
     header = {}
     while True:
         groups = {}
@@ -133,11 +137,11 @@ def _is_state_dict(found):
 
 
 def _choose(states, weights):
-    """(the average or the network among state dicts by name, what to say about it); (None, {}) if neither is there."""
+    """Choose the averaged or the trained weights from {name: state dict}. Returns (state dict or None, header)."""
     order = AVERAGES + NETWORKS if weights == "average" else NETWORKS + AVERAGES
     found = [name for name in order if states.get(name)]
     others = ", ".join(map(repr, found[1:]))
-    header = {"taken": f"{found[0]!r} was taken, and {others} beside it left"} if others else {}
+    header = {"taken": f"{found[0]!r} was read, {others} ignored"} if others else {}
     return (states[found[0]] if found else None), header
 
 
@@ -146,7 +150,7 @@ def _read_shards(index):
     places, header = listing["weight_map"], listing.get("metadata")
     if not places or not all(isinstance(place, str) for place in places.values()):
         raise InputError(f"{index} is damaged: it must map each tensor to its file under weight_map")
-    shards = sorted({Path(place).name for place in places.values()})  # beside the index and nowhere else
+    shards = sorted({Path(place).name for place in places.values()})  # only files beside the index
     if any(shard.endswith(INDEX) for shard in shards):
         raise InputError(f"{index} is damaged: it names an index as a file of tensors")
     tensors = {}
@@ -165,15 +169,15 @@ def _kind(tensor):
 
 
 def fill(model, tensors, file):
-    """Load `tensors` into `model`; one on the meta device takes them over as they are, without a copy.
+    """Load `tensors` into `model`. A model on the meta device uses the tensors themselves, without a copy.
 
-    Raises: InputError listing what is missing, unexpected or of another shape.
+    Raises: InputError that lists what is missing, unexpected, or of another shape or kind.
     """
     expected = model.state_dict()
     for name, value in tensors.items():
         words = value.dtype in (torch.int16, torch.int32) and value.dim() > 0
         if words and name in expected and expected[name].dtype == torch.uint8:
-            tensors = tensors | {name: value.view(torch.uint8)}  # as older files hold the metadata
+            tensors = tensors | {name: value.view(torch.uint8)}  # metadata in older files
     tied = [[name for name in names if name in tensors] for names in parameter_names(model)]
     problems = {
         "missing": [name for name in expected if name not in tensors],
@@ -183,7 +187,7 @@ def fill(model, tensors, file):
             for name, value in tensors.items()
             if name in expected and value.shape != expected[name].shape
         ],
-        "tied in the model and apart in the file": [
+        "tied in the model but different in the file": [
             name for names in tied for name in names[1:] if not torch.equal(tensors[name], tensors[names[0]])
         ],
         "of another kind": [
@@ -201,7 +205,7 @@ def fill(model, tensors, file):
         raise InputError(f"{file} does not fit the model: {'; '.join(listed)}")
     assign = any(value.is_meta for value in expected.values())
     model.load_state_dict(tensors, assign=assign)
-    if assign:  # which gives each name a parameter of its own
+    if assign:  # assigning unties the weights
         for names in tied:
             for name in names[1:]:
                 path, _, last = name.rpartition(".")
@@ -213,7 +217,7 @@ def fill(model, tensors, file):
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What `load_model` found. model is in eval mode; kind: "dense", "masked" or "compressed"."""
+    """The result of `load_model`. model: in eval mode. kind: "dense", "masked" or "compressed"."""
 
     model: nn.Module
     kind: str
@@ -221,7 +225,7 @@ class Loaded:
     state: dict  # a checkpoint's state.json: step and so on; empty for a single file
 
 
-_WRAPPERS = {  # class of torch's: where it holds the module inside
+_WRAPPERS = {  # wrapper class of torch: the attribute that holds the module
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -231,12 +235,15 @@ _WRAPPERS = {  # class of torch's: where it holds the module inside
 
 
 def _inside(module):
-    """The name under which a wrapper holds its module, or None."""
+    """The attribute in which a wrapper of torch holds its module; None if `module` is no such wrapper."""
     return _WRAPPERS.get(type(module).__name__) if type(module).__module__.startswith("torch.") else None
 
 
 def unwrapped(model):
-    """(the model inside of torch.compile, DDP and the like, a function from a name in it to that without wrappers)."""
+    """Returns (model, plain): the model inside torch.compile, DDP and similar wrappers, and a function of a name.
+
+    plain(name): the name without the parts of wrappers.
+    """
     while inside := _inside(model):
         model = getattr(model, inside)
     wrappers = {f"{name}.{_inside(m)}" for name, m in model.named_modules() if _inside(m)}
@@ -249,7 +256,7 @@ def unwrapped(model):
 
 
 def describe(model):
-    """{"kind", "config", "patterns"}: what `load_model` needs, beside the tensors, to build the model again.
+    """{"kind", "config", "patterns"}: what `load_model` needs in addition to the tensors to build the model again.
 
     Raises: InputError if `model.config` is neither a dataclass nor JSON.
     """
@@ -261,7 +268,7 @@ def describe(model):
     try:
         json.dumps(config)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{type(model).__name__}.config cannot be kept in a file, it is not JSON: {error}") from None
+        raise InputError(f"{type(model).__name__}.config cannot be saved: it is not JSON: {error}") from None
     return {
         "kind": "compressed" if compressed else "masked" if masked else "dense",
         "config": config,
@@ -272,13 +279,13 @@ def describe(model):
 def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None = None) -> Path:
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
-    What torch.compile, DDP and the like wrap is written without the wrapper. shard_bytes: split it into files of at
-    most that size beside FILE.index.json, whose path is returned.
-    Raises: InputError before anything is written: another suffix, a config that is not JSON, sharded weights.
+    Wrappers such as torch.compile and DDP are left out. shard_bytes: split the model into files of at most this size
+    and write FILE.index.json; returns the path of the index.
+    Raises: InputError, before anything is written, for another suffix, a config that is not JSON, or sharded weights.
     """
     file = Path(file)
     if file.suffix != ".safetensors":
-        raise InputError(f"{file}: a model is saved as .safetensors, and load_model goes by the name")
+        raise InputError(f"{file}: a model file must be named .safetensors")
     tensors, header = _contents(model)
     if shard_bytes:
         return write_shards(file, tensors, header, shard_bytes)
@@ -297,10 +304,11 @@ def load_model(
 ) -> Loaded:
     """Build a model from a run folder, a checkpoint folder, a model file, an index of shards, or a foreign file.
 
-    build: config -> model; called with the config the file holds (a dict) or, where it holds none, with `config`.
-    which: "ema" or "model", for the folders. Of a chain's folder the last stage that has a checkpoint is read.
-    convert: for foreign files (.safetensors, .pth, .pt, .bin), their state dict -> ours. Returns Loaded, on the CPU.
-    Raises: InputError: unreadable, truncated, holding code, or not fitting the model (keys and shapes are listed).
+    build: config -> model. It gets the config in the file (a dict), or `config` if the file has none.
+    which: "ema" or "model", for folders. In the folder of a chain, the last stage with a checkpoint is read.
+    convert: state dict of a foreign file (.safetensors, .pth, .pt, .bin) -> ours. Returns Loaded, on the CPU.
+    Raises: InputError if the file is unreadable or truncated, holds code, or does not fit the model (keys and shapes
+    are listed).
     """
     file, state = _find(Path(path), which)
     tensors, header = read_tensors(file)
@@ -311,7 +319,7 @@ def load_model(
         if type(version) is not int or version < 1:
             raise InputError(f"the header of {file} is damaged: its format is {version!r}")
         if version > FORMAT:
-            raise InputError(f"{file} is of format {version}, and this sparsedm reads up to {FORMAT}: update it")
+            raise InputError(f"{file} is of format {version}, and this sparsedm reads up to {FORMAT}: update sparsedm")
         if description["kind"] not in KINDS or not all(isinstance(pattern, str) for pattern in patterns.values()):
             raise InputError(
                 f"the header of {file} is damaged: it must name a kind of {', '.join(KINDS)}, and patterns"
@@ -359,12 +367,12 @@ def _find(path, which):
 
 
 def checkpoints(folder):
-    """The checkpoints of a run folder, the oldest first."""
+    """The checkpoints of a run folder, oldest first."""
     return sorted(Path(folder).glob("checkpoints/step-*"))
 
 
 def write_model(file, model):
-    """`save_model` to one file, but not atomic by itself."""
+    """Like `save_model` to one file, but not atomic."""
     write_tensors(file, *_contents(model))
 
 

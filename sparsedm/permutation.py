@@ -1,16 +1,16 @@
-"""Channels in another order, so that pruning N of every M keeps more of the weights; what the network computes stays.
+"""Reorder hidden channels so that N:M pruning keeps more of the weights. The network computes the same function.
 
-A hidden channel may stand anywhere as long as the layer that makes it and the layer that reads it agree: the rows of
-the one and the columns of the other are permuted together, once, offline, and inference costs nothing. Here that is
+A hidden channel can have any index, as long as the layer that writes it and the layer that reads it agree. The rows of
+the writer and the columns of the reader are permuted together, once, offline; inference costs nothing extra. The links:
 
-    mlp         fc1 -> fc2, and diffusers' ff.net.0.proj -> ff.net.2 (gated ones too)
-    attention   the values -> the projection of the output, within each head
+    mlp         fc1 -> fc2, and diffusers' ff.net.0.proj -> ff.net.2 (also gated)
+    attention   the values -> the output projection, within each head
 
-in blocks of our models, diffusers' and timm's ViT, whose code is known, where no other weights stand between the two.
+They are known in blocks of our models, of diffusers and of timm's ViT, if no other weights stand between the two.
 
-Only the readers gain, because groups run along inputs. The search is that of Pool and Yu, "Channel Permutations for N:M
-Sparsity" (NeurIPS 2021), in its smallest form: pairs of groups are drawn at random and their 2M channels shared out
-between the two in the best of all ways; no step can lose.
+Only the reader keeps more, because groups run along inputs. The search is the smallest form of Pool and Yu, "Channel
+Permutations for N:M Sparsity" (NeurIPS 2021): draw pairs of groups at random, and divide their 2M channels between the
+two groups in the best way. No step keeps less.
 """
 
 import collections
@@ -29,14 +29,14 @@ LARGEST_GROUP = 4  # two groups of 4 have 35 ways to share their channels, two o
 
 
 class Gain(NamedTuple):
-    """The part of sum |w| that the pattern keeps in one layer, before and after."""
+    """The share of sum |w| that the pattern keeps in one layer, before and after."""
 
     before: float
     after: float
 
 
 class _Link(NamedTuple):
-    """Channels from one layer to another. rows: where in the maker's output they stand, once or (gated) twice, each
+    """Channels from one layer to another. rows: their places in the maker's output, once or (gated) twice, each
     (channels,). heads: how many parts of equal size may not mix."""
 
     maker: nn.Linear
@@ -49,11 +49,11 @@ class _Link(NamedTuple):
 def permute_channels(
     model: nn.Module, pattern: str | Pattern = "2:4", *, rounds: int = 200, seed: int = 0, progress: bool = False
 ) -> dict[str, Gain]:
-    """Permute the hidden channels of `model` in place, before it is sparsified. Returns {reader's name: Gain}.
+    """Permute the hidden channels of `model` in place, before `sparsify`. Returns {reader's name: Gain}.
 
-    pattern: N:M with M up to 4. rounds: of the search, in each of which every channel may move once. The output changes
-    by rounding only.
-    Raises: InputError if no layers are known to be linked so, if their masks are frozen, or for a larger group.
+    The output changes by rounding only. pattern: N:M with M up to 4. rounds: search rounds; in each round every channel
+    may move once.
+    Raises: InputError if the model has no known link, a mask is frozen, or M is above 4.
     """
     pattern = Pattern.parse(pattern)
     if pattern is None or pattern.group > LARGEST_GROUP:
@@ -79,21 +79,21 @@ def permute_channels(
 
 
 def kept(weight, pattern):
-    """The part of sum |weight| (N, K) that `pattern` keeps: 1 for a weight that has it already, 1 for zeros."""
+    """The share of sum |weight| (N, K) that `pattern` keeps: 1 for a weight that already has it, 1 for zeros."""
     magnitude = weight.detach().abs().double()
     total = magnitude.sum().item()
     return magnitude.view(len(weight), -1, pattern.group).topk(pattern.keep, -1).values.sum().item() / (total or 1)
 
 
 def search(weight, pattern, heads, rounds, generator):
-    """(K,) int64: the order of the columns of weight (N, K) that was found to keep the most; heads do not mix."""
+    """(K,) int64: the best order found for the columns of weight (N, K). Heads do not mix."""
     M, columns = pattern.group, weight.shape[1]
     magnitude = weight.detach().float().abs().t().contiguous()  # (K, N): channels are rows
     order = torch.arange(columns, device=weight.device)
     groups = columns // heads // M  # of each head
     for _ in range(rounds if groups > 1 else 0):
         drawn = torch.stack([torch.randperm(groups, generator=generator) for _ in range(heads)])
-        drawn = drawn[:, : groups // 2 * 2] + groups * torch.arange(heads)[:, None]  # an odd one out rests
+        drawn = drawn[:, : groups // 2 * 2] + groups * torch.arange(heads)[:, None]  # an odd group waits
         drawn = drawn.view(-1, 2).to(weight.device)
         pairs = order.view(-1, M)[drawn].flatten(1)  # the 2M channels of each pair of groups
         channels = magnitude[pairs].unbind(1)  # 2M of (pairs, N)
@@ -101,17 +101,17 @@ def search(weight, pattern, heads, rounds, generator):
         for way in _ways(M):
             halves = [channels[c] for c in way[:M]], [channels[c] for c in way[M:]]
             keeps = sum(_top(half, pattern.keep).sum(1) for half in halves)
-            if most is None:  # as they stand
+            if most is None:  # the current order comes first
                 most = keeps
                 continue
-            better = keeps > most * (1 + 1e-6)  # rounding alone moves nothing
+            better = keeps > most * (1 + 1e-6)  # rounding must not move channels
             best, most = torch.where(better[:, None], pairs[:, way], best), torch.where(better, keeps, most)
         order.view(-1, M)[drawn] = best.view(-1, 2, M)
     return order
 
 
 def _ways(M):
-    """Every way to share 2M channels between two groups of M, as they stand first: lists of the 2M numbers."""
+    """All ways to divide 2M channels between two groups of M: lists of the 2M numbers, the current order first."""
     halves = [(0, *rest) for rest in itertools.combinations(range(1, 2 * M), M - 1)]
     return [[*half, *(c for c in range(2 * M) if c not in half)] for half in halves]
 
@@ -159,7 +159,7 @@ def _links(model):
 
 
 def _link(modules, name, maker_name, maker, reader):
-    """The _Link of a maker and a reader, or None where something unknown may stand between them."""
+    """The _Link of a maker and a reader, or None if something unknown may stand between them."""
     attention = "attn.proj" in name or "to_out" in name
     parent = modules[re.sub(r"\.(fc2|net\.2|proj|to_out\.0)$", "", name)]
     two = {id(p) for layer in (maker, reader) for p in layer.parameters()}

@@ -15,6 +15,7 @@ STYLE = {
     "text.parse_math": False,  # names of files and folders may hold a $
     "axes.grid": True,
     "grid.alpha": 0.25,
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
@@ -23,19 +24,24 @@ STYLE = {
 
 
 @contextlib.contextmanager
-def picture(path, size):
-    """Yield an empty matplotlib Figure of `size` inches; on a clean exit it is written to `path`, by its suffix."""
+def picture(path, size=None, dpi=120, **style):
+    """Yield an empty matplotlib Figure of `size` inches; on a clean exit it is written to `path`, by its suffix.
+
+    A figure that is still empty then is not written. style: rc parameters, beside those of every picture.
+    """
     from matplotlib import rc_context  # late: whoever draws nothing need not wait for it
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    with rc_context(STYLE):
+    with rc_context(STYLE | style):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
+        if not figure.axes:
+            return
         for text in figure.findobj(Text):
             text.set_text(printable(text.get_text()))
         with atomic_file(path) as partial:
-            figure.savefig(partial, dpi=120)
+            figure.savefig(partial, dpi=dpi)
 
 
 def printable(text):

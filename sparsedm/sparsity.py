@@ -1,4 +1,4 @@
-"""Whole models: `sparsify` gives layers a pattern, `compress` makes the form that runs, `decompress` goes back."""
+"""Whole models: `sparsify` gives layers a pattern, `compress` makes the fast form, `decompress` goes back."""
 
 import contextlib
 import copy
@@ -7,12 +7,13 @@ import inspect
 import itertools
 import re
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import nn
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
@@ -38,8 +39,8 @@ _TRANSFORMER = (
     r"|ff(_context)?\.net\.(0\.proj|2)|proj_(mlp|out))$"
 )
 _SMALL = "an embedding, a modulation or an end layer: few MACs, and every token depends on it"
-FAMILIES = {  # class of the model: (the layers to make sparse unless told otherwise, why the others stay dense)
-    "UNet2DModel": (r"^(?!conv_in$)", "the first convolution, of few channels"),  # the layers of our own DDPM
+FAMILIES = {  # class of the model: (the layers that are sparse by default, why the others stay dense)
+    "UNet2DModel": (r"^(?!conv_in$)", "the first convolution, of few channels"),  # the same layers as in our DDPM
     "UNet2DConditionModel": (r"(down|mid|up)_blocks?\.(?!.*time_emb_proj$)", _SMALL),
     "DiTTransformer2DModel": (_TRANSFORMER, _SMALL),
     "PixArtTransformer2DModel": (_TRANSFORMER, _SMALL),
@@ -50,10 +51,10 @@ FAMILIES = {  # class of the model: (the layers to make sparse unless told other
 
 
 def _selection(model, where):
-    """((name, module) -> whether it is selected, name -> why it stays dense if it is not)."""
+    """Returns two functions: (name, module) -> is it selected; name -> why an unselected layer stays dense."""
     if where is not None:
         return _selector(model, where), lambda name: "not selected"
-    known = {}  # prefix of its names -> (selector, reason): the model itself, or those in a wrapper as DDP or PEFT
+    known = {}  # prefix of its names -> (selector, reason): the model itself, or models in a wrapper such as DDP, PEFT
     for name, module in model.named_modules():
         where, reason = _known_layers(module)
         if where and not any(name.startswith(prefix) for prefix in known):
@@ -70,7 +71,7 @@ def _selection(model, where):
 
     def reason(name):
         prefix = inside(name)
-        return "outside of the known model inside: name it in where=" if prefix is None else known[prefix][1]
+        return "outside the model that this package knows: name it in where=" if prefix is None else known[prefix][1]
 
     return selected, reason
 
@@ -81,7 +82,7 @@ def _known_layers(module):
         return module.sparse_layers, "not selected"
     for kind in type(module).__mro__:
         where, reason = FAMILIES.get(kind.__name__, (None, None))
-        if where and any(re.search(where, name) for name, _ in module.named_modules()):  # not only of the same name
+        if where and any(re.search(where, name) for name, _ in module.named_modules()):  # not just a class of that name
             return where, reason
     return None, None
 
@@ -140,17 +141,26 @@ def sparsify(
     model: nn.Module,
     pattern: str | Pattern | None,
     where: str | Collection[str] | Callable[[str, nn.Module], bool] | None = None,
+    *,
+    calibrate: Iterable | None = None,
 ) -> nn.Module:
     """Give the layers of `model` a pattern, in place, and return the model.
 
-    Plain `nn.Linear` and `nn.Conv2d` modules of any model become ours, the model itself too if it is one; parameters,
-    hooks and optimizer state stay as they are. Layers that cannot hold the pattern, or are not selected, are dense
-    afterwards, also where an earlier call had given them a pattern, and `inspect` says why.
+    Plain `nn.Linear` and `nn.Conv2d` modules of any model become ours; the model itself may be one. Parameters, hooks
+    and optimizer state stay as they are. Layers that are not selected, or cannot hold the pattern, become dense. A
+    pattern from an earlier call is removed. `inspect` gives the reason.
 
-    pattern: "2:4", Pattern, or None / "dense" to take patterns away.
-    where: None (the model's own `sparse_layers` if it has one, else what FAMILIES says of its class, else all), "all",
-        a regular expression searched for in the dotted names, a list of names, or a predicate (name, module) -> bool.
-    Raises: InputError if nothing was selected or no selected layer can hold the pattern.
+    pattern: "2:4", Pattern, or None / "dense" to remove patterns.
+    where: None (the model's own `sparse_layers` if it has one, else the row of FAMILIES for its class, else all),
+        "all", a regular expression to search for in the dotted names, a list of names, or a predicate
+        (name, module) -> bool.
+    calibrate: batches of inputs to run the model with, each a tensor, a tuple of arguments or a dict of keyword
+        arguments. The masks then keep the largest |w| * ||x|| (Wanda, arXiv 2306.11695), where x is every input of the
+        weight, and are frozen. `set_masking(frozen=False)` selects by magnitude again. A noise predictor needs noisy
+        images of all levels: (diffuse(x0, t, noise, schedule), schedule.model_time(t)) for t from
+        schedule.training_time(u), see `diffusion`.
+    Raises: InputError if nothing is selected or no selected layer can hold the pattern, or if `calibrate` is empty,
+    does not reach a layer, or gives NaN.
     """
     pattern = Pattern.parse(pattern)
     selected, unselected = _selection(model, where)
@@ -162,8 +172,11 @@ def sparsify(
         if any(isinstance(m, Compressed) for m in model.modules()):
             raise InputError("the model is compressed and has no weights to mask: decompress(model) gives them back")
         raise InputError(f"where={where!r} selects none of the {len(found)} linear and convolution layers")
+    if calibrate is not None and pattern is None:
+        raise InputError("calibrate chooses masks, and without a pattern there are none")
     if pattern and all(reasons.values()):
         raise InputError(f"no selected layer can hold {pattern}: {reasons[chosen[0]]}")
+    norms = {} if calibrate is None else _input_norms(model, {m: n for n, m in found if not reasons[n]}, calibrate)
     for name, module in found:
         if not reasons[name] and not isinstance(module, Masked):
             _adopt(module)
@@ -171,6 +184,8 @@ def sparsify(
             module.set_pattern(None if reasons[name] else pattern)
         if reasons[name]:
             module.dense_reason = reasons[name]
+        elif calibrate is not None:
+            module.mask = select_mask(module.weight.detach() * norms[module], pattern).mask
     for module in model.modules():
         if hasattr(type(module), "fuse_projections"):  # diffusers: copies the weights of q, k and v into a plain layer
             vars(module).pop("fuse_projections", None)
@@ -179,11 +194,61 @@ def sparsify(
     return model
 
 
+@torch.no_grad()
+def _input_norms(model, layers, batches):
+    """{layer: the norm of each input channel over all `batches`, in the shape of the weight or one that expands to it}.
+
+    layers: {layer: its name}. The model runs in eval mode, as it is before `sparsify` changes it.
+    """
+    if isinstance(batches, torch.Tensor | dict):
+        raise InputError(f"calibrate is a {type(batches).__name__}: a list of batches is needed")
+    sums = {}
+
+    def add(layer, arguments, options):
+        x = arguments[0] if arguments else options.get("x", options.get("input"))
+        skip = options.get("skip", arguments[2] if len(arguments) > 2 else None)
+        x = x if skip is None else torch.cat((x, skip), -1)
+        if not x.numel():
+            raise InputError(f"calibrate holds an empty batch: the input of {layers[layer]} is {tuple(x.shape)}")
+        x = x if isinstance(layer, nn.Linear) else x.movedim(-3, -1)
+        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().reshape(-1, x.shape[-1]).sum(0)
+        sums[layer] = squares + sums.get(layer, 0)
+
+    was = {module: module.training for module in model.modules()}
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
+    try:
+        model.eval()
+        for batch in batches:
+            arguments = batch if isinstance(batch, list | tuple) else () if isinstance(batch, dict) else (batch,)
+            model(*arguments, **(batch if isinstance(batch, dict) else {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in was.items():
+            module.training = training
+    for layer, name in layers.items():
+        if layer not in sums:
+            raise InputError(f"no batch of calibrate reaches {name}: give inputs that use it, or leave it out by where")
+        if not sums[layer].isfinite().all():
+            raise InputError(f"the inputs of {name} in calibrate hold NaN or infinity")
+    return {layer: _as_weight(layer, squares.sqrt()) for layer, squares in sums.items()}
+
+
+def _as_weight(layer, norms):
+    """One number for each input channel of a layer, in a shape that expands to its weight."""
+    # among inputs that were always 0 the magnitudes decide
+    norms = torch.where(norms.max() > 0, norms.clamp(min=1e-6 * norms.max()), 1)
+    if isinstance(layer, nn.Linear):
+        return norms
+    groups = norms.view(layer.groups, 1, -1).expand(-1, layer.out_channels // layer.groups, -1)
+    return groups.flatten(0, 1)[:, :, None, None]
+
+
 def _adopt(module):
-    """Make a plain layer ours, in place: whoever holds it, holds ours."""
+    """Make a plain layer ours, in place, so that every reference to it sees our layer."""
     module.__class__ = Linear if type(module) is nn.Linear else Conv2d
     module._start_masking()
-    module._plain = True  # it was, and `bake` makes it so again
+    module._plain = True  # `bake` makes it plain again
     return module
 
 
@@ -192,7 +257,7 @@ def _refuse_to_fuse(*arguments, **options):
 
 
 def masked_layers(model):
-    """[(name, layer)] of the layers that hold a pattern."""
+    """[(name, layer)] of the layers that have a pattern."""
     return [(n, m) for n, m in model.named_modules() if isinstance(m, Masked) and m.pattern is not None]
 
 
@@ -202,15 +267,16 @@ def set_masking(
     """Gradient settings of every layer that has a pattern.
 
     dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
-    frozen=True is ASP. frozen=True keeps today's masks for good (they are then saved with the weights).
+    frozen=True is ASP. frozen=True keeps the current masks from now on; they are then saved with the weights.
 
-    Every backward adds the decay once per weight, as it is, to the gradient as it arrives. To accumulate gradients over
-    n parts of a batch, divide the gradients by n, not the losses; under a GradScaler multiply the decay by its scale.
+    Each backward adds decay * (1 - m) * w to the weight's gradient exactly once. The term is not scaled by the loss. To
+    accumulate gradients over n parts of a batch, divide the gradients by n, not the losses. Under a GradScaler multiply
+    the decay by its scale.
     `save_model` keeps the settings. Raises: InputError if no layer has a pattern: call `sparsify` first.
     """
     layers = masked_layers(model)
     if not layers:
-        raise InputError("the model holds no masked layer whose gradients could be set: call sparsify first")
+        raise InputError("the model has no masked layer whose gradients could be set: call sparsify first")
     for _, layer in layers:
         layer.rule = GradientRule(float(decay), float(kept), float(dropped))
         layer.hook_decay()
@@ -225,22 +291,22 @@ def masks(model):
 
 @contextlib.contextmanager
 def hold_masks(*models: nn.Module) -> Iterator[None]:
-    """Select the masks now and use them in every forward of the block, instead of selecting in each.
+    """Select the masks once, now, and use them in every forward of the block.
 
-    It belongs around work that leaves the weights as they are: the forwards and backwards of one optimizer step, or
-    sampling. Enter it under the autocast that the forwards run in. Inside of the block a changed weight keeps its old
-    mask.
-    Raises: InputError at the end of the block (on a GPU at the end of a later one, because nothing here waits for the
-    GPU), naming the layer, if a weight was changed inside of it; at once, if a weight is sharded (a DTensor), because
-    only a forward puts its parts together.
+    Use it around work that does not change the weights: the forwards and backwards of one optimizer step, or sampling.
+    Enter it under the autocast that the forwards run in. A weight that changes inside the block keeps its old mask.
+
+    Raises InputError, naming the layer, in two cases. (1) A weight changed inside the block: on a CPU this is reported
+    when the block ends, on a GPU when a later block ends, so that nothing waits for the GPU. (2) A weight is sharded
+    (a DTensor): reported on entry.
     """
     layers = {layer: name for model in models for name, layer in masked_layers(model)}
     for layer, name in layers.items():
         if is_sharded(layer.weight):
-            raise InputError(f"the weight of {name} is sharded: its mask can only be selected in each forward")
+            raise InputError(f"the weight of {name} is sharded: its mask can be selected only inside a forward")
     outer = [layer._held for layer in layers]
     before = [(layer.weight, _checksum(layer)) for layer in layers]
-    with torch.inference_mode(False):  # what is held must serve a backward, too
+    with torch.inference_mode(False):  # a backward may need the masks, too
         held = [(layer.weight, layer.selection(product_dtype(layer.weight))) for layer in layers]
     for layer, mine in zip(layers, held):
         layer._held = mine
@@ -248,17 +314,17 @@ def hold_masks(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, mine, theirs in zip(layers, held, outer):
-            layer._held = theirs if layer._held is mine else None  # else a pattern was set, and theirs is old too
+            layer._held = theirs if layer._held is mine else None  # else a new pattern was set, and theirs is stale
     changed = [_changed(layer, *record) for layer, record in zip(layers, before)]
     if changed:
         _refuse_changes(torch.stack(changed), list(layers.values()))
 
 
-_unseen = []  # (event, flags in host memory, names) of the blocks on a GPU that have not been looked at
+_unseen = []  # (event, flags in host memory, names) of blocks on a GPU whose flags have not been read yet
 
 
 def _refuse_changes(changed, names):
-    """Raise InputError for the first name whose flag in `changed` is set: on a GPU, when the flags have arrived."""
+    """Raise InputError for the first name whose flag in `changed` is set; on a GPU, once the flags have arrived."""
     arrived = []
     if changed.is_cuda:
         event, flags = torch.cuda.Event(), torch.empty(changed.shape, dtype=torch.bool, pin_memory=True)
@@ -275,7 +341,7 @@ def _refuse_changes(changed, names):
 
 
 def is_sharded(tensor):
-    """Whether a tensor is a DTensor, of which this process holds a part."""
+    """Whether a tensor is a DTensor: this process holds only a part of it."""
     return hasattr(tensor, "placements")
 
 
@@ -287,7 +353,7 @@ def _changed(layer, weight, checksum):
 
 
 def _checksum(layer):
-    """int64 sums of the bits of every row and of every column of the weight: what is changed unseen was made for it."""
+    """int64 sums of the bits of every row and every column of the weight. A change that keeps all sums is missed."""
     rows = layer.weight.detach().flatten(1).contiguous()
     size = next(size for size in (8, 4, 2, 1) if rows.shape[1] * rows.element_size() % size == 0)
     bits = rows.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
@@ -298,12 +364,13 @@ def _checksum(layer):
 
 
 def compress(model: nn.Module) -> nn.Module:
-    """A new model whose layers hold only what they multiply with: the kept weights and their positions.
+    """Returns a new model whose layers store only the kept weights and their positions, in eval mode.
 
-    Every masked layer becomes a CompressedLinear or a CompressedConv2d of its pattern, and so does a linear layer whose
-    weight is torch's SparseSemiStructuredTensor. On a GPU, which runs at most 2 of every 4, a layer that keeps more,
-    such as 3:4, becomes a dense layer with its mask applied. Forward hooks move along. The input model is not touched.
-    Raises: InputError if no layer is masked, or a function that replaces a method of a module cannot move along.
+    Every masked layer becomes a CompressedLinear or CompressedConv2d of its pattern, and so does a linear layer whose
+    weight is torch's SparseSemiStructuredTensor. GPUs can multiply at most 2 of every 4 weights: on a GPU a denser
+    layer, such as 3:4, becomes a dense layer whose pruned weights are zero. Forward hooks are copied. `model` is not
+    changed.
+    Raises: InputError if no layer is masked, or a method was replaced by a function that cannot be copied.
     """
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
     if not layers:
@@ -319,14 +386,15 @@ def compress(model: nn.Module) -> nn.Module:
 
 
 def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
-    """A new model with a dense weight, value for value, in place of every compressed one; in eval mode, as `model` is.
+    """Returns a new model in which every compressed layer is dense again, with the same values.
 
-    Parameters can be trained, except those that could not when `model` was compressed. Tied weights are tied again.
+    Its train or eval mode is the same as in `model`. Parameters can be trained unless they were frozen when `model` was
+    compressed. Tied weights are tied again.
 
-    form: "masked": layers of their pattern, to be trained on. "cutlass" or "cusparselt": the linear layers hold
-    torch's SparseSemiStructuredTensor for that library, and run only on a GPU; the convolutions are dense.
-    Raises: InputError if no layer is compressed, the library cannot hold a layer (a pattern that keeps more than 2 of
-    4, say), or a weight that was tied is another by now.
+    form: "masked": masked layers, ready for training. "cutlass" or "cusparselt": the linear layers hold torch's
+    SparseSemiStructuredTensor for that library and run only on a GPU; the convolutions are dense.
+    Raises: InputError if no layer is compressed, the library cannot hold a layer (for example 3:4), or weights that
+    shared one tensor before `compress` now differ.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
     if form not in ("masked", *TORCH_TENSORS):
@@ -354,10 +422,10 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """A new, plain model of the same class, with zeros in its weights where the masks are: any N:M, no layer of ours.
+    """Returns a new, dense model of the same class whose pruned weights are zeros, for any N:M.
 
-    Layers that `sparsify` made ours are torch's again, and a compressed model is decompressed first. The network that
-    comes out computes what `model` does, bit for bit. Tied weights stay tied; hooks move along.
+    Layers that `sparsify` made ours are torch's again. A compressed model is decompressed first. The result computes
+    the same outputs as `model`, bit for bit. Tied weights stay tied. Hooks are copied.
     Raises: InputError if no layer is masked, or a masked weight is also used without the same mask.
     """
     if any(isinstance(m, Compressed) for m in model.modules()):
@@ -365,7 +433,7 @@ def bake(model: nn.Module) -> nn.Module:
     layers = dict(masked_layers(model))
     if not layers:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
-    baked = {}  # id of a weight: what stands in its place
+    baked = {}  # id of a weight: its replacements
     for layer in layers.values():
         zeros = torch.where(layer.current_mask(), layer.weight.detach(), 0)
         baked.setdefault(id(layer.weight), []).append(nn.Parameter(zeros, layer.weight.requires_grad))
@@ -374,7 +442,7 @@ def bake(model: nn.Module) -> nn.Module:
         found = baked.get(id(weight), [])
         plain = [weight] if found and any(name.rpartition(".")[0] not in layers for name in names) else []
         if not all(torch.equal(found[0], other) for other in found[1:] + plain):
-            raise InputError(f"{' and '.join(names)} are one weight under different masks: it cannot be baked")
+            raise InputError(f"{' and '.join(names)} share one weight under different masks: it cannot be baked")
     plain = _copied(model, {key: found[0] for key, found in baked.items()})
     for module in plain.modules():
         if getattr(module, "_plain", False):
@@ -389,19 +457,19 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def _tie(dense, names, compressed):
-    """Let the layers of `dense` share one weight, which must give each of them the weight it had as compressed."""
-    names = sorted(names, key=lambda name: name.rpartition(".")[0] in compressed)  # an embedding's holds all entries
+    """Make the parameters `names` of `dense` one tensor. Raises InputError if that changes a compressed layer."""
+    names = sorted(names, key=lambda name: name.rpartition(".")[0] in compressed)  # first one that has all entries
     shared = dense.get_parameter(names[0])
     for name in names[1:]:
         layer = dense.get_submodule(name.rpartition(".")[0])
         if name.rpartition(".")[0] in compressed:
             own, layer.weight = layer.weight, shared
             if own.shape != shared.shape or not torch.equal(layer.effective_weight(), own):
-                raise InputError(f"{name} was tied to {names[0]}, and their values no longer belong to one weight")
+                raise InputError(f"{name} was tied to {names[0]}, but their values now differ")
 
 
 def parameter_names(model):
-    """The names of each parameter, a list of more than one where it is tied."""
+    """One list of names for each parameter; a tied parameter has several names."""
     names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -416,9 +484,9 @@ def _with_layers(model, replacements):
 
 
 def _copied(model, memo):
-    """A deep copy, in which what `memo` names by its id stands in place of the old.
+    """A deep copy with the replacements in `memo`: id of the old object -> the new one.
 
-    Raises: InputError for a function that would go on running the old network.
+    Raises: InputError if a replaced method would still run the old network.
     """
     for name, attribute in replaced_methods(model):
         raise InputError(f"{name}.{attribute} was replaced by a function that a copy of the model cannot take along")
@@ -426,7 +494,7 @@ def _copied(model, memo):
 
 
 def replaced_methods(model):
-    """[(module name, attribute)] of functions, set on modules of the model, that refer to its modules by closure."""
+    """[(module name, attribute)] of the functions set on modules that refer to modules of the model by closure."""
     modules, registries = set(model.modules()), set(vars(nn.Module()))
     return [
         (name or type(model).__name__, attribute)
@@ -437,7 +505,7 @@ def replaced_methods(model):
 
 
 def _keeps(value, modules):
-    """Whether a deep copy of `value` refers to the old modules: it copies bound methods, but no function's closure."""
+    """Whether a deep copy of `value` still refers to the old modules: deepcopy copies bound methods, not closures."""
     if isinstance(value, types.MethodType):
         return _keeps(value.__func__, modules)
     if isinstance(value, functools.partial):
@@ -486,13 +554,13 @@ def _compress_layer(layer):
 
 
 def uncompressed_because(layer):
-    """None if a masked layer is held compressed, else the reason as a short phrase."""
+    """None if a masked layer can be compressed, else the reason as a short phrase."""
     if isinstance(layer, Conv2d) and (
         layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
     ):
-        return "convolutions with groups, or padded other than by a number of zeros, have no compressed form"
+        return "a convolution with groups, or with padding that is not a number of zeros, has no compressed form"
     if layer.weight.device.type not in ("cpu", "meta") and layer.pattern.keep > 2:
-        return f"{layer.pattern} keeps more than 2 of every 4 somewhere, which a GPU runs dense"
+        return f"{layer.pattern} may keep more than 2 of every 4 weights: a GPU runs it dense"
     if layer.mask is None or layer.mask.is_meta or holds(group_view(layer.effective_weight()), layer.pattern):
         return None
     return f"its frozen mask is not {layer.pattern}"

@@ -104,7 +104,7 @@ def test_a_file_of_a_newer_or_of_no_format_is_refused_by_name(number, tmp_path):
 
 
 def test_on_a_gpu_a_pattern_that_its_cores_do_not_take_stays_dense():
-    for pattern, reason in (("2:4", None), ("1:8", None), ("3:4", "3:4 keeps more than 2 of every 4")):
+    for pattern, reason in (("2:4", None), ("1:8", None), ("3:4", "3:4 may keep more than 2 of every 4")):
         layer = Linear(64, 64, pattern=pattern)
         with FakeTensorMode():
             layer.weight = nn.Parameter(torch.empty(64, 64, device="cuda"))

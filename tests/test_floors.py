@@ -1,4 +1,5 @@
-"""The floors of the house: a file imports from floors below its own and, without a circle, from its own floor."""
+"""The rules of the house: a file imports from floors below its own and, without a circle, from its own floor; no
+function is longer than a screen or two, or takes more than a dozen arguments."""
 
 import ast
 import importlib
@@ -112,6 +113,32 @@ def test_a_wrong_import_is_noticed():
     assert not list(violations("sparsedm.train.chain", "from sparsedm.train.loop import train"))
     assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c"]
     assert circle({"a": ["b", "c"], "b": ["c"]}) is None
+
+
+def too_big(source):
+    """The functions of more than 80 lines or 12 parameters. Kernels, custom operators and their fakes are what they
+    compute: every pointer, stride and shape is a parameter there."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if any(word in ast.unparse(d) for d in node.decorator_list for word in ("jit", "custom_op", "register_fake")):
+            continue
+        lines = node.end_lineno - node.lineno + 1
+        parameters = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+        if lines > 80 or parameters > 12:
+            yield f"{node.name}: {lines} lines, {parameters} parameters"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_functions_can_be_read(path):
+    assert not list(too_big(path.read_text(encoding="utf-8")))
+
+
+def test_a_function_that_is_too_big_is_noticed():
+    parameters = ", ".join(f"p{i}" for i in range(13))
+    assert list(too_big(f"def f({parameters}): pass")) == ["f: 1 lines, 13 parameters"]
+    assert list(too_big("def f():\n" + "    pass\n" * 80)) == ["f: 81 lines, 0 parameters"]
+    assert not list(too_big(f"@triton.jit\ndef f({parameters}): pass"))
 
 
 def test_every_public_name_is_there():

@@ -128,7 +128,7 @@ def test_a_1x1_convolution_is_the_product_that_serves_its_pixels():
     for batch, backend in ((1, "splitk"), (64, "wgmma"), (8, "dense")):
         (row,) = inspect(model, (torch.zeros(1, 64, 8, 8),), arch="sm_90a", batch=batch).rows
         assert row.backend == backend
-        assert row.why.startswith("a 1 x 1 kernel is a product over the pixels: ")
+        assert row.why.startswith("a 1 x 1 convolution is a matrix product: ")
 
 
 class Shared(nn.Module):
@@ -177,7 +177,7 @@ def test_the_back_end_and_the_reason_are_the_ones_of_the_call(layer, shape, dtyp
     monkeypatch.setattr(dispatch, "serve", serve)
     model(torch.randn(8, *shape[1:], dtype=dtype))
     (row,) = inspect(model, (torch.zeros(shape, dtype=dtype),), batch=8).rows
-    assert (row.backend, row.why.removeprefix("a 1 x 1 kernel is a product over the pixels: ")) == max(used)[1:]
+    assert (row.backend, row.why.removeprefix("a 1 x 1 convolution is a matrix product: ")) == max(used)[1:]
     if library.library() and layer is CALLED["linear"][0] and dtype == torch.float32 and forced in (None, "cpu"):
         assert row.backend == ("dense" if pattern == "31:32" else "cpu")
 
@@ -194,9 +194,9 @@ def test_without_a_compiler_the_reason_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("layer", "pattern", "why"),
     [
-        (nn.Conv2d(128, 64, 3, padding=1, groups=2), "2:4", "have no compressed form"),
-        (nn.Conv2d(64, 64, 3, padding="same"), "2:4", "have no compressed form"),
-        (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "2:4", "have no compressed form"),
+        (nn.Conv2d(128, 64, 3, padding=1, groups=2), "2:4", "has no compressed form"),
+        (nn.Conv2d(64, 64, 3, padding="same"), "2:4", "has no compressed form"),
+        (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "2:4", "has no compressed form"),
         (nn.Conv2d(64, 64, 1), "1:2", None),
         (nn.Conv2d(64, 64, 1), "2:16", None),
     ],
@@ -230,7 +230,7 @@ def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
     x = torch.zeros(1, 512, 64) if isinstance(layer, nn.Linear) else torch.zeros(1, 64, 8, 8)
     here = "cpu" if library.library() else "dense"
-    model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Measured(Choice("wgmma", 2), {}, {})}
+    model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Measured(Choice("wgmma", 2), {}, {})}  # without times
     assert inspect(model, (x,)).rows[0].backend == "wgmma"
     assert "tuned table" in inspect(model, (x,)).rows[0].why
     assert inspect(model, (x,), arch="cpu").rows[0].backend == here
@@ -353,7 +353,7 @@ def test_the_report_of_times_admits_the_cpu(monkeypatch):
     text = time_report(Twice(), 4)
     assert "2.00x" in text
     assert "dense: 0.140 ms; sparse where it gains: 0.090 ms" in text
-    assert text.endswith("batch 4, float32, CPU: it says nothing about a GPU, whose tensor cores it lacks")
+    assert text.endswith("batch 4, float32, CPU: no prediction for a GPU")
 
 
 def test_without_2_4_layers_there_is_nothing_to_time():

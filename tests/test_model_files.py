@@ -164,9 +164,9 @@ def not_json(model):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("x.pt", lambda m: m, r"x.pt: a model is saved as .safetensors"),
-        ("x", lambda m: m, r"x: a model is saved as .safetensors"),
-        ("x.safetensors", not_json, r"Net.config cannot be kept in a file, it is not JSON: .*set"),
+        ("x.pt", lambda m: m, r"x.pt: a model file must be named .safetensors"),
+        ("x", lambda m: m, r"x: a model file must be named .safetensors"),
+        ("x.safetensors", not_json, r"Net.config cannot be saved: it is not JSON: .*set"),
     ],
 )
 def test_what_load_model_would_refuse_is_refused_before_it_is_written(tmp_path, name, change, message):

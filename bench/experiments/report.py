@@ -11,11 +11,10 @@ flips.png         flip rate of each layer over training
 import itertools
 import statistics
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from sparsedm.files import atomic_file, write_text
-from sparsedm.plots import COLOURS
+from sparsedm.files import write_text
+from sparsedm.plots import COLOURS, picture
 
 FLIPS = "flip rate of "  # and a layer's name: a measure
 CLOSE = 0.05  # a Fréchet distance that is larger by at most this share is as good as the control's
@@ -132,20 +131,13 @@ def _styles(runs, control):
 
 def _save(path, draw, values, runs, plan, title):
     """runs: see `_styles`. draw: (figure, values, runs, plan) -> whether there was anything to draw."""
-    figure = Figure(layout="constrained")
-    if not draw(figure, values, runs, plan):
-        return False
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    return True
-
-
-def _styled(axes, x="", y=""):
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    with picture(path) as figure:
+        drawn = draw(figure, values, runs, plan)
+        if drawn:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        else:
+            figure.clear()
+    return drawn
 
 
 def _logarithmic(axes):
@@ -174,7 +166,7 @@ def _compare(figure, values, runs, plan):
             axes.axvline(mean, color=COLOURS[1], linewidth=1, linestyle="--")
             axes.axvspan(mean, mean * (1 + CLOSE), color=COLOURS[1], alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(order)), order)
-        _styled(axes, f"{measure} ({meaning})")
+        axes.set_xlabel(f"{measure} ({meaning})")
     return True
 
 
@@ -190,7 +182,7 @@ def _axis(figure, values, runs, plan):
             axes.plot([place] * len(numbers), numbers, "o", color=COLOURS[0], markeredgecolor="white")
         # evenly spaced: on any scale of numbers 15:16, 31:32 and dense would lie on one another
         axes.set_xticks(range(len(placed)), [run for _, run in placed], fontsize=8)
-        _styled(axes, f"{plan.axis}, in order", f"{measure} (dots: seeds)")
+        axes.set(xlabel=f"{plan.axis}, in order", ylabel=f"{measure} (dots: seeds)")
     return True
 
 
@@ -210,14 +202,14 @@ def _curves(axes, values, runs, measure, against=None):
 
 
 def _legend(figure, axes):
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def _training(figure, values, runs, plan):
     figure.set_size_inches(9, 4.5)
     axes = figure.subplots()
     drawn = _curves(axes, values, runs, "validation over training")
-    _styled(axes, "images seen after the dense start", "validation loss (band: seeds)")
+    axes.set(xlabel="images seen after the dense start", ylabel="validation loss (band: seeds)")
     _logarithmic(axes)
     _legend(figure, axes)
     return drawn
@@ -232,7 +224,7 @@ def _levels(figure, values, runs, plan):
     drawn = _curves(axes, values, others, measure, against)
     if control:
         axes.axhline(1, color=COLOURS[1], linewidth=1, linestyle="--")
-    _styled(axes, "t: 0 image, 1 noise", "validation loss" + (f" / that of {plan.control}" if control else ""))
+    axes.set(xlabel="t: 0 image, 1 noise", ylabel="validation loss" + (f" / that of {plan.control}" if control else ""))
     _logarithmic(axes)
     _legend(figure, axes)
     return drawn
@@ -249,7 +241,7 @@ def _health(figure, values, runs, plan):
     }
     drawn = [_curves(axes, values, sparse, measure) for axes, measure in zip(panels, measures)]
     for axes, label in zip(panels, measures.values()):
-        _styled(axes, "images seen after the dense start", label)
+        axes.set(xlabel="images seen after the dense start", ylabel=label)
     _legend(figure, panels[0])
     return any(drawn)
 

@@ -74,7 +74,9 @@ def add_sampling_arguments(parser, images):
     )
     parser.add_argument("--label", type=whole, help="draw only this class (default: all classes in turn)")
     parser.add_argument(
-        "--batch-size", type=count, default=256, help="images at a time; changes nothing but rounding (default: 256)"
+        "--batch-size",
+        type=count,
+        help="images at a time; changes nothing but rounding (default: 256, on a CPU 64)",
     )
     parser.add_argument(
         "--which", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)"
@@ -199,6 +201,7 @@ def labels_of(config, options):
 def draw(source, labels, options):
     """(count, C, H, W) floating point samples, as the command line asks; None but in the first of several processes."""
     config, dtype = source.config, DTYPES[options.dtype]
+    batch_size = options.batch_size or (64 if options.device.type == "cpu" else 256)
     if dtype is None:
         dtype = torch.bfloat16 if source.compressed and options.device.type == "cuda" else torch.float32
     moved = {id(network): network.to(options.device, dtype) for network in source.networks}
@@ -216,11 +219,11 @@ def draw(source, labels, options):
             y=None if labels is None else labels[start:stop].to(options.device),
             guidance=options.guidance,
             clip=source.clip or ("never" if config.channels > 3 else "every"),
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             device=options.device,
             network_dtype=dtype,
             progress=distributed.is_main_process(),
             cuda_graph=options.cuda_graph,
         ).cpu()
 
-    return distributed.gather(options.count, options.batch_size, drawn)
+    return distributed.gather(options.count, batch_size, drawn)

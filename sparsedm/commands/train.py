@@ -100,7 +100,12 @@ def _add_optimization(group):
         help="of the loss over noise levels; velocity, with --set velocity=true, suits short runs (default: noise)",
     )
     group.add_argument("--no-flip", action="store_true", help="do not mirror images at random")
-    group.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="bf16 products (auto: on a GPU)")
+    group.add_argument(
+        "--amp",
+        choices=("auto", "off", "bf16"),
+        default="auto",
+        help="bf16 products (auto: on a GPU; bf16 pays on a CPU that has avx512_bf16 or AMX, too)",
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
     group.add_argument("--log-every", type=count, default=100, help="steps between log records (default: 100)")
@@ -118,7 +123,7 @@ def _training(options, config):
     return TrainOptions(
         **(recipe.training if recipe else {}) | asked,
         flip=not options.no_flip,
-        amp=amp_of(options.device) if options.amp == "auto" else None if options.amp == "off" else options.amp,
+        amp=amp_of(options.device, options.amp),
         validate_every=options.save_every,
     )
 

@@ -2,6 +2,9 @@
 
 The C kernel reads q, k and v from where the projection has written them. It serves fp32 from some size on
 (`cpu/rules.py`); SPARSEDM_BACKEND=torch or dense leaves everything to torch.
+
+Training in bf16 on a CPU takes two products and an fp32 softmax: the backward of torch's own kernel packs no operand
+there and is 6 times as slow as in fp32.
 """
 
 import torch
@@ -11,6 +14,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsedm.kernels.cpu import products, rules
 from sparsedm.kernels.launch import forced_backend, operator
+
+# Up to so many, training in bf16 on a CPU holds all products of q and k. Whole steps of a U-ViT with 18 and 66 tokens
+# were 2.3 times as quick by it (torch 2.13, Zen 5, one thread); far above, what is held is more than the rest.
+PRODUCT_TOKENS = 512
 
 
 def _attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
@@ -42,4 +49,15 @@ def self_attention(qkv, heads):
     inference = not (torch.is_grad_enabled() and qkv.requires_grad)
     if inference and forced_backend() not in ("torch", "dense") and rules.attention_serves(q):
         return _operator(qkv, heads)
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
+    bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    by_products = not inference and bf16_on_cpu and q.shape[2] <= PRODUCT_TOKENS
+    y = _attention_by_products(q, k, v) if by_products else F.scaled_dot_product_attention(q, k, v)
+    return rearrange(y, "b h l d -> b l (h d)")
+
+
+def _attention_by_products(q, k, v):
+    """q, k, v (B, H, L, D) -> (B, H, L, D); the softmax is computed in fp32."""
+    heads = q.shape[:2]
+    q, k, v = (z.flatten(0, 1) for z in (q * q.shape[-1] ** -0.5, k, v))
+    weights = torch.bmm(q, k.transpose(1, 2)).float().softmax(-1).to(v.dtype)  # (B H, L, L)
+    return torch.bmm(weights, v).unflatten(0, heads)

@@ -6,9 +6,10 @@ rows are a Linear's outputs, or a Conv2d's (out, tap) pairs, read through their 
 bits (rows, ceil(K / 32)) int32: bit k % 32 of word k // 32 is m[row, k], bits beyond K are 0. values and metadata are
 the result of `sparse24.format.pack`.
 
-A weight's key is  (|w| as an integer) * group + (group - 1 - its place in the group): keys order like magnitudes, ties
-go to the lower index, and no two are equal. The keys of a group are sorted by a network in registers (`tl.sort`), and
-kept is whose key is at least the keep-th largest. Bound by memory: fp32 to bf16 with bits moves 6.1 bytes per weight.
+2:4 takes the six comparisons within a group of four. Else a weight's key is  (|w| as an integer) * group + (group - 1 -
+its place in the group): keys order like magnitudes, ties go to the lower index, and no two are equal. The keys of a
+group are sorted by a network in registers (`tl.sort`), and kept is whose key is at least the keep-th largest.
+Bound by memory: fp32 to bf16 with bits moves 6.1 bytes per weight.
 
 Hardware: any GPU that Triton serves. Weights of fp32, bf16, fp16. A NaN is reported through `nan_ptr`, without waiting.
 """
@@ -20,7 +21,17 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import products, rules
-from sparsedm.kernels.launch import FUSED, forced_backend, jit, operator, tl, triton, uses_triton
+from sparsedm.kernels.launch import (
+    FUSED,
+    SELECT_MASK,
+    forced_backend,
+    jit,
+    operator,
+    runs,
+    tl,
+    triton,
+    uses_triton,
+)
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
@@ -53,8 +64,9 @@ def _select_mask_kernel(
 
     w_offs = (out * stride_wo + tap * stride_wt)[:, None] + (k * stride_wk)[None, :]
     w = tl.load(w_ptr + w_offs, mask=inside, other=0.0)
-    number = w.to(tl.float32)
-    tl.store(nan_ptr + w_offs * 0, 1, mask=number != number)
+    INFINITY: tl.constexpr = 0x7F800000 if w.dtype == tl.float32 else 0x7F80 if w.dtype == tl.bfloat16 else 0x7C00
+    nan = tl.max(magnitude(w).reshape(w.numel // GROUP, GROUP), 1) > INFINITY
+    tl.store(nan_ptr + tl.zeros([w.numel // GROUP], tl.int32), 1, mask=nan)
 
     kept = keep_largest(w, KEEP, GROUP)
     mask = kept.reshape(BLOCK_R, BLOCK_K) & inside
@@ -63,50 +75,92 @@ def _select_mask_kernel(
     tl.store(masked_ptr + m_offs, tl.where(mask, w, 0.0).to(masked_ptr.dtype.element_ty), mask=inside)
     if mask_ptr is not None:
         tl.store(mask_ptr + m_offs, mask.to(tl.int8), mask=inside)
-    if bits_ptr is not None:
-        WORDS: tl.constexpr = BLOCK_K // 32
-        lane = tl.arange(0, 32)[None, None, :]
-        bits = tl.sum(mask.reshape(BLOCK_R, WORDS, 32).to(tl.int32) << lane, 2)
-        word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-        b_offs = (row * tl.cdiv(K, 32))[:, None] + word[None, :]
-        b_inside = (row < ROWS)[:, None] & (word * 32 < K)[None, :]
-        tl.store(bits_ptr + b_offs, bits, mask=b_inside)
+    if bits_ptr is not None:  # by bytes: a thread holds eight weights in a row
+        bits = tl.sum(mask.reshape(BLOCK_R, BLOCK_K // 8, 8).to(tl.int32) << tl.arange(0, 8)[None, None, :], 2)
+        byte = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+        width = tl.cdiv(K, 32) * 4
+        b_offs = (row * width)[:, None] + byte[None, :]
+        tl.store(bits_ptr + b_offs, bits.to(tl.int8), mask=(row < ROWS)[:, None] & (byte < width)[None, :])
     if values_ptr is not None:
-        place = tl.arange(0, GROUP)[None, :]
-        code = tl.sum(kept.to(tl.int32) << place, 1)  # two of the four bits are set
-        first = tl.where(code & 1 != 0, 0, tl.where(code & 2 != 0, 1, 2))
-        second = tl.where(code & 8 != 0, 3, tl.where(code & 4 != 0, 2, 1))
-        groups = number.reshape(BLOCK_R * BLOCK_K // GROUP, GROUP)
-        low = tl.sum(tl.where(place == first[:, None], groups, 0.0), 1)
-        high = tl.sum(tl.where(place == second[:, None], groups, 0.0), 1)
-        values = tl.join(low, high).reshape(BLOCK_R, BLOCK_K // 2)
+        ka, kb, kc, kd = fours(kept)
+        a, b, c, d = fours(w)
+        values = tl.join(tl.where(ka, a, tl.where(kb, b, c)), tl.where(kd, d, tl.where(kc, c, b)))
         column = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
         width = tl.cdiv(K, 16) * 8
         v_offs = (row * width)[:, None] + column[None, :]
         v_inside = (row < ROWS)[:, None] & (column < width)[None, :]
-        tl.store(values_ptr + v_offs, values.to(values_ptr.dtype.element_ty), mask=v_inside)
-        nibbles = (first | second << 2).reshape(BLOCK_R, BLOCK_K // 16, 4)
-        words = tl.sum(nibbles << (4 * tl.arange(0, 4))[None, None, :], 2)
-        word = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
-        e_offs = (row * tl.cdiv(K, 16))[:, None] + word[None, :]
-        e_inside = (row < ROWS)[:, None] & (word * 16 < K)[None, :]
-        tl.store(metadata_ptr + e_offs, words.to(tl.int16), mask=e_inside)
+        values = values.reshape(BLOCK_R, BLOCK_K // 2).to(values_ptr.dtype.element_ty)
+        tl.store(values_ptr + v_offs, values, mask=v_inside)
+        nibbles = tl.where(ka, 0, tl.where(kb, 1, 2)) | tl.where(kd, 12, tl.where(kc, 8, 4))
+        low, high = tl.split(nibbles.reshape(BLOCK_R, BLOCK_K // 8, 2))
+        byte = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+        width = tl.cdiv(K, 16) * 2
+        e_offs = (row * width)[:, None] + byte[None, :]
+        e_inside = (row < ROWS)[:, None] & (byte < width)[None, :]
+        tl.store(metadata_ptr + e_offs, (low | high << 4).to(tl.int8), mask=e_inside)
 
 
 @jit
 def keep_largest(w, KEEP: tl.constexpr, GROUP: tl.constexpr):
     """w: a tile whose last axis is whole groups -> (groups, GROUP) of bool."""
-    if w.dtype == tl.float32:
-        magnitude = (w.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    if KEEP == 2 and GROUP == 4:
+        return two_of_four(w)
     else:
-        magnitude = w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        return keep_largest_by_sorting(w, KEEP, GROUP)
+
+
+@jit
+def two_of_four(w):
+    """Kept is who loses at most one of its three meetings, and of two equals the second loses.
+
+    Every outcome is the sign of a difference, so that a majority of three is one instruction, and no predicates, of
+    which a thread has seven, are needed before the end.
+    """
+    a, b, c, d = fours(magnitude(w))
+    ab, ac, ad, bc, bd, cd = a - b, a - c, a - d, b - c, b - d, c - d  # negative: the first loses
+    ka = majority(~ab, ~ac, ~ad) < 0
+    kb = majority(ab, ~bc, ~bd) < 0
+    kc = majority(ac, bc, ~cd) < 0
+    kd = majority(ad, bd, cd) < 0
+    return tl.join(tl.join(ka, kc), tl.join(kb, kd)).reshape(w.numel // 4, 4)
+
+
+@jit
+def keep_largest_by_sorting(w, KEEP: tl.constexpr, GROUP: tl.constexpr):
+    size = magnitude(w)
+    if w.dtype == tl.float32:
+        size = size.to(tl.int64)
     place = tl.arange(0, GROUP)[None, :]
-    key = magnitude.reshape(w.numel // GROUP, GROUP) * GROUP + (GROUP - 1 - place)
+    key = size.reshape(w.numel // GROUP, GROUP) * GROUP + (GROUP - 1 - place)
     last_kept = tl.sum(tl.where(place == GROUP - KEEP, tl.sort(key), 0), 1)
     return key >= last_kept[:, None]
 
 
-_tuner = Autotuner("select mask", CONFIGS, [_select_mask_kernel, keep_largest])
+@jit
+def magnitude(w):
+    """|w| as an int32: in the order of |w|, NaN after infinity."""
+    if w.dtype == tl.float32:
+        return w.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        return w.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+
+
+@jit
+def fours(x):
+    """A tile whose last axis is whole groups of four -> four (groups,): the first of each group, the second, ..."""
+    even, odd = tl.split(x.reshape(x.numel // 4, 2, 2))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@jit
+def majority(x, y, z):
+    return (x & y) | (z & (x | y))
+
+
+_SELECTION = [keep_largest, two_of_four, keep_largest_by_sorting, magnitude, fours, majority]
+_tuner = Autotuner("select mask", CONFIGS, [_select_mask_kernel, *_SELECTION])
 _nan_flags = {}
 
 
@@ -120,11 +174,12 @@ def _launch(weight, pattern, outputs, name):
     rows, taps, K = w.shape[0] * w.shape[1], w.shape[1], w.shape[2]
     nan = _nan_flag(name, weight.is_cuda)
     block_k = min(128, max(32, triton.next_power_of_2(K)))
+    as_bytes = lambda tensor: None if tensor is None else tensor.view(torch.int8)  # noqa: E731
 
     def run(config):
         block_r = max(1, config["BLOCK"] // block_k)
         _select_mask_kernel[(triton.cdiv(rows, block_r), triton.cdiv(K, block_k))](
-            w, m, None if mask is None else mask.view(torch.int8), bits, values, metadata, nan,
+            w, m, as_bytes(mask), as_bytes(bits), values, as_bytes(metadata), nan,
             rows, taps, K, *w.stride(), *m.stride(),
             KEEP=pattern.keep, GROUP=pattern.group, BLOCK_R=block_r, BLOCK_K=block_k,
             num_warps=config["num_warps"], **FUSED,
@@ -210,9 +265,13 @@ def _select_mask(
     pattern = Pattern(keep, group)
     if uses_triton(weight) and {weight.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
         outputs = _outputs(weight, dtype, want_mask, want_bits, want_compressed)
-        with torch.cuda.device_of(weight):  # Triton launches on the current device
-            _launch(weight, pattern, outputs, name)
-        return outputs
+
+        def start():
+            with torch.cuda.device_of(weight):  # Triton launches on the current device
+                _launch(weight, pattern, outputs, name)
+
+        if runs(SELECT_MASK, "triton", weight.device, start):
+            return outputs
     found = _in_torch(weight, pattern, dtype, want_mask, want_bits, want_compressed, name)
     absent = _outputs(weight[:0], dtype, False, False, False)
     return tuple(empty if tensor is None else tensor for tensor, empty in zip(found, absent))

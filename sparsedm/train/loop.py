@@ -322,9 +322,16 @@ class _Run:
             logger.info("%s: step %s of %s, %s", self.folder.name, f"{state.step:,}", f"{step.options.steps:,}", words)
 
 
-def amp_of(device):
-    """Products in bf16 on a GPU, in fp32 elsewhere."""
-    return "bf16" if device.type == "cuda" else None
+def amp_of(device, asked="auto"):
+    """`TrainOptions.amp` for what is asked: bf16, off, or auto, which is bf16 on a GPU and fp32 elsewhere.
+
+    A warning says where a CPU has no instructions for bf16: training is slower by it there.
+    """
+    if asked == "bf16" and device.type == "cpu":
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not say
+        if has and not any(there for name, there in has.items() if name.endswith("bf16")):
+            logger.warning("bf16 is slower than fp32 on this CPU, which has neither avx512_bf16 nor AMX")
+    return "bf16" if asked == "bf16" or (asked == "auto" and device.type == "cuda") else None
 
 
 def check_data(model, images, validation):

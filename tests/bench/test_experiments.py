@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from bench import results
 from bench.experiments import measures, report, runner
@@ -354,7 +355,7 @@ def test_every_run_of_a_plan_has_a_line_of_its_own(name, done, tmp_path):
 
 @pytest.mark.parametrize("drawn", [(0.98, 1.1), (0.08, 0.17), (1, 90)])
 def test_every_range_has_several_numbers_on_its_axis(drawn):
-    axes = report.Figure().subplots()
+    axes = Figure().subplots()
     axes.plot(drawn)
     report._logarithmic(axes)
     axes.figure.draw_without_rendering()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from bench.networks import (
 )
 from bench.results import Results, read
 from bench.run import Session, run_suite
+from sparsedm import diffusion, samplers
 from sparsedm.cuda_graph import Graphs
 from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
@@ -187,13 +190,43 @@ def test_peak_memory_counts_all_forms_of_the_weights_and_the_activations(step, m
     assert networks.peak_memory(NetworkProvider("n", made, sparse=False), step) == 50 + 300 + 77
 
 
-def test_table3_is_the_published_grid():
+def test_table3_is_the_published_grid_and_the_same_at_the_real_width():
     shapes = table3_shapes()
-    options = [dict(s.options) for s in shapes]
-    assert len(shapes) == 24
-    assert {(o["patch_size"], o["mlp_ratio"]) for o in options} == {(p, r) for p in (1, 2, 4) for r in (1, 2, 4, 8)}
-    assert {(o["dim"], o["depth"]) for o in options} == {(8192, 0), (512, 12)}
-    assert build_model("uvit-cifar10-small", device="meta", **options[0]).config.dim == 8192
+    configs = [build_model(s.preset, device="meta", **dict(s.options)).config for s in shapes]
+    assert len(set(configs)) == 24
+    assert {(c.patch_size, c.mlp_ratio) for c in configs} == {(p, r) for p in (1, 2, 4) for r in (1, 2, 4, 8)}
+    assert {(c.dim, c.depth, c.heads) for c in configs} == {(8192, 0, 8), (512, 12, 8)}
+    assert {(s.batch, s.sampler, s.attention_in_fp32) for s in shapes} == {(64, "euler-maruyama-uvit", True)}
+
+
+def test_attention_in_fp32_is_only_that():
+    problems = []
+    for in_fp32 in (False, True):
+        torch.manual_seed(0)  # biases
+        problems.append(NetworkProblem(replace(SHAPE, attention_in_fp32=in_fp32), "step", torch.bfloat16, "cpu"))
+    plain, wide = problems
+    with torch.no_grad():
+        exact = plain.answer(plain.weight, torch.float64)[0]
+        assert torch.equal(wide.answer(wide.weight, torch.float64)[0], exact)
+        error_of = {p: (p.outputs(p.weight, p.inputs)[0] - exact).abs().mean() for p in (plain, wide)}
+    assert error_of[wide] != error_of[plain]
+    for provider in STEP_PROVIDERS:
+        if provider.supports(wide) is None:
+            assert wide.check(provider.bind(wide, None).run(), provider.sparse).right
+
+
+def test_sampling_with_noise_in_every_step_is_that_of_the_package():
+    problem = NetworkProblem(replace(SHAPE, sampler="euler-maruyama-uvit"), "step", torch.float32, "cpu")
+    ours = samplers.sample(
+        *(problem.weight, diffusion.schedule_of(problem.weight), 2, (3, 32, 32)),
+        **{"sampler": "euler-maruyama-uvit", "steps": 3},
+    )
+
+    def network(x, t, *labels):
+        return problem.weight(x, torch.full_like(t, t[0]))
+
+    assert torch.equal(draw(network, problem, 3), ours)
+    assert torch.equal(draw(network, problem, 3), ours), "the same noise every time"
 
 
 def test_network_suites_write_their_rows_and_resume(tmp_path):

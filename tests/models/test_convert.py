@@ -291,11 +291,11 @@ def prefixed(state, prefix):
 @pytest.mark.parametrize(
     ("pack", "said"),
     [
-        (lambda net, ema: {"model": net, "model_ema": ema}, "'model_ema' was taken, and 'model' beside it left"),
-        (lambda net, ema: {"net_model": net, "ema_model": ema, "step": 5}, "'ema_model' was taken"),
-        (lambda net, ema: {"state_dict": net, "state_dict_ema": ema}, "'state_dict_ema' was taken"),
-        (lambda net, ema: [prefixed(net, "module."), {"state": {}}, 3, 1000, ema], "'ema' was taken"),
-        (lambda net, ema: prefixed(net, "model.") | prefixed(ema, "model_ema."), "'model_ema' was taken"),
+        (lambda net, ema: {"model": net, "model_ema": ema}, "'model_ema' was read, 'model' ignored"),
+        (lambda net, ema: {"net_model": net, "ema_model": ema, "step": 5}, "'ema_model' was read"),
+        (lambda net, ema: {"state_dict": net, "state_dict_ema": ema}, "'state_dict_ema' was read"),
+        (lambda net, ema: [prefixed(net, "module."), {"state": {}}, 3, 1000, ema], "'ema' was read"),
+        (lambda net, ema: prefixed(net, "model.") | prefixed(ema, "model_ema."), "'model_ema' was read"),
         (
             lambda net, ema: (
                 prefixed(net, "model.") | {"n_averaged": torch.ones(1)} | prefixed(ema, "ema_model.module.")

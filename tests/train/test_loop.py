@@ -25,7 +25,7 @@ from sparsedm.kernels.pattern import Pattern, select_mask_ref
 from sparsedm.sparsity import masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop, step
 from sparsedm.train.data import batch, batch_indices
-from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, train
+from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, amp_of, train
 from sparsedm.train.metrics import TrainingDiverged, read_metrics
 from sparsedm.train.step import Loss, Student
 from tests.tiny import OPTIONS, python_signals, same_state, tiny, tiny_images
@@ -439,6 +439,18 @@ def test_a_state_without_its_numbers_is_refused(tmp_path):
 def test_refuses_options_out_of_range(name, value):
     with pytest.raises(InputError, match=f"training option {name}={value!r}".replace("(", r"\(").replace(")", r"\)")):
         TrainOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("has", "warned"), [({"avx512_bf16": True}, False), ({"avx512_bf16": False}, True), ({}, False)]
+)
+def test_a_cpu_without_instructions_for_bf16_is_said_to_be_slower_by_it(has, warned, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [amp_of(cpu), amp_of(gpu), amp_of(gpu, "off"), amp_of(gpu, "bf16")] == [None, "bf16", None, "bf16"]
+    assert not caplog.messages
+    assert amp_of(cpu, "bf16") == "bf16"
+    assert bool(caplog.messages) == warned
 
 
 def test_learning_rate_and_average():

@@ -62,19 +62,18 @@ def sparse24_conv2d(
     stride=1,
     padding=0,
     dilation=1,
-    cache=None,
-    backend=None,
-    pattern="2:4",
+    **options,
 ):
     """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual, W the 2:4 weight that values and metadata hold.
 
     x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair; padding also "same" or "valid".
-    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. cache, backend,
-    pattern: as in `sparse24_linear`. y has the dtype of x, in channels_last (contiguous in 16 bits on a CPU).
+    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. options: cache, backend and
+    pattern, as in `sparse24_linear`. y has the dtype of x, in channels_last (contiguous in 16 bits on a CPU).
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
     dtypes that do not belong together.
     """
+    cache, backend, pattern = _options(**options)
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
     padding = _padding(padding, kernel_size, dilation)
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern)
@@ -86,7 +85,6 @@ def sparse24_conv2d(
     )  # fmt: skip
     if request.operation == LINEAR:
         rows, added = (None if image is None else image.permute(0, 2, 3, 1) for image in (x, residual))
-        options = {"cache": cache, "backend": backend, "pattern": pattern}
         y = sparse24_linear(rows, values, metadata, bias, activation, added, **options)
         return y.permute(0, 3, 1, 2)
 
@@ -168,6 +166,10 @@ def _pixels(image):
     image = image.permute(0, 2, 3, 1)
     flat = image.reshape(-1)
     return (flat if flat.data_ptr() % 16 == 0 else flat.clone()).view(image.shape)
+
+
+def _options(cache=None, backend=None, pattern="2:4"):
+    return cache, backend, pattern
 
 
 def _pair(value):
