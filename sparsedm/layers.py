@@ -332,6 +332,11 @@ class Compressed(nn.Module):
         """
         return last_measured(self._prepacked, rows)
 
+    def backend_used(self):
+        """The back end that computed the latest new size without measuring; None before."""
+        layouts = [layout for layout in self._prepacked if layout != "choices"]
+        return layouts[-1].split()[0] if layouts else None
+
     @property
     def weight(self):
         """`dense_weight()`, computed at every access: for code that reads a layer's weight, or its dtype."""

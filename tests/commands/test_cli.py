@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -72,7 +73,9 @@ def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
     out = tmp_path / "samples.png"
     assert run("sample", trained, "--count", 4, "--sampling-steps", 2, "--out", out, *extra) == 0
     assert out.read_bytes()[:4] == b"\x89PNG"
-    assert str(out) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(out) in said
+    assert bool(re.search(r"[\d.]+ images/s; the same network dense about [\d.]+", said)) == ("--compress" in extra)
 
 
 @pytest.mark.parametrize("bad", [("--count", -1), ("--count", 0), ("--batch-size", 0)], ids=str)

@@ -14,6 +14,7 @@ from sparsedm.kernels.launch import autocast_dtype, forced_backend
 
 RULE_VERSION = 2
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
+OVERHEAD = {"avx512": 2e6, "avx2": 1e6, "neon": 2e6}  # multiply-adds of a dense product while Python makes the call
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 # time over that of the best dense product, of whole vectors of rows: slope * density + offset
 COST = {"avx512": (1.14, 0.1), "avx2": (1.05, 0.07), "neon": (1.14, 0.1)}
@@ -33,18 +34,18 @@ def linear_cost(M, N, K, keep, group, instructions):
     keep, group: of the pattern. instructions: as `library.instruction_set` gives them.
     """
     tile, few = _tile(M, keep / group, instructions), _few(M, keep / group, group, instructions)
-    cost = (few, "few") if few < tile else (tile, "linear")
-    return (max(cost[0], 2.0) if M * N * K < SMALLEST else cost[0]), cost[1]
+    cost, order = (few, "few") if few < tile else (tile, "linear")
+    return cost + OVERHEAD[instructions] / max(M * N * K, 1), order
 
 
 def training_serves(x, weight, pattern):
     """Whether the forward product of masked training, x (..., K) by weight (N, K), takes `products.linear`."""
-    if not serves(x, weight) or forced_backend() in ("torch", "dense"):
-        return False
     M, (N, K) = x.shape[:-1].numel(), weight.shape
+    if not M or not serves(x, weight) or forced_backend() in ("torch", "dense"):
+        return False
     instructions = library.instruction_set()
     cost, order = linear_cost(M, N, K, pattern.keep, pattern.group, instructions)
-    return order == "linear" and M > 0 and cost + PREPACKING[instructions] / M < 1
+    return order == "linear" and cost + PREPACKING[instructions] / M < 1
 
 
 def _tile(M, density, instructions):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense
+from sparsedm.kernels.launch import direct
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -93,7 +94,7 @@ def sparse24_linear(
     def run(choice, cache, strict):
         layout = dispatch.row_of(LINEAR, choice.backend).layout_for(request)
         tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
-        return _linear(
+        return direct(_linear, x, bias, residual, skip, scale)(
             x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict, pattern
         )
 
