@@ -322,7 +322,7 @@ def patterns(figure, rows):
     if line:
         left.plot(*zip(*line), color=GREY, marker="x", linewidth=1, label="F.linear")
         plain_log(left.xaxis, [m for m, _ in line])
-    left.set(xscale="log", xlabel="M = N = K", ylabel="times as fast as the best dense product\n(shaded: slower)")
+    left.set(xlabel="M = N = K", ylabel="times as fast as the best dense product\n(shaded: slower)")
     left.set_title("square products", loc="left")
     left.legend(frameon=False, fontsize=8)
     losing_region(left)

@@ -174,8 +174,10 @@ def direct(operator, *tensors):
     That saves 0.1 ms on a slow CPU. It may for plain tensors on a CPU, if nothing traces, counts, transforms or
     differentiates the call. Otherwise the operator is returned.
     """
+    if torch.compiler.is_compiling():  # alone, because dynamo cannot trace the others
+        return operator
     watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch.jit.is_tracing()
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or watched:
+    if watched or torch._C._are_functorch_transforms_active():
         return operator
     graded = torch.is_grad_enabled()
     for t in tensors:
