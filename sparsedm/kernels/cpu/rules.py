@@ -14,7 +14,7 @@ from sparsedm.kernels.launch import autocast_dtype, forced_backend
 
 RULE_VERSION = 2
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
-OVERHEAD = {"avx512": 2e6, "avx2": 1e6, "neon": 2e6}  # multiply-adds of a dense product while Python makes the call
+OVERHEAD = 6e5  # multiply-adds of a dense product while Python makes the call
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 # time over that of the best dense product, of whole vectors of rows: slope * density + offset
 COST = {"avx512": (1.14, 0.1), "avx2": (1.05, 0.07), "neon": (1.14, 0.1)}
@@ -35,7 +35,7 @@ def linear_cost(M, N, K, keep, group, instructions):
     """
     tile, few = _tile(M, keep / group, instructions), _few(M, keep / group, group, instructions)
     cost, order = (few, "few") if few < tile else (tile, "linear")
-    return cost + OVERHEAD[instructions] / max(M * N * K, 1), order
+    return cost + OVERHEAD / max(M * N * K, 1), order
 
 
 def training_serves(x, weight, pattern):
