@@ -1,8 +1,9 @@
-"""What a run spends, as rows: the quickstart on drawn and on other images, searches and experiments from smoke to full.
+"""The sizes of runs, as rows: the quickstart on drawn and on other images; searches and experiments at several scales.
 
-smoke   minutes on a CPU: shows that it works, not what is best
-lite    half an hour of one large GPU, in parts of ten minutes
-full    the papers' settings: days on a GPU
+smoke   minutes on a CPU; shows that it works, not which is best
+cpu     experiments with a clear result, in hours on CPU cores
+lite    half an hour on one large GPU, in parts of ten minutes
+full    the papers' settings; days on a GPU
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,28 +14,31 @@ from sparsedm.train.stages import SR_STE, TRANSFER, Stage
 
 @dataclass(frozen=True)
 class Scale:
-    """What one run spends: a network, how it is trained, and how much is drawn and measured."""
+    """The settings of one run: a network, its training, and the numbers of images to draw and measure."""
 
     data: str
     model: str
     samples: int  # images per network for the distances, or per row of a search's table
     sampling_steps: int
-    options: TrainOptions  # seed and amp are set for each run, steps by the stages
+    options: TrainOptions  # seed is set for each run, steps by the stages, amp where it is None
     overrides: dict = field(default_factory=dict)  # options of the model
-    stages: tuple = ()  # an experiment has its own for each run
-    conditional: bool = False  # the network of an experiment is told the classes of the data
+    stages: tuple = ()  # an experiment sets them for each run
+    conditional: bool = False  # the network of an experiment gets class labels
     validation: int = 1024  # images for the validation loss
     features: str = "random-conv"
-    threads: int | None = None  # on a CPU; None: as torch likes
+    threads: int | None = None  # on a CPU; None: torch decides
     summary: str = ""
     # of a search
     count: int = 0  # images per evaluation
     population: int = 0
     generations: int = 0
     # of an experiment
-    base_steps: int = 0  # of the dense network that all runs of a seed start from
-    steps: int = 0  # of each run
+    base_steps: int = 0  # steps of the dense network that all runs of a seed start from
+    steps: int = 0  # steps of each run
+    lr: float | None = None  # learning rate of each run; None: options.lr
     ladder: tuple | None = None  # patterns before 2:4 in progressive methods; None: all of LADDER that are denser
+    densities: tuple = ("2:4", "1:4", "3:4", "1:8", "7:8", "1:16", "15:16", "1:32", "31:32")  # of `ratio`
+    native: int | None = None  # side of images that are resized unasked; others must have the network's or be asked for
     seeds: int = 2
 
 
@@ -66,7 +70,7 @@ QUICKSTART = {
         ),
         samples=500,
         sampling_steps=25,
-        threads=1,  # on tensors this small a second one mostly waits, and for ages if another process is busy
+        threads=1,  # with tensors this small a second thread mostly waits, and very long if another process is busy
     )
 }
 QUICKSTART["images"] = replace(
@@ -117,7 +121,7 @@ SEARCHES = {
         widths=_SLIMMABLE | {"stages": (Stage("dense", 1000),)},
         both=_SLIMMABLE | {"stages": (Stage("dense", 800), *_students(["2:4"], 200, lr=1e-3))},
     ),
-    "lite": _families(  # for two times ten minutes of one large GPU, not timed yet
+    "lite": _families(  # for two times ten minutes on one large GPU; not timed yet
         Scale(
             data="cifar10",
             model="uvit-cifar10-small",
@@ -168,6 +172,38 @@ EXPERIMENTS = {
         validation=256,
         threads=1,
     ),
+    # By measurement (pilot of 28 Nov 2026, two Zen 5 cores, one thread per process): patch 2 learns more per image than
+    # patch 4 and its samples show pruning; bf16; 2M images until doubling them gains less than 2% of the loss; arms of
+    # 12% of that. About 4.6 hours of a process and seed for `claims`.
+    "cpu": Scale(
+        summary="a million parameters on CIFAR-10 at 16x16, 2,000,000 images for the dense network and 240,000 for "
+        "each run: 4.6 hours for a seed of `claims` on a core that has bf16 instructions (by a pilot, not run); "
+        "give each seed a process and a folder of its own, and join them with --merge",
+        data="cifar10",
+        native=32,
+        model="uvit-tiny",
+        overrides={"image_size": 16, "patch_size": 2, "velocity": True},
+        conditional=True,
+        base_steps=31_250,
+        steps=3750,
+        lr=1e-3,
+        ladder=("3:4",),
+        densities=("2:4", "1:4", "1:8", "3:4", "1:16"),
+        samples=5000,
+        sampling_steps=20,
+        validation=10_000,
+        options=TrainOptions(
+            batch_size=64,
+            lr=2e-3,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            cosine=True,
+            ema=0.999,
+            weighting="velocity",
+            amp="bf16",
+        ),
+        threads=1,
+    ),
     "lite": Scale(
         summary="U-ViT S/2 on CIFAR-10 for half an hour of one large GPU, in three parts of ten minutes (not timed "
         "yet): 3,000 dense steps, then 900 for each run, on a ladder of three, so that each student has 300; the "
@@ -180,7 +216,7 @@ EXPERIMENTS = {
         ladder=("7:8", "3:4"),
         samples=5000,
         sampling_steps=25,
-        # twice the published lr: a distance over samples of a network that has learnt too little does not see pruning
+        # twice the published lr: with a network that has learnt too little, the distance does not show pruning
         options=TrainOptions(lr=4e-4, ema=0.999, cosine=True, weighting="velocity", save_every=2000),
     ),
     "full": Scale(

@@ -29,7 +29,7 @@ def test_sampling_says_what_it_costs(file, tmp_path, capsys, options, said):
 
 def test_a_network_that_nobody_published_has_no_published_sampler(file, tmp_path, capsys):
     assert main(["sample", file, "--sampler", "published", "--out", str(tmp_path / "a.png")]) == 2
-    assert "has the shape of no published network" in capsys.readouterr().err
+    assert "is not a published one" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["sample", file, "--nfe", "0", "--out", str(tmp_path / "a.png")])
     assert "'0' is not a whole number from 1" in capsys.readouterr().err

@@ -411,9 +411,14 @@ def test_a_run_that_goes_on_with_other_cpu_kernels_says_so(tmp_path, unbroken, c
 
 def test_a_state_without_its_numbers_is_refused(tmp_path):
     result = run(tmp_path, replace(OPTIONS, steps=1))
-    (result.checkpoint / "state.json").write_text("{}")
-    with pytest.raises(InputError, match=r"state.json is damaged: it must hold step, updates, seconds"):
-        run(tmp_path, replace(OPTIONS, steps=1))
+    file = result.checkpoint / "state.json"
+    whole = json.loads(file.read_text())
+    wrong = {"step": ["1", 1.0, True, None, 2, -1], "updates": [0, "1", 1.5, None], "seconds": [-1, "1", None]}
+    states = [{}, *({**whole, name: value} for name, values in wrong.items() for value in values)]
+    for state in [*states, {**whole, "loss": "1"}, {**whole, "validation_loss": [1]}]:
+        file.write_text(json.dumps(state))
+        with pytest.raises(InputError, match=r"state.json is damaged: it must hold step, updates, seconds"):
+            run(tmp_path, replace(OPTIONS, steps=1))
 
 
 @pytest.mark.parametrize(
@@ -467,11 +472,11 @@ def test_learning_rate_and_average():
 
 
 def test_refuses_what_does_not_fit(tmp_path):
-    with pytest.raises(InputError, match=r"labels 0\.\.2 and the images have no labels"):
+    with pytest.raises(InputError, match=r"labels 0\.\.2, but the images have no labels"):
         run(tmp_path, images=tiny_images(labels=False))
-    with pytest.raises(InputError, match=r"labels 0\.\.1 and the images have labels up to 2"):
+    with pytest.raises(InputError, match=r"labels 0\.\.1, but the images have labels up to 2"):
         run(tmp_path, model=masked(num_classes=2))
-    with pytest.raises(InputError, match=r"images are \(2, 4, 4\) and the network takes \(2, 8, 8\)"):
+    with pytest.raises(InputError, match=r"images are \(2, 4, 4\), but the network takes \(2, 8, 8\)"):
         run(tmp_path, model=masked(image_size=8))
     assert not list(tmp_path.iterdir())
 
