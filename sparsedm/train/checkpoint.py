@@ -155,7 +155,8 @@ def differing_kernels(state):
 
     Then a training on a CPU that goes on from it is right, and not bit for bit what it would have been.
     """
-    there, here = state.get("versions", {}).get("cpu_kernels", "not recorded"), rules.version()
+    versions, here = state.get("versions"), rules.version()
+    there = versions.get("cpu_kernels", "not recorded") if isinstance(versions, dict) else "not recorded"
     return None if there == here else f"{there} there, {here} here"
 
 
