@@ -202,7 +202,8 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
     assert run(*draw, "--strategy", file, "--compress") == 0
     share = mixed_share(family, mixed)
     assert f"{share:.0%} of the MACs of dense, compressed, heun in 3 steps" in capsys.readouterr().out
-    assert run("evaluate", trained, "--data", "synthetic", "--count", 16, "--strategy", file) == 0
+    few = ("--data", "synthetic", "--split", "test", "--count", 16)
+    assert run("evaluate", trained, *few, "--strategy", file) == 0
     written = json.loads((trained / "evaluation.json").read_text())
     assert written["sampler"] == "heun"
     assert written["strategy"] == str(file)
