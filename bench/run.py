@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, problems, program
+from bench import ceilings, cpu, problems, program
 from bench.baselines import PROVIDERS, first_providers
 from bench.measure import BESIDE, measure, release
 from bench.networks import (
@@ -61,9 +61,10 @@ LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by
     "conv": (problems.ConvProblem, ConvShape, "models", "ddpm-tiny@4"),
 }
 NETWORK_SUITES = ("end-to-end", "train", "table3")
-SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
+SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
 
 
+QUICK = {"rounds": 3, "per_round": 1, "seconds": 1.0}  # of suite cpu
 PATIENCE = 2  # a provider that hung or crashed the process so often is left out of the suite
 COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network takes
 
@@ -88,6 +89,7 @@ class Session:
     on_timeout: Callable | None = None
     cut: int = 0  # problems that were left out for lack of time
     limits: dict = field(default_factory=dict)
+    dry_run: bool = False  # say what would be measured
 
     def __post_init__(self):
         self.clock = clock_for(self.device)
@@ -108,6 +110,9 @@ class Session:
     def do(self, suite, shape, mode, providers, rows):
         """Add the rows of `rows(missing, starting)` to the results, for providers that they do not hold yet, unless the
         time is up. starting: see `measure`."""
+        if self.dry_run:
+            print(f"{suite}: {shape.name}, {mode}: {', '.join(p.name for p in self.keep(providers))}")
+            return
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         held = self.results.matching(identity)
         names = {row.get("provider", "") for row in held}
@@ -179,9 +184,36 @@ def run_suite(suite, session, progress=False):
             measured = functools.partial(network_rows, suite, kind, shape, kind.modes[0], session)
             session.do(suite, shape, kind.modes[0], providers, measured)
     elif suite == "ceiling":
-        ceilings.run(session)
+        if session.dry_run:
+            print("ceiling: what this device can do at most")
+        else:
+            ceilings.run(session)
+    elif suite == "cpu":
+        run_on_cpu(session, progress)
     else:
         raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
+
+
+def run_on_cpu(session, progress):
+    """`cpu.PLAN`, each part with its number of threads. Raises: InputError for another device or type."""
+    if session.device.type != "cpu" or session.dtype != torch.float32:
+        raise InputError("suite cpu measures fp32 products on a CPU: --device cpu --dtype fp32")
+    before = torch.get_num_threads()
+    try:
+        for part in cpu.PLAN:
+            torch.set_num_threads(part.threads)
+            shapes, clock = part.shapes(), clock_for(session.device)
+            limits = part.limits | {"packing": False} | (QUICK if session.quick else {})
+            shapes = shapes[: part.quick] if session.quick else shapes
+            for shape in tqdm(shapes, part.suite, disable=None if progress else True):
+
+                def rows(providers, starting, part=part, shape=shape, limits=limits, clock=clock):
+                    problem = part.kind(shape, part.mode, session.dtype, session.device)
+                    return measure(part.suite, problem, providers, clock, starting=starting, **limits)
+
+                session.do(part.suite, shape, part.mode, part.providers, rows)
+    finally:
+        torch.set_num_threads(before)
 
 
 def layer_rows(suite, kind, shape, mode, session, providers, starting):
@@ -284,8 +316,10 @@ def run(options, arguments):
         deadline=deadline,
         timeout=options.timeout,
         on_timeout=again if device.type == "cuda" else None,
+        dry_run=options.dry_run,
     )
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
+    known |= {p.name for part in cpu.PLAN for p in part.providers}
     known |= {p.name for p in (*STEP_PROVIDERS, *TRAINING_PROVIDERS, *first_providers(device, session.dtype))}
     if unknown := set(session.providers or ()) - known:
         raise InputError(f"unknown providers {', '.join(sorted(unknown))}: they are {', '.join(sorted(known))}")
@@ -299,6 +333,8 @@ def run(options, arguments):
         if not device_is_lost(device):
             raise
         again()
+    if options.dry_run:
+        return 0
     statuses = [row["status"] for row in session.results.rows]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     print(f"{session.results.path}: {len(statuses)} rows ({counts}); {session.cut} problems left out for time")
@@ -323,6 +359,7 @@ def parser():
         "--timeout", type=float, default=75, help="seconds until a provider counts as hanging (default: %(default)s)"
     )
     parsed.add_argument("--out", default="bench-results.csv", help="results file (default: %(default)s)")
+    parsed.add_argument("--dry-run", action="store_true", help="list what would be measured, and stop")
     parsed.add_argument("--resume", action="store_true", help="continue the results file, skipping what it holds")
     return parsed
 
