@@ -168,6 +168,24 @@ def autocast_dtype(device):
     return torch.get_autocast_dtype(device.type)
 
 
+def direct(operator, *tensors):
+    """The function of an operator of `torch.library.custom_op`, if it may be called in place of the operator.
+
+    That saves 0.1 ms on a slow CPU. It may for plain tensors on a CPU, if nothing traces, counts, transforms or
+    differentiates the call. Otherwise the operator is returned.
+    """
+    if torch.compiler.is_compiling():  # alone, because dynamo cannot trace the others
+        return operator
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch.jit.is_tracing()
+    if watched or torch._C._are_functorch_transforms_active():
+        return operator
+    graded = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (type(t) is not torch.Tensor or t.device.type != "cpu" or (graded and t.requires_grad)):
+            return operator
+    return getattr(operator, "_init_fn", operator)
+
+
 def exporting():
     """Whether torch.export is tracing. This is the flag behind `torch.compiler.is_exporting`, because torch 2.11's
     dynamo reads that function as true in everything that it compiles."""

@@ -12,6 +12,8 @@ On a GPU (sm_80 and later; bf16, fp16, fp32) each of the three products has thes
     masked   a kernel of masked_matmul_kernels.py on the masked weight, with bias and activation in its epilogue
     bits     the same on the dense weight and the packed mask; no masked copy is needed
 If `library` is best for all three products, and on other devices, plain torch computes.
+In fp32 on a CPU the forward product of masked training takes the C kernel of `cpu/` if a rule says that it is faster
+(`training_product`).
 """
 
 import functools
@@ -22,9 +24,10 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
+from sparsedm.kernels.cpu import products, rules
 from sparsedm.kernels.launch import autocast_dtype, forced_backend, uses_triton
 from sparsedm.kernels.mask import Selection, select_mask
-from sparsedm.kernels.pattern import check_weight, pack_bits, select_mask_ref, unpack_bits
+from sparsedm.kernels.pattern import check_weight, memory_format, pack_bits, select_mask_ref, unpack_bits
 from sparsedm.kernels.tuning import Autotuner, bucket
 
 ACTIVATIONS = {  # name: (activation, its gradient from dy and z)
@@ -100,8 +103,18 @@ def apply_rule(g, weight, mask, rule):
     decay, kept, dropped = rule
     if kept != 1.0 or dropped != 1.0:
         g = torch.where(mask, kept * g, dropped * g)
+    if decay > 0 and _decays_in_c(g, weight, mask):
+        return products.decay(g, weight, mask, decay)
     # not in one operation with alpha=decay: Inductor drops the alpha of sums that it fuses with a matmul
     return g + decay * weight.masked_fill(mask, 0) if decay else g
+
+
+def _decays_in_c(g, weight, mask):
+    """Whether `products.decay` can be called: on a CPU, on dense tensors in one order, without a second derivative."""
+    if torch.is_grad_enabled() or forced_backend() in ("torch", "dense") or not rules.serves(g, weight):
+        return False
+    same = g.shape == weight.shape and g.stride() == weight.stride() == mask.stride()
+    return same and mask.device == g.device and (g.is_contiguous() or memory_format(g) == torch.channels_last)
 
 
 def straight_through(weight, masked, mask, rule=STE):
@@ -124,6 +137,41 @@ def straight_through(weight, masked, mask, rule=STE):
         raise InputError(f"the mask must be bool, not {mask.dtype}")
     function = _StraightThrough if transformed() else _EagerStraightThrough
     return function.apply(weight, masked, mask, rule)
+
+
+def training_product(x, weight, mask, pattern, bias):
+    """x @ weight^T + bias of masked training: by the C kernel where `rules.training_serves` says so, else `F.linear`.
+
+    x: (..., K). weight: (N, K), masked, its gradient attached. mask: bool. bias: (N,) or None. The gradients are those
+    of `F.linear`, in torch; the forward differs from it by rounding.
+    """
+    if rules.training_serves(x, weight, pattern):
+        try:
+            prepacked = products.prepack("linear", weight, mask, pattern)
+        except InputError:  # a frozen mask need not hold the pattern
+            return F.linear(x, weight, bias)
+        return _TrainingProduct.apply(x, weight, bias, prepacked, pattern)
+    return F.linear(x, weight, bias)
+
+
+class _TrainingProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, prepacked, pattern):
+        ctx.save_for_backward(x, weight)
+        y = products.linear(x.reshape(-1, x.shape[-1]), prepacked, pattern, len(weight), bias=bias)
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, weight), rows = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
+        dx, dw, db = ctx.needs_input_grad[:3]
+        return (
+            (rows @ weight).view(x.shape) if dx else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if dw else None,
+            rows.sum(0) if db else None,
+            None,
+            None,
+        )
 
 
 def transformed():

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.launch import direct
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
@@ -92,7 +93,7 @@ def sparse24_conv2d(
     def run(choice, cache, strict):
         layout = dispatch.row_of(CONV, choice.backend).layout_for(request)
         tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
-        return _conv(
+        return direct(_conv, x, bias, residual)(
             x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size,
             *choice, strict, pattern,
         )  # fmt: skip

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import dense
+from sparsedm.kernels.launch import direct
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -40,7 +42,7 @@ def sparse24_linear_ref(
 
 def _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype):
     source = x if skip is None else torch.cat((x, skip), -1)
-    y = ACTIVATIONS[activation](F.linear(source, weight, bias))
+    y = ACTIVATIONS[activation](dense.linear(source, weight, bias))
     if scale is not None:
         groups = scale.reshape(-1, 1, y.shape[-1])
         y = (y.reshape(groups.shape[0], -1, y.shape[-1]) * groups).view(y.shape)
@@ -91,7 +93,7 @@ def sparse24_linear(
     def run(choice, cache, strict):
         layout = dispatch.row_of(LINEAR, choice.backend).layout_for(request)
         tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
-        return _linear(
+        return direct(_linear, x, bias, residual, skip, scale)(
             x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict, pattern
         )
 
