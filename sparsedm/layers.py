@@ -117,7 +117,7 @@ class Masked:
         return self._weight_and_mask()[0]
 
     def _weight_and_mask(self):
-        """`effective_weight()`, and its mask if it gets a gradient through one, else None. A GPU may have its bits alone."""
+        """`effective_weight()`, and its mask if it gets a gradient through one and is not held as bits, else None."""
         if self.pattern is None:
             return self.weight, None
         selection = self.selection(product_dtype(self.weight))
