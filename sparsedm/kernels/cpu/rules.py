@@ -27,6 +27,8 @@ def linear_cost(M, N, K, keep, group, instructions):
 
     keep, group: of the pattern. instructions: as `library.instruction_set` gives them.
     """
+    if not M:
+        return 2.0, "linear"
     tile, few = _tile(M, keep / group, instructions), _few(M, keep / group, group, instructions)
     cost = (few, "few") if few < tile else (tile, "linear")
     return (max(cost[0], 2.0) if M * N * K < SMALLEST else cost[0]), cost[1]
