@@ -46,8 +46,8 @@ def provider_of(pattern):
     return f"sparsedm {pattern}"
 
 
-# oneDNN adds the terms of a product in one chain. At K = 1024 that rounds three times as much as MKL's short chains, and a
-# rival must not be refused for it. A wrong product is off by far more.
+# oneDNN adds the terms of a product in one chain. At K = 1024 that rounds three times as much as MKL's short chains.
+# A rival must not be refused for it; a wrong product is off by far more.
 ROUNDINGS = 32
 
 
