@@ -276,6 +276,8 @@ class Compressed(nn.Module):
     `sparse24.format`. Both buffers are uint8, because collectives such as a broadcast do not take int16.
     weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
     kh * kw * in weights before compression.
+    A kernel's form of the weight is kept. Change the values by `load_state_dict` or `copy_`: what is written into the
+    same memory through `.data` is not seen.
     """
 
     def __init__(self, layer, values, words, pattern):
@@ -301,7 +303,7 @@ class Compressed(nn.Module):
         version = None if self.values.is_inference() else self.values._version
         key = (self.values.data_ptr(), self.values.device, version, dtype)
         if self._cast is None or self._cast[0] != key:
-            self._cast = key, self.values.to(dtype)
+            self._cast = key, self.values.to(dtype), self.values.detach()  # held: nothing else gets its address
         return self._cast[1], *tensors
 
     def words(self, stored=None):
@@ -390,7 +392,7 @@ class CompressedLinear(Compressed):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
     def forward(self, x, residual=None, skip=None, scale=None):
-        self._check_width(x.shape[-1] + (0 if skip is None else skip.shape[-1]), "features")
+        self._check_width((x.shape[-1] if x.dim() else 0) + (0 if skip is None else skip.shape[-1]), "features")
         values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
         dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # the dtype of their sum
         rest = {
