@@ -179,11 +179,12 @@ def loss(
 
     The first term is DDPM's eq. 14, the second SparseDM's transfer from a dense teacher (arXiv 2404.10445, eq. 11; its
     runs used w_kd = 0.1). The teacher sees the same x_t and t, gets no gradient, and should be in eval mode.
-    x0 (B, C, H, W); y (B,) int64 or None. `generator` may live on another device than x0: a CPU generator gives the
-    same t and ε on every device. weighting: "velocity" divides the squared errors by α(t)², which makes them those of
-    the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training. variance: the model
-    gives one too (`model(..., variance=True)`), and `variational_bound` is added to the total. rows: a slice of the
-    batch; the others are only drawn for, so that the parts of a batch, computed apart, average to its loss.
+    x0 (B, C, H, W); y (B,) int64, (B, tokens, width) or None. `generator` may live on another device than x0: a CPU
+    generator gives the same t and ε on every device. weighting: "velocity" divides the squared errors by α(t)², which
+    makes them those of the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training.
+    variance: the model gives one too (`model(..., variance=True)`), and `variational_bound` is added to the total.
+    rows: a slice of the batch; the others are only drawn for, so that the parts of a batch, computed apart, average to
+    its loss.
     Returns LossTerms. Raises InputError for another weighting, or when w_kd asks for a teacher that is not there.
     """
     if weighting not in WEIGHTINGS:

@@ -10,7 +10,7 @@ and never waits for their values, so that all of it can be recorded as a CUDA gr
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -232,13 +232,14 @@ def _step(step, model, clip, y, x, noise, times, *before):
 class Execution:
     """How samples are computed. Apart from null_label none of it changes more than rounding.
 
-    null_label: the label for "no class", None for the model's config.num_classes. batch_size: samples at a time, None
+    null_label: the label for "no class", None for the model's config.num_classes; or of a text-conditional network the
+    context (tokens, width) of no text. batch_size: samples at a time, None
     for all. device: None for the model's. dtype: of the samples, in which the sampler computes. network_dtype: of the x
     that the network is given, None for the same. progress: show a bar on a terminal. cuda_graph: replay whole steps,
     network and update, as CUDA graphs (cuda_graph.py): the same samples, in less host time.
     """
 
-    null_label: int | None = None
+    null_label: int | torch.Tensor | None = None
     batch_size: int | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
@@ -269,9 +270,10 @@ def sample(
     drawn on the CPU so that a seed means the same picture on every device. (A network's own rounding may still depend
     on the batch size.) model: `model(x, t)` or `model(x, t, y)`, or a list of `steps` such, one per step, first the
     noisiest. steps: network evaluations, for heun 2 steps - 1. spacing: None for the sampler's own, see time_grid.
-    y (count,) int64; guidance as in `guided`. clip, for images: "every" keeps every x̂_0 in [-1, 1] (DDPM's; "static
-    thresholding", arXiv 2205.11487, section 2.3), as a small network's errors at high noise, where they are divided by
-    α, would else carry the sample away; "final" clips the sample alone, as DDSM does; "never" nothing, as U-ViT.
+    y (count,) int64, or (count, tokens, width) of a text-conditional network; guidance as in `guided`. clip, for
+    images: "every" keeps every x̂_0 in [-1, 1] (DDPM's; "static thresholding", arXiv 2205.11487, section 2.3), as a
+    small network's errors at high noise, where they are divided by α, would else carry the sample away; "final" clips
+    the sample alone, as DDSM does; "never" nothing, as U-ViT.
     Raises InputError for an unknown sampler, spacing or clip, for counts and labels that do not fit together or the
     model, for a learned variance of a network without one, and for a graph off a GPU.
     """
@@ -292,6 +294,8 @@ def sample(
     batch_size, device = run.batch_size or count, run.device
     if device is None:
         device = next((p.device for m in models if isinstance(m, torch.nn.Module) for p in m.parameters()), "cpu")
+    if isinstance(run.null_label, torch.Tensor):
+        run = replace(run, null_label=run.null_label.to(device))
 
     prepared = {id(m): _prepared(m, guidance, run, SAMPLERS[sampler].learned) for m in models}
     networks = [prepared[id(m)] for m in models]  # those of equal networks are equal, and recorded once
@@ -331,7 +335,7 @@ def _prepared(model, guidance, run, variance):
 
 
 def guided(model, y, guidance=None, null_label=None, config=None):
-    """`model(x, t)` for labels y (B,): ε̂ = (1 + w) ε̂(x, t, y) - w ε̂(x, t, null), w = guidance.
+    """`model(x, t)` for labels (or texts) y (B, ...): ε̂ = (1 + w) ε̂(x, t, y) - w ε̂(x, t, null), w = guidance.
 
     Classifier-free guidance (arXiv 2207.12598, eq. 6), both branches in one batch. Guidance None or 0 is the plain
     conditional network; y None the unconditional one. config: None for the model's. What a network says about the
@@ -344,8 +348,11 @@ def guided(model, y, guidance=None, null_label=None, config=None):
     if null_label is None and getattr(config, "null_label", True):
         null_label = getattr(config, "num_classes", 0) or None
     if y is None or null_label is None:
-        raise InputError(f"guidance {guidance} needs labels and a network with a null label")
-    labels = torch.cat([y, torch.full_like(y, null_label)])
+        raise InputError(
+            f"guidance {guidance} needs labels and a network with a null label, or texts and an empty text"
+        )
+    null = null_label.to(y).expand_as(y) if isinstance(null_label, torch.Tensor) else torch.full_like(y, null_label)
+    labels = torch.cat([y, null])
 
     def predict(x, t):
         with_label, without = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)

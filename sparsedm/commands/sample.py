@@ -21,10 +21,13 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError, check_memory
 from sparsedm.features import to_uint8
 from sparsedm.files import atomic_file, check_writable
+from sparsedm.models.autoencoder import load_autoencoder
 from sparsedm.plots import save_grid
 from sparsedm.sparsity import compress, masked_layers
 from sparsedm.stepaware.family import family_of, load_strategy
 from sparsedm.train import distributed
+from sparsedm.train.array_files import read_context
+from sparsedm.train.data import check_context
 from sparsedm.train.published import Published, published
 
 EXAMPLES = (
@@ -72,6 +75,11 @@ def add_sampling_arguments(parser, images):
         choices=samplers.CLIPS,
         help="keep images in [-1, 1] in every step, in the final one, or never (default: every; latents: never)",
     )
+    parser.add_argument(
+        "--context",
+        metavar="FILE.npz",
+        help="texts of a text-conditional model: `context` (N, tokens, width), and for --guidance `null_context`",
+    )
     parser.add_argument("--label", type=whole, help="draw only this class (default: all classes in turn)")
     parser.add_argument(
         "--batch-size",
@@ -80,6 +88,9 @@ def add_sampling_arguments(parser, images):
     )
     parser.add_argument(
         "--which", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)"
+    )
+    parser.add_argument(
+        "--vae", metavar="DIR", help="make latents images, by the diffusers AutoencoderKL in this folder (safetensors)"
     )
     parser.add_argument("--cuda-graph", action="store_true", help="replay whole steps as CUDA graphs: less host time")
     add_seed_and_device(parser)
@@ -145,23 +156,26 @@ def _compressed(source, must):
 
 def run(options):
     source = source_of(options)
-    labels = labels_of(source.config, options)
+    conditions = conditions_of(source.config, options)
     out = Path(options.out or beside(options.run) / "drawn.png")
-    latents = source.config.channels not in (1, 3)
+    latents = source.config.channels not in (1, 3) and options.vae is None
     if out.suffix != ".npz":
         picture_name(out)
         if latents:
             raise InputError(
                 f"{options.run} makes latents of {source.config.channels} channels, which are no picture: "
-                "write the numbers with --out FILE.npz"
+                "decode them with --vae DIR, or write the numbers with --out FILE.npz"
             )
+    autoencoder = autoencoder_of(source.config, options)
     if options.compress:
         source = _compressed(source, options.strategy is None)
     check_writable(out)
     with distributed.process_group(options.device):
-        images = draw(source, labels, options)
+        images = draw(source, conditions, options)
     if images is None:
         return
+    if autoencoder:
+        images = autoencoder.decode(images, progress=True)
     images = images.float() if latents else to_uint8(images)
     if out.suffix == ".npz":
         with atomic_file(out) as partial:
@@ -180,30 +194,69 @@ def beside(run):
     return Path(run) if Path(run).is_dir() else Path()
 
 
-def labels_of(config, options):
-    """int64 (count,): all classes in turn, or --label; None for an unconditional model.
+def autoencoder_of(config, options):
+    """The Autoencoder of --vae, None without. Raises: InputError where it decodes other latents than the network's."""
+    if options.vae is None:
+        return None
+    found = load_autoencoder(options.vae, options.device)
+    if found.channels != config.channels:
+        rule = f"decodes latents of {found.channels} channels"
+        raise InputError(f"--vae {options.vae} {rule}, and the network makes {config.channels}")
+    return found
+
+
+class Conditions(NamedTuple):
+    """What the networks are told of each sample: labels int64 (count,), or (count, tokens, width) of --context.
+
+    null: the label or the context of nothing, for guidance; None: what the network says itself.
+    """
+
+    y: torch.Tensor | None = None
+    null: torch.Tensor | None = None
+
+
+def conditions_of(config, options):
+    """The Conditions of --count samples: all classes or all texts in turn, or --label.
 
     Raises InputError for all that the command line asks of such a model in vain, and for more images than fit.
     """
     check_memory(4 * options.count * config.channels * config.image_size**2, f"--count {options.count}")
+    if getattr(config, "context_tokens", 0):
+        return _texts(config, options)
+    if options.context is not None:
+        raise InputError("--context needs a text-conditional model, and this one takes none")
     if not config.num_classes:
         if options.label is not None or options.guidance:
             raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
-        return None
+        return Conditions()
     labels = torch.arange(options.count) % config.num_classes
     if options.label is None:
-        return labels
+        return Conditions(labels)
     if options.label >= config.num_classes:
         raise InputError(f"--label {options.label}: the model has the classes 0 to {config.num_classes - 1}")
-    return torch.full_like(labels, options.label)
+    return Conditions(torch.full_like(labels, options.label))
 
 
-def draw(source, labels, options):
+def _texts(config, options):
+    if options.context is None:
+        shape = f"(N, {config.context_tokens}, {config.context_dim})"
+        raise InputError(f"the network is told a text: give --context FILE.npz with an array `context` {shape}")
+    context, null = read_context(Path(options.context))
+    check_context(config, context.shape, options.context)
+    if options.label is not None:
+        raise InputError("--label needs a class-conditional model, and this one is told a text")
+    if options.guidance and null is None:
+        raise InputError(f"--guidance needs the context of the empty text, `null_context` in {options.context}")
+    return Conditions(context[torch.arange(options.count) % len(context)], null)
+
+
+def draw(source, conditions, options):
     """(count, C, H, W) floating point samples, as the command line asks; None but in the first of several processes."""
     config, dtype = source.config, DTYPES[options.dtype]
     batch_size = options.batch_size or (64 if options.device.type == "cpu" else 256)
     if dtype is None:
         dtype = torch.bfloat16 if source.compressed and options.device.type == "cuda" else torch.float32
+    y, null = conditions
     moved = {id(network): network.to(options.device, dtype) for network in source.networks}
 
     def drawn(start, stop):
@@ -216,8 +269,9 @@ def draw(source, labels, options):
             steps=source.steps,
             seed=options.seed,
             start=start,
-            y=None if labels is None else labels[start:stop].to(options.device),
+            y=None if y is None else y[start:stop].to(options.device),
             guidance=options.guidance,
+            null_label=null,
             clip=source.clip or ("never" if config.channels > 3 else "every"),
             batch_size=batch_size,
             device=options.device,

@@ -31,7 +31,7 @@ from sparsedm.train.data import check_source, load_images
 from sparsedm.train.loop import TrainOptions, amp_of
 from sparsedm.train.published import published
 from sparsedm.train.stages import METHODS, distilled, method_stages, parse_chain
-from sparsedm.train.step import OPTIMIZERS
+from sparsedm.train.step import OPTIMIZERS, takes_text
 
 EXAMPLES = (
     "--model uvit-tiny --data cifar10 --chain dense,3:4,2:4 --steps 20000",
@@ -141,8 +141,8 @@ def run(options):
     name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     start = Start(model, ema, build=lambda: build_model(model.config))
+    check_source(options.data, model.config)
     if options.dry_run:
-        check_source(options.data)
         check_chain(start, stages, None, training, options.where)
         show_plan(stages, training, model, folder, options.where)
         return
@@ -150,6 +150,8 @@ def run(options):
     crop = crop_of(options, model.config)
     images = load_images(options.data, "train", size, limit=options.limit, crop=crop)
     validation = load_images(options.data, "test", size, limit=2048, crop=crop)
+    if takes_text(model) and images.null_context is None and training.label_dropout:
+        print(f"{options.data} has no null_context, the empty text: none is dropped, so guidance will not work")
     with distributed.process_group(options.device):
         results = run_chain(
             start,

@@ -9,7 +9,8 @@ no state.
     cifar10            downloaded
     folder, .zip       images in class folders (see sparsedm.train.image_files)
     folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.array_files)
-    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW); labels (array_files too)
+    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW) or their moments; labels;
+                       context, for a text-conditional network (array_files too)
 
 A source without a test split is split by a rule: 2% of the images but at least 64 (and at most half), drawn with a
 fixed seed, are "test", the rest is "train".
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder, parse_json, regular_file
-from sparsedm.train.array_files import cifar10_folder, download_cifar10, read_cifar10, read_npz
+from sparsedm.train.array_files import cifar10_folder, context_shape, download_cifar10, read_cifar10, read_npz
 from sparsedm.train.image_files import CROPS, Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
 
@@ -45,24 +46,38 @@ END_BYTES = 1 << 20  # at each end of a file, part of its signature
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """images: uint8 (n, c, h, w) in 0..255, or float32 latents; labels: int64 (n,) or None; class_names: one per label;
-    source: what `load` was asked for; sizes: those of image files before they were fitted, see `image_files.Parts`."""
+    source: what `load` was asked for; sizes: those of image files before they were fitted, see `image_files.Parts`.
+
+    context: floating point (n, tokens, width), what a text-conditional network is told, or None; null_context: (tokens,
+    width), the same of no text. moments: the first half of the channels are means, and the second the logarithms of
+    the variances of Gaussians, from which every batch draws its latents."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
     class_names: tuple
     source: str
     sizes: dict = field(default_factory=dict)
+    context: torch.Tensor | None = None
+    null_context: torch.Tensor | None = None
+    moments: bool = False
 
     def __len__(self):
         return len(self.images)
+
+    @property
+    def shape(self):
+        """(c, h, w) of what a batch holds."""
+        channels, *sides = self.images.shape[1:]
+        return (channels // 2 if self.moments else channels, *sides)
 
     @property
     def is_latent(self):
         return self.images.is_floating_point()
 
     def to(self, device):
-        labels = None if self.labels is None else self.labels.to(device)
-        return dataclasses.replace(self, images=self.images.to(device), labels=labels)
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **moved)
 
 
 def load(source, split="train", *, size=None, crop="square", limit=None, progress=True, cache=None):
@@ -82,17 +97,17 @@ def load(source, split="train", *, size=None, crop="square", limit=None, progres
             raise InputError(f"{name} must be at least 1, not {value}")
     if crop not in CROPS:
         raise InputError(f"the crop {crop!r} must be one of {', '.join(CROPS)}")
-    sizes = {}
     if source.partition(":")[0] == "synthetic":
-        images, labels, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
+        *tensors, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
+        parts = Parts({split: tensors}, class_names)
     else:
         parts = _read(source, split, size, progress, cache, crop)
-        images, labels = parts.splits.get(split) or _held_out(source, *parts.splits["all"], split)
-        class_names, sizes = parts.class_names, parts.sizes
-    if limit is not None and limit < len(images):
-        chosen = torch.arange(limit) * len(images) // limit
-        images, labels = images[chosen], None if labels is None else labels[chosen]
-    return ImageSet(images, labels, class_names, source, sizes)
+    tensors = parts.splits.get(split) or _held_out(source, parts.splits["all"], split)
+    count = len(tensors[0])
+    if limit is not None and limit < count:
+        tensors = _chosen(tensors, torch.arange(limit) * count // limit)
+    images, labels, *context = tensors
+    return ImageSet(images, labels, parts.class_names, source, parts.sizes, *context, **parts.rest)
 
 
 def load_images(source, split, size, limit=None, crop="square"):
@@ -108,27 +123,54 @@ def load_images(source, split, size, limit=None, crop="square"):
     return found
 
 
-def check_source(source):
-    """Raise InputError, before anything is read, where `source` is none that `load` could read."""
-    if source == "cifar10" or source.partition(":")[0] == "synthetic":
-        return
+def check_source(source, config=None):
+    """Raise InputError, before anything is read, where `source` is none that `load` could read.
+
+    config: of the network that is to be trained on it, which may ask for a context beside every image.
+    """
     path = Path(source).expanduser()
-    if not path.exists():
-        raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
-    if not path.is_dir():
-        regular_file(path)
+    if source != "cifar10" and source.partition(":")[0] != "synthetic":
+        if not path.exists():
+            raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
+        if not path.is_dir():
+            regular_file(path)
+    if config is not None:
+        check_context(config, context_shape(path) if path.suffix.lower() == ".npz" else None, source)
 
 
-def batch(images, indices, *, flip_generator=None):
+def check_context(config, shape, source):
+    """Raise InputError where a text-conditional network would not be told a context of its size.
+
+    shape: (n, tokens, width), of the context in `source`, None where it has none.
+    """
+    tokens = getattr(config, "context_tokens", 0)
+    if tokens and (shape is None or tuple(shape[1:]) != (tokens, config.context_dim)):
+        rule = f"an .npz file with an array `context` (N, {tokens}, {config.context_dim}) is needed"
+        found = "no context" if shape is None else f"a context of shape {tuple(shape)}"
+        raise InputError(f"the network is told a text of every image, and {source} holds {found}: {rule}")
+    if tokens and config.num_classes:
+        raise InputError("the network is told a class and a text: here it can be trained and sampled with one of them")
+
+
+def batch(images, indices, *, flip_generator=None, generator=None, text=False):
     """The images `indices` (int64 (b,), any device) of an ImageSet as the network sees them, on the device of the set.
 
-    flip_generator: torch.Generator (any device) that mirrors each image with probability 1/2, latents never.
-    Returns x float32 (b, c, h, w), images in [-1, 1] and latents as they are, and y int64 (b,) or None.
+    flip_generator: torch.Generator (any device) that mirrors each image with probability 1/2, latents never. generator:
+    draws latents from their moments; None: the means. text: y is the context.
+    Returns x float32 (b, c, h, w), images in [-1, 1] and latents as they are, and y: int64 (b,), or with `text` float32
+    (b, tokens, width), or None.
     """
     device = images.images.device
     indices = indices.to(device)
     x = images.images[indices]
-    y = None if images.labels is None else images.labels[indices]
+    y = images.context if text else images.labels
+    if y is not None:
+        y = y[indices].float() if text else y[indices]
+    if images.moments:
+        x, log_variance = x.chunk(2, dim=1)
+        if generator is not None:
+            noise = torch.randn(x.shape, generator=generator, device=generator.device).to(device)
+            x = x + (log_variance / 2).exp() * noise
     if images.is_latent:
         return x, y
     if flip_generator is not None:
@@ -157,14 +199,17 @@ def _shuffled(n, *key):
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
-def _held_out(source, images, labels, split):
-    n = len(images)
+def _chosen(tensors, indices):
+    return [None if tensor is None else tensor[indices] for tensor in tensors]
+
+
+def _held_out(source, tensors, split):
+    n = len(tensors[0])
     count = min(max(64, n // 50), n // 2)
     if not count:
         raise InputError(f"{source} holds one image, so none can be held out for validation")
     order = torch.from_numpy(_shuffled(n, HOLD_OUT_SEED))
-    chosen = (order[count:] if split == "train" else order[:count]).sort().values
-    return images[chosen], None if labels is None else labels[chosen]
+    return _chosen(tensors, (order[count:] if split == "train" else order[:count]).sort().values)
 
 
 def _synthetic_size(source, size):
@@ -211,8 +256,8 @@ def _resize(parts, size, progress):
             raise InputError(f"size {size} was asked for, but latents of {tuple(images.shape[1:])} cannot be resized")
         return resized(images, size, progress)
 
-    sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, _) in parts.splits.items()}
-    splits = {name: (fit(images), labels) for name, (images, labels) in parts.splits.items()}
+    sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, *_) in parts.splits.items()}
+    splits = {name: (fit(images), *rest) for name, (images, *rest) in parts.splits.items()}
     return parts._replace(splits=splits, sizes=sizes)
 
 

@@ -39,15 +39,16 @@ MOST_BYTES = 1 << 36  # of the decoded set, which has to lie in memory as one ar
 
 
 class Parts(NamedTuple):
-    """A set as it was read. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None).
+    """A set as it was read. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None), perhaps a context.
 
     The names are "train" and "test", or "all" where the source knows no splits. sizes: those that the images had before
-    they were fitted, as "width x height" without spaces -> the first file of that size.
+    they were fitted, as "width x height" without spaces -> the first file of that size. rest: more of `data.ImageSet`.
     """
 
     splits: dict
     class_names: tuple = ()
     sizes: dict = {}
+    rest: dict = {}
 
 
 def read_image_files(path, size=None, progress=True, crop="square"):
