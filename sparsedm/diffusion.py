@@ -26,10 +26,13 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 class Schedule:
     """What all schedules share. Times are floating-point tensors of any shape; results have their shape and dtype.
 
-    `last` is where sampling starts (almost pure noise), `first` the least noisy time a sampler shows to the network.
-    A subclass gives log_alpha(t), its inverse time_at_log_alpha, beta(t) = -2 d log α / dt, training_time(u) which
-    carries u ~ U[0, 1) to the distribution of t in training, and model_time(t) in the network's units with its inverse
-    time_of(model_time).
+    A subclass defines:
+    last, first          the times where sampling starts (almost pure noise) and of the network's last call
+    log_alpha(t)         log α; time_at_log_alpha is its inverse
+    beta(t)              -2 d log α / dt
+    training_time(u)     a time to train at, from a uniform u in [0, 1)
+    model_time(t)        t in the network's units; time_of is its inverse
+    snap(t)              t, rounded to a whole number if the schedule is discrete
     """
 
     def alpha(self, t):
@@ -82,8 +85,8 @@ class VPSDE(Schedule):
 class DDPMSchedule(Schedule):
     """1000 discrete times k = 0..999 with β_k linear from 1e-4 to 0.02 (DDPM, section 4); α(k)² = Π_{j<=k} (1 - β_j).
 
-    scaled: √β_k is linear instead (latent diffusion, arXiv 2112.10752). first_index: what the network is told at k = 0.
-    Between the integers log α is interpolated linearly, so that ODE samplers may stop anywhere (DPM-Solver, app. D.2).
+    scaled: √β_k is linear instead (latent diffusion, arXiv 2112.10752). first_index: the network's input t at k = 0.
+    Between integers log α is interpolated linearly, so that ODE samplers may use any time (DPM-Solver, app. D.2).
     """
 
     beta_first: float = 1e-4
@@ -137,7 +140,7 @@ SCHEDULES = {
 
 
 def schedule_of(model):
-    """The noise schedule of a network: the one that its configuration names."""
+    """The noise schedule that the network's configuration names."""
     return SCHEDULES[model.config.schedule]
 
 
@@ -145,7 +148,7 @@ def schedule_of(model):
 
 
 class LossTerms(NamedTuple):
-    """Scalars: what to differentiate, and its two parts (detached, unweighted; transfer is 0 without a teacher)."""
+    """Scalars: the loss to differentiate, and its two parts (detached, unweighted; transfer is 0 without a teacher)."""
 
     total: torch.Tensor
     noise: torch.Tensor
@@ -177,15 +180,17 @@ def loss(
 ):
     """w_noise mse(ε, model(x_t, t)) + w_kd mse(teacher(x_t, t), model(x_t, t)), one random t and ε per image.
 
-    The first term is DDPM's eq. 14, the second SparseDM's transfer from a dense teacher (arXiv 2404.10445, eq. 11; its
-    runs used w_kd = 0.1). The teacher sees the same x_t and t, gets no gradient, and should be in eval mode.
-    x0 (B, C, H, W); y (B,) int64, (B, tokens, width) or None. `generator` may live on another device than x0: a CPU
-    generator gives the same t and ε on every device. weighting: "velocity" divides the squared errors by α(t)², which
-    makes them those of the velocity (arXiv 2202.00512, section 4) and gives high noise its weight in a short training.
-    variance: the model gives one too (`model(..., variance=True)`), and `variational_bound` is added to the total.
-    rows: a slice of the batch; the others are only drawn for, so that the parts of a batch, computed apart, average to
-    its loss.
-    Returns LossTerms. Raises InputError for another weighting, or when w_kd asks for a teacher that is not there.
+    The first term is DDPM's eq. 14. The second is SparseDM's transfer from a dense teacher (arXiv 2404.10445, eq. 11;
+    its runs used w_kd = 0.1). The teacher sees the same x_t and t, gets no gradient, and should be in eval mode.
+
+    x0 (B, C, H, W); y (B,) int64, (B, tokens, width) for a text-conditional network, or None. generator: may be on
+    another device than x0; a CPU generator gives the same t and ε on every device.
+    weighting: "velocity" divides the squared error by α(t)². The result is the error of the predicted velocity
+    (arXiv 2202.00512, section 4). It gives the noisiest images more weight, which helps short runs.
+    variance: the model also predicts a variance (`model(..., variance=True)`); `variational_bound` is added to total.
+    rows: the part of the batch to compute. Times and noise are still drawn for the whole batch, so the mean over all
+    parts equals the loss of the whole batch.
+    Returns LossTerms. Raises InputError for an unknown weighting, or if w_kd is not 0 and there is no teacher.
     """
     if weighting not in WEIGHTINGS:
         raise InputError(f"unknown weighting {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
@@ -216,11 +221,11 @@ def loss(
 
 
 def variational_bound(schedule, x0, x, t, eps, v):
-    """-log p(x_0 | x_t=0) where t is 0, else KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)): (B,), bits per number.
+    """KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)), or -log p(x_0 | x_t) at t = 0: (B,), bits per number.
 
-    p has the mean that the noise eps gives and the variance β^((1 + v) / 2) β̃^((1 - v) / 2) (arXiv 2102.09672, section
-    3.1); DiT adds this to the squared error of eps, with no gradient to eps. x0, x, eps, v (B, C, H, W); t (B,), whole.
-    Raises: InputError for a schedule without discrete times.
+    The mean of p follows from the predicted noise eps; its variance is β^((1 + v) / 2) β̃^((1 - v) / 2) (arXiv
+    2102.09672, section 3.1). DiT adds this bound to the squared error of eps; `loss` detaches eps here.
+    x0, x, eps, v (B, C, H, W); t (B,), whole numbers. Raises: InputError for a schedule without discrete times.
     """
     if not isinstance(schedule, DDPMSchedule):
         raise InputError("a learned variance needs discrete times: the ddpm or the scaled-linear schedule")
@@ -246,7 +251,7 @@ def variational_bound(schedule, x0, x, t, eps, v):
 
 
 def _log_likelihood(x, mean, log_std):
-    """Of 256 levels in [-1, 1] under a Gaussian, whose distribution function is approximated as in the original."""
+    """log p of 256 levels in [-1, 1] under a Gaussian. Its distribution function is approximated as in the original."""
 
     def below(edge):
         z = (edge - mean) * (-log_std).exp()
@@ -266,11 +271,11 @@ def _squared_errors(a, b):
 
 
 def validation_loss(model, x0, schedule, *, y=None, times=None, seed=0, batch_size=256, progress=False):
-    """mse(ε, model(x_t, t)) over a fixed set, with the same t and ε per image for every model, order and batch size.
+    """mse(ε, model(x_t, t)) over a fixed set. The t and ε of an image do not depend on the model or the batch size.
 
-    x0 (n, C, H, W); y (n,) or None. times None: each image is seen at one time of the training distribution (spread
-    evenly by the golden ratio), the result is a scalar. times (L,), in the schedule's units: the whole set is seen at
-    each of them and the result is the curve (L,). float64, on the CPU. Dropout is off, nothing gets a gradient.
+    x0 (n, C, H, W); y (n,) or None. times None: one time per image, from the training distribution (spread evenly by
+    the golden ratio); returns a scalar. times (L,), in the schedule's units: all images at each time; returns (L,).
+    The result is float64 on the CPU. Dropout is off; there are no gradients.
     """
     count = len(x0)
     if times is None:
@@ -296,12 +301,12 @@ def validation_loss(model, x0, schedule, *, y=None, times=None, seed=0, batch_si
 
 
 def initial_noise(count, shape, seed, start=0):
-    """(count, *shape) float32 on the CPU: what `samplers.sample` starts from for samples start .. start + count - 1."""
+    """(count, *shape) float32 on the CPU: the initial noise of samples start .. start + count - 1 of `sample`."""
     return draw_noise(noise_streams(count, seed, start), shape, "cpu", torch.float32)
 
 
 def noise_streams(count, seed, start):
-    """The random streams (CPU generators) of the samples start .. start + count - 1, one each."""
+    """One random stream (a CPU generator) for each of the samples start .. start + count - 1."""
     # torch's CPU generator uses 32 bits of its seed. Multiples of the golden ratio keep the ranges of different seeds
     # apart, so two samples share a stream only by (seed, index), not by chance as with a hash.
     seeds = ((seed * 0x9E3779B9 + start + i) % 2**32 for i in range(count))
@@ -315,7 +320,7 @@ def draw_noise(streams, shape, device, dtype):
 
 @contextlib.contextmanager
 def evaluating(*models):
-    """No gradients, masks selected once, and every module in eval mode, restored afterwards."""
+    """A context without gradients, with masks selected once, and in eval mode. Afterwards the modes are restored."""
     was = {module: module.training for m in models if isinstance(m, torch.nn.Module) for module in m.modules()}
     for module in was:
         module.training = False

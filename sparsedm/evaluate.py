@@ -1,7 +1,8 @@
-"""How close generated images are to a reference set, as distances between the features of a fixed network.
+"""How close generated images are to a reference set: distances between the features of a fixed network.
 
-A Fréchet distance is called FID only over the features of the original Inception network ("inception"). Over other
-features it is just as good for comparing models with one another, but only over the same features, reference and count.
+A Fréchet distance is called FID only with the features of the original Inception network ("inception"). With other
+features the distance still ranks models, if all use the same features, the same reference set and the same number of
+images.
 Images are uint8 (n, C, h, w), or floating point in [-1, 1]; features are float64 (n, d).
 """
 
@@ -31,8 +32,8 @@ def moments(features):
 def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson and Landau 1982; FID, arXiv 1706.08500, eq. 6).
 
-    |μ_a - μ_b|² + tr(A + B - 2 (A B)^(1/2)), where tr (A B)^(1/2) is the sum of the roots of the eigenvalues of the
-    symmetric A^(1/2) B A^(1/2): stable for singular covariances, which few images give.
+    |μ_a - μ_b|² + tr(A + B - 2 (A B)^(1/2)). tr (A B)^(1/2) is the sum of the roots of the eigenvalues of the symmetric
+    A^(1/2) B A^(1/2). This is stable for singular covariances, the result of few images.
     """
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -44,8 +45,8 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
 def kernel_distance(a, b, *, subsets=100, subset_size=None, seed=0, progress=False):
     """KID: unbiased squared MMD with the kernel (x·y / d + 1)³ over random subsets (arXiv 1801.01401, eq. 4).
 
-    Returns (mean, standard deviation) over the subsets. subset_size: None for 1000, or half of the smaller set where
-    that is less (equal subsets would have no spread to show).
+    Returns (mean, standard deviation) over the subsets. subset_size: None: 1000, or half of the smaller set if that is
+    less (larger subsets would be too much alike to show a spread).
     """
     subset_size = subset_size or default_subset_size(a, b)
     if not 2 <= subset_size <= min(len(a), len(b)):
@@ -73,9 +74,11 @@ def _squared_mmd(a, b):
 
 
 def precision_recall(generated, reference, *, neighbours=3):
-    """Improved precision and recall (arXiv 1904.06991, eq. 1-2): (share of generated inside the reference, and back).
+    """Improved precision and recall (arXiv 1904.06991, eq. 1-2).
 
-    Inside a set is who lies within the distance from any of its members to that member's k-th neighbour.
+    Returns (share of generated images inside the reference set, share of reference images inside the generated set). A
+    point counts as inside a set if, for at least one member, it is no farther away than that member's k-th nearest
+    neighbour.
     """
     smaller = min(len(generated), len(reference))
     if smaller <= neighbours:
@@ -85,7 +88,7 @@ def precision_recall(generated, reference, *, neighbours=3):
 
 def _share_inside(points, members, k):
     nearest = [_squared_distances(chunk, members).topk(k + 1, largest=False).values for chunk in members.split(1024)]
-    radii = torch.cat(nearest)[:, -1]  # the nearest member of all is the member itself
+    radii = torch.cat(nearest)[:, -1]  # the nearest of all is the member itself
     inside = [(_squared_distances(chunk, members) <= radii).any(1) for chunk in points.split(1024)]
     return torch.cat(inside).double().mean().item()
 
@@ -100,8 +103,8 @@ def _squared_distances(a, b):
 def ssim(a, b):
     """Structural similarity (n,) of the pairs a[i], b[i] (Wang et al. 2004, eq. 13; K1 = .01, K2 = .03, L = 255).
 
-    Gaussian window of ssim_window(...) pixels with σ = 1.5, inside the image only; each colour channel by itself, then
-    the mean over channels and places. float64.
+    Gaussian window of ssim_window(...) pixels with σ = 1.5, inside the image only. The mean over colour channels and
+    places. float64.
     """
     if a.shape != b.shape:
         raise InputError(f"SSIM compares pairs, but the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
@@ -127,19 +130,19 @@ def ssim(a, b):
 
 
 def ssim_window(shape):
-    """11 pixels, or the largest odd number that fits into an image smaller than that."""
+    """11 pixels; for a smaller image the largest odd number that fits."""
     smaller = min(*shape[-2:], 11)
     return smaller - 1 + smaller % 2
 
 
 # ---- a reference set, and the whole comparison
 
-KEPT = 10_000  # features kept of a set, for the distances that need every single one
+KEPT = 10_000  # features stored of a set, for the distances that need individual features
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What is remembered of a set of images: mean and covariance over all, and the features of up to 10,000 of them."""
+    """Features of a set of images: mean and covariance over all images, and the features of at most 10,000 (`kept`)."""
 
     name: str
     features: str
@@ -151,9 +154,10 @@ class Summary:
 
 
 def summarize(images, features, name, *, cache=None, batch_size=250, progress=False):
-    """Summary of a set. cache: a folder that keeps it, by the content of the images and the name of the features.
+    """The Summary of a set of images.
 
-    Raises InputError for fewer than 2 images, NaN, or images the features cannot read.
+    cache: a folder where the summary is stored. The file name is a hash of the images and the name of the features.
+    Raises InputError for fewer than 2 images, NaN, or images that the features cannot read.
     """
     images = to_uint8(images)
     if len(images) < 2:
@@ -174,7 +178,7 @@ def summarize(images, features, name, *, cache=None, batch_size=250, progress=Fa
                     raise InputError("its tensors have other shapes")
                 return Summary(**facts, **{key: value.double() for key, value in found.items()})
             except (SafetensorError, InputError) as error:
-                warnings.warn(f"{path} cannot be read ({error}) and is computed anew", stacklevel=2)
+                warnings.warn(f"{path} cannot be read ({error}): it is computed anew", stacklevel=2)
     every = features(images, batch_size=batch_size, progress=progress)
     mean, covariance = moments(every)
     kept = _subset(every, KEPT, torch.Generator().manual_seed(0))
@@ -188,11 +192,11 @@ def summarize(images, features, name, *, cache=None, batch_size=250, progress=Fa
 
 
 def check_sets(shape, count, reference_shape, reference_count, neighbours=3):
-    """Raise InputError where two sets of images cannot be compared. shapes: (C, h, w)."""
+    """Raise InputError if two sets of images cannot be compared. shapes: (C, h, w)."""
     if shape[0] not in (1, 3):
-        raise InputError(f"images of {shape[0]} channels are latents, which have no distance here")
+        raise InputError(f"images of {shape[0]} channels are latents: distances need images of 1 or 3 channels")
     if tuple(shape) != tuple(reference_shape):
-        raise InputError(f"the images are {tuple(shape)}, but those of the reference {tuple(reference_shape)}")
+        raise InputError(f"the images are {tuple(shape)}, but the reference images {tuple(reference_shape)}")
     if min(count, reference_count) <= neighbours:
         raise InputError(
             f"{count} generated and {reference_count} real images: precision and recall look for {neighbours} "
@@ -203,9 +207,10 @@ def check_sets(shape, count, reference_shape, reference_count, neighbours=3):
 def evaluate(images, reference, features, *, paired=None, neighbours=3, seed=0, batch_size=250, progress=False):
     """Compare images with a reference Summary made by the same features. Returns a dict that JSON can hold.
 
-    "rank_deficient" says that one of the two sets has no more images than features have dimensions, so that its
-    covariance is singular and the Fréchet distance too rough to compare between counts. "ssim" (with "ssim_window") is
-    the mean over pairs images[i], paired[i], where paired is given: the dense model's samples from the same noise.
+    "rank_deficient" is true if a set has no more images than the features have dimensions. Its covariance is then
+    singular. Do not compare Fréchet distances of different image counts in that case.
+    paired: the dense model's samples from the same noise. "ssim" (with "ssim_window") is then the mean over the pairs
+    images[i], paired[i].
     """
     if reference.features != features.name:
         raise InputError(f"the reference {reference.name} holds features {reference.features}, not {features.name}")

@@ -1,4 +1,4 @@
-"""Fixed networks whose features stand for images: a random one that needs nothing, Inception, or a user's own file.
+"""Fixed networks that turn images into features: a random one that needs no download, Inception, or a user's file.
 
 Images are uint8 (n, C, h, w), or floating point in [-1, 1]; features are float64 (n, d).
 """
@@ -28,9 +28,9 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 
 @dataclass(frozen=True)
 class Features:
-    """A fixed network; calling it turns images (n, 3 or 1, h, w) into float64 features (n, d) on the CPU.
+    """A fixed network. Calling it turns images (n, 3 or 1, h, w) into float64 features (n, d) on the CPU.
 
-    The name stands for the exact network: two networks that can differ in their output have different names.
+    Networks whose outputs can differ have different names.
     """
 
     name: str
@@ -71,14 +71,14 @@ class Features:
 def load_features(spec="random-conv", device="cpu", *, weights=None, progress=True):
     """The feature network named by `spec`.
 
-    "random-conv"  the default, which needs nothing: see RandomConv. It is not Inception, and its distance is not a FID.
-    "inception"    the Inception network of the original FID (2048 features), as NVIDIA's TorchScript file of 96 MB that
-                   resizes as the original does. weights: where it is, or is downloaded to; None for
-                   $SPARSEDM_INCEPTION, else the cache folder. Whatever lies there must have the right checksum.
+    "random-conv"  the default, which needs no download: see RandomConv. Its Fréchet distance is not a FID.
+    "inception"    the Inception network of the original FID (2048 features): NVIDIA's TorchScript file of 96 MB, which
+                   resizes images like the original. weights: its path; if there is no file, it is downloaded to this
+                   path. None: $SPARSEDM_INCEPTION, else the cache folder. The file must have the right checksum.
     a file         TorchScript (torch.jit.save) or torch.export (.pt2, with a dynamic batch axis): a module from uint8
-                   (n, 3, h, w) to (n, d), which does its own scaling. Loading it RUNS what the file holds: only load
-                   files you trust. Plain pickles (torch.save) are refused.
-    Raises InputError for a file that is missing or something else, and when the download fails.
+                   (n, 3, h, w) to (n, d) that does its own scaling. Loading RUNS the code in the file: only load files
+                   you trust. Plain pickles (torch.save) are refused.
+    Raises InputError if a file is missing or has another format, or if the download fails.
     """
     device = torch.device(device)
     if spec == "random-conv":
@@ -90,7 +90,7 @@ def load_features(spec="random-conv", device="cpu", *, weights=None, progress=Tr
         return Features("inception", lambda images: network(images, return_features=True), device)
     path = Path(spec)
     if not path.exists():
-        raise InputError(f"features {spec!r} are neither random-conv, nor inception, nor a file")
+        raise InputError(f"unknown features {spec!r}: random-conv, inception, or a file")
     with open(regular_file(path), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Features(f"{path.name}-{digest[:12]}", _load_network(path, device), device)
@@ -105,9 +105,9 @@ def _load_network(path, device):
             return move_to_device_pass(torch.export.load(path), device).module()
         if any(entry.startswith("code/") for entry in entries):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which this one format is for
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated, but this is its format
                 return torch.jit.load(path, map_location=device).eval()
-    except Exception as error:  # of a damaged file any
+    except Exception as error:  # a damaged file may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{kind} of this torch ({reason})") from error
     raise InputError(f"{kind}: a plain pickle can run any code and is refused")
@@ -116,12 +116,12 @@ def _load_network(path, device):
 class RandomConv(torch.nn.Module):
     """144 statistics of a fixed random network at the image's own resolution (8 x 8 or more); no training, no download.
 
-    At each of three scales (every one the mean of 2 x 2 pixels of the one before): r = |16 random 3x3 filters|,
-    q = |16 random 3x3 filters over r|; the features are log(1/64 + mean over the image) of r and q: how much structure
-    of each kind there is. Then the mean colours of a 4 x 4 grid: where it is. The filters have mean zero over their
-    3 x 3 places, so that brightness does not drown everything else.
+    There are three scales; each next scale averages 2 x 2 pixels of the last. At each: r = |16 random 3x3 filters|,
+    q = |16 random 3x3 filters over r|. The features are log(1/64 + mean over the image) of r and q (how much structure
+    of each kind), and the mean colours of a 4 x 4 grid (where it is). Each filter has mean zero, so that brightness
+    does not dominate.
 
-    The weights come from the raw bits of numpy's PCG64, which are the same for every version of numpy and torch.
+    The weights come from the raw bits of numpy's PCG64, which are equal in all versions of numpy and torch.
     """
 
     def __init__(self):

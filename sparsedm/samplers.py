@@ -1,10 +1,12 @@
-"""Samplers, which carry noise to images with a network `model(x, t) -> predicted noise`, and guidance by a label.
+"""Samplers: they turn noise into images with a network `model(x, t) -> predicted noise`. Also guidance by a label.
 
-Schedules and symbols are those of `diffusion.py`. A sampler is one step: step(predict, x, noise, before, t, s) -> (x at
-s, what the next step is given as `before`). t and s are Times, s being the less noisy one, noise is ε like x, and
-`before` is () in the first step. `Sampler.last` is the last step, which has no s. predict(x, t) -> (x̂_0, ε̂, v), where
-v is what the network says of the variance, None unless the sampler asks. A step is a function of these tensors alone
-and never waits for their values, so that all of it can be recorded as a CUDA graph and replayed with others.
+Schedules and symbols are defined in `diffusion.py`. A sampler is a function for one step from time t to the less noisy
+time s: step(predict, x, noise, before, t, s). It returns x at time s and a tuple that the next step receives as
+`before`; the first step receives (). t and s are Times; noise is ε, shaped like x. `Sampler.last` is the last step,
+which has no s. predict(x, t) returns (x̂_0, ε̂, v); v is the network's variance output, None if the sampler does not
+use it. A step is a function of these tensors alone and never waits for their values: it can become a CUDA graph.
+
+To add a sampler, write its step and a row of `SAMPLERS`.
 """
 
 import functools
@@ -22,7 +24,7 @@ from sparsedm.errors import InputError
 
 
 class Time(NamedTuple):
-    """A time and what the formulas need of it, 0-dim float64 tensors on the device of x."""
+    """A time and the values of the schedule at it, as 0-dim float64 tensors on the device of x."""
 
     model_time: torch.Tensor  # in the network's units
     alpha: torch.Tensor
@@ -34,7 +36,7 @@ class Time(NamedTuple):
 
 
 def time_table(schedule, times):
-    """times (n,) -> (n, 7), whose rows are the fields of a Time."""
+    """times (n,) -> (n, 7). Each row holds the fields of a Time."""
     quantities = schedule.model_time, schedule.alpha, schedule.sigma, schedule.log_alpha, schedule.half_log_snr
     return torch.stack([*(quantity(times) for quantity in quantities), times, schedule.beta(times)], 1)
 
@@ -42,7 +44,7 @@ def time_table(schedule, times):
 def euler_maruyama(predict, x, noise, before, t, s):
     """The reverse SDE dx = [-β x / 2 - β ∇log p] dt + √β dw (Score SDE, eq. 6 and 11), weak order 1.
 
-    ∇log p = -ε̂/σ. The step's β Δt is the exact integral of β, which is 2 log(α_s/α_t): so it fits any schedule.
+    ∇log p = -ε̂/σ. A step uses the exact integral of β, 2 log(α_s/α_t), in place of β Δt: it fits any schedule.
     """
     _, eps, _ = predict(x, t)
     beta = 2 * (s.log_alpha - t.log_alpha)
@@ -50,10 +52,11 @@ def euler_maruyama(predict, x, noise, before, t, s):
 
 
 def euler_maruyama_uvit(predict, x, noise, before, t, s=None):
-    """The same with β(t) Δt and a last step to time 0 without noise, as in U-ViT's code, whose published FIDs it gave.
+    """Euler-Maruyama with β(t) Δt, and a last step to time 0 without noise.
 
-    On data of standard deviation 0.25 the samples' own is off by 2.8% at 50 steps, with the integral by 10.6%; for very
-    narrow data the integral is better.
+    This is the sampler of U-ViT's code; U-ViT's published FIDs were computed with it. Test with data of standard
+    deviation 0.25 and 50 steps: the samples' standard deviation is off by 2.8% here and by 10.6% with `euler_maruyama`.
+    For very narrow data `euler_maruyama` is better.
     """
     _, eps, _ = predict(x, t)
     beta = t.beta * (t.time if s is None else t.time - s.time)
@@ -64,8 +67,9 @@ def euler_maruyama_uvit(predict, x, noise, before, t, s=None):
 def ddpm(predict, x, noise, before, t, s, variance="small"):
     """Ancestral sampling from q(x_s | x_t, x̂_0) (DDPM, eq. 6-7), for any times t > s.
 
-    variance: "small", the posterior's β̃; "large", that of q(x_t | x_s), β_t where s = t - 1 ("fixedlarge" of DDPM's
-    CIFAR-10 and DDSM); or "learned", β^((1 + v) / 2) β̃^((1 - v) / 2) (arXiv 2102.09672, eq. 15).
+    variance: "small": β̃, the variance of the posterior. "large": the variance of q(x_t | x_s), which is β_t if
+    s = t - 1 ("fixedlarge" in DDPM's CIFAR-10 run and DDSM). "learned": β^((1 + v) / 2) β̃^((1 - v) / 2)
+    (arXiv 2102.09672, eq. 15).
     """
     x0, _, v = predict(x, t)
     ratio = (t.log_alpha - s.log_alpha).exp()
@@ -97,7 +101,7 @@ def dpm_solver_pp_2m(predict, x, noise, before, t, s):
 def heun(predict, x, noise, before, t, s):
     """Heun's rule on d(x/α) = ε̂ d(σ/α), the probability-flow ODE (EDM, arXiv 2206.00364, algorithm 1), order 2.
 
-    Two network evaluations per step, both by the network of that step.
+    Each step evaluates its network twice.
     """
     h = s.sigma / s.alpha - t.sigma / t.alpha
     _, eps, _ = predict(x, t)
@@ -106,17 +110,19 @@ def heun(predict, x, noise, before, t, s):
 
 
 def data_prediction(predict, x, noise, before, t):
-    """x̂_0: the last step of every sampler. DDPM's algorithm 2 adds no noise in it, EDM's Heun falls back to Euler and
-    DPM-Solver++ to order 1."""
+    """x̂_0: the default last step. DDPM's algorithm 2 adds no noise there, Heun is Euler, DPM-Solver++ has order 1."""
     x0, _, _ = predict(x, t)
     return x0, ()
 
 
 class Sampler(NamedTuple):
+    """A row of SAMPLERS."""
+
     step: Callable
-    spacing: str  # of times, that suits it
+    spacing: str  # its default spacing of times, see `time_grid`
     stochastic: bool = False  # its steps need noise
     learned: bool = False  # asks the network for the variance
+    evaluations: int = 1  # network evaluations in each step; the last step has one
     last: Callable = data_prediction
 
 
@@ -133,36 +139,37 @@ SAMPLERS = {
     "ddpm-learned": _ddpm("learned"),
     "ddim": Sampler(ddim, "time"),
     "dpm++2m": Sampler(dpm_solver_pp_2m, "logsnr"),
-    "heun": Sampler(heun, "edm"),
+    "heun": Sampler(heun, "edm", evaluations=2),
 }
 SPACINGS = ("time", "logsnr", "edm")
 
 
 def evaluations(sampler, steps):
-    """How often a sampler of that name calls the network of each of its steps: [2, ..., 2, 1] for heun, else [1, ...].
+    """Number of network calls in each step: [2, ..., 2, 1] for heun, all ones for every other sampler.
 
-    Raises InputError below 1 step.
+    sampler: a name in SAMPLERS. Raises InputError below 1 step.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}, it must be at least 1")
-    return [2 if SAMPLERS[sampler].step is heun else 1] * (steps - 1) + [1]
+    return [SAMPLERS[sampler].evaluations] * (steps - 1) + [1]
 
 
 def steps_for(sampler, evaluations):
-    """The most steps that a sampler of that name makes in so many network evaluations: 25 for heun and 50.
+    """The largest number of steps that needs at most `evaluations` network calls. Example: 25 steps for heun with 50.
 
     Raises InputError below 1 evaluation.
     """
     if evaluations < 1:
         raise InputError(f"{evaluations} network evaluations: at least 1 is needed")
-    return (evaluations + 1) // 2 if SAMPLERS[sampler].step is heun else evaluations
+    return (evaluations - 1) // SAMPLERS[sampler].evaluations + 1
 
 
 def time_grid(schedule, steps, spacing):
-    """(steps,) float64 from schedule.last down to schedule.first: the times at which a sampler asks the network.
+    """The times of a sampler's steps: (steps,) float64 from schedule.last down to schedule.first.
 
-    "time": even in t, on integers where the schedule is discrete. "logsnr": even in λ (DPM-Solver). "edm": even in
-    (σ/α)^(1/7) (EDM, eq. 5). Raises InputError below 1 step, above what a discrete schedule has, and for other names.
+    "time": even in t; whole numbers if the schedule is discrete. "logsnr": even in λ (DPM-Solver). "edm": even in
+    (σ/α)^(1/7) (EDM, eq. 5). Raises InputError below 1 step, for more steps than a discrete schedule has times, and for
+    an unknown spacing.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}, it must be at least 1")
@@ -186,16 +193,15 @@ CLIPS = ("every", "final", "never")
 
 
 def integrate(model, schedule, x, times, sampler, noise=None, bar=None, clip="never", *, y=None, graphs=None):
-    """Carry x (B, ...) at times[0] to a sample: `sampler` from times[0] to times[-1], then its last step.
+    """Turn noise x (B, ...) at times[0] into samples: steps from times[0] to times[-1], then the sampler's last step.
 
-    model: `model(x, t)`, or `model(x, t, y)` if there is a y (B,), or a list with one such per time. noise: () -> ε
-    like x, fresh at every call. clip: see `sample`.
-    graphs: cuda_graph.Graphs, which replay every step, or None. A step computes in fp32 at least; between steps x has
-    the dtype it came with.
+    model: `model(x, t)`, `model(x, t, y)` if there are labels y (B,), or a list of models, one per time.
+    noise: () -> new ε, shaped like x. clip: see `sample`. graphs: a cuda_graph.Graphs that replays every step, or None.
+    A step computes in fp32 at least; between steps x has its own dtype.
     """
     models = list(model) if isinstance(model, list | tuple) else [model] * len(times)
     if len(models) != len(times):
-        raise InputError(f"{len(models)} models were given for {len(times)} steps, one per step is needed")
+        raise InputError(f"{len(models)} models were given for {len(times)} steps: one per step is needed")
     call = graphs or (lambda function, *arguments: function(*arguments))
     table = time_table(schedule, times.double().cpu()).to(x.device)
     before = ()
@@ -210,7 +216,7 @@ def integrate(model, schedule, x, times, sampler, noise=None, bar=None, clip="ne
 
 
 def _step(step, model, clip, y, x, noise, times, *before):
-    """One step as a function of tensors, besides what stays the same: -> (x, *before)."""
+    """One step. Returns (x, *before). In a CUDA graph step, model and clip are constants; tensors are inputs."""
     dtype, labels = x.dtype, () if y is None else (y,)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -220,7 +226,7 @@ def _step(step, model, clip, y, x, noise, times, *before):
         x0 = (x - t.sigma * eps) / t.alpha
         if not clip:
             return x0, eps, v
-        x0 = x0.clamp(-1, 1)  # and the noise is made to agree with it
+        x0 = x0.clamp(-1, 1)  # the noise must agree with it
         return x0, (x - t.alpha * x0) / t.sigma, v
 
     noise = None if noise is None else noise.to(wide)
@@ -230,13 +236,12 @@ def _step(step, model, clip, y, x, noise, times, *before):
 
 @dataclass(frozen=True)
 class Execution:
-    """How samples are computed. Apart from null_label none of it changes more than rounding.
+    """How samples are computed. Only null_label changes the samples by more than rounding.
 
-    null_label: the label for "no class", None for the model's config.num_classes; or of a text-conditional network the
-    context (tokens, width) of no text. batch_size: samples at a time, None
-    for all. device: None for the model's. dtype: of the samples, in which the sampler computes. network_dtype: of the x
-    that the network is given, None for the same. progress: show a bar on a terminal. cuda_graph: replay whole steps,
-    network and update, as CUDA graphs (cuda_graph.py): the same samples, in less host time.
+    null_label: the label for "no class"; None: the model's config.num_classes. A text-conditional network takes the
+    context (tokens, width) of the empty text. batch_size: samples at a time; None: all. device: None: the model's.
+    dtype: the dtype of the samples. network_dtype: the dtype of the network's input x; None: dtype. progress: show a bar on a terminal. cuda_graph: replay whole steps, network and update, as CUDA graphs
+    (cuda_graph.py): the same samples, in less host time.
     """
 
     null_label: int | torch.Tensor | None = None
@@ -264,25 +269,28 @@ def sample(
     clip="never",
     **execution,
 ):
-    """Draw `count` samples (count, *shape), images in about [-1, 1]. execution: fields of `Execution`, by name.
+    """Draw `count` samples (count, *shape), images in about [-1, 1].
 
-    Sample i depends on (seed, start + i) alone, never on the batch it is drawn in: its noise is a stream of its own,
-    drawn on the CPU so that a seed means the same picture on every device. (A network's own rounding may still depend
-    on the batch size.) model: `model(x, t)` or `model(x, t, y)`, or a list of `steps` such, one per step, first the
-    noisiest. steps: network evaluations, for heun 2 steps - 1. spacing: None for the sampler's own, see time_grid.
-    y (count,) int64, or (count, tokens, width) of a text-conditional network; guidance as in `guided`. clip, for
-    images: "every" keeps every x̂_0 in [-1, 1] (DDPM's; "static thresholding", arXiv 2205.11487, section 2.3), as a
-    small network's errors at high noise, where they are divided by α, would else carry the sample away; "final" clips
-    the sample alone, as DDSM does; "never" nothing, as U-ViT.
-    Raises InputError for an unknown sampler, spacing or clip, for counts and labels that do not fit together or the
-    model, for a learned variance of a network without one, and for a graph off a GPU.
+    Sample i depends only on (seed, start + i), not on its batch. Its noise is a random stream of its own, drawn on the
+    CPU, so that a seed gives the same picture on every device. (The network's rounding may depend on the batch size.)
+
+    model: `model(x, t)`, `model(x, t, y)`, or a list of `steps` models, one per step, the noisiest step first.
+    steps: sampling steps. Each costs one network evaluation; heun costs 2 * steps - 1 in all.
+    spacing: see `time_grid`; None: the sampler's. y (count,) int64: labels; a text-conditional network
+    takes contexts (count, tokens, width). guidance: see `guided`.
+    clip (images only). "every": clip the predicted clean image to [-1, 1] in each step, as DDPM does ("static
+    thresholding", arXiv 2205.11487, section 2.3); without it the errors of a small network grow at high noise, where
+    they are divided by α. "final": clip the finished sample only (DDSM). "never": do not clip (U-ViT).
+    execution: fields of `Execution`, by name.
+    Raises InputError for an unknown sampler, spacing or clip; for labels that do not fit `count` or the model; if the
+    sampler needs a learned variance and the network has none; and for a CUDA graph on another device.
     """
     run = Execution(**execution)
     for what, name, known in (("sampler", sampler, SAMPLERS), ("clip", clip, CLIPS)):
         if name not in known:
             raise InputError(f"unknown {what} {name!r}, expected one of {', '.join(known)}")
     if count < 1 or (run.batch_size is not None and run.batch_size < 1):
-        raise InputError(f"count is {count} and batch_size {run.batch_size}, both must be at least 1")
+        raise InputError(f"count is {count} and batch_size {run.batch_size}: both must be at least 1")
     if y is not None and len(y) != count:
         raise InputError(f"{len(y)} labels were given for {count} samples")
     if guidance is not None and not math.isfinite(guidance):
@@ -298,7 +306,7 @@ def sample(
         run = replace(run, null_label=run.null_label.to(device))
 
     prepared = {id(m): _prepared(m, guidance, run, SAMPLERS[sampler].learned) for m in models}
-    networks = [prepared[id(m)] for m in models]  # those of equal networks are equal, and recorded once
+    networks = [prepared[id(m)] for m in models]  # equal for equal networks, so that a graph records once
     graphs = Graphs(device) if run.cuda_graph else None
     samples = []
     starts = range(0, count, batch_size)
@@ -335,12 +343,12 @@ def _prepared(model, guidance, run, variance):
 
 
 def guided(model, y, guidance=None, null_label=None, config=None):
-    """`model(x, t)` for labels (or texts) y (B, ...): ε̂ = (1 + w) ε̂(x, t, y) - w ε̂(x, t, null), w = guidance.
+    """A `model(x, t)` for labels or texts y (B, ...): ε̂ = (1 + w) ε̂(x, t, y) - w ε̂(x, t, null), w = guidance.
 
-    Classifier-free guidance (arXiv 2207.12598, eq. 6), both branches in one batch. Guidance None or 0 is the plain
-    conditional network; y None the unconditional one. config: None for the model's. What a network says about the
-    variance, in channels beyond those of x, is not extrapolated but that of the labelled branch.
-    Raises InputError when guidance has no labels or no null label.
+    Classifier-free guidance (arXiv 2207.12598, eq. 6), both calls in one batch. guidance None or 0: the conditional
+    network. y None: the unconditional network. config: None: the model's. Output channels beyond those of x hold the
+    variance. Guidance does not touch them: they are taken from the call with the label.
+    Raises InputError if guidance has no labels or no null label.
     """
     if not guidance:
         return lambda x, t: model(x, t) if y is None else model(x, t, y)

@@ -174,7 +174,7 @@ def cut_in_half(path):
         (lambda path: torch.save(Means().state_dict(), path), "a plain pickle can run any code and is refused"),
         (lambda path: path.write_bytes(b""), "is not a TorchScript or torch.export file"),
         (cut_in_half, "is not a TorchScript or torch.export file"),
-        (lambda path: None, "are neither random-conv, nor inception, nor a file"),
+        (lambda path: None, "random-conv, inception, or a file"),
     ],
     ids=["pickle", "old pickle", "state dict", "empty", "truncated", "missing"],
 )

@@ -230,7 +230,7 @@ def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
     model = compress(sparsify(nn.Sequential(copy.deepcopy(layer)), "2:4"))
     x = torch.zeros(1, 512, 64) if isinstance(layer, nn.Linear) else torch.zeros(1, 64, 8, 8)
     here = "cpu" if library.library() else "dense"
-    model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Measured(Choice("wgmma", 2), {}, {})}
+    model[0]._prepacked["choices"] = {(512, "", "cuda:0"): Measured(Choice("wgmma", 2), {}, {})}  # without times
     assert inspect(model, (x,)).rows[0].backend == "wgmma"
     assert "tuned table" in inspect(model, (x,)).rows[0].why
     assert inspect(model, (x,), arch="cpu").rows[0].backend == here

@@ -351,10 +351,10 @@ def test_progress_counts_every_step_of_every_batch(monkeypatch):
         (dict(steps=0), "steps is 0, it must be at least 1"),
         (dict(sampler="ddim", steps=1001), "steps is 1001, but the schedule has only 1000 discrete times"),
         (dict(spacing="cosine"), "unknown spacing 'cosine', expected one of time, logsnr, edm"),
-        (dict(count=0), "count is 0 and batch_size None, both must be at least 1"),
+        (dict(count=0), "count is 0 and batch_size None: both must be at least 1"),
         (dict(batch_size=0), "count is 2 and batch_size 0"),
         (dict(y=torch.zeros(3, dtype=torch.int64)), "3 labels were given for 2 samples"),
-        (dict(model=[Elementwise()] * 4), "4 models were given for 50 steps, one per step is needed"),
+        (dict(model=[Elementwise()] * 4), "4 models were given for 50 steps: one per step is needed"),
         (dict(guidance=1.0), "guidance 1.0 needs labels"),
         (
             dict(guidance=1.0, y=torch.zeros(2, dtype=torch.int64), model=lambda x, t, y: x),

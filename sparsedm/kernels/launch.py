@@ -8,7 +8,9 @@ a sparse kernel: cpu, mma, splitk, wgmma.
 """
 
 import functools
+import logging
 import os
+import re
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ except ImportError:
         return kernel
 
 
+log = logging.getLogger(__name__)
 FUSED = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns that 3.10 has another default
 
 
@@ -66,12 +69,16 @@ def forced_backend():
 
 
 def uses_triton(*tensors):
-    """Whether an operation on these tensors runs as a Triton kernel: all on one NVIDIA GPU, sm_80 or later."""
+    """Whether an operation on these tensors runs as a Triton kernel: all on one NVIDIA GPU, sm_80 or later.
+
+    Not where the kernel of `select_mask`, with which every masked product begins, was found not to run.
+    """
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise InputError(f"all tensors must be on one device, not on {' and '.join(sorted(map(str, devices)))}")
     device = devices.pop()
-    return forced_backend() != "torch" and (capability(device) or (0, 0)) >= (8, 0)
+    served = forced_backend() != "torch" and (capability(device) or (0, 0)) >= (8, 0)
+    return served and (SELECT_MASK, "triton", device) not in broken
 
 
 def capability(device):
@@ -86,6 +93,69 @@ def capability(device):
 
 def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# ---- what does not run here
+
+
+SELECT_MASK = "select_mask"
+broken = {}  # (operation, back end, device): why it does not run there, found out by a call
+
+
+def runs(operation, backend, device, start, strict=False):
+    """Calls `start`, which launches kernels. Returns whether it ran.
+
+    Where a kernel does not compile, say, and `strict` is not set, the caller must compute in torch: this is logged
+    once, and `start` is not called again for this operation, back end and device in this process.
+    """
+    if not strict and (operation, backend, device) in broken:
+        return False
+    try:
+        start()
+        return True
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if strict or capturing() or device_is_lost(device):
+            raise
+        broken[operation, backend, device] = f"{backend} does not run here: {reason_of(error)}"
+        log.warning("%s: %s; torch computes it", operation, broken[operation, backend, device])
+        return False
+
+
+def reason_of(error):
+    """One line of an exception, for logs and tables.
+
+    Of a compiler's exception it has the beginning, which names a place, and the cause, which stands further below.
+    """
+    root = error
+    while root.__cause__:
+        root = root.__cause__
+    first, *_ = lines = _lines(error)
+    below = (_lines(root) if root is not error else lines)[1:] or _lines(root)
+    cause = next((line for line in below if re.search(r"\b(error|fatal)\b", line)), below[-1])
+    return (first if cause in first else f"{first} ... {cause}")[:400]
+
+
+def _lines(error):
+    return [line for line in map(str.strip, f"{type(error).__name__}: {error}".splitlines()) if line]
+
+
+def device_is_lost(device=None):
+    """Whether a kernel has faulted on a GPU (default: the current one), which answers this process nothing any more."""
+    try:
+        if (device is None or device.type == "cuda") and torch.cuda.is_available():
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def capturing():
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+# ---- torch, in the words of two versions
 
 
 def autocast_dtype(device):

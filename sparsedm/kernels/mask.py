@@ -21,7 +21,17 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import products, rules
-from sparsedm.kernels.launch import FUSED, forced_backend, jit, operator, tl, triton, uses_triton
+from sparsedm.kernels.launch import (
+    FUSED,
+    SELECT_MASK,
+    forced_backend,
+    jit,
+    operator,
+    runs,
+    tl,
+    triton,
+    uses_triton,
+)
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
@@ -255,9 +265,13 @@ def _select_mask(
     pattern = Pattern(keep, group)
     if uses_triton(weight) and {weight.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
         outputs = _outputs(weight, dtype, want_mask, want_bits, want_compressed)
-        with torch.cuda.device_of(weight):  # Triton launches on the current device
-            _launch(weight, pattern, outputs, name)
-        return outputs
+
+        def start():
+            with torch.cuda.device_of(weight):  # Triton launches on the current device
+                _launch(weight, pattern, outputs, name)
+
+        if runs(SELECT_MASK, "triton", weight.device, start):
+            return outputs
     found = _in_torch(weight, pattern, dtype, want_mask, want_bits, want_compressed, name)
     absent = _outputs(weight[:0], dtype, False, False, False)
     return tuple(empty if tensor is None else tensor for tensor, empty in zip(found, absent))

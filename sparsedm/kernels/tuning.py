@@ -22,7 +22,7 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.files import cache_folder, read_json, write_json
-from sparsedm.kernels.launch import device_name, setting, triton
+from sparsedm.kernels.launch import capturing, device_is_lost, device_name, reason_of, setting, triton
 
 SHIPPED = Path(__file__).parent / "tuned"  # tables measured on real GPUs by us, one JSON file per GPU
 REMEMBERED = 24 * 3600  # seconds for which a candidate that ended a process is not tried
@@ -39,20 +39,29 @@ def median_microseconds(run):
     return 1000 * triton.testing.do_bench(run, warmup=10, rep=40, quantiles=[0.5])
 
 
+MEASURED, RULE = "measured", "the rule"  # what a verdict rests on: tables or a measurement; nothing was measured
+FOR_NOW = "nothing yet"  # nothing could be measured in this call; the next one tries
+
+
+class NotFinite(Exception):
+    """The default's result has infinities or NaN, as in an overflow of fp16: candidates cannot be compared."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What is known of one operation at one size. Pairs, because candidates are dicts."""
 
     config: dict  # the candidate to take
     times: tuple = ()  # (candidate, microseconds) of every candidate that was timed, the default first
-    failed: tuple = ()  # (candidate, why) of those that raised
+    failed: tuple = ()  # (candidate, why) of those that raised, or gave another result
+    basis: str = RULE
 
 
 class Autotuner:
     """Remembers, per GPU, dtype and shape, which candidate of one operation is fastest, and how long each of them took.
 
     name: of the operation. candidates: at most about eight JSON-able dicts; the first is the safe default.
-    kernels: the functions or modules whose source the measurements belong to; when it changes they are forgotten.
+    kernels: the functions or files whose source the measurements belong to; when it changes they are forgotten.
     timer: run -> microseconds.
 
     A candidate is looked up in memory, in the user's table, in the shipped table. If none has it, all candidates are
@@ -61,14 +70,15 @@ class Autotuner:
 
     A candidate that raises, or whose result differs from that of the first, is passed over: neither timed nor, if it is
     what a table says, taken. The table's is run once per process to see, except while a CUDA graph is being captured.
-    So is one during which an earlier process ended. Where the default wins and another candidate raised, no table is
-    written: the next process, perhaps with another Triton, tries again.
+    So is one during which an earlier process ended. Where the default wins and another candidate was passed over, no
+    table is written: the next process, perhaps with another Triton, tries again. Where the default's result is not
+    finite, nothing is compared or kept: the next call tries again.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
         self.name, self.candidates, self.timer = name, list(candidates), timer
         self._kernels = kernels
-        self._known = {}
+        self._known, self._told = {}, set()
 
     def best(self, run, device, **options):
         """The candidate that `verdict`, which takes the same arguments, says to take."""
@@ -88,8 +98,12 @@ class Autotuner:
         known = (device, *key.values())
         if known not in self._known:
             shape = " ".join(f"{k}={v}" for k, v in key.items())
-            found = self._find(run, device_name(device), shape, candidates, default)
-            if capturing():
+            try:
+                found = self._find(run, device_name(device), shape, candidates, default)
+            except NotFinite:
+                log.info("%s: %s has no finite result to compare; the default %s is used", self.name, shape, default)
+                found = Verdict(default, basis=FOR_NOW)
+            if found.basis == FOR_NOW:
                 return found
             self._known[known] = found
         return self._known[known]
@@ -97,7 +111,10 @@ class Autotuner:
     @functools.cached_property
     def section(self):
         """The section of a table that holds this operation: its name, Triton's version, the hash of the source."""
-        source = "".join(inspect.getsource(getattr(kernel, "fn", kernel)) for kernel in self._kernels)
+        source = "".join(
+            kernel.read_text() if isinstance(kernel, Path) else inspect.getsource(getattr(kernel, "fn", kernel))
+            for kernel in self._kernels
+        )
         version = getattr(triton, "__version__", "none")
         return f"{self.name}, triton {version}, source {hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
@@ -106,10 +123,11 @@ class Autotuner:
             entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
             config = entry.get("config")
             if config in candidates and (capturing() or self._is_right(run, config, candidates[0])):
-                return Verdict(config, _pairs(entry.get("times")), _pairs(entry.get("failed")))
+                basis = FOR_NOW if capturing() else MEASURED
+                return Verdict(config, _pairs(entry.get("times")), _pairs(entry.get("failed")), basis)
         if setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "off" or capturing():
             log.info("%s: %s is not tuned for %s; the default %s is used", gpu, self.name, shape, default)
-            return Verdict(default)
+            return Verdict(default, basis=FOR_NOW if capturing() else RULE)
         log.info("%s: tuning %s for %s, once", gpu, self.name, shape)
         times, failed = self._measure(run, candidates)
         if not times:
@@ -121,17 +139,17 @@ class Autotuner:
         else:
             entry = {"config": config, "microseconds": microseconds, "times": times, "failed": failed}
             merge_table(table_path(cache_folder() / "tuned", gpu), self.section, shape, entry)
-        return Verdict(config, times, failed)
+        return Verdict(config, times, failed, MEASURED)
 
     def _measure(self, run, candidates):
-        """(candidate, microseconds) of those that run and are right, (candidate, why) of those that raise."""
-        expected = [t.clone() for t in _tensors(run(candidates[0]))]
+        """(candidate, microseconds) of those that run and are right, (candidate, why) of the others."""
+        expected = _expected(run(candidates[0]))
         times, failed = [], []
         with torch.cuda.device_of(expected[0]):  # the timer's events are of the current device
             for candidate in candidates:
                 with self._passing_over(candidate, failed), self.trying(candidate):
-                    if self._agrees(run(candidate), expected, candidate):
-                        times.append((candidate, round(self.timer(functools.partial(run, candidate)), 3)))
+                    _compare(run(candidate), expected)
+                    times.append((candidate, round(self.timer(functools.partial(run, candidate)), 3)))
         return tuple(times), tuple(failed)
 
     def trying(self, candidate):
@@ -141,31 +159,24 @@ class Autotuner:
     def _is_right(self, run, candidate, default):
         if candidate == default:
             return True
-        expected = [t.clone() for t in _tensors(run(default))]
+        expected = _expected(run(default))
         with self._passing_over(candidate, []):
-            return self._agrees(run(candidate), expected, candidate)
+            _compare(run(candidate), expected)
+            return True
         return False
-
-    def _agrees(self, result, expected, candidate):
-        agrees = all(map(_agree, _tensors(result), expected))
-        if not agrees:
-            log.warning("%s: candidate %s gives another result than the default", self.name, candidate)
-        return agrees
 
     @contextlib.contextmanager
     def _passing_over(self, candidate, failed):
         try:
             yield
         except Exception as error:  # it may not compile, or need more registers or shared memory than this GPU has
-            failed.append((candidate, reason_of(error)))
-            log.warning("%s: candidate %s does not run here: %s", self.name, candidate, failed[-1][1])
+            reason = reason_of(error)
+            failed.append((candidate, reason))
+            level = logging.INFO if reason in self._told else logging.WARNING
+            self._told.add(reason)
+            log.log(level, "%s: candidate %s is passed over: %s", self.name, candidate, reason)
             if device_is_lost():
                 raise
-
-
-def reason_of(error):
-    """One line of an exception, for logs and tables."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 _running = set()  # names of the notes that this process holds, which a process that called exec has forgotten
@@ -226,22 +237,24 @@ def _started(process):
         return ""
 
 
-def device_is_lost(device=None):
-    """Whether a kernel has faulted on a GPU (default: the current one), which answers this process nothing any more."""
-    try:
-        if (device is None or device.type == "cuda") and torch.cuda.is_available():
-            torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
-
-
 def _pairs(entries):
     return tuple((candidate, value) for candidate, value in entries or ())
 
 
 def _tensors(result):
     return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _expected(result):
+    """Copies of the default's result. Raises NotFinite."""
+    if not all(t.isfinite().all() for t in _tensors(result)):
+        raise NotFinite
+    return [t.clone() for t in _tensors(result)]
+
+
+def _compare(result, expected):
+    if not all(map(_agree, _tensors(result), expected)):
+        raise ArithmeticError("it gives another result than the default")
 
 
 def _agree(result, expected):
@@ -252,10 +265,6 @@ def _agree(result, expected):
     return bool(difference <= 0.02 * expected.float().norm())
 
 
-def capturing():
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def table_path(folder, gpu):
     return folder / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()) + ".json")
 
@@ -264,13 +273,18 @@ def read_table(path):
     """{section: {shape: {"config", "microseconds", "times", "failed"}}}; empty if there is no such table."""
     try:
         table = read_json(path) if path.exists() else {}
-        if all(isinstance(entry, dict) for section in table.values() for entry in section.values()):
+        if all(_is_entry(entry) for section in table.values() for entry in section.values()):
             return table
-        reason = "an entry is not an object"
-    except (InputError, AttributeError, OSError) as error:
+        reason = "a time is not a number, or the cause of a failure not text"
+    except (InputError, AttributeError, TypeError, ValueError, OSError) as error:
         reason = error
     log.warning("the tuned table %s is ignored: %s", path, reason)
     return {}
+
+
+def _is_entry(entry):
+    times, failed = ([(config, value) for config, value in entry.get(key) or ()] for key in ("times", "failed"))
+    return all(isinstance(value, int | float) for _, value in times) and all(isinstance(why, str) for _, why in failed)
 
 
 def merge_table(path, section, shape, entry):

@@ -1,5 +1,6 @@
 """Where an operation runs: what is forced, what a device can do, what is known while code is traced."""
 
+import os
 import subprocess
 import sys
 
@@ -47,6 +48,76 @@ def test_an_amd_gpu_gets_no_kernels_in_nvidias_instructions(monkeypatch):
     assert launch.capability(torch.device("cuda")) == (9, 4)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert launch.capability(torch.device("cuda")) is None
+
+
+WITHOUT_COMPILER = """
+import os
+from emulator.driver import pretend
+pretend((9, 0))
+import torch, sparsedm
+from sparsedm.kernels import launch, mask
+from sparsedm.kernels.sparse24 import dispatch
+launch.capability = dispatch.capability = lambda device: (9, 0)
+mask.type = lambda tensor: None  # so that a CPU's tensor goes the way of a GPU's
+
+def train():
+    torch.manual_seed(0)
+    layer = sparsedm.Linear(128, 128, pattern="2:4", activation="gelu")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        layer(torch.randn(8, 128)).square().sum().backward()
+        optimizer.step()
+    return layer
+
+layer = train()
+assert list(launch.broken) == [("select_mask", "triton", torch.device("cpu"))], launch.broken
+weight = layer.weight.clone()
+small, x = sparsedm.compress(torch.nn.Sequential(layer).bfloat16()), torch.randn(4096, 128).bfloat16()
+for _ in range(2):
+    y = small(x)
+(row,) = sparsedm.inspect(small, (x,)).rows
+assert row.backend == "dense" and "wgmma does not run here: FileNotFoundError" in row.why, row
+os.environ["SPARSEDM_BACKEND"] = "torch"
+assert torch.equal(small(x), y)
+assert torch.equal(train().weight, weight)
+"""
+
+
+def test_masked_training_on_a_gpu_without_a_c_compiler_runs_in_torch(tmp_path):
+    """Triton builds its launcher with it. A warning says why, and weights and images are those of plain torch."""
+    (tmp_path / "libcuda.so.1").write_bytes(b"")
+    folders = dict.fromkeys(("TRITON_CACHE_DIR", "TRITON_LIBCUDA_PATH", "SPARSEDM_CACHE"), str(tmp_path))
+    env = {**os.environ, **folders, "CC": str(tmp_path / "cc")}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("triton does not run here: FileNotFoundError") == 1, done.stderr
+    assert done.stderr.count("does not run here") == 2, done.stderr
+
+
+CAUSES = [
+    (RuntimeError("no such instruction"), "RuntimeError: no such instruction"),
+    (RuntimeError(), "RuntimeError:"),
+    (
+        RuntimeError("ptxas failed\n`ptxas` stderr:\nptxas k.ptx, line 9; error : Unknown symbol\nRepro: ptxas -v"),
+        "RuntimeError: ptxas failed ... ptxas k.ptx, line 9; error : Unknown symbol",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "line"), CAUSES, ids=str)
+def test_the_line_of_an_exception_holds_its_cause(error, line):
+    assert launch.reason_of(error) == line
+
+
+def test_the_line_of_a_compilers_exception_holds_the_cause_beneath_the_place():
+    """Triton's begin with a place in a source; what is wrong is in the exception that caused it."""
+    error = RuntimeError("at 12:8:\n    y = x\n        ^")
+    error.__cause__ = AttributeError("module 'gluon' has no attribute 'barrier'")
+    found = launch.reason_of(error)
+    assert found == "RuntimeError: at 12:8: ... AttributeError: module 'gluon' has no attribute 'barrier'"
 
 
 class Telling(torch.nn.Module):

@@ -266,7 +266,7 @@ def test_on_a_gpu_as_on_the_cpu(untuned, pattern, dtype):
 @pytest.mark.parametrize("config", mask_file.CONFIGS, ids=str)
 def test_on_a_gpu_in_every_configuration(untuned, monkeypatch, config):
     monkeypatch.setattr(mask_file._tuner, "candidates", [config])
-    monkeypatch.setattr(mask_file._tuner, "_chosen", {})
+    monkeypatch.setattr(mask_file._tuner, "_known", {})
     assert_as_on_the_cpu(weights(1000, 96), Pattern(2, 4), torch.bfloat16)
 
 

@@ -147,7 +147,7 @@ def test_nothing_is_timed_or_remembered_while_a_cuda_graph_is_captured(monkeypat
 
 def test_candidates_that_fail_are_passed_over_with_a_warning(tmp_path, caplog):
     assert best(tuner(Timer({64: 5.0}))) == {"BLOCK": 64}
-    assert "double: candidate {'BLOCK': 32} does not run here: KeyError: 32" in caplog.text
+    assert "double: candidate {'BLOCK': 32} is passed over: KeyError: 32" in caplog.text
     assert best(tuner(Timer({})), m=1) == {"BLOCK": 16}
     assert "nothing could be timed for m=1" in caplog.text
     (section,) = tuning.read_table(table(tmp_path)).values()
@@ -188,7 +188,7 @@ def test_a_candidate_that_ended_a_process_is_not_tried_again(tmp_path, caplog, f
     assert child.exitcode == 1
     assert best(tuner(Timer(times)), m=2) == {"BLOCK": 64}
     (note,) = (tmp_path / "tuned").glob("*.running")
-    assert "candidate {'BLOCK': 32} does not run here: RuntimeError: a process ended while it ran" in caplog.text
+    assert "candidate {'BLOCK': 32} is passed over: RuntimeError: a process ended while it ran" in caplog.text
     assert f"delete {note}" in caplog.text
     os.utime(note, (0, 0))  # long ago
     assert best(tuner(Timer(times)), m=3) == {"BLOCK": 32}
@@ -244,16 +244,49 @@ def test_a_candidate_that_another_process_tries_just_now_is_tried_here_too(tmp_p
 @pytest.mark.parametrize(
     "wrong", [(1.03 * torch.ones(4), torch.arange(4)), (torch.ones(4), torch.arange(1, 5))], ids=str
 )
-def test_a_candidate_with_another_result_is_never_timed(caplog, wrong):
-    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+def test_a_candidate_with_another_result_is_never_timed(tmp_path, caplog, wrong):
+    timer = Timer({16: 5.0, 32: 4.0, 64: 9.0})
 
     def sometimes_wrong(candidate):
         right = work(candidate)
         return wrong if candidate["BLOCK"] == 32 else right
 
-    assert tuner(timer).best(sometimes_wrong, GPU, m=1) == {"BLOCK": 64}
+    verdict = tuner(timer).verdict(sometimes_wrong, GPU, m=1)
+    assert verdict.config == {"BLOCK": 16}
     assert timer.calls == 2
-    assert "candidate {'BLOCK': 32} gives another result than the default" in caplog.text
+    ((candidate, why),) = verdict.failed
+    assert (candidate, why) == ({"BLOCK": 32}, "ArithmeticError: it gives another result than the default")
+    assert f"candidate {candidate} is passed over: {why}" in caplog.text
+    assert not table(tmp_path).exists(), "a default that won because of it is not remembered"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_default_without_a_finite_result_is_taken_for_that_call_alone(tmp_path, known):
+    """In fp16 the first steps of a training overflow, and then no two results can be compared."""
+    timer, finite = Timer({16: 9.0, 32: 4.0, 64: 5.0}), False
+
+    def overflowing(candidate):
+        result, integers = work(candidate)
+        return result if finite else result / 0, integers
+
+    if known:
+        best(tuner(timer), m=1)
+    tuned, calls = tuner(timer), timer.calls
+    verdict = tuned.verdict(overflowing, GPU, m=1)
+    assert (verdict.config, verdict.basis, timer.calls) == ({"BLOCK": 16}, tuning.FOR_NOW, calls)
+    assert table(tmp_path).exists() == known
+    finite = True
+    assert tuned.best(overflowing, GPU, m=1) == {"BLOCK": 32}
+
+
+def test_one_cause_is_a_warning_once(caplog):
+    def broken(candidate):
+        return work(candidate) if candidate["BLOCK"] == 16 else 1 / 0
+
+    tuned = tuner(Timer({16: 9.0}))
+    for m in (1, 2):
+        assert len(tuned.verdict(broken, GPU, m=m).failed) == 2
+    assert caplog.text.count("is passed over: ZeroDivisionError") == 1
 
 
 def test_candidates_are_timed_on_the_device_of_their_result(current_device):
@@ -286,7 +319,13 @@ def test_a_rounding_is_no_other_result():
     assert tuner(timer).best(rounded, GPU, m=1) == {"BLOCK": 32}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', '{"a": {"b": 1}}', "\udc80"], ids=repr)
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", '{"a": 1}', '{"a": {"b": 1}}', "\udc80"]
+    + ['{"a": {"b": {"times": 1}}}', '{"a": {"b": {"times": [1]}}}', '{"a": {"b": {"times": [[{}, "1"]]}}}']
+    + ['{"a": {"b": {"failed": [[{}, 1]]}}}'],
+    ids=repr,
+)
 def test_a_damaged_table_is_ignored_and_replaced(tmp_path, caplog, text):
     table(tmp_path).parent.mkdir()
     table(tmp_path).write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -11,25 +11,23 @@ into `layouts.py`, a new name into `launch.BACKENDS`.
 """
 
 import functools
-import importlib
-import logging
+import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library, rules
-from sparsedm.kernels.launch import capability, exporting, forced_backend
+from sparsedm.kernels.launch import broken, capability, exporting, forced_backend, runs
 from sparsedm.kernels.sparse24.layouts import cpu_layout
-from sparsedm.kernels.tuning import Autotuner, bucket, capturing, device_is_lost, reason_of
+from sparsedm.kernels.tuning import FOR_NOW, MEASURED, RULE, Autotuner, bucket
 
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
 NO_GPU = "not an NVIDIA GPU, or no Triton"
 SPLITK_ROWS = 64
 SMALLEST_GRID, SMALLEST_N = 32, 64
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,13 +101,14 @@ class Measured(NamedTuple):
     choice: Choice
     times: dict
     failed: dict
+    basis: str = MEASURED
 
     def __str__(self):
         times = {}
         for choice, microseconds in self.times.items():
             times[choice.backend] = min(microseconds, times.get(choice.backend, microseconds))
         text = ", ".join(f"{name} {microseconds:.1f} us" for name, microseconds in times.items())
-        failed = "".join(f"; {choice.backend} does not run here: {why}" for choice, why in self.failed.items())
+        failed = "".join(f"; {choice.backend} is passed over: {why}" for choice, why in self.failed.items())
         return f"measured: {text or 'see the tuned table of the GPU'}{failed}"
 
 
@@ -285,7 +284,6 @@ BACKENDS = (  # in the order in which the rule of thumb asks them
 )
 # fmt: on
 _ROWS = {(row.operation, row.name): row for row in BACKENDS}
-_broken = {}  # (operation, back end, device): why it does not run there, found out by a call
 
 
 def row_of(operation, backend):
@@ -305,7 +303,7 @@ def rule_of_thumb(request):
     for row in rows:
         if row.on not in (None, "cpu" if request.capability is None else "gpu"):
             continue
-        reason = row.supports(request) or _broken.get((row.operation, row.name, request.device))
+        reason = row.supports(request) or broken.get((row.operation, row.name, request.device))
         if not reason and row.meant(request):
             reason = row.loses(request)
             if not reason:
@@ -316,12 +314,15 @@ def rule_of_thumb(request):
 
 def candidates(request):
     """The choices that are timed: dense first, because the others are held against its result. A kernel that is asked
-    for is timed alone. () where no kernel can run."""
+    for is timed alone. [] where no kernel can run. [] too where the file of one does not load, as with a Triton that it
+    does not know: without it nobody can say what is quickest."""
     rows = [row for row in BACKENDS if row.operation == request.operation]
     named = [row for row in rows if row.name == request.backend]
     kernels = []
     for row in named or rows:
         if row.module and not row.supports(request) and (named or row.meant(request)):
+            if not runs(row.operation, row.name, request.device, functools.partial(load, row.module), bool(named)):
+                return []
             numbers = range(len(load(row.module).CONFIGS))
             number, alone = row.config(request)
             kernels += [Choice(row.name, i) for i in ([numbers[number]] if alone else numbers)]
@@ -350,13 +351,25 @@ def _decide(request, run, choices):
         key, rows = request.key(), request.M
         for (size, *others), measured in choices.items():
             if tuple(others) == key and rows <= size and (rows > size // 2 or size == 16):
-                return measured.choice
+                return rule if _is_broken(request, measured.choice) else measured.choice
         return rule
     known = (bucket(request.M), *request.key())
-    if known in choices:
-        return choices[known].choice
-    if not (offered := candidates(request)):
-        return rule
+    if (measured := choices.get(known)) is None:
+        if not (offered := candidates(request)):
+            return rule_of_thumb(request)[0]
+        measured = _measure(request, run, offered, rule)
+    if _is_broken(request, measured.choice):
+        measured = measured._replace(choice=rule, basis=RULE)
+    if measured.basis != FOR_NOW:
+        choices[known] = measured
+    return measured.choice
+
+
+def _is_broken(request, choice):
+    return (request.operation, choice.backend, request.device) in broken
+
+
+def _measure(request, run, offered, rule):
     described = [_describe(request.operation, choice) for choice in offered]
     throwaway = {}  # what the losers read is not kept
     verdict = _tuner(request.operation).verdict(
@@ -371,40 +384,29 @@ def _decide(request, run, choices):
         {offered[described.index(candidate)]: value for candidate, value in pairs if candidate in described}
         for pairs in (verdict.times, verdict.failed)
     )
-    measured = Measured(offered[described.index(verdict.config)], times, failed)
-    if not capturing():
-        choices[known] = measured
-    return measured.choice
+    return Measured(offered[described.index(verdict.config)], times, failed, verdict.basis)
 
 
 def last_measured(cache, rows=None):
     """What `serve` measured or looked up for the latest new size, or for the size of `rows` rows: `Measured`, or None
     where it never did. cache: the caller's dict."""
-    choices = cache.get("choices", {})
-    sizes = [known for known in choices if rows is None or known[0] == bucket(rows)]
-    return choices[sizes[-1]] if sizes else None
+    found = [
+        measured
+        for known, measured in cache.get("choices", {}).items()
+        if measured.basis == MEASURED and (rows is None or known[0] == bucket(rows))
+    ]
+    return found[-1] if found else None
 
 
 def launch(operation, backend, config, strict, *tensors, **options):
-    """Runs a kernel. Returns whether it ran: where it does not compile, say, and `strict` is not set, the operator must
-    compute in torch. That is logged once, and the rule of thumb does not take this back end again in this process."""
-    device = tensors[0].device
-    if not strict and (operation, backend, device) in _broken:
-        return False
-    row = row_of(operation, backend)
-    try:
+    """Runs a kernel. Returns whether it ran, as `launch.runs`; if not, the rule of thumb does not take it again."""
+
+    def start():
         with torch.cuda.device_of(tensors[0]):
-            module = load(row.module)
+            module = load(row_of(operation, backend).module)
             module.launch(*tensors, config=module.CONFIGS[config], **options)
-        return True
-    except (InputError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if strict or capturing() or device_is_lost(device):
-            raise
-        _broken[operation, backend, device] = f"{backend} does not run here: {reason_of(error)}"
-        log.warning("%s: %s; torch computes it", operation, _broken[operation, backend, device])
-        return False
+
+    return runs(operation, backend, tensors[0].device, start, strict)
 
 
 def trying(operation, choice):
@@ -422,7 +424,8 @@ def load(module):
 def _tuner(operation):
     rows = [row for row in BACKENDS if row.operation == operation and row.module]
     names = {name for row in rows for name in (row.module, *(f"sparsedm.kernels.sparse24.{s}" for s in row.sources))}
-    return Autotuner(operation, [{"backend": "dense"}], [load(name) for name in sorted(names)])
+    sources = [Path(importlib.util.find_spec(name).origin) for name in sorted(names)]  # without importing them
+    return Autotuner(operation, [{"backend": "dense"}], sources)
 
 
 def _describe(operation, choice):

@@ -41,6 +41,12 @@ def conv(capability, channels=64, kernel=3, stride=1, dilation=1, pixels=4096, f
     return conv_request(capability, dtype, pixels, features, channels, *geometry, **others)
 
 
+@pytest.fixture(autouse=True)
+def _what_does_not_run_is_forgotten():
+    yield
+    launch.broken.clear()
+
+
 RULE = [  # request -> back end, words of the reason
     (linear(None, 8192, 8192, 8192), "dense", "not an NVIDIA GPU"),
     (linear((7, 5), 8192, 8192, 8192), "dense", "sm_75 has no sparse tensor cores"),
@@ -271,7 +277,7 @@ def test_kernels_that_do_not_compile_are_told_and_tried_again_by_the_next_proces
     broken.timer, cache = lambda run: 5.0, {}
     assert gpu(broken, cache) == Choice("dense")
     assert "RuntimeError: no such instruction" in caplog.text
-    assert "wgmma does not run here: RuntimeError: no such instruction" in str(dispatch.last_measured(cache))
+    assert "wgmma is passed over: RuntimeError: no such instruction" in str(dispatch.last_measured(cache))
     assert not list((tmp_path / "tuned").glob("*.json")), "dense is not remembered as the quickest"
     dispatch._tuner.cache_clear()
     assert gpu(Work(wgmma=1.0), {}) == WGMMA
@@ -303,9 +309,11 @@ def test_what_is_asked_for_by_name_leaves_the_other_verdict_alone(gpu):
 def test_off_takes_the_rule_and_says_so(gpu, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
-    work = Work()
-    assert gpu(work, {}) == Choice("wgmma")
+    work, cache = Work(), {}
+    assert gpu(work, cache) == Choice("wgmma")
     assert work.runs == []
+    assert len(cache["choices"]) == 1, "the next call is quick"
+    assert dispatch.last_measured(cache) is None, "what no clock said is not shown as measured"
     assert f"is not tuned for {SHAPE}; the default {{'backend': 'wgmma'" in caplog.text
 
 
@@ -345,7 +353,6 @@ def broken_module(monkeypatch):
 
     broken = type("Module", (), {"launch": staticmethod(launch), "CONFIGS": (None,), "calls": 0})
     monkeypatch.setattr(dispatch, "load", lambda module: broken)
-    monkeypatch.setattr(dispatch, "_broken", {})
     return broken
 
 
@@ -361,11 +368,55 @@ def test_a_rule_that_would_take_a_kernel_that_does_not_compile_falls_back(monkey
     assert rule_of_thumb(linear((9, 0)))[0] == WGMMA, "of other devices nothing is known"
 
 
+@pytest.mark.parametrize("autotune", ["on", "off"])
+def test_where_no_kernel_compiles_the_call_after_the_first_is_dense_and_inspect_tells_the_cause(
+    gpu, monkeypatch, autotune, tmp_path
+):
+    """As where Triton finds no C compiler: nothing can be timed, so the rule's kernel is launched, and fails."""
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", autotune)
+    cache, ran = {}, []
+
+    def start():
+        raise RuntimeError("Failed to find C compiler")
+
+    def run(choice, cache, strict):
+        ran.append(choice)
+        if strict or choice.backend == "dense":
+            return torch.ones(4)
+        return launch.runs(LINEAR, choice.backend, GPU, start)
+
+    run.timer = lambda run: start()
+    monkeypatch.setattr(dispatch, "Autotuner", functools.partial(Autotuner, timer=run.timer))
+    asked = linear((9, 0), device=GPU)
+    assert serve(asked, run, cache) is False, "it is computed in torch"
+    assert torch.equal(serve(asked, run, cache), torch.ones(4))
+    assert ran[-2:] == [WGMMA, Choice("dense")]
+    assert dispatch.last_measured(cache) is None
+    assert "wgmma does not run here: RuntimeError: Failed to find C compiler" in rule_of_thumb(asked)[1]
+    assert not list((tmp_path / "tuned").glob("*.json"))
+
+
+def test_a_triton_with_which_a_kernels_file_does_not_load_is_served_by_torch(gpu, monkeypatch, tmp_path, caplog):
+    def no_such_name(module):
+        raise AttributeError(f"module 'gluon' has no attribute 'barrier', in {module}")
+
+    monkeypatch.setattr(dispatch, "load", no_such_name)
+    cache, work = {}, Work()
+    for _ in range(2):
+        assert gpu(work, cache) == Choice("dense")
+    assert caplog.text.count("wgmma does not run here: AttributeError: module 'gluon'") == 1
+    assert "has no attribute 'barrier'" in rule_of_thumb(linear((9, 0), device=GPU))[1]
+    assert not work.timed
+    assert not list((tmp_path / "tuned").glob("*.json")), "what is quickest is not known"
+    with pytest.raises(AttributeError, match="barrier"):
+        gpu(work, cache, backend="wgmma")
+
+
 @pytest.mark.parametrize("reason", ["strict", "capturing", "lost"])
 def test_a_failure_is_an_error_where_nothing_else_can_compute_it(reason, monkeypatch):
     broken_module(monkeypatch)
-    monkeypatch.setattr(dispatch, "capturing", lambda: reason == "capturing")
-    monkeypatch.setattr(dispatch, "device_is_lost", lambda device: reason == "lost")
+    monkeypatch.setattr(launch, "capturing", lambda: reason == "capturing")
+    monkeypatch.setattr(launch, "device_is_lost", lambda device: reason == "lost")
     with pytest.raises(RuntimeError, match="no such instruction"):
         dispatch.launch(LINEAR, "wgmma", 0, reason == "strict", torch.ones(4))
 
