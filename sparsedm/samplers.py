@@ -240,8 +240,9 @@ class Execution:
 
     null_label: the label for "no class"; None: the model's config.num_classes. A text-conditional network takes the
     context (tokens, width) of the empty text. batch_size: samples at a time; None: all. device: None: the model's.
-    dtype: the dtype of the samples. network_dtype: the dtype of the network's input x; None: dtype. progress: show a bar on a terminal. cuda_graph: replay whole steps, network and update, as CUDA graphs
-    (cuda_graph.py): the same samples, in less host time.
+    dtype: the dtype of the samples. network_dtype: the dtype of the network's input x; None: dtype. progress: show a
+    bar on a terminal. cuda_graph: replay whole steps, network and update, as CUDA graphs (cuda_graph.py): the same
+    samples, in less host time.
     """
 
     null_label: int | torch.Tensor | None = None
@@ -276,8 +277,8 @@ def sample(
 
     model: `model(x, t)`, `model(x, t, y)`, or a list of `steps` models, one per step, the noisiest step first.
     steps: sampling steps. Each costs one network evaluation; heun costs 2 * steps - 1 in all.
-    spacing: see `time_grid`; None: the sampler's. y (count,) int64: labels; a text-conditional network
-    takes contexts (count, tokens, width). guidance: see `guided`.
+    spacing: see `time_grid`; None: the sampler's. y (count,) int64: labels; a text-conditional network takes contexts
+    (count, tokens, width). guidance: see `guided`.
     clip (images only). "every": clip the predicted clean image to [-1, 1] in each step, as DDPM does ("static
     thresholding", arXiv 2205.11487, section 2.3); without it the errors of a small network grow at high noise, where
     they are divided by α. "final": clip the finished sample only (DDSM). "never": do not clip (U-ViT).
