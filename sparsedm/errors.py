@@ -13,9 +13,12 @@ class Stopped(Exception):
     exit_code = 130
 
 
-def check_memory(needed, what):
-    """Raise InputError, before it is tried, where `what` would take more bytes than this machine has."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def check_memory(needed, what, there=None):
+    """Raise InputError, before it is tried, where `what` would take more bytes than this machine has.
+
+    there: the bytes of another memory, such as a GPU's.
+    """
+    there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise InputError(
             f"not enough memory: {what} takes {needed / 2**30:,.0f} GiB or more, and there are {there / 2**30:,.0f} GiB"

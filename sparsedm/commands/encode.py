@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsedm.commands.options import add_crop, add_seed_and_device, count
+from sparsedm.commands.options import add_crop, add_seed_and_device, add_vae, count
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, check_writable
 from sparsedm.models.autoencoder import load_autoencoder
@@ -16,7 +16,7 @@ EXAMPLES = ("--data imagenet-train --vae stable-diffusion/vae --size 256 --out l
 
 def add_arguments(parser):
     parser.add_argument("--data", required=True, help="the images, as for train")
-    parser.add_argument("--vae", metavar="DIR", required=True, help="folder of a diffusers AutoencoderKL, safetensors")
+    add_vae(parser, "encode by", required=True)
     parser.add_argument("--size", type=count, default=256, help="side of the images in pixels (default: 256)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="part of --data (default: train)")
     parser.add_argument("--limit", type=count, help="encode only so many images")
@@ -40,7 +40,7 @@ def run(options):
         raise InputError(f"{out} exists already: name another file with --out")
     check_writable(out)
     check_source(options.data)
-    autoencoder = load_autoencoder(options.vae, options.device)
+    autoencoder = load_autoencoder(options.vae, options.device, options.latent_scale)
     found = load_images(options.data, options.split, options.size, options.limit, options.crop or "square")
     if found.is_latent:
         raise InputError(f"data {options.data} holds latents already")

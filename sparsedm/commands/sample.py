@@ -10,6 +10,7 @@ from sparsedm import samplers
 from sparsedm.commands.options import (
     add_model_arguments,
     add_seed_and_device,
+    add_vae,
     count,
     finite,
     load_named,
@@ -89,9 +90,7 @@ def add_sampling_arguments(parser, images):
     parser.add_argument(
         "--which", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)"
     )
-    parser.add_argument(
-        "--vae", metavar="DIR", help="make latents images, by the diffusers AutoencoderKL in this folder (safetensors)"
-    )
+    add_vae(parser, "decode latents to images by")
     parser.add_argument("--cuda-graph", action="store_true", help="replay whole steps as CUDA graphs: less host time")
     add_seed_and_device(parser)
 
@@ -198,7 +197,8 @@ def autoencoder_of(config, options):
     """The Autoencoder of --vae, None without. Raises: InputError where it decodes other latents than the network's."""
     if options.vae is None:
         return None
-    found = load_autoencoder(options.vae, options.device)
+    scale = options.latent_scale or (published(config) or Published({}, 0)).latent_scale
+    found = load_autoencoder(options.vae, options.device, scale)
     if found.channels != config.channels:
         rule = f"decodes latents of {found.channels} channels"
         raise InputError(f"--vae {options.vae} {rule}, and the network makes {config.channels}")

@@ -20,7 +20,7 @@ from sparsedm.commands.options import (
     load_named,
     whole,
 )
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config, parse_overrides, schedule_note
 from sparsedm.plots import plot_losses, table
@@ -128,6 +128,13 @@ def _training(options, config):
     )
 
 
+def _check_batch(training, config, device):
+    """Refuse a batch that cannot fit: its images and noise, and of the part that is computed as much again."""
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    numbers = training.batch_size * config.channels * config.image_size**2
+    check_memory(8 * (numbers + numbers // training.accumulate), f"--batch-size {training.batch_size}", there)
+
+
 def run(options):
     torch.manual_seed(options.seed)
     if options.init:
@@ -138,6 +145,7 @@ def run(options):
         )
         ema = None
     training, stages = _training(options, model.config), _stages(options, ema)
+    _check_batch(training, model.config, options.device)
     name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     start = Start(model, ema, build=lambda: build_model(model.config))

@@ -2,9 +2,9 @@
 
     latent = (z - mean) * scale,   z ~ N(μ(image), σ(image)²)
 
-mean and scale are what the folder's configuration says: 0 and 0.18215 for the autoencoder of Stable Diffusion, on whose
-latents the published U-ViT and DiT were trained (arXiv 2112.10752, appendix D.1). The moments are the mean of the
-latent and, behind it, the logarithm of its variance.
+mean and scale are those of the folder's configuration: 0 and 0.18215 for the autoencoder of Stable Diffusion (arXiv
+2112.10752, appendix D.1), on whose latents U-ViT and DiT were trained. U-ViT's text-conditional networks have the scale
+0.2301 instead. The moments are the mean of the latent and, behind it, the logarithm of its variance.
 """
 
 import importlib
@@ -25,12 +25,11 @@ BATCH = 16  # images at a time
 class Autoencoder:
     """An AutoencoderKL in eval mode. channels: of its latents; factor: pixels per side of one number of a latent."""
 
-    def __init__(self, network, name):
+    def __init__(self, network, name, scale=None):
         self.network, self.name, config = network, name, network.config
         self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
-        scale, spread = config.scaling_factor, config.latents_std or [1.0]
         self.mean = self._channels(config.latents_mean or [config.shift_factor or 0.0])
-        self.scale = scale / self._channels(spread)
+        self.scale = (scale or config.scaling_factor) / self._channels(config.latents_std or [1.0])
 
     def _channels(self, numbers):
         return torch.tensor(numbers, device=self.network.device).view(1, -1, 1, 1)
@@ -67,9 +66,10 @@ class Autoencoder:
         return torch.cat([function(part.to(self.network.device)).cpu() for part in bar])
 
 
-def load_autoencoder(folder, device="cpu"):
+def load_autoencoder(folder, device="cpu", scale=None):
     """The Autoencoder in a folder that diffusers wrote: an AutoencoderKL's own, or a pipeline's with one in `vae`.
 
+    scale: of the latents; None: that of the folder.
     Nothing is downloaded, and no code of the folder runs: the weights must be safetensors.
     Raises: InputError where diffusers is not installed, or the folder holds something else, or not all weights.
     """
@@ -94,4 +94,4 @@ def load_autoencoder(folder, device="cpu"):
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[what]:
             raise InputError(f"{folder} does not fit its config.json: {what.replace('_', ' ')} {found[what][0]}")
-    return Autoencoder(network.to(device).eval().requires_grad_(False), str(folder))
+    return Autoencoder(network.to(device).eval().requires_grad_(False), str(folder), scale)

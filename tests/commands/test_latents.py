@@ -1,5 +1,6 @@
 """Networks that are told texts, and networks of latents, from the command line."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -10,9 +11,10 @@ import torch
 
 from sparsedm import diffusion, samplers
 from sparsedm.cli import main
+from sparsedm.commands import sample
 from sparsedm.errors import InputError
 from sparsedm.model_files import load_model
-from sparsedm.models import build_model
+from sparsedm.models import MODELS, build_model
 from sparsedm.models.autoencoder import WEIGHTS, load_autoencoder
 from sparsedm.train.data import batch, load
 
@@ -254,6 +256,26 @@ def test_one_draw_of_each_latent_can_be_stored(vae, pictures, tmp_path):
     assert run(*command, "--store", "latents") == 0
     assert np.load(out)["images"].shape == (4, 4, 8, 8)
     assert run(*command) == 2, "the file is there"
+    out.unlink()
+    scaled = tmp_path / "scaled.npz"
+    assert run(*command[:-1], scaled, "--latent-scale", 0.2301) == 0
+    mean = torch.from_numpy(np.load(scaled)["moments"]).chunk(2, dim=1)[0]
+    with torch.no_grad():
+        x = load(pictures, limit=4).images.float() / 127.5 - 1
+        torch.testing.assert_close(mean, 0.2301 * vae[1].encode(x).latent_dist.mean)
+        x = load_autoencoder(vae[0], scale=0.2301).decode(mean)
+        torch.testing.assert_close(x, vae[1].decode(mean / 0.2301).sample)
+
+
+def test_latents_of_a_published_network_have_its_scale(monkeypatch):
+    """U-ViT's configuration for COCO: autoencoder.scale_factor = 0.23010."""
+    given = []
+    monkeypatch.setattr(sample, "load_autoencoder", lambda *arguments: given.append(arguments) or 1 / 0)
+    for name, more in (("uvit-coco-small", ()), ("uvit-imagenet256-large", ()), ("uvit-coco-small", (2.0,))):
+        options = argparse.Namespace(vae="folder", device="cpu", latent_scale=next(iter(more), None))
+        with pytest.raises(ZeroDivisionError):
+            sample.autoencoder_of(MODELS[name], options)
+    assert [scale for _, _, scale in given] == [0.2301, None, 2.0]
 
 
 @pytest.mark.interop
