@@ -1,6 +1,7 @@
 """What a run spends, as rows: the quickstart on drawn and on other images, searches and experiments from smoke to full.
 
 smoke   minutes on a CPU: shows that it works, not what is best
+cpu     experiments that decide something, in hours of CPU cores
 lite    half an hour of one large GPU, in parts of ten minutes
 full    the papers' settings: days on a GPU
 """
@@ -19,7 +20,7 @@ class Scale:
     model: str
     samples: int  # images per network for the distances, or per row of a search's table
     sampling_steps: int
-    options: TrainOptions  # seed and amp are set for each run, steps by the stages
+    options: TrainOptions  # seed is set for each run, steps by the stages, amp where it is None
     overrides: dict = field(default_factory=dict)  # options of the model
     stages: tuple = ()  # an experiment has its own for each run
     conditional: bool = False  # the network of an experiment is told the classes of the data
@@ -34,7 +35,10 @@ class Scale:
     # of an experiment
     base_steps: int = 0  # of the dense network that all runs of a seed start from
     steps: int = 0  # of each run
+    lr: float | None = None  # of each run; None: that of the options
     ladder: tuple | None = None  # patterns before 2:4 in progressive methods; None: all of LADDER that are denser
+    densities: tuple = ("2:4", "1:4", "3:4", "1:8", "7:8", "1:16", "15:16", "1:32", "31:32")  # of `ratio`
+    native: int | None = None  # side of images that are resized unasked; others must have the network's or be asked for
     seeds: int = 2
 
 
@@ -166,6 +170,38 @@ EXPERIMENTS = {
         sampling_steps=15,
         options=QUICKSTART["synthetic"].options,
         validation=256,
+        threads=1,
+    ),
+    # By measurement (pilot of 28 Nov 2026, two Zen 5 cores, one thread per process): patch 2 learns more per image than
+    # patch 4 and its samples show pruning; bf16; 2M images until doubling them gains less than 2% of the loss; arms of
+    # 12% of that. About 4.6 hours of a process and seed for `claims`.
+    "cpu": Scale(
+        summary="a million parameters on CIFAR-10 at 16x16, 2,000,000 images for the dense network and 240,000 for "
+        "each run: 4.6 hours for a seed of `claims` on a core that has bf16 instructions (by a pilot, not run); "
+        "give each seed a process and a folder of its own, and join them with --merge",
+        data="cifar10",
+        native=32,
+        model="uvit-tiny",
+        overrides={"image_size": 16, "patch_size": 2, "velocity": True},
+        conditional=True,
+        base_steps=31_250,
+        steps=3750,
+        lr=1e-3,
+        ladder=("3:4",),
+        densities=("2:4", "1:4", "1:8", "3:4", "1:16"),
+        samples=5000,
+        sampling_steps=20,
+        validation=10_000,
+        options=TrainOptions(
+            batch_size=64,
+            lr=2e-3,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            cosine=True,
+            ema=0.999,
+            weighting="velocity",
+            amp="bf16",
+        ),
         threads=1,
     ),
     "lite": Scale(

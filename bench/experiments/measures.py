@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from bench.experiments import activations
+from bench.experiments.report import DISTANCE
 from sparsedm import diffusion, evaluate, samplers
 from sparsedm.features import to_uint8
 from sparsedm.inspection import inspect
@@ -16,7 +18,8 @@ from sparsedm.train.loop import OutOfTime
 from sparsedm.train.metrics import weight_distance
 
 LEVELS = 12  # noise levels of the validation curve
-BATCH = 500  # images drawn at a time; between two batches the deadline is looked at
+CURVE = 2048  # images of it, at most
+BATCH = {"cpu": 50, "cuda": 500}  # drawn at a time (a CPU is half as quick with 500); in between the clock is looked at
 
 
 def draw(network, scale, seed, autocast, deadline=math.inf):
@@ -25,11 +28,12 @@ def draw(network, scale, seed, autocast, deadline=math.inf):
     autocast: a torch.autocast to run in. deadline: of time.monotonic(). Raises: OutOfTime.
     """
     config, count, images = network.config, scale.samples, []
+    batch = BATCH[next(network.parameters()).device.type]
     labels = torch.arange(count) % config.num_classes if config.num_classes else None
-    for start in range(0, count, BATCH):
+    for start in range(0, count, batch):
         if time.monotonic() >= deadline:
             raise OutOfTime(f"after {start} of {count} samples of a trained run, which will be drawn again")
-        size = min(BATCH, count - start)
+        size = min(batch, count - start)
         with autocast:
             drawn = samplers.sample(
                 network,
@@ -46,31 +50,34 @@ def draw(network, scale, seed, autocast, deadline=math.inf):
     return torch.cat(images)
 
 
-def measure(network, images, validation, reference, features, dense, autocast):
+def measure(network, images, validation, judges, dense, autocast):
     """{measure: [(x, value)]} of a network and its `images`; x is None where there is no axis.
 
-    validation: ImageSet. reference, features: as for `evaluate.evaluate`. dense: what the network's weights were.
+    validation: ImageSet. judges: [(Features, Summary of the real images by them)], the first of which decides.
+    dense: what the network's weights were.
     """
     schedule, device = diffusion.schedule_of(network), next(network.parameters()).device
     x, y = data.batch(validation.to(device), torch.arange(len(validation)))
     y = y if network.config.num_classes else None
     times = schedule.training_time((torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS)
+    few = slice(None, None, -(-len(x) // CURVE))
     with autocast:
         loss = diffusion.validation_loss(network, x, schedule, y=y)
-        curve = diffusion.validation_loss(network, x, schedule, y=y, times=times)
-    distances = evaluate.evaluate(images, reference, features)
-    totals, distance = inspect(network).totals(), weight_distance(network, dense)
-    return {
+        curve = diffusion.validation_loss(network, x[few], schedule, y=None if y is None else y[few], times=times)
+    found = [evaluate.evaluate(images, reference, features) for features, reference in judges]
+    distances, distance = found[0], weight_distance(network, dense)
+    measured = {
         "validation loss": [(None, loss)],
         "validation images": [(None, len(x))],
         "loss at noise level": list(zip((times / schedule.last).tolist(), curve.tolist())),
-        "Fréchet distance": [(None, distances["frechet_distance"])],
+        DISTANCE: [(None, distances["frechet_distance"])],
         "kernel distance": [(None, distances["kernel_distance"])],
         "precision": [(None, distances["precision"])],
         "recall": [(None, distances["recall"])],
         "samples": [(None, distances["count"])],
         "reference images": [(None, distances["reference_count"])],
-        "parameters": [(None, totals["parameters_after"])],
-        "MACs": [(None, totals["macs_after"])],
+        "parameters": [(None, inspect(network).totals()["parameters_after"])],
+        "MACs": [(None, activations.macs(network))],
         "distance to dense weights": [(None, math.nan if distance is None else distance)],
     }
+    return measured | {f"{DISTANCE}, {d['features']}": [(None, d["frechet_distance"])] for d in found[1:]}

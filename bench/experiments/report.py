@@ -2,6 +2,7 @@
 
 compare.png       Fréchet distance and validation loss of each run, the control marked, and what is within 5% of it
 ratio.png         the same over the axis of the experiment, where it has one
+speed.png         the same over the speed of sampling, as a multiple of the fastest dense network's, after --time
 training.png      validation loss over the images seen
 noise-levels.png  validation loss over t, relative to the control: where sparsity hurts
 health.png        flip rate, density and distance to the dense weights over training
@@ -13,12 +14,15 @@ import statistics
 
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from bench.experiments import claims
 from sparsedm.files import write_text
 from sparsedm.plots import COLOURS, picture
 
 FLIPS = "flip rate of "  # and a layer's name: a measure
+DISTANCE = "Fréchet distance"  # on the first features, which decide; with ", NAME" behind it, on others
+SPEED, SAMPLING = "sampling speed-up", "sampling seconds"  # over the fastest dense network; of one image
 CLOSE = 0.05  # a Fréchet distance that is larger by at most this share is as good as the control's
-TABLE = ("validation loss", "Fréchet distance", "distance to dense weights", "MACs", "parameters", "images", "seconds")
+TABLE = ("validation loss", DISTANCE, "distance to dense weights", "MACs", "parameters", "images", "seconds")
 
 
 def write(folder, rows, plan):
@@ -27,8 +31,10 @@ def write(folder, rows, plan):
     runs = _in_order(list(dict.fromkeys(row["run"] for row in rows)), values)
     title = f"{rows[0]['experiment']} ({rows[0]['scale']}): {plan.summary}" if rows else ""
     text = f"{markdown(rows, values, runs)}{_against(values, runs, plan.control)}"
+    if rows and rows[0]["experiment"] == "claims":
+        text += f"\n\n{claims.table(values)}"
     pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
-    pictures |= {"flips.png": _flips, "ratio.png": _axis}
+    pictures |= {"flips.png": _flips, "ratio.png": _axis, "speed.png": _speed}
     styles = _styles(runs, plan.control)
     drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, styles, plan, title)]
     shown = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in drawn)
@@ -57,9 +63,11 @@ def _single(values, run, measure):
 
 
 def markdown(rows, values, runs):
-    lines = ["| run | " + " | ".join(TABLE) + " |", "|---" * (len(TABLE) + 1) + "|"]
+    more = dict.fromkeys(m for _, m in values if m.startswith(f"{DISTANCE}, ") or m in (SPEED, SAMPLING))
+    columns = (*TABLE, *more)
+    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for run in runs:
-        cells = [_cell(_single(values, run, measure), measure) for measure in TABLE]
+        cells = [_cell(_single(values, run, measure), measure) for measure in columns]
         lines.append(f"| {run} | " + " | ".join(cells) + " |")
     last = rows[-1]
     seeds = sorted({row["seed"] for row in rows})
@@ -81,7 +89,7 @@ def _against(values, runs, control):
     """Markdown: is each run as good as the control? "" where there is nothing to compare."""
     lines = []
     for run in runs:
-        distances, losses = (_ratios(values, run, control, m) for m in ("Fréchet distance", "validation loss"))
+        distances, losses = (_ratios(values, run, control, m) for m in (DISTANCE, "validation loss"))
         if run != control and distances:
             close = [ratio <= 1 + CLOSE for ratio in distances]
             verdict = "yes" if all(close) else "in some seeds" if any(close) else "no"
@@ -116,7 +124,7 @@ def _cell(numbers, measure):
         return f"{mean / 1e6:.2f} M"
     if measure in ("images", "seconds"):
         return f"{mean:,.0f}"
-    return _spread(numbers, 2 if measure == "Fréchet distance" else 4)
+    return _spread(numbers, 2 if measure.startswith(DISTANCE) or measure == SPEED else 4)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -152,7 +160,7 @@ def _logarithmic(axes):
 def _compare(figure, values, runs, plan):
     """Dots: seeds. Bars: means, from the best. The line: the mean of the control, the band: up to 5% more."""
     figure.set_size_inches(11, 1.6 + 0.32 * len(runs))
-    for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
+    for axes, measure in zip(figure.subplots(1, 2), (DISTANCE, "validation loss")):
         found = {run: _single(values, run, measure) for run in runs}
         order = sorted((run for run in runs if found[run]), key=lambda run: -statistics.fmean(found[run]))
         for place, run in enumerate(order):
@@ -175,7 +183,7 @@ def _axis(figure, values, runs, plan):
     if not placed:
         return False
     figure.set_size_inches(10, 4.2)
-    for axes, measure in zip(figure.subplots(1, 2), ("Fréchet distance", "validation loss")):
+    for axes, measure in zip(figure.subplots(1, 2), (DISTANCE, "validation loss")):
         seeds = [_single(values, run, measure) for _, run in placed]
         axes.plot([statistics.fmean(s) for s in seeds], color=COLOURS[0])
         for place, numbers in enumerate(seeds):
@@ -183,6 +191,28 @@ def _axis(figure, values, runs, plan):
         # evenly spaced: on any scale of numbers 15:16, 31:32 and dense would lie on one another
         axes.set_xticks(range(len(placed)), [run for _, run in placed], fontsize=8)
         axes.set(xlabel=f"{plan.axis}, in order", ylabel=f"{measure} (dots: seeds)")
+    return True
+
+
+def _speed(figure, values, runs, plan):
+    """Quality over the measured speed of sampling: what is quicker for nothing lies to the right of the control."""
+    placed = {run: statistics.fmean(found) for run in runs if (found := _single(values, run, SPEED))}
+    if not placed:
+        return False
+    figure.set_size_inches(11, 4.5)
+    for axes, measure in zip(figure.subplots(1, 2), (DISTANCE, "validation loss")):
+        for run, faster in placed.items():
+            seeds = _single(values, run, measure)
+            colour = COLOURS[1] if run == plan.control else COLOURS[0]
+            axes.plot([faster] * len(seeds), seeds, "o", color=colour, markeredgecolor="white", markersize=7)
+            place = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8, "color": colour}
+            axes.annotate(run, (faster, statistics.fmean(seeds)), **place)
+        if plan.control in placed:
+            level = statistics.fmean(_single(values, plan.control, measure))
+            axes.axhline(level, color=COLOURS[1], linewidth=1, linestyle="--")
+        axes.set(xlabel="images per second in sampling, over the fastest dense network's")
+        axes.set_ylabel(f"{measure} (dots: seeds)")
+        axes.margins(x=0.15)
     return True
 
 
@@ -224,7 +254,8 @@ def _levels(figure, values, runs, plan):
     drawn = _curves(axes, values, others, measure, against)
     if control:
         axes.axhline(1, color=COLOURS[1], linewidth=1, linestyle="--")
-    axes.set(xlabel="t: 0 image, 1 noise", ylabel="validation loss" + (f" / that of {plan.control}" if control else ""))
+    axes.set(xlabel="t: 0 image, 1 noise")
+    axes.set_ylabel("validation loss" + (f", relative to {plan.control}" if control else ""))
     _logarithmic(axes)
     _legend(figure, axes)
     return drawn

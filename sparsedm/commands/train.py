@@ -200,7 +200,7 @@ def _stages(options, ema):
         return distilled(stages, options.distill)
     if options.split:
         raise InputError("--split goes with --chain: a method divides the steps itself")
-    if ema is None and options.method not in ("dense", "random-init"):
+    if ema is None and options.method not in ("dense", "random-init", "asp-random"):
         raise InputError(f"--method {options.method} starts from a dense network: give its run folder with --init")
     return distilled(method_stages(options.method, options.steps, options.pattern), options.distill)
 

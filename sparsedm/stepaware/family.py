@@ -7,6 +7,7 @@ cost       Σ over steps of (evaluations of that step) * (cost of its network), 
 """
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -138,23 +139,33 @@ def widths(model):
 
 def seconds_per_image(networks, batch=64, rounds=7):
     """The median time of one call of each network on `batch` images, over `batch`; they take turns, round by round."""
-    times = [[] for _ in networks]
-    for count in range(rounds + 1):  # the first warms up
-        for network, seconds in zip(networks, times):
-            inputs = network.example_inputs(batch)
-            with evaluating(network):
-                _wait(inputs[0])
-                start = time.perf_counter()
-                network(*inputs)
-                _wait(inputs[0])
-            if count:
-                seconds.append((time.perf_counter() - start) / batch)
+
+    def call(network, inputs):
+        with evaluating(network):
+            network(*inputs)
+
+    inputs = [network.example_inputs(batch) for network in networks]
+    calls = [functools.partial(call, *pair) for pair in zip(networks, inputs)]
+    return [seconds / batch for seconds in interleaved_seconds(calls, inputs[0][0].device, rounds)]
+
+
+def interleaved_seconds(calls, device, rounds):
+    """[median seconds of each of `calls`], functions without arguments, which take turns; the first round warms up."""
+    times = [[] for _ in calls]
+    for number in range(rounds + 1):
+        for call, seconds in zip(calls, times):
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            if number:
+                seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) for seconds in times]
 
 
-def _wait(tensor):
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def _wait(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # ---- strategies

@@ -79,6 +79,14 @@ class ImageSet:
         moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, **moved)
 
+    def every(self, most):
+        """At most so many of the images, evenly spaced, so that all classes stay."""
+        if most >= len(self):
+            return self
+        chosen = torch.arange(most) * len(self) // most
+        images, labels, context = _chosen((self.images, self.labels, self.context), chosen)
+        return dataclasses.replace(self, images=images, labels=labels, context=context)
+
 
 def load(source, split="train", *, size=None, crop="square", limit=None, progress=True, cache=None):
     """Load one split ("train" or "test") of `source` (see the top of this file) into an ImageSet on the CPU.
@@ -102,12 +110,9 @@ def load(source, split="train", *, size=None, crop="square", limit=None, progres
         parts = Parts({split: tensors}, class_names)
     else:
         parts = _read(source, split, size, progress, cache, crop)
-    tensors = parts.splits.get(split) or _held_out(source, parts.splits["all"], split)
-    count = len(tensors[0])
-    if limit is not None and limit < count:
-        tensors = _chosen(tensors, torch.arange(limit) * count // limit)
-    images, labels, *context = tensors
-    return ImageSet(images, labels, parts.class_names, source, parts.sizes, *context, **parts.rest)
+    images, labels, *context = parts.splits.get(split) or _held_out(source, parts.splits["all"], split)
+    found = ImageSet(images, labels, parts.class_names, source, parts.sizes, *context, **parts.rest)
+    return found if limit is None else found.every(limit)
 
 
 def load_images(source, split, size, limit=None, crop="square"):

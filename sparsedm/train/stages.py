@@ -135,6 +135,10 @@ METHODS = {
     "chain": Method("separate students, each sparser than the one before", SR_STE | TRANSFER, progressive=True),
     "inplace": Method("one network that grows sparser", SR_STE | TRANSFER | {"inplace": True}, progressive=True),
     "random-init": Method("ste from random weights, as the paper's code ran its STE baseline", {"init": "random"}),
+    "asp-random": Method(
+        "asp from random weights, as the loaders of the paper's code start it",
+        {"init": "random", "frozen_mask": True, "dropped": 0.0},
+    ),
 }
 
 

@@ -1,27 +1,33 @@
 """Plans are equal terms by construction; a run is made once; tables and pictures come from the results file alone."""
 
+import argparse
 import itertools
 import os
+import re
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from bench import results
-from bench.experiments import measures, report, runner
+from bench.experiments import measures, report, runner, speed
 from bench.experiments.__main__ import main
 from bench.experiments.plans import EXPERIMENTS, SCALES, planned
+from sparsedm.commands.options import add_seed_and_device
 from sparsedm.diffusion import schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern
+from sparsedm.layers import CompressedLinear
+from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model, model_config
 from sparsedm.recipes import QUICKSTART, Scale
-from sparsedm.sparsity import sparsify
+from sparsedm.sparsity import masked_layers, sparsify
 from sparsedm.train import checkpoint, data, loop
 from sparsedm.train.metrics import read_metrics, usual_speed
 from sparsedm.train.stages import LADDER, METHODS
@@ -33,7 +39,7 @@ TINY = Scale(
     conditional=True,
     data="synthetic",
     base_steps=6,
-    steps=4,
+    steps=5,
     ladder=("3:4",),
     seeds=2,
     samples=16,
@@ -41,7 +47,7 @@ TINY = Scale(
     options=QUICKSTART["synthetic"].options,
     validation=16,
 )
-RUNS = ("dense", "oneshot", "chain", "small-dense")
+RUNS = ("dense", "chain", "oneshot", "small-dense")
 
 
 def command(folder, *more):
@@ -52,7 +58,7 @@ def command(folder, *more):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(SCALES, "tiny", TINY)
-    monkeypatch.setattr(runner, "load_images", lambda *a, limit=None: data.load("synthetic", a[1], size=a[2], limit=64))
+    monkeypatch.setattr(runner, "load_images", lambda *a, **_: data.load("synthetic", a[1], size=a[2], limit=64))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,15 @@ def done(tmp_path_factory):
     return folder
 
 
+def work(folder, *more):
+    """The _Work of a command line, on the CPU."""
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    add_seed_and_device(parser)
+    options = parser.parse_args(["arms", "--scale", "tiny", "--device", "cpu", *more])
+    return runner._Work(options, runner._scale(options), folder)
+
+
 def numbers(folder, run, measure, seed=0):
     rows = results.read_experiment(folder / "results.csv")
     return [(r["x"], r["value"]) for r in rows if (r["run"], r["measure"], r["seed"]) == (run, measure, seed)]
@@ -72,21 +87,25 @@ def numbers(folder, run, measure, seed=0):
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["smoke", "lite", "full"])
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "lite", "full"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_runs_of_a_plan_are_distinct_and_spend_the_same(name, scale):
     _, scale, runs = planned(name, scale)
     assert len({run.name for run in runs}) == len(runs)
     spent = {run.name: sum(stage.steps for stage in run.stages) for run in runs}
-    exceptions = {"oneshot": 0, "small-dense": scale.base_steps + scale.steps}
+    exceptions = {name: 0 for name in spent if "shot" in name}
+    exceptions |= {name: scale.steps // 3 for name in spent if "a third" in name}
+    exceptions["small-dense"] = scale.base_steps + scale.steps
     assert spent == {name: exceptions.get(name, scale.steps) for name in spent}
 
 
-@pytest.mark.parametrize("scale", ["smoke", "lite", "full"])
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "lite", "full"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_run_of_a_plan_is_made_twice_under_two_names(name, scale):
     plan, _, runs = planned(name, scale)
-    made = [(tuple(replace(stage, name="-") for stage in run.stages), run.where) for run in runs]
+    made = [
+        (tuple(replace(stage, name="-") for stage in run.stages), run.where, run.first_dense, run.kind) for run in runs
+    ]
     assert len({*made}) == len(made)
     assert plan.control in {run.name for run in runs}
 
@@ -98,10 +117,12 @@ def test_what_the_plans_vary():
     assert [s.pattern for s in stages("arms")["chain"]] == ["31:32", "15:16", "7:8", "3:4", "2:4"]
     ratio = {run.name: run.x for run in planned("ratio", "full")[2]}
     assert ratio == {"dense": 1.0} | {p: Pattern.parse(p).density for p in LADDER}
-    assert set(stages("arms")) == {*METHODS, "small-dense"}
+    others = {"small-dense", "chain of eighths", "first block dense", "oneshot, calibrated", "activations"}
+    assert set(stages("arms")) == {*METHODS, *others}
+    assert [s.pattern for s in stages("arms")["chain of eighths"]] == ["7:8", "6:8", "5:8", "4:8", "2:4"]
     ablate = stages("ablate")
     changed = {name: stages[0] for name, stages in ablate.items()}
-    assert [changed[f"w_kd={w}"].w_kd for w in ("0", "0.03", "0.3", "1")] == [0, 0.03, 0.3, 1]
+    assert [changed[f"w_kd={w}"].w_kd for w in ("0", "0.01", "1")] == [0, 0.01, 1]
     assert [changed[f"decay={d}"].decay for d in ("0", "2e-05", "0.002")] == [0, 2e-5, 2e-3]
     assert (changed["default"].w_kd, changed["default"].decay, changed["default"].teacher) == (0.1, 2e-4, "dense")
     assert {s.teacher for s in ablate["5 students, teacher previous"]} == {"previous"}
@@ -148,13 +169,13 @@ def test_a_folder_holds_everything(done):
     assert numbers(done, "chain", "density")[-1][1] == 0.5
     assert numbers(done, "chain", "distance over training")[-1][1] > 0.1
     assert len(numbers(done, "chain", "flip rate of in_blocks.0.attn.qkv")) == len(numbers(done, "chain", "flip rate"))
-    assert numbers(done, "chain", "validation over training")[-1][0] == 4 * TINY.options.batch_size
-    assert numbers(done, "small-dense", "images") == [(None, 10 * TINY.options.batch_size)]
+    assert numbers(done, "chain", "validation over training")[-1][0] == 5 * TINY.options.batch_size
+    assert numbers(done, "small-dense", "images") == [(None, 11 * TINY.options.batch_size)]
 
 
 def test_every_run_starts_from_the_base_of_its_seed(done, tiny):
     """Pruning in one shot is the base with its masks and nothing else."""
-    base = runner._Work("arms", "tiny", TINY, done, torch.device("cpu")).base(1).ema
+    base = work(done).base(1).ema
     pruned = sparsify(base, "2:4")
     x, y = data.batch(data.load("synthetic", "test", size=12, limit=64), torch.arange(64))
     expected = float(validation_loss(pruned, x, schedule_of(pruned), y=y))
@@ -177,18 +198,202 @@ def test_a_start_that_is_not_that_of_the_other_runs_is_refused(done, tiny, tmp_p
 
 
 def test_on_a_gpu_nothing_is_tuned_unless_it_is_asked_for(tmp_path, monkeypatch):
-    def work(*arguments):
+    def refuse(*arguments):
         raise InputError(f"SPARSEDM_AUTOTUNE={os.environ.get('SPARSEDM_AUTOTUNE')}")
 
-    monkeypatch.setattr(runner, "_Work", work)
+    monkeypatch.setattr(runner, "_Work", refuse)
     monkeypatch.setenv("SPARSEDM_AUTOTUNE", "on")
-    options = {"name": "arms", "scale": "lite", "data": None, "features": None, "out": tmp_path, "only": None}
-    options |= {"seeds": None, "seed": 0, "minutes": None, "dry_run": False, "report_only": False}
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    add_seed_and_device(parser)
+    options = parser.parse_args(["arms", "--scale", "lite", "--out", str(tmp_path)])
     for device, given, expected in (("cuda", "on", "on"), ("cpu", None, None), ("cuda", None, "off")):
         if given is None:
             monkeypatch.delenv("SPARSEDM_AUTOTUNE", raising=False)
         with pytest.raises(InputError, match=f"SPARSEDM_AUTOTUNE={expected}"):
-            runner.experiment(SimpleNamespace(**options, device=torch.device(device)))
+            runner.experiment(argparse.Namespace(**vars(options) | {"device": torch.device(device)}))
+
+
+# ---- other starts, other data ----------------------------------------------------------------------------------------
+
+KINDS = ("dense", "first block dense", "oneshot, calibrated", "activations")
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """One seed of the runs that are no method, from the base of a given file, with two kinds of features."""
+    folder = tmp_path_factory.mktemp("kinds")
+    torch.manual_seed(0)
+    model = build_model("uvit-tiny", **TINY.overrides, num_classes=5)
+    torch.nn.init.normal_(model.decoder_pred.weight, std=0.1)
+    save_model(folder / "given.safetensors", model)
+    torch.jit.save(torch.jit.script(MeanColours()), folder / "colours.pt")
+    more = ["--init", str(folder / "given.safetensors"), "--features", "random-conv"]
+    more += ["--features", str(folder / "colours.pt"), "--seeds", "1"]
+    only = itertools.chain.from_iterable(("--only", run) for run in KINDS)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.__wrapped__(patch)
+        assert main(["arms", "--scale", "tiny", "--out", str(folder), *only, *more]) == 0
+    return folder
+
+
+class MeanColours(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean((2, 3))
+
+
+def test_a_given_network_is_where_all_runs_start(kinds):
+    assert {path.name for path in (kinds / "seed-0").iterdir()} == {re.sub(r"[^\w.-]+", "-", run) for run in KINDS}
+    given = load_model(kinds / "given.safetensors", build_model).model
+    x, y = data.batch(data.load("synthetic", "test", size=12, limit=64), torch.arange(64))
+    expected = float(validation_loss(given, x, schedule_of(given), y=y))
+    for run in KINDS:
+        assert numbers(kinds, run, runner.BASE) == [(None, expected)]
+
+
+def test_the_first_block_stays_dense(kinds):
+    network = load_model(kinds / "seed-0" / "first-block-dense", build_model).model
+    masked = {name for name, _ in masked_layers(network)}
+    every = {name for name, _ in masked_layers(sparsify(build_model(network.config), "2:4"))}
+    assert every - masked == {f"in_blocks.0.{layer}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    with pytest.raises(InputError, match=r"the layers first, second .* belong to no blocks"):
+        runner.without_first_block(["first", "second"])
+    assert runner.without_first_block(["down.0.blocks.0.conv1", "down.1.blocks.0.conv1", "mid.blocks.0.conv1"]) == [
+        "down.1.blocks.0.conv1",
+        "mid.blocks.0.conv1",
+    ]
+
+
+def test_runs_of_activations_and_calibrated_masks_count_what_they_keep(kinds):
+    dense, half = (numbers(kinds, run, "MACs")[0][1] for run in ("dense", "first block dense"))
+    assert numbers(kinds, "activations", "MACs") == [(None, half)], "half the products, of weights or of inputs"
+    assert half < numbers(kinds, "dense", "MACs")[0][1] == dense
+    given = load_model(kinds / "given.safetensors", build_model).model
+    x, y = data.batch(data.load("synthetic", "test", size=12, limit=64), torch.arange(64))
+    by_magnitude = float(validation_loss(sparsify(given, "2:4"), x, schedule_of(given), y=y))
+    assert 0 < numbers(kinds, "oneshot, calibrated", "validation loss")[0][1] != by_magnitude
+    assert numbers(kinds, "oneshot, calibrated", "images") == [(None, 0)]
+
+
+def test_two_kinds_of_features_are_two_columns(kinds):
+    text = (kinds / "report.md").read_text()
+    name = next(part for part in text.split(" | ") if part.startswith("Fréchet distance, colours.pt-"))
+    for run in KINDS:
+        assert numbers(kinds, run, name.strip()) != numbers(kinds, run, "Fréchet distance")
+
+
+def images_of(path, side, width=None):
+    generator = np.random.default_rng(0)
+    np.savez(path, images=generator.integers(256, size=(80, side, width or side, 3), dtype=np.uint8))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--scale", "smoke"], "holds images of 218x178 pixels and the network takes 12x12: choose another --model"),
+        (["--model", "uvit-celeba64-small", "--crop", "square"], "and the network takes 64x64"),
+        (["--model", "uvit-imagenet64-mid", "--resize"], "the network expects labels 0..999"),
+        (["--model", "uvit-small"], "unknown model 'uvit-small'"),
+        (["--data", "celeba.zip"], "data 'celeba.zip': no such file or folder"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(more, message, tmp_path, capsys):
+    data = images_of(tmp_path / "photos.npz", 178, 218)
+    for end in (["--dry-run"], []):
+        assert main(["arms", "--data", data, "--out", str(tmp_path / "out"), *more, *end]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out" / "options.json").exists()
+
+
+def test_other_images_are_resized_where_that_is_said(tmp_path, capsys):
+    photos, cifar = images_of(tmp_path / "photos.npz", 178, 218), images_of(tmp_path / "cifar.npz", 32)
+    assert main(["arms", "--data", photos, "--resize", "--dry-run"]) == 0
+    assert "resized to 12x12" in capsys.readouterr().out
+    assert main(["claims", "--scale", "cpu", "--data", cifar, "--dry-run"]) == 0, "which this scale is defined by"
+    assert "16 pixels wide" in capsys.readouterr().out
+    assert main(["arms", "--scale", "full", "--model", "ddpm-cifar10", "--data", cifar, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "pruned channels" in out
+    assert "dense steps for each of 2 seeds" in out
+
+
+def test_a_preset_is_trained_by_the_recipe_of_its_original(tmp_path):
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    scale = runner._scale(parser.parse_args(["arms", "--scale", "full", "--model", "ddpm-cifar10"]))
+    assert (scale.options.optimizer, scale.options.weight_decay) == ("adam", 0)
+    scale = runner._scale(parser.parse_args(["arms", "--scale", "lite", "--model", "uvit-celeba64-small"]))
+    assert (scale.options.weighting, scale.options.lr) == ("noise", 4e-4), "the network computes the noise"
+    assert runner.model_config(scale.model) == model_config("uvit-celeba64-small")
+
+
+@pytest.mark.parametrize("model", ["uvit-tiny", "ddpm-tiny", "slimmable-tiny"])
+def test_what_is_narrowed_has_the_macs_of_2of4(model):
+    config = asdict(model_config(model))
+    small = build_model(runner.small_config(config), device="meta")
+    target = inspect(sparsify(build_model(config | {"kind": small.config.kind} if "eighths" not in config else model,
+                                          device="meta"), "2:4")).totals()["macs_after"]  # fmt: skip
+    assert 0.7 < inspect(small).totals()["macs"] / target < 1.3
+
+
+# ---- several folders, and speed --------------------------------------------------------------------------------------
+
+
+def parts_of(done, tmp_path):
+    """The results of each seed in a folder of its own."""
+    rows = results.read_experiment(done / "results.csv")
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        results.write_experiment(tmp_path / str(seed) / "results.csv", [r for r in rows if r["seed"] == seed])
+        shutil.copy(done / "options.json", tmp_path / str(seed))
+    return ["--merge", str(tmp_path / "1"), "--merge", str(tmp_path / "0")]
+
+
+def test_folders_of_one_seed_each_are_joined(done, tiny, tmp_path):
+    assert command(tmp_path / "both", *parts_of(done, tmp_path)) == 0
+    assert (tmp_path / "both" / "report.md").read_text() == (done / "report.md").read_text()
+
+
+def test_folders_that_do_not_belong_together_are_not_joined(done, tiny, tmp_path, capsys):
+    both = parts_of(done, tmp_path)
+    assert command(tmp_path / "new", *both, "--merge", str(done)) == 2
+    assert "holds chain of seed 0, as another one of the folders does" in capsys.readouterr().err
+    assert command(tmp_path / "0", *both) == 2
+    assert "is one of the folders to be joined" in capsys.readouterr().err
+    text = (tmp_path / "0" / "options.json").read_text()
+    (tmp_path / "0" / "options.json").write_text(text.replace('"samples": 16', '"samples": 17'))
+    assert command(tmp_path / "new", *both) == 2
+    assert "hold runs by other options" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_speed_is_measured_of_the_finished_networks(done, tiny, tmp_path, monkeypatch):
+    """Whole sampling of all runs in turns; the denominator is the fastest of the dense forms."""
+    shutil.copytree(done, tmp_path / "timed")
+    timed = []
+
+    def clock(calls, device, rounds):
+        for call in calls:
+            assert call().shape == (speed.IMAGES, 3, 12, 12)
+            timed.append(call.args[0])
+        return [4.0, 2.0, 1.0, 1.0, 8.0, 3.0][: len(calls) - 1] + [3.2]  # the last is the compiled dense one
+
+    monkeypatch.setattr(speed, "interleaved_seconds", clock)
+    monkeypatch.setattr(speed, "IMAGES", 4)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    assert command(tmp_path / "timed", "--time") == 0
+    assert [any(isinstance(m, CompressedLinear) for m in network.modules()) for network in timed] == [
+        False, True, True, False, False,
+    ]  # fmt: skip
+    found = {run: numbers(tmp_path / "timed", run, report.SPEED)[0][1] for run in RUNS}
+    assert found == {"dense": 1.0, "chain": 1.6, "oneshot": 3.2, "small-dense": 3.2}
+    assert numbers(tmp_path / "timed", "dense", report.SAMPLING) == [(None, 0.8)]
+    assert (tmp_path / "timed" / "speed.png").stat().st_size > 5000
+    assert "| sampling speed-up |" in (tmp_path / "timed" / "report.md").read_text()
+    monkeypatch.setattr(runner, "_report", lambda *_: None)
+    assert command(tmp_path / "timed", "--time") == 0, "again: measured anew, once in the file"
+    assert len(numbers(tmp_path / "timed", "chain", report.SPEED)) == 1
 
 
 @pytest.mark.gpu
@@ -230,7 +435,7 @@ def test_a_study_that_is_cut_again_and_again_is_that_of_one_piece(done, tiny, tm
     clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
     for module in (runner, measures, loop):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(measures, "BATCH", 8)
+    monkeypatch.setattr(measures, "BATCH", {"cpu": 8})
     cuts = []
     while (code := command(tmp_path, "--seeds", "1", "--minutes", f"{(runner.RESERVE + 6) / 60}")) and len(cuts) < 20:
         assert code == 3
@@ -261,8 +466,8 @@ def test_a_study_that_is_cut_again_and_again_is_that_of_one_piece(done, tiny, tm
 
 
 def test_networks_run_in_the_precision_of_their_training_and_the_measures_exactly(done, tiny, monkeypatch):
-    work = runner._Work("arms", "tiny", TINY, done, torch.device("cpu"))
-    base, measured, ran = work.base(0).ema, [], []
+    made = work(done)
+    base, measured, ran = made.base(0).ema, [], []
     evaluate = measures.evaluate.evaluate
     for name, function in (("evaluate", evaluate), ("weight_distance", measures.weight_distance)):
         place = measures.evaluate if name == "evaluate" else measures
@@ -274,16 +479,16 @@ def test_networks_run_in_the_precision_of_their_training_and_the_measures_exactl
     images = measures.draw(base, TINY, 0, bf16)
     assert set(ran) == {("cpu", torch.bfloat16)}
     ran.clear()
-    measures.measure(base, images, work.validation, work.reference, work.features, base, bf16)
+    measures.measure(base, images, made.validation, made.judges, base, bf16)
     assert set(ran) == {("cpu", torch.bfloat16), ("meta", torch.float32)}, "meta: where MACs are counted"
     assert measured == [False, False]
 
 
 def test_samples_are_those_of_one_batch(done, tiny, monkeypatch):
-    base = runner._Work("arms", "tiny", TINY, done, torch.device("cpu")).base(0).ema
+    base = work(done).base(0).ema
     off = torch.autocast("cpu", enabled=False)
     whole = measures.draw(base, TINY, 1, off)
-    monkeypatch.setattr(measures, "BATCH", 5)
+    monkeypatch.setattr(measures, "BATCH", {"cpu": 5})
     assert (measures.draw(base, TINY, 1, off).int() - whole.int()).abs().max() <= 1
 
 
@@ -369,8 +574,8 @@ def test_every_range_has_several_numbers_on_its_axis(drawn):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["arm"], "unknown experiment 'arm': one of arms, ratio"),
-        (["arms", "--scale", "huge"], "unknown scale 'huge': one of smoke, lite, full"),
+        (["arm"], "unknown experiment 'arm': one of arms, claims, ratio"),
+        (["arms", "--scale", "huge"], "unknown scale 'huge': one of smoke, cpu, lite, full"),
         (["arms", "--only", "sgd"], "unknown run sgd: they are dense, chain, oneshot"),
         (["arms", "--seeds", "0"], "--seeds 0: at least one is needed"),
         (["arms", "--minutes", "0.5"], "--minutes 0.5: more than 40 seconds are needed to stop cleanly"),

@@ -14,7 +14,9 @@ from sparsedm.train.data import batch_indices
 from sparsedm.train.stages import METHODS, method_stages
 from tests.tiny import OPTIONS, Tiny, same_state, tiny, tiny_images
 
-NAMES = {"dense", "oneshot", "asp", "ste", "sr-ste", "kd", "sr-ste+kd", "chain", "inplace", "random-init"}
+NAMES = {"dense", "oneshot", "asp", "ste", "sr-ste", "kd", "sr-ste+kd", "chain", "inplace", "random-init"} | {
+    "asp-random"
+}
 
 
 def run(name, folder, steps=10):
@@ -67,6 +69,7 @@ def test_what_makes_each_method():
     assert settings("sr-ste+kd") == settings("chain") == (2e-4, "dense", 0.1, 1, False, False, "previous")
     assert settings("inplace") == (2e-4, "dense", 0.1, 1, False, True, "previous")
     assert settings("random-init") == (0, "none", 0, 1, False, False, "random")
+    assert settings("asp-random") == (0, "none", 0, 0, True, False, "random")
 
 
 @pytest.mark.parametrize("name", ["dense", "asp", "ste", "sr-ste", "kd", "sr-ste+kd", "oneshot"])

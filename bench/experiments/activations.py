@@ -1,0 +1,65 @@
+"""N:M of activations in place of weights (RT-Lynx, arXiv 2605.26632): layers read the largest of their inputs only.
+
+    y = W (r · m · x) + b,   m: the N largest |x| of every M inputs,   r = |x| / |m · x| for each token
+
+r, the norm compensation, has no gradient, and only kept inputs pass one. No kernel gains from it here: this is the
+experiment alone. Forward hooks do it, which a deep copy of the network takes along and a model file does not.
+"""
+
+import torch
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.inspection import inspect
+from sparsedm.kernels.mask import select_mask
+from sparsedm.kernels.pattern import Pattern
+
+
+class KeepLargest:
+    """A forward pre-hook of a Linear or Conv2d, whose groups lie along the features or the input channels."""
+
+    def __init__(self, pattern, compensate=True):
+        self.pattern, self.compensate = pattern, compensate
+
+    def __call__(self, layer, inputs):
+        x, *more = inputs
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        return keep_largest(x, self.pattern, axis, self.compensate), *more
+
+
+def keep_largest(x, pattern, axis=-1, compensate=True):
+    """x with all but the `pattern.keep` largest of every group along `axis` set to 0; x's shape and dtype.
+
+    compensate: scale what is kept so that the norm along `axis` stays what it was.
+    """
+    x = x.movedim(axis, -1)
+    mask = select_mask(x.detach().flatten(0, -2), pattern, name="an activation").mask.view(x.shape)
+    kept = torch.where(mask, x, 0)
+    if compensate:
+        norms = [value.detach().float().norm(dim=-1, keepdim=True) for value in (x, kept)]
+        kept = kept * (norms[0] / norms[1].clamp(min=1e-12)).to(kept.dtype)
+    return kept.movedim(-1, axis)
+
+
+def sparsify_activations(network, names, pattern="2:4", compensate=True):
+    """Hook the layers `names` of the network, in place, and return it.
+
+    Raises: InputError where none of them can hold the pattern along its inputs.
+    """
+    pattern = Pattern.parse(pattern)
+    layers = [network.get_submodule(name) for name in names]
+    fitting = [layer for layer in layers if layer.weight.shape[1] % pattern.group == 0]
+    if not fitting:
+        raise InputError(f"no layer has inputs in groups of {pattern.group}: nothing can read {pattern} of them")
+    for layer in fitting:
+        layer.register_forward_pre_hook(KeepLargest(pattern, compensate))
+    return network
+
+
+def macs(network):
+    """MACs of one image with the inputs that hooked layers keep; for other networks those of `inspect`."""
+    hooks = {name: [h for h in layer._forward_pre_hooks.values() if isinstance(h, KeepLargest)]
+             for name, layer in network.named_modules()}  # fmt: skip
+    found = inspect(network)
+    saved = sum(row.macs_after * (1 - hooks[row.name][0].pattern.density) for row in found.rows if hooks[row.name])
+    return found.totals()["macs_after"] - round(saved)

@@ -1,0 +1,80 @@
+"""Verdicts by thresholds that were written before any run: on made-up numbers, one claim at a time."""
+
+import pytest
+
+from bench.experiments import claims
+from bench.experiments.plans import planned
+
+THIRD = claims.THIRD
+
+
+def verdict(number, runs):
+    """(verdict, what was said) of claim `number`. runs: {name: (losses, distances)}, one number per seed."""
+    values = {}
+    for run, measures in runs.items():
+        for measure, numbers in zip((claims.LOSS, claims.DISTANCE, "seconds"), measures):
+            values[run, measure] = dict(enumerate([(None, n)] for n in numbers))
+    return claims.verdicts(values)[number][1:]
+
+
+def both(chain, straight=(1, 1), distances=(1, 1)):
+    return {f"{p} {name}": (losses, distances if name == "chain" else (1, 1))
+            for p in ("2:4", "1:8") for name, losses in (("chain", chain), ("straight", straight))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "runs", "expected"),
+    [
+        (0, both((0.99, 0.98)), "confirmed"),
+        (0, both((0.99, 0.98), distances=(1, 1.05)), "undecided"),
+        (0, both((0.99, 1.01)), "undecided"),
+        (0, both((1.01, 1.02)), "refuted"),
+        (0, both((1.001, 1.001)), "undecided"),
+        (0, {"1:8 chain": ((0.9,), (1,))}, "not run"),
+        (2, {"1:8 in place": ((1.01, 1.02), (1.05, 1.06)), "1:8 chain": ((1, 1), (1, 1))}, "confirmed"),
+        (2, {"1:8 in place": ((1.001, 0.9), (1.03, 0.9)), "1:8 chain": ((1, 1), (1, 1))}, "refuted"),
+        (2, {"1:8 in place": ((1.01, 1.02), (1.03, 1.06)), "1:8 chain": ((1, 1), (1, 1))}, "undecided"),
+        (3, {"2:4 straight": ((1.004, 1.0), (1.03, 0.9)), "dense": ((1, 1), (1, 1))}, "confirmed"),
+        (3, {"2:4 straight": ((1.004, 1.0), (1.05, 1.05)), "dense": ((1, 1), (1, 1))}, "refuted"),
+        (3, {"2:4 straight": ((1.004, 1.0), (1.05, 1.03)), "dense": ((1, 1), (1, 1))}, "undecided"),
+    ],
+)
+def test_verdicts(number, runs, expected):
+    assert verdict(number, runs)[0] == expected
+
+
+@pytest.mark.parametrize(("short", "said"), [(1.03, True), (1.015, False)])
+def test_a_chain_that_lacks_images_is_said_to(short, said):
+    runs = both((1.01,)) | {f"1:8 chain{THIRD}": ((short,), (1,)), f"1:8 straight{THIRD}": ((1,), (1,))}
+    assert any("a matter of budget" in line for line in verdict(0, runs)[1]) == said
+
+
+@pytest.mark.parametrize(
+    ("gain", "slope", "expected"),
+    [(0.002, 1.0, "confirmed"), (0.002, 1.05, "refuted"), (0.0007, 1.0, "undecided"), (0.0003, 1.0, "refuted")],
+)
+def test_a_teacher_must_be_worth_its_time(gain, slope, expected):
+    """A third of the images costs `slope` in loss; the teacher takes 1.3 times the time, which buys ln 1.3 / ln 3."""
+    runs = {f"1:8 straight{THIRD}": ((slope * (1 - gain),), (1,), (1,))}
+    for p in ("2:4", "1:8"):
+        runs |= {f"{p} straight": ((1 - gain,), (1,), (130,)), f"{p} straight, no teacher": ((1,), (1,), (100,))}
+    assert verdict(1, runs)[0] == expected
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.99, "confirmed"), (1.01, "refuted"), (1.001, "undecided")])
+def test_activations_against_weights(loss, expected):
+    names = "activations 2:4, first block dense", "2:4 straight, first block dense"
+    assert verdict(4, {names[0]: ((loss,), (1,)), names[1]: ((1,), (1,))})[0] == expected
+
+
+def test_the_plan_holds_every_run_that_a_verdict_asks_for():
+    asked = []
+
+    class Asks(dict):
+        def get(self, key, default=None):
+            asked.append(key[0])
+            return {0: [(None, 1.0)]}
+
+    text = claims.table(Asks())
+    assert len(text.splitlines()) == 7
+    assert set(asked) <= {run.name for run in planned("claims", "cpu")[2]}
