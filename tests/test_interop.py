@@ -205,7 +205,7 @@ def test_lora_is_trained_on_a_masked_model_then_merged_and_compressed():
     peft = pytest.importorskip("peft")
     model, inputs = built("DiTTransformer2DModel")
     config = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"])
-    with pytest.raises(ValueError, match="CompressedLinear.* is not supported"):
+    with pytest.raises(ValueError, match=r"CompressedLinear.* is not supported"):
         peft.get_peft_model(compress(sparsify(copy.deepcopy(model), "2:4")), config)
     wrapped = peft.get_peft_model(sparsify(model, "2:4"), config).train()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
