@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import autocast_dtype, exporting
+from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_onnx
 from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import (
     STE,
@@ -142,6 +142,7 @@ class Masked:
     @torch.no_grad()
     def selection(self, dtype):
         """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them."""
+        refuse_onnx()
         weight, mask = self.weight.detach(), self.mask
         if self._held and self._held[0] is self.weight and not exporting():
             if self._held[1].masked.dtype == dtype:
@@ -277,6 +278,7 @@ class Compressed(nn.Module):
 
     def _operands(self, *tensors):
         """(values, *tensors) in the dtype of the product: under autocast that is autocast's dtype."""
+        refuse_onnx()
         dtype = product_dtype(self.values)
         if dtype == self.values.dtype:
             return self.values, *tensors
