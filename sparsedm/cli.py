@@ -74,7 +74,7 @@ def main(arguments=None):
         return _refuse("stopped", 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough; the rest was not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, which Windows has not
     except OSError as error:
         return _refuse(f"{error.filename or 'the system refuses'}: {error.strerror or error}")
     return 0
@@ -110,7 +110,7 @@ def parser_for(arguments):
 
 
 def _refuse(reason, code=2):
-    print(f"sparsedm: {reason}", file=sys.stderr)
+    print(f"sparsedm: {' '.join(str(reason).splitlines())}", file=sys.stderr)  # a name may hold a line break
     return code
 
 

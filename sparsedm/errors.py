@@ -18,6 +18,8 @@ def check_memory(needed, what, there=None):
 
     there: the bytes of another memory, such as a GPU's.
     """
+    if not there and not hasattr(os, "sysconf"):  # Windows does not say
+        return
     there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise InputError(

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import math
 import os
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from sparsedm.errors import InputError
 
 MOST_TEXT = 1 << 28  # bytes of a file of text that is read whole
+MOST_DEPTH = 32  # of JSON
 
 # ---- writing
 
@@ -70,6 +72,8 @@ def check_writable(path):
 
 def _check_replaceable(path):
     """A rename would put a file in the place of a device, too, if whoever asks for it is allowed to."""
+    if "\0" in str(path):
+        raise InputError(f"cannot write {str(path)!r}: no name holds a zero byte")
     if not path.name or (path.exists() and not path.is_file()):
         raise InputError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'a pipe, socket or device'}")
 
@@ -126,6 +130,8 @@ def append_json_line(file, record):
 
 
 def _flush(path):
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -167,11 +173,15 @@ def read_text(file):
 def parse_json(text, where, **kinds):
     """The JSON value of `text`. kinds: what it must hold, if it must be an object: each name with its type.
 
-    where: what the text was found in, for the message. float stands for any number, and no number may be NaN.
+    where: what the text was found in, for the message. float stands for any number. What Python reads all the same is
+    refused: NaN, infinity (1e999 too), integers beyond 64 bits, a name twice in an object, nesting beyond MOST_DEPTH.
     Raises: InputError.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, parse_int=_integer, object_pairs_hook=_object
+        )
+        _check_depth(value)
     except (ValueError, RecursionError, TypeError) as error:
         raise InputError(f"{where} is damaged: it holds no readable JSON ({error})") from error
     if kinds and not isinstance(value, dict):
@@ -186,6 +196,31 @@ def parse_json(text, where, **kinds):
 
 def _refuse(word):
     raise ValueError(f"{word} is no JSON")
+
+
+def _finite(text):
+    return float(text) if math.isfinite(float(text)) else _refuse(text[:40])
+
+
+def _integer(text):
+    return int(text) if len(text) <= 20 and -(2**63) <= int(text) < 2**64 else _refuse(f"{text[:40]}, an integer,")
+
+
+def _object(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        _refuse("one name twice in an object")
+    return found
+
+
+def _check_depth(value):
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        if not inner:
+            return
+        level = [item for items in inner for item in items]
+    raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
 
 
 def read_json(file, **kinds):

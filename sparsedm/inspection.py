@@ -19,7 +19,7 @@ from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on, rule_of
 from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Compressed, CompressedLinear, Linear, product_dtype
 from sparsedm.plots import COLOURS, GREY, picture, table
-from sparsedm.sparsity import compress, masked_layers, replaced_methods, uncompressed_because
+from sparsedm.sparsity import compress, masked_layers, uncompressed_because, uncopied
 
 ARCHS = {
     **{"cpu": torch.device("cpu"), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
@@ -164,10 +164,7 @@ def inspect(
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
-    notes = tuple(
-        f"{name}.{attribute} was replaced by a function: `compress` cannot copy it"
-        for name, attribute in replaced_methods(model)
-    )
+    notes = tuple(f"{what}: `compress` cannot copy it" for what in uncopied(model))
     return Inspection(rows, other, attention, notes)
 
 

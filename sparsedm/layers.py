@@ -270,6 +270,7 @@ class Compressed(nn.Module):
         super().__init__()
         self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
         self.pattern, self._positions = pattern, "metadata" if pattern == TWO_FOUR else "bits"
+        self.rule = layer.rule  # of the masked layer that it was, and may be again
         self.register_buffer("values", values)
         self.register_buffer(self._positions, words.view(torch.uint8))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
@@ -330,6 +331,7 @@ class Compressed(nn.Module):
         layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
         layer.set_pattern(self.pattern)
+        layer.rule = self.rule
         return layer
 
     def __getstate__(self):

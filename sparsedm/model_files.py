@@ -10,9 +10,12 @@ shards are never mixed.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -22,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json, writing
 from sparsedm.kernels.masked_matmul import STE, GradientRule
 from sparsedm.layers import Compressed
@@ -31,9 +34,11 @@ from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_nam
 INDEX = ".index.json"
 KINDS = ("dense", "masked", "compressed")
 FORMAT = 2  # of a model file. A file without this number has format 1: every compressed layer is 2:4
-# the names that training scripts give to a network and to its averaged weights
-AVERAGES = ("ema", "model_ema", "ema_model", "net_ema", "nnet_ema", "state_dict_ema", "ema_state_dict", "params_ema")
+# the names that training scripts give to averaged weights and to a network
+AVERAGE = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?|shadow)([^a-z]|$)", re.IGNORECASE)
 NETWORKS = ("model", "state_dict", "net", "nnet", "net_model", "network", "params", "module", "_orig_mod", "unet")
+NETWORKS += ("online_model", "diffusion_model")
+COUNTS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside the tensors of an average
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
@@ -42,13 +47,16 @@ def write_tensors(file, tensors, header):
     """Write named tensors as one .safetensors file. header: dict of texts. Raises: OSError. Not atomic by itself."""
     # the format has no strides: a channels-last weight is written in the usual order
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    addresses = set()
-    for name, value in tensors.items():  # nor shared memory: a tied weight is written twice
-        if value.numel() and value.data_ptr() in addresses:
+    end = 0
+    for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
+        value = tensors[name]
+        if value.numel() and value.data_ptr() < end:  # nor shared memory: a tied weight or a view is written twice
             tensors[name] = value.clone()
-        addresses.add(value.data_ptr())
+        end = max(end, value.data_ptr() + value.nbytes)
     try:
         save_file(tensors, file, metadata=header or None)
+    except KeyError as error:
+        raise InputError(f"cannot write {file}: safetensors have no dtype {error}") from error
     except SafetensorError as error:
         raise OSError(str(error)) from error  # such as a full disk
 
@@ -83,13 +91,16 @@ def read_tensors(file, weights="average"):
     Raises: InputError if the file is missing or truncated, holds code, or holds no state dict.
     """
     file = Path(file)
-    regular_file(file)
+    check_memory(regular_file(file).stat().st_size, f"reading {file}")
     try:
         if file.name.endswith(INDEX):
             return _read_shards(file)
         if file.suffix not in (".pth", ".pt", ".th", ".bin", ".ckpt"):
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        if zipfile.is_zipfile(file):  # torch writes without compression, but reads what is compressed
+            with zipfile.ZipFile(file) as archive:
+                check_memory(sum(member.file_size for member in archive.infolist()), f"unpacking {file}")
         # many training scripts add a Namespace of options, which is as safe as a dict;
         # torch's warning about pickle protocols is of no use to the reader
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
@@ -106,9 +117,20 @@ def read_tensors(file, weights="average"):
         states = list(filter(_is_state_dict, tensors))
         tensors = dict(zip(("model", "ema"), [states[0], *states[1:][-1:]])) if states else None
     if isinstance(tensors, dict) and not _is_state_dict(tensors):
-        tensors, header = _choose({name: v for name, v in tensors.items() if _is_state_dict(v)}, weights)
+        states = {name: state for name, value in tensors.items() if (state := _state_in(value))}
+        for name, value in tensors.items():
+            if weights == "average" and AVERAGE.search(str(name)) and name not in states and _holds_tensors(value):
+                raise InputError(
+                    f"{file} holds {name!r}, perhaps the average of the weights, in an unknown form: "
+                    "sparsedm import --weights raw takes the network beside it"
+                )
+        tensors, header = _choose(states, weights)
     if not _is_state_dict(tensors):
         raise InputError(f"{file} is not a state dict: it must map names to tensors")
+    for name, value in tensors.items():
+        if reason := _unwritable(value):
+            raise InputError(f"{file} holds {name}, which is {reason}")
+    check_memory(sum(value.nbytes for value in tensors.values()), f"holding {file}")  # strides of 0 cost a file nothing
     return tensors, header
 
 
@@ -119,14 +141,22 @@ def one_network(tensors, weights="average"):
     """
     header = {}
     while True:
+        tensors = {name: value for name, value in tensors.items() if name not in COUNTS}
         groups = {}
         for name, value in tensors.items():
-            if name != "n_averaged":  # the count of torch's AveragedModel
-                first, _, rest = name.partition(".")
-                groups.setdefault(first, {})[rest] = value
-        if not groups or not set(groups) <= {*AVERAGES, *NETWORKS}:
+            first, _, rest = name.partition(".")
+            groups.setdefault(first, {})[rest] = value
+        if not groups or (len(groups) > 1 and not all(AVERAGE.search(g) or g in NETWORKS for g in groups)):
             return tensors, header
+        if any("" in group for group in groups.values()):  # a name without a dot
+            return tensors, header
+        names = {name.replace(".", ""): name for group in groups.values() for name in group if "." in name}
         tensors, taken = _choose(groups, weights)
+        if tensors is None:
+            first, tensors = next(iter(groups.items()))
+            taken = {"taken": f"all names begin with {first}., which was left away"}
+        if "model_ema" in groups and not any("." in name for name in tensors):  # as latent diffusion's LitEma writes it
+            tensors = {names.get(name, name): value for name, value in tensors.items()}
         header |= taken
 
 
@@ -136,10 +166,23 @@ def _is_state_dict(found):
     )
 
 
+def _state_in(value):
+    """The state dict that a value is, or that lies alone among other things in it; else None."""
+    if _is_state_dict(value):
+        return value
+    inside = [v for v in value.values() if v and _is_state_dict(v)] if isinstance(value, dict) else []
+    return inside[0] if len(inside) == 1 else None
+
+
+def _holds_tensors(value):
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, torch.Tensor) or any(map(_holds_tensors, inside))
+
+
 def _choose(states, weights):
     """Choose the averaged or the trained weights from {name: state dict}. Returns (state dict or None, header)."""
-    order = AVERAGES + NETWORKS if weights == "average" else NETWORKS + AVERAGES
-    found = [name for name in order if states.get(name)]
+    kinds = [name for name in states if AVERAGE.search(name)], [name for name in NETWORKS if name in states]
+    found = [name for names in (kinds if weights == "average" else kinds[::-1]) for name in names if states[name]]
     others = ", ".join(map(repr, found[1:]))
     header = {"taken": f"{found[0]!r} was read, {others} ignored"} if others else {}
     return (states[found[0]] if found else None), header
@@ -264,10 +307,10 @@ def describe(model):
     compressed = {plain(name): str(m.pattern) for name, m in model.named_modules() if isinstance(m, Compressed)}
     masked = {plain(name): str(layer.pattern) for name, layer in masked_layers(model)}
     config = getattr(model, "config", None)
-    config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
     try:
-        json.dumps(config)
-    except (TypeError, ValueError) as error:
+        config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{type(model).__name__}.config cannot be saved: it is not JSON: {error}") from None
     return {
         "kind": "compressed" if compressed else "masked" if masked else "dense",
@@ -287,6 +330,8 @@ def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None =
     if file.suffix != ".safetensors":
         raise InputError(f"{file}: a model file must be named .safetensors")
     tensors, header = _contents(model)
+    if shard_bytes is not None and not (isinstance(shard_bytes, int) and shard_bytes > 0):
+        raise InputError(f"shard_bytes={shard_bytes!r}: must be a whole number, at least 1")
     if shard_bytes:
         return write_shards(file, tensors, header, shard_bytes)
     with atomic_file(file) as partial:
@@ -328,13 +373,15 @@ def load_model(
     if config is None:
         raise InputError(f"{file} does not say what model it holds: name one (--model; in Python config=, for build)")
     model = build(config)
-    if not description and tensors.keys() != model.state_dict().keys():
-        tensors = one_network(tensors)[0]
+    if not description and tensors.keys() != (names := model.state_dict().keys()):
+        found = one_network(tensors)[0]
+        tensors = found if found.keys() & names else tensors
     if description:
         model = _as_described(model, description["kind"], patterns, tensors, description.get("rules", {}), file)
     elif convert:
         tensors = convert(tensors)
     fill(model, tensors, file)
+    check_digest(file, state)
     return Loaded(model.eval(), describe(model)["kind"], file, state)
 
 
@@ -363,12 +410,35 @@ def _find(path, which):
     found = path if (path / "state.json").exists() else next(filter(None, map(checkpoints, runs)), [None])[-1]
     if found is None:
         raise InputError(f"{path} holds no checkpoint")
-    return found / f"{which}.safetensors", read_json(found / "state.json")
+    state = read_json(found / "state.json")
+    if not isinstance(state, dict):
+        raise InputError(f"{found / 'state.json'} is damaged: it must hold names and values")
+    return found / f"{which}.safetensors", state
+
+
+def digests(folder):
+    """{name: SHA-256} of the files in a folder, for its state.json: tensors have no checksum of their own."""
+    found = {}
+    for file in sorted(Path(folder).iterdir()):
+        with open(file, "rb") as opened:
+            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def check_digest(file, state):
+    """Raise InputError if a checkpoint's file is not the one that its state.json, read as `state`, knows."""
+    known = state.get("sha256", {})  # older ones know none
+    if not isinstance(known, dict):
+        raise InputError(f"{file.with_name('state.json')} is damaged: sha256 must name files")
+    if file.name in known:
+        with open(file, "rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != known[file.name]:
+                raise InputError(f"{file} is damaged: it is not what was written there")
 
 
 def checkpoints(folder):
     """The checkpoints of a run folder, oldest first."""
-    return sorted(Path(folder).glob("checkpoints/step-*"))
+    return sorted(path for path in Path(folder).glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8,10}", path.name))
 
 
 def write_model(file, model):
@@ -380,9 +450,22 @@ def _contents(model):
     """(tensors by name, header) of a model's file."""
     description = describe(model)
     model, plain = unwrapped(model)
-    rules = {plain(name): list(layer.rule) for name, layer in masked_layers(model) if layer.rule != STE}
+    sparse = [*masked_layers(model), *((name, m) for name, m in model.named_modules() if isinstance(m, Compressed))]
+    rules = {plain(name): list(layer.rule) for name, layer in sparse if layer.rule != STE}
     tensors = {plain(name): tensor for name, tensor in model.state_dict().items()}
-    sharded = [name for name, tensor in tensors.items() if is_sharded(tensor)]
-    if sharded:
-        raise InputError(f"{sharded[0]} is sharded over processes: gather the model before it is saved")
+    for name, tensor in tensors.items():
+        if reason := _unwritable(tensor):
+            raise InputError(f"{name} cannot be kept in a model file: it is {reason}")
     return tensors, {"sparsedm": json.dumps({"format": FORMAT} | description | ({"rules": rules} if rules else {}))}
+
+
+def _unwritable(value):
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}, no tensor"
+    if nn.parameter.is_lazy(value):
+        return "not initialised yet"
+    if is_sharded(value):
+        return "sharded over processes: gather the model before it is saved"
+    if value.is_meta:
+        return "on the meta device and has no values"
+    return None if value.layout == torch.strided and not value.is_quantized else "sparse or quantised"

@@ -3,10 +3,10 @@
 import contextlib
 import copy
 import functools
-import inspect
 import itertools
 import re
 import types
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
@@ -393,12 +393,15 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
     Raises: InputError if no layer is compressed, the library cannot hold a layer (for example 3:4), or weights that
     shared one tensor before `compress` now differ.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Compressed)}
     if form not in ("masked", *TORCH_TENSORS):
         raise InputError(f"form={form!r}: one of masked, {', '.join(TORCH_TENSORS)}")
     if not layers:
         raise InputError("the model holds no compressed layer")
     dense = _with_layers(model, {layer: layer.masked() for layer in layers.values()})
+    for name, layer in layers.items():
+        if "forward" in vars(layer):
+            raise InputError(f"{name}.forward was replaced, and the layer with a dense weight has its own")
     dense.train(model.training)
     for names in getattr(model, "_tied", ()):
         _tie(dense, names, layers)
@@ -438,7 +441,7 @@ def bake(model: nn.Module) -> nn.Module:
         plain = [weight] if found and any(name.rpartition(".")[0] not in layers for name in names) else []
         if not all(torch.equal(found[0], other) for other in found[1:] + plain):
             raise InputError(f"{' and '.join(names)} share one weight under different masks: it cannot be baked")
-    plain = _copied(model, {key: found[0] for key, found in baked.items()})
+    plain = copied(model, {key: found[0] for key, found in baked.items()})
     for module in plain.modules():
         if getattr(module, "_plain", False):
             module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
@@ -456,11 +459,15 @@ def _tie(dense, names, compressed):
     names = sorted(names, key=lambda name: name.rpartition(".")[0] in compressed)  # first one that has all entries
     shared = dense.get_parameter(names[0])
     for name in names[1:]:
-        layer = dense.get_submodule(name.rpartition(".")[0])
-        if name.rpartition(".")[0] in compressed:
-            own, layer.weight = layer.weight, shared
-            if own.shape != shared.shape or not torch.equal(layer.effective_weight(), own):
-                raise InputError(f"{name} was tied to {names[0]}, but their values now differ")
+        path, _, last = name.rpartition(".")
+        layer = dense.get_submodule(path)
+        own = getattr(layer, last)
+        if own is shared:
+            continue
+        setattr(layer, last, shared)
+        value = layer.effective_weight() if last == "weight" and path in compressed else shared
+        if own.shape != shared.shape or not torch.equal(value, own):
+            raise InputError(f"{name} was tied to {names[0]}, but their values now differ")
 
 
 def parameter_names(model):
@@ -472,60 +479,94 @@ def parameter_names(model):
 
 
 def _with_layers(model, replacements):
+    memo = {id(old): new for old, new in replacements.items()}
+    small = copied(model, memo)
     for old, new in replacements.items():
-        for hooks in _HOOKS:
-            setattr(new, hooks, getattr(old, hooks).copy())
-    return _copied(model, {id(old): new for old, new in replacements.items()})
+        for hooks in _HOOKS:  # a bound method among them moves along with its module
+            setattr(new, hooks, copy.deepcopy(getattr(old, hooks), memo))
+    return small
 
 
-def _copied(model, memo):
+def copied(model, memo=None):
     """A deep copy with the replacements in `memo`: id of the old object -> the new one.
 
     Raises: InputError if a replaced method would still run the old network.
     """
-    for name, attribute in replaced_methods(model):
-        raise InputError(f"{name}.{attribute} was replaced by a function that a copy of the model cannot take along")
-    return copy.deepcopy(model, memo)
+    for what in uncopied(model):
+        raise InputError(f"{what}: a copy of the model would still run the old network")
+    return copy.deepcopy(model, {} if memo is None else memo)
 
 
-def replaced_methods(model):
-    """[(module name, attribute)] of the functions set on modules that refer to modules of the model by closure."""
-    modules, registries = set(model.modules()), set(vars(nn.Module()))
-    return [
-        (name or type(model).__name__, attribute)
-        for name, module in model.named_modules()
-        for attribute, value in module.__getstate__().items()
-        if attribute not in registries and _keeps(value, modules)
-    ]
+def uncopied(model):
+    """Phrases that name the functions in attributes and hooks of the model which a deep copy would share with it, and
+    which refer to its modules: it copies bound methods, but neither a function's closure nor a weak reference."""
+    modules, found = set(model.modules()), []
+    for name, module in model.named_modules():
+        name = name or type(module).__name__
+        try:
+            state = module.__getstate__()  # without what torch.compile has added
+        except RuntimeError:  # a parametrized module has no such state, and is copied by its own means
+            state = vars(module)
+        for attribute, value in state.items():
+            if attribute in ("_modules", "_parameters", "_buffers") or not _keeps(value, modules):
+                continue
+            if attribute.startswith("_") and attribute.endswith(("_hooks", "_hooks_with_kwargs")):
+                found.append(f"a hook of {name} is a function")
+            else:
+                replaced = isinstance(value, types.FunctionType | types.MethodType)
+                found.append(f"{name}.{attribute} {'was replaced by' if replaced else 'holds'} a function")
+    return found
 
 
 def _keeps(value, modules):
-    """Whether a deep copy of `value` still refers to the old modules: deepcopy copies bound methods, not closures."""
+    """Whether a deep copy of `value` would still refer to one of the modules."""
+    seen, rest = {}, [(value, False)]  # id: whether it is shared, and the value, so that no other gets its id
+    while rest:
+        value, shared = rest.pop()
+        if isinstance(value, nn.Module):
+            if shared and not modules.isdisjoint(value.modules()):
+                return True
+            if shared or value in modules:
+                continue  # one that is copied is looked at for itself
+        known = seen.get(id(value))
+        if known and (known[0] or not shared):
+            continue
+        seen[id(value)] = shared, value
+        parts, becomes_shared = _parts(value)
+        rest += [(part, shared or becomes_shared) for part in parts]
+    return False
+
+
+def _parts(value):
+    """(what `value` refers to, whether a deep copy of it is `value` itself)."""
+    if isinstance(value, weakref.ref):
+        return (value(),), True
+    if isinstance(value, types.FunctionType):
+        empty = types.CellType()
+        filled = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
+        used = [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
+        return (*filled, *used, value.__defaults__, value.__kwdefaults__), True
     if isinstance(value, types.MethodType):
-        return _keeps(value.__func__, modules)
+        return (value.__self__, value.__func__), False
     if isinstance(value, functools.partial):
-        return any(_keeps(part, modules) for part in (value.func, *value.args, *value.keywords.values()))
-    return isinstance(value, types.FunctionType) and _refers(value, modules, set())
+        return (value.func, value.args, value.keywords, vars(value)), False
+    if isinstance(value, dict):
+        return value.values(), False
+    if isinstance(value, list | tuple | set | frozenset):
+        return value, False
+    if isinstance(value, type) and "<locals>" in value.__qualname__:
+        return vars(value).values(), True
+    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | torch.Tensor):
+        return (), False
+    with contextlib.suppress(Exception):  # of a foreign object any
+        return (value.__getstate__(),), False
+    return (), False
 
 
-def _refers(value, modules, seen):
-    if id(value) in seen:
-        return False
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        return value in modules
-    parts = ()
-    if isinstance(value, types.MethodType):
-        parts = value.__self__, value.__func__
-    elif isinstance(value, functools.partial):
-        parts = value.func, *value.args, *value.keywords.values()
-    elif isinstance(value, list | tuple | set | dict):
-        parts = value.values() if isinstance(value, dict) else value
-    elif isinstance(value, types.FunctionType):
-        used = inspect.getclosurevars(value)
-        parts = *used.nonlocals.values(), *used.globals.values(), *(value.__defaults__ or ())
-        parts += tuple((value.__kwdefaults__ or {}).values())
-    return any(_refers(part, modules, seen) for part in parts)
+def _names(code):
+    """The names that a function's code looks up, with the functions inside of it."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _is_torch_sparse(module):
@@ -550,6 +591,8 @@ def _compress_layer(layer):
 
 def uncompressed_because(layer):
     """None if a masked layer can be compressed, else the reason as a short phrase."""
+    if "forward" in vars(layer) or type(layer).forward not in (Linear.forward, Conv2d.forward):
+        return "its forward is not the one that a compressed layer computes"
     if isinstance(layer, Conv2d) and (
         layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
     ):

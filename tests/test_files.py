@@ -4,6 +4,8 @@ import errno
 import hashlib
 import http.server
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -213,6 +215,11 @@ def test_download_where_nothing_may_be_written(server, tmp_path):
         (b'{"a":' * 100_000, "no readable JSON"),
         (b'{"step": ' + b"9" * 5000 + b"}", "no readable JSON"),
         (b'{"step": NaN}', "NaN is no JSON"),
+        (b'{"step": 1e999}', "1e999 is no JSON"),
+        (b'{"step": 123456789012345678901234567890}', "1234567890.*, an integer, is no JSON"),
+        (b'{"step": 1, "step": 2, "loss": 1}', "one name twice"),
+        (b'{"step": 1, "loss": 1, "x": ' + b"[" * 40 + b"]" * 40 + b"}", "nested more than 32 deep"),
+        (b"\xef\xbb\xbf{}", "no readable JSON .*BOM"),
         (b'{"step": "\xff"}', "it is not UTF-8 text"),
         (b"\x00" * 8, "no readable JSON"),
         (b"[]", "must be an object with step, loss"),
@@ -289,6 +296,18 @@ def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
                 write(tmp_path / name)
     assert (tmp_path / "device").is_symlink()
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_zero_byte_in_a_name_is_refused(tmp_path):
+    for write in (lambda path: write_text(path, ""), files.check_writable):
+        with pytest.raises(InputError, match=r"no name holds a zero byte"):
+            write(tmp_path / "a\0b")
+
+
+def test_the_package_imports_where_files_cannot_be_locked():
+    """Windows has no fcntl."""
+    code = "import sys; sys.modules['fcntl'] = None; import sparsedm.commands.train, sparsedm.commands.search"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_name_that_is_too_long_cannot_be_written(tmp_path):

@@ -1,6 +1,9 @@
 """What the other files of this kind hold, whole, foreign and hostile, is tested in test_checkpoint.py."""
 
+import dataclasses
+import functools
 import json
+import zipfile
 
 import pytest
 import torch
@@ -161,12 +164,53 @@ def not_json(model):
     return model
 
 
+def with_config(config):
+    def change(model):
+        model.config = config
+        return model
+
+    return change
+
+
+def with_buffer(value):
+    def change(model):
+        model.register_buffer("extra", value)
+        return model
+
+    return change
+
+
+class Talks(Net):
+    def get_extra_state(self):
+        return {"said": 1}
+
+
+@dataclasses.dataclass
+class Config:
+    inner: object = None
+
+
+NESTED = functools.reduce(lambda inner, _: [inner], range(5000), [])
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("x.pt", lambda m: m, r"x.pt: a model file must be named .safetensors"),
         ("x", lambda m: m, r"x: a model file must be named .safetensors"),
         ("x.safetensors", not_json, r"Net.config cannot be saved: it is not JSON: .*set"),
+        (
+            "x.safetensors",
+            with_config({"a": float("nan")}),
+            r"Net.config cannot be saved: it is not JSON",
+        ),
+        ("x.safetensors", with_config({"a": NESTED}), r"Net.config cannot be saved"),
+        ("x.safetensors", with_config(Config(NESTED)), r"Net.config cannot be saved"),
+        ("x.safetensors", with_config(Config), r"Net.config cannot be saved"),
+        ("x.safetensors", lambda m: m.to("meta"), r"cannot be kept in a model file: it is on the meta device"),
+        ("x.safetensors", lambda m: Talks(), r"_extra_state cannot be kept in a model file: it is a dict, no tensor"),
+        ("x.safetensors", with_buffer(torch.eye(2).to_sparse()), r"extra cannot be kept in a model file: it is sparse"),
+        ("x.safetensors", with_buffer(torch.ones(2, dtype=torch.complex128)), r"have no dtype torch.complex128"),
     ],
 )
 def test_what_load_model_would_refuse_is_refused_before_it_is_written(tmp_path, name, change, message):
@@ -174,6 +218,45 @@ def test_what_load_model_would_refuse_is_refused_before_it_is_written(tmp_path, 
         with pytest.raises(InputError, match=message):
             save_model(tmp_path / name, change(Net()), **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, -1, float("nan"), "1"])
+def test_shards_of_no_size_are_refused(tmp_path, size):
+    with pytest.raises(InputError, match="must be a whole number, at least 1"):
+        save_model(tmp_path / "x.safetensors", Net(), shard_bytes=size)
+
+
+def test_views_of_one_memory_are_written_apart(tmp_path):
+    model = Net()
+    model.register_buffer("part", model.head.weight.detach()[1:])
+    tensors = read_tensors(save_model(tmp_path / "x.safetensors", model))[0]
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.eye(2).to_sparse(), "holds a, which is sparse or quantised"),
+        (torch.ones(2, device="meta"), "holds a, which is on the meta device|might run code"),
+        (torch.ones(1).expand(1 << 50), "not enough memory: holding"),
+    ],
+    ids=["sparse", "meta", "expanded"],
+)
+def test_tensors_that_hold_no_plain_values_are_refused(tmp_path, value, message):
+    torch.save({"a": value}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=message):
+        read_tensors(tmp_path / "a.pt")
+
+
+def test_a_file_that_unpacks_to_more_than_memory_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"x")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    place = content.rindex(b"PK\x01\x02") + 24  # its size, unpacked
+    content[place : place + 4] = b"\xff\xff\xff\xfe"
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"a.pt is missing, truncated or of another format|not enough memory"):
+        read_tensors(tmp_path / "a.pt")
 
 
 def test_gradient_rules_are_kept_in_the_file(tmp_path):

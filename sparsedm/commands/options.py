@@ -74,7 +74,7 @@ def sampling_steps(text):
 
 
 def _whole(text, least, most):
-    if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 20 or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
     return int(text)
 

@@ -6,7 +6,6 @@ Environment variables:
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import inspect
@@ -19,6 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: tables are not locked there
+    fcntl = None
 
 from sparsedm.errors import InputError
 from sparsedm.files import cache_folder, read_json, write_json
@@ -303,5 +307,6 @@ def _locked(path):
     """Hold the lock file beside `path`; the system releases it if the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

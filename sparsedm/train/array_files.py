@@ -16,16 +16,15 @@ import io
 import os
 import pickle
 import tarfile
-import zlib
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.files import cache_folder, download, regular_file
-from sparsedm.train.image_files import MOST_BYTES, Parts
+from sparsedm.train.image_files import Parts
 
 # in an .npz file
 IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0", "moments"), ("labels", "y", "arr_1")
@@ -34,7 +33,8 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN, TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-MOST_BATCH_BYTES = 1 << 28  # of one batch, which has 31 MB; the limit is against bombs
+MOST_BATCH_BYTES = 1 << 28  # of one batch, which has 31 MB; the limits are against bombs
+MOST_TAR_BYTES = 1 << 31
 
 
 def read_npz(path):
@@ -87,12 +87,11 @@ def _opened(path):
     """The ZipFile of an .npz file; what is wrong with it is an InputError."""
     try:
         with ZipFile(regular_file(path)) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
-                raise InputError(f"{path} unpacks to more than {MOST_BYTES} bytes")
+            check_memory(sum(member.file_size for member in archive.infolist()), f"unpacking {path}")
             yield archive
     except InputError:
         raise
-    except (BadZipFile, EOFError, KeyError, MemoryError, ValueError, zlib.error) as error:
+    except Exception as error:  # of a damaged archive any
         raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
 
 
@@ -126,9 +125,11 @@ def _as_images(path, array):
     if array.ndim != 4 or not array.size:
         raise InputError(f"{path}: images of shape {array.shape} must be (n, h, w, c) or (n, c, h, w)")
     if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array, np.float32)
         if not np.isfinite(array).all():
             raise InputError(f"{path}: the latents hold NaN or infinity")
-        return torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        return torch.from_numpy(array)
     last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
     if array.dtype != np.uint8 or last == first:
         rule = "uint8 with 1 or 3 channels on the second or the last axis (or floating-point latents)"
@@ -186,14 +187,20 @@ def _tar_batches(path):
     """Read in memory what is needed, by the last part of its name: nothing is extracted, so no path can climb out."""
     try:
         with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+            unpacked = 0
             for member in archive:
+                unpacked += member.size
+                if unpacked > MOST_TAR_BYTES:
+                    raise InputError(f"{path} unpacks to more than {MOST_TAR_BYTES} bytes, which CIFAR-10 does not")
                 if member.size > MOST_BATCH_BYTES:
                     raise InputError(f"{path} holds {member.name!r} of {member.size} bytes, which no CIFAR-10 batch is")
                 name = os.path.basename(member.name)
                 if member.isreg() and name.removesuffix(".bin") in TRAIN + TEST:
                     yield name.removesuffix(".bin"), _batch(f"{path}/{name}", archive.extractfile(member).read())
             file.read(MOST_BATCH_BYTES)  # to the end, where gzip compares its checksum
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged archive any
         raise InputError(f"{path} is not a readable tar.gz file, perhaps cut short ({error})") from error
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models.slimmable import WidestTeacher, check_supernet
-from sparsedm.sparsity import masked_layers, set_masking, sparsify
+from sparsedm.sparsity import copied, masked_layers, set_masking, sparsify
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.loop import MAY_CHANGE, TrainOptions, TrainResult, check_data, train
 from sparsedm.train.metrics import Reference, read_metrics, usual_speed
@@ -132,12 +132,12 @@ def _student(start, stage, results, seed):
     """The Student of a stage, from the results of the stages before it."""
     model, average = (results[-1].model, results[-1].ema) if results else (start.model, start.ema)
     continued = stage.inplace and results
-    network = model if continued else copy.deepcopy(model)
+    network = model if continued else copied(model)
     if stage.init == "random":
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(seed + 1)  # not what the dense network itself began from
             network = start.build()
-    average = copy.deepcopy(network if average is None else average)
+    average = copied(network if average is None else average)
     return Student(network, average, results[-1].result.checkpoint if continued else None)
 
 
@@ -147,11 +147,14 @@ def check_chain(start, stages, images, options, where=None, validation=None):
     if images is not None:
         check_data(start.model, images, validation)
     distributed.shares(options.batch_size, options.accumulate)
+    if config := getattr(start.model, "config", None):
+        pixels = config.channels * config.image_size**2
+        check_memory(4 * pixels * options.batch_size, f"a batch of {options.batch_size:,}")
     if any(stage.learns_from == "widest" for stage in stages) or getattr(
         getattr(start.model, "config", None), "passes", 0
     ):
         check_supernet(start.model, options.batch_size)
-    network = copy.deepcopy(start.model)
+    network = copied(start.model)
     for pattern in dict.fromkeys(stage.pattern for stage in stages):
         sparsify(network, pattern, where)
 

@@ -22,8 +22,19 @@ except ImportError:  # Windows: folders are not locked there
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_folder, read_json, write_json, writing
-from sparsedm.model_files import checkpoints, describe, fill, read_tensors, write_model, write_tensors
+from sparsedm.model_files import (
+    check_digest,
+    checkpoints,
+    describe,
+    digests,
+    fill,
+    read_tensors,
+    write_model,
+    write_tensors,
+)
 from sparsedm.plots import printable
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of every optimizer that `step.py` offers
 
 # ---- a run folder ----------------------------------------------------------------------------------------------------
 
@@ -121,8 +132,8 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         write_model(partial / "model.safetensors", model)
         write_model(partial / "ema.safetensors", ema)
         write_tensors(partial / "optimizer.safetensors", moments, {"tensors": str(len(moments))})
-        versions = {"torch": torch.__version__}
-        write_json(partial / "state.json", {"step": step, **state, "model": describe(model), "versions": versions})
+        about = {"versions": {"torch": torch.__version__}, "sha256": digests(partial)}
+        write_json(partial / "state.json", {"step": step, **state, "model": describe(model), **about})
     for old in checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.partial")  # gone at once, even if the removal is cut short
         old.rename(hidden)
@@ -137,11 +148,21 @@ def latest(folder):
 
 def load(path, model, ema):
     """Load the two networks of a checkpoint in place. Raises: InputError naming the file that is damaged or unfit."""
-    for name, network in (("model", model), ("ema", ema)):
-        file = Path(path) / f"{name}.safetensors"
+    networks = {Path(path) / f"{name}.safetensors": network for name, network in (("model", model), ("ema", ema))}
+    for file, network in networks.items():
         with _or_the_one_before(path):
             tensors = read_tensors(file)[0]
         fill(network, tensors, file)
+    with _or_the_one_before(path):
+        for file in networks:
+            check_digest(file, _state(path))
+
+
+def _state(path):
+    state = read_json(Path(path) / "state.json")
+    if not isinstance(state, dict):
+        raise InputError(f"{Path(path) / 'state.json'} is damaged: it must hold names and values")
+    return state
 
 
 def load_optimizer(path, model, optimizer):
@@ -150,26 +171,30 @@ def load_optimizer(path, model, optimizer):
     optimizer: over `model.parameters()`, in that order. Raises: InputError naming the file that is damaged or unfit.
     """
     file = Path(path) / "optimizer.safetensors"
-    places = {name: (place, value.shape) for place, (name, value) in enumerate(model.named_parameters())}
+    places = {name: (place, value) for place, (name, value) in enumerate(model.named_parameters())}
     slots = {}
     with _or_the_one_before(path):
-        state, (moments, header) = read_json(Path(path) / "state.json"), read_tensors(file)
-        if not isinstance(state, dict):
-            raise InputError(f"{Path(path) / 'state.json'} is damaged: it must hold names and values")
+        state, (moments, header) = _state(path), read_tensors(file)
         if header.get("tensors", str(len(moments))) != str(len(moments)) or (not moments and state.get("updates")):
             raise InputError(f"{file} is damaged: it lacks tensors")
         for key, value in moments.items():
             name, _, moment = key.rpartition("/")
             if name not in places:
                 raise InputError(f"{file} does not fit the model, which has no parameter {name}")
-            place, shape = places[name]
-            if moment != "step" and value.shape != shape:
-                raise InputError(f"{file} does not fit the model: {key} is {tuple(value.shape)}, not {tuple(shape)}")
+            place, parameter = places[name]
+            form = _form(parameter) if moment != "step" else "() float32"
+            if _form(value) != form:
+                raise InputError(f"{file} does not fit the model: {key} is {_form(value)}, not {form}")
             slots.setdefault(place, {})[moment] = value
-        if len({frozenset(slot) for slot in slots.values()}) > 1:
-            raise InputError(f"{file} is damaged: not every parameter has the same moments")
+        if any(slot.keys() != set(MOMENTS) for slot in slots.values()):
+            raise InputError(f"{file} is damaged: not every parameter has the same moments, {', '.join(MOMENTS)}")
+        check_digest(file, state)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
     return state
+
+
+def _form(tensor):
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 @contextlib.contextmanager

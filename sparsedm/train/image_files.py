@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 
 IGNORED = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 LISTING = "dataset.json"
@@ -35,7 +35,6 @@ HELD_OUT = {"test", "val", "valid", "validation"}
 CROPS = {"square": None, "celeba": ((178, 218), (25, 57), 128)}
 MOST_FILE_BYTES = 1 << 28  # of one image file; and
 MOST_PIXELS = 1 << 26  # of one image, against decompression bombs
-MOST_BYTES = 1 << 36  # of the decoded set, which has to lie in memory as one array
 
 
 class Parts(NamedTuple):
@@ -67,7 +66,9 @@ def read_image_files(path, size=None, progress=True, crop="square"):
             for name, info in members.items():
                 _check_member(path, name, info)
             return _read(path, list(members), lambda name: archive.read(members[name]), size, progress, crop)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged archive any, and of a method of compression that Python lacks
         raise InputError(f"{path} is not a readable zip file, perhaps cut short ({error})") from error
 
 
@@ -151,6 +152,8 @@ def _listed(path, listing, names, content):
     try:
         entries = json.loads(content)["labels"]
         given = None if entries is None else {name: label for name, label in entries}
+        if given is not None and len(given) < len(entries):
+            raise ValueError("a name is there twice")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'{listing} in {path} is damaged: {{"labels": [[name, label], ...]}} is the rule') from error
     if given is None:
@@ -192,8 +195,7 @@ def _classes(path, names, folders):
 def _decode(path, names, read, size, progress, crop):
     """Images uint8 (n, 3, h, w), and `Parts.sizes`."""
     first, _ = _image(path, names[0], read, size, crop)
-    if first.size * len(names) > MOST_BYTES:
-        raise InputError(f"{path} holds {len(names)} images of {_format(first)} pixels, more than {MOST_BYTES} bytes")
+    check_memory(first.size * len(names), f"{path}, {len(names):,} images of {_format(first)} pixels,")
     images = torch.empty((len(names), *first.shape), dtype=torch.uint8)
     pixels = images.numpy()
 
@@ -227,6 +229,8 @@ def _image(path, name, read, size, crop):
     """One image uint8 (3, h, w), and the size it had."""
     try:
         with Image.open(io.BytesIO(read(name))) as image:
+            if image.format == "EPS":
+                raise InputError(f"{name} in {path} is PostScript, a program, which is not run: pixels are read")
             if image.width * image.height > MOST_PIXELS:
                 raise InputError(f"{name} in {path} has {image.width}x{image.height} pixels, more than {MOST_PIXELS}")
             if image.mode.startswith(("I", "F")):

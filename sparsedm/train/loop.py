@@ -149,12 +149,21 @@ class RunState:
 
     @classmethod
     def read(cls, saved, path):
-        """The state of a checkpoint, from its state.json. Raises: InputError if that lacks a number."""
-        try:
-            return cls(**{field.name: saved[field.name] for field in fields(cls)})
-        except (KeyError, TypeError):
-            names = ", ".join(field.name for field in fields(cls))
-            raise InputError(f"{path / 'state.json'} is damaged: it must hold {names}") from None
+        """The state of a checkpoint, from its state.json. Raises: InputError if a number is missing or senseless."""
+        names = [field.name for field in fields(cls)]
+        values = {name: saved[name] for name in names if name in saved}
+        numbers = [value for name, value in values.items() if value is not None or not name.endswith("loss")]
+        if (
+            len(values) < len(names)
+            or not all(type(number) in (int, float) for number in numbers)
+            or not all(type(values[name]) is int for name in ("step", "updates"))
+            or not (0 <= values["step"] <= values["updates"] and values["seconds"] >= 0)
+            or path.name != f"step-{values['step']:08d}"
+        ):
+            raise InputError(
+                f"{path / 'state.json'} is damaged: it must hold {', '.join(names)}, as {path.name} has them"
+            )
+        return cls(**values)
 
 
 def train(
@@ -254,7 +263,8 @@ class _Run:
     def __init__(self, step, folder, continue_from, validation, reference):
         self.step, self.folder, self.validation, self.state = step, folder, validation, RunState()
         if continue_from is not None:
-            self.state.updates = checkpoint.load_optimizer(continue_from, step.model, step.optimizer)["updates"]
+            saved = checkpoint.load_optimizer(continue_from, step.model, step.optimizer)
+            self.state.updates = RunState.read(saved, continue_from).updates
         self.saved = checkpoint.latest(folder)
         if self.saved:
             checkpoint.load(self.saved, step.model, step.ema)

@@ -4,7 +4,6 @@ All randomness of a step is a function of (seed, position): which images, flips,
 """
 
 import contextlib
-import copy
 import hashlib
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
-from sparsedm.sparsity import hold_masks
+from sparsedm.sparsity import copied, hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 
@@ -36,7 +35,7 @@ class Student:
     continue_from: Path | None = None
 
     def to(self, device):
-        ema = copy.deepcopy(self.model if self.ema is None else self.ema)
+        ema = copied(self.model if self.ema is None else self.ema)
         return replace(self, model=self.model.to(device).train(), ema=frozen(ema, device))
 
 

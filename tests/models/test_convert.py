@@ -302,8 +302,29 @@ def prefixed(state, prefix):
             ),
             "",
         ),
+        (lambda net, ema: {"model": net, "ema": {"decay": 0.99, "shadow": ema}}, "'ema' was read"),
+        (
+            lambda net, ema: {"model": net, "swa_model": {"n_averaged": torch.ones(1)} | prefixed(ema, "module.")},
+            "'swa_model' was read",
+        ),
+        (
+            lambda net, ema: {
+                "state_dict": prefixed(net, "model.")
+                | {"model_ema.decay": torch.ones(1), "model_ema.num_updates": torch.ones(1)}
+                | {f"model_ema.{name.replace('.', '')}": value for name, value in ema.items()}
+            },
+            "'model_ema' was read",
+        ),
+        (
+            lambda net, ema: {
+                "step": 3,
+                "model": net,
+                "ema": {"initted": torch.ones(1)} | prefixed(net, "online_model.") | prefixed(ema, "ema_model."),
+            },
+            "'ema_model' was read, 'online_model' ignored",
+        ),
     ],
-    ids=["model_ema", "DDSM", "timm", "ermongroup", "beginnings", "nested"],
+    ids=["model_ema", "DDSM", "timm", "ermongroup", "beginnings", "nested", "shadow", "swa", "LitEma", "lucidrains"],
 )
 def test_the_average_is_taken_and_it_is_said(pack, said, tmp_path):
     net, ema = two()
@@ -315,7 +336,17 @@ def test_the_average_is_taken_and_it_is_said(pack, said, tmp_path):
     assert all(torch.equal(value, net[name]) for name, value in raw.model.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.module."])
+def test_an_average_in_an_unknown_form_is_not_passed_over(tmp_path):
+    net, ema = two()
+    torch.save({"model": net, "ema": {"shadow_params": list(ema.values())}}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"holds 'ema', perhaps the average of the weights, .*--weights raw"):
+        read_foreign(tmp_path / "a.pt")
+    assert torch.equal(read_foreign(tmp_path / "a.pt", weights="raw").model.pos_embed, net["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.module.", "ema.", "eps_net.model."]
+)
 def test_what_all_names_begin_with_is_taken_off(prefix, tmp_path):
     state, _ = two()
     save_file(prefixed(state, prefix), tmp_path / "a.safetensors")

@@ -383,12 +383,24 @@ def test_header_of_a_model_file_is_plain_json(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m | {"first.weight/exp_avg": torch.ones(3)}, r"first.weight/exp_avg is \(3,\), not \(64, 32\)"),
+        (lambda m: m | {"first.weight/exp_avg": torch.ones(3)}, r"first.weight/exp_avg is \(3,\).*, not \(64, 32\)"),
+        (
+            lambda m: m | {"first.weight/exp_avg": m["first.weight/exp_avg"].half()},
+            r"float16, not .* float32",
+        ),
+        (lambda m: m | {"first.weight/exp_avg": m["first.weight/exp_avg"].long()}, r"int64, not .* float32"),
+        (lambda m: m | {"first.weight/step": torch.ones(3)}, r"first.weight/step is \(3,\) float32, not \(\) float32"),
+        (lambda m: m | {"third.weight/step": torch.ones(())}, "has no parameter third.weight"),
+        (
+            lambda m: {k: v for k, v in m.items() if not k.endswith("exp_avg_sq")},
+            "the same moments, step, exp",
+        ),
+        (lambda m: m | {k.replace("exp_avg_sq", "more"): v for k, v in m.items()}, "the same moments"),
         (lambda m: {k: v for k, v in m.items() if k != "second.bias/exp_avg_sq"}, "not every parameter has the same"),
         (lambda m: {}, "it lacks tensors"),
-        (lambda m: m | {"first.weight/exp_avg": torch.ones(3, 64, 32)}, r"is \(3, 64, 32\), not \(64, 32\)"),
+        (lambda m: m | {"first.weight/exp_avg": torch.ones(3, 64, 32)}, r"is \(3, 64, 32\) float32, not \(64, 32\)"),
     ],
-    ids=["shape", "missing", "empty", "stacked"],
+    ids=["shape", "half", "integers", "steps", "parameter", "all missing", "more", "missing", "empty", "stacked"],
 )
 def test_moments_that_do_not_fit_are_refused(tmp_path, change, message):
     """They were used as they are: a foreign shape read foreign memory, a missing one began anew without a word."""
@@ -409,6 +421,33 @@ def test_all_moments_of_a_parameter_are_missed(tmp_path):
     write_tensors(file, {k: v for k, v in tensors.items() if not k.startswith("second.bias/")}, header)
     with pytest.raises(InputError, match="it lacks tensors"):
         checkpoint.load_optimizer(path, model, adam(model))
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+def test_tensors_that_were_changed_since_are_refused(tmp_path, name):
+    path = saved(tmp_path)
+    file = path / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # of a value: the file reads as well as before
+    file.write_bytes(content)
+    networks = [sparsify(tiny(), "2:4") for _ in range(2)]
+    others = (networks[0], adam(networks[0])) if name == "optimizer" else networks
+    load = checkpoint.load_optimizer if name == "optimizer" else checkpoint.load
+    with pytest.raises(InputError, match=f"{name}.safetensors is damaged: it is not what was written there"):
+        load(path, *others)
+    if name != "optimizer":
+        with pytest.raises(InputError, match="is not what was written there"):
+            load_model(tmp_path, tiny_from, which=name)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({key: value for key, value in state.items() if key != "sha256"}))
+    checkpoint.load(path, *networks)  # an older checkpoint has no digests
+
+
+def test_other_things_beside_the_checkpoints_are_none(tmp_path):
+    path = saved(tmp_path)
+    for name in ("step-zz", "step-99999999.bak", "step-1"):
+        (path.parent / name).mkdir()
+    assert checkpoint.latest(tmp_path) == path
 
 
 def test_a_state_that_is_no_state_is_refused(tmp_path):

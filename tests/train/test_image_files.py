@@ -240,13 +240,40 @@ def test_a_pipe_in_a_folder_does_not_block(tmp_path):
     [
         ("MOST_FILE_BYTES", 71, r"of \d+ bytes, more than 71"),
         ("MOST_PIXELS", 23, "6x4 pixels, more than 23"),
-        ("MOST_BYTES", 215, "3 images of 6x4 pixels, more than 215 bytes"),
     ],
 )
 def test_bombs_are_bounded(tmp_path, monkeypatch, limit, value, message):
     monkeypatch.setattr(image_files, limit, value)
     with pytest.raises(InputError, match=message):
         read_image_files(zip_of(tmp_path / "a.zip", FILES))
+
+
+def test_a_set_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 14)  # pages of so many bytes, and so many of them
+    with pytest.raises(InputError, match=r"not enough memory: .*a.zip, 3 images of 6x4 pixels, takes"):
+        read_image_files(zip_of(tmp_path / "a.zip", FILES))
+
+
+def test_a_program_is_no_image(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    with pytest.raises(InputError, match=r"a.png in .* is PostScript, a program, which is not run"):
+        read_image_files(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["method", "damaged", "twice"])
+def test_a_strange_archive_is_one_sentence(tmp_path, change):
+    labels = {"labels": [["cat/a.png", 0], ["cat/a.png", 1]] if change == "twice" else []}
+    path = zip_of(tmp_path / "a.zip", FILES | {"dataset.json": json.dumps(labels).encode() * (1 + (change != "twice"))})
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"PK\x01\x02", 0, content.rindex(b"dataset.json"))  # in the list of members
+    if change == "method":
+        content[place + 10] = 99
+    if change == "damaged":
+        content[content.index(b"dataset.json") + 12 + 3] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"is not a readable zip file|dataset.json in .* is damaged"):
+        read_image_files(path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import json
 import math
 import os
 import resource
@@ -395,9 +396,14 @@ def test_a_finished_run_goes_on_where_its_length_changes_nothing(tmp_path, unbro
 
 def test_a_state_without_its_numbers_is_refused(tmp_path):
     result = run(tmp_path, replace(OPTIONS, steps=1))
-    (result.checkpoint / "state.json").write_text("{}")
-    with pytest.raises(InputError, match=r"state.json is damaged: it must hold step, updates, seconds"):
-        run(tmp_path, replace(OPTIONS, steps=1))
+    file = result.checkpoint / "state.json"
+    whole = json.loads(file.read_text())
+    wrong = {"step": ["1", 1.0, True, None, 2, -1], "updates": [0, "1", 1.5, None], "seconds": [-1, "1", None]}
+    states = [{}, *({**whole, name: value} for name, values in wrong.items() for value in values)]
+    for state in [*states, {**whole, "loss": "1"}, {**whole, "validation_loss": [1]}]:
+        file.write_text(json.dumps(state))
+        with pytest.raises(InputError, match=r"state.json is damaged: it must hold step, updates, seconds"):
+            run(tmp_path, replace(OPTIONS, steps=1))
 
 
 @pytest.mark.parametrize(
