@@ -33,7 +33,7 @@ def add_arguments(parser):
 
 def run(options):
     source = source_of(options)
-    config, conditions = source.config, conditions_of(source.config, options)
+    config, conditions = source.config, conditions_of(source, options)
     autoencoder = autoencoder_of(config, options)
     size = config.image_size * (autoencoder.factor if autoencoder else 1)
     shape = (3 if autoencoder else config.channels, size, size)
@@ -70,6 +70,7 @@ def run(options):
         "sampler": source.sampler,
         "sampling_steps": source.steps,
         "network_evaluations": source.evaluations,
+        "guidance": source.guidance or 0.0,
         "seed": options.seed,
         **source.cost,
     }

@@ -57,7 +57,7 @@ def add_sampling_arguments(parser, images):
     parser.add_argument(
         "--sampler",
         choices=[*samplers.SAMPLERS, "published"],
-        help="published: that of the original network, its steps and clipping (default: dpm++2m, or the strategy's)",
+        help="published: the original network's, with its steps, clipping and guidance (default: dpm++2m, or the strategy's)",
     )
     much = parser.add_mutually_exclusive_group()
     much.add_argument("--sampling-steps", type=sampling_steps, help="(default: 50, or the strategy's)")
@@ -103,6 +103,7 @@ class Source(NamedTuple):
     sampler: str
     steps: int
     clip: str | None = None  # of samplers.CLIPS; None: every step for images, never for latents
+    guidance: float | None = None
     compressed: bool = False
     cost: dict = {}  # of a strategy, for the report
 
@@ -125,7 +126,8 @@ def source_of(options):
         sampler = row.sampler if options.sampler in (None, "published") else options.sampler
         networks = [loaded.model] * (_steps(options, sampler) or row.steps)
         words = f"the {loaded.kind} model in {loaded.file}"
-        return Source(words, networks, sampler, len(networks), options.clip or row.clip)
+        guidance = row.guidance if options.guidance is None else options.guidance
+        return Source(words, networks, sampler, len(networks), options.clip or row.clip, guidance)
     if options.model or options.set or options.which != "ema":
         raise InputError("--strategy goes with a run folder alone: leave --model, --set and --which away")
     if options.sampler == "published":
@@ -137,7 +139,7 @@ def source_of(options):
     share = f"{macs / dearest:.0%} of the MACs of {family.names[0]}"
     words = f"the strategy {options.strategy}, {macs / 1e6:,.1f} M MACs an image, {share}"
     cost = {"strategy": options.strategy, "macs_per_image": macs, "share_of_macs": macs / dearest}
-    return Source(words, networks, strategy.sampler, strategy.steps, options.clip, cost=cost)
+    return Source(words, networks, strategy.sampler, strategy.steps, options.clip, options.guidance, cost=cost)
 
 
 def _steps(options, sampler):
@@ -155,7 +157,7 @@ def _compressed(source, must):
 
 def run(options):
     source = source_of(options)
-    conditions = conditions_of(source.config, options)
+    conditions = conditions_of(source, options)
     out = Path(options.out or beside(options.run) / "drawn.png")
     latents = source.config.channels not in (1, 3) and options.vae is None
     if out.suffix != ".npz":
@@ -184,7 +186,8 @@ def run(options):
         width = 16 // classes * classes or 16  # a class stands below itself
         save_grid(out, [("", row) for row in images.split(width)])
     how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
-    how = f"{how}, schedule {source.config.schedule}, seed {options.seed}"
+    guidance = f", guidance {source.guidance:g}" if source.guidance else ""
+    how = f"{how}{guidance}, schedule {source.config.schedule}, seed {options.seed}"
     print(f"{len(images)} samples of {source.words}, {how}: {out}")
 
 
@@ -215,18 +218,19 @@ class Conditions(NamedTuple):
     null: torch.Tensor | None = None
 
 
-def conditions_of(config, options):
+def conditions_of(source, options):
     """The Conditions of --count samples: all classes or all texts in turn, or --label.
 
     Raises InputError for all that the command line asks of such a model in vain, and for more images than fit.
     """
+    config = source.config
     check_memory(4 * options.count * config.channels * config.image_size**2, f"--count {options.count}")
     if getattr(config, "context_tokens", 0):
-        return _texts(config, options)
+        return _texts(source, options)
     if options.context is not None:
         raise InputError("--context needs a text-conditional model, and this one takes none")
     if not config.num_classes:
-        if options.label is not None or options.guidance:
+        if options.label is not None or source.guidance:
             raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
         return Conditions()
     labels = torch.arange(options.count) % config.num_classes
@@ -237,7 +241,8 @@ def conditions_of(config, options):
     return Conditions(torch.full_like(labels, options.label))
 
 
-def _texts(config, options):
+def _texts(source, options):
+    config = source.config
     if options.context is None:
         shape = f"(N, {config.context_tokens}, {config.context_dim})"
         raise InputError(f"the network is told a text: give --context FILE.npz with an array `context` {shape}")
@@ -245,7 +250,7 @@ def _texts(config, options):
     check_context(config, context.shape, options.context)
     if options.label is not None:
         raise InputError("--label needs a class-conditional model, and this one is told a text")
-    if options.guidance and null is None:
+    if source.guidance and null is None:
         raise InputError(f"--guidance needs the context of the empty text, `null_context` in {options.context}")
     return Conditions(context[torch.arange(options.count) % len(context)], null)
 
@@ -270,7 +275,7 @@ def draw(source, conditions, options):
             seed=options.seed,
             start=start,
             y=None if y is None else y[start:stop].to(options.device),
-            guidance=options.guidance,
+            guidance=source.guidance,
             null_label=null,
             clip=source.clip or ("never" if config.channels > 3 else "every"),
             batch_size=batch_size,

@@ -121,6 +121,7 @@ def test_sampling_takes_texts_from_a_file(trained, texts, tmp_path, capsys):
         out = tmp_path / f"{name}.npz"
         command = ("sample", trained, "--count", 3, "--sampling-steps", 2, "--out", out)
         assert run(*command, "--context", texts, *more) == 0
+        assert ("guidance 1, schedule scaled-linear" in capsys.readouterr().out) == bool(more)
     drawn = [np.load(tmp_path / f"{name}.npz")["images"] for name in "ab"]
     assert drawn[0].shape == (3, 4, 8, 8)
     assert not np.array_equal(*drawn)
@@ -245,6 +246,8 @@ def test_a_network_of_latents_is_trained_drawn_and_measured(vae, pictures, laten
     assert (images.dtype, images.shape) == (np.uint8, (4, 3, 16, 16))
     assert np.abs(images - ((decoded + 1) * 127.5).clamp(0, 255).numpy()).max() <= 1
     assert run("evaluate", *some, "--data", pictures, "--out", tmp_path / "e.json") == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert (report["count"], report["guidance"]) == (4, 0)
     assert run("sample", *some[:-2], "--out", tmp_path / "b.png") == 2
     assert "decode them with --vae DIR" in capsys.readouterr().err
 

@@ -48,3 +48,17 @@ def test_recipes_are_the_published_ones(name):
     warmup += 1 if warmup else 0  # the last of its steps has the full rate already
     found = (o.optimizer, o.lr, o.betas, o.weight_decay, warmup, o.batch_size, o.label_dropout, o.clip)
     assert found == EXPECTED[name]
+
+
+def test_guidance_and_scale_of_latents_are_the_published_ones():
+    """config.sample.scale and config.autoencoder.scale_factor of github.com/baofff/U-ViT."""
+    found = {name: (row.guidance, row.latent_scale) for name, row in PUBLISHED.items() if name.startswith("uvit")}
+    found = {name: values for name, values in found.items() if any(values)}
+    assert found == {
+        "uvit-imagenet256-large": (0.4, None),
+        "uvit-imagenet256-huge": (0.4, None),
+        "uvit-imagenet512-large": (0.7, None),
+        "uvit-imagenet512-huge": (0.7, None),
+        "uvit-coco-small": (1.0, 0.2301),
+        "uvit-coco-small-deep": (1.0, 0.2301),
+    }
