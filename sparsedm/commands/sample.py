@@ -57,7 +57,7 @@ def add_sampling_arguments(parser, images):
     parser.add_argument(
         "--sampler",
         choices=[*samplers.SAMPLERS, "published"],
-        help="published: the original network's, with its steps, clipping and guidance (default: dpm++2m, or the strategy's)",
+        help="published: the original's, with its steps, clipping and guidance (default: dpm++2m, or the strategy's)",
     )
     much = parser.add_mutually_exclusive_group()
     much.add_argument("--sampling-steps", type=sampling_steps, help="(default: 50, or the strategy's)")
