@@ -234,7 +234,10 @@ def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
     config = {"kind": "dit", "image_size": 8, "dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
     save_model(file, build_model(config))
     assert run("sample", file, "--count", 3, "--sampling-steps", 2) == 2
-    assert "latents of 4 channels, which are no picture: write the numbers with --out" in capsys.readouterr().err
+    assert (
+        "latents of 4 channels, which are no picture: decode them with --vae DIR, or write the numbers"
+        in capsys.readouterr().err
+    )
     assert run("sample", file, "--count", 3, "--sampling-steps", 2, "--guidance", 0.5, "--out", out) == 0
     latents = data.load(out, "train")
     assert latents.is_latent
