@@ -1,4 +1,4 @@
-"""`sparsedm encode`: images as latents of an autoencoder, in a file to train on."""
+"""`sparsedm encode`: images as latents of an autoencoder, in a file to train on. Labels and texts come along."""
 
 from pathlib import Path
 
@@ -44,16 +44,17 @@ def run(options):
     found = load_images(options.data, options.split, options.size, options.limit, options.crop or "square")
     if found.is_latent:
         raise InputError(f"data {options.data} holds latents already")
-    images, labels = found.images, found.labels
+    images, told = found.images, {"labels": found.labels, "context": found.context}
     if options.mirror:
-        images, labels = torch.cat((images, images.flip(-1))), None if labels is None else labels.repeat(2)
+        images = torch.cat((images, images.flip(-1)))
+        told = {name: tensor if tensor is None else torch.cat((tensor, tensor)) for name, tensor in told.items()}
     arrays = {"moments": autoencoder.moments(images, progress=True)}
     if options.store == "latents":
         mean, log_variance = arrays.pop("moments").chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(options.seed))
         arrays["images"] = mean + (log_variance / 2).exp() * noise
-    if labels is not None:
-        arrays["labels"] = labels
+    told["null_context"] = found.null_context
+    arrays |= {name: tensor for name, tensor in told.items() if tensor is not None}
     with atomic_file(out) as partial:
         np.savez(partial, **{name: tensor.numpy() for name, tensor in arrays.items()})
     side = options.size // autoencoder.factor

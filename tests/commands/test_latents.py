@@ -194,7 +194,8 @@ def pictures(tmp_path_factory):
     """.npz of 80 images of 16 x 16 pixels, of which 64 are held out."""
     generator, file = np.random.default_rng(0), tmp_path_factory.mktemp("pictures") / "pictures.npz"
     images, labels = generator.integers(256, size=(80, 16, 16, 3), dtype=np.uint8), generator.integers(3, size=80)
-    np.savez(file, images=images, labels=labels)
+    context, null_context = np.tile(labels[:, None, None], (1, 3, 5)).astype(np.float32), np.ones((3, 5), np.float32)
+    np.savez(file, images=images, labels=labels, context=context, null_context=null_context)
     return file
 
 
@@ -217,6 +218,8 @@ def test_moments_are_those_of_the_autoencoder_and_a_batch_draws_from_them(vae, p
     torch.testing.assert_close(mean, 0.18215 * posterior.mean)
     torch.testing.assert_close((log_variance / 2).exp(), 0.18215 * posterior.std)
     assert arrays["labels"].tolist() == 2 * held_out.labels.tolist()
+    assert arrays["context"][:, 2, 4].tolist() == 2 * held_out.labels.tolist()
+    assert arrays["null_context"].all()
     images = load(latents)
     assert images.shape == (4, 8, 8)
     rows = torch.arange(len(images))
