@@ -19,9 +19,9 @@ COMPILED = "dense compiled"
 # multicast: subtract 5 to 10%) predicts of the configurations that share tiles in a cluster
 SQUARES = {8192: (1.6, "1.50 to 1.66"), 2048: (1.2, "1.40 to 1.51"), 1024: (1.0, "0.83 to 0.89")}
 LINEARS = {
-    "uvit-imagenet256-large@64": (1.55, "1.29 to 1.49"),
-    "uvit-imagenet256-huge@64": (1.4, "1.23 to 1.41"),
-    "dit-imagenet256-xlarge@64": (1.4, "1.24 to 1.42"),
+    "uvit-imagenet256-large@64": (1.55, "1.37 to 1.53"),
+    "uvit-imagenet256-huge@64": (1.4, "1.30 to 1.45"),
+    "dit-imagenet256-xlarge@64": (1.4, "1.30 to 1.49"),
 }
 STEPS = {"uvit-imagenet256-huge@64": 1.35, "uvit-imagenet256-large@64": 1.35, "uvit-cifar10-small@64": 1.1}
 

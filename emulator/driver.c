@@ -54,8 +54,9 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
   return CUDA_SUCCESS;
 }
 
+/* An H200's 132 multiprocessors are in groups that hold 32 clusters of four. */
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const CUlaunchConfig *config) {
-  *count = 66;
+  *count = 132 / config->attrs[0].value.clusterDim.x - (config->attrs[0].value.clusterDim.x > 2);
   return CUDA_SUCCESS;
 }
 

@@ -2,7 +2,7 @@
 
 import importlib
 
-TYPE_CHECKING = False  # type checkers take it for true
+TYPE_CHECKING = False  # type checkers read it as True
 if TYPE_CHECKING:
     from sparsedm.errors import InputError
     from sparsedm.inspection import inspect

@@ -20,7 +20,7 @@ from sparsedm.errors import InputError, Stopped
 COMMANDS = {  # name: (module, what it does)
     "quickstart": (
         "sparsedm.commands.quickstart",
-        "train a tiny U-ViT dense, then 3:4, then 2:4, and show how good each is, in minutes on a CPU",
+        "train a tiny U-ViT dense, then 3:4, then 2:4, and compare them, in minutes on a CPU",
     ),
     "train": (
         "sparsedm.commands.train",
@@ -28,10 +28,10 @@ COMMANDS = {  # name: (module, what it does)
     ),
     "sample": ("sparsedm.commands.sample", "draw images from a trained model into one picture"),
     "evaluate": ("sparsedm.commands.evaluate", "measure the distance of a model's samples to real images"),
-    "inspect": ("sparsedm.commands.inspect", "show what each layer of a model holds and costs, before and after"),
+    "inspect": ("sparsedm.commands.inspect", "show parameters, MACs and back end of each layer, dense and sparse"),
     "import": (
         "sparsedm.commands.convert",
-        "make an official U-ViT or DiT checkpoint, or a diffusers folder, a model file of this package",
+        "convert an official U-ViT or DiT checkpoint, or a diffusers folder, to a model file of this package",
     ),
     "encode": ("sparsedm.commands.encode", "make images latents of a diffusers autoencoder, in a file to train on"),
     "search": (
@@ -39,23 +39,23 @@ COMMANDS = {  # name: (module, what it does)
         "find which network of a family to use at which step: N:M students, widths of a slimmable network, or both",
     ),
 }
-MOVED = {  # commands that left the package: how they are called now
+MOVED = {  # commands that left the package: what to call now
     "bench": "sparsedm inspect --time",
     "experiment": "python -m bench.experiments, in a checkout of the repository",
 }
 EXIT_CODES = """\
 exit codes:
   0    done
-  2    bad input or too little memory; one sentence on stderr says what
-  3    the time of --minutes is over; the same command goes on
+  2    bad input or too little memory; one sentence on stderr says which
+  3    the time of --minutes is over; the same command continues
   130  interrupted (143: terminated); training was saved, and the same command resumes it
-  141  whoever read the output left"""
+  141  the reader of the output closed it"""
 
 
 def main(arguments=None):
     """Run one command. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # into a pipe, too, line by line; and a path may hold any character
+    if isinstance(sys.stdout, io.TextIOWrapper):  # line by line, also into a pipe; a path may hold any character
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         with _leaving_at_once():
@@ -72,7 +72,7 @@ def main(arguments=None):
         return _refuse(stop, stop.exit_code)
     except KeyboardInterrupt:
         return _refuse("stopped", 130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough; the rest was not done
+    except BrokenPipeError:  # a reader such as `head` closed our output; the rest was not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, which Windows has not
     except OSError as error:
@@ -81,12 +81,12 @@ def main(arguments=None):
 
 
 def parse(arguments):
-    """The parsed command line; `run_command` in it is the function to call with it."""
+    """The parsed command line. Its attribute `run_command` is the function to call with it."""
     return parser_for(arguments).parse_args(arguments)
 
 
 def parser_for(arguments):
-    """The parser, with the options of that one command which the arguments name."""
+    """The parser, with the options of only that command which the arguments name."""
     parser = _Parser(
         "sparsedm",
         description="Train, run and measure 2:4 (and N:M) sparse diffusion models. Start with: sparsedm quickstart",
@@ -115,14 +115,14 @@ def _refuse(reason, code=2):
 
 
 def _lacks_memory(error):
-    """Torch has a class of error for a GPU that its own allocator finds full, and none for any other lack."""
+    """Whether an error means too little memory. Torch has an error class only for its GPU allocator."""
     said = ("out of memory", "can't allocate memory", "overflow")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 @contextlib.contextmanager
 def _leaving_at_once():
-    """Ctrl-C ends the process itself: an import that it breaks off may raise anything."""
+    """In this context Ctrl-C ends the process at once: an interrupted import may raise anything."""
 
     def leave(signum, frame):
         os.write(2, b"sparsedm: stopped\n")
@@ -141,21 +141,21 @@ def _leaving_at_once():
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings)
-        self.register("type", None, _text)  # of every option that says nothing else
+        self.register("type", None, _text)  # the type of options that name none
 
     def error(self, message):
-        """One sentence on stderr, like every other refusal, and not the whole usage before it."""
+        """Print one sentence on stderr, like every other error, without the usage."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def _text(text):
-    if not text:  # an unset variable of a shell, most likely; as a path it would be the current folder
+    if not text:  # most likely an unset shell variable; as a path it would be the current folder
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a help text, and names with hyphens in one piece."""
+    """Keeps the line breaks of a help text, and does not break names at hyphens."""
 
     def _split_lines(self, text, width):
         lines = [

@@ -25,10 +25,13 @@ def add_arguments(parser):
     parser.add_argument(
         "--features",
         default="random-conv",
-        help="random-conv: built in, needs nothing, not comparable with published FIDs; inception; or an exported FILE",
+        help="random-conv: built in, not comparable with published FIDs; inception; or an exported FILE",
     )
     parser.add_argument("--dense", metavar="RUN", help="also measure SSIM to this model's samples from the same noise")
-    parser.add_argument("--out", help="the numbers (default: evaluation.json in the run folder, of a model file here)")
+    parser.add_argument(
+        "--out",
+        help="the numbers (default: evaluation.json in the run folder; for a model file, in the current folder)",
+    )
 
 
 def run(options):
@@ -43,10 +46,10 @@ def run(options):
     if dense is not None:
         for name in ("channels", "image_size", "num_classes", "context_tokens"):
             if getattr(dense.config, name, 0) != getattr(config, name, 0):
-                raise InputError(f"--dense {options.dense}: its {name} differ, so that no sample has a pair")
+                raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
     reference = load_images(options.data, options.split, size, crop=crop_of(options, config))
     if reference.is_latent:
-        raise InputError(f"data {options.data} holds latents, which have no distance here: images are needed")
+        raise InputError(f"data {options.data} holds latents: distances need images")
     evaluate.check_sets(shape, options.count, reference.images.shape[1:], len(reference))
     summary = features = paired = None
     with distributed.process_group(options.device):

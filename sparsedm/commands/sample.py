@@ -1,4 +1,4 @@
-"""`sparsedm sample`: images of a trained model, or with --strategy of the networks of a run folder in turn."""
+"""`sparsedm sample`: draw images from a trained model, or with --strategy from several networks of a run folder."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -41,40 +41,46 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 
 def add_arguments(parser):
     add_sampling_arguments(parser, images=64)
-    parser.add_argument("--compress", action="store_true", help="hold and compute 2:4 weights in compressed form")
+    parser.add_argument("--compress", action="store_true", help="store and multiply sparse weights in compressed form")
     parser.add_argument(
         "--out",
-        help="the picture, or FILE.npz for numbers (default: drawn.png in the run folder, of a model file here)",
+        help="the picture, or FILE.npz for numbers (default: drawn.png in the run folder; for a model file, in the "
+        "current folder)",
     )
 
 
 def add_sampling_arguments(parser, images):
-    """The options of the commands that draw images: which networks, and how they are used."""
+    """The options of all commands that draw images: the networks, and how to sample."""
     parser.add_argument("run", help="run folder (its last stage), stage folder, or model file")
-    add_model_arguments(parser, ": what a foreign file holds")
+    add_model_arguments(parser, ": the model in a foreign file")
     parser.add_argument("--count", type=count, default=images, help="how many images (default: %(default)s)")
-    parser.add_argument("--strategy", metavar="FILE", help="use the networks of RUN as a file that search found says")
+    parser.add_argument(
+        "--strategy",
+        metavar="FILE",
+        help="a file written by `sparsedm search`: it says which network of RUN draws which step",
+    )
     parser.add_argument(
         "--sampler",
         choices=[*samplers.SAMPLERS, "published"],
-        help="published: the original's, with its steps, clipping and guidance (default: dpm++2m, or the strategy's)",
+        help="how to sample. published: sampler, steps, clipping and guidance of the original paper's code (default: "
+        "dpm++2m, or the strategy's)",
     )
     much = parser.add_mutually_exclusive_group()
-    much.add_argument("--sampling-steps", type=sampling_steps, help="(default: 50, or the strategy's)")
+    much.add_argument("--sampling-steps", type=sampling_steps, help="sampling steps (default: 50, or the strategy's)")
     much.add_argument(
-        "--nfe", type=sampling_steps, help="network evaluations at most, in place of steps: heun has two in each"
+        "--nfe", type=sampling_steps, help="most network evaluations, in place of steps: heun makes two per step"
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of the network (auto: bf16 for compressed ones on a GPU, whose kernels need it, else fp32)",
+        help="dtype of the network (auto: bf16 for a compressed one on a GPU, because its kernels need it; else fp32)",
     )
     parser.add_argument("--guidance", type=finite, help="classifier-free guidance weight, for class-conditional models")
     parser.add_argument(
         "--clip",
         choices=samplers.CLIPS,
-        help="keep images in [-1, 1] in every step, in the final one, or never (default: every; latents: never)",
+        help="clip images to [-1, 1] in every step, in the final one, or never (default: every; latents: never)",
     )
     parser.add_argument(
         "--context",
@@ -85,10 +91,10 @@ def add_sampling_arguments(parser, images):
     parser.add_argument(
         "--batch-size",
         type=count,
-        help="images at a time; changes nothing but rounding (default: 256, on a CPU 64)",
+        help="images at a time; changes only rounding (default: 256, on a CPU 64)",
     )
     parser.add_argument(
-        "--which", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)"
+        "--which", choices=("ema", "model"), default="ema", help="EMA weights or last weights (default: ema)"
     )
     add_vae(parser, "decode latents to images by")
     parser.add_argument("--cuda-graph", action="store_true", help="replay whole steps as CUDA graphs: less host time")
@@ -96,16 +102,16 @@ def add_sampling_arguments(parser, images):
 
 
 class Source(NamedTuple):
-    """What a command draws with: the network of each step."""
+    """The networks that a command draws with, one for each step, and the sampler."""
 
     words: str
     networks: list
     sampler: str
     steps: int
-    clip: str | None = None  # of samplers.CLIPS; None: every step for images, never for latents
+    clip: str | None = None  # one of samplers.CLIPS; None: every step for images, never for latents
     guidance: float | None = None
     compressed: bool = False
-    cost: dict = {}  # of a strategy, for the report
+    cost: dict = {}  # the cost of a strategy, for the report
 
     @property
     def config(self):
@@ -117,21 +123,21 @@ class Source(NamedTuple):
 
 
 def source_of(options):
-    """The Source that the command line names: a run or model file, or with --strategy a family and its strategy."""
+    """The Source of the command line: a run or model file, or with --strategy a family and its strategy."""
     if options.strategy is None:
         loaded = load_named(options, which=options.which)
         row = published(loaded.model.config) if options.sampler == "published" else Published({}, 0, clip=None)
         if row is None:
-            raise InputError(f"--sampler published: {loaded.file} has the shape of no published network")
+            raise InputError(f"--sampler published: the network in {loaded.file} is not a published one")
         sampler = row.sampler if options.sampler in (None, "published") else options.sampler
         networks = [loaded.model] * (_steps(options, sampler) or row.steps)
         words = f"the {loaded.kind} model in {loaded.file}"
         guidance = row.guidance if options.guidance is None else options.guidance
         return Source(words, networks, sampler, len(networks), options.clip or row.clip, guidance)
     if options.model or options.set or options.which != "ema":
-        raise InputError("--strategy goes with a run folder alone: leave --model, --set and --which away")
+        raise InputError("--strategy needs a run folder: leave out --model, --set and --which")
     if options.sampler == "published":
-        raise InputError("--strategy has a sampler of its own: leave --sampler published away")
+        raise InputError("--strategy has its own sampler: leave out --sampler published")
     strategy, family = load_strategy(options.strategy), family_of(options.run)
     steps = _steps(options, options.sampler or strategy.sampler)
     networks = strategy.models(family, sampler=options.sampler, steps=steps)
@@ -143,12 +149,12 @@ def source_of(options):
 
 
 def _steps(options, sampler):
-    """The steps that the command line asks for, None where it leaves them open."""
+    """The steps that the command line asks for, or None."""
     return options.sampling_steps if options.nfe is None else samplers.steps_for(sampler, options.nfe)
 
 
 def _compressed(source, must):
-    """The Source with its masked networks compressed; must: refuse one that is not masked, rather than keep it."""
+    """The Source with its masked networks compressed. must: refuse a network that is not masked; else it stays."""
     small = {id(n): compress(n) if must or masked_layers(n) else n for n in source.networks}
     return source._replace(
         words=f"{source.words}, compressed", networks=[small[id(n)] for n in source.networks], compressed=True
@@ -164,7 +170,7 @@ def run(options):
         picture_name(out)
         if latents:
             raise InputError(
-                f"{options.run} makes latents of {source.config.channels} channels, which are no picture: "
+                f"{options.run} makes latents of {source.config.channels} channels, not a picture: "
                 "decode them with --vae DIR, or write the numbers with --out FILE.npz"
             )
     autoencoder = autoencoder_of(source.config, options)
@@ -183,7 +189,7 @@ def run(options):
             np.savez(partial, images=images.numpy())
     else:
         classes = 1 if options.label is not None else source.config.num_classes or 1
-        width = 16 // classes * classes or 16  # a class stands below itself
+        width = 16 // classes * classes or 16  # each column shows one class
         save_grid(out, [("", row) for row in images.split(width)])
     how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
     guidance = f", guidance {source.guidance:g}" if source.guidance else ""
@@ -192,12 +198,12 @@ def run(options):
 
 
 def beside(run):
-    """The folder for what is made from a run folder; the current one if `run` is a file."""
+    """The folder for results: the run folder; the current folder if `run` is a file."""
     return Path(run) if Path(run).is_dir() else Path()
 
 
 def autoencoder_of(config, options):
-    """The Autoencoder of --vae, None without. Raises: InputError where it decodes other latents than the network's."""
+    """The Autoencoder of --vae, or None. Raises: InputError if its latents are not the network's."""
     if options.vae is None:
         return None
     scale = options.latent_scale or (published(config) or Published({}, 0)).latent_scale
@@ -209,9 +215,9 @@ def autoencoder_of(config, options):
 
 
 class Conditions(NamedTuple):
-    """What the networks are told of each sample: labels int64 (count,), or (count, tokens, width) of --context.
+    """y: the condition of each sample: labels int64 (count,), or contexts (count, tokens, width).
 
-    null: the label or the context of nothing, for guidance; None: what the network says itself.
+    null: the context of the empty text, for guidance; None: the network's own null label.
     """
 
     y: torch.Tensor | None = None
@@ -221,17 +227,17 @@ class Conditions(NamedTuple):
 def conditions_of(source, options):
     """The Conditions of --count samples: all classes or all texts in turn, or --label.
 
-    Raises InputError for all that the command line asks of such a model in vain, and for more images than fit.
+    Raises InputError if the model does not fit --label or --guidance, or if --count images do not fit in memory.
     """
     config = source.config
     check_memory(4 * options.count * config.channels * config.image_size**2, f"--count {options.count}")
     if getattr(config, "context_tokens", 0):
         return _texts(source, options)
     if options.context is not None:
-        raise InputError("--context needs a text-conditional model, and this one takes none")
+        raise InputError("--context needs a text-conditional model, but this one takes no text")
     if not config.num_classes:
         if options.label is not None or source.guidance:
-            raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
+            raise InputError("--label and --guidance need a class-conditional model, but this one is unconditional")
         return Conditions()
     labels = torch.arange(options.count) % config.num_classes
     if options.label is None:
@@ -245,18 +251,18 @@ def _texts(source, options):
     config = source.config
     if options.context is None:
         shape = f"(N, {config.context_tokens}, {config.context_dim})"
-        raise InputError(f"the network is told a text: give --context FILE.npz with an array `context` {shape}")
+        raise InputError(f"the model takes a text: give --context FILE.npz with an array `context` {shape}")
     context, null = read_context(Path(options.context))
     check_context(config, context.shape, options.context)
     if options.label is not None:
-        raise InputError("--label needs a class-conditional model, and this one is told a text")
+        raise InputError("--label needs a class-conditional model, but this one takes a text")
     if source.guidance and null is None:
         raise InputError(f"--guidance needs the context of the empty text, `null_context` in {options.context}")
     return Conditions(context[torch.arange(options.count) % len(context)], null)
 
 
 def draw(source, conditions, options):
-    """(count, C, H, W) floating point samples, as the command line asks; None but in the first of several processes."""
+    """(count, C, H, W) floating point samples. Only the main process gets them; the others get None."""
     config, dtype = source.config, DTYPES[options.dtype]
     batch_size = options.batch_size or (64 if options.device.type == "cpu" else 256)
     if dtype is None:

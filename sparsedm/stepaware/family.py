@@ -1,4 +1,4 @@
-"""Which network at which step: a diffusion model does not need its whole network at every noise level (DDSM).
+"""Use a different network at each step: not every noise level needs the whole network (DDSM, arXiv 2310.03337).
 
 family     networks that predict the same noise at different cost: the widths of a slimmable network, the N:M students
            of a chain, or both
@@ -28,14 +28,14 @@ from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
-_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule")  # younger than some strategies: at their default no part of a mark
+_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule")  # newer than some strategies: left out of a fingerprint if default
 
 
 @dataclass(frozen=True)
 class Family:
-    """networks: `model(x, t, y)` with equal inputs and schedule. names, costs: of each; cost of one image, in `unit`.
+    """networks: `model(x, t, y)` with equal inputs and schedule. names, costs (of an image, in `unit`): one each.
 
-    MACs are those of linear and convolution layers, kept weights only. Raises InputError for what is no family.
+    MACs count linear and convolution layers, kept weights only. Raises InputError if the networks are no family.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Family:
     names: tuple
     costs: tuple
     unit: str = "MACs"
-    fingerprints: tuple = ()  # of the weights of each; () where that does not matter
+    fingerprints: tuple = ()  # of each network's weights; () where that does not matter
 
     def __post_init__(self):
         if not self.networks:
             raise InputError(f"the family {self.name} is empty: a strategy needs at least one network")
         if not len(self.networks) == len(self.names) == len(self.costs) == len(set(self.names)):
-            raise InputError(f"the family {self.name} needs one cost and one name of its own per network")
+            raise InputError(f"the family {self.name} needs one cost and one unique name per network")
         if not all(0 < cost < math.inf for cost in self.costs):
             raise InputError(f"the family {self.name} has costs {self.costs}: each must be more than 0, and finite")
         kinds = {(schedule_of(n), n.config.image_size, n.config.channels, n.config.num_classes) for n in self.networks}
@@ -68,7 +68,7 @@ class Family:
         return config.channels, config.image_size, config.image_size
 
     def cost(self, sampler, indices):
-        """Of one image drawn with the strategy `indices`, in the family's unit."""
+        """The cost of one image drawn with the strategy `indices`, in the family's unit."""
         counts = samplers.evaluations(sampler, len(indices))
         return sum(count * self.costs[index] for count, index in zip(counts, indices))
 
@@ -76,8 +76,8 @@ class Family:
 def family(name, networks, *, unit="MACs", batch=64):
     """The Family of {name: network}. unit: "MACs", or "seconds", measured here for `batch` images at a time.
 
-    In seconds, networks that hold a pattern are compressed, as they would be to save any, and on a GPU all are timed in
-    bf16, as `sparsedm sample --compress` runs them: the 2:4 kernels know no fp32.
+    For seconds, networks with a pattern are compressed. On a GPU all are timed in bf16, like `sparsedm sample
+    --compress`: the 2:4 kernels have no fp32.
     """
     if unit not in UNITS:
         raise InputError(f"unknown unit {unit!r}: one of {', '.join(UNITS)}")
@@ -92,9 +92,9 @@ def family(name, networks, *, unit="MACs", batch=64):
 
 
 def family_of(run, unit="MACs", device="cpu"):
-    """The Family of a run folder: its stages, each at all its widths if it is slimmable, the costliest first.
+    """The Family of a run folder: its stages, costliest first. A slimmable stage gives one network per width.
 
-    Raises InputError for a run of one network.
+    Raises InputError for a run with only one network.
     """
     run = Path(run)
     networks, stages = {}, {}
@@ -119,7 +119,7 @@ def _as_run(network, device):
 
 
 def fingerprint(network):
-    """16 hexadecimal digits that change with the configuration, the patterns and the weights, wherever they lie."""
+    """16 hexadecimal digits that depend on configuration, patterns and weights, but not on the device."""
     patterns = {name: str(layer.pattern) for name, layer in masked_layers(network)}
     config = getattr(network, "config", None)
     if is_dataclass(config):
@@ -138,7 +138,7 @@ def widths(model):
 
 
 def seconds_per_image(networks, batch=64, rounds=7):
-    """The median time of one call of each network on `batch` images, over `batch`; they take turns, round by round."""
+    """The median time of one call of each network on `batch` images, divided by `batch`. The networks take turns."""
 
     def call(network, inputs):
         with evaluating(network):
@@ -150,7 +150,7 @@ def seconds_per_image(networks, batch=64, rounds=7):
 
 
 def interleaved_seconds(calls, device, rounds):
-    """[median seconds of each of `calls`], functions without arguments, which take turns; the first round warms up."""
+    """[median seconds] of `calls`, functions without arguments. They take turns; the first round is a warm-up."""
     times = [[] for _ in calls]
     for number in range(rounds + 1):
         for call, seconds in zip(calls, times):
@@ -173,7 +173,7 @@ def _wait(device):
 
 @dataclass(frozen=True)
 class Strategy:
-    """indices[i]: the network of step i. The rest says for what it was found; nothing else is accepted."""
+    """indices[i]: the network of step i. The other fields say what it was found for; other uses are refused."""
 
     family: str
     networks: tuple  # names
@@ -203,11 +203,11 @@ class Strategy:
         return len(self.indices)
 
     def models(self, family, *, sampler=None, steps=None):
-        """[network] per step, for `samplers.sample`. Raises InputError where the strategy was found for another case.
+        """[network] per step, for `samplers.sample`. Raises InputError if the strategy was found for another case.
 
-        sampler, steps: what the caller is about to use; None where it asks the strategy.
+        sampler, steps: what the caller uses; None if it takes the strategy's.
         """
-        marked = self.fingerprints and family.fingerprints  # then a folder may have been moved
+        marked = self.fingerprints and family.fingerprints  # then the folder may have another name
         name = None if marked else family.name
         asked = {"family": name, "networks": family.names, "sampler": sampler, "steps": steps}
         for what, value in asked.items():
@@ -216,7 +216,7 @@ class Strategy:
         if marked:
             changed = [n for n, a, b in zip(self.networks, self.fingerprints, family.fingerprints) if a != b]
             if changed:
-                raise InputError(f"the strategy was found for other weights of {', '.join(changed)}: search again")
+                raise InputError(f"the weights of {', '.join(changed)} changed after the search: search again")
         return [family.networks[index] for index in self.indices]
 
     def save(self, file):
@@ -243,7 +243,7 @@ def load_strategy(file):
 
 
 def sample(family, strategy, count, **settings):
-    """(count, C, H, W): `samplers.sample` with the network that the strategy names at each step; settings as there."""
+    """(count, C, H, W): `samplers.sample` with the strategy's network at each step. settings: arguments of `sample`."""
     return samplers.sample(
         strategy.models(family),
         family.schedule,
@@ -262,7 +262,7 @@ def loss_table(family, x0, sampler, steps, *, y=None, seed=0, batch_size=256, pr
     """(networks, steps) float64: the validation loss of each network at the noise level of each step, measured once.
 
     x0 (n, C, H, W) held-out images in [-1, 1]; y (n,) or None. All networks see the same noise. A strategy's proxy is
-    the sum of its entries: it costs no sampling, and knows nothing of how the errors of different steps combine.
+    the sum of its entries (or of their logarithms). It needs no sampling, but ignores how errors of steps combine.
     """
     times = samplers.time_grid(family.schedule, steps, samplers.SAMPLERS[sampler][1])
     rows = [

@@ -1,7 +1,6 @@
-"""One search from a run folder to a report: family, loss table, evolution, and a comparison on fresh noise.
+"""One search, from a run folder to a report: family, loss table, evolution, and a comparison on fresh noise.
 
-Everything that takes time is kept in the folder as it is made, and not made again: table.json, evaluations.jsonl,
-final.jsonl.
+The folder stores all slow results at once, so that a resume reuses them: table.json, evaluations.jsonl, final.jsonl.
 """
 
 import math
@@ -39,9 +38,9 @@ SHOWN = 16  # images of each strategy in the picture
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search is about. Its noise comes from search.seed, that of the comparison afterwards from the next one."""
+    """The settings of a search. Its noise comes from search.seed; the noise of the comparison from search.seed + 1."""
 
-    run: Path  # whose networks are the family
+    run: Path  # the run folder with the networks of the family
     folder: Path
     data: str
     sampler: str
@@ -50,13 +49,13 @@ class Plan:
     final_count: int  # images per row of the table
     validation: int  # images for the loss table
     search: SearchOptions
-    quality: str = "frechet"  # of QUALITIES
+    quality: str = "frechet"  # one of QUALITIES
     features: str = "random-conv"
     unit: str = "MACs"
-    clip: str = "every"  # of samplers.CLIPS
+    clip: str = "every"  # one of samplers.CLIPS
     device: torch.device | str = "cpu"
     workers: int = 1  # strategies measured at the same time, on one thread each
-    deadline: float = math.inf  # of time.monotonic(): no strategy is begun after it
+    deadline: float = math.inf  # a value of time.monotonic(): no measurement starts after it
 
     def __post_init__(self):
         if self.workers < 1:
@@ -69,18 +68,18 @@ class Plan:
         samplers.evaluations(self.sampler, self.steps)
 
     def facts(self, family):
-        """What the folder's measurements depend on; the size of the search is none of it."""
+        """The settings that the stored measurements depend on. Population and generations are not among them."""
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
         networks = dict(zip(family.names, family.fingerprints))
         facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
-        return facts if self.clip == "every" else facts | {"clip": self.clip}  # which older folders do not know
+        return facts if self.clip == "every" else facts | {"clip": self.clip}  # older folders have no clip
 
 
 def study(plan):
-    """Carry out a Plan, or go on where it stopped. Returns the report, a dict, which it also leaves in the folder.
+    """Carry out a Plan, or continue it. Returns the report, a dict, and writes it into the folder.
 
-    Raises InputError: the folder was made by another plan; latents, of which only the proxy can be measured; a search
-    that cannot be. OutOfTime: what was measured until then is kept.
+    Raises InputError if the folder belongs to another plan, if the data are latents (these need quality="proxy"), or if
+    the search is impossible. Raises OutOfTime at the deadline; the measurements so far are stored.
     """
     setting = _prepare(plan)
     tried = setting.evaluations("evaluations.jsonl", plan.count, plan.search.seed)
@@ -98,7 +97,7 @@ def study(plan):
 
 @dataclass(frozen=True)
 class _Setting:
-    """What every measurement of a plan shares. losses (networks, steps): see `loss_table`."""
+    """Shared by all measurements of a plan. losses (networks, steps): see `loss_table`."""
 
     plan: Plan
     family: Family
@@ -120,7 +119,7 @@ class _Setting:
         return _draw(self.family, self.strategy(indices), count, seed, self.plan.clip)
 
     def evaluations(self, file, count, seed):
-        """Evaluations of the quality over `count` images of this seed, kept in the folder."""
+        """Evaluations of the quality over `count` images of this seed, stored in the folder."""
 
         def measured(indices):
             if time.monotonic() >= self.plan.deadline:
@@ -134,11 +133,11 @@ class _Setting:
 
 
 def _prepare(plan):
-    """The _Setting of a plan, whose folder is claimed once it is known that the plan can be carried out."""
+    """The _Setting of a plan. Its folder is claimed only after all checks of the plan."""
     family = family_of(plan.run, plan.unit, plan.device)
     images = load_images(plan.data, "train", family.shape[1])
     if images.is_latent and plan.quality != "proxy":
-        raise InputError(f"data {plan.data} holds latents, which have no Fréchet distance here: use --quality proxy")
+        raise InputError(f"data {plan.data} holds latents, not images for a Fréchet distance: use --quality proxy")
     first_generation(len(family.names), plan.steps, plan.search)
     checkpoint.claim(plan.folder, plan.facts(family))
     family, losses, seconds = _table(plan, family)
@@ -171,7 +170,7 @@ def _compared(setting, found):
 
 
 def _rows(compared, tried, final):
-    """The rows of the table, the costliest first: each strategy on fresh noise, and as the search saw it."""
+    """The rows of the table, costliest first: the quality of each strategy on fresh noise and on the search's noise."""
     named = [(group, name, indices) for group, items in compared.items() for name, indices in items.items()]
     every = [indices for _, _, indices in named]
     rows = [
@@ -205,7 +204,7 @@ def _report(setting, tried, final, rows):
 
 
 def _training_seconds(run):
-    """Of all stages below a run folder, as their latest checkpoints say."""
+    """Training seconds of all stages below a run folder, from their latest checkpoints."""
     files = sorted(Path(run).glob("**/checkpoints/step-*/state.json"))
     latest = {file.parents[2]: read_json(file, seconds=float)["seconds"] for file in files}
     return sum(latest.values())
@@ -216,7 +215,7 @@ def _times(plan, family):
 
 
 def _table(plan, family):
-    """(the family with the costs that the folder remembers, losses (networks, steps), seconds), measured once."""
+    """(the family with the stored costs, losses (networks, steps), seconds), measured once."""
     file = plan.folder / "table.json"
     if not file.exists():
         start = time.perf_counter()
@@ -233,12 +232,12 @@ def _table(plan, family):
     except (TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged: {error}") from error
     if losses.shape != (len(family.names), plan.steps) or not (losses > 0).all() or not np.isfinite(losses).all():
-        raise InputError(f"{file} is damaged: it must hold a loss of each of the networks at each step")
+        raise InputError(f"{file} is damaged: it must hold a loss for each network and step")
     return replace(family, costs=costs), losses, known["seconds"]
 
 
 def _distance_to(images, plan):
-    """uint8 samples -> their Fréchet distance to the images."""
+    """A function: uint8 samples -> their Fréchet distance to the images."""
     features = load_features(plan.features, plan.device)
     real = evaluate.summarize(images.images, features, images.source, cache=cache_folder(), progress=True)
 
@@ -260,7 +259,7 @@ def _draw(family, strategy, count, seed, clip):
 
 
 def _autocast(family):
-    """Networks run in the precision that they were trained in."""
+    """Autocast to the precision that the networks were trained in."""
     device = next(family.networks[0].parameters()).device
     return torch.autocast(device.type, torch.bfloat16, enabled=amp_of(device) == "bf16")
 

@@ -1,6 +1,6 @@
-"""One optimizer step: batch, loss of its parts, gradients, AdamW, average. Nothing in it waits for a GPU.
+"""One training step: batch, loss of its parts, gradients, optimizer update, EMA weights. It never waits for a GPU.
 
-All randomness of a step is a function of (seed, position): which images, flips, dropped labels, times, noise, dropout.
+All randomness of a step (images, flips, dropped labels, times, noise, dropout) is a function of (seed, position).
 """
 
 import contextlib
@@ -23,11 +23,11 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 @dataclass(frozen=True)
 class Student:
-    """What is trained: a network, in place, and the average of its weights.
+    """A network that is trained in place, and its EMA weights.
 
-    ema: the average to start from (default: the model); it is copied, and forgotten within ten steps unless
-    TrainOptions.ema_warmup is 1. continue_from: a checkpoint of the same network, perhaps under another pattern, whose
-    optimizer and count of updates are taken over.
+    ema: initial averaged weights (default: a copy of the model). With the default ema_warmup they have almost no
+    influence after ten steps; ema_warmup=1 keeps it. continue_from: a checkpoint of the same network, perhaps under
+    another pattern; its optimizer state and number of updates are continued.
     """
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a student learns from, see `diffusion.loss`."""
+    """The arguments of `diffusion.loss` that a student learns from."""
 
     schedule: diffusion.Schedule
     teacher: nn.Module | None = None
@@ -57,7 +57,7 @@ def frozen(network, device):
 
 
 class Step:
-    """What every step of a run is made with. options: a `loop.TrainOptions`."""
+    """Makes the steps of a run: `step(position, lr, decay)`. options: a `loop.TrainOptions`."""
 
     def __init__(self, student, images, loss, options, device):
         self.model, self.ema, self.images, self.options = student.model, student.ema, images, options
@@ -75,7 +75,7 @@ class Step:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.amp == "bf16")
 
     def __call__(self, position, lr, decay):
-        """position: which batch and noise. Returns (4,): total, noise and transfer loss, gradient norm."""
+        """position: selects batch and noise. Returns (4,): total, noise and transfer loss, gradient norm."""
         options, images = self.options, self.images
         self.generator.manual_seed(_seed(options.seed, position, "data, times, noise"))
         indices = batch_indices(len(images), options.batch_size, position, options.seed)
@@ -132,7 +132,7 @@ class Step:
 
     @torch.no_grad()
     def _update_ema(self, decay):
-        # torch's own average, without AveragedModel, whose update copies a counter to the device and waits for it
+        # torch's average without AveragedModel: its update copies a counter to the device and waits for it
         get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), self.parameters, None)
         for averaged, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             if averaged.is_floating_point():
@@ -142,7 +142,7 @@ class Step:
 
 
 def classes_of(model):
-    """How many classes a network is told, 0 where it is told none."""
+    """The number of classes of a network, 0 if it is unconditional."""
     return getattr(getattr(model, "config", None), "num_classes", 0)
 
 
@@ -152,6 +152,6 @@ def takes_text(model):
 
 
 def _seed(seed, position, purpose):
-    """63 bits that are a function of the arguments; unlike seed + position, two runs never share a stream."""
+    """63 bits, a function of the arguments. Unlike with seed + position, two runs never share a stream."""
     digest = hashlib.blake2b(f"{seed} {position} {purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

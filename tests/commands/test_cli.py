@@ -165,7 +165,7 @@ def test_init_must_be_dense_and_agree_with_the_named_model(trained, tmp_path, ca
     assert run("train", "--init", trained / "02-2of4", "--method", "ste", *common) == 2
     assert "holds a masked network, not a dense one" in capsys.readouterr().err
     assert run("train", "--init", trained, "--model", "ddpm-tiny", "--method", "ste", *common) == 2
-    assert "says itself what model it holds" in capsys.readouterr().err
+    assert "describes its own model" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
@@ -197,7 +197,8 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
     assert run(*draw, "--strategy", file, "--compress") == 0
     share = mixed_share(family, mixed)
     assert f"{share:.0%} of the MACs of dense, compressed, heun in 3 steps" in capsys.readouterr().out
-    assert run("evaluate", trained, "--data", "synthetic", "--count", 16, "--strategy", file) == 0
+    few = ("--data", "synthetic", "--split", "test", "--count", 16)
+    assert run("evaluate", trained, *few, "--strategy", file) == 0
     written = json.loads((trained / "evaluation.json").read_text())
     assert written["sampler"] == "heun"
     assert written["strategy"] == str(file)
@@ -206,7 +207,7 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
     for extra, message in [
         (["--sampler", "ddim"], "the strategy is for sampler heun, not ddim"),
         (["--sampling-steps", 4], "the strategy is for steps 3, not 4"),
-        (["--which", "model"], "--strategy goes with a run folder alone"),
+        (["--which", "model"], "--strategy needs a run folder"),
     ]:
         assert run(*draw, "--strategy", file, *extra) == 2
         assert message in capsys.readouterr().err
@@ -235,7 +236,7 @@ def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
     save_model(file, build_model(config))
     assert run("sample", file, "--count", 3, "--sampling-steps", 2) == 2
     assert (
-        "latents of 4 channels, which are no picture: decode them with --vae DIR, or write the numbers"
+        "latents of 4 channels, not a picture: decode them with --vae DIR, or write the numbers"
         in capsys.readouterr().err
     )
     assert run("sample", file, "--count", 3, "--sampling-steps", 2, "--guidance", 0.5, "--out", out) == 0
@@ -355,7 +356,7 @@ BAD = {
     "no such device": (["quickstart", "--device", "gpu"], "'gpu' is not a device"),
     "unknown method": (["train", "--data", "synthetic", "--method", "magic"], "unknown method 'magic'"),
     "negative seed": (["train", "--data", "synthetic", "--seed", "-1"], "'-1' is not a whole number"),
-    "device not served": (["quickstart", "--device", "mps"], "'mps' is not served"),
+    "device not served": (["quickstart", "--device", "mps"], "'mps' is not supported"),
     "where without pattern": (["inspect", "--model", "uvit-tiny", "--where", "qkv"], "give one with --pattern"),
     "no batch": (["inspect", "--model", "uvit-tiny", "--batch", "0"], "'0' is not a whole number from 1"),
     "no chart": (

@@ -103,9 +103,9 @@ def test_measured_costs_are_seconds(chain):
 def test_families_that_are_none(chain):
     with pytest.raises(InputError, match="family nothing is empty"):
         stepaware.family("nothing", {})
-    with pytest.raises(InputError, match="one cost and one name of its own per network"):
+    with pytest.raises(InputError, match="one cost and one unique name per network"):
         replace(chain, names=("a", "a", "b"))
-    with pytest.raises(InputError, match="one cost and one name"):
+    with pytest.raises(InputError, match="one cost and one unique name"):
         replace(chain, costs=(1, 2))
     with pytest.raises(InputError, match="each must be more than 0"):
         replace(chain, costs=(1, 0, 2))
@@ -198,7 +198,7 @@ def test_a_strategy_knows_its_networks_by_their_weights_and_not_by_their_folder(
     networks = dict(zip(chain.names, chain.networks))
     retrained = stepaware.family("chain", networks | {"2:4": student("2:4")})
     assert retrained.fingerprints[0] == chain.fingerprints[0]
-    with pytest.raises(InputError, match="found for other weights of 2:4: search again"):
+    with pytest.raises(InputError, match="the weights of 2:4 changed after the search: search again"):
         found.models(retrained)
 
 

@@ -457,11 +457,11 @@ def test_learning_rate_and_average():
 
 
 def test_refuses_what_does_not_fit(tmp_path):
-    with pytest.raises(InputError, match=r"labels 0\.\.2 and the images have no labels"):
+    with pytest.raises(InputError, match=r"labels 0\.\.2, but the images have no labels"):
         run(tmp_path, images=tiny_images(labels=False))
-    with pytest.raises(InputError, match=r"labels 0\.\.1 and the images have labels up to 2"):
+    with pytest.raises(InputError, match=r"labels 0\.\.1, but the images have labels up to 2"):
         run(tmp_path, model=masked(num_classes=2))
-    with pytest.raises(InputError, match=r"images are \(2, 4, 4\) and the network takes \(2, 8, 8\)"):
+    with pytest.raises(InputError, match=r"images are \(2, 4, 4\), but the network takes \(2, 8, 8\)"):
         run(tmp_path, model=masked(image_size=8))
     assert not list(tmp_path.iterdir())
 

@@ -87,60 +87,69 @@ def barrier_expect(barrier, BYTES: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _arrive_asm(pair):
-    if pair:  # lane 0 arrives at block 0 of the cluster, lane 1 at block 1
+def _arrive_asm(blocks):
+    if blocks == 1:
         return (
-            "{ .reg .pred p; .reg .b32 l, a, r; mov.u32 l, %laneid; setp.lt.u32 p, l, 2; and.b32 r, l, 1; "
-            "mapa.shared::cluster.u32 a, $1, r; @p mbarrier.arrive.shared::cluster.b64 _, [a]; mov.b32 $0, 0; }"
+            "{ .reg .pred p; .reg .b32 l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; "
+            "@p mbarrier.arrive.shared::cta.b64 _, [$1]; mov.b32 $0, 0; }"
         )
+    # lane 0 arrives at this block's, lanes 1 and 2 at those of the blocks whose rank differs in one bit
     return (
-        "{ .reg .pred p; .reg .b32 l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; "
-        "@p mbarrier.arrive.shared::cta.b64 _, [$1]; mov.b32 $0, 0; }"
+        f"{{ .reg .pred p; .reg .b32 l, a, r; mov.u32 l, %laneid; setp.lt.u32 p, l, {1 + blocks // 2}; "
+        f"mov.u32 r, %cluster_ctarank; and.b32 l, l, {blocks - 1}; xor.b32 r, r, l; mapa.shared::cluster.u32 a, $1, r; "
+        "@p mbarrier.arrive.shared::cluster.b64 _, [a]; mov.b32 $0, 0; }"
     )
 
 
 @gluon.jit
-def barrier_arrive(barrier, PAIR: gl.constexpr):
-    """One arrival of this warp, at the barrier of both blocks of a cluster if PAIR.
+def barrier_arrive(barrier, BLOCKS: gl.constexpr):
+    """One arrival of this warp, in a cluster of BLOCKS also at the barriers of the blocks that share a tile with it.
 
     Without `.release.cluster`, which would put a MEMBAR.ALL.GPU into the main loop: the arrival only says that this
     warp no longer reads the slot, it publishes no data.
     """
-    gl.inline_asm_elementwise(_arrive_asm(PAIR), "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(_arrive_asm(BLOCKS), "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def cluster_sync(PAIR: gl.constexpr):
-    """Every warp of both blocks has to come here, those of the idle partitions too."""
-    if PAIR:
+def cluster_sync(BLOCKS: gl.constexpr):
+    """Every warp of all blocks has to come here, those of the idle partitions too."""
+    if BLOCKS > 1:
         effect("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
+
+
+@gluon.jit
+def sleep(nanoseconds):
+    asm: gl.constexpr = "nanosleep.u32 $1; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(asm, "=r,r", [nanoseconds], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # ------------------------------------------------------------------------------------------------ TMA
 @gluon.constexpr_function
-def _tma_asm(kernel, first, second, pair):
-    multicast = (".multicast::cluster", ", m") if pair else ("", "")
+def _tma_asm(kernel, first, second, multicast):
+    shared = (".multicast::cluster", ", m") if multicast else ("", "")
     choose = f"setp.ne.u32 q, $5, 0; mov.b64 e, {kernel}_param_{second}; selp.b64 d, e, d, q; " if second >= 0 else ""
     return (
-        "{ .reg .pred p, q; .reg .b64 d, e; .reg .b16 m; elect.sync _|p, 0xffffffff; mov.b16 m, 3; "
+        "{ .reg .pred p, q; .reg .b64 d, e; .reg .b16 m; elect.sync _|p, 0xffffffff; cvt.u16.u32 m, $6; "
         f"mov.b64 d, {kernel}_param_{first}; {choose}cvta.param.u64 d, d; "
         "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        f"{multicast[0]} [$1], [d, {{$2, $3}}], [$4]{multicast[1]}; mov.b32 $0, 0; }}"
+        f"{shared[0]} [$1], [d, {{$2, $3}}], [$4]{shared[1]}; mov.b32 $0, 0; }}"
     )
 
 
 @gluon.jit
 def tma_load(
-    target, column, row, barrier, other, KERNEL: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr,
-    PAIR: gl.constexpr,
+    target, column, row, barrier, other, to, KERNEL: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr,
+    MULTICAST: gl.constexpr,
 ):  # fmt: skip
-    """One box of a tensor to shared memory, of both blocks if PAIR; `barrier` counts its bytes there.
+    """One box of a tensor to shared memory; `barrier` counts its bytes there.
 
+    MULTICAST: to the same place in all blocks of the cluster whose bit in `to` is set.
     The tensor map is the kernel parameter number FIRST of the kernel called KERNEL, or number SECOND (if not negative)
     where `other` is not zero. Only Gluon's own TMA functions know map objects, and those cannot multicast in 3.6.
     """
     gl.inline_asm_elementwise(
-        _tma_asm(KERNEL, FIRST, SECOND, PAIR), "=r,r,r,r,r,r", [target, column, row, barrier, other],
+        _tma_asm(KERNEL, FIRST, SECOND, MULTICAST), "=r,r,r,r,r,r,r", [target, column, row, barrier, other, to],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -289,22 +298,30 @@ def _reciprocal(x):
 
 
 @gluon.jit
-def _gelu_erf(y):
-    """y/2 (1 + erf(y / sqrt 2)) = max(y, 0) - |y|/2 erfc(|y| / sqrt 2), erfc to 1.5e-7 (Abramowitz and Stegun 7.1.26).
+def _gelu_erf(y, BF16: gl.constexpr):
+    """y Phi(y) = max(y, 0) - a Phi(-a), a = |y|, where log2 Phi(-a) is a polynomial fitted on [0, 5].
 
+    For results that are rounded to bf16 its error is at most 2.7e-5 and 1.8e-4 of a Phi(-a); else 1.5e-7 up to |y| = 4
+    (torch's fp32 GELU: 3.7e-7). Beyond 5 both polynomials fall like the logarithm.
     Not libdevice's erf: it branches, and a divergent branch in the epilogue costs thousands of bytes of spills.
     """
-    half = gl.minimum(0.5 * gl.abs(y), 1e30)  # infinity times erfc = 0 would be NaN
-    t = _reciprocal(1 + 0.46328377653 * half)
-    p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    return gl.maximum(y, 0.0) - half * (p * _exp2(-0.7213475204444817 * (y * y)))
+    a = gl.minimum(gl.abs(y), 1e30)  # infinity times 0 would be NaN
+    if BF16:
+        q = a * (-0.0468508706 + a * (0.00540531116 + a * -0.000277861702))
+        q = -1 + a * (-1.14876992 + a * (-0.465769883 + q))
+    else:
+        q = a * (-0.000131473208 + a * (2.80569375e-05 + a * -1.90206538e-06))
+        q = a * (-0.0526276109 + a * (0.00724542129 + a * (-0.000272075774 + q)))
+        q = -1 + a * (-1.15111105 + a * (-0.459162143 + q))
+    return gl.maximum(y, 0.0) - a * _exp2(q)
 
 
 @gluon.jit
 def activate(y, EPILOGUE: gl.constexpr, BF16: gl.constexpr):
-    """y fp32 -> act(y) fp32. BF16: the result will be rounded to bf16, so the hardware's tanh is exact enough."""
+    """y fp32 -> act(y) fp32. BF16: the result will be rounded to bf16, so the hardware's tanh and a short polynomial
+    are exact enough."""
     if EPILOGUE.activation == "gelu":
-        y = _gelu_erf(y)
+        y = _gelu_erf(y, BF16)
     elif EPILOGUE.activation == "gelu_tanh":
         u = y * (0.7978845608028654 + 0.035677408136300125 * (y * y))
         y = 0.5 * y + 0.5 * y * _tanh(u) if BF16 else y * _reciprocal(1 + _exp2(-2.885390081777927 * u))

@@ -8,27 +8,31 @@ import functools
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 
 from sparsedm.kernels.launch import FUSED, Launch, multiprocessors
 from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
-from sparsedm.kernels.sparse24.wgmma_pipeline import Config, boxes
+from sparsedm.kernels.sparse24.wgmma_pipeline import Config, boxes, cluster_size, shares_w, shares_x, warps
 
 # The first, without clusters, is the default until these are timed.
 CONFIGS = (
     Config(256, 128, 64, 4),
     Config(256, 128, 64, 4, specialized=False),
     Config(256, 128, 64, 4, "w"),
-    Config(256, 128, 64, 4, "x"),
     Config(128, 256, 64, 3, "x"),
+    Config(128, 256, 64, 3, "w"),
+    Config(128, 256, 64, 3, "xw"),
     Config(256, 128, 128, 2, "w"),
     Config(256, 128, 64, 4, "w", specialized=False),
+    Config(128, 256, 64, 3, "x", specialized=False),
+    Config(128, 128, 64, 3, "xw", specialized=False, resident=2),
     Config(128, 128, 64, 5),
     Config(128, 64, 64, 6),  # the last: the only one whose epilogue spills nothing where it stores directly
 )
 
 
-ENDLESS = 1 << 30  # steps of a first source of x that has no second
+ENDLESS = 1 << 30  # steps of a first source of x that has no second, clusters of a GPU that holds all
 
 
 def launch(*tensors, **options):
@@ -70,28 +74,24 @@ def plan(x, values, metadata, y, *, bias, activation, residual, skip, scale, con
     }
     finish = Epilogue(activation, bias is not None, scale is not None, residual is not None, direct)
     constants = {"CONFIG": config, "EPILOGUE": finish, "KIND": KIND[x.dtype], "SKIP": skip is not None}
-    kernel, num_warps = (linear_specialized, 4) if config.specialized else (linear_flat, 8)
-    cluster = 1 if config.cluster == "none" else 2
-    grid = min((blocks or multiprocessors(x.device)) // cluster, count_tiles(M, N, config))
+    kernel = linear_specialized if config.specialized else linear_flat
+    cluster = cluster_size(config)
+    grid = min((blocks or multiprocessors(x.device) * config.resident) // cluster, count_tiles(M, N, config))
     maps = {name: (tensors[name], *box) for name, box in boxes_of(config).items()}
-    return [Launch(kernel, (grid,), arguments, constants, num_warps, maps, cluster)]
+    return [Launch(kernel, (grid,), arguments, constants, warps(config), maps, cluster)]
 
 
 def count_tiles(M, N, config):
-    """Tiles, or pairs of tiles in a cluster."""
+    """Tiles, or clusters of tiles."""
     tiles_n, tiles_m = -(-N // config.block_n), -(-M // config.block_m)
-    if config.cluster == "x":
-        tiles_n = -(-tiles_n // 2)
-    if config.cluster == "w":
-        tiles_m = -(-tiles_m // 2)
-    return tiles_n * tiles_m
+    return -(-tiles_n // (1 + shares_x(config))) * -(-tiles_m // (1 + shares_w(config)))
 
 
 @functools.cache
 def boxes_of(config):
     """Tensor map -> (box, swizzle in bytes), in the order of the kernel's arguments."""
     rows_x, rows_w, words = boxes(config)
-    panel = ((config.block_m, 64 if config.specialized else 128), 128)
+    panel = ((config.block_m, 16 * warps(config)), 128)
     return {
         "w_desc": ((rows_w, config.block_k // 2), config.block_k),
         "x_desc": ((rows_x, 64), 128),
@@ -138,8 +138,17 @@ def start(step):
     if key not in _compiled:
         options = FUSED | {"num_warps": step.num_warps}
         compiled = step.kernel.warmup(**arguments, **step.constants, **options, grid=(1,))
-        warps, _, shared = compiled.packed_metadata
-        compiled.packed_metadata = (warps, step.cluster, shared)
-        _compiled[key] = compiled
+        num_warps, _, shared = compiled.packed_metadata
+        compiled.packed_metadata = (num_warps, step.cluster, shared)
+        _compiled[key] = compiled, _most_clusters(compiled, shared, step.cluster)
+    compiled, most = _compiled[key]
     values = step.constants | arguments
-    _compiled[key][step.grid[0], 1, 1](*[values[name] for name in step.kernel.arg_names])
+    compiled[min(step.grid[0], most), 1, 1](*[values[name] for name in step.kernel.arg_names])
+
+
+def _most_clusters(compiled, shared, size):
+    """That run at once. A GPC's multiprocessors are no multiple of four, and a persistent grid must not wait."""
+    if size <= 2:
+        return ENDLESS
+    compiled._init_handles()
+    return max(1, driver.active.utils.cuOccupancyMaxActiveClusters(compiled.function, shared, size))

@@ -107,7 +107,10 @@ def _consumer(
         n, b, h, w = _patch(t, N, HO, WO, CONFIG, WINDOW)
         n += FIRST
         steps = WINDOW.height * WINDOW.width * (CIN // 64)
-        acc, slot, phase = multiply_tile(bars, words, w0, x0, slot, phase, steps, FIRST, CONFIG, KIND)
+        residual = n, (b, h, w), r_desc, panels, arrived.index(WARPGROUP)
+        acc, slot, phase = multiply_tile(
+            bars, words, w0, x0, slot, phase, steps, residual, FIRST, CONFIG, KIND, EPILOGUE.residual, BOX
+        )
         epilogue(
             acc, n, (b, h, w), sink, panels, arrived.index(WARPGROUP), residual_phase, 0, N,
             FIRST // 64, 4, CONFIG, EPILOGUE, BOX,

@@ -11,8 +11,9 @@ Two main loops share everything else (`wgmma_pipeline.py`):
   (C7512). K must fill an even number of slots.
 
 CONFIG.cluster = "x" or "w" runs pairs of blocks. The two tiles of a pair share their rows of x (of W and metadata):
-each block loads half of them and multicasts it to both. That divides the traffic between L2 and multiprocessors, which
-by our model limits this product. An odd last tile is computed twice, with equal results.
+each block loads half of them and multicasts it to both. "xw" runs four, each in a pair of both kinds: bit 0 of the rank
+tells apart who shares x, bit 1 who shares W. That divides the traffic between L2 and multiprocessors, which by our
+model limits this product. An odd last tile is computed twice, with equal results.
 
 Sources: PTX ISA 8.5 (wgmma.mma_async.sp, matrix descriptors, sparsity metadata, mbarrier, multicast). Unlike CUTLASS's
 sm90 sparse main loop, the flat one waits for the wgmma of the slot before, not for its own.
@@ -29,15 +30,20 @@ from sparsedm.kernels.sparse24.ptx import (
     cluster_sync,
     effect,
     shared_base,
+    sleep,
     warp_index,
     wgmma_wait,
 )
 from sparsedm.kernels.sparse24.wgmma_pipeline import (
+    FETCH_AT,
     accumulator_layout,
+    accumulators,
     allocate,
+    cluster_size,
     descriptors,
     drain,
     epilogue,
+    fetch_residual,
     fill_slot,
     multiply,
     multiply_tile,
@@ -46,18 +52,19 @@ from sparsedm.kernels.sparse24.wgmma_pipeline import (
     stage_bytes,
     tile,
     tile_count,
+    warps,
 )
 
 INTEGERS = ("stride_r", "rows_per_scale", "split", "M", "N", "K")
+HALF_A_SLOT = gl.constexpr(200)  # nanoseconds: 320 cycles at 1.6 GHz
 POINTERS = ("y_ptr", "r_ptr", "bias_ptr", "scale_ptr")
 
 
 # ------------------------------------------------------------------------------------------------ specialized
 @gluon.jit
 def _producer(M, N, K, split, CONFIG: gl.constexpr, SKIP: gl.constexpr, KERNEL: gl.constexpr):
-    PAIR: gl.constexpr = CONFIG.cluster != "none"
-    BLOCKS: gl.constexpr = 2 if PAIR else 1
-    cluster_sync(PAIR)
+    BLOCKS: gl.constexpr = cluster_size(CONFIG)
+    cluster_sync(BLOCKS)
     base = shared_base()
     rank = cluster_rank()
     slot = 0
@@ -68,7 +75,7 @@ def _producer(M, N, K, split, CONFIG: gl.constexpr, SKIP: gl.constexpr, KERNEL: 
         for k in range(K // CONFIG.block_k):
             fill_slot(base, slot, phase, n, m, k, split, rank, CONFIG, SKIP, KERNEL)
             slot, phase = next_slot(slot, phase, CONFIG)
-    if PAIR:
+    if BLOCKS > 1:
         drain(base + CONFIG.stages * stage_bytes(CONFIG)[3], slot, phase, CONFIG)
 
 
@@ -79,9 +86,9 @@ def _consumer(
 ):  # fmt: skip
     FIRST: gl.constexpr = WARPGROUP * (CONFIG.block_n // 2)
     SIZE: gl.constexpr = stage_bytes(CONFIG)
-    PAIR: gl.constexpr = CONFIG.cluster != "none"
-    BLOCKS: gl.constexpr = 2 if PAIR else 1
-    cluster_sync(PAIR)
+    BLOCKS: gl.constexpr = cluster_size(CONFIG)
+    FETCHES: gl.constexpr = EPILOGUE.residual and not EPILOGUE.direct
+    cluster_sync(BLOCKS)
     base = shared_base()
     bars = base + CONFIG.stages * SIZE[3]
     rank = cluster_rank()
@@ -93,7 +100,10 @@ def _consumer(
     tiles = tile_count(M, N, CONFIG)
     for t in range(gl.program_id(0) // BLOCKS, tiles, gl.num_programs(0) // BLOCKS):
         n, m = tile(t, M, N, rank, CONFIG)
-        acc, slot, phase = multiply_tile(bars, words, w0, x0, slot, phase, K // CONFIG.block_k, FIRST, CONFIG, KIND)
+        residual = n + FIRST, (m,), sink[1], panels, arrived.index(WARPGROUP)
+        acc, slot, phase = multiply_tile(
+            bars, words, w0, x0, slot, phase, K // CONFIG.block_k, residual, FIRST, CONFIG, KIND, FETCHES, None
+        )
         epilogue(
             acc, n + FIRST, (m,), sink, panels, arrived.index(WARPGROUP), residual_phase, M, N,
             FIRST // 64, 4, CONFIG, EPILOGUE, None,
@@ -104,9 +114,9 @@ def _consumer(
 
 
 @gluon.jit
-def _idle(PAIR: gl.constexpr):
+def _idle(BLOCKS: gl.constexpr):
     """Fills the third warpgroup, whose warps too have to come to the cluster barrier."""
-    cluster_sync(PAIR)
+    cluster_sync(BLOCKS)
 
 
 @gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
@@ -115,7 +125,7 @@ def linear_specialized(
     M, N, K, CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup per half of block_n, one TMA warp, three idle warps. K: padded to block_k."""
-    PAIR: gl.constexpr = CONFIG.cluster != "none"
+    BLOCKS: gl.constexpr = cluster_size(CONFIG)
     ring, panels, arrived = allocate(CONFIG, EPILOGUE.direct, y_desc.dtype)
     sink = (y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale)
     gl.warp_specialize(
@@ -123,8 +133,8 @@ def linear_specialized(
             (_consumer, (0, sink, panels, arrived, M, N, K, CONFIG, EPILOGUE, KIND)),
             (_consumer, (1, sink, panels, arrived, M, N, K, CONFIG, EPILOGUE, KIND)),
             (_producer, (M, N, K, split, CONFIG, SKIP, "linear_specialized")),
-            (_idle, (PAIR,)),
-            (_idle, (PAIR,)),
+            (_idle, (BLOCKS,)),
+            (_idle, (BLOCKS,)),
         ],
         [4, 1, 1, 2],
         [232, 40, 40, 40],
@@ -155,17 +165,25 @@ def linear_flat(
     w_desc, x_desc, e_desc, y_desc, r_desc, s_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale, split,
     M, N, K, CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
-    """Eight warps; both warpgroups multiply, their 64 features of each 128 side by side. K: padded to 2 block_k."""
-    TILES: gl.constexpr = CONFIG.block_n // 128
+    """Eight warps; both warpgroups multiply, their 64 features of each 128 side by side. K: padded to 2 block_k.
+
+    Two resident blocks have four warps each. Half of all blocks begin half a tile later than the others, so that one
+    block of a multiprocessor multiplies while the other is in its epilogue.
+    """
+    TILES: gl.constexpr = accumulators(CONFIG)
+    WARPS: gl.constexpr = warps(CONFIG)
     BLOCK_M: gl.constexpr = CONFIG.block_m
     KERNEL: gl.constexpr = "linear_flat"
+    FETCHES: gl.constexpr = EPILOGUE.residual and not EPILOGUE.direct
     SIZE: gl.constexpr = stage_bytes(CONFIG)
-    PAIR: gl.constexpr = CONFIG.cluster != "none"
-    BLOCKS: gl.constexpr = 2 if PAIR else 1
+    BLOCKS: gl.constexpr = cluster_size(CONFIG)
     ring, panels, arrived = allocate(CONFIG, EPILOGUE.direct, y_desc.dtype)
     sink = (y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale)
     effect("bar.sync 0;")
-    cluster_sync(PAIR)
+    cluster_sync(BLOCKS)
+    if CONFIG.resident == 2:
+        later = gl.program_id(0) >= gl.num_programs(0) // 2
+        sleep(later.to(gl.int32) * (K // CONFIG.block_k * HALF_A_SLOT))
     base = shared_base()
     bars = base + CONFIG.stages * SIZE[3]
     rank = cluster_rank()
@@ -173,8 +191,9 @@ def linear_flat(
     KT = K // CONFIG.block_k
     gl.assume(KT // 2 > 0)  # a loop that might not run would leave the wgmma registers undefined (C7515)
     w0, x0 = descriptors(base, 0, CONFIG)
-    w0 += warp // 4 * (64 * CONFIG.block_k >> 4)
-    words = base + (SIZE[0] + SIZE[1]) + 4 * gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [8], [0]))
+    if WARPS == 8:
+        w0 += warp // 4 * (64 * CONFIG.block_k >> 4)
+    words = base + (SIZE[0] + SIZE[1]) + 4 * gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     tiles = tile_count(M, N, CONFIG)
     blocks = gl.num_programs(0) // BLOCKS
     first = gl.program_id(0) // BLOCKS
@@ -187,36 +206,40 @@ def linear_flat(
     residual_phase = 0
     for t in range(first, tiles, blocks):
         n, m = tile(t, M, N, rank, CONFIG)
-        acc = (gl.zeros([128, BLOCK_M], gl.float32, layout=accumulator_layout(8, BLOCK_M)),) * TILES
+        acc = (gl.zeros([16 * WARPS, BLOCK_M], gl.float32, layout=accumulator_layout(WARPS, BLOCK_M)),) * TILES
         before = slot
         for k in range(0, KT, 2):
+            if FETCHES:
+                now = k == gl.minimum(FETCH_AT, KT - 2)
+                if now:
+                    fetch_residual(n, (m,), r_desc, panels, arrived.index(0), 0, WARPS, CONFIG, None)
             barrier_wait(bars + 16 * slot, phase)
-            even = read_metadata(words, slot, 0, TILES, 8, CONFIG)
+            even = read_metadata(words, slot, 0, TILES, WARPS, CONFIG)
             step = slot * (SIZE[3] >> 4)
-            acc = multiply(acc, even, w0 + step, x0 + step, 8, CONFIG, KIND)
+            acc = multiply(acc, even, w0 + step, x0 + step, WARPS, CONFIG, KIND)
             acc = wgmma_wait(acc, 1)  # the slot before this one is read
             if k > 0:
-                barrier_arrive(bars + 16 * before + 8, PAIR)
+                barrier_arrive(bars + 16 * before + 8, BLOCKS)
             cursor = _fill_next(cursor, base, split, rank, M, N, KT, blocks, warp, CONFIG, SKIP, KERNEL)
             even_slot = slot
             slot, phase = next_slot(slot, phase, CONFIG)
             barrier_wait(bars + 16 * slot, phase)
-            odd = read_metadata(words, slot, 0, TILES, 8, CONFIG)
+            odd = read_metadata(words, slot, 0, TILES, WARPS, CONFIG)
             step = slot * (SIZE[3] >> 4)
-            acc = multiply(acc, odd, w0 + step, x0 + step, 8, CONFIG, KIND)
+            acc = multiply(acc, odd, w0 + step, x0 + step, WARPS, CONFIG, KIND)
             acc = wgmma_wait(acc, 1)
-            barrier_arrive(bars + 16 * even_slot + 8, PAIR)
+            barrier_arrive(bars + 16 * even_slot + 8, BLOCKS)
             cursor = _fill_next(cursor, base, split, rank, M, N, KT, blocks, warp, CONFIG, SKIP, KERNEL)
             before = slot
             slot, phase = next_slot(slot, phase, CONFIG)
         acc = wgmma_wait(acc, 0)
-        barrier_arrive(bars + 16 * before + 8, PAIR)
+        barrier_arrive(bars + 16 * before + 8, BLOCKS)
         epilogue(
-            acc, n, (m,), sink, panels, arrived.index(0), residual_phase, M, N, 0, 8, CONFIG, EPILOGUE, None
+            acc, n, (m,), sink, panels, arrived.index(0), residual_phase, M, N, 0, WARPS, CONFIG, EPILOGUE, None
         )  # fmt: skip
         residual_phase = residual_phase ^ 1
     if not EPILOGUE.direct:
         tma.store_wait(0)
-    if PAIR and warp == 0:
+    if BLOCKS > 1 and warp == 0:
         drain(bars, slot, phase, CONFIG)
     ring._keep_alive()

@@ -40,8 +40,9 @@ class Config:
     block_m: int  # rows of x, or pixels
     block_k: int
     stages: int
-    cluster: str = "none"  # "x", "w": what the two blocks of a cluster share
+    cluster: str = "none"  # "x", "w": what the two blocks of a cluster share; "xw": four, in pairs of each kind
     specialized: bool = True
+    resident: int = 1  # blocks on a multiprocessor; 2: flat, with half the warps, one multiplies while the other stores
     group: int = 8  # tiles along M that are walked before the next along N, for L2
 
 
@@ -54,13 +55,37 @@ def stage_bytes(config):
 
 
 @gluon.constexpr_function
+def shares_x(config):
+    return "x" in config.cluster
+
+
+@gluon.constexpr_function
+def shares_w(config):
+    return "w" in config.cluster
+
+
+@gluon.constexpr_function
+def cluster_size(config):
+    return (1 + shares_x(config)) * (1 + shares_w(config))
+
+
+@gluon.constexpr_function
+def warps(config):
+    """That hold one accumulator: a warpgroup's, or in a flat loop all of a block."""
+    return 4 if config.specialized else 8 // config.resident
+
+
+@gluon.constexpr_function
+def accumulators(config):
+    """Of each thread: tiles of 16 warps(config) features."""
+    return config.block_n * config.resident // 128
+
+
+@gluon.constexpr_function
 def boxes(config):
     """TMA boxes: (rows of x, rows of W, words of metadata)."""
-    rows_x, rows_w = config.block_m, config.block_n
-    if config.cluster == "x":
-        rows_x //= 2
-    if config.cluster == "w":
-        rows_w //= 2
+    rows_x = config.block_m // (1 + shares_x(config))
+    rows_w = config.block_n // (1 + shares_w(config))
     return rows_x, rows_w, min(256, 2 * rows_w)
 
 
@@ -96,17 +121,18 @@ def tile(t, M, N, rank, CONFIG: gl.constexpr):
     """Tile number t -> its first feature and first row. Tiles along M are neighbours, so that W stays in L2."""
     tiles_n = gl.cdiv(N, CONFIG.block_n)
     tiles_m = gl.cdiv(M, CONFIG.block_m)
-    pairs_n = gl.cdiv(tiles_n, 2) if CONFIG.cluster == "x" else tiles_n
-    pairs_m = gl.cdiv(tiles_m, 2) if CONFIG.cluster == "w" else tiles_m
+    pairs_n = gl.cdiv(tiles_n, 2) if shares_x(CONFIG) else tiles_n
+    pairs_m = gl.cdiv(tiles_m, 2) if shares_w(CONFIG) else tiles_m
     first = t // (CONFIG.group * pairs_n) * CONFIG.group
     width = gl.minimum(pairs_m - first, CONFIG.group)
     inside = t % (CONFIG.group * pairs_n)
     n = inside // width
     m = first + inside % width
-    if CONFIG.cluster == "x":
-        n = gl.minimum(2 * n + rank, tiles_n - 1)
-    if CONFIG.cluster == "w":
-        m = gl.minimum(2 * m + rank, tiles_m - 1)
+    of_x, of_w = halves(rank, CONFIG)
+    if shares_x(CONFIG):
+        n = gl.minimum(2 * n + of_x, tiles_n - 1)
+    if shares_w(CONFIG):
+        m = gl.minimum(2 * m + of_w, tiles_m - 1)
     return n * CONFIG.block_n, m * CONFIG.block_m
 
 
@@ -114,8 +140,24 @@ def tile(t, M, N, rank, CONFIG: gl.constexpr):
 def tile_count(M, N, CONFIG: gl.constexpr):
     tiles_n = gl.cdiv(N, CONFIG.block_n)
     tiles_m = gl.cdiv(M, CONFIG.block_m)
-    pairs_n = gl.cdiv(tiles_n, 2) if CONFIG.cluster == "x" else tiles_n
-    return pairs_n * (gl.cdiv(tiles_m, 2) if CONFIG.cluster == "w" else tiles_m)
+    pairs_n = gl.cdiv(tiles_n, 2) if shares_x(CONFIG) else tiles_n
+    return pairs_n * (gl.cdiv(tiles_m, 2) if shares_w(CONFIG) else tiles_m)
+
+
+@gluon.jit
+def halves(rank, CONFIG: gl.constexpr):
+    """Which half of x and which of W this block loads for those that share it: bits of its rank."""
+    if shares_x(CONFIG):
+        return rank & 1, rank >> 1
+    return 0, rank
+
+
+@gluon.jit
+def recipients(rank, CONFIG: gl.constexpr):
+    """Bits of the ranks that get this block's half of x, of W."""
+    if cluster_size(CONFIG) == 4:
+        return 3 << (rank & 2), 5 << (rank & 1)
+    return 3, 3
 
 
 # ------------------------------------------------------------------------------------------------ ring
@@ -124,9 +166,9 @@ def allocate(CONFIG: gl.constexpr, DIRECT: gl.constexpr, DTYPE: gl.constexpr):
     """-> (ring with its barriers behind it, output panels of one warpgroup's features each, residual barriers)."""
     STAGES: gl.constexpr = CONFIG.stages
     BLOCK_M: gl.constexpr = CONFIG.block_m
-    PAIR: gl.constexpr = CONFIG.cluster != "none"
+    BLOCKS: gl.constexpr = cluster_size(CONFIG)
     SLOT: gl.constexpr = stage_bytes(CONFIG)[3]
-    PANEL: gl.constexpr = 64 if CONFIG.specialized else 128
+    PANEL: gl.constexpr = 16 * warps(CONFIG)
     PANELS: gl.constexpr = 1 if DIRECT else CONFIG.block_n // PANEL
     gl.static_assert(
         CONFIG.block_n * BLOCK_M * 2 <= STAGES * SLOT,
@@ -140,8 +182,9 @@ def allocate(CONFIG: gl.constexpr, DIRECT: gl.constexpr, DTYPE: gl.constexpr):
     bars = shared_base() + STAGES * SLOT
     for s in gl.static_range(STAGES):
         barrier_init(bars + 16 * s, 1)
-        barrier_init(bars + 16 * s + 8, 16 if PAIR else 8)  # eight consumer warps, of both blocks if a pair
-    if PAIR:
+        # the consumer warps of this block and of each that shares a tile with it
+        barrier_init(bars + 16 * s + 8, 8 // CONFIG.resident * (1 + BLOCKS // 2))
+    if BLOCKS > 1:
         effect("fence.mbarrier_init.release.cluster;")
     for s in gl.static_range(2):
         mbarrier.init(arrived.index(s), 1)
@@ -175,14 +218,16 @@ def load_weight(
     BOX: gl.constexpr = boxes(CONFIG)
     STEPS: gl.constexpr = CONFIG.block_k // 64
     HALF: gl.constexpr = CONFIG.block_k // 2
-    if CONFIG.cluster == "w":
-        tma_load(w + rank * (SIZE[1] // 2), k * HALF, n + rank * BOX[1], full, 0, KERNEL, W_DESC, -1, True)
-        tma_load(e + rank * (SIZE[2] // 2), 2 * n + rank * BOX[2], k * STEPS, full, 0, KERNEL, E_DESC, -1, True)
+    if shares_w(CONFIG):
+        _, half = halves(rank, CONFIG)
+        _, to = recipients(rank, CONFIG)
+        tma_load(w + half * (SIZE[1] // 2), k * HALF, n + half * BOX[1], full, 0, to, KERNEL, W_DESC, -1, True)
+        tma_load(e + half * (SIZE[2] // 2), 2 * n + half * BOX[2], k * STEPS, full, 0, to, KERNEL, E_DESC, -1, True)
     else:
-        tma_load(w, k * HALF, n, full, 0, KERNEL, W_DESC, -1, False)
+        tma_load(w, k * HALF, n, full, 0, 0, KERNEL, W_DESC, -1, False)
         for q in gl.static_range(2 * CONFIG.block_n // BOX[2]):
             part = e + q * (STEPS * BOX[2] * 4)
-            tma_load(part, 2 * n + q * BOX[2], k * STEPS, full, 0, KERNEL, E_DESC, -1, False)
+            tma_load(part, 2 * n + q * BOX[2], k * STEPS, full, 0, 0, KERNEL, E_DESC, -1, False)
 
 
 @gluon.jit
@@ -198,23 +243,28 @@ def fill_slot(base, slot, phase, n, m, k, split, rank, CONFIG: gl.constexpr, SKI
     column = (k - split * from_skip) * CONFIG.block_k
     for j in gl.static_range(CONFIG.block_k // 64):
         panel = x + j * (CONFIG.block_m * 128)
-        if CONFIG.cluster == "x":
-            panel += rank * (CONFIG.block_m * 64)
-            tma_load(panel, column + 64 * j, m + rank * BOX[0], full, from_skip, KERNEL, 5, SECOND, True)
+        if shares_x(CONFIG):
+            half, _ = halves(rank, CONFIG)
+            to, _ = recipients(rank, CONFIG)
+            panel += half * (CONFIG.block_m * 64)
+            tma_load(panel, column + 64 * j, m + half * BOX[0], full, from_skip, to, KERNEL, 5, SECOND, True)
         else:
-            tma_load(panel, column + 64 * j, m, full, from_skip, KERNEL, 5, SECOND, False)
+            tma_load(panel, column + 64 * j, m, full, from_skip, 0, KERNEL, 5, SECOND, False)
     load_weight(w, e, full, n, k, rank, CONFIG, KERNEL, 0, 10)
 
 
 @gluon.jit
 def drain(bars, slot, phase, CONFIG: gl.constexpr):
-    """The last arrivals of the other block must have landed here before this block may exit."""
+    """The last arrivals of the other blocks must have landed here before this block may exit."""
     for _ in range(CONFIG.stages):
         barrier_wait(bars + 16 * slot + 8, phase ^ 1)
         slot, phase = next_slot(slot, phase, CONFIG)
 
 
 # ------------------------------------------------------------------------------------------------ one slot's products
+FETCH_AT = gl.constexpr(2)  # the step at which the residual is ordered: at once, the last tile's store may still read
+
+
 @gluon.jit
 def read_metadata(words, slot, FIRST: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, CONFIG: gl.constexpr):
     """The metadata of each step and accumulator tile (16 WARPS features, from FIRST) in the accumulator's layout."""
@@ -258,20 +308,28 @@ def descriptors(base, FIRST: gl.constexpr, CONFIG: gl.constexpr):
 
 @gluon.jit
 def multiply_tile(
-    bars, words, w0, x0, slot, phase, steps, FIRST: gl.constexpr, CONFIG: gl.constexpr, KIND: gl.constexpr
-):
-    """One consumer warpgroup's products over the next `steps` slots -> (accumulators, the slot after, its phase)."""
-    TILES: gl.constexpr = CONFIG.block_n // 128
+    bars, words, w0, x0, slot, phase, steps, residual, FIRST: gl.constexpr, CONFIG: gl.constexpr, KIND: gl.constexpr,
+    FETCHES: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
+    """One consumer warpgroup's products over the next `steps` slots -> (accumulators, the slot after, its phase).
+
+    residual: the first arguments of `fetch_residual`, which is called meanwhile if FETCHES.
+    """
+    TILES: gl.constexpr = accumulators(CONFIG)
     BLOCK_M: gl.constexpr = CONFIG.block_m
     SIZE: gl.constexpr = stage_bytes(CONFIG)
     acc = (gl.zeros([64, BLOCK_M], gl.float32, layout=accumulator_layout(4, BLOCK_M)),) * TILES
-    for _ in range(steps):
+    for k in range(steps):
+        if FETCHES:
+            n, where, r_desc, panels, arrived = residual
+            if k == gl.minimum(FETCH_AT, steps - 1):
+                fetch_residual(n, where, r_desc, panels, arrived, FIRST // 64, 4, CONFIG, BOX)
         barrier_wait(bars + 16 * slot, phase)
         metadata = read_metadata(words, slot, FIRST, TILES, 4, CONFIG)
         step = slot * (SIZE[3] >> 4)
         acc = multiply(acc, metadata, w0 + step, x0 + step, 4, CONFIG, KIND)
         acc = wgmma_wait(acc, 0)
-        barrier_arrive(bars + 16 * slot + 8, CONFIG.cluster != "none")
+        barrier_arrive(bars + 16 * slot + 8, cluster_size(CONFIG))
         slot, phase = next_slot(slot, phase, CONFIG)
     return acc, slot, phase
 
@@ -291,6 +349,20 @@ def panel_as(panels, i, BOX: gl.constexpr):
 
 
 @gluon.jit
+def fetch_residual(
+    n, where, r_desc, panels, arrived,
+    FIRST: gl.constexpr, WARPS: gl.constexpr, CONFIG: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
+    """Orders the residual of a tile into its output panels, which are idle during its products. As in `epilogue`."""
+    ROWS: gl.constexpr = 16 * WARPS
+    TILES: gl.constexpr = accumulators(CONFIG)
+    tma.store_wait(0)  # the panels are free again; who waits here also orders
+    mbarrier.expect(arrived, TILES * CONFIG.block_m * ROWS * 2)
+    for b in gl.static_range(TILES):
+        box_in(r_desc, where + (n + b * ROWS,), arrived, panel_as(panels, FIRST + b, BOX))
+
+
+@gluon.jit
 def epilogue(
     acc, n, where, sink, panels, arrived, phase, M, N,
     FIRST: gl.constexpr, WARPS: gl.constexpr, CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, BOX: gl.constexpr,
@@ -300,7 +372,7 @@ def epilogue(
     where: the tile's other coordinates, (row,) or (image, row, column) of a BOX. `direct` serves fp32 results, whose
     panels would not fit, and N that TMA cannot store (rows not of 16 bytes): eight lanes write eight features.
     """
-    y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale = sink
+    y_desc, _, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale = sink
     ROWS: gl.constexpr = 16 * WARPS
     BLOCK_M: gl.constexpr = CONFIG.block_m
     ACC: gl.constexpr = accumulator_layout(WARPS, BLOCK_M)
@@ -308,14 +380,10 @@ def epilogue(
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty if EPILOGUE.direct else panels.dtype
     m = where[0]
     if not EPILOGUE.direct:
-        tma.store_wait(0)  # the panels are free again
         if EPILOGUE.residual:
-            if WARPS == 8:
-                effect("bar.sync 0;")  # ... for every warp, not only for the one that stored
-            mbarrier.expect(arrived, TILES * BLOCK_M * ROWS * 2)
-            for b in gl.static_range(TILES):
-                box_in(r_desc, where + (n + b * ROWS,), arrived, panel_as(panels, FIRST + b, BOX))
-            mbarrier.wait(arrived, phase)
+            mbarrier.wait(arrived, phase)  # `fetch_residual` has ordered it
+        else:
+            tma.store_wait(0)  # the panels are free again
     row = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
     for b in gl.static_range(TILES):
         feature = n + b * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
