@@ -6,6 +6,7 @@ measure       check, then time: the rows of one problem for a list of providers;
 shapes        named shapes, taken from the models themselves, and sweeps
 problems      data, reference and arithmetic of one shape: linear, convolution, masked training, masks
 providers     dense torch and ours;  baselines: other people's 2:4 products, and the list of everybody
+cpu           what is measured on a CPU: every N:M pattern against both dense products of torch
 networks      whole networks: one sampler step, whole sampling, a training step
 ceilings      what this device can do at most: copies, dense products, tensor-core instructions (`instruction_rates`)
 results       the CSV files: one row per measurement, what it is stamped with, and speed-ups over dense

@@ -23,7 +23,8 @@ from sparsedm import __version__
 from sparsedm.errors import InputError
 from sparsedm.files import write_text
 
-DENSE = ("dense", "dense fused", "dense compiled")  # providers that are the denominators of speed-ups; nothing else is
+ONEDNN = "dense oneDNN"  # on a CPU: the best dense product that torch has
+DENSE = ("dense", "dense fused", "dense compiled", ONEDNN)  # the denominators of speed-ups; nothing else is
 COLUMNS = (
     *("suite", "kernel", "model", "shape", "provider", "mode", "metric", "dtype", "M", "N", "K", "layers"),
     *("status", "reason", "p20_us", "p50_us", "p80_us", "samples", "method", "value", "unit"),
@@ -180,7 +181,8 @@ SENSORS = ("clocks.sm", "clocks.mem", "power.draw")  # MHz, MHz, W
 
 def stamp(device):
     """{column: text} for measurements on `device` now. What cannot be read is an empty text, never a guess."""
-    return {**_fixed(str(device)), **sensors(device), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    now = {"threads": torch.get_num_threads(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {**_fixed(str(device)), **sensors(device), **now}
 
 
 @functools.cache
@@ -189,7 +191,6 @@ def _fixed(device):
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU: {cpu_name()}",
         "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)) if cuda else "",
-        "threads": torch.get_num_threads(),
         "driver": _nvidia_smi(device, "driver_version")[0] if cuda else "",
         "cuda": (torch.version.cuda or "") if cuda else "",
         "torch": torch.__version__,

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, problems, program
+from bench import ceilings, cpu, problems, program
 from bench.baselines import PROVIDERS, first_providers
 from bench.measure import BESIDE, measure, release
 from bench.networks import (
@@ -61,9 +61,10 @@ LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by
     "conv": (problems.ConvProblem, ConvShape, "models", "ddpm-tiny@4"),
 }
 NETWORK_SUITES = ("end-to-end", "train", "table3")
-SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
+SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
 
 
+QUICK = {"rounds": 3, "per_round": 1, "seconds": 1.0}  # of suite cpu
 PATIENCE = 2  # times that a provider may end the process, by a hang or a fault, before the suite goes on without it
 COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network takes
 
@@ -180,8 +181,32 @@ def run_suite(suite, session, progress=False):
             session.do(suite, shape, kind.modes[0], providers, measured)
     elif suite == "ceiling":
         ceilings.run(session)
+    elif suite == "cpu":
+        run_on_cpu(session, progress)
     else:
         raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
+
+
+def run_on_cpu(session, progress):
+    """`cpu.PLAN`, each part with its number of threads. Raises: InputError for another device or type."""
+    if session.device.type != "cpu" or session.dtype != torch.float32:
+        raise InputError("suite cpu measures fp32 products on a CPU: --device cpu --dtype fp32")
+    before = torch.get_num_threads()
+    try:
+        for part in cpu.PLAN:
+            torch.set_num_threads(part.threads)
+            shapes, clock = part.shapes(), clock_for(session.device)
+            limits = part.limits | {"packing": False} | (QUICK if session.quick else {})
+            shapes = shapes[: part.quick] if session.quick else shapes
+            for shape in tqdm(shapes, part.suite, disable=None if progress else True):
+
+                def rows(providers, starting, part=part, shape=shape, limits=limits, clock=clock):
+                    problem = part.kind(shape, part.mode, session.dtype, session.device)
+                    return measure(part.suite, problem, providers, clock, starting=starting, **limits)
+
+                session.do(part.suite, shape, part.mode, part.providers, rows)
+    finally:
+        torch.set_num_threads(before)
 
 
 def layer_rows(suite, kind, shape, mode, session, providers, starting):
@@ -286,6 +311,7 @@ def run(options, arguments):
         on_timeout=again if device.type == "cuda" else None,
     )
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
+    known |= {p.name for part in cpu.PLAN for p in part.providers}
     known |= {p.name for p in (*STEP_PROVIDERS, *TRAINING_PROVIDERS, *first_providers(device, session.dtype))}
     if unknown := set(session.providers or ()) - known:
         raise InputError(f"unknown providers {', '.join(sorted(unknown))}: they are {', '.join(sorted(known))}")

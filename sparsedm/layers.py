@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import dense
 from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_onnx
 from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import (
@@ -26,6 +27,7 @@ from sparsedm.kernels.masked_matmul import (
     kernels_serve,
     masked_linear,
     straight_through,
+    training_product,
     transformed,
 )
 from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
@@ -68,7 +70,10 @@ class Masked:
 
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
     rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
+    beside_compressed: whether it is a dense layer of a compressed model, which takes the best dense product of a CPU.
     """
+
+    beside_compressed = False
 
     def _start_masking(self, pattern=None, activation=None):
         self.activation = _check_activation(activation)
@@ -108,12 +113,16 @@ class Masked:
 
     def effective_weight(self):
         """The weight that multiplies x, in the dtype of the product. Its gradient is straight-through."""
+        return self._weight_and_mask()[0]
+
+    def _weight_and_mask(self):
+        """`effective_weight()`, and its mask if it gets a gradient through one, else None."""
         if self.pattern is None:
-            return self.weight
+            return self.weight, None
         masked, mask, *_ = self.selection(product_dtype(self.weight))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return masked
-        return straight_through(self.weight, masked, mask, self.rule_of_forward())
+            return masked, None
+        return straight_through(self.weight, masked, mask, self.rule_of_forward()), mask
 
     def rule_of_forward(self):
         """The gradient rule. Its decay is 0 if a hook on the weight adds the decay.
@@ -238,7 +247,12 @@ class Linear(Masked, nn.Linear):
             selection = self.selection(product_dtype(self.weight))
             y = masked_linear(*product, selection=selection, rule=self.rule_of_forward())
             return _epilogue(y, None, residual, scale)
-        return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual, scale)
+        weight, mask = self._weight_and_mask()
+        if mask is not None and self.training:  # in eval mode the bits are those of the baked network
+            y = training_product(x, weight, mask, self.pattern, self.bias)
+        else:
+            y = (dense.linear if self.beside_compressed else F.linear)(x, weight, self.bias)
+        return _epilogue(y, self.activation, residual, scale)
 
 
 class Conv2d(Masked, nn.Conv2d):
@@ -319,6 +333,11 @@ class Compressed(nn.Module):
         rows: by default the size that this layer met for the first time most recently.
         """
         return last_measured(self._prepacked, rows)
+
+    def backend_used(self):
+        """The back end that computed the latest new size without measuring; None before."""
+        layouts = [layout for layout in self._prepacked if layout != "choices"]
+        return layouts[-1].split()[0] if layouts else None
 
     @property
     def weight(self):

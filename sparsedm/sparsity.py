@@ -377,6 +377,9 @@ def compress(model: nn.Module) -> nn.Module:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
     compressed = {layer: _compress_layer(layer) for layer in layers}
     small = _with_layers(model, compressed).eval()
+    for layer in small.modules():
+        if isinstance(layer, Masked):
+            layer.beside_compressed = True
     small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
     small._tied = [names for names in parameter_names(model) if len(names) > 1]
     return small.requires_grad_(False)
@@ -403,6 +406,8 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
         if "forward" in vars(layer):
             raise InputError(f"{name}.forward was replaced, and the layer with a dense weight has its own")
     dense.train(model.training)
+    for layer in dense.modules():
+        vars(layer).pop("beside_compressed", None)
     for names in getattr(model, "_tied", ()):
         _tie(dense, names, layers)
     if form == "masked":

@@ -1,5 +1,7 @@
 """`sparsedm sample`: draw images from a trained model, or with --strategy from several networks of a run folder."""
 
+import statistics
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ from sparsedm.features import to_uint8
 from sparsedm.files import atomic_file, check_writable
 from sparsedm.models.autoencoder import load_autoencoder
 from sparsedm.plots import save_grid
-from sparsedm.sparsity import compress, masked_layers
+from sparsedm.sparsity import bake, compress, masked_layers
 from sparsedm.stepaware.family import family_of, load_strategy
 from sparsedm.train import distributed
 from sparsedm.train.array_files import read_context
@@ -174,11 +176,14 @@ def run(options):
                 "decode them with --vae DIR, or write the numbers with --out FILE.npz"
             )
     autoencoder = autoencoder_of(source.config, options)
+    masked = source.networks[0]
     if options.compress:
         source = _compressed(source, options.strategy is None)
     check_writable(out)
     with distributed.process_group(options.device):
+        start = time.perf_counter()
         images = draw(source, conditions, options)
+        rate = options.count / (time.perf_counter() - start)
     if images is None:
         return
     if autoencoder:
@@ -195,6 +200,37 @@ def run(options):
     guidance = f", guidance {source.guidance:g}" if source.guidance else ""
     how = f"{how}{guidance}, schedule {source.config.schedule}, seed {options.seed}"
     print(f"{len(images)} samples of {source.words}, {how}: {out}")
+    if options.compress and options.strategy is None:
+        dense = rate / _gain(source.networks[0], bake(masked), conditions.y, options)
+        print(f"{rate:,.1f} images/s; the same network dense about {dense:,.1f}, by three calls of each")
+
+
+@torch.no_grad()
+def _gain(network, dense, y, options):
+    """How many times as fast a call of `network` is as one of `dense`, in turns, on one batch."""
+    config, times = network.config, {network: [], dense: []}
+    count, dtype = min(options.count, batch_size_of(options)), network_dtype(options, compressed=True)
+    dense.to(options.device, dtype)
+    x = torch.randn(count, config.channels, config.image_size, config.image_size).to(options.device, dtype)
+    t, y = torch.full((count,), 500.0, device=x.device), None if y is None else y[:count].to(x.device)
+    for _ in range(4):
+        for each, found in times.items():
+            start = time.perf_counter()
+            each(x, t, y).cpu()
+            found.append(time.perf_counter() - start)
+    ours, theirs = (statistics.median(found[1:]) for found in times.values())
+    return theirs / ours
+
+
+def batch_size_of(options):
+    return options.batch_size or (64 if options.device.type == "cpu" else 256)
+
+
+def network_dtype(options, compressed):
+    dtype = DTYPES[options.dtype]
+    if dtype is None:
+        dtype = torch.bfloat16 if compressed and options.device.type == "cuda" else torch.float32
+    return dtype
 
 
 def beside(run):
@@ -263,10 +299,7 @@ def _texts(source, options):
 
 def draw(source, conditions, options):
     """(count, C, H, W) floating point samples. Only the main process gets them; the others get None."""
-    config, dtype = source.config, DTYPES[options.dtype]
-    batch_size = options.batch_size or (64 if options.device.type == "cpu" else 256)
-    if dtype is None:
-        dtype = torch.bfloat16 if source.compressed and options.device.type == "cuda" else torch.float32
+    config, dtype, batch_size = source.config, network_dtype(options, source.compressed), batch_size_of(options)
     y, null = conditions
     moved = {id(network): network.to(options.device, dtype) for network in source.networks}
 

@@ -24,6 +24,7 @@ except ImportError:  # Windows: folders are not locked there
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_folder, read_json, write_json, writing
+from sparsedm.kernels.cpu import rules
 from sparsedm.model_files import (
     check_digest,
     checkpoints,
@@ -134,7 +135,8 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         write_model(partial / "model.safetensors", model)
         write_model(partial / "ema.safetensors", ema)
         write_tensors(partial / "optimizer.safetensors", moments, {"tensors": str(len(moments))})
-        about = {"versions": {"torch": torch.__version__}, "sha256": digests(partial)}
+        versions = {"torch": torch.__version__, "cpu_kernels": rules.version()}
+        about = {"versions": versions, "sha256": digests(partial)}
         write_json(partial / "state.json", {"step": step, **state, "model": describe(model), **about})
     for old in checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.partial")  # hidden at once, even if the removal is interrupted
@@ -146,6 +148,16 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
 def latest(folder):
     """The newest checkpoint of a run folder, or None."""
     return (checkpoints(folder) or [None])[-1]
+
+
+def differing_kernels(state):
+    """What the state.json of a checkpoint says of the CPU kernels, and what this process runs, in words; None if equal.
+
+    Then a training on a CPU that goes on from it is right, and not bit for bit what it would have been.
+    """
+    versions, here = state.get("versions"), rules.version()
+    there = versions.get("cpu_kernels", "not recorded") if isinstance(versions, dict) else "not recorded"
+    return None if there == here else f"{there} there, {here} here"
 
 
 def load(path, model, ema):

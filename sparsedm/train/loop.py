@@ -275,6 +275,9 @@ class _Run:
             checkpoint.load(self.saved, step.model, step.ema)
             saved = checkpoint.load_optimizer(self.saved, step.model, step.optimizer)
             self.state = RunState.read(saved, self.saved)
+            if step.device.type == "cpu" and (differing := checkpoint.differing_kernels(saved)):
+                words = "goes on with other CPU kernels, so it is not bit for bit the uninterrupted run"
+                logger.warning("%s %s: %s", folder, words, differing)
         self.log = MetricsLog(folder, step.model, self.state.step, step.device, reference)
 
     def show(self, progress):

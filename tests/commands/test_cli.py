@@ -4,14 +4,17 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sparsedm import cli
 from sparsedm.cli import COMMANDS, main, parse
 from sparsedm.commands import evaluate, sample, train
 from sparsedm.model_files import load_model, save_model
@@ -70,7 +73,9 @@ def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
     out = tmp_path / "samples.png"
     assert run("sample", trained, "--count", 4, "--sampling-steps", 2, "--out", out, *extra) == 0
     assert out.read_bytes()[:4] == b"\x89PNG"
-    assert str(out) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(out) in said
+    assert bool(re.search(r"[\d.]+ images/s; the same network dense about [\d.]+", said)) == ("--compress" in extra)
 
 
 @pytest.mark.parametrize("bad", [("--count", -1), ("--count", 0), ("--batch-size", 0)], ids=str)
@@ -453,6 +458,22 @@ def test_help_teaches(command, capsys):
     assert all(f"  {name}: " in text for name in METHODS) or "--method" not in text, "a line for each"
     assert ("--seed" in text) == (command not in ("", "inspect")), "an option is there where it does something"
     assert "exit codes:" in text
+
+
+@pytest.mark.parametrize("library", ["glibc", "musl", None])
+def test_freed_memory_is_kept_where_the_c_library_is_glibc(library, monkeypatch):
+    told = {}
+    glibc = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda option, size: told.update({option: size}))
+    known = {"glibc": glibc, "musl": SimpleNamespace(mallopt=glibc.mallopt)}
+
+    def load(name):
+        if library is None:
+            raise OSError("no such library")
+        return known[library]
+
+    monkeypatch.setattr(cli.ctypes, "CDLL", load)
+    cli.keep_freed_memory()
+    assert set(told) == ({cli.M_MMAP_THRESHOLD, cli.M_TRIM_THRESHOLD} if library == "glibc" else set())
 
 
 def test_help_does_not_wait_for_torch():

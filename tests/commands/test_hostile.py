@@ -85,6 +85,7 @@ BASE = {  # as little work as there can be
     "evaluate": ["{model}", "--data", "{folder}", "--count", "4", "--sampling-steps", "1", "--out", "{run}/a.json"],
     "inspect": ["{model}", "--plot", "{run}/a.png"],
     "import": ["{file}", "--out", "{run}/b.safetensors"],
+    "encode": ["--data", "{folder}", "--vae", "{folder}", "--out", "{run}/z.npz"],
     "search": ["--dry-run"],
 }
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import rules
 from sparsedm.kernels.pattern import Pattern, select_mask_ref
 from sparsedm.sparsity import masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop, step
@@ -392,6 +394,19 @@ def test_a_finished_run_goes_on_where_its_length_changes_nothing(tmp_path, unbro
         run(folder, replace(options, steps=3))
         with pytest.raises(InputError, match=f"options.steps is 3 there and 5 here: .*{reason}"):
             run(folder, replace(options, steps=5))
+
+
+def test_a_run_that_goes_on_with_other_cpu_kernels_says_so(tmp_path, unbroken, caplog):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    run(tmp_path / "run")
+    assert "kernels" not in caplog.text
+    file = checkpoint.latest(tmp_path / "run") / "state.json"
+    state = json.loads(file.read_text())
+    assert state["versions"]["cpu_kernels"] == rules.version()
+    file.write_text(json.dumps(state | {"versions": {"cpu_kernels": "rules 0, avx1024"}}))
+    run(tmp_path / "run")
+    (record,) = [record for record in caplog.records if "kernels" in record.message]
+    assert f"rules 0, avx1024 there, {rules.version()} here" in record.message
 
 
 def test_a_state_without_its_numbers_is_refused(tmp_path):
