@@ -34,7 +34,7 @@ def run(build, ptx, arguments, grid, *, early=True, cluster=1, seed=0):
 def tensor_map(kind, tensor):
     """'tensordesc<bf16[128, 64],NVMMASharedLayout(swizzle_byte_width=128, ...)>' and a tensor -> TensorMap.
 
-    A box wider than the swizzle becomes several messages of its width, as Triton does it.
+    A box wider than the swizzle becomes several messages of the swizzle's width, as in Triton.
     """
     dtype, shape, span = re.match(r"tensordesc<(\w+)\[([\d, ]+)\],.*swizzle_byte_width=(\d+)", kind).groups()
     assert tensor.dtype == TORCH[dtype], (kind, tensor.dtype)
@@ -45,14 +45,14 @@ def tensor_map(kind, tensor):
 
 
 def numpy_view(tensor):
-    """Shares memory; 16-bit types as int16."""
+    """A numpy array that shares memory with the tensor; 16-bit types as int16."""
     if tensor.element_size() == 2:
         tensor = tensor.view(torch.int16)
     return tensor.numpy()
 
 
 def _whole(tensor):
-    """What a pointer to a strided tensor leads to: everything from its first to its last element."""
+    """The memory of a strided tensor: everything from its first to its last element."""
     if tensor.is_contiguous():
         return tensor
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))

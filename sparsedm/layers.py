@@ -276,6 +276,8 @@ class Compressed(nn.Module):
     `sparse24.format`. Both buffers are uint8, because collectives such as a broadcast do not take int16.
     weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
     kh * kw * in weights before compression.
+    A kernel's form of the weight is kept. Change the values by `load_state_dict` or `copy_`: what is written into the
+    same memory through `.data` is not seen.
     """
 
     def __init__(self, layer, values, words, pattern):
@@ -302,7 +304,7 @@ class Compressed(nn.Module):
         version = None if self.values.is_inference() else self.values._version
         key = (self.values.data_ptr(), self.values.device, version, dtype)
         if self._cast is None or self._cast[0] != key:
-            self._cast = key, self.values.to(dtype)
+            self._cast = key, self.values.to(dtype), self.values.detach()  # held: nothing else gets its address
         return self._cast[1], *tensors
 
     def words(self, stored=None):
@@ -391,7 +393,8 @@ class CompressedLinear(Compressed):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
     def forward(self, input, residual=None, skip=None, scale=None):
-        self._check_width(input.shape[-1] + (0 if skip is None else skip.shape[-1]), "features")
+        width = (input.shape[-1] if input.dim() else 0) + (0 if skip is None else skip.shape[-1])
+        self._check_width(width, "features")
         values, bias, x, skip, scale = self._operands(self.bias, input, skip, scale)
         dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # the dtype of their sum
         rest = {

@@ -12,7 +12,7 @@ from sparsedm.model_files import load_model
 from sparsedm.models import build_model
 from sparsedm.plots import table
 from sparsedm.train import distributed
-from sparsedm.train.data import load_images
+from sparsedm.train.data import check_source, load_images
 
 EXAMPLES = ("runs/quickstart --data synthetic", "runs/mine --data cifar10 --features inception --count 50000")
 
@@ -28,6 +28,7 @@ def add_arguments(parser):
         help="random-conv: built in, not comparable with published FIDs; inception; or an exported FILE",
     )
     parser.add_argument("--dense", metavar="RUN", help="also measure SSIM to this model's samples from the same noise")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be drawn and compared, and stop")
     parser.add_argument(
         "--out",
         help="the numbers (default: evaluation.json in the run folder; for a model file, in the current folder)",
@@ -42,6 +43,11 @@ def run(options):
     shape = (3 if autoencoder else config.channels, size, size)
     out = Path(options.out or beside(options.run) / "evaluation.json")
     check_writable(out)
+    if options.dry_run:
+        check_source(options.data)
+        print(f"{options.count:,} samples of {source.words}, {source.sampler} in {source.steps} steps,")
+        print(f"against the {options.split} images of {options.data}: {out}   (dry run: nothing was drawn or written)")
+        return
     dense = load_model(dense_part(options.dense), build_model, which=options.which).model if options.dense else None
     if dense is not None:
         for name in ("channels", "image_size", "num_classes", "context_tokens"):

@@ -59,7 +59,10 @@ def add_sampling_arguments(parser, images):
     parser.add_argument(
         "--strategy",
         metavar="FILE",
-        help="a file written by `sparsedm search`: it says which network of RUN draws which step",
+        help="a file written by `sparsedm search`, or released by DDSM: it says which network of RUN draws which step",
+    )
+    parser.add_argument(
+        "--other-weights", action="store_true", help="use a strategy although it was found for other weights"
     )
     parser.add_argument(
         "--sampler",
@@ -126,6 +129,8 @@ class Source(NamedTuple):
 
 def source_of(options):
     """The Source of the command line: a run or model file, or with --strategy a family and its strategy."""
+    if options.other_weights and options.strategy is None:
+        raise InputError("--other-weights goes with --strategy")
     if options.strategy is None:
         loaded = load_named(options, which=options.which)
         row = published(loaded.model.config) if options.sampler == "published" else Published({}, 0, clip=None)
@@ -142,9 +147,10 @@ def source_of(options):
         raise InputError("--strategy has its own sampler: leave out --sampler published")
     strategy, family = load_strategy(options.strategy), family_of(options.run)
     steps = _steps(options, options.sampler or strategy.sampler)
-    networks = strategy.models(family, sampler=options.sampler, steps=steps)
-    macs, dearest = (family.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
-    share = f"{macs / dearest:.0%} of the MACs of {family.names[0]}"
+    networks = strategy.models(family, sampler=options.sampler, steps=steps, other_weights=options.other_weights)
+    named = family.only(strategy.networks)
+    macs, dearest = (named.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
+    share = f"{macs / dearest:.0%} of the MACs of {named.names[0]}"
     words = f"the strategy {options.strategy}, {macs / 1e6:,.1f} M MACs an image, {share}"
     cost = {"strategy": options.strategy, "macs_per_image": macs, "share_of_macs": macs / dearest}
     return Source(words, networks, strategy.sampler, strategy.steps, options.clip, options.guidance, cost=cost)

@@ -16,10 +16,11 @@ from sparsedm import samplers
 from sparsedm.commands.options import add_seed_and_device, count, finite, positive, sampling_steps
 from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
+from sparsedm.features import load_features
 from sparsedm.files import read_json
 from sparsedm.models import model_config
 from sparsedm.recipes import SEARCHES
-from sparsedm.stepaware.family import UNITS, family_of
+from sparsedm.stepaware.family import UNITS
 from sparsedm.stepaware.report import NOTE, summary
 from sparsedm.stepaware.search import SearchOptions, check_installed, first_generation
 from sparsedm.stepaware.study import QUALITIES, Plan, study
@@ -44,6 +45,9 @@ def add_arguments(sub):
     sub.add_argument("--data", help="as for train (default: the run's data, or set by --scale)")
     sub.add_argument("--sampler", choices=samplers.SAMPLERS, default="dpm++2m", help="(default: dpm++2m)")
     sub.add_argument("--clip", choices=samplers.CLIPS, default="every", help="as for sample (default: every step)")
+    sub.add_argument("--guidance", type=finite, help="as for sample; each step then costs twice as much")
+    sub.add_argument("--networks", type=_names, default=(), help="search only among these of RUN, names with commas")
+    sub.add_argument("--exclude", type=_names, default=(), help="leave these out, for example 7/8,8/8 of all widths")
     sub.add_argument(
         "--sampling-steps",
         type=sampling_steps,
@@ -77,13 +81,15 @@ def run(options):
     scale = replace(scale, stages=distilled(scale.stages, options.distill))
     plan = _plan(options, scale, _deadline(options.minutes))
     check_source(plan.data)
-    if not options.run:
+    if not options.run and not options.exclude:
         widths = getattr(model_config(scale.model, **scale.overrides), "eighths", (8,))
         first_generation(len(scale.stages) * len(widths), plan.steps, plan.search)
     if options.dry_run:
         _show(options, scale, plan)
         return
     check_installed()  # before anything is trained
+    if plan.quality == "frechet":
+        load_features(plan.features, options.device)  # or a name mistyped would be refused after hours
     if scale.threads and options.device.type == "cpu":
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
     if options.device.type == "cuda" and options.unit == "MACs":  # tuning all sizes takes longer than the search
@@ -94,6 +100,10 @@ def run(options):
     print(f"\n{summary(report)}\n\n{NOTE}\n")
     print(f"look at {plan.folder / 'front.png'}, then strategies.png, samples.png and proxy.png beside it")
     print(f"({time.perf_counter() - started:.0f} s in all)")
+
+
+def _names(text):
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _deadline(minutes):
@@ -113,6 +123,9 @@ def _plan(options, scale, deadline):
         data=options.data or (_data_of(options.run) if options.run else scale.data),
         sampler=options.sampler,
         clip=options.clip,
+        guidance=options.guidance,
+        networks=options.networks,
+        exclude=options.exclude,
         steps=options.sampling_steps or scale.sampling_steps,
         count=options.count or scale.count,
         final_count=options.final_count or scale.samples,
@@ -152,7 +165,7 @@ def _data_of(run):
 def _show(options, scale, plan):
     """Print what the command would do; writes nothing."""
     if options.run:
-        family = family_of(plan.run, device=plan.device)
+        family = replace(plan, unit="MACs").family()
         costs = ", ".join(f"{name} {cost / 1e6:,.1f} M" for name, cost in zip(family.names, family.costs))
         print(f"family {family.name}: {costs}")
     else:

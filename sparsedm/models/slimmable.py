@@ -37,13 +37,15 @@ class SlimmableConfig(DDPMConfig):
     passes: in training, a batch is divided among so many widths by the sandwich rule (arXiv 1903.05134): the widest,
     the narrowest, and random ones between them. 0 trains only the widest. In DDSM all widths see the same images, with
     different times and noise. Here each width sees different images: with a batch `passes` times as large, the mean
-    gradient and the cost are the same, and no step sees an image twice.
+    gradient and the cost are the same, and no step sees an image twice. same_images: DDSM's rule as released
+    (with passes=3): all widths see the whole batch, and their losses are added before the gradient is clipped.
     """
 
     kind: str = "slimmable"
     groups: int = 16
     eighths: tuple = (2, 4, 6, 8)
     passes: int = 4
+    same_images: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,6 +54,8 @@ class SlimmableConfig(DDPMConfig):
             raise InputError(f"slimmable eighths={self.eighths}: must be increasing numbers from 2 to 8, 8 the last")
         if self.passes < 0 or self.passes == 1:
             raise InputError(f"slimmable passes={self.passes}: must be 0, or 2 and more: the widest and the narrowest")
+        if self.same_images and not self.passes:
+            raise InputError("slimmable same_images=True: needs passes, which show the images to several widths")
         for k in self.eighths:
             self.at(k)
 
@@ -201,5 +205,5 @@ def check_supernet(model, batch_size):
     passes = getattr(getattr(model, "config", None), "passes", 0)
     if not passes:
         raise InputError("a supernet is a slimmable network with passes of at least 2, and this one trains one width")
-    if batch_size < passes:
+    if batch_size < passes and not model.config.same_images:
         raise InputError(f"batch_size={batch_size} cannot be divided among {passes} widths")

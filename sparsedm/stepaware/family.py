@@ -21,14 +21,15 @@ import torch
 from sparsedm import samplers
 from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
-from sparsedm.files import read_json, write_json
+from sparsedm.files import parse_json, read_json, read_text, write_json
 from sparsedm.inspection import inspect
 from sparsedm.model_files import describe, load_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
-_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule")  # newer than some strategies: left out of a fingerprint if default
+# options newer than some strategies: left out of a fingerprint if default
+_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule", "same_images")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,15 @@ class Family:
         config = self.networks[0].config
         return config.channels, config.image_size, config.image_size
 
+    def only(self, names):
+        """The Family of the networks `names`, in this order. Raises InputError for a name that it does not hold."""
+        if absent := [name for name in names if name not in self.names]:
+            raise InputError(f"{self.name} holds no network {', '.join(absent)}: they are {', '.join(self.names)}")
+        places = [self.names.index(name) for name in names]
+        fields = {"networks": self.networks, "names": self.names, "costs": self.costs}
+        fields |= {"fingerprints": self.fingerprints} if self.fingerprints else {}
+        return replace(self, **{field: tuple(values[i] for i in places) for field, values in fields.items()})
+
     def cost(self, sampler, indices):
         """The cost of one image drawn with the strategy `indices`, in the family's unit."""
         counts = samplers.evaluations(sampler, len(indices))
@@ -94,14 +104,16 @@ def family(name, networks, *, unit="MACs", batch=64):
 def family_of(run, unit="MACs", device="cpu"):
     """The Family of a run folder: its stages, costliest first. A slimmable stage gives one network per width.
 
-    Raises InputError for a run with only one network.
+    run: also the model file of a slimmable network, or a folder of run folders, such as a seed of an experiment: then
+    the last stage of each, named by its folder. Raises InputError for a run with only one network.
     """
     run = Path(run)
     networks, stages = {}, {}
-    for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
+    several = sorted({found.parents[1] for found in run.glob("*/[0-9][0-9]-*/checkpoints")})
+    for stage in sorted(run.glob("[0-9][0-9]-*")) or several or [run]:
         loaded = load_model(stage, build_model)
         name = " + ".join(sorted(set(describe(loaded.model)["patterns"].values()))) or "dense"
-        name = f"{name} ({stage.name})" if name in stages else name
+        name = stage.name if several else f"{name} ({stage.name})" if name in stages else name
         stages[name] = stage
         slimmable = loaded.model.config.kind == "slimmable"
         found = widths(loaded.model) if slimmable else {"": loaded.model}
@@ -202,21 +214,28 @@ class Strategy:
     def steps(self):
         return len(self.indices)
 
-    def models(self, family, *, sampler=None, steps=None):
+    def models(self, family, *, sampler=None, steps=None, other_weights=False):
         """[network] per step, for `samplers.sample`. Raises InputError if the strategy was found for another case.
 
-        sampler, steps: what the caller uses; None if it takes the strategy's.
+        The family may hold more networks than the strategy names. sampler, steps: what the caller uses; None if it
+        takes the strategy's. other_weights: accept networks of the same names with any weights.
         """
-        marked = self.fingerprints and family.fingerprints  # then the folder may have another name
+        if set(self.networks) < set(family.names):
+            family = family.only(self.networks)
+        # with fingerprints the folder may have another name
+        marked = other_weights or not self.family or (self.fingerprints and family.fingerprints)
         name = None if marked else family.name
         asked = {"family": name, "networks": family.names, "sampler": sampler, "steps": steps}
         for what, value in asked.items():
             if value is not None and value != getattr(self, what):
                 raise InputError(f"the strategy is for {what} {_text(getattr(self, what))}, not {_text(value)}")
-        if marked:
+        if self.fingerprints and family.fingerprints and not other_weights:
             changed = [n for n, a, b in zip(self.networks, self.fingerprints, family.fingerprints) if a != b]
             if changed:
-                raise InputError(f"the weights of {', '.join(changed)} changed after the search: search again")
+                names = ", ".join(changed)
+                raise InputError(
+                    f"the weights of {names} changed after the search: search again, or use --other-weights"
+                )
         return [family.networks[index] for index in self.indices]
 
     def save(self, file):
@@ -228,7 +247,9 @@ def _text(value):
 
 
 def load_strategy(file):
-    """A Strategy from its JSON file. Raises InputError naming the file and what is wrong with it."""
+    """A Strategy from its JSON file, or from a list of widths as DDSM released. Raises InputError for a damaged one."""
+    if isinstance(widths := parse_json(read_text(file), file), list):
+        return _from_ddsm(widths, file)
     kinds = {field.name: list if field.type is tuple else field.type for field in fields(Strategy)} | {"steps": int}
     values = read_json(file, **kinds)
     if unknown := values.keys() - kinds.keys():
@@ -242,10 +263,20 @@ def load_strategy(file):
     return strategy
 
 
-def sample(family, strategy, count, **settings):
+def _from_ddsm(widths, file):
+    """The Strategy in DDSM's file of widths, one for each time of DDPM's schedule from the least noisy on."""
+    eighths = [8 * width if type(width) in (int, float) else 0 for width in widths]
+    if not eighths or not all(k in range(1, 9) for k in eighths):
+        raise InputError(f"{file} holds no strategy: a list must name a width for each step, in eighths such as 0.25")
+    found = sorted({int(k) for k in eighths}, reverse=True)
+    indices = tuple(found.index(k) for k in reversed(eighths))
+    return Strategy("", tuple(f"dense {k}/8" for k in found), "ddpm-large", indices)
+
+
+def sample(family, strategy, count, *, other_weights=False, **settings):
     """(count, C, H, W): `samplers.sample` with the strategy's network at each step. settings: arguments of `sample`."""
     return samplers.sample(
-        strategy.models(family),
+        strategy.models(family, other_weights=other_weights),
         family.schedule,
         count,
         family.shape,

@@ -33,12 +33,14 @@ def write_report(folder, report):
 
 def summary(report):
     """The report's table and totals, as text."""
-    head = ("strategy", "cost", "share", "distance", "network of each step, from noise to image")
+    clocked = any("clock" in row for row in report["rows"])
+    head = ("strategy", "cost", "share", *["by the clock"] * clocked, "distance", "networks, from noise to image")
     rows = [
         (
             row["strategy"],
             f"{row['cost'] / 1e6:,.1f} M" if report["unit"] == "MACs" else f"{row['cost'] * 1e3:.3f} ms",
             f"{row['cost'] / report['dearest']:.0%}",
+            *([f"{row['clock'] * 1e3:.3f} ms"] if clocked else []),
             f"{row['quality']:.3f}",
             "".join(str(index) for index in row["indices"]) if len(report["names"]) <= 10 else "",
         )
@@ -50,7 +52,7 @@ def summary(report):
         distance = f"Fréchet ({report['features']}) of {report['final_count']:,} images"
     networks = ", ".join(f"{index} = {name}" for index, name in enumerate(report["names"]))
     spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in report["seconds"].items())
-    return f"""{table(head, rows, left=(0, 4))}
+    return f"""{table(head, rows, left=(0, len(head) - 1))}
 
 networks: {networks}
 distance: {distance}; cost: {report["unit"]} of one image

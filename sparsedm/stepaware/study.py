@@ -3,6 +3,7 @@
 The folder stores all slow results at once, so that a resume reuses them: table.json, evaluations.jsonl, final.jsonl.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.plots import save_grid
-from sparsedm.stepaware.family import Family, Strategy, family_of, loss_table, sample
+from sparsedm.stepaware.family import Family, Strategy, family_of, interleaved_seconds, loss_table, sample
 from sparsedm.stepaware.report import write_report
 from sparsedm.stepaware.search import (
     Evaluations,
@@ -34,6 +35,7 @@ from sparsedm.train.loop import OutOfTime, amp_of
 
 QUALITIES = ("frechet", "proxy")
 SHOWN = 16  # images of each strategy in the picture
+CLOCKED, ROUNDS = 64, 3  # images drawn at once to time a strategy; the median of so many, in turns
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Plan:
     features: str = "random-conv"
     unit: str = "MACs"
     clip: str = "every"  # one of samplers.CLIPS
+    guidance: float | None = None  # see `samplers.guided`
+    networks: tuple = ()  # the names to search among; (): all
+    exclude: tuple = ()  # names, or ends of names such as 8/8, to leave out
     device: torch.device | str = "cpu"
     workers: int = 1  # strategies measured at the same time, on one thread each
     deadline: float = math.inf  # a value of time.monotonic(): no measurement starts after it
@@ -72,7 +77,22 @@ class Plan:
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
         networks = dict(zip(family.names, family.fingerprints))
         facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
-        return facts if self.clip == "every" else facts | {"clip": self.clip}  # older folders have no clip
+        younger = {"clip": (self.clip, "every"), "guidance": (self.guidance, None)}  # older folders have neither
+        return facts | {name: value for name, (value, default) in younger.items() if value != default}
+
+    def family(self):
+        """The Family to search among. Raises InputError for a name that no network has, and if none is left."""
+        found = family_of(self.run, self.unit, self.device)
+        found = found.only(self.networks) if self.networks else found
+        for end in self.exclude:
+            kept = [name for name in found.names if name != end and not name.endswith(f" {end}")]
+            if len(kept) == len(found.names):
+                raise InputError(f"no network is named {end!r}, which could be left out: {', '.join(found.names)}")
+            found = found.only(kept)
+        config = found.networks[0].config
+        if self.guidance and not (config.num_classes and getattr(config, "null_label", True)):
+            raise InputError(f"guidance {self.guidance:g} needs networks with classes and a null label")
+        return found
 
 
 def study(plan):
@@ -85,7 +105,10 @@ def study(plan):
     tried = setting.evaluations("evaluations.jsonl", plan.count, plan.search.seed)
     compared = _compared(setting, _evolved(setting, tried))
     final = setting.evaluations("final.jsonl", plan.final_count, plan.search.seed + 1)
-    report = _report(setting, tried, final, _rows(compared, tried, final))
+    rows = _rows(compared, tried, final)
+    if plan.unit == "seconds":
+        rows = _clocked(setting, rows)
+    report = _report(setting, tried, final, rows)
     for name, indices in compared["found"].items():
         strategy = replace(setting.strategy(indices), fingerprints=setting.family.fingerprints)
         strategy.save(plan.folder / "strategies" / f"{name.replace(' ', '-')}.json")
@@ -110,13 +133,13 @@ class _Setting:
         return np.log(self.losses[list(indices), range(self.plan.steps)]).sum()
 
     def cost(self, indices):
-        return self.family.cost(self.plan.sampler, indices)
+        return self.family.cost(self.plan.sampler, indices) * (2 if self.plan.guidance else 1)
 
     def strategy(self, indices):
         return Strategy(self.family.name, self.family.names, self.plan.sampler, indices, self.plan.data)
 
     def draw(self, indices, count, seed):
-        return _draw(self.family, self.strategy(indices), count, seed, self.plan.clip)
+        return _draw(self.family, self.strategy(indices), count, seed, self.plan.clip, self.plan.guidance)
 
     def evaluations(self, file, count, seed):
         """Evaluations of the quality over `count` images of this seed, stored in the folder."""
@@ -134,7 +157,7 @@ class _Setting:
 
 def _prepare(plan):
     """The _Setting of a plan. Its folder is claimed only after all checks of the plan."""
-    family = family_of(plan.run, plan.unit, plan.device)
+    family = plan.family()
     images = load_images(plan.data, "train", family.shape[1])
     if images.is_latent and plan.quality != "proxy":
         raise InputError(f"data {plan.data} holds latents, not images for a Fréchet distance: use --quality proxy")
@@ -178,6 +201,17 @@ def _rows(compared, tried, final):
         for (group, name, _), measured, searched in zip(named, final.each(every), tried.each(every))
     ]
     return sorted(rows, key=lambda row: -row["cost"])
+
+
+def _clocked(setting, rows):
+    """The rows with "clock": the seconds of one image over whole sampling, measured once and kept in clock.json."""
+    file = setting.plan.folder / "clock.json"
+    indices = [row["indices"] for row in rows]
+    if not file.exists() or read_json(file, indices=list)["indices"] != [list(i) for i in indices]:
+        calls = [functools.partial(setting.draw, i, CLOCKED, setting.plan.search.seed) for i in indices]
+        seconds = [total / CLOCKED for total in interleaved_seconds(calls, setting.plan.device, ROUNDS)]
+        write_json(file, {"indices": indices, "seconds": seconds})
+    return [row | {"clock": seconds} for row, seconds in zip(rows, read_json(file, seconds=list)["seconds"])]
 
 
 def _report(setting, tried, final, rows):
@@ -249,12 +283,12 @@ def _distance_to(images, plan):
     return distance
 
 
-def _draw(family, strategy, count, seed, clip):
+def _draw(family, strategy, count, seed, clip, guidance=None):
     """uint8 samples; every strategy gets the same noise and labels."""
     classes = family.networks[0].config.num_classes
     labels = torch.arange(count) % classes if classes else None
     with _autocast(family):
-        images = sample(family, strategy, count, seed=seed, y=labels, clip=clip, batch_size=256)
+        images = sample(family, strategy, count, seed=seed, y=labels, clip=clip, guidance=guidance, batch_size=256)
     return to_uint8(images).cpu()
 
 

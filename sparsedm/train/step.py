@@ -62,7 +62,10 @@ class Step:
     def __init__(self, student, images, loss, options, device):
         self.model, self.ema, self.images, self.options = student.model, student.ema, images, options
         self.schedule, teacher, self.device = loss.schedule, loss.teacher, device
-        self.shares = distributed.shares(options.batch_size, options.accumulate)
+        # a slimmable network may be shown every image once for each width, see SlimmableConfig
+        config = getattr(self.model, "config", None)
+        self.copies = getattr(config, "passes", 1) if getattr(config, "same_images", False) else 1
+        self.shares = distributed.shares(self.copies * options.batch_size, options.accumulate)
         self.network = distributed.parallel(torch.compile(self.model) if options.compile else self.model)
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
         self.loss = {"teacher": teacher, "w_kd": loss.w_kd, "w_noise": loss.w_noise, "weighting": options.weighting}
@@ -85,6 +88,8 @@ class Step:
         text = takes_text(self.model)
         x, y = batch(images, indices, flip_generator=flips, generator=self.generator, text=text)
         y = self._drop_context(y) if text else self._drop_labels(y)
+        if self.copies > 1:
+            x, y = x.repeat(self.copies, 1, 1, 1), None if y is None else y.repeat(self.copies)
         self.optimizer.zero_grad()
         losses = torch.zeros(3, device=x.device)
         draws = self.generator.get_state()
@@ -99,7 +104,7 @@ class Step:
                         terms = diffusion.loss(
                             self.network, x, self.schedule, y=y, generator=self.generator, rows=rows, **self.loss
                         )
-                    terms.total.backward()
+                    (self.copies * terms.total).backward()
                 losses += torch.stack((terms.total.detach(), terms.noise, terms.transfer)) / len(self.shares)
         if len(self.shares) > 1:  # not the losses: every backward adds the decay of the pruned weights, undivided
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], len(self.shares))

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -216,6 +217,12 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
     ]:
         assert run(*draw, "--strategy", file, *extra) == 2
         assert message in capsys.readouterr().err
+    replace(mixed, fingerprints=("another",) * len(names)).save(tmp_path / "other.json")
+    assert run(*draw, "--strategy", tmp_path / "other.json") == 2
+    assert "the weights of dense" in capsys.readouterr().err
+    assert run(*draw, "--strategy", tmp_path / "other.json", "--other-weights") == 0
+    assert run(*draw, "--other-weights") == 2
+    assert "--other-weights goes with --strategy" in capsys.readouterr().err
     assert run(*draw, "--strategy", tmp_path / "none.json") == 2
     assert "none.json is missing or unreadable" in capsys.readouterr().err
     assert run("sample", trained, "--sampling-steps", 0) == 2
