@@ -278,6 +278,25 @@ def _shuffle(ins):
     return lambda block, warp, mask: write(warp, read(warp)[source(lane(warp).astype(np.int64))], mask)
 
 
+@instruction("redux")
+def _reduce(ins):
+    read, write = reader(ins, ins.args[1], ins.mods[-1]), writer(ins, ins.args[0])
+    if ins.mods[1] != "add":
+        raise EmulatorError(ins.text)
+    return lambda block, warp, mask: write(warp, np.full(32, read(warp)[active(mask)].sum(dtype=np.int32)), mask)
+
+
+@instruction("popc")
+def _count_bits(ins):
+    read, write = reader(ins, ins.args[1], "u32"), writer(ins, ins.args[0])
+
+    def run(block, warp, mask):
+        bits = np.unpackbits(np.ascontiguousarray(read(warp)).view(np.uint8).reshape(32, 4), 1)
+        write(warp, bits.sum(1, dtype=np.uint32), mask)
+
+    return run
+
+
 @instruction("elect")
 def _elect(ins):
     _, predicate = (part.strip() for part in ins.args[0].split("|"))

@@ -2,18 +2,20 @@
 
 import re
 
+import numpy as np
 import torch
 
 from emulator.machine import execute
 from emulator.memory import GlobalMemory, TensorMap
 
-TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
 
 
 def run(build, ptx, arguments, grid, *, early=True, cluster=1, seed=0):
     """arguments: {name: tensor | int}; tensors are written in place. Returns the number of warp instructions.
 
-    A pointer argument that is None gets an address at which any access is an error.
+    A pointer argument that is None gets an address at which any access is an error. Rows of tensors, given as a list of
+    lists, become a table of their addresses.
     """
     memory, parameters = GlobalMemory(), []
     for name, kind in build.signature.items():
@@ -22,6 +24,11 @@ def run(build, ptx, arguments, grid, *, early=True, cluster=1, seed=0):
             parameters += [tensor_map(kind, value), *value.shape, *value.stride()]
         elif value is None:
             parameters.append(16)
+        elif isinstance(value, list):
+            flat = {id(t): t for row in value for t in row if t is not None}
+            places = {key: memory.add(numpy_view(_whole(t))) for key, t in flat.items()}
+            table = [[places.get(id(t), 16) for t in row] for row in value]
+            parameters.append(memory.add(np.array(table, np.int64)))
         elif isinstance(value, torch.Tensor):
             assert value.dtype == TORCH[kind[1:]], (name, kind, value.dtype)
             parameters.append(memory.add(numpy_view(_whole(value))))
@@ -53,6 +60,7 @@ def numpy_view(tensor):
 
 def _whole(tensor):
     """The memory of a strided tensor: everything from its first to its last element."""
+    tensor = tensor.detach()
     if tensor.is_contiguous():
         return tensor
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
