@@ -1,7 +1,7 @@
 """The charts: each function takes rows of a results file and fills a figure, or returns False if the rows hold nothing.
 
-Colours are those of Okabe and Ito, told apart by the colour-blind; lines differ in marker and dash as well, bars in
-hatching, so that a grey print can be read. The losing region, where dense is faster, is shaded in every speed-up chart.
+The colours are Okabe and Ito's, for the colour-blind. Lines also differ in marker and dash, bars in hatching, so that a
+grey print can be read. Every speed-up chart shades the losing region, where dense is faster.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from sparsedm import plots
 from sparsedm.kernels.launch import BACKENDS
 
 # cycles of different lengths, so that a colour which comes again brings another marker, dash and hatching
-COLOURS = plots.COLOURS[:6]  # the last is black, which a dark page swallows
+COLOURS = plots.COLOURS[:6]  # the last is black, invisible on a dark page
 MARKERS, DASHES, HATCHES = "os^DvPX", ("-", "--", "-.", ":", (0, (5, 1))), ("", "//", "..", "xx", "||")
-GREY = "#808080"  # what is no measurement of a provider: ceilings, whiskers, and what others have published
+GREY = "#808080"  # not our measurements of a provider: ceilings, whiskers, published values
 PUBLISHED = Path(__file__).with_name("published")
 SOURCE = "grey: cuSPARSELt against cuBLASLt as published\n(arXiv 2603.05232), never mixed with ours"
 LAYERS = "layers of models"  # of `cpu.PLAN`
@@ -52,7 +52,7 @@ def plain_log(axis, values):
 
 
 def published(name, dtype):
-    """{card: [(M, speed-up of cuSPARSELt over cuBLASLt)]}, measured by others: of square products, or the geometric
+    """{card: [(M, speed-up of cuSPARSELt over cuBLASLt)]}, measured by others: for square products, or the geometric
     mean over the linear layers of several language models. See published/README.md."""
     kind = {"square": "square", "m-sweep": "model_kernel"}[name]
     file = PUBLISHED / f"slidesparse_{kind}_{'FP16' if dtype == 'float16' else 'BF16'}.csv"
@@ -104,7 +104,7 @@ def _rows(speedup):
 
 
 def first(figure, rows):
-    """Bars: TFLOP/s of each configuration of our kernels and of the libraries, in single calls and over a second."""
+    """Bars: TFLOP/s of each configuration of our kernels and of each library, in single calls and over a second."""
     found = [r for r in rows if r["suite"] == "first" and r["metric"] in ("time", "held")]
     shapes = list(dict.fromkeys(r["shape"] for r in found))
     if not found:
@@ -280,7 +280,7 @@ def table3(figure, rows):
 
 
 def masks(figure, rows):
-    """Bandwidth of choosing, casting and packing masks, against the plain cast and the measured copy."""
+    """Bandwidth of selecting, casting and packing masks, against the plain cast and the measured copy."""
     found = [r for r in timed(rows, {"mask"}) if r["gbps"]]
     if not found:
         return False

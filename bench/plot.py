@@ -1,7 +1,7 @@
-"""Every chart from results files alone: `python -m bench.plot results.csv --out plots`.
+"""Every chart, only from results files: `python -m bench.plot results.csv --out plots`.
 
-Each chart is written twice, for light and for dark pages (NAME.png, NAME-dark.png). The caption says which device,
-when, and with which versions; on a CPU the chart says so in large letters, because its ratios mean nothing for a GPU.
+Each chart is written twice, for light and dark pages (NAME.png, NAME-dark.png). The caption gives device, date and
+versions. A chart of a CPU says so in large letters, because its ratios say nothing about a GPU.
 """
 
 import argparse
@@ -22,10 +22,10 @@ THEMES = {"": ("#ffffff", "#222222", "#d9d9d9"), "-dark": ("#0d1117", "#e6edf3",
 
 
 def draw_all(paths, folder):
-    """Draw every chart that the rows of the CSV files `paths` have data for. Returns the files written; of a GPU also
-    targets.md, its results against the project's targets.
+    """Draw every chart for which the CSV files `paths` have data. For a GPU also write targets.md, its results against
+    the project's targets. Returns the files written.
 
-    Raises: InputError if the files hold no measurement, or those of several devices, which one picture must not mix.
+    Raises: InputError if the files hold no measurement, or measurements of several devices.
     """
     every = read(*paths)
     rows = [row for row in every if row["status"] == "ok"]
@@ -46,7 +46,7 @@ def draw_all(paths, folder):
 
 
 def draw_archive(paths, archive):
-    """The same pictures in one ZIP file. Raises: as `draw_all`."""
+    """The same pictures in one ZIP file. Raises like `draw_all`."""
     with tempfile.TemporaryDirectory() as folder:
         pictures = [path for path in draw_all(paths, folder) if path.suffix == ".png"]
         with atomic_file(archive) as partial, zipfile.ZipFile(partial, "w") as held:

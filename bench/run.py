@@ -1,7 +1,7 @@
 """The suites, from the command line: `python -m bench.run --suite gemm --shapes square --out results.csv`.
 
-    first         every configuration of our 2:4 product, beside the libraries, also over a second without a pause
-    mask          choosing masks and packing: bytes moved against a plain cast
+    first         every configuration of our 2:4 product, and the libraries, also over a second without a pause
+    mask          selecting masks and packing: bytes moved, against a plain cast
     masked-train  one masked linear layer, forward and forward with backward
     gemm          the 2:4 product against dense and against other libraries: in sweeps over sizes plain and with an
                   epilogue, and with our back ends forced one by one; of the layers of models with their own epilogues
@@ -10,11 +10,11 @@
     train         one training step of whole networks
     table3        the grid of SparseDM's speed table (arXiv 2404.10445): patch 1, 2, 4 x MLP ratio 1, 2, 4, 8,
                   as it was released and at the real width; steps, and sampling in 50 of them
-    ceiling       what the device can do at most: copies, dense products, tensor-core instructions
+    ceiling       the limits of the device: copies, dense products, tensor-core instructions
 
-Rows are written as soon as they are measured. --resume goes on with the file, and skips what it already holds. If the
-GPU hangs or is lost, the process starts itself again and goes on behind the provider that did it, which has failed;
-one that was ended from outside, or had no time left, is measured the next time.
+Rows are written as soon as they are measured. --resume continues the file and skips the rows that it holds. If the GPU
+hangs or is lost, the provider has failed; the process restarts and continues with the next one. A provider that was
+killed from outside, or had no time left, is measured the next time.
 """
 
 import argparse
@@ -65,14 +65,14 @@ SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
 
 
 QUICK = {"rounds": 3, "per_round": 1, "seconds": 1.0}  # of suite cpu
-PATIENCE = 2  # times that a provider may end the process, by a hang or a fault, before the suite goes on without it
+PATIENCE = 2  # a provider that hung or crashed the process so often is left out of the suite
 COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network takes
 
 
 @dataclass
 class Session:
-    """What every suite is given. deadline: time.monotonic() after which nothing new is started. timeout: seconds that
-    a provider may take to be ready; on_timeout: called when it is not."""
+    """The arguments of every suite. deadline: a value of time.monotonic() after which nothing new is started.
+    timeout: seconds for a provider to be ready; on_timeout: called if it is not."""
 
     results: Results
     device: torch.device
@@ -98,7 +98,7 @@ class Session:
         self.watch = Watch(self.on_timeout)
 
     def keep(self, providers):
-        """Those that were asked for."""
+        """The requested providers."""
         wanted = [p for p in providers if self.providers is None or p.name in self.providers]
         return [p for p in wanted if self.compiled or not p.name.endswith("compiled")]
 
@@ -108,8 +108,8 @@ class Session:
         return [mode for mode in modes if self.modes is None or mode in self.modes]
 
     def do(self, suite, shape, mode, providers, rows):
-        """Add what `rows(missing, starting)` yields to the results, for those providers that they do not hold yet,
-        unless the time is up. starting: see `measure`."""
+        """Add the rows of `rows(missing, starting)` to the results, for providers that they do not hold yet, unless the
+        time is up. starting: see `measure`."""
         if self.dry_run:
             print(f"{suite}: {shape.name}, {mode}: {', '.join(p.name for p in self.keep(providers))}")
             return
@@ -157,7 +157,7 @@ class Session:
 
 
 def beside_compiled(rows):
-    """The names of those that were timed, of which a compiled provider needs new times from its own rounds."""
+    """The timed providers that a compiled provider must be timed together with."""
     p50 = {row["provider"]: row["p50_us"] for row in rows if (row["metric"], row["status"]) == ("time", "ok")}
     dense = [name for name in DENSE if name in p50 and not name.endswith("compiled")]
     return {*BESIDE, min(dense, key=p50.get, default="dense")} & p50.keys()
@@ -249,7 +249,7 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
 
 
 class Watch:
-    """Calls `on_timeout()`, in a thread of its own, if no `expect` or `done` follows `expect(seconds)` in time."""
+    """Calls `on_timeout()` from its own thread if no `expect` or `done` follows `expect(seconds)` in time."""
 
     def __init__(self, on_timeout):
         self.on_timeout = on_timeout
@@ -267,10 +267,10 @@ class Watch:
 
 
 def start_again(arguments):
-    """Replace this process by `python -m bench.run arguments`, having written where every thread of it was.
+    """Print the stack of every thread, then replace this process by `python -m bench.run arguments`.
 
-    A kernel that never ends, or that writes out of bounds, takes the process with it; nothing in it can be timed any
-    more. The results file knows who was under way, and with --resume passes over it.
+    After a kernel that never ends or writes out of bounds, this process cannot time anything. The results file names
+    the provider that was running; --resume skips it.
     """
     faulthandler.dump_traceback(sys.__stderr__)
     os.closerange(3, 1 << 16)  # the driver gives a GPU back when its files are closed
@@ -279,7 +279,7 @@ def start_again(arguments):
 
 @program("bench")
 def main(arguments=None):
-    """Returns the exit code: 0 done, 2 bad input, 3 some of it left out: --seconds were over, or it was ended."""
+    """Returns the exit code: 0 done; 2 bad input; 3 parts left out, because --seconds were over or it was killed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as from the keyboard

@@ -1,7 +1,7 @@
-"""How quickly trained networks sample: whole sampling by the clock, all networks in turns, sparse ones compressed.
+"""The sampling speed of trained networks: times of whole sampling, all networks in turns, sparse ones compressed.
 
-The denominator is the fastest form of the dense network: as it is, compiled, or on a CPU with oneDNN's products on
-packed weights. In fp32 on a CPU, in bf16 on a GPU, as the sparse kernels are. Nothing else may run meanwhile.
+The denominator is the fastest form of the dense network: eager, compiled, or on a CPU with oneDNN's products on packed
+weights. fp32 on a CPU, bf16 on a GPU, the dtypes of the sparse kernels. Nothing else may run at the same time.
 """
 
 import copy
@@ -22,7 +22,7 @@ IMAGES, ROUNDS = 64, 5  # drawn at once; the median of so many
 
 
 def sampling_seconds(networks, control, steps, device):
-    """{name: seconds of one image} of {name: network}; that of `control`, a dense one, is its fastest form's."""
+    """{name: network} -> {name: seconds per image}. For `control`, a dense network, the time of its fastest form."""
     forms = {name: compress(n) if masked_layers(n) else copy.deepcopy(n) for name, n in networks.items()}
     others = {f"{control}, compiled": torch.compile(copy.deepcopy(networks[control]))}
     if device.type == "cpu":
@@ -33,7 +33,7 @@ def sampling_seconds(networks, control, steps, device):
     for name in others:
         try:
             calls[name]()
-        except Exception as error:  # no compiler, for instance: then there is no such form
+        except Exception as error:  # for example no compiler: then there is no such form
             log.warning("%s is not timed: %s", name, str(error).splitlines()[0])
             del calls[name]
     seconds = dict(zip(calls, interleaved_seconds(list(calls.values()), device, ROUNDS)))

@@ -16,6 +16,7 @@ from sparsedm import samplers
 from sparsedm.commands.options import add_seed_and_device, count, finite, positive, sampling_steps
 from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
+from sparsedm.features import load_features
 from sparsedm.files import read_json
 from sparsedm.models import model_config
 from sparsedm.recipes import SEARCHES
@@ -87,6 +88,8 @@ def run(options):
         _show(options, scale, plan)
         return
     check_installed()  # before anything is trained
+    if plan.quality == "frechet":
+        load_features(plan.features, options.device)  # or a name mistyped would be refused after hours
     if scale.threads and options.device.type == "cpu":
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
     if options.device.type == "cuda" and options.unit == "MACs":  # tuning all sizes takes longer than the search

@@ -88,7 +88,11 @@ def _add_optimization(group):
         "--accumulate", type=count, default=1, help="compute a batch in so many parts: less memory (default: 1)"
     )
     group.add_argument("--lr", type=finite, help=f"learning rate {as_published(2e-4)}")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, help=as_published("adamw"))
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help=f"masked-adamw: adamw that selects the masks and adds --decay after clipping {as_published('adamw')}",
+    )
     group.add_argument(
         "--betas", metavar="B,B", type=betas, help=f"betas of the optimizer {as_published('0.99,0.999')}"
     )

@@ -122,16 +122,18 @@ def straight_through(weight, masked, mask, rule=STE):
 
     weight: the dense weight, any shape. It gets the gradient, in its own dtype.
     masked: weight*mask, already computed, in any floating dtype; returned without a copy.
-    mask:   bool, shape of the weight. masked and mask get no gradient.
+    mask:   bool, shape of the weight; may be None if the rule is STE, which does not read it. masked and mask get no
+            gradient.
     rule:   GradientRule. The decay is added to the incoming gradient: under fp16 loss scaling multiply it by the scale.
 
     Use: F.linear(x, straight_through(w, *select_mask(w, pattern)[:2]), b), or any other product with the weight.
     Raises: InputError if the shapes differ or the mask is not bool.
     """
-    if not weight.shape == masked.shape == mask.shape:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, masked, mask))
+    given = [t for t in (weight, masked, mask) if t is not None]
+    if len({t.shape for t in given}) > 1 or (mask is None and rule != STE):
+        shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
-    if mask.dtype != torch.bool:
+    if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"the mask must be bool, not {mask.dtype}")
     function = _StraightThrough if transformed() else _EagerStraightThrough
     return function.apply(weight, masked, mask, rule)

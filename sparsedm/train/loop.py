@@ -57,7 +57,7 @@ class TrainOptions:
     batch_size: int = 128  # of one step, over all processes
     accumulate: int = 1  # each process computes its share of a batch in so many parts: less memory, more time
     lr: float = 2e-4
-    optimizer: str = "adamw"  # of OPTIMIZERS: adam adds the decay to the gradient
+    optimizer: str = "adamw"  # of OPTIMIZERS: adam adds the decay to the gradient, masked-adamw selects the masks too
     betas: tuple = (0.99, 0.999)
     weight_decay: float = 0.03
     warmup: int | None = None  # steps of linear warm-up; None: a tenth of the run, at most warmup_most

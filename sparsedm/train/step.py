@@ -14,11 +14,12 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
+from sparsedm.optim import MaskedAdamW
 from sparsedm.sparsity import copied, hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "masked-adamw": MaskedAdamW}
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Step:
         self.loss = {"teacher": teacher, "w_kd": loss.w_kd, "w_noise": loss.w_noise, "weighting": options.weighting}
         self.loss["variance"] = getattr(getattr(self.model, "config", None), "learn_sigma", False)
         self.parameters = list(self.model.parameters())
-        self.optimizer = OPTIMIZERS[options.optimizer](
-            self.parameters, options.lr, options.betas, weight_decay=options.weight_decay, fused=True
-        )
+        kind, rates = OPTIMIZERS[options.optimizer], {"betas": options.betas, "weight_decay": options.weight_decay}
+        more = {"model": self.model} if kind is MaskedAdamW else {"fused": True}
+        self.optimizer = kind(self.parameters, options.lr, **rates, **more)
         self.generator = torch.Generator(device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.amp == "bf16")
 
@@ -93,7 +94,8 @@ class Step:
         draws = self.generator.get_state()
         with contextlib.ExitStack() as held:
             with self.autocast:
-                held.enter_context(hold_masks(self.model))
+                selects = isinstance(self.optimizer, MaskedAdamW)
+                held.enter_context(hold_masks(self.model, optimizer=self.optimizer if selects else None))
             for number, rows in self.shares:
                 self.generator.set_state(draws)
                 torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))

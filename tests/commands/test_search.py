@@ -84,6 +84,12 @@ def test_without_pymoo_nothing_is_trained(tiny_scale, tmp_path, capsys, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_features_that_cannot_be_had_are_refused_before_anything_is_trained(tiny_scale, tmp_path, capsys):
+    assert main(["search", "--out", str(tmp_path / "out"), "--features", "random-cnov"]) == 2
+    assert "unknown features 'random-cnov'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_search_that_is_cut_again_and_again_is_that_of_one_piece(tiny_scale, tmp_path, capsys, monkeypatch):
     """The clock goes on by a second whenever it is looked at, so that every place where time can be up is one."""
     ticks = itertools.count()

@@ -22,7 +22,7 @@ from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import rules
 from sparsedm.kernels.pattern import Pattern, select_mask_ref
-from sparsedm.sparsity import masks, set_masking, sparsify
+from sparsedm.sparsity import masked_layers, masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop, step
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, amp_of, train
@@ -162,6 +162,15 @@ def final_bits_of_a_stop(folder, options):
             run(folder, options)
     run(folder, options)
     return final_bits(folder)
+
+
+def test_the_optimizer_that_selects_masks_resumes_too(tmp_path):
+    options = replace(OPTIONS, optimizer="masked-adamw", amp="bf16")
+    model = run(tmp_path / "unbroken", options).model
+    assert final_bits(tmp_path / "unbroken") == final_bits_of_a_stop(tmp_path / "stopped", options)
+    with pytest.raises(InputError, match=r"options\.optimizer is masked-adamw there and adamw here"):
+        run(tmp_path / "stopped", replace(options, optimizer="adamw"))
+    assert not any(layer._is_decayed() for _, layer in masked_layers(model)), "the run is over"
 
 
 # ---- stopping and resuming -------------------------------------------------------------------------------------------

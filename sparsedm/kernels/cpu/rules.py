@@ -33,6 +33,8 @@ def linear_cost(M, N, K, keep, group, instructions):
 
     keep, group: of the pattern. instructions: as `library.instruction_set` gives them.
     """
+    if not M:
+        return 2.0, "linear"
     tile, few = _tile(M, keep / group, instructions), _few(M, keep / group, group, instructions)
     cost, order = (few, "few") if few < tile else (tile, "linear")
     return cost + OVERHEAD / max(M * N * K, 1), order

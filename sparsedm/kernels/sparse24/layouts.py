@@ -146,7 +146,8 @@ def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
     if layout not in cache or (stamp is not None and cache[layout][0] != stamp):
         if stamp and values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InputError("a layer with a 2:4 weight must be called once before a CUDA graph of it is captured")
-        cache[layout] = stamp, prepack(values, metadata, layout, columns, pattern)
+        held = stamp and (values.detach(), metadata.detach())  # so that no other tensor gets their addresses
+        cache[layout] = stamp, prepack(values, metadata, layout, columns, pattern), held
     return cache[layout][1]
 
 
