@@ -32,9 +32,11 @@ class Problem:
 
     kernel, mode: what is computed, for the results file. dtype: of the product. operations: of the dense product.
     modes: the modes for sweeps; of_models: the modes for layers of a model, if these are fewer.
+    roundings: of the largest result, which are allowed beside twice torch's own error.
     """
 
     kernel = ""
+    roundings = 1
     modes = of_models = ()
 
     def __init__(self, shape, mode, dtype, device, seed=0):
@@ -76,7 +78,7 @@ class Problem:
         for reference, low in zip(self.answer(weight, higher(self.dtype)), self.answer(weight, self.dtype)):
             # of the problem's type also where the output is of a wider one: the error of a single number, such as a
             # loss, may be small by luck
-            eps = torch.finfo(self.dtype).eps * reference.abs().max().item()
+            eps = self.roundings * torch.finfo(self.dtype).eps * reference.abs().max().item()
             yield reference, 2 * (low.to(reference.dtype) - reference).abs().max().item() + eps
 
     def poison(self, sparse):

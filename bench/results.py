@@ -189,7 +189,7 @@ def stamp(device):
 def _fixed(device):
     cuda = torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU: {cpu_name()}",
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU: {cpu_name()} ({vector_units()})",
         "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)) if cuda else "",
         "driver": _nvidia_smi(device, "driver_version")[0] if cuda else "",
         "cuda": (torch.version.cuda or "") if cuda else "",
@@ -225,6 +225,11 @@ def cpu_name():
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def vector_units():
+    """For example "AVX2": several generations of CPUs share one name."""
+    return torch.backends.cpu.get_cpu_capability()
 
 
 @functools.cache

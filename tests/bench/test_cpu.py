@@ -48,7 +48,7 @@ def test_every_part_is_measured_by_right_providers(measured):
 
 
 def test_checks_tell_right_from_wrong():
-    problem = cpu.LinearProblem(cpu.linear_shapes("square", [(40, 32, 32)])[0], "plain", torch.float32, "cpu")
+    problem = cpu.Product(cpu.linear_shapes("square", [(40, 32, 32)])[0], "plain", torch.float32, "cpu")
     for provider in cpu.LINEAR_PROVIDERS:
         bound = provider.bind(problem, provider.prepare(problem))
         assert problem.check(bound.run(), provider.sparse, bound.weight).right

@@ -14,7 +14,7 @@ from sparsedm.kernels.launch import autocast_dtype, forced_backend
 
 RULE_VERSION = 2
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
-OVERHEAD = 6e5  # multiply-adds of a dense product while Python makes the call
+OVERHEAD = 2e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 # time over that of the best dense product, of whole vectors of rows: slope * density + offset
 COST = {"avx512": (1.14, 0.1), "avx2": (1.05, 0.07), "neon": (1.14, 0.1)}
@@ -63,7 +63,7 @@ def _few(M, density, group, instructions):
         return 9.5 * density if LANES[instructions] // 8 >= M else 9
     if instructions == "avx512":
         return (0.84 + 0.05 * M) * density if M <= 16 else 9
-    return (1.9 if M <= 2 else 2.2) * density if LANES[instructions] // 2 >= M else 9
+    return (1.15 + 0.15 * M) * density if LANES[instructions] // 2 >= M else 9
 
 
 def conv_cost(pixels, N, K, keep, group, instructions):
