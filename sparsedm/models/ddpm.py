@@ -21,7 +21,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs
+from sparsedm.models.inputs import check_schedule, check_shapes, embed_labels, example_inputs
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class DDPM(nn.Module):
         check_shapes("DDPM", self.config, x, t, y)
         temb = self.time_embed(t)  # (B, 4 * width)
         if y is not None:
-            temb = temb + self.label_embed(y)
+            temb = temb + embed_labels("DDPM", self.config, self.label_embed, y)
         temb = F.silu(temb)
 
         x = self.conv_in(x)
