@@ -247,7 +247,10 @@ def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
     config = {"kind": "dit", "image_size": 8, "dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
     save_model(file, build_model(config))
     assert run("sample", file, "--count", 3, "--sampling-steps", 2) == 2
-    assert "latents of 4 channels, not a picture: write the numbers with --out" in capsys.readouterr().err
+    assert (
+        "latents of 4 channels, not a picture: decode them with --vae DIR, or write the numbers"
+        in capsys.readouterr().err
+    )
     assert run("sample", file, "--count", 3, "--sampling-steps", 2, "--guidance", 0.5, "--out", out) == 0
     latents = data.load(out, "train")
     assert latents.is_latent
@@ -410,6 +413,13 @@ def test_a_lack_of_memory_is_one_sentence(lacking, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(train, "run_chain", run_chain)
     assert run("train", "--data", "synthetic", "--set", "image_size=12", "--run", tmp_path / "run") == 2
     assert "not enough memory (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--accumulate", 1000)])
+def test_a_batch_larger_than_the_machine_is_refused_before_anything_is_written(more, tmp_path, capsys):
+    assert run("train", "--data", "synthetic", "--batch-size", 2_000_000_000, "--run", tmp_path / "run", *more) == 2
+    assert "not enough memory: --batch-size 2000000000 takes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_defect_is_not_a_lack_of_memory(monkeypatch, tmp_path):
