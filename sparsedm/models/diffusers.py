@@ -215,7 +215,7 @@ def config_from_diffusers(options):
     name = options.get("_class_name", "UNet2DModel" if "block_out_channels" in options else "DiTTransformer2DModel")
     if name not in list(CLASSES):
         raise InputError(
-            f"a diffusers folder of a {name}: only UNet2DModel and DiTTransformer2DModel can be read; "
+            f"a diffusers folder of a {name}, and only UNet2DModel and DiTTransformer2DModel have a counterpart here: "
             "sparsify the diffusers model itself"
         )
     kind = CLASSES[name]
@@ -296,7 +296,7 @@ def rename_state(state, names, computed=None):
     for key, value in state.items():
         name = _rename(key, names)
         if name in split and not torch.equal(split[name], value):
-            raise InputError(f"{key} differs between blocks, but our network has one for all")
+            raise InputError(f"{key} differs from that of another block, and our network has one for all")
         split[name] = value
     renamed = {}
     for key, value in split.items():

@@ -173,7 +173,7 @@ def test_copies_of_an_embedder_that_differ_are_refused():
     model = make(DIT)
     theirs = to_diffusers(model.state_dict(), model.config)
     embedder = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
-    with pytest.raises(InputError, match=f"{embedder} differs between blocks"):
+    with pytest.raises(InputError, match=f"{embedder} differs from that of another block"):
         from_diffusers(theirs | {embedder: theirs[embedder] + 1}, model.config)
 
 
