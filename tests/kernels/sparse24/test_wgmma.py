@@ -114,7 +114,7 @@ FAULTS = {
     "multicast-to-others": ("resident-xw", replaced(r"cvt\.u16\.u32 m, %r\d+;", "mov.b16 m, 3;")),
     "residual-not-awaited": (
         "specialized-x",
-        replaced(r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;", "setp.eq.u32 complete, 0, 0;"),
+        replaced(r"mbarrier\.try_wait\.parity\.shared(::cta)?\.b64 complete, [^;]*;", "setp.eq.u32 complete, 0, 0;"),
     ),
     "no-proxy-fence": ("flat-w", replaced(r"fence\.proxy\.async\.shared::cta;", "")),
     "wrong-swizzle": ("specialized-x", replaced(str(SWIZZLE_128), str(SWIZZLE_64))),
@@ -134,14 +134,14 @@ class TestWgmma(KernelTests):
         assert main, "no loop multiplies"
         (step,) = case.launches(case.problem())
         finish = step.constants["EPILOGUE"]
-        barriers = 3 if finish.residual and not finish.direct else 0  # where the residual is ordered, once per tile
+        fences = 4 if finish.residual and not finish.direct else 0  # where the residual is ordered, once per tile
         for histogram in main:
             products = sum(n for op, n in histogram.items() if op.startswith("HGMMA.SP"))
             assert products == sum(n for op, n in histogram.items() if op.startswith("HGMMA"))
-            most = (30 if case.config.specialized else 60) * case.config.block_m / 128  # for 64 x 128 x 32
+            most = (30 if case.config.specialized else 60) * max(128, case.config.block_m) / 128
             assert sum(histogram.values()) <= most * products
-            assert sum(n for op, n in histogram.items() if op.startswith("BAR")) <= barriers
-            assert not any(op.startswith(("LDL", "STL", "MEMBAR", "ERRBAR", "MOV32I")) for op in histogram)
+            assert sum(n for op, n in histogram.items() if op.startswith(("BAR", "MEMBAR"))) <= fences
+            assert not any(op.startswith(("LDL", "STL", "ERRBAR", "MOV32I")) for op in histogram)
 
 
 def main_loops(built):
