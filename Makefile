@@ -1,7 +1,7 @@
 # Everything sets itself up: only python3 and pip are assumed.
 PYTHON ?= python3
 DATA ?=
-SUITES ?= ceiling,mask,masked-train,gemm,conv,end-to-end,train,table3
+SUITES ?= cpu,ceiling,mask,masked-train,gemm,conv,end-to-end,train,table3
 SECONDS ?=
 VENV := .venv
 BIN := $(VENV)/bin

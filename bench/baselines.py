@@ -1,12 +1,12 @@
-"""Other people's 2:4 products, behind the interface of `providers.py`, and the list of everybody.
+"""The 2:4 products of other libraries, with the interface of `providers.py`, and the list of all providers.
 
-    cuSPARSELt   through torch, with its default algorithm and with the best of its algorithms
-    CUTLASS      through torch; it refuses what is not compute capability 8.x, which is recorded like any other result
-    TileLang     its `T.gemm_sp`, where it can be imported
-    2:4 tile     training with masks that are 2:4 along rows and columns, so that dx is sparse too: torch's
+    cuSPARSELt   through torch, with its default algorithm and with its best algorithm
+    CUTLASS      through torch; it refuses all compute capabilities except 8.x, which is recorded like any other result
+    TileLang     its `T.gemm_sp`, if it can be imported
+    2:4 tile     torch's training with masks that are 2:4 along rows and columns, so that dx is sparse, too
 
-Epilogues: what a library cannot fuse is computed by torch after it, as its users have to do it. xFormers' and torchao's
-2:4 products are these libraries' behind another class: they are not measured apart.
+Epilogues: if a library cannot fuse an operation, torch computes it afterwards, as its users must. xFormers and torchao
+call these libraries for 2:4 products: they are not measured separately.
 """
 
 import functools
@@ -63,7 +63,7 @@ class CuSparseLt(Baseline):
 
 
 class Algorithm(NamedTuple):
-    """How cuSPARSELt multiplies: as numbered by it, K in so many parts; mode: see SPLITS."""
+    """An algorithm of cuSPARSELt: its number, the number of parts of K; mode: see SPLITS."""
 
     number: int
     split_k: int = 1
@@ -80,7 +80,7 @@ def cusparselt_product(packed, x, bias, algorithm):
 
 
 class CuSparseLtTuned(CuSparseLt):
-    """The fastest algorithm among those whose result is right: some of them are known to be wrong at some shapes."""
+    """The fastest algorithm with a right result: some algorithms are known to be wrong at some shapes."""
 
     name = "cuSPARSELt tuned"
 
@@ -92,7 +92,8 @@ class CuSparseLtTuned(CuSparseLt):
     def search(self, problem, prepared):
         """(the fastest Algorithm, {Algorithm: call} with right results, [Algorithm] with wrong ones).
 
-        Every number with K whole and in segments, what the library's own search takes, and splits of the fastest.
+        It tries every number with K whole and in segments, the choice of the library's own search, and splits of the
+        fastest.
         """
         clock = clock_for(problem.device)
         *theirs, last = torch._C._cusparselt.mm_search(prepared, problem.x.t(), problem.bias, None, None, True)
@@ -106,7 +107,7 @@ class CuSparseLtTuned(CuSparseLt):
         return best, right | split[0], wrong + split[1]
 
     def tried(self, problem, prepared, algorithms):
-        """({Algorithm: call} with right results, [Algorithm] with wrong ones), without those that it refuses."""
+        """({Algorithm: call} with right results, [Algorithm] with wrong ones), without algorithms that it refuses."""
         right, wrong = {}, []
         for algorithm in algorithms:
             product = functools.partial(cusparselt_product, prepared, problem.x, problem.bias, algorithm)
@@ -114,7 +115,7 @@ class CuSparseLtTuned(CuSparseLt):
             problem.poison(sparse=True)
             try:
                 out = run()
-            except RuntimeError:  # this device, or this size, is not for it
+            except RuntimeError:  # it does not take this device or size
                 continue
             if problem.check(out, sparse=True).right:
                 right[algorithm] = run
@@ -124,7 +125,7 @@ class CuSparseLtTuned(CuSparseLt):
 
 
 class CuSparseLtLinear(nn.Module):
-    """A layer of a whole network, `layer` with its masks, on the algorithm that is fastest for its first input."""
+    """A layer of a whole network: `layer` with its masks, on the fastest algorithm for its first input."""
 
     def __init__(self, layer):
         super().__init__()
@@ -133,7 +134,7 @@ class CuSparseLtLinear(nn.Module):
         self.bias, self.activation, self.features = layer.bias, layer.activation, layer.out_features
 
     def forward(self, x, residual=None, scale=None):
-        """As of `layers.Linear`, without a second source."""
+        """As in `layers.Linear`, without a second source."""
         rows = x.reshape(-1, x.shape[-1])
         algorithm = tuned_algorithm(*rows.shape[:1], self.features, rows.shape[1], rows.dtype, rows.device)
         y = ACTIVATIONS[self.activation](cusparselt_product(self.packed, rows, self.bias, algorithm))
@@ -304,7 +305,7 @@ PROVIDERS = OURS_AND_DENSE | {
 
 
 def first_providers(device, dtype):
-    """Every configuration that the dispatcher would time for a large product, beside the libraries."""
+    """Every configuration that the dispatcher would time for a large product, and the libraries."""
     request = Request(LINEAR, capability(device), dtype, 8192, 8192, 8192)
     ours = [Configuration(choice) for choice in candidates(request) if choice.backend != "dense"]
     return [Dense(), *ours, CuSparseLt(), CuSparseLtTuned()]

@@ -1,4 +1,4 @@
-"""What needs a GPU, for one that is there for fifteen minutes: `python -m bench.campaign PART --out DIR`.
+"""All measurements that need a GPU, for a GPU lent for fifteen minutes: `python -m bench.campaign PART --out DIR`.
 
 first     about 150 s: is every configuration of the kernels right, and how fast beside cuBLAS and cuSPARSELt; one
           sampler step, one training step, the bandwidth of masks
@@ -7,11 +7,11 @@ second    about 430 s, by value, of what `first` found right: the layers of the 
 quality   with --data: which method trains best, and the search for step-aware networks
 publish   the folder's results and pictures to --to, its tuned tables into the package
 
-Each suite is a process with a limited time: a crash, a hang or a GPU error ends that suite and not the campaign. What
-it has measured by then stays. The same command again runs what did not finish, and goes on inside a suite that was cut.
-DIR holds a few files, up to date after every suite: index.json (what ran, failed, was cut, was skipped), first.json
-(which configurations are right), results.csv, log.txt (all output, shortened), targets.md (what was measured beside
-what the project wants), tuned.json (configurations found), counters.txt, plots.zip, quality.zip.
+Each suite is a process with a limited time: a crash, a hang or a GPU error ends that suite, not the campaign. Its
+results so far remain. Run the same command again to continue: it runs suites that did not finish, and continues inside
+a suite that was cut. DIR holds a few files, up to date after every suite: index.json (which suites ran, failed, were
+cut or skipped), first.json (which configurations are right), results.csv, log.txt (all output, shortened), targets.md
+(targets and measured values), tuned.json (configurations found), counters.txt, plots.zip, quality.zip.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def pytest(*arguments):
 
 
 def sanitizer(tool, *command):
-    """A command under compute-sanitizer, on memory that torch asks the driver for piece by piece: in its own pool an
-    access beyond a tensor would be none beyond an allocation."""
+    """A command under compute-sanitizer. torch allocates each tensor from the driver: in torch's own pool an access
+    beyond a tensor would stay inside an allocation."""
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command)
     return Suite(tool, ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched), 120, "checks", "compute-sanitizer")
 
@@ -77,8 +77,9 @@ def first_suites():
 
 
 def second_suites():
-    """By value: first what the project's targets ask for, then the curves. What torch.compile has to tune for minutes
-    comes after what is quick; sanitizers are last."""
+    """Ordered by value: first the suites for the project's targets, then the curves. Suites in which torch.compile
+    tunes
+    for minutes come after quick ones; sanitizers are last."""
     layers = f"{LARGE},{HUGE},dit-imagenet256-xlarge@64"
     compared = ("--providers", "dense,dense compiled,sparsedm 2:4,sparsedm 2:4 compiled")
     # in several processes, one of which dies with a test that crashes or hangs, and is replaced
@@ -110,7 +111,7 @@ def second_suites():
 
 
 def search_for_the_fault():
-    """Where no configuration is right: the instructions alone, every weight's place, and one configuration watched."""
+    """If no configuration is right: single instructions, every weight's place, one configuration with a sanitizer."""
     one = python("bench.first_contact", "--one", "wgmma,0", "--small")
     kernels = [str(TESTS / "kernels/sparse24"), str(TESTS / "bench/test_instruction_rates.py")]
     return (
@@ -121,7 +122,7 @@ def search_for_the_fault():
 
 
 def quality_suites(data):
-    """What training and searching give, on images from `data`; their folders are too large for the campaign's own."""
+    """Training and search on images from `data`. Their folders are too large for the campaign's folder."""
     suites = []
     for name in ("arms", "search", "ratio", "fixed-vs-inplace-vs-chain"):
         command = python("sparsedm.cli" if name == "search" else "bench.experiments", name, "--scale", "lite")
@@ -131,7 +132,7 @@ def quality_suites(data):
 
 
 def suites_of(part, folder, data=None):
-    """The suites of a part, as `first` decided. Raises: InputError where something is missing for it."""
+    """The suites of a part, as `first` decided. Raises: InputError if something for it is missing."""
     if part == "first":
         return first_suites()
     if part == "quality":
@@ -143,7 +144,7 @@ def suites_of(part, folder, data=None):
 
 
 def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
-    """Run what did not run yet of `suites` into `folder`. Returns the index, which is written after every suite.
+    """Run the suites that did not run yet into `folder`. Returns the index, which is written after every suite.
 
     Raises: InputError if the folder holds a campaign of another device.
     """
@@ -173,14 +174,14 @@ def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
 
 
 class _Drawing:
-    """plots.zip of results.csv, made beside whatever runs, in a thread of its own."""
+    """Makes plots.zip from results.csv in a thread of its own, while suites run."""
 
     def __init__(self, folder):
         self.results, self.archive, self.drawn, self.job = folder / "results.csv", folder / "plots.zip", None, None
         self.pool = ThreadPoolExecutor(1)
 
     def begin(self):
-        """Unless one is being drawn, or nothing is new."""
+        """Start drawing, unless a drawing is in progress or nothing is new."""
         now = self.results.stat().st_mtime_ns if self.results.exists() else None
         if now != self.drawn and (self.job is None or self.job.done()):
             self.drawn, self.job = now, self.pool.submit(self._draw)

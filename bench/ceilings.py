@@ -1,4 +1,4 @@
-"""What this device can do at most, measured: the grey lines of the plots.
+"""The measured limits of this device: the grey lines of the plots.
 
     copy            bytes read plus bytes written by a copy that no cache can hold
     dense product   the best of a few large square products, by torch
@@ -29,7 +29,7 @@ INSTRUCTIONS = ("mma", "mma.sp", "wgmma", "wgmma.sp")
 
 
 class Source(NamedTuple):
-    """Who wrote the code that is measured."""
+    """The author of the measured code."""
 
     name: str
     compiled: bool = False
@@ -49,13 +49,13 @@ TORCH, OURS = Source("torch"), Source("sparsedm")
 
 
 def run(session):
-    """Measure all ceilings of the session's device into its results, unless they are there already."""
+    """Measure all ceilings of the session's device that its results do not hold yet."""
     for ceiling in ceilings(session):
         session.do(SUITE, ceiling, "", [ceiling.provider], functools.partial(rows, session, ceiling))
 
 
 def rows(session, ceiling, missing, starting):
-    """Yields the row of one ceiling; a probe that does not run costs no other."""
+    """Yields the row of one ceiling. If a probe does not run, the others still do."""
     if not starting(ceiling.provider.name):
         return
     dtype = str(session.dtype).removeprefix("torch.")

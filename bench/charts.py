@@ -1,7 +1,7 @@
 """The charts: each function takes rows of a results file and fills a figure, or returns False if the rows hold nothing.
 
-Colours are those of Okabe and Ito, told apart by the colour-blind; lines differ in marker and dash as well, bars in
-hatching, so that a grey print can be read. The losing region, where dense is faster, is shaded in every speed-up chart.
+The colours are Okabe and Ito's, for the colour-blind. Lines also differ in marker and dash, bars in hatching, so that a
+grey print can be read. Every speed-up chart shades the losing region, where dense is faster.
 """
 
 import itertools
@@ -14,17 +14,18 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.providers import OURS
-from bench.results import DENSE, read_csv, speedups, timed
+from bench.results import DENSE, ONEDNN, key, read_csv, speedups, timed
 from bench.shapes import SWEEPS
 from sparsedm import plots
 from sparsedm.kernels.launch import BACKENDS
 
 # cycles of different lengths, so that a colour which comes again brings another marker, dash and hatching
-COLOURS = plots.COLOURS[:6]  # the last is black, which a dark page swallows
+COLOURS = plots.COLOURS[:6]  # the last is black, invisible on a dark page
 MARKERS, DASHES, HATCHES = "os^DvPX", ("-", "--", "-.", ":", (0, (5, 1))), ("", "//", "..", "xx", "||")
-GREY = "#808080"  # what is no measurement of a provider: ceilings, whiskers, and what others have published
+GREY = "#808080"  # not our measurements of a provider: ceilings, whiskers, published values
 PUBLISHED = Path(__file__).with_name("published")
 SOURCE = "grey: cuSPARSELt against cuBLASLt as published\n(arXiv 2603.05232), never mixed with ours"
+LAYERS = "layers of models"  # of `cpu.PLAN`
 CARDS = {"A100": "A100", "RTX4090": "RTX 4090", "H100": "H100 PCIe", "B200": "B200", "RTX5080": "RTX 5080"}
 FORCED = tuple(f"{OURS} {backend}" for backend in BACKENDS)  # the kernels that it chooses from
 
@@ -51,7 +52,7 @@ def plain_log(axis, values):
 
 
 def published(name, dtype):
-    """{card: [(M, speed-up of cuSPARSELt over cuBLASLt)]}, measured by others: of square products, or the geometric
+    """{card: [(M, speed-up of cuSPARSELt over cuBLASLt)]}, measured by others: for square products, or the geometric
     mean over the linear layers of several language models. See published/README.md."""
     kind = {"square": "square", "m-sweep": "model_kernel"}[name]
     file = PUBLISHED / f"slidesparse_{kind}_{'FP16' if dtype == 'float16' else 'BF16'}.csv"
@@ -68,7 +69,8 @@ def sweep(figure, rows, name):
     modes = list(dict.fromkeys(s.row["mode"] for s in found))
     if not found:
         return False
-    look, theirs = looks(s.row["provider"] for s in found), published(name, found[0].row["dtype"])
+    look, row = looks(s.row["provider"] for s in found), found[0].row
+    theirs = {} if row["device"].startswith("CPU") else published(name, row["dtype"])
     for axes, mode in zip(figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], modes):
         for (card, line), marker, dash in zip(theirs.items(), MARKERS, DASHES):
             style = dict(color=GREY, marker=marker, linestyle=dash, markersize=3.5, linewidth=1, alpha=0.8, zorder=1.5)
@@ -85,8 +87,8 @@ def sweep(figure, rows, name):
         axes.yaxis.set_major_formatter("{x:g}")
         plain_log(axes.xaxis, sorted({_rows(s) for s in found} | {m for line in theirs.values() for m, _ in line}))
         losing_region(axes)
-        highest = [ratio for line in theirs.values() for _, ratio in line]
-        axes.set_ylim(min(0.4, *(s.p50 / 1.3 for s in found)), max(1.1 * max(highest), *(s.p50 * 1.3 for s in found)))
+        highest = [1.1 * ratio for line in theirs.values() for _, ratio in line]
+        axes.set_ylim(min(0.4, *(s.p50 / 1.3 for s in found)), max([*highest, *(s.p50 * 1.3 for s in found)]))
         axes.set_title(mode, loc="left")
         axes.set_xlabel("M = N = K" if name == "square" else "M (rows of x)")
     figure.axes[0].set_ylabel("times as fast as the fastest dense\n(shaded: slower)")
@@ -102,7 +104,7 @@ def _rows(speedup):
 
 
 def first(figure, rows):
-    """Bars: TFLOP/s of each configuration of our kernels and of the libraries, in single calls and over a second."""
+    """Bars: TFLOP/s of each configuration of our kernels and of each library, in single calls and over a second."""
     found = [r for r in rows if r["suite"] == "first" and r["metric"] in ("time", "held")]
     shapes = list(dict.fromkeys(r["shape"] for r in found))
     if not found:
@@ -278,7 +280,7 @@ def table3(figure, rows):
 
 
 def masks(figure, rows):
-    """Bandwidth of choosing, casting and packing masks, against the plain cast and the measured copy."""
+    """Bandwidth of selecting, casting and packing masks, against the plain cast and the measured copy."""
     found = [r for r in timed(rows, {"mask"}) if r["gbps"]]
     if not found:
         return False
@@ -296,6 +298,95 @@ def masks(figure, rows):
     axes.set_xlabel("weights")
     axes.set_ylabel("GB/s of the bytes that have to move")
     axes.legend(fontsize=8)
+    return True
+
+
+def patterns(figure, rows):
+    """On a CPU: speed-up of every pattern over the best dense product against size; and over the layers of models, its
+    geometric mean over the best dense product and over `F.linear`."""
+    rows = [r for r in timed(rows, {"gemm"}) if r["mode"] == "plain" and r["model"] in ("square", LAYERS)]
+    best, eager = times_of(rows)
+    names = [p for p in dict.fromkeys(r["provider"] for r in rows) if p not in DENSE]
+    if not names or ONEDNN not in {r["provider"] for r in rows}:
+        return False
+    left, right = figure.subplots(1, 2)
+    for name, (colour, marker, dash, _) in looks(names).items():
+        line = sorted(
+            (r["M"], best[key(r)] / r["p50_us"]) for r in rows if (r["provider"], r["model"]) == (name, "square")
+        )
+        if line:
+            left.plot(*zip(*line), color=colour, marker=marker, linestyle=dash, label=name.split()[-1])
+    line = sorted(
+        (r["M"], best[key(r)] / r["p50_us"]) for r in rows if (r["provider"], r["model"]) == ("dense", "square")
+    )
+    if line:
+        left.plot(*zip(*line), color=GREY, marker="x", linewidth=1, label="F.linear")
+        plain_log(left.xaxis, [m for m, _ in line])
+    left.set(xlabel="M = N = K", ylabel="times as fast as the best dense product\n(shaded: slower)")
+    left.set_title("square products", loc="left")
+    left.legend(frameon=False, fontsize=8)
+    losing_region(left)
+    models = [r for r in rows if r["model"] == LAYERS]
+    for offset, base, colour, label in (
+        (-0.2, best, COLOURS[0], "the best dense product"),
+        (0.2, eager, COLOURS[4], "F.linear"),
+    ):
+        for place, name in enumerate(names):
+            ratios = [base[key(r)] / r["p50_us"] for r in models if r["provider"] == name and key(r) in base]
+            if not ratios:
+                continue
+            mean = statistics.geometric_mean(ratios)
+            right.bar(place + offset, mean, 0.38, color=colour, label=label if not place else None, zorder=2)
+            right.plot([place + offset] * len(ratios), ratios, ".", color=GREY, markersize=3, zorder=3)
+            right.text(place + offset, max(ratios), f"{mean:.2f}", ha="center", va="bottom", fontsize=8, zorder=4)
+    right.set_xticks(range(len(names)), [name.split()[-1] for name in names])
+    shapes = len({r["shape"] for r in models})
+    right.set_title(f"{shapes} layers of models: geometric mean (dots: each)", loc="left")
+    right.set(xlabel="pattern", ylabel="times as fast as")
+    if models:
+        right.legend(frameon=False, fontsize=8, loc="upper left")
+    losing_region(right)
+    return True
+
+
+def times_of(rows):
+    """({key: microseconds of the fastest dense provider}, {key: of "dense", torch as it is called})."""
+    dense = [r for r in rows if r["provider"] in DENSE]
+    best = {}
+    for row in dense:
+        best[key(row)] = min(row["p50_us"], best.get(key(row), row["p50_us"]))
+    return best, {key(r): r["p50_us"] for r in dense if r["provider"] == "dense"}
+
+
+def calls(figure, rows):
+    """On a CPU: whole networks, a call or a training step, as many times as fast as eager torch; in brackets the same
+    against the best dense network."""
+    rows = [r for r in timed(rows, {"end-to-end", "train"}) if r["mode"] in ("step", "training step")]
+    rows = [r for r in rows if ONEDNN in {o["provider"] for o in rows if key(o) == key(r)}]
+    if not rows:
+        return False
+    best, eager = times_of(rows)
+    names = list(dict.fromkeys((r["shape"], r["mode"]) for r in rows))
+    look = looks(r["provider"] for r in rows if r["provider"] != "dense")
+    axes, height = figure.subplots(), 0.8 / len(look)
+    for i, (provider, (colour, _, _, hatch)) in enumerate(look.items()):
+        mine = [r for r in rows if r["provider"] == provider]
+        at = [names.index((r["shape"], r["mode"])) - 0.4 + height * (i + 0.5) for r in mine]
+        ratios = [eager[key(r)] / r["p50_us"] for r in mine]
+        style = dict(color=colour, hatch=hatch, edgecolor=axes.get_facecolor(), linewidth=0)
+        label = "best dense network" if provider == ONEDNN else provider
+        axes.barh(at, ratios, height * 0.92, label=label, zorder=2, **style)
+        for y, ratio, row in zip(at, ratios, mine):
+            beside = "" if provider == ONEDNN else f" ({best[key(row)] / row['p50_us']:.2f})"
+            axes.text(ratio, y, f" {ratio:.2f}{beside}", va="center", fontsize=8)
+    losing_region(axes, vertical=True)
+    axes.set_xlim(0, 1.25 * max(eager[key(r)] / r["p50_us"] for r in rows))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    times = {(r["shape"], r["mode"]): eager[key(r)] / 1e3 for r in rows}
+    axes.set_yticks(range(len(names)), [f"{s}\n{m}, torch: {times[s, m]:,.0f} ms" for s, m in names], fontsize=8)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("times as fast as eager torch (in brackets: as the best dense network; shaded: slower)")
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return True
 
 

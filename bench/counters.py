@@ -1,8 +1,8 @@
 """The GPU's counters where 2:4 gains most and least: `python -m bench.counters results.csv`.
 
-Of the products in a results file it takes the shapes with the greatest and the least speed-up, and runs dense and 2:4
-once each under `ncu` (Nsight Compute), which replays every kernel until it has read all counters. In the report each
-kernel bears the name of its shape, mode and provider. The clocks are left as they are.
+It takes the shapes with the largest and the smallest speed-up from a results file, and runs dense and 2:4 once each
+under `ncu` (Nsight Compute), which replays every kernel until it has read all counters. In the report each kernel has
+the name of its shape, mode and provider. The clocks are not changed.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def extremes(rows, count):
 
 
 def run(cases, device="cuda"):
-    """What ncu watches: one call of dense and one of 2:4 for each case, after one that tunes and compiles unwatched."""
+    """The calls that ncu profiles: one of dense and one of 2:4 per case, each after an unprofiled call to tune."""
     for model, name, mode, dtype in cases:
         (shape,) = (shape for shape in select(model, LinearShape) if shape.name == name)
         problem = LinearProblem(shape, mode, getattr(torch, dtype), device)
@@ -74,7 +74,7 @@ def parser():
 
 @program("bench")
 def main(arguments=None):
-    """Returns the exit code: that of ncu; 2 for bad input."""
+    """Returns the exit code: ncu's, or 2 for bad input."""
     options = parser().parse_args(arguments)
     cases = extremes(read(options.results), options.count)
     if not shutil.which("ncu"):

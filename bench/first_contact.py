@@ -1,12 +1,12 @@
-"""First contact with a GPU: which configurations of our 2:4 products are right, and how fast are these?
+"""First contact with a GPU: which configurations of our 2:4 products are right, and how fast are the right ones?
 
     python -m bench.first_contact --out DIR
 
-Each configuration has a process of its own, all side by side. It compiles, for the epilogues of the models too, which
-leaves everything in Triton's cache; then it says so, and has --timeout seconds to show that every weight is in its
-place, that a ragged product with an epilogue is right, and one of many tiles for each block. One that hangs or faults
-is noted where the autotuner passes over it. Those that are right are timed by the suite "first" of `bench.run`, beside
-cuBLAS and cuSPARSELt: in single calls, and over a second without a pause with the power and the clock read meanwhile.
+Each configuration has its own process; all run in parallel. It compiles its kernels, also with the epilogues of the
+models, into Triton's cache, and prints `compiled`. Then it has --timeout seconds to check that every weight is in its
+place, a ragged product with an epilogue, and a product with many tiles per block. If it hangs or faults, a note keeps
+the autotuner from trying it. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in
+single calls, and over a second without a pause, while power and clock are read.
 
 DIR/first.json: {"configurations": {name: "right", or what is wrong}}; DIR/results.csv: the times.
 """
@@ -34,8 +34,8 @@ from sparsedm.kernels.launch import capability
 from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Choice, Request, candidates, trying
 from sparsedm.kernels.sparse24.format import pack
 
-COMPILES = 240  # seconds that compiling one configuration for all epilogues may take at most
-COMPILED, RIGHT = "compiled", "right"  # what a process says, a line each
+COMPILES = 240  # most seconds for compiling one configuration for all epilogues
+COMPILED, RIGHT = "compiled", "right"  # what a process prints, one line each
 EPILOGUES = (  # the first two are checked; the others are of the layers of U-ViT and DiT, and of the sweeps
     {"bias": True},
     {"bias": True, "activation": "gelu", "residual": True},
@@ -59,7 +59,7 @@ def choices(device, rows=(8192, SPLITK_ROWS)):
 
 @contextlib.contextmanager
 def compiling_only():
-    """Whatever is launched is compiled into Triton's cache, and does not run."""
+    """In this context a launch compiles the kernel into Triton's cache and does not run it."""
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
@@ -108,7 +108,7 @@ def check(choice, device, small=False):
 
 
 def contact(choice, device, small):
-    """What one process does; see the head of this file."""
+    """The work of one process; see the head of this file."""
     compile_all(choice, device, EPILOGUES[:2] if small else EPILOGUES)
     print(COMPILED, flush=True)
     with trying(LINEAR, choice):

@@ -11,11 +11,11 @@ from bench.results import DENSE, stamp
 from bench.timing import Timed, interleaved
 from sparsedm.kernels.tuning import device_is_lost
 
-BESIDE = (OURS, Masked.name)  # what a compiled provider is timed beside, with the fastest eager dense one
+BESIDE = (OURS, Masked.name)  # a compiled provider is timed together with these and the fastest eager dense one
 
 
 class Ready(NamedTuple):
-    """A provider that is right. row: what is known of it before it is timed. packed: whether it prepares anything."""
+    """A provider with a right result. row: its columns before it is timed. packed: whether it prepares anything."""
 
     row: dict
     bound: Bound
@@ -36,17 +36,17 @@ def measure(
     held=False,
     starting: Callable = lambda name: True,
 ):
-    """Yields lists of rows for the results file: of all eager providers, then, as compiling may take minutes, of each
-    compiled one, with new times of the fastest dense provider, of ours and of those compiled before, from the same
-    rounds.
+    """Yields lists of rows for the results file: first of all eager providers; then, because compiling may take
+    minutes, of each compiled one, with new times of the fastest dense provider, of ours and of the earlier compiled
+    ones from the same rounds.
 
     A provider that cannot run (status "unsupported"), raises ("failed") or returns a wrong result ("wrong") gets one
     row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it,
     and with held=True "held", the time of a call in a second without a pause; with packing=True also "packing", the
     time of `prepare`, and "break-even", after how many calls that has paid against the fastest dense provider.
-    seconds: roughly how long the rounds may take, after the first. starting: told
-    the name of each provider before it runs for the first time, and "" before the rounds; False leaves it out, for lack
-    of time. An error that the GPU does not survive is raised, after the rows that say whose it is.
+    seconds: about how long the rounds may take, after the first. starting: called with the name of each provider before
+    its first run, and with "" before the rounds; if it returns False, the provider is left out for lack of time. An
+    error that the GPU does not survive is raised, after the rows that name its provider.
     """
     torch.backends.cudnn.benchmark = True  # or dense convolutions would be the only ones that are not tuned
     limits = dict(rounds=rounds, per_round=per_round, seconds=seconds)
@@ -138,7 +138,7 @@ def time_columns(times, method):
 
 
 def further_rows(problem, provider, ready, clock, limits, packing, dense, sparse):
-    """Host cost of a call; what making the compressed weight costs, and the number of calls after which it has paid."""
+    """Host cost of a call; the time of packing the weight, and the number of calls after which it has paid off."""
     rows, row = [], {k: v for k, v in ready.row.items() if k not in ("error", "allowed", "detail")} | {"status": "ok"}
     if host := clock.host(ready.bound.run):
         rows.append(row | {"metric": "host", **time_columns(host, "perf_counter")})

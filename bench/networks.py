@@ -1,4 +1,4 @@
-"""Whole networks: one sampler step, whole sampling, one training step; dense, masked, 2:4 of ours, 2:4 of cuSPARSELt.
+"""Whole networks: one sampler step, whole sampling, one training step; dense, masked, our 2:4, cuSPARSELt's 2:4.
 
 The dense network has random weights; the sparse ones hold the same weights under 2:4 magnitude masks in the model's
 own `sparse_layers`. A sparse step is checked against the same sparse network computed densely in higher precision. On a
@@ -32,9 +32,9 @@ from sparsedm.sparsity import compress, masked_layers, set_masking, sparsify
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A preset, or with `options` a variant of it that `label` names.
+    """A preset, or with `options` a variant of it, named `label`.
 
-    sampler: of `sparsedm.samplers`, for whole sampling. attention_in_fp32: whatever the dtype of the network is.
+    sampler: a name in `sparsedm.samplers`, for whole sampling. attention_in_fp32: in any dtype of the network.
     """
 
     preset: str
@@ -61,7 +61,7 @@ class ModelShape:
 
 
 class NetworkProblem(Problem):
-    """One evaluation of a network. Its `weight` is the dense network, its `masked` the sparse one, with fresh masks."""
+    """One evaluation of a network. `weight` is the dense network, `masked` the sparse one, with fresh masks."""
 
     kernel = "network"
     modes = ("step",)
@@ -109,7 +109,7 @@ class NetworkProblem(Problem):
 
 
 class AttentionInFp32(uvit.Attention):
-    """As in the released code of U-ViT and SparseDM, which casts q, k and v."""
+    """Attention that casts q, k and v to fp32, as in the released code of U-ViT and SparseDM."""
 
     def forward(self, x, residual):
         qkv = self.qkv(x)
@@ -123,8 +123,8 @@ DECAY = 2e-4  # of pruned weights: SR-STE, as the recipes train
 class TrainingStepProblem(NetworkProblem):
     """Loss, gradients and an AdamW step, from fp32 master weights, dropout off, masked by SR-STE.
 
-    The learning rate is zero, so that every call starts from the same weights; they count as changed all the same, and
-    the masks are chosen anew. The outputs are the loss and the gradients of the first and the last sparse weight.
+    The learning rate is zero, so that every call starts from the same weights. The masks are selected anew in every
+    call. The outputs are the loss and the gradients of the first and the last sparse weight.
     """
 
     kernel = "training"
@@ -140,7 +140,7 @@ class TrainingStepProblem(NetworkProblem):
         return torch.float32
 
     def answer(self, network, dtype):
-        """The baked network knows of no decay: it is added here."""
+        """The baked network has no decay: it is added here."""
         loss, *gradients = super().answer(network, dtype)
         layers = [layer for _, layer in masked_layers(network)]
         for gradient, layer in zip(gradients, (layers[0], layers[-1]) if layers else ()):
@@ -157,7 +157,7 @@ class TrainingStepProblem(NetworkProblem):
 
 
 def baked(network):
-    """A plain dense network whose weights are what `network` multiplies with."""
+    """A plain dense network with the masked weights of `network`."""
     plain = copy.deepcopy(network)
     with torch.no_grad():
         for _, layer in masked_layers(plain):
@@ -170,7 +170,7 @@ def baked(network):
 
 
 class Built(NamedTuple):
-    """A network after its first step. bytes: on the GPU, of its weights in all the forms that are kept of them."""
+    """A network after its first step. bytes: on the GPU, of its weights in all stored forms."""
 
     network: Callable
     bytes: int
@@ -193,7 +193,7 @@ class NetworkProvider(Provider):
         return max_autotune(network) if self.compiled else network
 
     def built(self, problem):
-        """-> Built. Kept with the problem: compiling takes minutes, and whole sampling needs the network again."""
+        """-> Built. Stored with the problem: compiling takes minutes, and whole sampling needs the network again."""
         if self not in problem.built:
             problem.poison(self.sparse)  # makes the references, and with them the workspaces that all share
             before = allocated(problem.device)
@@ -241,7 +241,7 @@ def compressed(problem):
 
 
 def tuned(problem):
-    """The compressed network after a step: compiled code runs the kernels that were measured to be best in eager."""
+    """The compressed network after a step: compiled code runs the kernels that were fastest in eager code."""
     network = compressed(problem)
     problem.outputs(network, problem.inputs)
     return network
@@ -282,7 +282,7 @@ def sampling_mode(steps):
 
 
 def sampling_rows(suite, problem, providers, steps, rounds=3):
-    """Rows for whole sampling by every provider that can run: time, images/s, memory, and how far its images are off.
+    """Rows for whole sampling by every provider that can run: time, images/s, memory, and the error of its images.
 
     "image difference" is max |a - b| of images in about [-1, 1], drawn from the same noise by this provider and by the
     same sparse network computed densely. A provider that raises gets one row that says so.
@@ -319,7 +319,7 @@ def sampling_rows(suite, problem, providers, steps, rounds=3):
 
 
 def peak_memory(provider, problem):
-    """Bytes on the GPU at the worst moment of a step: weights in all the forms that are kept of them, activations."""
+    """Peak bytes on the GPU in a step: weights in all stored forms, and activations."""
     network, kept = provider.built(problem)
     torch.cuda.reset_peak_memory_stats(problem.device)
     before = allocated(problem.device)
@@ -328,7 +328,7 @@ def peak_memory(provider, problem):
 
 
 def timer(call, problem, steps):
-    """count -> so many times of whole sampling in microseconds."""
+    """A function: count -> `count` times of whole sampling in microseconds."""
 
     def once():
         start = time.perf_counter()
@@ -370,8 +370,8 @@ def replayed(network, graphs):
 def table3_shapes(quick=False):
     """SparseDM's speed table (arXiv 2404.10445): CIFAR-10 U-ViTs of patch 1, 2, 4 and MLP ratio 1, 2, 4, 8.
 
-    As the release has it, one block of width 8192 with 8 heads, and the same at the width and depth of the real
-    network; batches of 64, attention in fp32, sampled by U-ViT's Euler-Maruyama.
+    As in the release, one block of width 8192 with 8 heads; and the same at the width and depth of the real network.
+    Batches of 64, attention in fp32, sampled by U-ViT's Euler-Maruyama.
     """
     grids = [("one block", 8192, 0), ("full depth", 512, 12)]
     if quick:

@@ -1,7 +1,7 @@
-"""Every chart from results files alone: `python -m bench.plot results.csv --out plots`.
+"""Every chart, only from results files: `python -m bench.plot results.csv --out plots`.
 
-Each chart is written twice, for light and for dark pages (NAME.png, NAME-dark.png). The caption says which device,
-when, and with which versions; on a CPU the chart says so in large letters, because its ratios mean nothing for a GPU.
+Each chart is written twice, for light and dark pages (NAME.png, NAME-dark.png). The caption gives device, date and
+versions. A chart of a CPU says so in large letters, because its ratios say nothing about a GPU.
 """
 
 import argparse
@@ -22,10 +22,10 @@ THEMES = {"": ("#ffffff", "#222222", "#d9d9d9"), "-dark": ("#0d1117", "#e6edf3",
 
 
 def draw_all(paths, folder):
-    """Draw every chart that the rows of the CSV files `paths` have data for. Returns the files written; of a GPU also
-    targets.md, its results against the project's targets.
+    """Draw every chart for which the CSV files `paths` have data. For a GPU also write targets.md, its results against
+    the project's targets. Returns the files written.
 
-    Raises: InputError if the files hold no measurement, or those of several devices, which one picture must not mix.
+    Raises: InputError if the files hold no measurement, or measurements of several devices.
     """
     every = read(*paths)
     rows = [row for row in every if row["status"] == "ok"]
@@ -46,7 +46,7 @@ def draw_all(paths, folder):
 
 
 def draw_archive(paths, archive):
-    """The same pictures in one ZIP file. Raises: as `draw_all`."""
+    """The same pictures in one ZIP file. Raises like `draw_all`."""
     with tempfile.TemporaryDirectory() as folder:
         pictures = [path for path in draw_all(paths, folder) if path.suffix == ".png"]
         with atomic_file(archive) as partial, zipfile.ZipFile(partial, "w") as held:
@@ -79,6 +79,9 @@ def all_charts(rows):
     ):
         count = len({(r["shape"], r["mode"]) for r in rows if r["suite"] == suite})
         found[suite] = (title, functools.partial(charts.networks, suite=suite), (9, 2.5 + 0.8 * count))
+    found["cpu-patterns"] = ("N:M on a CPU, fp32, against dense products", charts.patterns, wide)
+    networks = len({(r["shape"], r["mode"]) for r in rows if r["suite"] in ("end-to-end", "train")})
+    found["cpu-networks"] = ("Whole networks on a CPU, fp32", charts.calls, (9, 2.2 + 0.75 * networks))
     found["table3"] = ("U-ViT by patch and MLP ratio: 2:4 against dense", charts.table3, wide)
     found["masks"] = ("Choosing and packing masks", charts.masks, square)
     return found
@@ -95,15 +98,22 @@ def save(path, title, draw, size, rows, theme):
         if not draw(figure, rows):
             figure.clear()
             return False
-        figure.suptitle(title + ("\nCPU (no GPU was measured)" if on_cpu(rows) else ""), x=0.01, ha="left", fontsize=13)
-        figure.supxlabel(caption(rows), x=0.01, ha="left", fontsize=7)
-        if on_cpu(rows):
+        of_a_cpu = Path(path).name.startswith("cpu-")  # these are about CPUs, the others would be about a GPU
+        warned = on_cpu(rows) and not of_a_cpu
+        figure.suptitle(title + ("\nCPU (no GPU was measured)" if warned else ""), x=0.01, ha="left", fontsize=13)
+        figure.supxlabel(caption(rows, of_a_cpu), x=0.01, ha="left", fontsize=7)
+        if warned:
             figure.text(0.5, 0.5, "CPU", fontsize=140, weight="bold", alpha=0.10, ha="center", va="center", rotation=25)
     return True
 
 
-def caption(rows):
-    """Device, dates, versions and commits of all rows, in three lines."""
+CPU_TERMS = """\
+F.linear is torch's product as users call it (MKL); the best dense product is the faster of it and oneDNN's on a weight
+packed once; the best dense network has these and our attention. One thread: CPU time of the thread. Medians."""
+
+
+def caption(rows, of_a_cpu=False):
+    """Device, dates, versions and commits of all rows, in three lines. of_a_cpu: also what the two denominators are."""
 
     def values(column):
         return ", ".join(dict.fromkeys(row[column] for row in rows if row[column]))
@@ -114,7 +124,7 @@ def caption(rows):
     ]
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     first = f"{values('device')}, {values('dtype')}, {when}, sparsedm {values('commit') or values('sparsedm')}"
-    meaning = "TFLOP/s are dense-equivalent. Bands and whiskers: 20th to 80th percentile."
+    meaning = CPU_TERMS if of_a_cpu else "TFLOP/s are dense-equivalent. Bands and whiskers: 20th to 80th percentile."
     return f"{first}\n{', '.join(versions)}\n{meaning}"
 
 

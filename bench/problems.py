@@ -1,10 +1,10 @@
-"""What is computed in a measurement: random data of a shape, the right answer, torch's own error, operations and bytes.
+"""The problem of a measurement: random data of a shape, the right answer, torch's own error, operations and bytes.
 
-A problem knows two right answers: that of the dense weight, and that of the same weight under its 2:4 magnitude mask,
-which is what every sparse provider has to return. A result is right if it is as good as torch:
+A problem has two right answers: with the dense weight, and with the same weight under its 2:4 magnitude mask, for
+sparse providers. A result is right if it is as good as torch:
     max |out - reference| <= 2 max |torch - reference| + eps max |reference|
 where `reference` is computed in higher precision and `torch` in the precision of the problem, both by plain torch.
-All data are random and dense-looking: zeros draw less power and let every device run faster than real weights do.
+All data are random and without zeros: with zeros a device draws less power and runs faster than with real weights.
 """
 
 import weakref
@@ -31,10 +31,12 @@ class Problem:
     """One shape with its data. A subclass has `answer(weight, dtype)`, `weight`, `masked`, `operations` and `traffic`.
 
     kernel, mode: what is computed, for the results file. dtype: of the product. operations: of the dense product.
-    modes: of the sweeps; of_models: those of the layers of a model, where they are fewer.
+    modes: the modes for sweeps; of_models: the modes for layers of a model, if these are fewer.
+    roundings: of the largest result, which are allowed beside twice torch's own error.
     """
 
     kernel = ""
+    roundings = 1
     modes = of_models = ()
 
     def __init__(self, shape, mode, dtype, device, seed=0):
@@ -43,12 +45,12 @@ class Problem:
         self._known = {}
 
     def check(self, outputs, sparse, weight=None):
-        """Whether `outputs`, a tensor or a tuple of them, are as good as torch's.
+        """Whether `outputs`, a tensor or a tuple of tensors, are as good as torch's.
 
-        weight: what the outputs were computed from, if it is not the problem's own (sparse: masked, else dense) one.
+        weight: the weight of the outputs, if it is not the problem's (sparse: masked, else dense) weight.
         """
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        expected = self._expected(sparse) if weight is None else self._references(weight)
+        expected = self._expected(sparse) if weight is None else self._expected_of(weight)
         worst = Verdict(True, 0.0, 0.0)
         for out, (reference, allowed) in zip(outputs, expected, strict=True):
             if out.shape != reference.shape:
@@ -66,17 +68,23 @@ class Problem:
             self._known[sparse] = list(self._references(self.masked if sparse else self.weight))
         return self._known[sparse]
 
+    def _expected_of(self, weight):
+        """The same of a provider's own weight, which is checked before and after it is timed."""
+        if id(weight) not in self._known:
+            self._known[id(weight)] = weight, list(self._references(weight))
+        return self._known[id(weight)][1]
+
     def _references(self, weight):
         for reference, low in zip(self.answer(weight, higher(self.dtype)), self.answer(weight, self.dtype)):
             # of the problem's type also where the output is of a wider one: the error of a single number, such as a
             # loss, may be small by luck
-            eps = torch.finfo(self.dtype).eps * reference.abs().max().item()
+            eps = self.roundings * torch.finfo(self.dtype).eps * reference.abs().max().item()
             yield reference, 2 * (low.to(reference.dtype) - reference).abs().max().item() + eps
 
     def poison(self, sparse):
-        """Fill memory that the next allocation of an output will probably get with NaN.
+        """Fill the memory that the next output will probably get with NaN.
 
-        Else a kernel that writes nothing might return the right answer of whoever ran before it.
+        Otherwise a kernel that writes nothing might return the right answer of the provider before it.
         """
         for reference, _ in self._expected(sparse):
             torch.full(reference.shape, float("nan"), dtype=self.dtype, device=self.device)
@@ -97,7 +105,7 @@ class Problem:
         return torch.randn(size, generator=self.generator, device=self.device, dtype=torch.float32).to(dtype)
 
     def _weight(self, *size, dtype=None):
-        """Normal, with rows of log-normally different scale, as the rows of trained weights are."""
+        """Normal, with log-normal scales of the rows, like trained weights."""
         fan_in = torch.Size(size[1:]).numel()
         scale = (0.5 * self._normal(size[0], dtype=torch.float32)).exp() / fan_in**0.5
         weight = self._normal(*size, dtype=torch.float32) * scale.view(-1, *[1] * (len(size) - 1))
@@ -109,9 +117,9 @@ def higher(dtype):
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def masked(weight):
-    """weight under its 2:4 magnitude mask along the input axis. No zero is -0.0, which some compressors would keep."""
-    mask = ungroup(select_mask_ref(group_view(weight), TWO_FOUR), weight.shape)
+def masked(weight, pattern=TWO_FOUR):
+    """weight under its magnitude mask along the input axis. No zero is -0.0: some compressors would keep it."""
+    mask = ungroup(select_mask_ref(group_view(weight), pattern), weight.shape)
     return torch.where(mask, weight, 0.0).contiguous()
 
 
@@ -120,7 +128,7 @@ def can_be_masked(weight):
 
 
 class LinearProblem(Problem):
-    """y = act(x W^T + b) + r. mode "plain": the bias alone; "epilogue": also the shape's activation and residual."""
+    """y = act(x W^T + b) + r. mode "plain": only the bias; "epilogue": also the shape's activation and residual."""
 
     kernel = "linear"
     modes, of_models = ("plain", "epilogue"), ("epilogue",)
@@ -150,7 +158,7 @@ class LinearProblem(Problem):
         return (y,)
 
     def traffic(self, sparse):
-        """Bytes that have to move at least: x, weight (2:4: half the values and 2 bits for each), y, residual."""
+        """The least number of bytes to move: x, weight (2:4: half the values and 2 bits for each), y, residual."""
         shape, size = self.shape, self.dtype.itemsize
         weight = shape.N * shape.K * (size / 2 + 1 / 8 if sparse else size)
         outputs = shape.M * shape.N * (1 if self.residual is None else 2)
@@ -158,7 +166,7 @@ class LinearProblem(Problem):
 
 
 class FirstProblem(LinearProblem):
-    """The plain product, over which the configurations of our kernels are compared."""
+    """The plain product, to compare the configurations of our kernels."""
 
     modes = of_models = ("plain",)
 
@@ -192,7 +200,7 @@ class ConvProblem(Problem):
 
 
 class MaskProblem(Problem):
-    """masked = (w * mask(w)).to(dtype) of a fp32 master weight (N, K): the pass that every training step makes.
+    """masked = (w * mask(w)).to(dtype) of a fp32 weight (N, K): a pass in every training step.
 
     The answer must be exact. "dense" is the same pass without a mask, the cast.
     """
@@ -217,9 +225,8 @@ class MaskProblem(Problem):
 class TrainingProblem(Problem):
     """One linear layer in training: forward (y), backward (dx, dw, db) and both, from fp32 master weights.
 
-    The weight counts as changed before every forward, so a mask has to be chosen in each. The backward alone is timed
-    again and again on one forward, which keeps what it saved. In 16 bits the product is autocast. dw is that of the
-    straight-through estimator, not masked.
+    Every forward selects the mask anew. The backward alone is timed repeatedly on one forward, whose saved tensors
+    stay. In 16 bits the product is autocast. dw is the straight-through gradient, not masked.
     """
 
     kernel = "masked-train"

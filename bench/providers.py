@@ -1,12 +1,11 @@
 """The implementations that are compared. One small class each:
 
     supports(problem) -> None, or the reason why not, for the results file
-    prepare(problem)  -> what is made once of a weight (packing), timed apart
+    prepare(problem)  -> the result of one-time work on a weight (packing), timed separately
     bind(problem, prepared) -> Bound: the call that is timed, and what was chosen for it
 
-`sparse` says which weight a provider multiplies with: the dense one, or the 2:4 one. The denominators of every speed-up
-are the providers in DENSE and nothing else. Other people's sparse products, and the list of everybody, are in
-`baselines.py`.
+`sparse` says which weight a provider multiplies with: dense or 2:4. Only the providers in DENSE are denominators of
+speed-ups. The sparse products of other libraries, and the list of all providers, are in `baselines.py`.
 """
 
 from collections.abc import Callable
@@ -35,13 +34,13 @@ from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import CompressedConv2d, Conv2d, Linear
 
-OURS = "sparsedm 2:4"  # what the dispatcher does
+OURS = "sparsedm 2:4"  # the dispatcher's choice
 HALF = (torch.bfloat16, torch.float16)
-MOST_SPLITK_ROWS = 4 * SPLITK_ROWS  # rows with which `splitk` is still tried
+MOST_SPLITK_ROWS = 4 * SPLITK_ROWS  # largest number of rows for which `splitk` is tried
 
 
 class Bound(NamedTuple):
-    """weight: the one that `run` multiplies with, where that is neither the problem's dense nor its masked weight."""
+    """weight: the weight of `run`, if it is neither the problem's dense nor its masked weight."""
 
     run: Callable
     detail: str = ""
@@ -49,7 +48,7 @@ class Bound(NamedTuple):
 
 
 class Provider:
-    """sweeps: whether it is measured in sweeps over sizes only."""
+    """sweeps: whether it is measured only in sweeps over sizes."""
 
     name = ""
     sparse = True
@@ -57,7 +56,7 @@ class Provider:
 
     @property
     def compiled(self):
-        """By torch.compile, which takes long."""
+        """Whether it uses torch.compile, which takes long."""
         return self.name.endswith("compiled")
 
     def supports(self, problem):
@@ -69,7 +68,7 @@ class Provider:
         return None
 
     def traffic(self, problem):
-        """Bytes that have to move at least; 0 where they are not counted."""
+        """The least number of bytes to move; 0 if they are not counted."""
         return problem.traffic(self.sparse)
 
 
@@ -77,7 +76,7 @@ class Provider:
 
 
 def torch_linear(problem, weight):
-    """The product and its epilogue as torch computes them: what eager code and a compiler start from."""
+    """The product and its epilogue in torch operations, for eager code and for torch.compile."""
     activate, residual = ACTIVATIONS[problem.activation], problem.residual
 
     def run():
@@ -95,7 +94,7 @@ class Dense(Provider):
 
 
 class DenseFused(Provider):
-    """cuBLAS with the epilogue it has, bias and tanh GELU: what a compiler may choose, without one."""
+    """cuBLAS with its own epilogue, bias and tanh GELU: a compiler may choose it; here it needs no compiler."""
 
     name, sparse = "dense fused", False
 
@@ -125,10 +124,10 @@ class DenseCompiled(Provider):
 
 
 def max_autotune(call):
-    """`call` compiled for exactly its shapes, at best speed; CUDA graphs are the clock's business.
+    """`call` compiled for exactly its shapes, for best speed. The clock makes CUDA graphs.
 
-    By default dynamo gives up after eight shapes, and compiles for sizes that may vary from the second on: both would
-    quietly turn the strongest baseline into a weak one.
+    By default dynamo stops compiling after eight shapes, and compiles for variable sizes from the second shape on. Both
+    would weaken the strongest baseline without notice.
     """
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
     return torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -147,7 +146,7 @@ class Masked(Provider):
 
 
 class Sparse24(Provider):
-    """Ours: the 2:4 product. backend None: whatever the dispatcher takes; else the one with this name."""
+    """Our 2:4 product. backend None: the dispatcher's choice; else the back end of this name."""
 
     def __init__(self, backend=None):
         self.backend, self.sweeps = backend, bool(backend)
@@ -184,7 +183,7 @@ class Sparse24(Provider):
 
 
 class Configuration(Sparse24):
-    """One configuration of one of our kernels, whatever the dispatcher would take."""
+    """One configuration of one of our kernels, independent of the dispatcher."""
 
     def __init__(self, choice):
         super().__init__(choice.backend)
@@ -222,7 +221,8 @@ def described(choice):
 
 
 class Baseline(Provider):
-    """Rules that all of them share: a CUDA device, 16-bit types, sizes in multiples of `rows`, `columns`, `tokens`."""
+    """Rules that all baselines share: a CUDA device, 16-bit types, sizes in multiples of `rows`, `columns`,
+    `tokens`."""
 
     rows, columns, tokens = 16, 16, 8
     cusparselt = False  # whether it stands on that library
@@ -299,7 +299,7 @@ class Cast(Provider):
 
 
 class TopK(Provider):
-    """How masks are usually made: indices of the two largest of each four, and a scatter."""
+    """The usual way to make masks: indices of the two largest of each four, and a scatter."""
 
     name = "torch topk"
 
@@ -366,7 +366,7 @@ class TrainMasked(TrainingProvider):
 
 
 class TopKLinear(nn.Linear):
-    """Straight-through masking as it is usually written, in torch operations."""
+    """Straight-through masking in the usual torch operations."""
 
     def forward(self, x):
         groups = self.weight.detach().view(len(self.weight), -1, TWO_FOUR.group)

@@ -1,7 +1,7 @@
-"""Results files: CSV, one row per measurement, whole at every moment (rewritten atomically); stamps; speed-ups.
+"""Results files: CSV, one row per measurement, always complete (rewritten atomically); stamps; speed-ups.
 
-Times are microseconds of one call. TFLOP/s are dense-equivalent: the operations of the dense product, of which a 2:4
-product executes half, over the time. A row whose status is not "ok" has no times; its reason says why.
+Times are microseconds of one call. TFLOP/s are dense-equivalent: the operations of the dense product divided by the
+time (a 2:4 product executes half of them). If a row's status is not "ok", it has no times; its reason says why.
 """
 
 import csv
@@ -23,7 +23,8 @@ from sparsedm import __version__
 from sparsedm.errors import InputError
 from sparsedm.files import write_text
 
-DENSE = ("dense", "dense fused", "dense compiled")  # providers that are the denominators of speed-ups; nothing else is
+ONEDNN = "dense oneDNN"  # on a CPU: the best dense product that torch has
+DENSE = ("dense", "dense fused", "dense compiled", ONEDNN)  # the denominators of speed-ups; nothing else is
 COLUMNS = (
     *("suite", "kernel", "model", "shape", "provider", "mode", "metric", "dtype", "M", "N", "K", "layers"),
     *("status", "reason", "p20_us", "p50_us", "p80_us", "samples", "method", "value", "unit"),
@@ -41,10 +42,10 @@ ONCE = (*IDENTITY, "provider", "metric")  # a later row with the same values rep
 
 
 class Results:
-    """Rows in memory and in the file `path`. resume: keep what the file already holds.
+    """Rows in memory and in the file `path`. resume: keep the rows of the file.
 
-    What was begun and never finished, because its process crashed or was ended, is found as a failure on resuming: of
-    the provider that was under way, or of all of them if none is named.
+    If a process crashed or was killed during a measurement, resuming records it as a failure: of the provider that was
+    running, or of all providers if none is named.
     """
 
     def __init__(self, path, resume=False):
@@ -58,7 +59,7 @@ class Results:
         self._text = _csv(self.rows, header=True)
 
     def begin(self, identity):
-        """Note in the file that the measurement with this identity is under way, until `add` brings its rows."""
+        """Note in the file that the measurement with this identity is running, until `add` writes its rows."""
         write_text(self.path, self._text + _csv([identity | {"status": "started"}]))
 
     def add(self, rows):
@@ -139,7 +140,7 @@ def _parsed(row, numbers):
 
 
 class Speedup(NamedTuple):
-    """row: the provider's. p50, and the band low .. high: slow provider over quick dense, and the reverse."""
+    """row: the provider's. p50, and the band low .. high: slow provider against fast dense, and the reverse."""
 
     row: dict
     p50: float
@@ -152,7 +153,7 @@ def key(row):
 
 
 def timed(rows, suites=None):
-    """The rows that hold a time of the thing itself, not of packing."""
+    """The rows that hold a time of the computation itself, not of packing."""
     return [r for r in rows if r["metric"] == "time" and r["status"] == "ok" and (not suites or r["suite"] in suites)]
 
 
@@ -179,17 +180,17 @@ SENSORS = ("clocks.sm", "clocks.mem", "power.draw")  # MHz, MHz, W
 
 
 def stamp(device):
-    """{column: text} for measurements on `device` now. What cannot be read is an empty text, never a guess."""
-    return {**_fixed(str(device)), **sensors(device), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    """{column: text} for measurements on `device` now. A value that cannot be read is an empty text, never a guess."""
+    now = {"threads": torch.get_num_threads(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {**_fixed(str(device)), **sensors(device), **now}
 
 
 @functools.cache
 def _fixed(device):
     cuda = torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU: {cpu_name()}",
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU: {cpu_name()} ({vector_units()})",
         "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)) if cuda else "",
-        "threads": torch.get_num_threads(),
         "driver": _nvidia_smi(device, "driver_version")[0] if cuda else "",
         "cuda": (torch.version.cuda or "") if cuda else "",
         "torch": torch.__version__,
@@ -226,9 +227,14 @@ def cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def vector_units():
+    """For example "AVX2": several generations of CPUs share one name."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 @functools.cache
 def commit():
-    """The commit of the code that runs, with +dirty where files differ from it; $SPARSEDM_COMMIT overrules."""
+    """The commit of the running code, with +dirty if files differ from it. $SPARSEDM_COMMIT replaces it."""
     if os.environ.get(COMMIT):
         return os.environ[COMMIT]
     here = Path(__file__).parent
@@ -257,9 +263,9 @@ EVERY_RUN = {"validation loss", "Fréchet distance", "samples", "reference image
 
 
 def read_experiment(file, experiment=None, scale=None):
-    """The rows of an experiment's results.csv. experiment, scale: names that they must have, None for any.
+    """The rows of an experiment's results.csv. experiment, scale: the names they must have; None: any.
 
-    Raises: InputError if it is damaged, empty, lacks a part of a run, or is of another experiment.
+    Raises: InputError if it is damaged or empty, lacks a part of a run, or belongs to another experiment.
     """
     rows = read_csv(file, OF_EXPERIMENTS, ("seed", "x", "value"))
     if not rows or any(None in (row["seed"], row["value"]) for row in rows):

@@ -1,7 +1,7 @@
 """The suites, from the command line: `python -m bench.run --suite gemm --shapes square --out results.csv`.
 
-    first         every configuration of our 2:4 product, beside the libraries, also over a second without a pause
-    mask          choosing masks and packing: bytes moved against a plain cast
+    first         every configuration of our 2:4 product, and the libraries, also over a second without a pause
+    mask          selecting masks and packing: bytes moved, against a plain cast
     masked-train  one masked linear layer, forward and forward with backward
     gemm          the 2:4 product against dense and against other libraries: in sweeps over sizes plain and with an
                   epilogue, and with our back ends forced one by one; of the layers of models with their own epilogues
@@ -10,11 +10,11 @@
     train         one training step of whole networks
     table3        the grid of SparseDM's speed table (arXiv 2404.10445): patch 1, 2, 4 x MLP ratio 1, 2, 4, 8,
                   as it was released and at the real width; steps, and sampling in 50 of them
-    ceiling       what the device can do at most: copies, dense products, tensor-core instructions
+    ceiling       the limits of the device: copies, dense products, tensor-core instructions
 
-Rows are written as soon as they are measured. --resume goes on with the file, and skips what it already holds. If the
-GPU hangs or is lost, the process starts itself again and goes on behind the provider that did it, which has failed;
-one that was ended from outside, or had no time left, is measured the next time.
+Rows are written as soon as they are measured. --resume continues the file and skips the rows that it holds. If the GPU
+hangs or is lost, the provider has failed; the process restarts and continues with the next one. A provider that was
+killed from outside, or had no time left, is measured the next time.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, problems, program
+from bench import ceilings, cpu, problems, program
 from bench.baselines import PROVIDERS, first_providers
 from bench.measure import BESIDE, measure, release
 from bench.networks import (
@@ -61,17 +61,18 @@ LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by
     "conv": (problems.ConvProblem, ConvShape, "models", "ddpm-tiny@4"),
 }
 NETWORK_SUITES = ("end-to-end", "train", "table3")
-SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling")
+SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
 
 
-PATIENCE = 2  # times that a provider may end the process, by a hang or a fault, before the suite goes on without it
+QUICK = {"rounds": 3, "per_round": 1, "seconds": 1.0}  # of suite cpu
+PATIENCE = 2  # a provider that hung or crashed the process so often is left out of the suite
 COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network takes
 
 
 @dataclass
 class Session:
-    """What every suite is given. deadline: time.monotonic() after which nothing new is started. timeout: seconds that
-    a provider may take to be ready; on_timeout: called when it is not."""
+    """The arguments of every suite. deadline: a value of time.monotonic() after which nothing new is started.
+    timeout: seconds for a provider to be ready; on_timeout: called if it is not."""
 
     results: Results
     device: torch.device
@@ -88,6 +89,7 @@ class Session:
     on_timeout: Callable | None = None
     cut: int = 0  # problems that were left out for lack of time
     limits: dict = field(default_factory=dict)
+    dry_run: bool = False  # say what would be measured
 
     def __post_init__(self):
         self.clock = clock_for(self.device)
@@ -96,7 +98,7 @@ class Session:
         self.watch = Watch(self.on_timeout)
 
     def keep(self, providers):
-        """Those that were asked for."""
+        """The requested providers."""
         wanted = [p for p in providers if self.providers is None or p.name in self.providers]
         return [p for p in wanted if self.compiled or not p.name.endswith("compiled")]
 
@@ -106,8 +108,11 @@ class Session:
         return [mode for mode in modes if self.modes is None or mode in self.modes]
 
     def do(self, suite, shape, mode, providers, rows):
-        """Add what `rows(missing, starting)` yields to the results, for those providers that they do not hold yet,
-        unless the time is up. starting: see `measure`."""
+        """Add the rows of `rows(missing, starting)` to the results, for providers that they do not hold yet, unless the
+        time is up. starting: see `measure`."""
+        if self.dry_run:
+            print(f"{suite}: {shape.name}, {mode}: {', '.join(p.name for p in self.keep(providers))}")
+            return
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         held = self.results.matching(identity)
         names = {row.get("provider", "") for row in held}
@@ -152,7 +157,7 @@ class Session:
 
 
 def beside_compiled(rows):
-    """The names of those that were timed, of which a compiled provider needs new times from its own rounds."""
+    """The timed providers that a compiled provider must be timed together with."""
     p50 = {row["provider"]: row["p50_us"] for row in rows if (row["metric"], row["status"]) == ("time", "ok")}
     dense = [name for name in DENSE if name in p50 and not name.endswith("compiled")]
     return {*BESIDE, min(dense, key=p50.get, default="dense")} & p50.keys()
@@ -179,9 +184,36 @@ def run_suite(suite, session, progress=False):
             measured = functools.partial(network_rows, suite, kind, shape, kind.modes[0], session)
             session.do(suite, shape, kind.modes[0], providers, measured)
     elif suite == "ceiling":
-        ceilings.run(session)
+        if session.dry_run:
+            print("ceiling: what this device can do at most")
+        else:
+            ceilings.run(session)
+    elif suite == "cpu":
+        run_on_cpu(session, progress)
     else:
         raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
+
+
+def run_on_cpu(session, progress):
+    """`cpu.PLAN`, each part with its number of threads. Raises: InputError for another device or type."""
+    if session.device.type != "cpu" or session.dtype != torch.float32:
+        raise InputError("suite cpu measures fp32 products on a CPU: --device cpu --dtype fp32")
+    before = torch.get_num_threads()
+    try:
+        for part in cpu.PLAN:
+            torch.set_num_threads(part.threads)
+            shapes, clock = part.shapes(), clock_for(session.device)
+            limits = part.limits | {"packing": False} | (QUICK if session.quick else {})
+            shapes = shapes[: part.quick] if session.quick else shapes
+            for shape in tqdm(shapes, part.suite, disable=None if progress else True):
+
+                def rows(providers, starting, part=part, shape=shape, limits=limits, clock=clock):
+                    problem = part.kind(shape, part.mode, session.dtype, session.device)
+                    return measure(part.suite, problem, providers, clock, starting=starting, **limits)
+
+                session.do(part.suite, shape, part.mode, part.providers, rows)
+    finally:
+        torch.set_num_threads(before)
 
 
 def layer_rows(suite, kind, shape, mode, session, providers, starting):
@@ -217,7 +249,7 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
 
 
 class Watch:
-    """Calls `on_timeout()`, in a thread of its own, if no `expect` or `done` follows `expect(seconds)` in time."""
+    """Calls `on_timeout()` from its own thread if no `expect` or `done` follows `expect(seconds)` in time."""
 
     def __init__(self, on_timeout):
         self.on_timeout = on_timeout
@@ -235,10 +267,10 @@ class Watch:
 
 
 def start_again(arguments):
-    """Replace this process by `python -m bench.run arguments`, having written where every thread of it was.
+    """Print the stack of every thread, then replace this process by `python -m bench.run arguments`.
 
-    A kernel that never ends, or that writes out of bounds, takes the process with it; nothing in it can be timed any
-    more. The results file knows who was under way, and with --resume passes over it.
+    After a kernel that never ends or writes out of bounds, this process cannot time anything. The results file names
+    the provider that was running; --resume skips it.
     """
     faulthandler.dump_traceback(sys.__stderr__)
     os.closerange(3, 1 << 16)  # the driver gives a GPU back when its files are closed
@@ -247,7 +279,7 @@ def start_again(arguments):
 
 @program("bench")
 def main(arguments=None):
-    """Returns the exit code: 0 done, 2 bad input, 3 some of it left out: --seconds were over, or it was ended."""
+    """Returns the exit code: 0 done; 2 bad input; 3 parts left out, because --seconds were over or it was killed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as from the keyboard
@@ -284,8 +316,10 @@ def run(options, arguments):
         deadline=deadline,
         timeout=options.timeout,
         on_timeout=again if device.type == "cuda" else None,
+        dry_run=options.dry_run,
     )
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
+    known |= {p.name for part in cpu.PLAN for p in part.providers}
     known |= {p.name for p in (*STEP_PROVIDERS, *TRAINING_PROVIDERS, *first_providers(device, session.dtype))}
     if unknown := set(session.providers or ()) - known:
         raise InputError(f"unknown providers {', '.join(sorted(unknown))}: they are {', '.join(sorted(known))}")
@@ -299,6 +333,8 @@ def run(options, arguments):
         if not device_is_lost(device):
             raise
         again()
+    if options.dry_run:
+        return 0
     statuses = [row["status"] for row in session.results.rows]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     print(f"{session.results.path}: {len(statuses)} rows ({counts}); {session.cut} problems left out for time")
@@ -323,6 +359,7 @@ def parser():
         "--timeout", type=float, default=75, help="seconds until a provider counts as hanging (default: %(default)s)"
     )
     parsed.add_argument("--out", default="bench-results.csv", help="results file (default: %(default)s)")
+    parsed.add_argument("--dry-run", action="store_true", help="list what would be measured, and stop")
     parsed.add_argument("--resume", action="store_true", help="continue the results file, skipping what it holds")
     return parsed
 

@@ -1,11 +1,11 @@
-"""The shapes that are measured: the layers of our models, of published ones, and sweeps over sizes.
+"""The measured shapes: layers of our models and of published models, and sweeps over sizes.
 
     y (M, N) = act(x (M, K) W^T + b) + r          M: rows of x, that is images times tokens
     y (B, N, H', W') = conv(x (B, C, H, W))       as a product: M = B H' W', N = output channels, K = C kh kw
 
-`select` understands, separated by commas: a model of `sparsedm.models` or of PUBLISHED, each as name@batch; `models`,
-all of them; the sweeps `square`, `m-sweep`, `grid`, or those of their shapes with so many rows, as square@8192. Layers
-of one shape are one entry, with their number in `layers`.
+`select` takes a comma-separated list of: a model of `sparsedm.models` or of PUBLISHED as name@batch; `models` for all
+of them; the sweeps `square`, `m-sweep`, `grid`, or only their shapes with a number of rows, such as square@8192. Layers
+of equal shape are one entry, with their number in `layers`.
 """
 
 import collections
@@ -19,7 +19,7 @@ from sparsedm.errors import InputError
 from sparsedm.models import MODELS, build_model
 
 BATCHES = (1, 16, 64)
-SQUARES = (8192, 4096, 2048, 1024, 16384, 512, 256, 12288, 6144, 3072, 1536)  # what is asked for most comes first
+SQUARES = (8192, 4096, 2048, 1024, 16384, 512, 256, 12288, 6144, 3072, 1536)  # the most important first
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 GRID = (1024, 2048, 4096, 8192, 16384)
 MEASURED_MODELS = [n for n in MODELS if not n.endswith("-tiny") and not n.startswith("slimmable-")]  # distinct, real
@@ -111,7 +111,7 @@ def sweep(name, quick=False):
 
 
 def of_model(name, batch):
-    """The distinct linear and convolution shapes of a model at this batch size, in the order in which they run."""
+    """The distinct linear and convolution shapes of a model at this batch size, in order of execution."""
     if name in PUBLISHED:
         return _grouped(PUBLISHED[name](f"{name}@{batch}", batch))
     if name not in MODELS:
@@ -151,7 +151,7 @@ def trace(model, name, batch):
 
 
 def _grouped(shapes):
-    """One entry for all layers that differ only in their name: that of the first, and their number."""
+    """One entry for all layers that differ only in their name: the first name, and their number."""
     count, first = collections.Counter(), {}
     for shape in shapes:
         key = replace(shape, layer="", layers=1)

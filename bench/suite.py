@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-CUT = 3  # exit code of a program that left something out for lack of time
-GRACE = 5  # seconds that a suite may take beyond its time before it is ended
+CUT = 3  # exit code of a program that ran out of time
+GRACE = 5  # a suite is killed so many seconds after its time
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One process. In `command`, {folder}, {csv}, {seconds} and {minutes} stand for the campaign's folder, its results
-    file and the time that the process may take.
+    """One process. In `command`, {folder}, {csv}, {seconds} and {minutes} are replaced by the campaign's folder, its
+    results file and the time limit of the process.
 
-    seconds: at most, so that one suite cannot starve the rest. group: suites that follow each other with the same one
-    run side by side; only for what is not timed. A suite is skipped if the program `needs` is not on the PATH, or if
-    no more than `least` seconds are left for it.
+    seconds: the limit, so that one suite cannot starve the others. group: successive suites of the same group run side
+    by side; only for suites that time nothing. A suite is skipped if the program `needs` is not on the PATH, or if no
+    more than `least` seconds are left.
     """
 
     name: str
@@ -34,16 +34,16 @@ class Suite:
     least: float = 0.0
 
     def obstacle(self, left):
-        """Why it is skipped where so many seconds are left, or None."""
+        """Why it is skipped with `left` seconds left, or None."""
         if self.needs and not shutil.which(self.needs):
             return f"{self.needs} is not on the PATH"
         return "no time was left" if min(self.seconds, left) <= self.least else None
 
 
 def side_by_side(suites, folder, left):
-    """Run them at the same time, with so many seconds left: yields (what index.json says of it, what it printed).
+    """Run suites at the same time, with `left` seconds left. Yields (its entry in index.json, its output).
 
-    A process that outlives its time by GRACE is ended, with all its children; an interruption ends all of them.
+    A process that exceeds its time by GRACE is killed, with all its children. An interruption kills all.
     """
     processes = []
     with ThreadPoolExecutor(max(1, len(suites))) as pool:
@@ -76,7 +76,7 @@ def _run(suite, folder, left, processes):
 
 
 def _end(process):
-    """Ask the whole process group to stop, then make it; what it has printed."""
+    """Ask the whole process group to stop, then kill it. Returns its output."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         signal_all(process, how)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,7 +1,7 @@
-"""The project's targets, each with what was measured: `python -m bench.targets results.csv`.
+"""The project's targets and the measured values: `python -m bench.targets results.csv`.
 
-Only rows of a results file count: bf16, the median, against the fastest dense at the same shape. A target that nothing
-was measured for is "not measured", never met; where a dense baseline is missing, the note says so.
+Only rows of a results file count: bf16, the median, against the fastest dense at the same shape. A target without a
+measurement is "not measured", never met. If a dense baseline is missing, the note says so.
 """
 
 import argparse
@@ -27,8 +27,8 @@ STEPS = {"uvit-imagenet256-huge@64": 1.35, "uvit-imagenet256-large@64": 1.35, "u
 
 
 class Finding(NamedTuple):
-    """measured: a ratio, or None. met: None where it cannot be said. note: what the ratio does not tell. predicted:
-    before anything was measured."""
+    """measured: a ratio, or None. met: None if unknown. note: facts that the ratio does not show. predicted: before any
+    measurement."""
 
     target: str
     wanted: str
@@ -39,7 +39,7 @@ class Finding(NamedTuple):
 
 
 def at_least(target, wanted, measured, note="", spoiled=False):
-    """spoiled: something failed that the target asks for."""
+    """spoiled: a measurement that the target needs has failed."""
     return Finding(target, f"at least {wanted:g}", measured, measured >= wanted and not spoiled, note)
 
 
@@ -67,7 +67,7 @@ def square(rows, size):
 
 
 def against_cusparselt(rows):
-    """The least and the geometric mean over all products that both can do."""
+    """The least and the geometric mean over all products that both libraries can compute."""
     times = {}
     for row in timed(rows, {"gemm"}):
         times.setdefault(key(row), {})[row["provider"]] = row["p50_us"]
@@ -89,7 +89,7 @@ def against_cusparselt(rows):
 
 
 def linears(rows, model):
-    """Every layer of the network counts once; the mean over its distinct shapes stands in the note."""
+    """Every layer of the network counts once; the note gives the mean over distinct shapes."""
     name, (wanted, predicted) = f"linear layers of {model}, with epilogue, geometric mean", LINEARS[model]
     found = [s for s in speedups(rows, {"gemm"}) if (s.row["provider"], s.row["mode"]) == (OURS, "epilogue")]
     found = [s for s in found if s.row["model"] == model]
@@ -158,7 +158,7 @@ def choosing(rows):
 
 
 def best(rows, suite, shape, mode):
-    """{provider: its row} of what was timed there."""
+    """{provider: its row} of the providers timed there."""
     return {row["provider"]: row for row in timed(rows, {suite}) if (row["shape"], row["mode"]) == (shape, mode)}
 
 
@@ -173,7 +173,7 @@ def geometric_mean(values, weights=None):
 
 
 def uncompiled(rows, found):
-    """Where the compiled dense product, which may be the quicker one, was not measured."""
+    """A remark if the compiled dense product, which may be faster, was not measured."""
     compiled = {key(row) for row in timed(rows) if row["provider"] == COMPILED}
     without = sum(key(s.row) not in compiled for s in found)
     return f"; dense compiled not measured in {without} of {len(found)}" if without else ""

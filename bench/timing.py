@@ -1,11 +1,12 @@
-"""How long a call takes: clocks, interleaved rounds, percentiles, and the choice of the fastest of several ways.
+"""Time calls: clocks, interleaved rounds, percentiles, and the choice of the fastest of several calls.
 
-A clock turns a call into a Timed, whose `samples(n)` are n times of one call in microseconds:
+A clock turns a call into a Timed; its `samples(n)` returns n times of one call in microseconds:
     CudaClock   replays of a CUDA graph between two events, the L2 cache flushed before each; where a call waits for the
                 device or cannot be captured, the call itself between the events
-    CpuClock    perf_counter around as many calls as fill a millisecond
-Whatever is compared is measured in turns (`interleaved`), so that a clock that drops with temperature, or a neighbour
-on the machine, hits all alike. Reported are the 20th, 50th and 80th percentile, never a mean or a minimum.
+    CpuClock    around as many calls as fill a millisecond: if torch has one thread, thread_time, the CPU time of this
+                thread, which other processes disturb less; else perf_counter, the wall clock
+Things that are compared are measured in turns (`interleaved`), so that a falling clock or another process on the
+machine affects all equally. The 20th, 50th and 80th percentiles are reported, never a mean or a minimum.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import torch
 from bench.results import sensors
 
 SHORTEST = 1e-3  # seconds that one CPU sample lasts at least
+LONG = 0.2  # seconds of a call on a CPU that one call warms up
 WARM = 0.03  # seconds of work before a GPU is timed
 
 
@@ -36,8 +38,8 @@ class Times(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A call made ready to be timed. samples(n): n times in microseconds. method: how they are taken. call: what is
-    called, where that is not the call itself but the replay of its graph."""
+    """A call that is ready to be timed. samples(n): n times in microseconds. method: how they are measured. call: the
+    function that is timed: the call, or the replay of its graph."""
 
     samples: Callable[[int], list]
     method: str
@@ -45,19 +47,22 @@ class Timed(NamedTuple):
 
 
 class CpuClock:
-    def __init__(self, now=time.perf_counter):
-        self.now = now
+    def __init__(self, now=None):
+        alone = now is None and torch.get_num_threads() == 1
+        self.now = now or (time.thread_time if alone else time.perf_counter)
+        self.method = "thread_time" if alone else "perf_counter"
 
     def stream(self):
         return contextlib.nullcontext()
 
     def warm(self):
-        """Nothing: while it was idle, it was busy with this program."""
+        """Nothing to do: a CPU was busy with this program."""
 
     def ready(self, run):
-        run()
-        calls = max(1, math.ceil(SHORTEST / max(self._seconds(run, 1), 1e-9)))
-        return Timed(lambda n: [self._seconds(run, calls) / calls * 1e6 for _ in range(n)], "perf_counter")
+        calls = 1
+        if self._seconds(run, 1) < LONG:  # else no second warm-up
+            calls = max(1, math.ceil(SHORTEST / max(self._seconds(run, 1), 1e-9)))
+        return Timed(lambda n: [self._seconds(run, calls) / calls * 1e6 for _ in range(n)], self.method)
 
     def host(self, run):
         """None: on a CPU the time of a call is its host cost."""
@@ -75,9 +80,9 @@ class CpuClock:
 class CudaClock:
     """graphs=False times the call as Python makes it, with its launch cost where the device waits for it.
 
-    Everything happens on one stream of the clock's own: the default stream cannot be captured, and a backward runs on
-    the stream of its forward, so what makes a forward that is timed later belongs into `with clock.stream():`, too. All
-    graphs made in one such block share their memory, of which hundreds together would have none left.
+    Everything runs on the clock's own stream: the default stream cannot be captured. A backward runs on the stream of
+    its forward, so the forward of a timed backward must also be inside `with clock.stream():`. All graphs made in one
+    such block share their memory; hundreds of separate pools would not fit.
     """
 
     def __init__(self, device, graphs=True):
@@ -106,7 +111,7 @@ class CudaClock:
         return Timed(functools.partial(self._samples, call), method, call)
 
     def warm(self):
-        """Out of the clocks of a GPU that was idle, while something was compiled for example."""
+        """Raise the clocks of a GPU that was idle, for example during a compilation."""
         end = time.perf_counter() + WARM
         with self.stream():
             while time.perf_counter() < end:
@@ -114,7 +119,7 @@ class CudaClock:
                 torch.cuda.synchronize(self.device)
 
     def host(self, run, samples=20):
-        """What a call costs the CPU that launches it, the device idle: it may queue about a thousand launches."""
+        """The CPU time of launching a call, on an idle device: its queue holds about a thousand launches."""
         times = []
         with self.stream():
             for _ in range(samples):
@@ -126,8 +131,8 @@ class CudaClock:
         return percentiles(times)
 
     def held(self, call, microseconds, seconds=1.0):
-        """Calls without a pause for so long, a call taking about so many microseconds: (Times of one call from ten
-        stretches, clocks and power as `results.sensors` reads them meanwhile). A GPU at its power limit shows it here.
+        """Call without a pause for `seconds`; a call takes about `microseconds`. Returns (Times of one call from ten
+        stretches, clocks and power read meanwhile by `results.sensors`). A GPU at its power limit shows it here.
         """
         calls = max(1, round(seconds * 1e5 / microseconds))
         events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
@@ -157,7 +162,7 @@ class CudaClock:
         return graph
 
     def _recover(self):
-        """After a capture that failed torch goes on as if inside it: no memory is given back, nothing is random."""
+        """After a failed capture torch stays in capture mode: no memory is freed, random numbers fail."""
         number = torch.cuda.current_device() if self.device.index is None else self.device.index
         with contextlib.suppress(RuntimeError):  # unless it got as far as that itself
             torch._C._cuda_endAllocateToPool(number, self._pool)
@@ -180,7 +185,7 @@ class CudaClock:
 
 
 def waits(run):
-    """Whether a call waits for the GPU, as by `.item()`: then a capture of it would fail, and damage torch's state."""
+    """Whether a call waits for the GPU, for example by `.item()`. Capturing it would fail and damage torch's state."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
@@ -198,8 +203,8 @@ def clock_for(device, graphs=True):
 def interleaved(timed, rounds=10, per_round=5, seconds=math.inf):
     """{name: Timed} -> {name: Times}, measured in turns; each round starts with another one.
 
-    What is slow is measured fewer times in each round rather than in fewer rounds. After one full round it stops as
-    soon as what it has measured adds up to `seconds`.
+    Slow calls are measured fewer times in each round, not in fewer rounds. After one full round it stops when the
+    measured times add up to `seconds`.
     """
     names, collected, spent = list(timed), {name: [] for name in timed}, 0.0
     for i in range(rounds):
@@ -220,9 +225,9 @@ def percentiles(times):
 
 
 def fastest(candidates, clock, finalists=3):
-    """The name of the fastest of {name: call}: all are timed once, and the best of them again, in turns.
+    """The name of the fastest of {name: call}: all are timed once, and the best again, in turns.
 
-    Taking the minimum of many noisy times at once would crown a lucky one.
+    The minimum of many noisy times may belong to a lucky call.
     """
     with clock.stream():
         timed = {name: clock.ready(run) for name, run in candidates.items()}

@@ -22,7 +22,7 @@ def f32_to_bf16(values):
 
 @instruction("cvta")
 def _cvta(ins):
-    """Generic addresses equal their own, but those of parameters."""
+    """Generic addresses are equal to the others, except addresses of parameters."""
     kind, (target, source) = ins.mods[-1], ins.args
     read, write = reader(ins, source, kind), writer(ins, target)
     base = MAP_BASE if ins.mods[0] == "param" else 0
@@ -105,7 +105,7 @@ def _elementwise(names, function):
 
 
 def _no_bf16(ins):
-    """Its registers hold integers here: arithmetic on them would be that of their bits."""
+    """bf16 registers hold integers here: arithmetic would be on their bits."""
     if ins.mods[-1].startswith("bf16"):
         raise EmulatorError(f"arithmetic on bf16 is not emulated: {ins.text}")
 
@@ -126,7 +126,7 @@ def _remainder(a, b):
 
 
 def _approximate(function, relative_error):
-    """The exact function, off by the error that the PTX ISA allows, with a sign that changes from lane to lane."""
+    """The exact function plus the error that the PTX ISA allows; its sign changes from lane to lane."""
     signs = np.where(LANES * 7 % 3 == 0, 1, -1) * np.float32(relative_error)
     return lambda a: (function(a) * (1 + signs)).astype(np.float32)
 
@@ -276,6 +276,25 @@ def _shuffle(ins):
     write = writer(ins, ins.args[0].split("|")[0])
     source = {"idx": lambda by: by & 31, "bfly": lambda by: LANES ^ by}[ins.mods[1]]
     return lambda block, warp, mask: write(warp, read(warp)[source(lane(warp).astype(np.int64))], mask)
+
+
+@instruction("redux")
+def _reduce(ins):
+    read, write = reader(ins, ins.args[1], ins.mods[-1]), writer(ins, ins.args[0])
+    if ins.mods[1] != "add":
+        raise EmulatorError(ins.text)
+    return lambda block, warp, mask: write(warp, np.full(32, read(warp)[active(mask)].sum(dtype=np.int32)), mask)
+
+
+@instruction("popc")
+def _count_bits(ins):
+    read, write = reader(ins, ins.args[1], "u32"), writer(ins, ins.args[0])
+
+    def run(block, warp, mask):
+        bits = np.unpackbits(np.ascontiguousarray(read(warp)).view(np.uint8).reshape(32, 4), 1)
+        write(warp, bits.sum(1, dtype=np.uint32), mask)
+
+    return run
 
 
 @instruction("elect")

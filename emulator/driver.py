@@ -1,8 +1,8 @@
-"""A process without a GPU that launches Triton kernels as on an H200: `start()`.
+"""Launch Triton kernels as on an H200, in a process without a GPU: `start()`.
 
-Triton compiles for sm_90a and launches through its own launcher, which finds driver.c as libcuda. The kernels run in
-the emulator, on CPU tensors that torch calls CUDA tensors. So tensor maps, clusters, shared memory and the order of the
-parameters are the same as in a real launch. Streams, graphs and timing do not exist here.
+Triton compiles for sm_90a. Its own launcher loads driver.c as libcuda. The kernels run in the emulator, on CPU tensors
+that torch calls CUDA tensors. So tensor maps, clusters, shared memory and the order of parameters are the same as in a
+real launch. There are no streams, graphs or timing.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ SCALARS = {
 
 
 class Map(ctypes.Structure):
-    """What driver.c writes into a CUtensorMap; innermost dimension first."""
+    """The fields that driver.c writes into a CUtensorMap; innermost dimension first."""
 
     _fields_ = (
         *(("magic", ctypes.c_uint32), ("type", ctypes.c_uint32), ("address", ctypes.c_uint64)),
@@ -45,9 +45,9 @@ class Map(ctypes.Structure):
 
 
 def start(capability=H200, execute=True):
-    """Let Triton and torch find a GPU in this process, for good. Call it before Triton is imported.
+    """Make Triton and torch find a GPU in this process, permanently. Call it before Triton is imported.
 
-    execute=False: kernels are compiled and launched, and do nothing. Only an H200's kernels can be executed.
+    execute=False: kernels are compiled and launched, but do nothing. Only an H200's kernels can be executed.
     Returns the Device.
     """
     os.environ.pop("TRITON_INTERPRET", None)
@@ -58,7 +58,7 @@ def start(capability=H200, execute=True):
 
 
 class Device:
-    """Runs what is launched. launches: the kernels' names, in order; kernels: Triton's compiled kernels by handle."""
+    """Runs launched kernels. launches: the kernels' names, in order. kernels: Triton's compiled kernels by handle."""
 
     def __init__(self, capability=H200, execute=True):
         self.capability, self.execute = capability, execute
@@ -75,7 +75,7 @@ class Device:
             raise self.error or refused from None
 
     def launch(self, function, x, y, z, threads, cluster, parameters):
-        """What the driver does. An exception cannot pass through C: it waits in `error`."""
+        """The driver's launch. An exception cannot pass through C: it is stored in `error`."""
         try:
             kernel = self.kernels[function]
             self.launches.append(kernel.name)
@@ -111,7 +111,7 @@ class Device:
         raise AssertionError("a tensor map leads out of the tensors that were launched with it")
 
     def _memory(self):
-        """Every tensor from its first to its last element; all else is out of bounds."""
+        """Every tensor from its first to its last element; everything else is out of bounds."""
         memory, spans = GlobalMemory(), {}
         for tensor in self.tensors:
             span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
@@ -131,7 +131,7 @@ def parameter_kinds(ptx):
 
 
 def build_driver():
-    """Compile driver.c and load it, so that whoever asks for libcuda.so.1 in this process finds it."""
+    """Compile driver.c and load it as this process's libcuda.so.1."""
     import triton
 
     folder = Path(tempfile.mkdtemp())
@@ -145,7 +145,7 @@ def build_driver():
 
 
 def use(device):
-    """Let Triton launch on `device`."""
+    """Make Triton launch on `device`."""
     from triton.backends.nvidia.driver import CudaDriver
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
@@ -173,7 +173,7 @@ def use(device):
 
 
 class OnTheCpu(TorchFunctionMode):
-    """What torch is told to do on "cuda" it does on the CPU."""
+    """Runs torch operations for "cuda" on the CPU."""
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
@@ -189,7 +189,7 @@ def cpu(device):
 
 
 def pretend(capability):
-    """Let torch find a GPU of this capability."""
+    """Make torch find a GPU of this capability."""
     major, minor = capability
     properties = type("Properties", (), {"multi_processor_count": MULTIPROCESSORS, "major": major, "minor": minor})
     torch.cuda.is_available = lambda: True

@@ -1,2 +1,2 @@
 class EmulatorError(RuntimeError):
-    """The program does what real hardware forbids (or would hang on), or uses PTX that the emulator does not know."""
+    """The program does something that real hardware forbids (or hangs on), or uses PTX unknown to the emulator."""

@@ -2,18 +2,20 @@
 
 import re
 
+import numpy as np
 import torch
 
 from emulator.machine import execute
 from emulator.memory import GlobalMemory, TensorMap
 
-TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
 
 
 def run(build, ptx, arguments, grid, *, early=True, cluster=1, seed=0):
     """arguments: {name: tensor | int}; tensors are written in place. Returns the number of warp instructions.
 
-    A pointer argument that is None gets an address at which any access is an error.
+    A pointer argument that is None gets an address at which any access is an error. Rows of tensors, given as a list of
+    lists, become a table of their addresses.
     """
     memory, parameters = GlobalMemory(), []
     for name, kind in build.signature.items():
@@ -22,6 +24,11 @@ def run(build, ptx, arguments, grid, *, early=True, cluster=1, seed=0):
             parameters += [tensor_map(kind, value), *value.shape, *value.stride()]
         elif value is None:
             parameters.append(16)
+        elif isinstance(value, list):
+            flat = {id(t): t for row in value for t in row if t is not None}
+            places = {key: memory.add(numpy_view(_whole(t))) for key, t in flat.items()}
+            table = [[places.get(id(t), 16) for t in row] for row in value]
+            parameters.append(memory.add(np.array(table, np.int64)))
         elif isinstance(value, torch.Tensor):
             assert value.dtype == TORCH[kind[1:]], (name, kind, value.dtype)
             parameters.append(memory.add(numpy_view(_whole(value))))
@@ -34,7 +41,7 @@ def run(build, ptx, arguments, grid, *, early=True, cluster=1, seed=0):
 def tensor_map(kind, tensor):
     """'tensordesc<bf16[128, 64],NVMMASharedLayout(swizzle_byte_width=128, ...)>' and a tensor -> TensorMap.
 
-    A box wider than the swizzle becomes several messages of its width, as Triton does it.
+    A box wider than the swizzle becomes several messages of the swizzle's width, as in Triton.
     """
     dtype, shape, span = re.match(r"tensordesc<(\w+)\[([\d, ]+)\],.*swizzle_byte_width=(\d+)", kind).groups()
     assert tensor.dtype == TORCH[dtype], (kind, tensor.dtype)
@@ -45,14 +52,15 @@ def tensor_map(kind, tensor):
 
 
 def numpy_view(tensor):
-    """Shares memory; 16-bit types as int16."""
+    """A numpy array that shares memory with the tensor; 16-bit types as int16."""
     if tensor.element_size() == 2:
         tensor = tensor.view(torch.int16)
     return tensor.numpy()
 
 
 def _whole(tensor):
-    """What a pointer to a strided tensor leads to: everything from its first to its last element."""
+    """The memory of a strided tensor: everything from its first to its last element."""
+    tensor = tensor.detach()
     if tensor.is_contiguous():
         return tensor
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))

@@ -1,8 +1,8 @@
-"""Warps, blocks and clusters, and the order in which they run.
+"""Warps, blocks and clusters, and their order of execution.
 
-Asynchronous work (TMA, cp.async, wgmma) completes at once in mode "early", and in mode "late" only when the program
-waits for it, or, for TMA loads, when nothing else can go on, in random order. A kernel with a missing wait is wrong in
-one of the two. Within a cluster the warps take turns in random order. A program that can never go on is an error.
+In mode "early" asynchronous work (TMA, cp.async, wgmma) completes at once. In mode "late" it completes only when the
+program waits for it (TMA loads: when nothing else can continue), in random order. If a wait is missing, one of the two
+gives a wrong result. Within a cluster the warps take turns in random order. A program that cannot continue is an error.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ class Warp:
         self.block, self.index, self.pc = block, index, 0
         self.registers = new_registers(block.program.slots)
         self.threads = LANES + 32 * index
-        self.waiting = None  # why it cannot go on, "done" at the end
+        self.waiting = None  # why it cannot continue; "done" at the end
         self.spinning = False
         self.wgmma = Groups()
         self.bulk = Groups()

@@ -1,4 +1,4 @@
-"""What a kernel touches outside its registers: global memory, tensor maps, mbarriers, shared memory."""
+"""All memory of a kernel except registers: global memory, tensor maps, mbarriers, shared memory."""
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class GlobalMemory:
         raise EmulatorError(f"global access of {count} bytes out of bounds at {address:#x}")
 
     def indices(self, addresses, count):
-        """Addresses that lie in one buffer -> (its data, byte indices (len(addresses), count))."""
+        """Addresses in one buffer -> (its data, byte indices (len(addresses), count))."""
         for base, data in self.buffers:
             offset = addresses - base
             if 0 <= offset[0] < len(data):
@@ -58,7 +58,7 @@ class TensorMap:
         self.bytes = int(np.prod(box)) * array.itemsize
 
     def read(self, coordinates):
-        """coordinates: innermost first, as PTX has them. Outside the tensor there are zeros."""
+        """coordinates: innermost first, as in PTX. Outside the tensor there are zeros."""
         tile = np.zeros(self.box, self.array.dtype)
         source, target = self._windows(coordinates)
         tile[target] = self.array[source]
@@ -78,7 +78,7 @@ class TensorMap:
 
 
 def swizzle(addresses, span):
-    """Byte addresses -> where TMA and wgmma with a swizzle of `span` bytes put them: 16-byte chunks xor the row."""
+    """Byte addresses -> their places under a swizzle of `span` bytes (TMA, wgmma): 16-byte chunks xor the row."""
     return addresses ^ (addresses >> 3 & {0: 0, 32: 0x10, 64: 0x30, 128: 0x70}[span])
 
 

@@ -1,7 +1,7 @@
 """PTX text -> Program: the instructions of the one entry point, its parameters, labels and registers.
 
-Only what Triton and Gluon write, including the `{ .reg ...; label: ... }` scopes of inline assembly, is understood;
-anything else is an error, never a guess.
+It understands only PTX that Triton and Gluon write, including the `{ .reg ...; label: ... }` scopes of inline assembly.
+Anything else is an error, never a guess.
 """
 
 import re
@@ -129,7 +129,7 @@ def _parameter(text):
 
 
 def split_operands(text):
-    """At the commas that stand outside all brackets."""
+    """Split a text at the commas outside all brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "{[(") - (character in "}])")

@@ -1,8 +1,8 @@
-"""Offline compilation: a Triton or Gluon kernel built for a real GPU on a machine that has none, and what came out.
+"""Offline compilation: build a Triton or Gluon kernel for a real GPU without a GPU, and inspect the result.
 
 Under TRITON_INTERPRET=1 Triton cannot compile, so the builds run in a child process without it (one child for a whole
-list: the imports cost more than most kernels). The bundled ptxas then assembles the PTX once more, for its warnings and
-its count of registers and spills, and cuobjdump disassembles it.
+list: the imports cost more than most kernels). The bundled ptxas then assembles the PTX again, for its warnings and the
+numbers of registers and spills, and cuobjdump disassembles it.
 """
 
 import collections
@@ -19,15 +19,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Build:
-    """One compilation. The signature names every argument that is not in `constexprs`, in Triton's words: '*bf16'
-    (pointer), 'i32', 'fp32', 'tensordesc<bf16[128, 64],...>'. A constexpr written 'tl.float32' stands for that object.
+    """One compilation. The signature names every argument that is not in `constexprs`, by Triton's names: '*bf16'
+    (pointer), 'i32', 'fp32', 'tensordesc<bf16[128, 64],...>'. A constexpr 'tl.float32' means this object.
     """
 
     kernel: str  # "package.module:kernel"
     signature: dict
     constexprs: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)  # num_warps, num_stages, ...
-    divisible: tuple = ()  # arguments known to be multiples of 16, as the launcher finds out from their values
+    divisible: tuple = ()  # arguments that are multiples of 16; a launcher reads it from their values
     capability: int = 90  # 80, 90 (which means sm_90a), ...
 
     def at(self, capability):
@@ -42,14 +42,14 @@ class Compiled:
     registers: int
     spills: int  # bytes, stores + loads
     shared: int  # bytes of dynamic shared memory
-    warnings: tuple  # what ptxas had to say, for example "C7510 ... wgmma serialized"
+    warnings: tuple  # of ptxas, for example "C7510 ... wgmma serialized"
 
     def count(self, prefix):
         """How many SASS instructions begin with `prefix`, for example 'HGMMA'."""
         return sum(n for op, n in self.histogram().items() if op.startswith(prefix))
 
     def histogram(self, start=0, end=1 << 62):
-        """Instruction -> how often it stands between the two addresses."""
+        """Instruction -> its count between the two addresses."""
         return collections.Counter(op for address, op, _ in self.instructions() if start <= address <= end)
 
     def loops(self):

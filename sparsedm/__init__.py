@@ -2,7 +2,7 @@
 
 import importlib
 
-TYPE_CHECKING = False  # type checkers take it for true
+TYPE_CHECKING = False  # type checkers read it as True
 if TYPE_CHECKING:
     from sparsedm.errors import InputError
     from sparsedm.inspection import inspect
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparsedm.layers import CompressedConv2d, CompressedLinear, Conv2d, Conv2d24, Linear, Linear24
     from sparsedm.model_files import load_model, save_model
     from sparsedm.models import build_model
+    from sparsedm.optim import MaskedAdamW
     from sparsedm.permutation import permute_channels
     from sparsedm.sparsity import bake, compress, decompress, hold_masks, set_masking, sparsify
 
@@ -26,6 +27,7 @@ _HOME = {
     "sparsify": "sparsedm.sparsity",
     "set_masking": "sparsedm.sparsity",
     "hold_masks": "sparsedm.sparsity",
+    "MaskedAdamW": "sparsedm.optim",
     "compress": "sparsedm.sparsity",
     "decompress": "sparsedm.sparsity",
     "bake": "sparsedm.sparsity",

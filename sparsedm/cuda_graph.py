@@ -1,7 +1,7 @@
-"""Functions of tensors as CUDA graphs: recorded at the first call for each shape, replayed with new inputs afterwards.
+"""Functions of tensors as CUDA graphs: recorded at the first call for each shape, then replayed with new inputs.
 
-A small network is bound by the host, which launches hundreds of kernels of a few microseconds each; a graph launches
-them all at once. Nothing is tuned while a graph is recorded, so the calls that warm up tune first.
+The host limits a small network: it launches hundreds of kernels of a few microseconds each. A graph launches them all
+at once. Recording cannot tune kernels, so warm-up calls tune first.
 """
 
 import torch
@@ -14,12 +14,12 @@ WARM_UP = 2  # calls before a recording: the first tunes, compiles kernels and p
 class Graphs:
     """`graphs(function, *arguments)` is function(*arguments), a tuple of new tensors, for inference on a CUDA device.
 
-    The tensors among the arguments are the inputs of the graph; everything else (networks, numbers, None) is a part of
-    it, so another function, another such argument, or a tensor of another shape, strides or dtype is recorded anew. The
-    function may neither wait for the device nor draw random numbers, and the weights of a network must not change
-    between its calls. All graphs share their memory, so they must be called one after the other, on one stream.
+    Tensor arguments are the inputs of the graph. Everything else (networks, numbers, None) is a part of it. Another
+    function, another non-tensor argument, or a tensor of another shape, strides or dtype makes a new recording. The
+    function must not wait for the device or draw random numbers. The weights of a network must not change between
+    calls. All graphs share their memory: call them one after the other, on one stream.
 
-    record: (run, device) -> (replay, outputs), which `CudaRecorder` does for CUDA graphs.
+    record: (run, device) -> (replay, outputs); `CudaRecorder` does this for CUDA graphs.
     Raises: InputError if the device is not a CUDA device.
     """
 
@@ -45,7 +45,7 @@ class Graphs:
 
 
 def _kind(value):
-    """What must be the same for a recording to serve: strides too, because they decide which kernels run."""
+    """The properties of an argument that a recording depends on. Strides are one: they decide which kernels run."""
     return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
 
 
@@ -65,7 +65,7 @@ class CudaRecorder:
                     run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # torch's own stream for captures belongs to the device on which the process captured first
+            # torch's own capture stream belongs to the device of the process's first capture
             self.stream = self.stream or torch.cuda.Stream()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 outputs = run()

@@ -164,6 +164,22 @@ def diffuse(x0, t, noise, schedule):
 WEIGHTINGS = ("noise", "velocity")
 
 
+def check_labels(config, y):
+    """Raise InputError if the labels y are not integers that a network of this configuration knows."""
+    classes = getattr(config, "num_classes", 0)
+    if y is None or not classes:
+        return
+    y = torch.as_tensor(y)
+    if y.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"labels of {y.dtype}: they must be int64")
+    if not y.numel():
+        return
+    most = classes - (not getattr(config, "null_label", True))
+    low, high = (int(end) for end in y.aminmax())
+    if low < 0 or high > most:
+        raise InputError(f"labels from {low} to {high}: the network has the classes 0 to {classes - 1}")
+
+
 def loss(
     model,
     x0,
@@ -190,10 +206,13 @@ def loss(
     variance: the model also predicts a variance (`model(..., variance=True)`); `variational_bound` is added to total.
     rows: the part of the batch to compute. Times and noise are still drawn for the whole batch, so the mean over all
     parts equals the loss of the whole batch.
-    Returns LossTerms. Raises InputError for an unknown weighting, or if w_kd is not 0 and there is no teacher.
+    Returns LossTerms. Raises InputError for an unknown weighting, if w_kd is not 0 and there is no teacher, and on a
+    CPU for labels that the network does not know.
     """
     if weighting not in WEIGHTINGS:
         raise InputError(f"unknown weighting {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
+    if x0.device.type == "cpu":  # elsewhere the look at the labels would make everybody wait
+        check_labels(getattr(model, "config", None), y)
     if w_kd and teacher is None:
         raise InputError(f"w_kd is {w_kd}, which needs a teacher, but none was given")
     where = generator.device if generator is not None else x0.device

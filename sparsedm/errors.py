@@ -1,4 +1,4 @@
-"""Exceptions that mean no defect of ours: the input breaks a stated rule, or a run was stopped."""
+"""Exceptions that are no bugs: the input breaks a stated rule, or a run was stopped."""
 
 import os
 
@@ -8,13 +8,13 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """A run ends early, on purpose; what was done until then is kept. exit_code: of the process."""
+    """A run ends early, on purpose; its work so far is saved. exit_code: of the process."""
 
     exit_code = 130
 
 
 def check_memory(needed, what):
-    """Raise InputError, before it is tried, where `what` would take more bytes than this machine has."""
+    """Raise InputError if `what`, which takes `needed` bytes, needs more memory than this machine has."""
     if not hasattr(os, "sysconf"):  # Windows does not say
         return
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

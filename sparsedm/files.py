@@ -1,4 +1,4 @@
-"""Files, written so that a reader, or a crash, never sees half of one, and read so that a strange one is a sentence."""
+"""Files. Writing is atomic: no reader sees half a file, not even after a crash. Bad input gives one clear sentence."""
 
 import contextlib
 import hashlib
@@ -35,10 +35,10 @@ def writing(path):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
+    """Yield a temporary path beside `path`. On a clean exit it is flushed to disk and renamed to `path`.
 
-    On an exception the temporary file is removed and whatever stood at `path` stays as it was. Where the system refuses
-    to write (permission, disk full, a file where a folder should be), that exception is an InputError naming `path`.
+    On an exception the temporary file is removed and `path` is unchanged. If the system refuses to write (permission,
+    full disk, a file in place of a folder), the exception is an InputError naming `path`.
     """
     path = Path(path)
     with writing(path):
@@ -50,7 +50,7 @@ def atomic_file(path):
         mode = partial.stat().st_mode
         try:
             yield partial
-            os.chmod(partial, mode)  # some writers, safetensors among them, put a private file in its place
+            os.chmod(partial, mode)  # some writers, such as safetensors, replace it by a private file
             _flush(partial)
             os.replace(partial, path)
         except BaseException:
@@ -71,7 +71,7 @@ def check_writable(path):
 
 
 def _check_replaceable(path):
-    """A rename would put a file in the place of a device, too, if whoever asks for it is allowed to."""
+    """Raise InputError if `path` is not a plain file: with enough rights a rename would replace even a device."""
     if "\0" in str(path):
         raise InputError(f"cannot write {str(path)!r}: no name holds a zero byte")
     if not path.name or (path.exists() and not path.is_file()):
@@ -80,11 +80,11 @@ def _check_replaceable(path):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Yield a temporary folder beside `path`; on a clean exit its files are flushed and it is renamed to `path`.
+    """Yield a temporary folder beside `path`. On a clean exit its files are flushed and it is renamed to `path`.
 
-    `path` must not exist yet (an empty folder may). On an exception the temporary folder is removed; a refusal by the
-    system is an InputError as in `atomic_file`. A `kill -9` leaves only a folder whose name starts with a dot and ends
-    in `.partial`, which no reader looks at.
+    `path` must not exist, or be an empty folder. On an exception the temporary folder is removed; if the system refuses
+    to write, it is an InputError as in `atomic_file`. A `kill -9` leaves only a hidden folder named `.*.partial`, which
+    readers ignore.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -107,18 +107,18 @@ def atomic_folder(path):
 
 
 def write_text(path, text):
-    """Write UTF-8; what UTF-8 cannot say, such as half of a file's name, is written as an escape."""
+    """Write UTF-8. Characters that UTF-8 cannot encode, such as odd bytes of a file name, are written as escapes."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, value):
-    """Write `value` as readable JSON; refuses NaN and infinity, which JSON has no word for."""
+    """Write `value` as readable JSON. Refuses NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def append_json_line(file, record):
-    """Add a record to a file of one JSON value per line; a last line that was cut short gives way to it."""
+    """Append a record to a file of one JSON value per line. An incomplete last line is removed."""
     file = Path(file)
     with writing(file), open(file, "ab+") as opened:
         size = opened.tell()
@@ -143,9 +143,9 @@ def _flush(path):
 
 
 def regular_file(path, most=None):
-    """`path` as a Path, once it is known to be a file that ends: no folder, pipe or device, of at most `most` bytes.
+    """`path` as a Path. Raises InputError if it is a folder, pipe or device, or has more than `most` bytes.
 
-    Links are followed. Raises: InputError.
+    Links are followed.
     """
     path = Path(path)
     try:
@@ -171,10 +171,10 @@ def read_text(file):
 
 
 def parse_json(text, where, **kinds):
-    """The JSON value of `text`. kinds: what it must hold, if it must be an object: each name with its type.
+    """The JSON value of `text`. kinds: if given, it must be an object with these names, each of its type.
 
-    where: what the text was found in, for the message. float stands for any number. What Python reads all the same is
-    refused: NaN, infinity (1e999 too), integers beyond 64 bits, a name twice in an object, nesting beyond MOST_DEPTH.
+    where: the source of the text, for the message. The type float allows any number. Refused, although Python reads
+    them: NaN, infinity (also 1e999), integers beyond 64 bits, a repeated name in an object, nesting beyond MOST_DEPTH.
     Raises: InputError.
     """
     try:
@@ -229,9 +229,9 @@ def read_json(file, **kinds):
 
 
 def read_json_lines(file, **kinds):
-    """Yield the records of a file of one JSON object per line, but a last line that was cut short. No file: no record.
+    """Yield the records of a file of one JSON object per line. Skips an incomplete last line. No file: no records.
 
-    kinds: as for `parse_json`. Raises: InputError naming the line that is damaged, once it comes to it.
+    kinds: see `parse_json`. Raises: InputError naming a damaged line, when the line is reached.
     """
     if Path(file).exists():
         *lines, _ = read_text(file).split("\n")
@@ -240,19 +240,19 @@ def read_json_lines(file, **kinds):
 
 
 def cache_folder():
-    """For downloads and decoded data: $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm, else ~/.cache/sparsedm."""
+    """Where downloads and decoded data go: $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm, else ~/.cache/sparsedm."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
     return Path(os.environ.get("SPARSEDM_CACHE") or default)
 
 
 def download(url, path, sha256, progress=True):
-    """Fetch `url` to `path` and return `path` as a Path; a file that is already there is only checked.
+    """Download `url` to `path` and return `path` as a Path. If the file exists, it is only checked.
 
-    url: http or https. sha256: the lower-case hexadecimal digest that the file must have; nothing appears at `path`
-    before it has. progress: a bar on stderr, on a terminal only. Raises: InputError: no connection (the message names
-    the URL, and the path where the file may be put by hand), a wrong checksum, no permission or space to write.
+    url: http or https. sha256: the file's digest, lower-case hexadecimal; no file with another digest appears at
+    `path`. progress: a bar on stderr, only on a terminal. Raises InputError: no connection (the message names the URL,
+    and the path where you may put the file by hand), a wrong checksum, no permission or space to write.
     """
-    import torch  # late: whoever only reads and writes files need not wait for it
+    import torch  # late: code that only reads and writes files need not wait for it
 
     if not url.startswith(("http://", "https://")):
         raise InputError(f"the URL {url!r} must start with http:// or https://")
@@ -265,11 +265,11 @@ def download(url, path, sha256, progress=True):
         return path
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(30)  # of silence
+        socket.setdefaulttimeout(30)  # seconds without data
         try:
             torch.hub.download_url_to_file(url, str(path), sha256, progress=progress and sys.stderr.isatty())
         except RuntimeError as error:
-            raise InputError(f"{url} broke off or gave another file than it should: {error}") from error
+            raise InputError(f"the download of {url} was incomplete, or is another file: {error}") from error
         except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
             by_hand = f"run the same command again with a connection, or put the file at {path} by hand"
             raise InputError(f"cannot download {url} ({error}): {by_hand}") from error

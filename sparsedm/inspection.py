@@ -356,9 +356,9 @@ def time_report(model, batch=1):
     times = time_layers(model, batch, device, dtype)
     if not times:
         raise InputError("--time needs a layer with a sparse weight, and the model has none: give --pattern 2:4")
-    rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}x") for name, (a, b) in times.items()]
-    lines = [table(("layer", "dense us", "sparse us", "speed-up"), rows)]
-    dense, best = sum(dense for dense, _ in times.values()), sum(min(pair) for pair in times.values())
+    rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}x", backend) for name, (a, b, backend) in times.items()]
+    lines = [table(("layer", "dense us", "sparse us", "speed-up", "back end"), rows, left=(0, 4))]
+    dense, best = sum(a for a, *_ in times.values()), sum(min(a, b) for a, b, _ in times.values())
     what = torch.cuda.get_device_name() if on_gpu else "CPU: no prediction for a GPU"
     lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; sparse where it gains: {best / 1e3:,.3f} ms"]
     return "\n".join([*lines, f"batch {batch}, {str(dtype).removeprefix('torch.')}, {what}"])
@@ -372,15 +372,20 @@ def _dense_and_compressed(layer, call, device, dtype):
     sized = tree_map(lambda x: torch.randn(x.shape, device=device, dtype=dtype) if torch.is_tensor(x) else x, call)
     (compressed,) = compress(nn.Sequential(layer))
     layer.set_pattern(None)
-    return tuple(_microseconds(lambda of=of: of(*sized[0], **sized[1]), device) for of in (layer, compressed))
+    runs = [lambda of=of: of(*sized[0], **sized[1]) for of in (layer, compressed)]
+    times = map(median_microseconds, runs) if torch.device(device).type == "cuda" else _microseconds(runs)
+    measured = compressed.measured()
+    computed = measured.choice.backend if measured else compressed.backend_used()
+    return *times, computed
 
 
-def _microseconds(run, device):
-    if torch.device(device).type == "cuda":
-        return median_microseconds(run)
-    times = []
+def _microseconds(runs):
+    """The median time of each call on a CPU, in turns. Of one thread it is the CPU time: other programs matter less."""
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = [[] for _ in runs]
     for _ in range(8):
-        start = time.perf_counter()
-        run()
-        times.append(1e6 * (time.perf_counter() - start))
-    return statistics.median(times[1:])  # the first call chooses a kernel and prepacks
+        for run, found in zip(runs, times):
+            start = now()
+            run()
+            found.append(1e6 * (now() - start))
+    return [statistics.median(found[1:]) for found in times]  # the first call chooses a kernel and prepacks

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import dense
 from sparsedm.kernels.launch import autocast_dtype, exporting
 from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import (
@@ -26,9 +27,10 @@ from sparsedm.kernels.masked_matmul import (
     kernels_serve,
     masked_linear,
     straight_through,
+    training_product,
     transformed,
 )
-from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup
+from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup, unpack_bits
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import last_measured
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
@@ -68,7 +70,10 @@ class Masked:
 
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
     rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
+    beside_compressed: whether it is a dense layer of a compressed model, which takes the best dense product of a CPU.
     """
+
+    beside_compressed = False
 
     def _start_masking(self, pattern=None, activation=None):
         self.activation = _check_activation(activation)
@@ -77,6 +82,7 @@ class Masked:
         self.register_buffer("mask", None)
         self._held = None  # (the weight, its Selection) inside `hold_masks`
         self._hooked = None  # (the weight whose hook adds the decay,)
+        self._decayed = None  # (the weight whose decay a MaskedAdamW adds, a token of this optimizer)
         self.pattern = None
         if pattern is not None:
             self.set_pattern(pattern)
@@ -103,17 +109,37 @@ class Masked:
         if self.pattern is None:
             return torch.ones_like(self.weight, dtype=torch.bool)
         if self._held and self._held[0] is self.weight:
-            return self._held[1].mask
+            return self._mask_of(self._held[1])
         return self.selection(self.weight.dtype).mask if self.mask is None else self.mask
 
     def effective_weight(self):
         """The weight that multiplies x, in the dtype of the product. Its gradient is straight-through."""
+        return self._weight_and_mask()[0]
+
+    def _weight_and_mask(self):
+        """`effective_weight()`, and its mask if it gets a gradient through one and is not held as bits, else None."""
         if self.pattern is None:
-            return self.weight
-        masked, mask, *_ = self.selection(product_dtype(self.weight))
+            return self.weight, None
+        selection = self.selection(product_dtype(self.weight))
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return masked
-        return straight_through(self.weight, masked, mask, self.rule_of_forward())
+            return selection.masked, None
+        rule = self.rule_of_forward()
+        mask = selection.mask if rule == STE else self._mask_of(selection)
+        return straight_through(self.weight, selection.masked, mask, rule), mask
+
+    def _mask_of(self, selection):
+        """The mask of a Selection that may hold its bits alone."""
+        if selection.mask is not None:
+            return selection.mask
+        return ungroup(unpack_bits(selection.bits, self.weight.shape[1]), self.weight.shape)
+
+    def needs_mask(self):
+        """Whether a backward reads the mask itself, and not only the masked weight."""
+        return self.rule._replace(decay=0.0 if self._is_decayed() else self.rule.decay) != STE
+
+    def _is_decayed(self):
+        """Whether a MaskedAdamW adds the decay of today's weight."""
+        return self._decayed is not None and (self._decayed[0] is self.weight or getattr(self, "_is_replica", False))
 
     def rule_of_forward(self):
         """The gradient rule. Its decay is 0 if a hook on the weight adds the decay.
@@ -122,6 +148,8 @@ class Masked:
         """
         if not (self.rule.decay and torch.is_grad_enabled() and self.weight.requires_grad):
             return self.rule
+        if self._is_decayed():
+            return self.rule._replace(decay=0.0)
         if not transformed():
             self.hook_decay()
         hooked = self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False))
@@ -146,7 +174,7 @@ class Masked:
         if self._held and self._held[0] is self.weight and not exporting():
             if self._held[1].masked.dtype == dtype:
                 return self._held[1]
-            mask = self._held[1].mask
+            mask = self._mask_of(self._held[1])
         bits = isinstance(self, nn.Linear) and kernels_serve(weight)
         if mask is None:
             return select_mask(weight, self.pattern, dtype, bits=bits)
@@ -168,7 +196,7 @@ class Masked:
         return self
 
     def __getstate__(self):
-        return {**self.__dict__, "_held": None, "_hooked": None}  # a copy is another layer
+        return {**self.__dict__, "_held": None, "_hooked": None, "_decayed": None}  # a copy is another layer
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -198,7 +226,7 @@ class _Decay:
         self.layer = layer
 
     def acts(self):
-        return self.layer.pattern is not None and self.layer.rule.decay != 0.0
+        return self.layer.pattern is not None and self.layer.rule.decay != 0.0 and not self.layer._is_decayed()
 
     def __call__(self, g):
         layer = self.layer
@@ -236,9 +264,17 @@ class Linear(Masked, nn.Linear):
         if self.pattern is not None and kernels_serve(self.weight):
             product = x, self.weight, self.pattern, self.bias, self.activation
             selection = self.selection(product_dtype(self.weight))
-            y = masked_linear(*product, selection=selection, rule=self.rule_of_forward())
+            rule = self.rule_of_forward()
+            if rule != STE:
+                selection = selection._replace(mask=self._mask_of(selection))
+            y = masked_linear(*product, selection=selection, rule=rule)
             return _epilogue(y, None, residual, scale)
-        return _epilogue(F.linear(x, self.effective_weight(), self.bias), self.activation, residual, scale)
+        weight, mask = self._weight_and_mask()
+        if mask is not None and self.training:  # in eval mode the bits are those of the baked network
+            y = training_product(x, weight, mask, self.pattern, self.bias)
+        else:
+            y = (dense.linear if self.beside_compressed else F.linear)(x, weight, self.bias)
+        return _epilogue(y, self.activation, residual, scale)
 
 
 class Conv2d(Masked, nn.Conv2d):
@@ -262,6 +298,8 @@ class Compressed(nn.Module):
     `sparse24.format`. Both buffers are uint8, because collectives such as a broadcast do not take int16.
     weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
     kh * kw * in weights before compression.
+    A kernel's form of the weight is kept. Change the values by `load_state_dict` or `copy_`: what is written into the
+    same memory through `.data` is not seen.
     """
 
     def __init__(self, layer, values, words, pattern):
@@ -287,7 +325,7 @@ class Compressed(nn.Module):
         version = None if self.values.is_inference() else self.values._version
         key = (self.values.data_ptr(), self.values.device, version, dtype)
         if self._cast is None or self._cast[0] != key:
-            self._cast = key, self.values.to(dtype)
+            self._cast = key, self.values.to(dtype), self.values.detach()  # held: nothing else gets its address
         return self._cast[1], *tensors
 
     def words(self, stored=None):
@@ -318,6 +356,11 @@ class Compressed(nn.Module):
         rows: by default the size that this layer met for the first time most recently.
         """
         return last_measured(self._prepacked, rows)
+
+    def backend_used(self):
+        """The back end that computed the latest new size without measuring; None before."""
+        layouts = [layout for layout in self._prepacked if layout != "choices"]
+        return layouts[-1].split()[0] if layouts else None
 
     @property
     def weight(self):
@@ -371,7 +414,7 @@ class CompressedLinear(Compressed):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
     def forward(self, x, residual=None, skip=None, scale=None):
-        self._check_width(x.shape[-1] + (0 if skip is None else skip.shape[-1]), "features")
+        self._check_width((x.shape[-1] if x.dim() else 0) + (0 if skip is None else skip.shape[-1]), "features")
         values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
         dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # the dtype of their sum
         rest = {

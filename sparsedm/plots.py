@@ -1,4 +1,4 @@
-"""How things are shown: one style for every picture and every table of text; a grid of samples, a training's curves."""
+"""One style for all pictures and text tables; a grid of samples, training curves."""
 
 import contextlib
 import itertools
@@ -25,11 +25,11 @@ STYLE = {
 
 @contextlib.contextmanager
 def picture(path, size=None, dpi=120, **style):
-    """Yield an empty matplotlib Figure of `size` inches; on a clean exit it is written to `path`, by its suffix.
+    """Yield an empty matplotlib Figure of `size` inches. On a clean exit it is written to `path` (format by suffix).
 
-    A figure that is still empty then is not written. style: rc parameters, beside those of every picture.
+    An empty figure is not written. style: more rc parameters.
     """
-    from matplotlib import rc_context  # late: whoever draws nothing need not wait for it
+    from matplotlib import rc_context  # late: code without pictures need not wait for it
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
@@ -45,7 +45,7 @@ def picture(path, size=None, dpi=120, **style):
 
 
 def printable(text):
-    """`text` with escapes for what no font and no encoding has, such as the bytes of a name that is not UTF-8."""
+    """`text` with escapes for characters without font or encoding, such as bytes of a name that is not UTF-8."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -60,9 +60,9 @@ def table(head, rows, left=(0,), rule=False):
 
 
 def save_grid(path, rows):
-    """Write images as one PNG, a row of tiles per entry of `rows`; small images are enlarged by whole factors.
+    """Write images as one PNG, a row of tiles per entry of `rows`. Small images are enlarged by a whole factor.
 
-    rows: [(label, uint8 (n, 3 or 1, h, w))], all of one size; shorter rows leave white space at their end.
+    rows: [(label, uint8 (n, 3 or 1, h, w))], all of one size. Shorter rows end in white space.
     Raises: InputError for a row without images.
     """
     from PIL import Image, ImageDraw, ImageFont
@@ -70,7 +70,7 @@ def save_grid(path, rows):
     rows = [(printable(label), images) for label, images in rows]
     empty = [label for label, images in rows if not len(images)]
     if empty or not rows:
-        raise InputError(f"a grid needs at least one image in each row, and there is none in: {', '.join(empty)}")
+        raise InputError(f"a grid needs at least one image in each row, but there is none in: {', '.join(empty)}")
     scale = max(1, round(64 / max(rows[0][1].shape[-2:])))
     strips = [np.concatenate([_tile(image, scale) for image in images.cpu().numpy()], axis=1) for _, images in rows]
     font = ImageFont.load_default(size=15)
@@ -86,7 +86,7 @@ def save_grid(path, rows):
 
 
 def _tile(image, scale, gap=2):
-    """uint8 (c, h, w) -> uint8 (h * scale + gap, w * scale + gap, 3), white at the right and bottom edge."""
+    """uint8 (c, h, w) -> uint8 (h * scale + gap, w * scale + gap, 3), with a white right and bottom edge."""
     image = np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)
     image = image.repeat(scale, 0).repeat(scale, 1)
     return np.pad(image, ((0, gap), (0, gap), (0, 0)), constant_values=255)
@@ -95,8 +95,8 @@ def _tile(image, scale, gap=2):
 def plot_losses(path, stages, batch_size, title=""):
     """Write the training curves of a chain to `path`: noise-prediction loss over images seen, one colour per stage.
 
-    stages: [(name, records of its metrics.jsonl)], in the order in which they were trained. Thin: as logged; thick:
-    smoothed; dots: validation loss of the averaged weights.
+    stages: [(name, records of its metrics.jsonl)], in training order. Thin lines: as logged; thick lines: smoothed;
+    dots: validation loss of the EMA weights.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 

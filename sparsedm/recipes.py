@@ -1,9 +1,9 @@
-"""What a run spends, as rows: the quickstart on drawn and on other images, searches and experiments from smoke to full.
+"""The sizes of runs, as rows: the quickstart on drawn and on other images; searches and experiments at several scales.
 
-smoke   minutes on a CPU: shows that it works, not what is best
-cpu     experiments that decide something, in hours of CPU cores
-lite    half an hour of one large GPU, in parts of ten minutes
-full    the papers' settings: days on a GPU
+smoke   minutes on a CPU; shows that it works, not which is best
+cpu     experiments with a clear result, in hours on CPU cores
+lite    half an hour on one large GPU, in parts of ten minutes
+full    the papers' settings; days on a GPU
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from sparsedm.train.stages import SR_STE, TRANSFER, Stage
 
 @dataclass(frozen=True)
 class Scale:
-    """What one run spends: a network, how it is trained, and how much is drawn and measured."""
+    """The settings of one run: a network, its training, and the numbers of images to draw and measure."""
 
     data: str
     model: str
@@ -22,20 +22,20 @@ class Scale:
     sampling_steps: int
     options: TrainOptions  # seed is set for each run, steps by the stages, amp where it is None
     overrides: dict = field(default_factory=dict)  # options of the model
-    stages: tuple = ()  # an experiment has its own for each run
-    conditional: bool = False  # the network of an experiment is told the classes of the data
+    stages: tuple = ()  # an experiment sets them for each run
+    conditional: bool = False  # the network of an experiment gets class labels
     validation: int = 1024  # images for the validation loss
     features: str = "random-conv"
-    threads: int | None = None  # on a CPU; None: as torch likes
+    threads: int | None = None  # on a CPU; None: torch decides
     summary: str = ""
     # of a search
     count: int = 0  # images per evaluation
     population: int = 0
     generations: int = 0
     # of an experiment
-    base_steps: int = 0  # of the dense network that all runs of a seed start from
-    steps: int = 0  # of each run
-    lr: float | None = None  # of each run; None: that of the options
+    base_steps: int = 0  # steps of the dense network that all runs of a seed start from
+    steps: int = 0  # steps of each run
+    lr: float | None = None  # learning rate of each run; None: options.lr
     ladder: tuple | None = None  # patterns before 2:4 in progressive methods; None: all of LADDER that are denser
     densities: tuple = ("2:4", "1:4", "3:4", "1:8", "7:8", "1:16", "15:16", "1:32", "31:32")  # of `ratio`
     native: int | None = None  # side of images that are resized unasked; others must have the network's or be asked for
@@ -70,7 +70,7 @@ QUICKSTART = {
         ),
         samples=500,
         sampling_steps=25,
-        threads=1,  # on tensors this small a second one mostly waits, and for ages if another process is busy
+        threads=1,  # with tensors this small a second thread mostly waits, and very long if another process is busy
     )
 }
 QUICKSTART["images"] = replace(
@@ -121,7 +121,7 @@ SEARCHES = {
         widths=_SLIMMABLE | {"stages": (Stage("dense", 1000),)},
         both=_SLIMMABLE | {"stages": (Stage("dense", 800), *_students(["2:4"], 200, lr=1e-3))},
     ),
-    "lite": _families(  # for two times ten minutes of one large GPU, not timed yet
+    "lite": _families(  # for two times ten minutes on one large GPU; not timed yet
         Scale(
             data="cifar10",
             model="uvit-cifar10-small",
@@ -216,7 +216,7 @@ EXPERIMENTS = {
         ladder=("7:8", "3:4"),
         samples=5000,
         sampling_steps=25,
-        # twice the published lr: a distance over samples of a network that has learnt too little does not see pruning
+        # twice the published lr: with a network that has learnt too little, the distance does not show pruning
         options=TrainOptions(lr=4e-4, ema=0.999, cosine=True, weighting="velocity", save_every=2000),
     ),
     "full": Scale(

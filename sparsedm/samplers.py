@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from sparsedm.cuda_graph import Graphs
-from sparsedm.diffusion import draw_noise, evaluating, noise_streams
-from sparsedm.errors import InputError
+from sparsedm.diffusion import check_labels, draw_noise, evaluating, noise_streams
+from sparsedm.errors import InputError, check_memory
 
 
 class Time(NamedTuple):
@@ -294,6 +294,7 @@ def sample(
         raise InputError(f"{len(y)} labels were given for {count} samples")
     if guidance is not None and not math.isfinite(guidance):
         raise InputError(f"guidance is {guidance}, it must be finite")
+    check_memory(4 * count * math.prod(shape), f"count={count}")
     times = time_grid(schedule, steps, spacing or SAMPLERS[sampler].spacing)
     models = model if isinstance(model, list | tuple) else [model] * steps
     for network in {id(m): m for m in models}.values():
@@ -322,12 +323,7 @@ def sample(
 def _check(config, sampler, y):
     if SAMPLERS[sampler].learned and not getattr(config, "learn_sigma", False):
         raise InputError(f"sampler {sampler} needs a network that has learnt the variance (a DiT with learn_sigma)")
-    classes = getattr(config, "num_classes", 0)
-    if y is not None and classes:
-        most = classes - (not getattr(config, "null_label", True))
-        low, high = (int(end) for end in torch.as_tensor(y).aminmax())
-        if low < 0 or high > most:
-            raise InputError(f"labels from {low} to {high}: the network has the classes 0 to {classes - 1}")
+    check_labels(config, y)
 
 
 def _prepared(model, guidance, run, variance):

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import itertools
 import re
 import types
 import weakref
@@ -27,6 +26,7 @@ from sparsedm.layers import (
     invalid_because,
     product_dtype,
 )
+from sparsedm.optim import MaskedAdamW, check, choose, is_sharded
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -271,7 +271,7 @@ def set_masking(
 
     Each backward adds decay * (1 - m) * w to the weight's gradient exactly once. The term is not scaled by the loss. To
     accumulate gradients over n parts of a batch, divide the gradients by n, not the losses. Under a GradScaler multiply
-    the decay by its scale.
+    the decay by its scale. A `MaskedAdamW` adds the decay at its step instead, which needs no such correction.
     `save_model` keeps the settings. Raises: InputError if no layer has a pattern: call `sparsify` first.
     """
     layers = masked_layers(model)
@@ -290,74 +290,41 @@ def masks(model):
 
 
 @contextlib.contextmanager
-def hold_masks(*models: nn.Module) -> Iterator[None]:
+def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iterator[None]:
     """Select the masks once, now, and use them in every forward of the block.
 
     Use it around work that does not change the weights: the forwards and backwards of one optimizer step, or sampling.
     Enter it under the autocast that the forwards run in. A weight that changes inside the block keeps its old mask.
+    On a GPU one launch selects the masks of all layers of one kind.
+    optimizer: its last step has selected masks already; the block uses them.
 
-    Raises InputError, naming the layer, in two cases. (1) A weight changed inside the block: on a CPU this is reported
-    when the block ends, on a GPU when a later block ends, so that nothing waits for the GPU. (2) A weight is sharded
+    Raises InputError, naming the layer, in two cases. (1) A weight changed inside the block, or, with an optimizer,
+    since its last step. On a CPU this is reported when the block ends, on a GPU when a later block ends or at the
+    optimizer's next step, so that nothing waits for the GPU. The next block selects again. (2) A weight is sharded
     (a DTensor): reported on entry.
     """
-    layers = {layer: name for model in models for name, layer in masked_layers(model)}
-    for layer, name in layers.items():
+    if not isinstance(optimizer, MaskedAdamW | None):
+        raise InputError(f"optimizer={type(optimizer).__name__}: only a MaskedAdamW selects masks; give none instead")
+    names = {layer: name for model in models for name, layer in masked_layers(model)}
+    for layer, name in names.items():
         if is_sharded(layer.weight):
             raise InputError(f"the weight of {name} is sharded: its mask can be selected only inside a forward")
-    outer = [layer._held for layer in layers]
-    before = [(layer.weight, _checksum(layer)) for layer in layers]
+    dtypes = {layer: product_dtype(layer.weight) for layer in names}
+    outer = {layer: layer._held for layer in names}
     with torch.inference_mode(False):  # a backward may need the masks, too
-        held = [(layer.weight, layer.selection(product_dtype(layer.weight))) for layer in layers]
-    for layer, mine in zip(layers, held):
+        choices = choose(dtypes, names) if optimizer is None else optimizer.choices(dtypes, names)
+    held = {layer: (choice.weight, choice.selection) for layer, choice in choices.items()}
+    for layer, mine in held.items():
         layer._held = mine
     try:
         yield
     finally:
-        for layer, mine, theirs in zip(layers, held, outer):
-            layer._held = theirs if layer._held is mine else None  # else a new pattern was set, and theirs is stale
-    changed = [_changed(layer, *record) for layer, record in zip(layers, before)]
-    if changed:
-        _refuse_changes(torch.stack(changed), list(layers.values()))
-
-
-_unseen = []  # (event, flags in host memory, names) of blocks on a GPU whose flags have not been read yet
-
-
-def _refuse_changes(changed, names):
-    """Raise InputError for the first name whose flag in `changed` is set; on a GPU, once the flags have arrived."""
-    arrived = []
-    if changed.is_cuda:
-        event, flags = torch.cuda.Event(), torch.empty(changed.shape, dtype=torch.bool, pin_memory=True)
-        flags.copy_(changed, non_blocking=True)
-        event.record()
-        _unseen.append((event, flags, names))
-        while _unseen and _unseen[0][0].query():
-            arrived.append(_unseen.pop(0)[1:])
-    elif not changed.is_meta:
-        arrived.append((changed.cpu(), names))
-    for flags, names in arrived:
-        for name in itertools.compress(names, flags.numpy()):
-            raise InputError(f"the weight of {name} was changed while its mask was held: step after the block")
-
-
-def is_sharded(tensor):
-    """Whether a tensor is a DTensor: this process holds only a part of it."""
-    return hasattr(tensor, "placements")
-
-
-def _changed(layer, weight, checksum):
-    now = _checksum(layer)
-    if layer.weight is not weight or now.shape != checksum.shape or now.device != checksum.device:
-        return now.new_ones((), dtype=torch.bool)
-    return (now != checksum).any()
-
-
-def _checksum(layer):
-    """int64 sums of the bits of every row and every column of the weight. A change that keeps all sums is missed."""
-    rows = layer.weight.detach().flatten(1).contiguous()
-    size = next(size for size in (8, 4, 2, 1) if rows.shape[1] * rows.element_size() % size == 0)
-    bits = rows.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
-    return torch.cat((bits.sum(1), bits.sum(0)))
+        for layer, mine in held.items():
+            layer._held = outer[layer] if layer._held is mine else None  # else a new pattern made outer stale
+    if optimizer is None:
+        check(choices, names)
+    else:
+        optimizer.settle(choices, names)
 
 
 # ---- compressed models -----------------------------------------------------------------------------------------------
@@ -377,6 +344,9 @@ def compress(model: nn.Module) -> nn.Module:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
     compressed = {layer: _compress_layer(layer) for layer in layers}
     small = _with_layers(model, compressed).eval()
+    for layer in small.modules():
+        if isinstance(layer, Masked):
+            layer.beside_compressed = True
     small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
     small._tied = [names for names in parameter_names(model) if len(names) > 1]
     return small.requires_grad_(False)
@@ -403,6 +373,8 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
         if "forward" in vars(layer):
             raise InputError(f"{name}.forward was replaced, and the layer with a dense weight has its own")
     dense.train(model.training)
+    for layer in dense.modules():
+        vars(layer).pop("beside_compressed", None)
     for names in getattr(model, "_tied", ()):
         _tie(dense, names, layers)
     if form == "masked":
@@ -445,7 +417,7 @@ def bake(model: nn.Module) -> nn.Module:
     for module in plain.modules():
         if getattr(module, "_plain", False):
             module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
-            for name in ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_plain"):
+            for name in ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_decayed", "_plain"):
                 delattr(module, name)
             del module._buffers["mask"]
         elif isinstance(module, Masked) and module.pattern is not None:

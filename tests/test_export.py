@@ -19,7 +19,17 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(params=[f"{network} {form}" for network in NETWORKS for form in ("masked", "compressed")])
+EVERY = [f"{network} {form}" for network in NETWORKS for form in ("masked", "compressed")]
+
+
+def each(*quick):
+    """Every network, masked and compressed; by default those that are named here, each network once."""
+    return pytest.mark.parametrize(
+        "network", [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in EVERY], indirect=True
+    )
+
+
+@pytest.fixture(params=EVERY)
 def network(request):
     """A small U-ViT, DiT or DDPM in eval mode, masked or compressed, whose output is not zero."""
     name, form = request.param.split()
@@ -44,6 +54,7 @@ def assert_same(out, network, inputs):
     assert_as_good_as_torch(out, plain.double()(*(t.double() for t in inputs)), low)
 
 
+@each("uvit masked", "dit compressed", "ddpm masked")
 @torch.no_grad()
 def test_one_graph_serves_every_batch_size(network, monkeypatch):
     torch._dynamo.reset()
@@ -57,6 +68,7 @@ def test_one_graph_serves_every_batch_size(network, monkeypatch):
     assert graphs.frame_count == 1
 
 
+@each("uvit compressed", "dit masked", "ddpm compressed")
 @torch.no_grad()
 def test_an_exported_network_takes_every_batch_size(network):
     network(*inputs_of(network, 1))  # which makes a compressed network keep its weights dense, too

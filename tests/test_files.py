@@ -168,7 +168,7 @@ def test_download(server, tmp_path):
 
 def test_of_a_broken_or_wrong_download_nothing_is_left(server, tmp_path):
     server.cut = 60_000
-    with pytest.raises(InputError, match=f"weights.bin broke off or gave another file.*{server.sha256}"):
+    with pytest.raises(InputError, match=f"weights.bin was incomplete, or is another file.*{server.sha256}"):
         download(server.url, tmp_path / "a", server.sha256)
     server.cut = None
     with pytest.raises(InputError, match='expected "0123"'):

@@ -324,15 +324,15 @@ def test_layers_are_timed_dense_and_compressed_as_they_are_called(monkeypatch):
     model, timed = sparsify(Called(), "2:4"), []
     before = {name: p.clone() for name, p in model.named_parameters()}
 
-    def microseconds(run, device):
-        timed.append(tuple(run().shape))
-        return 10.0 * len(timed)
+    def microseconds(runs):
+        timed.extend(tuple(run().shape) for run in runs)
+        return 10.0 * len(timed) - 10, 10.0 * len(timed)
 
     monkeypatch.setattr(inspection, "_microseconds", microseconds)
     times = time_layers(model, batch=3)
     assert set(times) == {"a", "b", "c", "odd"}, "not the one that is not called, nor the one without groups of four"
     assert timed == [(3, 5, 8)] * 4 + [(3, 5, 16)] * 2 + [(3, 5, 6)] * 2, "with and without residual"
-    assert times["c"] == (50.0, 60.0)
+    assert times["c"] == (50.0, 60.0, "dense"), "so small that the rule keeps it dense"
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     assert not any(m._forward_hooks for m in model.modules())
     assert len(time_layers(sparsify(nn.Sequential(Twice()), "2:4")[0])) == 2
@@ -348,10 +348,10 @@ class Twice(nn.Sequential):
 
 
 def test_the_report_of_times_admits_the_cpu(monkeypatch):
-    monkeypatch.setattr(inspection, "time_layers", lambda *_: {"a": (100.0, 50.0), "b": (40.0, 80.0)})
+    monkeypatch.setattr(inspection, "time_layers", lambda *_: {"a": (100.0, 50.0, "cpu"), "b": (40.0, 80.0, "dense")})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = time_report(Twice(), 4)
-    assert "2.00x" in text
+    assert "2.00x  cpu" in text
     assert "dense: 0.140 ms; sparse where it gains: 0.090 ms" in text
     assert text.endswith("batch 4, float32, CPU: no prediction for a GPU")
 

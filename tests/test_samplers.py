@@ -483,7 +483,16 @@ def test_labels_that_no_class_has_are_refused():
     for label in (-1, 11):
         with pytest.raises(InputError, match="the network has the classes 0 to 9"):
             samplers.sample(Elementwise(), VPSDE(), 2, SHAPE, steps=2, y=torch.tensor([3, label]))
+        with pytest.raises(InputError, match="the network has the classes 0 to 9"):
+            diffusion.loss(Elementwise(), torch.zeros(2, *SHAPE), VPSDE(), y=torch.tensor([3, label]))
+    with pytest.raises(InputError, match=r"labels of torch\.float32: they must be int64"):
+        samplers.sample(Elementwise(), VPSDE(), 2, SHAPE, steps=2, y=torch.tensor([3.0, 1.0]))
     samplers.sample(Elementwise(), VPSDE(), 2, SHAPE, steps=2, y=torch.tensor([3, 10]))  # 10: no label
+
+
+def test_more_samples_than_memory_holds_are_refused():
+    with pytest.raises(InputError, match="not enough memory: count=1099511627776 takes"):
+        samplers.sample(Elementwise(), VPSDE(), 2**40, SHAPE, steps=2)
 
 
 def test_a_learned_variance_asks_for_a_network_that_has_one():

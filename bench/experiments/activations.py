@@ -1,9 +1,9 @@
-"""N:M of activations in place of weights (RT-Lynx, arXiv 2605.26632): layers read the largest of their inputs only.
+"""N:M of activations instead of weights (RT-Lynx, arXiv 2605.26632): layers read only their largest inputs.
 
     y = W (r · m · x) + b,   m: the N largest |x| of every M inputs,   r = |x| / |m · x| for each token
 
-r, the norm compensation, has no gradient, and only kept inputs pass one. No kernel gains from it here: this is the
-experiment alone. Forward hooks do it, which a deep copy of the network takes along and a model file does not.
+r, the norm compensation, has no gradient. Only kept inputs pass a gradient on. This is an experiment: no kernel here
+gains from it. Forward hooks implement it; a deep copy of the network has them, a model file does not.
 """
 
 import torch
@@ -16,7 +16,7 @@ from sparsedm.kernels.pattern import Pattern
 
 
 class KeepLargest:
-    """A forward pre-hook of a Linear or Conv2d, whose groups lie along the features or the input channels."""
+    """A forward pre-hook of a Linear or Conv2d. Its groups run along the features or the input channels."""
 
     def __init__(self, pattern, compensate=True):
         self.pattern, self.compensate = pattern, compensate
@@ -30,7 +30,7 @@ class KeepLargest:
 def keep_largest(x, pattern, axis=-1, compensate=True):
     """x with all but the `pattern.keep` largest of every group along `axis` set to 0; x's shape and dtype.
 
-    compensate: scale what is kept so that the norm along `axis` stays what it was.
+    compensate: scale the kept values so that the norm along `axis` does not change.
     """
     x = x.movedim(axis, -1)
     mask = select_mask(x.detach().flatten(0, -2), pattern, name="an activation").mask.view(x.shape)
@@ -44,7 +44,7 @@ def keep_largest(x, pattern, axis=-1, compensate=True):
 def sparsify_activations(network, names, pattern="2:4", compensate=True):
     """Hook the layers `names` of the network, in place, and return it.
 
-    Raises: InputError where none of them can hold the pattern along its inputs.
+    Raises: InputError if no layer can hold the pattern along its inputs.
     """
     pattern = Pattern.parse(pattern)
     layers = [network.get_submodule(name) for name in names]
@@ -57,7 +57,7 @@ def sparsify_activations(network, names, pattern="2:4", compensate=True):
 
 
 def macs(network):
-    """MACs of one image with the inputs that hooked layers keep; for other networks those of `inspect`."""
+    """MACs of one image; hooked layers count only kept inputs. Without hooks the same as `inspect`."""
     hooks = {name: [h for h in layer._forward_pre_hooks.values() if isinstance(h, KeepLargest)]
              for name, layer in network.named_modules()}  # fmt: skip
     found = inspect(network)

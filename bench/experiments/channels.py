@@ -1,15 +1,15 @@
-"""Structured pruning of a DDPM U-Net, the baseline of Diff-Pruning (arXiv 2305.10924): channels go by importance.
+"""Structured pruning of a DDPM U-Net, the baseline of Diff-Pruning (arXiv 2305.10924): remove unimportant channels.
 
 importance of a channel:   Σ |w · ∂L/∂w| over the weights that write or read it (first-order Taylor, as there and in
                            arXiv 1906.10771), L being the training loss at random noise levels
 
-The result is a plain, narrower DDPM, whose weights are a part of these. Channels that meet in a sum (residual branches,
-attention) are one `space`: they stay or go together. Within a space that a GroupNorm reads, each of its groups keeps
-equally many channels, so that a channel keeps its group (where x and skip are concatenated, nearly so). Queries shrink
-by √(kept / all), because attention divides by the root of fewer channels. The waves of the time embedding, whose
-frequencies depend on the width, meet the weights of the nearest frequency.
+The result is a plain, narrower DDPM with a part of the weights. Channels that are added (residual branches, attention)
+form one `space`: they are kept or removed together. If a GroupNorm reads a space, each group keeps the same number of
+channels, so that a channel stays in its group (almost, if x and skip are concatenated). Queries are scaled by
+√(kept / all), because attention divides by the root of fewer channels. The frequencies of the time embedding depend on
+the width: each wave uses the weights of the nearest frequency.
 
-Diff-Pruning also leaves out the noise levels of least loss; this does not.
+Diff-Pruning also leaves out the noise levels with the least loss; this code does not.
 """
 
 import copy
@@ -58,7 +58,7 @@ def prune(network, width, importance):
 
 
 def taylor(network, images, batch_size, seed=0):
-    """{parameter name: |w · ∂L/∂w|}, the gradient of the loss being summed over BATCHES batches."""
+    """{parameter name: |w · ∂L/∂w|}. The gradient of the loss is summed over BATCHES batches."""
     schedule, device = diffusion.schedule_of(network), next(network.parameters()).device
     network = copy.deepcopy(network).eval().requires_grad_(True)  # eval: no dropout, and a slimmable one at full width
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def taylor(network, images, batch_size, seed=0):
 
 
 def spaces(network):
-    """{parameter name: for each of its first two axes [(space, size)] of the tensors that lie side by side}."""
+    """{parameter name: for each of its first two axes [(space, size)] of the tensors side by side}."""
     config, runs = network.config, {}
 
     def layer(name, out, *sources):
@@ -141,7 +141,7 @@ def spaces(network):
 
 
 def _scores(runs, importance):
-    """{space: (size,) sums of the importance of what writes or reads each of its channels}."""
+    """{space: (size,) importance of each channel, summed over the weights that write or read it}."""
     scores = {}
     for name, axes in runs.items():
         if name not in importance:
@@ -156,7 +156,7 @@ def _scores(runs, importance):
 
 
 def _kept(space, size, share, scores, groups):
-    """int64 indices of the channels of a space that stay, increasing."""
+    """int64 indices of the kept channels of a space, increasing."""
     if space in (FIXED, "image"):
         return torch.arange(size)
     if space == WAVES:

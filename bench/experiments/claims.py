@@ -1,8 +1,9 @@
-"""The claims of the papers, and when the experiment `claims` confirms or refutes them; the thresholds came first.
+"""The claims of the papers, and the rules by which the experiment `claims` confirms or refutes them.
 
-All comparisons are of two runs of one seed: the same dense network, batches and noise. A claim is confirmed or refuted
-only if every seed says so; else it is undecided, and so it is where a run is missing. Thresholds: see README's table of
-the experiment; a loss resolves 0.15% at 2:4 and 0.5% at 1:8, a Fréchet distance of 5,000 samples 4%.
+The thresholds were fixed before the runs. A comparison is between two runs of one seed: the same dense network, batches
+and noise. A claim is confirmed or refuted only if every seed says so; otherwise, or if a run is missing, it is
+undecided. Thresholds: see README's table of the experiment. The resolution of a loss is 0.15% at 2:4 and 0.5% at 1:8,
+of a Fréchet distance of 5,000 samples 4%.
 """
 
 import math
@@ -33,7 +34,7 @@ def verdicts(values):
 
 
 class _Compare:
-    """Relative changes of one run against another, seed by seed, and the words that say them."""
+    """Relative changes of one run against another, seed by seed, and their description."""
 
     def __init__(self, values):
         self.values = values
@@ -98,7 +99,7 @@ def _teacher(compare):
 
 
 def _bought_by_time(compare, pairs):
-    """{seed: the share of the loss that training on for the teacher's time would save}, by the slope over images."""
+    """{seed: the share of the loss that more training in the teacher's time would save}, by the slope over images."""
     slope = compare(f"1:8 straight{THIRD}", "1:8 straight")
     longer = [compare(taught, alone, "seconds") for taught, alone in pairs]
     found = {}
@@ -121,7 +122,7 @@ def _in_place(compare):
 
 
 def _quality(compare):
-    """Confirmed: within 0.5% loss and 4% distance of the dense control; refuted: outside of it."""
+    """Confirmed: within 0.5% loss and 4% distance of the dense control. Refuted: outside."""
     losses, distances = (compare("2:4 straight", "dense", measure) for measure in (LOSS, DISTANCE))
 
     def within(seed):

@@ -1,6 +1,6 @@
-"""What is measured of a finished network: its samples, their distances to real images, its losses and its size.
+"""Measurements of a finished network: its samples, their distances to real images, its losses and its size.
 
-Networks run in the precision that they were trained in; features and distances are exact.
+Networks run in their training precision; features and distances are exact.
 """
 
 import math
@@ -19,13 +19,13 @@ from sparsedm.train.metrics import weight_distance
 
 LEVELS = 12  # noise levels of the validation curve
 CURVE = 2048  # images of it, at most
-BATCH = {"cpu": 50, "cuda": 500}  # drawn at a time (a CPU is half as quick with 500); in between the clock is looked at
+BATCH = {"cpu": 50, "cuda": 500}  # images at a time (500 halve a CPU's speed); the deadline is checked in between
 
 
 def draw(network, scale, seed, autocast, deadline=math.inf):
     """uint8 (scale.samples, C, H, W) on the CPU, the same noise and labels for every network.
 
-    autocast: a torch.autocast to run in. deadline: of time.monotonic(). Raises: OutOfTime.
+    autocast: a torch.autocast to run in. deadline: a value of time.monotonic(). Raises: OutOfTime.
     """
     config, count, images = network.config, scale.samples, []
     batch = BATCH[next(network.parameters()).device.type]
@@ -51,10 +51,10 @@ def draw(network, scale, seed, autocast, deadline=math.inf):
 
 
 def measure(network, images, validation, judges, dense, autocast):
-    """{measure: [(x, value)]} of a network and its `images`; x is None where there is no axis.
+    """{measure: [(x, value)]} of a network and its `images`. x is None if there is no axis.
 
-    validation: ImageSet. judges: [(Features, Summary of the real images by them)], the first of which decides.
-    dense: what the network's weights were.
+    validation: ImageSet. judges: [(Features, Summary of the real images)]; the first one decides. dense: the dense
+    network that it started from.
     """
     schedule, device = diffusion.schedule_of(network), next(network.parameters()).device
     x, y = data.batch(validation.to(device), torch.arange(len(validation)))

@@ -1,7 +1,7 @@
-"""What the experiments are: lists of runs, and how much each scale spends on one. Nothing is computed here.
+"""The experiments: lists of runs, and the cost of each scale. Nothing is computed here.
 
-arms                        every method of `train/stages.py`, the first block dense, and dense networks of as few MACs
-claims                      what the paper claims, at 2:4 and 1:8, with the controls that can refute it (`claims.py`)
+arms                        every method of `train/stages.py`, the first block dense, and dense networks of equal MACs
+claims                      the paper's claims, at 2:4 and 1:8, with the controls that can refute them (`claims.py`)
 ratio                       31:32 ... 1:32 (SparseDM, arXiv 2404.10445, fig. 3a)
 fixed-vs-inplace-vs-chain   2:4 from the first step, growing in one network, or over students (fig. 3b)
 ablate                      transfer weight, decay, teacher, length of the chain, which layers
@@ -19,17 +19,17 @@ from sparsedm.train.stages import TRANSFER, Stage, method_stages
 # ---- what a run is, beside its stages: what it starts from in place of the dense network
 SMALL = "small"  # a narrower dense network of the same MACs, trained from random weights on as many images in all
 PRUNED = "pruned"  # the dense network without its least important channels, of the same MACs (`channels.py`)
-ACTIVATIONS = "activations"  # the dense network, whose layers read the largest of their inputs only (`activations.py`)
+ACTIVATIONS = "activations"  # the dense network, but layers read only their largest inputs (`activations.py`)
 CALIBRATED = "calibrated"  # the dense network with masks by |w| ||x|| instead of |w| (Wanda, arXiv 2306.11695)
 KINDS = ("", SMALL, PRUNED, ACTIVATIONS, CALIBRATED)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of an experiment. where: which layers, as in `sparsify`; first_dense: without those of the first block.
+    """One row of an experiment. where: which layers, as in `sparsify`. first_dense: the first block stays dense.
 
-    x: its place on the axis of the experiment, if it has one. kind: of KINDS. pattern: what an ACTIVATIONS or a
-    CALIBRATED run keeps.
+    x: its place on the axis of the experiment, if it has one. kind: one of KINDS. pattern: of an ACTIVATIONS or a
+    CALIBRATED run.
     """
 
     name: str
@@ -46,8 +46,8 @@ class Run:
 class Experiment:
     summary: str
     runs: Callable  # recipes.Scale -> [Run]
-    axis: str = ""  # what x is, where the runs have one
-    control: str = "dense"  # the run that the others are shown against
+    axis: str = ""  # the meaning of x, if the runs have one
+    control: str = "dense"  # the run to compare the others with
 
 
 # what answers the question first, for the case that there is no time for all
@@ -69,7 +69,7 @@ def _taught(scale, name):
 
 
 def _activations(scale, steps=None):
-    """Stages of an ACTIVATIONS run: no weight is masked, and nobody teaches."""
+    """Stages of an ACTIVATIONS run: without masks and without a teacher."""
     return (Stage("activations", scale.steps if steps is None else steps, lr=scale.lr),)
 
 
@@ -87,7 +87,7 @@ def _arms(scale):
 
 
 def _claims(scale):
-    """In the order in which they answer: what may be cut comes last."""
+    """The runs, the most important first: the last may be cut for lack of time."""
 
     def one_eighth(method, **settings):
         return _stages(method, scale, "1:8", **settings)
@@ -157,7 +157,7 @@ EXPERIMENTS = {
 
 
 def known(kind, name):
-    """The Experiment or the Scale of that name. Raises: InputError for a name that is none."""
+    """The Experiment or the Scale of that name. Raises: InputError for an unknown name."""
     rows = {"experiment": EXPERIMENTS, "scale": SCALES}[kind]
     if name not in rows:
         raise InputError(f"unknown {kind} {name!r}: one of {', '.join(rows)}")
@@ -165,6 +165,6 @@ def known(kind, name):
 
 
 def planned(name, scale):
-    """(Experiment, recipes.Scale, [Run]). Raises: InputError for a name or scale that is none."""
+    """(Experiment, recipes.Scale, [Run]). Raises: InputError for an unknown name or scale."""
     experiment, scale = known("experiment", name), known("scale", scale)
     return experiment, scale, experiment.runs(scale)

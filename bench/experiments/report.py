@@ -1,7 +1,7 @@
-"""From the rows of results.csv alone: report.md with the table, and the pictures. Bars and bands: every seed's value.
+"""report.md with the table, and the pictures, only from the rows of results.csv. Bars and bands: every seed's value.
 
-compare.png       Fréchet distance and validation loss of each run, the control marked, and what is within 5% of it
-ratio.png         the same over the axis of the experiment, where it has one
+compare.png       Fréchet distance and validation loss of each run; the control and the range within 5% of it are marked
+ratio.png         the same over the axis of the experiment, if it has one
 speed.png         the same over the speed of sampling, as a multiple of the fastest dense network's, after --time
 training.png      validation loss over the images seen
 noise-levels.png  validation loss over t, relative to the control: where sparsity hurts
@@ -26,7 +26,7 @@ TABLE = ("validation loss", DISTANCE, "distance to dense weights", "MACs", "para
 
 
 def write(folder, rows, plan):
-    """Leave report.md and the pictures in `folder`; returns the table as Markdown. plan: an `Experiment`."""
+    """Write report.md and the pictures into `folder`. Returns the table as Markdown. plan: an `Experiment`."""
     values = _values(rows)
     runs = _in_order(list(dict.fromkeys(row["run"] for row in rows)), values)
     title = f"{rows[0]['experiment']} ({rows[0]['scale']}): {plan.summary}" if rows else ""
@@ -52,7 +52,7 @@ def _values(rows):
 
 
 def _in_order(runs, values):
-    """As they were made, or along the axis of the experiment, where it has one."""
+    """In the order of the plan, or along the axis of the experiment, if it has one."""
     places = {run: _single(values, run, "axis") for run in runs}
     return sorted(runs, key=lambda run: -places[run][0]) if all(places.values()) else runs
 
@@ -86,7 +86,7 @@ of {counts["samples"]:,.0f} samples against {counts["reference images"]:,.0f} re
 
 
 def _against(values, runs, control):
-    """Markdown: is each run as good as the control? "" where there is nothing to compare."""
+    """Markdown: is each run as good as the control? "" if there is nothing to compare."""
     lines = []
     for run in runs:
         distances, losses = (_ratios(values, run, control, m) for m in (DISTANCE, "validation loss"))
@@ -105,7 +105,7 @@ Within {CLOSE:.0%}: whether the Fréchet distance is at most {1 + CLOSE:g} times
 
 
 def _ratios(values, run, control, measure):
-    """The value of the run over that of the control, for each seed that both have."""
+    """The run's value divided by the control's, for each seed that both have."""
     mine, theirs = ({s: p[0][1] for s, p in values.get((name, measure), {}).items()} for name in (run, control))
     return [mine[seed] / theirs[seed] for seed in mine if theirs.get(seed)]
 
@@ -131,7 +131,7 @@ def _cell(numbers, measure):
 
 
 def _styles(runs, control):
-    """{run: (line style, colour)}: the same in every picture. The control has a colour of its own."""
+    """{run: (line style, colour)}, the same in every picture. The control has its own colour."""
     others = [colour for colour in COLOURS if colour != COLOURS[1]]
     styles = itertools.cycle(itertools.product(("-", "--", ":", "-."), others))
     return {run: ("-", COLOURS[1]) if run == control else next(styles) for run in runs}
@@ -195,7 +195,7 @@ def _axis(figure, values, runs, plan):
 
 
 def _speed(figure, values, runs, plan):
-    """Quality over the measured speed of sampling: what is quicker for nothing lies to the right of the control."""
+    """Quality over the measured speed of sampling: faster runs are to the right of the control."""
     placed = {run: statistics.fmean(found) for run in runs if (found := _single(values, run, SPEED))}
     if not placed:
         return False
@@ -217,7 +217,7 @@ def _speed(figure, values, runs, plan):
 
 
 def _curves(axes, values, runs, measure, against=None):
-    """One line a run: the mean over seeds, in a band from the least to the greatest. Returns whether there was any."""
+    """One line per run: the mean over seeds, with a band from least to greatest. Returns whether there was any."""
     drawn = False
     for run, (style, colour) in runs.items():
         seeds = [dict(points) for points in values.get((run, measure), {}).values()]
@@ -278,7 +278,7 @@ def _health(figure, values, runs, plan):
 
 
 def _flips(figure, values, runs, plan):
-    """A map for each run whose masks move: layers from the first to the last, over the images seen."""
+    """A map for each run whose masks change: layers from the first to the last, over the images seen."""
     maps = {run: _flip_map(values, run) for run in _sparse(values, runs)}
     maps = {run: found for run, found in maps.items() if found and any(max(row) > 0 for row in found[2])}
     if not maps:
@@ -311,6 +311,6 @@ def _flip_map(values, run):
 
 
 def _sparse(values, runs):
-    """Those of `runs` that have masks."""
+    """The runs that have masks."""
     densities = {run: values.get((run, "density"), {}).values() for run in runs}
     return {run: runs[run] for run in runs if any(density < 1 for seed in densities[run] for _, density in seed)}

@@ -1,13 +1,13 @@
-"""`python -m bench.experiments NAME`: trains and measures every run of a plan that the folder lacks, then draws it.
+"""`python -m bench.experiments NAME`: trains and measures the runs of a plan that the folder lacks, then reports.
 
-    OUT/results.csv                     every measurement, one a row; the tables and pictures are made of it alone
+OUT/results.csv                     every measurement, one per row; tables and pictures are made only from it
     OUT/seed-0/base/                    the dense network that all runs of this seed start from
     OUT/seed-0/RUN/                     a chain's folder: stages with checkpoints and metrics, and samples.png
     OUT/report.md  *.png                see `report.py`
 
-To resume, run the same command again: finished runs are read from results.csv, which is written after every run; a run
-that was cut goes on. With --minutes it cuts itself in time, and leaves the report of what is finished. To share the
-work, give every process seeds and a folder of its own (--seed 1 --seeds 1 --out DIR), and join them with --merge.
+To resume, run the same command again: finished runs are read from results.csv, which is written after every run; an
+interrupted run continues. With --minutes it stops in time, and reports the finished runs. To share the work, give every
+process its own seeds and folder (--seed 1 --seeds 1 --out DIR), and join the folders with --merge.
 """
 
 import bisect
@@ -18,7 +18,7 @@ import os
 import re
 import resource
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from sparsedm.files import cache_folder, read_json
 from sparsedm.inspection import inspect
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model, model_config, parse_overrides
+from sparsedm.models.ddpm import DDPMConfig
 from sparsedm.plots import save_grid
 from sparsedm.sparsity import masked_layers, sparsify
 from sparsedm.train import checkpoint
@@ -52,13 +53,13 @@ from sparsedm.train.step import Loss, Student
 
 log = logging.getLogger(__name__)
 
-POINTS = 12  # of the validation loss over a run, at least
+POINTS = 12  # least number of validation losses over a run
 WATCHED = 1024  # images of the validation loss while a run trains; at its end all are used
 CALIBRATION = 16  # batches whose inputs choose a calibrated mask
 SHOWN = 64  # images in a run's picture
-RESERVE = 40  # seconds of --minutes for what is left after the deadline: a record, a checkpoint, the report
+RESERVE = 40  # seconds of --minutes for the work after the deadline: a record, a checkpoint, the report
 BASE = "validation loss of the start"  # of the dense network that the runs of a seed begin with
-LOGGED = {  # a log's record: what it is called in the results
+LOGGED = {  # a key of a log record: its name in the results
     "validation_loss": "validation over training",
     "flip_rate": "flip rate",
     "density": "density",
@@ -149,7 +150,7 @@ def _carry_out(options, plan, scale, runs, count, folder, deadline):
 
 
 def _scale(options):
-    """The Scale of that name with what the command line changes."""
+    """The Scale of that name, with the changes of the command line."""
     scale, changes = known("scale", options.scale), {}
     if options.model or options.init:
         network = _given(options)
@@ -174,7 +175,7 @@ def _given(options):
 def _images(scale, crop, resize):
     """(training images, test images, configuration of the network for them).
 
-    Raises: InputError for images of another size, unless the scale or the command line says that they may be fitted.
+    Raises: InputError for images of another size, unless the scale or the command line allows resizing.
     """
     config = model_config(scale.model, **scale.overrides)
     crop = crop or (published(config) or Published({}, 0)).crop
@@ -205,7 +206,7 @@ def _report(options, folder, plan):
 
 
 def _merge(options, folder):
-    """Join the rows of several folders, which must differ in nothing but their seeds, into one results.csv."""
+    """Join the rows of several folders, which may differ only in their seeds, into one results.csv."""
     rows, settings = [], {}
     for other in options.merge:
         found = read_experiment(Path(other) / "results.csv", options.name, options.scale)
@@ -224,7 +225,7 @@ def _merge(options, folder):
 
 
 def _show(options, scale, runs, seeds, folder):
-    """Print the plan, once the data are known to be there and to fit; what would have to be downloaded is not."""
+    """Print the plan, after checking that the data exist and fit. Nothing is downloaded."""
     check_source(scale.data)
     if scale.data != "cifar10":
         images, validation, config = _images(scale, options.crop, options.resize)
@@ -246,7 +247,7 @@ def _show(options, scale, runs, seeds, folder):
 
 
 def _time(options, scale, runs, folder):
-    """Add to results.csv how quickly the finished runs sample, in turns with the fastest form of the dense one."""
+    """Add the sampling times of the finished runs to results.csv, measured in turns with the fastest dense form."""
     file = folder / "results.csv"
     rows = [
         row for row in read_experiment(file, options.name, options.scale) if row["measure"] not in (SPEED, SAMPLING)
@@ -312,7 +313,7 @@ class _Work:
         self.bases = {}
 
     def do(self, seed, run):
-        """Train and measure one run, unless its rows are there."""
+        """Train and measure one run, unless its rows exist."""
         if any(row["run"] == run.name and row["seed"] == seed for row in self.rows):
             return
         base = self.base(seed)
@@ -352,7 +353,7 @@ class _Work:
         log.info("seed %d, %s: validation loss %.4f, Fréchet distance %.2f", seed, run.name, loss, distance)
 
     def base(self, seed):
-        """The _Base of a seed: trained here, or as --init gives it."""
+        """The _Base of a seed: trained here, or from --init."""
         if seed not in self.bases:
             if self.init:
                 self.bases = {seed: self._given_base()}
@@ -394,7 +395,7 @@ class _Work:
         return results[-1].ema, results
 
     def _narrow(self, seed, run, base):
-        """StageResult of a dense network of the MACs that 2:4 leaves, taught by the dense one."""
+        """StageResult of a dense network with the MACs of 2:4, taught by the dense network."""
         torch.manual_seed(seed)
         config, (stage,) = small_config(self.config), run.stages
         if run.kind == SMALL:
@@ -417,7 +418,7 @@ class _Work:
         return StageResult(stage, _folder(self.folder, seed, run.name), result)
 
     def _where(self, run, base):
-        """The layers of a run: names, or what `sparsify` takes if it is all that the run asks for."""
+        """The layers of a run: names, or the argument `where` of `sparsify`."""
         if not run.first_dense and run.kind != ACTIVATIONS:
             return run.where
         probe = sparsify(copy.deepcopy(base.ema), run.pattern, run.where)
@@ -425,7 +426,7 @@ class _Work:
         return without_first_block(names) if run.first_dense else names
 
     def _noisy(self, seed, base):
-        """Batches of (x_t, t, y?) over all noise levels, for masks that are chosen by inputs."""
+        """Batches of (x_t, t, y?) over all noise levels, for masks selected by inputs."""
         schedule, generator = diffusion.schedule_of(base.ema), torch.Generator().manual_seed(seed)
         images, size = self.images.to(self.device), self.scale.options.batch_size
         for number in range(CALIBRATION):
@@ -463,7 +464,7 @@ class _Work:
         return {"data": self.scale.data}
 
     def _logged(self, results, before):
-        """Curves over the images seen since the dense start, which was `before` steps into the run, from its logs."""
+        """Curves from the logs, over the images seen since the dense start. `before`: steps before the dense start."""
         curves, start = {}, -before * self.scale.options.batch_size
         for result in results:
             for record in read_metrics(result.folder):
@@ -483,9 +484,9 @@ class _Work:
 
 
 def without_first_block(names):
-    """Of names of layers, in the network's order, those that do not belong to its first block of layers.
+    """The names of layers, in the network's order, without the layers of its first block.
 
-    Raises: InputError where the names show no blocks.
+    Raises: InputError if the names show no blocks.
     """
     first = next((found[0] for name in names if (found := re.match(r"(.*\.)?\w*blocks\.0\.", name))), None)
     if first is None:
@@ -498,11 +499,12 @@ def without_first_block(names):
 def small_config(config):
     """`config` narrowed until its dense MACs are nearest to those of `config` at 2:4.
 
-    Heads of a transformer and groups of a U-Net stay as many.
+    The number of heads of a transformer and of groups of a U-Net does not change.
     """
     axis, step = ("dim", config.get("heads")) if "dim" in config else ("width", math.lcm(config.get("groups"), 2))
-    plain = config | ({"kind": "ddpm"} if config["kind"] == "slimmable" else {})
-    plain = {name: value for name, value in plain.items() if name not in ("eighths", "passes")}
+    plain = config
+    if config["kind"] == "slimmable":
+        plain = {field.name: config[field.name] for field in fields(DDPMConfig)} | {"kind": "ddpm"}
 
     def totals(network):
         return inspect(network).totals()

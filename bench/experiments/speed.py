@@ -1,7 +1,7 @@
-"""How quickly trained networks sample: whole sampling by the clock, all networks in turns, sparse ones compressed.
+"""The sampling speed of trained networks: times of whole sampling, all networks in turns, sparse ones compressed.
 
-The denominator is the fastest form of the dense network: as it is, or compiled. In fp32 on a CPU, bf16 on a GPU, as the
-sparse kernels are. Nothing else may run meanwhile.
+The denominator is the fastest form of the dense network: eager or compiled. fp32 on a CPU, bf16 on a GPU, the dtypes of
+the sparse kernels. Nothing else may run at the same time.
 """
 
 import copy
@@ -20,7 +20,7 @@ IMAGES, ROUNDS = 64, 5  # drawn at once; the median of so many
 
 
 def sampling_seconds(networks, control, steps, device):
-    """{name: seconds of one image} of {name: network}; that of `control`, a dense one, is its fastest form's."""
+    """{name: network} -> {name: seconds per image}. For `control`, a dense network, the time of its fastest form."""
     forms = {name: compress(n) if masked_layers(n) else copy.deepcopy(n) for name, n in networks.items()}
     compiled = "compiled " + control
     forms[compiled] = torch.compile(copy.deepcopy(networks[control]))
@@ -28,7 +28,7 @@ def sampling_seconds(networks, control, steps, device):
     calls = {name: functools.partial(_sample, form.to(device, dtype), steps, dtype) for name, form in forms.items()}
     try:
         calls[compiled]()
-    except Exception as error:  # no compiler, for instance: then there is no such form
+    except Exception as error:  # for example no compiler: then there is no compiled form
         log.warning("%s is not timed: %s", compiled, str(error).splitlines()[0])
         del calls[compiled]
     seconds = dict(zip(calls, interleaved_seconds(list(calls.values()), device, ROUNDS)))

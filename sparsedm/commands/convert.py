@@ -1,4 +1,4 @@
-"""`sparsedm import`: other people's checkpoints as files of this package; see `models/convert.py`."""
+"""`sparsedm import`: write a foreign checkpoint as a model file of this package; see `models/convert.py`."""
 
 import dataclasses
 from pathlib import Path
@@ -14,15 +14,17 @@ EXAMPLES = ("cifar10_uvit_small.pth", "DiT-XL-2-256x256.pt", "ddpm-cifar10-32 --
 
 def add_arguments(parser):
     parser.add_argument("source", metavar="FILE", help="a .pth, .pt, .bin or .safetensors file, or a diffusers folder")
-    parser.add_argument("--model", metavar="NAME", help="what it holds, if that is not recognised")
+    parser.add_argument("--model", metavar="NAME", help="the model in FILE, if it is not recognised")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="correct what was recognised")
     parser.add_argument(
         "--weights",
         choices=("average", "raw"),
         default="average",
-        help="of a file that holds a network and the average of its weights (default: average)",
+        help="which to read if FILE holds both: averaged or last trained weights (default: average)",
     )
-    parser.add_argument("--out", metavar="FILE", help="the file to write (default: its name, as .safetensors, here)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the file to write (default: the same name .safetensors, in the current folder)"
+    )
 
 
 def run(options):

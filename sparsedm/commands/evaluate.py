@@ -12,7 +12,7 @@ from sparsedm.model_files import load_model
 from sparsedm.models import build_model
 from sparsedm.plots import table
 from sparsedm.train import distributed
-from sparsedm.train.data import load_images
+from sparsedm.train.data import check_source, load_images
 
 EXAMPLES = ("runs/quickstart --data synthetic", "runs/mine --data cifar10 --features inception --count 50000")
 
@@ -25,10 +25,14 @@ def add_arguments(parser):
     parser.add_argument(
         "--features",
         default="random-conv",
-        help="random-conv: built in, needs nothing, not comparable with published FIDs; inception; or an exported FILE",
+        help="random-conv: built in, not comparable with published FIDs; inception; or an exported FILE",
     )
     parser.add_argument("--dense", metavar="RUN", help="also measure SSIM to this model's samples from the same noise")
-    parser.add_argument("--out", help="the numbers (default: evaluation.json in the run folder, of a model file here)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be drawn and compared, and stop")
+    parser.add_argument(
+        "--out",
+        help="the numbers (default: evaluation.json in the run folder; for a model file, in the current folder)",
+    )
 
 
 def run(options):
@@ -37,14 +41,19 @@ def run(options):
     shape = (config.channels, config.image_size, config.image_size)
     out = Path(options.out or beside(options.run) / "evaluation.json")
     check_writable(out)
+    if options.dry_run:
+        check_source(options.data)
+        print(f"{options.count:,} samples of {source.words}, {source.sampler} in {source.steps} steps,")
+        print(f"against the {options.split} images of {options.data}: {out}   (dry run: nothing was drawn or written)")
+        return
     dense = load_model(dense_part(options.dense), build_model, which=options.which).model if options.dense else None
     if dense is not None:
         for name in ("channels", "image_size", "num_classes"):
             if getattr(dense.config, name) != getattr(config, name):
-                raise InputError(f"--dense {options.dense}: its {name} differ, so that no sample has a pair")
+                raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
     reference = load_images(options.data, options.split, config.image_size, crop=crop_of(options, config))
     if reference.is_latent:
-        raise InputError(f"data {options.data} holds latents, which have no distance here: images are needed")
+        raise InputError(f"data {options.data} holds latents: distances need images")
     evaluate.check_sets(shape, options.count, reference.images.shape[1:], len(reference))
     summary = features = paired = None
     with distributed.process_group(options.device):

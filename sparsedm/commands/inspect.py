@@ -28,15 +28,15 @@ def add_arguments(parser):
     )
     parser.add_argument("--batch", type=count, default=1, help="images at a time, for --arch and --time (default: 1)")
     parser.add_argument("--time", action="store_true", help="time each sparse layer here, dense and compressed")
-    parser.add_argument("--plot", metavar="PNG", help="the chart (default: MODEL-PATTERN-layers.png)")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers")
+    parser.add_argument("--plot", metavar="PNG", help="write the chart to PNG (default: MODEL-PATTERN-layers.png)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
 
 
 def run(options):
     if options.run is None and options.model is None:
         raise InputError("name something to inspect: a run folder or model file, or --model")
     if options.where and not options.pattern:
-        raise InputError(f"--where {options.where} says where a pattern goes: give one with --pattern")
+        raise InputError(f"--where {options.where} selects layers for a pattern: give one with --pattern")
     name = Path(options.run).resolve().name.removesuffix(".safetensors") if options.run else options.model
     title = f"{name} {options.pattern or ''}".strip()
     chart = picture_name(options.plot or f"{title.replace(':', 'of').replace(' ', '-')}-layers.png")

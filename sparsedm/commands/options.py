@@ -1,4 +1,4 @@
-"""What several commands share: the types of their options, and which model the command line names."""
+"""Shared by several commands: types of options, and the model that the command line names."""
 
 import argparse
 import contextlib
@@ -30,8 +30,8 @@ def add_crop(parser):
     parser.add_argument(
         "--crop",
         choices=CROPS,
-        help="square: the largest in the centre; celeba: images of 178x218 to 128x128 at (25, 57), as U-ViT and DDIM "
-        "do (default: as the model's original does)",
+        help="square: the largest centred square; celeba: images of 178x218 to 128x128 at (25, 57), like U-ViT and "
+        "DDIM (default: as in the original of the model)",
     )
 
 
@@ -40,7 +40,7 @@ def crop_of(options, config):
 
 
 def add_seed_and_device(parser):
-    parser.add_argument("--seed", type=seed, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of all random numbers (default: 0)")
     parser.add_argument("--device", type=device, default=device("auto"), help="auto, cpu, cuda, cuda:1 (default: auto)")
 
 
@@ -57,7 +57,7 @@ def count(text):
 
 
 def sampling_steps(text):
-    """Of a sampler."""
+    """The type of --sampling-steps."""
     return _whole(text, 1, 100_000)
 
 
@@ -92,7 +92,7 @@ def device(text):
     except (RuntimeError, ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device, such as cpu, cuda or cuda:1") from None
     if found.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not served: cpu and cuda are")
+        raise argparse.ArgumentTypeError(f"{text!r} is not supported: use cpu or cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
             f"{text} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
@@ -101,26 +101,26 @@ def device(text):
 
 
 def picture_name(path):
-    """`path`, once it is known to be a name that a picture can have: refused before hours of sampling, not after."""
+    """`path` as a Path. Raises InputError if it is no name of a picture: before hours of sampling, not after."""
     if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"{path} must end in .png, .jpg, .jpeg or .webp, as a picture does")
+        raise InputError(f"{path} must end in .png, .jpg, .jpeg or .webp")
     return Path(path)
 
 
 def dense_part(run):
-    """Where the dense network of a run lies: the first stage of a chain's folder, anything else as it is."""
+    """The path of the dense network of a run: the first stage of a chain's folder; else `run` itself."""
     return next(iter(sorted(Path(run).glob("[0-9][0-9]-*"))), Path(run))
 
 
 def load_named(options, path=None, which="ema"):
-    """The model file or run folder that the command line names; --model and --set say what a foreign file holds."""
+    """Load the model file or run folder of the command line. --model and --set describe a foreign file."""
     path = Path(path or options.run)
     named = options.model or options.set
     config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None
     convert = functools.partial(from_diffusers, config=config) if config and config.kind == "ddpm" else None
     loaded = load_model(path, build_model, which=which, config=config, convert=convert)
     if config and config != loaded.model.config:
-        raise InputError(f"{loaded.file} says itself what model it holds: leave --model and --set away")
+        raise InputError(f"{loaded.file} describes its own model: leave out --model and --set")
     if note := schedule_note(loaded.model.config):
         print(note)
     return loaded

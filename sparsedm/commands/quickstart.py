@@ -1,5 +1,7 @@
-"""The quickstart: train a tiny U-ViT dense, then 3:4, then 2:4 by transfer, and show how good each is, beside pruning
-the dense network in one shot. A few minutes on two CPU cores."""
+"""The quickstart: train a tiny U-ViT dense, then 3:4, then 2:4 by transfer, and compare them.
+
+Also compares with the dense network pruned in one shot. A few minutes on two CPU cores.
+"""
 
 import copy
 import time
@@ -29,8 +31,8 @@ SYNTHETIC_NOTE = """\
 The images are drawn by a program: one shape on a plain ground. A good sample has one closed outline, straight or round
 where it should be, in one flat colour."""
 REAL_NOTE = """\
-A few minutes of two CPU cores teach a network of a million parameters which colours there are, but no objects: expect
-patches of colour. The numbers still rank the networks. For pictures, train a preset on a GPU:
+In a few minutes on two CPU cores a network of a million parameters learns colours, but no objects: expect patches of
+colour. The numbers still rank the networks. For pictures, train a preset on a GPU:
   sparsedm train --model uvit-cifar10-small --data cifar10 --chain dense,3:4,2:4 --steps 500000"""
 
 
@@ -44,22 +46,22 @@ def add_arguments(parser):
 
 
 def run(options):
-    """Leaves a run folder; to resume, run it again.
+    """Writes a run folder; to resume, run it again.
 
-    The folder: one sub-folder with checkpoints per stage, the one-shot and the compressed network as model files,
-    samples.png, loss.png, layers.png, report.md, report.json.
+    The folder holds one sub-folder with checkpoints per stage, the one-shot and the compressed network as model files,
+    samples.png, loss.png, layers.png, report.md and report.json.
     """
     started = time.perf_counter()
     drawn = options.data == "synthetic"
     recipe, note = (QUICKSTART["synthetic"], SYNTHETIC_NOTE) if drawn else (QUICKSTART["images"], REAL_NOTE)
     folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(options.data).resolve().stem}")
-    if options.dry_run:  # how many classes other images have is not known before they are read
+    if options.dry_run:  # the number of classes of other images is unknown until they are read
         check_source(options.data)
         show_recipe(recipe, options, folder, classes=len(CLASSES) if drawn else 0)
         return
     images, validation = recipe_images(recipe, options.data)
     if images.is_latent:
-        raise InputError(f"data {options.data} holds latents, of which no picture can be shown: use sparsedm train")
+        raise InputError(f"data {options.data} holds latents, not pictures: use sparsedm train")
     torch.set_num_threads(min(recipe.threads, torch.get_num_threads()))
     results = train_recipe(recipe, images, validation, folder, options)
     networks = _networks(results)
@@ -94,7 +96,7 @@ def _draw(folder, networks, results, samples, images, training):
 
 
 def _real_row(images):
-    """SHOWN real images, above samples of the same class each where there are classes."""
+    """SHOWN real images; with classes, each has the class of the samples below it."""
     classes = len(images.class_names)
     if not classes:
         return images.images[:: max(1, len(images) // SHOWN)][:SHOWN]
@@ -106,7 +108,7 @@ def _real_row(images):
 
 
 def _networks(results):
-    """{name: network with averaged weights}: dense, the same pruned in one shot, and the students of the chain."""
+    """{name: network with EMA weights}: dense, dense pruned in one shot, and the students of the chain."""
     dense, *students = [result.ema for result in results]
     networks = {"dense": dense, "one-shot 2:4": sparsify(copy.deepcopy(dense), "2:4")}
     return networks | {f"chain {result.stage.pattern}": ema for result, ema in zip(results[1:], students)}
@@ -185,22 +187,22 @@ def _markdown(report, text, note):
 {text}
 ```
 
-Against dense, the validation loss of the chain's 2:4 network is {against_dense(chain)}, that of pruning in one shot
-{against_dense(one_shot)}. (The chain's students trained on where the dense network stopped, so they have also seen more
-images: `sparsedm train --method dense` gives the control.)
+The validation loss relative to dense: {against_dense(chain)} for the chain's 2:4 network, {against_dense(one_shot)} for
+pruning in one shot. (The chain's students continued training after the dense network, so they have seen more images:
+`sparsedm train --method dense` gives the control.)
 
 * Fréchet distance: {dense["count"]:,} samples against {dense["reference_count"]:,} real images, on
   `{dense["features"]}` features: a fixed random convolution network. It ranks networks here and is not an FID.
-* parameters and MACs count the kept weights, MACs those of linear and convolution layers for one image; density is
-  their share of the dense MACs.
-* training: seconds spent on that network alone, on {report["device"]} (torch {report["torch"]}). Masks are applied by
-  plain torch here: a CPU gains no speed from them.
+* parameters and MACs count kept weights; MACs count the linear and convolution layers for one image. density is the
+  share of the dense MACs.
+* training: seconds for that network alone, on {report["device"]} (torch {report["torch"]}). Here plain torch applies
+  the masks: a CPU gains no speed from them.
 
 {note}
 
 | file | what |
 |---|---|
-| samples.png | rows: real, dense, one-shot 2:4, chain 2:4; a column is one class and, of the networks, one noise |
+| samples.png | rows: real, dense, one-shot 2:4, chain 2:4; columns: one class each, and one noise for the networks |
 | loss.png | noise-prediction loss over images seen, one colour per stage |
 | layers.png | parameters per layer of the 2:4 network, before and after |
 | report.json | all numbers |

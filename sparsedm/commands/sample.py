@@ -1,5 +1,7 @@
-"""`sparsedm sample`: images of a trained model, or with --strategy of the networks of a run folder in turn."""
+"""`sparsedm sample`: draw images from a trained model, or with --strategy from several networks of a run folder."""
 
+import statistics
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ from sparsedm.errors import InputError, check_memory
 from sparsedm.features import to_uint8
 from sparsedm.files import atomic_file, check_writable
 from sparsedm.plots import save_grid
-from sparsedm.sparsity import compress, masked_layers
+from sparsedm.sparsity import bake, compress, masked_layers
 from sparsedm.stepaware.family import family_of, load_strategy
 from sparsedm.train import distributed
 from sparsedm.train.published import Published, published
@@ -37,64 +39,73 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 
 def add_arguments(parser):
     add_sampling_arguments(parser, images=64)
-    parser.add_argument("--compress", action="store_true", help="hold and compute 2:4 weights in compressed form")
+    parser.add_argument("--compress", action="store_true", help="store and multiply sparse weights in compressed form")
     parser.add_argument(
         "--out",
-        help="the picture, or FILE.npz for numbers (default: drawn.png in the run folder, of a model file here)",
+        help="the picture, or FILE.npz for numbers (default: drawn.png in the run folder; for a model file, in the "
+        "current folder)",
     )
 
 
 def add_sampling_arguments(parser, images):
-    """The options of the commands that draw images: which networks, and how they are used."""
+    """The options of all commands that draw images: the networks, and how to sample."""
     parser.add_argument("run", help="run folder (its last stage), stage folder, or model file")
-    add_model_arguments(parser, ": what a foreign file holds")
+    add_model_arguments(parser, ": the model in a foreign file")
     parser.add_argument("--count", type=count, default=images, help="how many images (default: %(default)s)")
-    parser.add_argument("--strategy", metavar="FILE", help="use the networks of RUN as a file that search found says")
+    parser.add_argument(
+        "--strategy",
+        metavar="FILE",
+        help="a file written by `sparsedm search`, or released by DDSM: it says which network of RUN draws which step",
+    )
+    parser.add_argument(
+        "--other-weights", action="store_true", help="use a strategy although it was found for other weights"
+    )
     parser.add_argument(
         "--sampler",
         choices=[*samplers.SAMPLERS, "published"],
-        help="published: that of the original network, its steps and clipping (default: dpm++2m, or the strategy's)",
+        help="how to sample. published: sampler, steps and clipping of the original paper's code (default: dpm++2m, or "
+        "the strategy's)",
     )
     much = parser.add_mutually_exclusive_group()
-    much.add_argument("--sampling-steps", type=sampling_steps, help="(default: 50, or the strategy's)")
+    much.add_argument("--sampling-steps", type=sampling_steps, help="sampling steps (default: 50, or the strategy's)")
     much.add_argument(
-        "--nfe", type=sampling_steps, help="network evaluations at most, in place of steps: heun has two in each"
+        "--nfe", type=sampling_steps, help="most network evaluations, in place of steps: heun makes two per step"
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of the network (auto: bf16 for compressed ones on a GPU, whose kernels need it, else fp32)",
+        help="dtype of the network (auto: bf16 for a compressed one on a GPU, because its kernels need it; else fp32)",
     )
     parser.add_argument("--guidance", type=finite, help="classifier-free guidance weight, for class-conditional models")
     parser.add_argument(
         "--clip",
         choices=samplers.CLIPS,
-        help="keep images in [-1, 1] in every step, in the final one, or never (default: every; latents: never)",
+        help="clip images to [-1, 1] in every step, in the final one, or never (default: every; latents: never)",
     )
     parser.add_argument("--label", type=whole, help="draw only this class (default: all classes in turn)")
     parser.add_argument(
         "--batch-size",
         type=count,
-        help="images at a time; changes nothing but rounding (default: 256, on a CPU 64)",
+        help="images at a time; changes only rounding (default: 256, on a CPU 64)",
     )
     parser.add_argument(
-        "--which", choices=("ema", "model"), default="ema", help="averaged or last weights (default: ema)"
+        "--which", choices=("ema", "model"), default="ema", help="EMA weights or last weights (default: ema)"
     )
     parser.add_argument("--cuda-graph", action="store_true", help="replay whole steps as CUDA graphs: less host time")
     add_seed_and_device(parser)
 
 
 class Source(NamedTuple):
-    """What a command draws with: the network of each step."""
+    """The networks that a command draws with, one for each step, and the sampler."""
 
     words: str
     networks: list
     sampler: str
     steps: int
-    clip: str | None = None  # of samplers.CLIPS; None: every step for images, never for latents
+    clip: str | None = None  # one of samplers.CLIPS; None: every step for images, never for latents
     compressed: bool = False
-    cost: dict = {}  # of a strategy, for the report
+    cost: dict = {}  # the cost of a strategy, for the report
 
     @property
     def config(self):
@@ -106,37 +117,40 @@ class Source(NamedTuple):
 
 
 def source_of(options):
-    """The Source that the command line names: a run or model file, or with --strategy a family and its strategy."""
+    """The Source of the command line: a run or model file, or with --strategy a family and its strategy."""
+    if options.other_weights and options.strategy is None:
+        raise InputError("--other-weights goes with --strategy")
     if options.strategy is None:
         loaded = load_named(options, which=options.which)
         row = published(loaded.model.config) if options.sampler == "published" else Published({}, 0, clip=None)
         if row is None:
-            raise InputError(f"--sampler published: {loaded.file} has the shape of no published network")
+            raise InputError(f"--sampler published: the network in {loaded.file} is not a published one")
         sampler = row.sampler if options.sampler in (None, "published") else options.sampler
         networks = [loaded.model] * (_steps(options, sampler) or row.steps)
         words = f"the {loaded.kind} model in {loaded.file}"
         return Source(words, networks, sampler, len(networks), options.clip or row.clip)
     if options.model or options.set or options.which != "ema":
-        raise InputError("--strategy goes with a run folder alone: leave --model, --set and --which away")
+        raise InputError("--strategy needs a run folder: leave out --model, --set and --which")
     if options.sampler == "published":
-        raise InputError("--strategy has a sampler of its own: leave --sampler published away")
+        raise InputError("--strategy has its own sampler: leave out --sampler published")
     strategy, family = load_strategy(options.strategy), family_of(options.run)
     steps = _steps(options, options.sampler or strategy.sampler)
-    networks = strategy.models(family, sampler=options.sampler, steps=steps)
-    macs, dearest = (family.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
-    share = f"{macs / dearest:.0%} of the MACs of {family.names[0]}"
+    networks = strategy.models(family, sampler=options.sampler, steps=steps, other_weights=options.other_weights)
+    named = family.only(strategy.networks)
+    macs, dearest = (named.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
+    share = f"{macs / dearest:.0%} of the MACs of {named.names[0]}"
     words = f"the strategy {options.strategy}, {macs / 1e6:,.1f} M MACs an image, {share}"
     cost = {"strategy": options.strategy, "macs_per_image": macs, "share_of_macs": macs / dearest}
     return Source(words, networks, strategy.sampler, strategy.steps, options.clip, cost=cost)
 
 
 def _steps(options, sampler):
-    """The steps that the command line asks for, None where it leaves them open."""
+    """The steps that the command line asks for, or None."""
     return options.sampling_steps if options.nfe is None else samplers.steps_for(sampler, options.nfe)
 
 
 def _compressed(source, must):
-    """The Source with its masked networks compressed; must: refuse one that is not masked, rather than keep it."""
+    """The Source with its masked networks compressed. must: refuse a network that is not masked; else it stays."""
     small = {id(n): compress(n) if must or masked_layers(n) else n for n in source.networks}
     return source._replace(
         words=f"{source.words}, compressed", networks=[small[id(n)] for n in source.networks], compressed=True
@@ -152,14 +166,17 @@ def run(options):
         picture_name(out)
         if latents:
             raise InputError(
-                f"{options.run} makes latents of {source.config.channels} channels, which are no picture: "
+                f"{options.run} makes latents of {source.config.channels} channels, not a picture: "
                 "write the numbers with --out FILE.npz"
             )
+    masked = source.networks[0]
     if options.compress:
         source = _compressed(source, options.strategy is None)
     check_writable(out)
     with distributed.process_group(options.device):
+        start = time.perf_counter()
         images = draw(source, labels, options)
+        rate = options.count / (time.perf_counter() - start)
     if images is None:
         return
     images = images.float() if latents else to_uint8(images)
@@ -168,27 +185,58 @@ def run(options):
             np.savez(partial, images=images.numpy())
     else:
         classes = 1 if options.label is not None else source.config.num_classes or 1
-        width = 16 // classes * classes or 16  # a class stands below itself
+        width = 16 // classes * classes or 16  # each column shows one class
         save_grid(out, [("", row) for row in images.split(width)])
     how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
     how = f"{how}, schedule {source.config.schedule}, seed {options.seed}"
     print(f"{len(images)} samples of {source.words}, {how}: {out}")
+    if options.compress and options.strategy is None:
+        dense = rate / _gain(source.networks[0], bake(masked), labels, options)
+        print(f"{rate:,.1f} images/s; the same network dense about {dense:,.1f}, by three calls of each")
+
+
+@torch.no_grad()
+def _gain(network, dense, labels, options):
+    """How many times as fast a call of `network` is as one of `dense`, in turns, on one batch."""
+    config, times = network.config, {network: [], dense: []}
+    count, dtype = min(options.count, batch_size_of(options)), network_dtype(options, compressed=True)
+    dense.to(options.device, dtype)
+    x = torch.randn(count, config.channels, config.image_size, config.image_size).to(options.device, dtype)
+    t, y = torch.full((count,), 500.0, device=x.device), None if labels is None else labels[:count].to(x.device)
+    for _ in range(4):
+        for each, found in times.items():
+            start = time.perf_counter()
+            each(x, t, y).cpu()
+            found.append(time.perf_counter() - start)
+    ours, theirs = (statistics.median(found[1:]) for found in times.values())
+    return theirs / ours
+
+
+def batch_size_of(options):
+    return options.batch_size or (64 if options.device.type == "cpu" else 256)
+
+
+def network_dtype(options, compressed):
+    dtype = DTYPES[options.dtype]
+    if dtype is None:
+        dtype = torch.bfloat16 if compressed and options.device.type == "cuda" else torch.float32
+    return dtype
 
 
 def beside(run):
-    """The folder for what is made from a run folder; the current one if `run` is a file."""
+    """The folder for results: the run folder; the current folder if `run` is a file."""
     return Path(run) if Path(run).is_dir() else Path()
 
 
 def labels_of(config, options):
     """int64 (count,): all classes in turn, or --label; None for an unconditional model.
 
-    Raises InputError for all that the command line asks of such a model in vain, and for more images than fit.
+    Raises InputError if the model does not fit --label or --guidance, or if --count images do not fit in memory.
     """
     check_memory(4 * options.count * config.channels * config.image_size**2, f"--count {options.count}")
     if not config.num_classes:
         if options.label is not None or options.guidance:
-            raise InputError("--label and --guidance need a class-conditional model, and this one is unconditional")
+            raise InputError("--label and --guidance need a class-conditional model, but this one is unconditional")
         return None
     labels = torch.arange(options.count) % config.num_classes
     if options.label is None:
@@ -199,11 +247,8 @@ def labels_of(config, options):
 
 
 def draw(source, labels, options):
-    """(count, C, H, W) floating point samples, as the command line asks; None but in the first of several processes."""
-    config, dtype = source.config, DTYPES[options.dtype]
-    batch_size = options.batch_size or (64 if options.device.type == "cpu" else 256)
-    if dtype is None:
-        dtype = torch.bfloat16 if source.compressed and options.device.type == "cuda" else torch.float32
+    """(count, C, H, W) floating point samples. Only the main process gets them; the others get None."""
+    config, dtype, batch_size = source.config, network_dtype(options, source.compressed), batch_size_of(options)
     moved = {id(network): network.to(options.device, dtype) for network in source.networks}
 
     def drawn(start, stop):

@@ -1,7 +1,7 @@
-"""`sparsedm search`: train a small family of networks, or take those of a run, and find which to use at which step.
+"""`sparsedm search`: find which network of a family to use at which step. The family is trained, or taken from a run.
 
-The folder it leaves: family/ (training, where there was any), strategies/*.json, report.md, report.json, pictures, and
-what `stepaware/study.py` keeps. To resume, run the same command again; with --minutes it cuts itself in time.
+It writes family/ (if it trains), strategies/*.json, report.md, report.json, pictures, and the measurements of
+`stepaware/study.py` into its folder. To resume, run the same command again; with --minutes it stops in time.
 """
 
 import math
@@ -16,10 +16,11 @@ from sparsedm import samplers
 from sparsedm.commands.options import add_seed_and_device, count, finite, positive, sampling_steps
 from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
+from sparsedm.features import load_features
 from sparsedm.files import read_json
 from sparsedm.models import model_config
 from sparsedm.recipes import SEARCHES
-from sparsedm.stepaware.family import UNITS, family_of
+from sparsedm.stepaware.family import UNITS
 from sparsedm.stepaware.report import NOTE, summary
 from sparsedm.stepaware.search import SearchOptions, check_installed, first_generation
 from sparsedm.stepaware.study import QUALITIES, Plan, study
@@ -27,7 +28,7 @@ from sparsedm.train.data import check_source
 from sparsedm.train.stages import distilled
 
 EXAMPLES = ("--scale smoke", "--scale smoke --family widths", "runs/quickstart", "--scale lite --family both --dry-run")
-RESERVE = 40  # seconds of --minutes for what is left after the deadline: a checkpoint, or a strategy and the report
+RESERVE = 40  # seconds of --minutes for the work after the deadline: a checkpoint, or a strategy and the report
 
 
 def add_arguments(sub):
@@ -37,30 +38,38 @@ def add_arguments(sub):
         "--family",
         choices=("chain", "widths", "both"),
         default="chain",
-        help="what to train: N:M students, the widths of a slimmable network, or its N:M students at all widths",
+        help="which family to train: N:M students, the widths of a slimmable network, or its N:M students at all "
+        "widths (default: chain)",
     )
-    sub.add_argument("--distill", type=finite, help="as for train, while a family of widths is trained")
-    sub.add_argument("--data", help="as for train (default: what the run was trained on, or the scale's own)")
+    sub.add_argument("--distill", type=finite, help="as for train, if a family of widths is trained")
+    sub.add_argument("--data", help="as for train (default: the run's data, or set by --scale)")
     sub.add_argument("--sampler", choices=samplers.SAMPLERS, default="dpm++2m", help="(default: dpm++2m)")
     sub.add_argument("--clip", choices=samplers.CLIPS, default="every", help="as for sample (default: every step)")
-    sub.add_argument("--sampling-steps", type=sampling_steps, help="genes of a strategy (default: of the scale)")
-    sub.add_argument("--population", type=count, help="strategies per generation (default: of the scale)")
-    sub.add_argument("--generations", type=count, help="with the first (default: of the scale)")
+    sub.add_argument("--guidance", type=finite, help="as for sample; each step then costs twice as much")
+    sub.add_argument("--networks", type=_names, default=(), help="search only among these of RUN, names with commas")
+    sub.add_argument("--exclude", type=_names, default=(), help="leave these out, for example 7/8,8/8 of all widths")
+    sub.add_argument(
+        "--sampling-steps",
+        type=sampling_steps,
+        help="sampling steps; a strategy names one network for each (default: set by --scale)",
+    )
+    sub.add_argument("--population", type=count, help="strategies per generation (default: set by --scale)")
+    sub.add_argument("--generations", type=count, help="how many, counting the first one (default: set by --scale)")
     sub.add_argument(
         "--weight",
         type=finite,
         help="minimise quality + WEIGHT x cost of an image, in --unit; DDSM: 2e-10 / steps (default: the whole front)",
     )
-    sub.add_argument("--quality", choices=QUALITIES, default="frechet", help="what to minimise beside cost")
-    sub.add_argument("--unit", choices=UNITS, default="MACs", help="of cost; seconds are measured here")
-    sub.add_argument("--count", type=count, help="images per evaluation (default: of the scale)")
-    sub.add_argument("--final-count", type=count, help="images per row of the table (default: of the scale)")
+    sub.add_argument("--quality", choices=QUALITIES, default="frechet", help="quality to minimise together with cost")
+    sub.add_argument("--unit", choices=UNITS, default="MACs", help="unit of cost; seconds are measured on this machine")
+    sub.add_argument("--count", type=count, help="images per evaluation (default: set by --scale)")
+    sub.add_argument("--final-count", type=count, help="images per row of the table (default: set by --scale)")
     sub.add_argument(
         "--workers",
         type=count,
-        help="strategies measured at the same time, one thread each; changes nothing but time (default: all CPU cores)",
+        help="strategies measured at the same time, one thread each; changes only the time (default: all CPU cores)",
     )
-    sub.add_argument("--minutes", type=positive, help="stop in time (exit code 3); the same command goes on")
+    sub.add_argument("--minutes", type=positive, help="stop in time (exit code 3); the same command continues")
     sub.add_argument("--features", default="random-conv", help="as for evaluate (default: random-conv)")
     sub.add_argument("--out", metavar="DIR", help="folder (default: runs/search-SCALE-FAMILY, or RUN/search)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
@@ -72,13 +81,15 @@ def run(options):
     scale = replace(scale, stages=distilled(scale.stages, options.distill))
     plan = _plan(options, scale, _deadline(options.minutes))
     check_source(plan.data)
-    if not options.run:
+    if not options.run and not options.exclude:
         widths = getattr(model_config(scale.model, **scale.overrides), "eighths", (8,))
         first_generation(len(scale.stages) * len(widths), plan.steps, plan.search)
     if options.dry_run:
         _show(options, scale, plan)
         return
     check_installed()  # before anything is trained
+    if plan.quality == "frechet":
+        load_features(plan.features, options.device)  # or a name mistyped would be refused after hours
     if scale.threads and options.device.type == "cpu":
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
     if options.device.type == "cuda" and options.unit == "MACs":  # tuning all sizes takes longer than the search
@@ -89,6 +100,10 @@ def run(options):
     print(f"\n{summary(report)}\n\n{NOTE}\n")
     print(f"look at {plan.folder / 'front.png'}, then strategies.png, samples.png and proxy.png beside it")
     print(f"({time.perf_counter() - started:.0f} s in all)")
+
+
+def _names(text):
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _deadline(minutes):
@@ -108,6 +123,9 @@ def _plan(options, scale, deadline):
         data=options.data or (_data_of(options.run) if options.run else scale.data),
         sampler=options.sampler,
         clip=options.clip,
+        guidance=options.guidance,
+        networks=options.networks,
+        exclude=options.exclude,
         steps=options.sampling_steps or scale.sampling_steps,
         count=options.count or scale.count,
         final_count=options.final_count or scale.samples,
@@ -135,19 +153,19 @@ def _workers(device):
 
 
 def _data_of(run):
-    """What a run folder was trained on."""
+    """The data that a run folder was trained on."""
     if not Path(run).exists():
         raise InputError(f"{run} does not exist")
     try:
         return read_json(Path(run) / "options.json", data=str)["data"]
     except InputError as error:
-        raise InputError(f"{run} does not say what data it was trained on: name it with --data ({error})") from None
+        raise InputError(f"{run} does not name its training data: name it with --data ({error})") from None
 
 
 def _show(options, scale, plan):
     """Print what the command would do; writes nothing."""
     if options.run:
-        family = family_of(plan.run, device=plan.device)
+        family = replace(plan, unit="MACs").family()
         costs = ", ".join(f"{name} {cost / 1e6:,.1f} M" for name, cost in zip(family.names, family.costs))
         print(f"family {family.name}: {costs}")
     else:

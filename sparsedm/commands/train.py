@@ -1,4 +1,4 @@
-"""`sparsedm train`: a chain of stages, or one method, in a run folder."""
+"""`sparsedm train`: train a chain of stages, or by a method, in a run folder."""
 
 import copy
 import math
@@ -47,7 +47,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--data", required=True, help="synthetic, cifar10, a folder, a zip or tar.gz of images, or an .npz"
     )
-    parser.add_argument("--limit", type=count, help="use only so many training images")
+    parser.add_argument("--limit", type=count, help="largest number of training images (default: all)")
     add_crop(parser)
     parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/MODEL-CHAIN)")
     parser.add_argument("--dry-run", action="store_true", help="print stages, steps, memory and folders, and stop")
@@ -58,53 +58,68 @@ def add_arguments(parser):
 
 def _add_stages(group):
     how = group.add_mutually_exclusive_group()
-    how.add_argument("--chain", default="dense,3:4,2:4", help="patterns, one stage each (default: %(default)s)")
+    how.add_argument(
+        "--chain",
+        default="dense,3:4,2:4",
+        help="comma-separated patterns. Each is one training stage. A sparse stage trains a new student, started from "
+        "the one before and taught by the dense network. A dense first stage gets half of the steps "
+        "(default: %(default)s)",
+    )
     methods = "\n".join(f"{name}: {method.summary}" for name, method in METHODS.items())
-    how.add_argument("--method", metavar="NAME", help=f"instead of a chain, one of\n{methods}")
+    how.add_argument("--method", metavar="NAME", help=f"a ready list of stages, in place of --chain; one of\n{methods}")
     group.add_argument("--init", metavar="RUN", help="start from the dense network of this run folder or model file")
-    group.add_argument("--pattern", default="2:4", help="what --method arrives at (default: 2:4)")
+    group.add_argument("--pattern", default="2:4", help="pattern of the last stage of --method (default: 2:4)")
     group.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
-    group.add_argument("--steps", type=count, default=20_000, help="of all stages together (default: %(default)s)")
-    group.add_argument("--split", help="shares of the steps, for example 2,1,1 (default: half for the dense stage)")
+    group.add_argument(
+        "--steps", type=count, default=20_000, help="steps of all stages together (default: %(default)s)"
+    )
+    group.add_argument(
+        "--split", help="the stages' shares of the steps, such as 2,1,1 (default: half for a dense stage)"
+    )
     group.add_argument("--w-kd", type=finite, default=0.1, help="weight of the transfer loss in a chain (default: 0.1)")
     group.add_argument("--decay", type=finite, default=2e-4, help="SR-STE decay in a chain (default: 2e-4)")
-    group.add_argument("--distill", type=finite, help="weight of a slimmable network's loss to its own widest self")
+    group.add_argument("--distill", type=finite, help="weight of a slimmable network's loss to its own full width")
 
 
 def _add_optimization(group):
-    as_published = "(default: as the model's original, else {})".format
+    as_published = "(default: as in the original of the model, else {})".format
     group.add_argument("--batch-size", type=count, help=f"images per step {as_published(128)}")
     group.add_argument(
-        "--accumulate", type=count, default=1, help="parts of a batch, one after the other: less memory (default: 1)"
+        "--accumulate", type=count, default=1, help="compute a batch in so many parts: less memory (default: 1)"
     )
     group.add_argument("--lr", type=finite, help=f"learning rate {as_published(2e-4)}")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, help=as_published("adamw"))
-    group.add_argument("--betas", metavar="B,B", type=betas, help=f"of the optimizer {as_published('0.99,0.999')}")
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help=f"masked-adamw: adamw that selects the masks and adds --decay after clipping {as_published('adamw')}",
+    )
+    group.add_argument(
+        "--betas", metavar="B,B", type=betas, help=f"betas of the optimizer {as_published('0.99,0.999')}"
+    )
     group.add_argument("--weight-decay", type=finite, help=as_published(0.03))
-    group.add_argument("--clip", type=finite, help=f"largest gradient norm, 0: any {as_published(1)}")
-    group.add_argument("--label-dropout", type=finite, help=f"how often no class is told {as_published(0.1)}")
-    group.add_argument("--ema-warmup", type=count, help="slow start of the average, 1: none (default: 10)")
+    group.add_argument("--clip", type=finite, help=f"largest gradient norm, 0: no clipping {as_published(1)}")
+    group.add_argument("--label-dropout", type=finite, help=f"share of labels left out in training {as_published(0.1)}")
+    group.add_argument("--ema-warmup", type=count, help="warm-up of the EMA decay, 1: none (default: 10)")
     group.add_argument(
         "--warmup",
         type=whole,
-        help="steps of linear warm-up (default: a tenth of the stage, at most as in the original)",
+        help="steps of linear warm-up (default: a tenth of the stage, at most as many as in the original)",
     )
     group.add_argument("--cosine", action="store_true", help="let the learning rate fall to zero in each stage")
-    group.add_argument(
-        "--ema", type=finite, default=0.9999, help="decay of the average of the weights (default: 0.9999)"
-    )
+    group.add_argument("--ema", type=finite, default=0.9999, help="decay of the EMA weights (default: 0.9999)")
     group.add_argument(
         "--weighting",
         choices=diffusion.WEIGHTINGS,
         default="noise",
-        help="of the loss over noise levels; velocity, with --set velocity=true, suits short runs (default: noise)",
+        help="weighting of the loss over noise levels; velocity with --set velocity=true helps short runs (default: "
+        "noise)",
     )
     group.add_argument("--no-flip", action="store_true", help="do not mirror images at random")
     group.add_argument(
         "--amp",
         choices=("auto", "off", "bf16"),
         default="auto",
-        help="bf16 products (auto: on a GPU; bf16 pays on a CPU that has avx512_bf16 or AMX, too)",
+        help="bf16 products (auto: on a GPU only; bf16 is also faster on a CPU with avx512_bf16 or AMX)",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
@@ -112,7 +127,7 @@ def _add_optimization(group):
 
 
 def _training(options, config):
-    """The TrainOptions of a command line: what it says, else what the original of this network did."""
+    """The TrainOptions of a command line. Options that it leaves out are those of the network's original."""
     asked = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
     recipe = published(config)
     if recipe:
@@ -174,7 +189,7 @@ def run(options):
 
 
 def _dense_start(options):
-    """The dense network and its average that --init names."""
+    """The dense network of --init: its weights and its EMA weights."""
     path = dense_part(options.init)
     loaded = load_named(options, path)
     if loaded.kind != "dense":
@@ -189,20 +204,20 @@ def _stages(options, ema):
         stages = parse_chain(options.chain, options.steps, options.split, w_kd=options.w_kd, decay=options.decay)
         return distilled(stages, options.distill)
     if options.split:
-        raise InputError("--split goes with --chain: a method divides the steps itself")
+        raise InputError("--split needs --chain: a method divides the steps itself")
     if ema is None and options.method not in ("dense", "random-init", "asp-random"):
         raise InputError(f"--method {options.method} starts from a dense network: give its run folder with --init")
     return distilled(method_stages(options.method, options.steps, options.pattern), options.distill)
 
 
 def recipe_images(recipe, source):
-    """ImageSets to train and to validate the recipe's network on."""
+    """ImageSets for training and validation of the recipe's network."""
     size = model_config(recipe.model, **recipe.overrides).image_size
     return load_images(source, "train", size), load_images(source, "test", size, limit=1024)
 
 
 def train_recipe(recipe, images, validation, folder, options, deadline=math.inf):
-    """[StageResult] of a `recipes.Scale`. options: of the command line: data, seed and device."""
+    """Train a `recipes.Scale`. Returns [StageResult]. options: the command line's, of which seed and device count."""
     torch.manual_seed(options.seed)
     channels, classes = images.images.shape[1], len(images.class_names)
     model = build_model(recipe.model, **recipe.overrides, channels=channels, num_classes=classes)

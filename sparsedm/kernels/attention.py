@@ -1,9 +1,9 @@
-"""softmax(q k^T / sqrt(D)) v of all heads: torch's kernels, or on a CPU in inference the C kernel, which is quicker.
+"""softmax(q k^T / sqrt(D)) v of all heads: torch's kernels, or the faster C kernel on a CPU in inference.
 
-The C kernel reads q, k and v from where the projection has written them. It serves fp32 from some size on
-(`cpu/rules.py`); SPARSEDM_BACKEND=torch or dense leaves everything to torch.
+The C kernel reads q, k and v directly from the projection's output. `cpu/rules.py` says for which fp32 sizes it is
+used; SPARSEDM_BACKEND=torch or dense turns it off.
 
-Training in bf16 on a CPU takes two products and an fp32 softmax: the backward of torch's own kernel packs no operand
+Training in bf16 on a CPU uses two products and an fp32 softmax: the backward of torch's own kernel packs no operands
 there and is 6 times as slow as in fp32.
 """
 
@@ -21,7 +21,7 @@ PRODUCT_TOKENS = 512
 
 
 def _attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
-    if qkv.stride(-1) != 1:  # the kernel reads the columns of a head in a row
+    if qkv.stride(-1) != 1:  # the kernel needs the columns of a head side by side
         qkv = qkv.contiguous()
     return products.attention(*_split(qkv, heads))
 

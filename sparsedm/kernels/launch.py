@@ -1,10 +1,10 @@
-"""Where an operation runs: the one place that knows GPU, interpreter and plain torch. How it is tuned: `tuning.py`.
+"""Where an operation runs: GPU, interpreter or plain torch. Only this module decides it. Tuning: `tuning.py`.
 
-Kernel files take `tl` and `jit` from here, so that they can be imported where Triton has no wheel; there, on a CPU, and
-on a GPU too old for the tensor-core instructions every operation runs in plain torch.
+Kernel files import `tl` and `jit` from here, so that they load without Triton. Without Triton, on a CPU, and on a GPU
+without sparse tensor cores, plain torch computes.
 
-The environment variable SPARSEDM_BACKEND forces one way of computing: torch (no Triton and no C anywhere), dense, or
-a sparse kernel: cpu, mma, splitk, wgmma.
+The environment variable SPARSEDM_BACKEND forces a back end: torch (no Triton and no C), dense, or a sparse kernel: cpu,
+mma, splitk, wgmma.
 """
 
 import functools
@@ -27,7 +27,7 @@ except ImportError:
     triton = None
 
     class tl:
-        constexpr = None  # all that is looked up while a kernel is defined
+        constexpr = None  # the only name used while a kernel is defined
 
     def jit(kernel):
         return kernel
@@ -38,7 +38,7 @@ FUSED = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns that 3.
 
 
 class Launch(NamedTuple):
-    """One start of a kernel, whose arguments go by keyword."""
+    """One start of a kernel, with keyword arguments."""
 
     kernel: object
     grid: tuple  # of clusters of blocks
@@ -49,7 +49,7 @@ class Launch(NamedTuple):
     cluster: int = 1  # blocks
 
     def start(self):
-        """In Triton's usual way; for kernels without tensor maps and clusters."""
+        """Start it in Triton's usual way. Only for kernels without tensor maps and clusters."""
         self.kernel[self.grid](**self.arguments, **self.constants, **FUSED, num_warps=self.num_warps)
 
 
@@ -71,7 +71,7 @@ def forced_backend():
 def uses_triton(*tensors):
     """Whether an operation on these tensors runs as a Triton kernel: all on one NVIDIA GPU, sm_80 or later.
 
-    Not where the kernel of `select_mask`, with which every masked product begins, was found not to run.
+    False if the kernel of `select_mask` failed to run here: every masked product begins with it.
     """
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
@@ -82,9 +82,9 @@ def uses_triton(*tensors):
 
 
 def capability(device):
-    """(major, minor) of an NVIDIA GPU; None for any other device, and where there is no Triton.
+    """(major, minor) of an NVIDIA GPU; None for any other device, and without Triton.
 
-    An AMD GPU is a "cuda" device with a capability too, but the kernels are written in NVIDIA's instructions.
+    An AMD GPU is also a "cuda" device with a capability, but the kernels use NVIDIA's instructions.
     """
     if device.type != "cuda" or torch.version.hip or triton is None:
         return None
@@ -99,14 +99,14 @@ def multiprocessors(device):
 
 
 SELECT_MASK = "select_mask"
-broken = {}  # (operation, back end, device): why it does not run there, found out by a call
+broken = {}  # (operation, back end, device): why it does not run there, known from a call
 
 
 def runs(operation, backend, device, start, strict=False):
     """Calls `start`, which launches kernels. Returns whether it ran.
 
-    Where a kernel does not compile, say, and `strict` is not set, the caller must compute in torch: this is logged
-    once, and `start` is not called again for this operation, back end and device in this process.
+    If it fails (for example to compile) and strict=False, it returns False: the caller computes in torch, the failure
+    is logged once, and `start` is not called again for this operation, back end and device in this process.
     """
     if not strict and (operation, backend, device) in broken:
         return False
@@ -126,7 +126,7 @@ def runs(operation, backend, device, start, strict=False):
 def reason_of(error):
     """One line of an exception, for logs and tables.
 
-    Of a compiler's exception it has the beginning, which names a place, and the cause, which stands further below.
+    For a compiler's exception: its first line, which names a place, and the cause, which is further below.
     """
     root = error
     while root.__cause__:
@@ -142,7 +142,7 @@ def _lines(error):
 
 
 def device_is_lost(device=None):
-    """Whether a kernel has faulted on a GPU (default: the current one), which answers this process nothing any more."""
+    """Whether a kernel faulted on a GPU (default: the current one). The GPU is then unusable in this process."""
     try:
         if (device is None or device.type == "cuda") and torch.cuda.is_available():
             torch.cuda.synchronize(device)
@@ -159,32 +159,50 @@ def capturing():
 
 
 def autocast_dtype(device):
-    """The dtype in which autocast multiplies on `device`, or None: off, or not there at all.
+    """The dtype of products under autocast on `device`; None if autocast is off or unknown there.
 
-    Not by `torch.amp.is_autocast_available`, at which torch 2.11 ends the graph that it compiles.
+    Without `torch.amp.is_autocast_available`: torch 2.11 breaks compiled graphs at it.
     """
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
+def direct(operator, *tensors):
+    """The function of an operator of `torch.library.custom_op`, if it may be called in place of the operator.
+
+    That saves 0.1 ms on a slow CPU. It may for plain tensors on a CPU, if nothing traces, counts, transforms or
+    differentiates the call. Otherwise the operator is returned.
+    """
+    if torch.compiler.is_compiling():  # alone, because dynamo cannot trace the others
+        return operator
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch.jit.is_tracing()
+    if watched or torch._C._are_functorch_transforms_active():
+        return operator
+    graded = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (type(t) is not torch.Tensor or t.device.type != "cpu" or (graded and t.requires_grad)):
+            return operator
+    return getattr(operator, "_init_fn", operator)
+
+
 def exporting():
-    """Whether torch.export is tracing: the flag that `torch.compiler.is_exporting` returns, which dynamo of torch 2.11
-    takes for true in everything that it compiles."""
+    """Whether torch.export is tracing. This is the flag behind `torch.compiler.is_exporting`, because torch 2.11's
+    dynamo reads that function as true in everything that it compiles."""
     return torch.compiler._is_exporting_flag
 
 
 @functools.cache
 def device_name(device):
-    """What tuned tables are keyed by, for example 'NVIDIA H200 sm_90'."""
+    """The key of tuned tables, for example 'NVIDIA H200 sm_90'."""
     return f"{torch.cuda.get_device_name(device)} sm_{''.join(map(str, capability(device)))}"
 
 
 def operator(name, function, fake):
     """Register `function`, whose annotations give the schema, as a torch operator without autograd; returns it.
 
-    fake: the same signature, returns empty tensors of the right shapes. Like `torch.library.custom_op`, but without its
-    checks at every call, which cost as much as a small layer's whole mask.
+    fake: the same signature; returns empty tensors of the right shapes. Like `torch.library.custom_op`, but without its
+    checks at every call: they cost as much as selecting a small layer's mask.
     """
     torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
     torch.library.impl(name, "CompositeExplicitAutograd")(function)

@@ -195,7 +195,7 @@ def _launch(weight, pattern, outputs, name):
 
 
 def _nan_flag(name, pinned):
-    """One int32 per name, in host memory that the GPU writes to, so that looking at it waits for nothing."""
+    """One int32 per name, in host memory that the GPU writes to: reading it does not wait for the GPU."""
     if (name, pinned) not in _nan_flags:
         _nan_flags[name, pinned] = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
     return _nan_flags[name, pinned]
@@ -223,7 +223,7 @@ def _select_in_torch(weight, pattern, dtype, name):
 
 
 class Selection(NamedTuple):
-    """What `select_mask` returns; None for what was not asked for. rows: as in `group_view`."""
+    """The result of `select_mask`. A field that was not requested is None. rows: as in `group_view`."""
 
     masked: torch.Tensor  # the weight's shape
     mask: torch.Tensor | None = None  # bool, the weight's shape
@@ -285,13 +285,13 @@ _operator = operator("sparsedm::select_mask", _select_mask, _select_mask_fake)
 
 
 def select_mask(weight, pattern, dtype=None, name="weight", *, mask=True, bits=False, compressed=False):
-    """Today's mask of a weight, the masked weight, and what else is wanted, in one pass over the weight: a `Selection`.
+    """A `Selection`: the mask of a weight, the masked weight, and other requested forms, in one pass over the weight.
 
-    weight: (out, in) or (out, in, kh, kw), floating point. dtype: of the masked weight, default the weight's own.
-    mask, bits: the mask as bool, as bits. compressed: also values and metadata, which only a 2:4 Linear has.
+    weight: (out, in) or (out, in, kh, kw), floating point. dtype: of the masked weight; default: the weight's.
+    mask, bits: return the mask as bool, as bits. compressed: return values and metadata (only for a 2:4 Linear).
     All tensors are detached. The masked weight and the mask have the weight's shape and `memory_format`.
-    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis, a weight is NaN (which on
-    a GPU shows at one of the next calls, because nothing here waits for the GPU), or `compressed` does not fit.
+    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis, if a weight is NaN (on a
+    GPU at one of the next calls, so that nothing waits for the GPU), or if `compressed` does not fit.
     """
     check_weight(weight, pattern, name)
     if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):

@@ -4,14 +4,16 @@ x (..., K), w (N, K), m the N:M mask of w, y (..., N). With z = x @ (w*m)^T + b,
 
     dx = dz @ (w*m)      db = sum of dz over the tokens      dw = kept*m*g + dropped*(1-m)*g + decay*(1-m)*w
 
-dw is NOT masked when kept = dropped = 1: that is the straight-through estimator (STE), by which a pruned weight keeps
-learning and may come back. decay = 2e-4 is SR-STE (arXiv 2102.04010, eq. 6); dropped = 0 is the sparse gradient.
+If kept = dropped = 1, dw is NOT masked: this is the straight-through estimator (STE). A pruned weight keeps learning
+and may return. decay = 2e-4 is SR-STE (arXiv 2102.04010, eq. 6); dropped = 0 is the sparse gradient.
 
-On a GPU (sm_80 and later; bf16, fp16, fp32) each of the three products has these algorithms, measured once per size:
-    library  torch's matmul on the masked weight; the default until something quicker has been measured for the shape
+On a GPU (sm_80 and later; bf16, fp16, fp32) each of the three products has these algorithms, timed once per size:
+    library  torch's matmul on the masked weight; the default until another one is measured to be faster
     masked   a kernel of masked_matmul_kernels.py on the masked weight, with bias and activation in its epilogue
     bits     the same on the dense weight and the packed mask; no masked copy is needed
-Where `library` is best for all three, and anywhere else, it is plain torch.
+If `library` is best for all three products, and on other devices, plain torch computes.
+In fp32 on a CPU the forward product of masked training takes the C kernel of `cpu/` if a rule says that it is faster
+(`training_product`).
 """
 
 import functools
@@ -22,9 +24,10 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
+from sparsedm.kernels.cpu import products, rules
 from sparsedm.kernels.launch import autocast_dtype, forced_backend, uses_triton
 from sparsedm.kernels.mask import Selection, select_mask
-from sparsedm.kernels.pattern import check_weight, pack_bits, select_mask_ref, unpack_bits
+from sparsedm.kernels.pattern import check_weight, memory_format, pack_bits, select_mask_ref, unpack_bits
 from sparsedm.kernels.tuning import Autotuner, bucket
 
 ACTIVATIONS = {  # name: (activation, its gradient from dy and z)
@@ -40,7 +43,7 @@ ALGORITHMS = ("library", "masked", "bits")
 
 
 class GradientRule(NamedTuple):
-    """dw = kept*m*g + dropped*(1-m)*g + decay*(1-m)*w, of the gradient g = dL/d(w*m) and the mask m of the weight w."""
+    """dw = kept*m*g + dropped*(1-m)*g + decay*(1-m)*w, with the gradient g = dL/d(w*m) and the mask m of weight w."""
 
     decay: float = 0.0
     kept: float = 1.0
@@ -61,7 +64,7 @@ def masked_linear_ref(x, weight, pattern, bias=None, activation=None, rule=STE):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """In the form that torch.func and torch.compile can transform."""
+    """The form that torch.func and torch.compile can transform."""
 
     generate_vmap_rule = True
 
@@ -85,7 +88,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _EagerStraightThrough(torch.autograd.Function):
-    """The same in the form whose call costs a quarter of that, which counts in small layers."""
+    """The same in a form that costs a quarter per call; it matters in small layers."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -100,29 +103,75 @@ def apply_rule(g, weight, mask, rule):
     decay, kept, dropped = rule
     if kept != 1.0 or dropped != 1.0:
         g = torch.where(mask, kept * g, dropped * g)
+    if decay > 0 and _decays_in_c(g, weight, mask):
+        return products.decay(g, weight, mask, decay)
     # not in one operation with alpha=decay: Inductor drops the alpha of sums that it fuses with a matmul
     return g + decay * weight.masked_fill(mask, 0) if decay else g
 
 
-def straight_through(weight, masked, mask, rule=STE):
-    """The masked weight as a differentiable function of the weight, by the rule above: dL/dw = dw.
+def _decays_in_c(g, weight, mask):
+    """Whether `products.decay` can be called: on a CPU, on dense tensors in one order, without a second derivative."""
+    if torch.is_grad_enabled() or forced_backend() in ("torch", "dense") or not rules.serves(g, weight):
+        return False
+    same = g.shape == weight.shape and g.stride() == weight.stride() == mask.stride()
+    return same and mask.device == g.device and (g.is_contiguous() or memory_format(g) == torch.channels_last)
 
-    weight: the dense master weight, any shape, gets the gradient, in its own dtype.
-    masked: weight*mask, already computed and in any floating dtype; returned as it is (no copy is made).
-    mask:   bool, shape of the weight. Neither masked nor mask gets a gradient.
-    rule:   GradientRule. The decay is added to the gradient as it arrives, so under fp16 loss scaling multiply it by
-            the scale.
+
+def straight_through(weight, masked, mask, rule=STE):
+    """The masked weight as a differentiable function of the weight, with the gradient dw above.
+
+    weight: the dense weight, any shape. It gets the gradient, in its own dtype.
+    masked: weight*mask, already computed, in any floating dtype; returned without a copy.
+    mask:   bool, shape of the weight; may be None if the rule is STE, which does not read it. masked and mask get no
+            gradient.
+    rule:   GradientRule. The decay is added to the incoming gradient: under fp16 loss scaling multiply it by the scale.
 
     Use: F.linear(x, straight_through(w, *select_mask(w, pattern)[:2]), b), or any other product with the weight.
     Raises: InputError if the shapes differ or the mask is not bool.
     """
-    if not weight.shape == masked.shape == mask.shape:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, masked, mask))
+    given = [t for t in (weight, masked, mask) if t is not None]
+    if len({t.shape for t in given}) > 1 or (mask is None and rule != STE):
+        shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
-    if mask.dtype != torch.bool:
+    if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"the mask must be bool, not {mask.dtype}")
     function = _StraightThrough if transformed() else _EagerStraightThrough
     return function.apply(weight, masked, mask, rule)
+
+
+def training_product(x, weight, mask, pattern, bias):
+    """x @ weight^T + bias of masked training: by the C kernel where `rules.training_serves` says so, else `F.linear`.
+
+    x: (..., K). weight: (N, K), masked, its gradient attached. mask: bool. bias: (N,) or None. The gradients are those
+    of `F.linear`, in torch; the forward differs from it by rounding.
+    """
+    if rules.training_serves(x, weight, pattern):
+        try:
+            prepacked = products.prepack("linear", weight, mask, pattern)
+        except InputError:  # a frozen mask need not hold the pattern
+            return F.linear(x, weight, bias)
+        return _TrainingProduct.apply(x, weight, bias, prepacked, pattern)
+    return F.linear(x, weight, bias)
+
+
+class _TrainingProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, prepacked, pattern):
+        ctx.save_for_backward(x, weight)
+        y = products.linear(x.reshape(-1, x.shape[-1]), prepacked, pattern, len(weight), bias=bias)
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, weight), rows = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
+        dx, dw, db = ctx.needs_input_grad[:3]
+        return (
+            (rows @ weight).view(x.shape) if dx else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if dw else None,
+            rows.sum(0) if db else None,
+            None,
+            None,
+        )
 
 
 def transformed():
@@ -138,7 +187,7 @@ _weight_grad = Autotuner("masked_linear weight gradient", kernels.WEIGHT_GRAD, k
 
 
 def _best(tuner, configs, run, algorithm, x, weight, **key):
-    """The first config of the algorithm that was asked for, or the best one that the tuner knows."""
+    """The first config of the requested algorithm, else the tuner's best."""
     if algorithm is None and forced_backend() == "dense":
         algorithm = "library"
     if algorithm is not None:
@@ -201,7 +250,7 @@ def _weight_product(dz, x, weight, bits, rule, algorithm):
 
 
 def _is_best_in_torch(x, weight, masked, bits, bias, activation, rule):
-    """Whether torch's matmul was measured to be the best in every product that this call needs, with its backward."""
+    """Whether torch's matmul is the fastest measured algorithm in every product of this call and its backward."""
     training = torch.is_grad_enabled()
     wanted = [training and t.requires_grad for t in (x, weight)]
     with torch.no_grad(), torch.cuda.device_of(x):
@@ -273,9 +322,9 @@ def _(dz, x, weight, masked, bits, rule, want_dx, want_dw, algorithm):
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """The two operators joined; torch.func accepts this form, and not yet what `torch.library` registers.
+    """The two operators as one Function: torch.func accepts this form, but not yet operators of `torch.library`.
 
-    Where a second derivative may follow (create_graph=True), the first one is computed in plain torch, which has it.
+    If a second derivative may follow (create_graph=True), plain torch computes the first one.
     """
 
     @staticmethod
@@ -323,7 +372,7 @@ class _MaskedLinearGrads(torch.autograd.Function):
 
 
 def _in_torch(x, weight, masked, mask, bias, activation, rule):
-    """The same in operations of torch, every one of which can be differentiated any number of times."""
+    """The same in torch operations, which can be differentiated any number of times."""
     return ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, rule), bias))
 
 
@@ -331,7 +380,7 @@ def _in_torch(x, weight, masked, mask, bias, activation, rule):
 
 
 def kernels_serve(weight):
-    """Whether the kernels may be asked for: on a GPU, in eager code. torch fuses what is compiled or exported."""
+    """Whether the kernels may be used: on a GPU, in eager code. torch fuses compiled and exported code."""
     if transformed() or weight.dtype == torch.float64 or forced_backend() == "dense":
         return False
     return uses_triton(weight)
@@ -342,10 +391,10 @@ def masked_linear(x, weight, pattern, bias=None, activation=None, *, selection=N
 
     x: (..., K), fp32, fp64, bf16 or fp16; under autocast of its dtype. weight: (N, K), floating; its gradient has its
     dtype. bias: (N,) or None. activation: None, "gelu" (erf), "gelu_tanh" or "silu". Returns (..., N) of x's dtype.
-    selection: of `select_mask(weight, pattern, dtype of the product)`, or any other mask in that form; made here where
-    it is missing. rule: GradientRule. algorithm, on a GPU: None = as measured, or one of ALGORITHMS.
+    selection: the result of `select_mask(weight, pattern, dtype of the product)`, or another mask in this form; None:
+    it is made here. rule: GradientRule. algorithm (on a GPU): None: the fastest measured one; or one of ALGORITHMS.
 
-    Gradients: x, weight, bias, any number of times (under torch.func once, where it runs as a kernel).
+    Gradients: x, weight, bias, any number of times (once under torch.func if a kernel computes it).
     Raises: InputError for shapes, dtypes and devices that do not fit together, an unknown algorithm or activation.
     """
     if autocast := autocast_dtype(x.device):

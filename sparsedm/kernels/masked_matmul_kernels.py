@@ -25,7 +25,8 @@ def _config(algorithm, m, n, k, warps, stages, **more):
     }
 
 
-# Not tuned on a GPU yet (no run so far). `library`, the first and the default, is torch's matmul on the masked weight.
+# _config(algorithm, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages). Not tuned on a GPU yet.
+# `library`, the first and the default, is torch's matmul on the masked weight.
 FORWARD = [
     {"algorithm": "library"},
     _config("masked", 128, 128, 64, 8, 3),

@@ -1,4 +1,4 @@
-"""N:M patterns: of every `group` consecutive weights along the input axis keep the `keep` largest magnitudes.
+"""N:M patterns: keep the `keep` largest magnitudes of every `group` consecutive weights along the input axis.
 
 mask[n, k] = 1 if fewer than `keep` weights of its group come before it, where weight j comes before weight i when
 |w_j| > |w_i|, or |w_j| = |w_i| and j < i (ties go to the lower index, so -0.0 is 0.0). Sources: NVIDIA ASP (arXiv
@@ -56,8 +56,8 @@ class Pattern:
 def group_view(weight):
     """The weight as (rows, K) whose last axis is the input axis along which groups run.
 
-    Linear (out, in) is returned as it is; Conv2d (out, in, kh, kw) as (out * kh * kw, in), so that a group never
-    straddles kernel positions or filters (METHOD trap 2). The result shares memory wherever torch allows it.
+    A Linear's (out, in) is returned unchanged; a Conv2d's (out, in, kh, kw) as (out * kh * kw, in), so that a group
+    never spans kernel positions or filters. The result shares memory if torch allows it.
     """
     return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -71,7 +71,7 @@ def ungroup(rows, shape):
 
 
 def select_mask_ref(weight, pattern):
-    """weight (rows, K) -> bool mask (rows, K): the definition above, by counting who comes before whom.
+    """weight (rows, K) -> bool mask (rows, K): the definition above, by counting for each weight those before it.
 
     Costs group^2 / 2 comparisons per group but no sort.
     """
@@ -85,10 +85,10 @@ def select_mask_ref(weight, pattern):
 
 
 def select_of_fours(weight, keep):
-    """The same mask as `select_mask_ref` for groups of four, several times quicker on a CPU; the weights hold no NaN.
+    """The same mask as `select_mask_ref` for groups of four, several times faster on a CPU; the weights hold no NaN.
 
-    weight (rows, K) -> bool mask (rows, K). Every weight meets the next, the second and the third one of its group; the
-    outcomes are bytes, and the four bytes of a group are added up as one integer.
+    weight (rows, K) -> bool mask (rows, K). Every weight is compared with the next three of its group. The results are
+    bytes; the four bytes of a group are added as one integer.
     """
     magnitude = weight.detach().abs().reshape(-1)
     scratch = torch.empty_like(magnitude)  # a comparison into floats, and these to bool, is quicker than into bool
@@ -108,11 +108,11 @@ def select_of_fours(weight, keep):
 
 
 def select_untied(weight, pattern):
-    """The same mask as `select_mask_ref`, several times quicker on a CPU, but None where that way is not certain.
+    """The same mask as `select_mask_ref`, several times faster on a CPU, or None if this method cannot decide.
 
     weight (rows, K) -> bool mask (rows, K); None if weights anywhere tie for the last place, or are NaN.
-    The keep-th largest of every group is found by a network of minima and maxima, in which one operation compares two
-    places of all groups.
+    A network of minima and maxima finds the keep-th largest of every group. One operation compares two places of all
+    groups.
     """
     group = pattern.group
     places = weight.detach().abs().reshape(-1, group).t()
@@ -158,7 +158,7 @@ def _selection(size, rank):
 
 
 def check_weight(weight, pattern, name="weight"):
-    """Raise InputError, naming the layer, unless `weight` is a Linear's or Conv2d's that `pattern` divides."""
+    """Raise InputError, naming the layer, unless `weight` is a Linear's or Conv2d's and `pattern` fits it."""
     shape = tuple(weight.shape)
     if not weight.is_floating_point():
         raise InputError(f"{name}: masks are chosen among floating-point weights, not {weight.dtype}")
@@ -185,6 +185,6 @@ def unpack_bits(bits, columns):
 
 
 def memory_format(weight):
-    """That of all that is made of a weight: channels_last if the weight is so, else contiguous."""
+    """The memory format of a mask or masked weight: channels_last if the weight has it, else contiguous."""
     nhwc = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if nhwc and not weight.is_contiguous() else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Which configuration of an operation is the fastest on this GPU: measured once, remembered in tables.
+"""The fastest configuration of an operation on this GPU: measured once, stored in tables.
 
 Environment variables:
   SPARSEDM_AUTOTUNE  'off': take the safe default where the tables have no entry, instead of tuning once ('on', default)
@@ -28,22 +28,22 @@ from sparsedm.errors import InputError
 from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.kernels.launch import capturing, device_is_lost, device_name, reason_of, setting, triton
 
-SHIPPED = Path(__file__).parent / "tuned"  # tables measured on real GPUs by us, one JSON file per GPU
-REMEMBERED = 24 * 3600  # seconds for which a candidate that ended a process is not tried
+SHIPPED = Path(__file__).parent / "tuned"  # tables in the package, one JSON file per GPU; none so far
+REMEMBERED = 24 * 3600  # seconds; so long a candidate that ended a process is not tried
 log = logging.getLogger(__name__)
 
 
 def bucket(size):
-    """The power of two, at least 16, that stands for all sizes up to it and above its half: tokens are tuned by it."""
+    """The smallest power of two, at least 16, that is not below `size`. Numbers of rows are tuned by it."""
     return max(16, 1 << (size - 1).bit_length()) if size else 16
 
 
 def median_microseconds(run):
-    """With a cold L2, which is what layers of a network find. 60 ms, so that ten candidates take less than a second."""
+    """With a cold L2, as for layers in a network. It takes 60 ms, so that ten candidates take less than a second."""
     return 1000 * triton.testing.do_bench(run, warmup=10, rep=40, quantiles=[0.5])
 
 
-MEASURED, RULE = "measured", "the rule"  # what a verdict rests on: tables or a measurement; nothing was measured
+MEASURED, RULE = "measured", "the rule"  # the basis of a verdict: tables or a measurement; no measurement
 FOR_NOW = "nothing yet"  # nothing could be measured in this call; the next one tries
 
 
@@ -53,7 +53,7 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of one operation at one size. Pairs, because candidates are dicts."""
+    """All results for one operation at one size. Pairs, because candidates are dicts."""
 
     config: dict  # the candidate to take
     times: tuple = ()  # (candidate, microseconds) of every candidate that was timed, the default first
@@ -62,21 +62,20 @@ class Verdict:
 
 
 class Autotuner:
-    """Remembers, per GPU, dtype and shape, which candidate of one operation is fastest, and how long each of them took.
+    """Stores the fastest candidate of one operation, and the times of all, per GPU, dtype and shape.
 
     name: of the operation. candidates: at most about eight JSON-able dicts; the first is the safe default.
-    kernels: the functions or files whose source the measurements belong to; when it changes they are forgotten.
-    timer: run -> microseconds.
+    kernels: functions or files; if their source changes, old measurements are ignored. timer: run -> microseconds.
 
-    A candidate is looked up in memory, in the user's table, in the shipped table. If none has it, all candidates are
-    timed once and the user's table gets the winner, or, under SPARSEDM_AUTOTUNE=off and while a CUDA graph is being
-    captured, the default is taken. Both are logged at level info. Off a GPU it is the default, without a word.
+    The candidate is looked up in memory, in the user's table, then in the shipped table. If no table has it, all
+    candidates are timed once and the user's table gets the result. Under SPARSEDM_AUTOTUNE=off and while a CUDA graph
+    is captured, the default is used instead. Both cases are logged at level info. Without a GPU the default is used
+    silently.
 
-    A candidate that raises, or whose result differs from that of the first, is passed over: neither timed nor, if it is
-    what a table says, taken. The table's is run once per process to see, except while a CUDA graph is being captured.
-    So is one during which an earlier process ended. Where the default wins and another candidate was passed over, no
-    table is written: the next process, perhaps with another Triton, tries again. Where the default's result is not
-    finite, nothing is compared or kept: the next call tries again.
+    A candidate is not used if it raises, if its result differs from the default's, or if an earlier process died while
+    trying it. A table's candidate is checked once per process, except while a CUDA graph is captured. If the default
+    wins and another candidate failed, no table is written: the next process, perhaps with another Triton, tries again.
+    If the default's result is not finite, nothing is compared or stored: the next call tries again.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
@@ -85,15 +84,14 @@ class Autotuner:
         self._known, self._told = {}, set()
 
     def best(self, run, device, **options):
-        """The candidate that `verdict`, which takes the same arguments, says to take."""
+        """The candidate to use. Arguments as in `verdict`."""
         return self.verdict(run, device, **options).config
 
     def verdict(self, run, device, *, candidates=None, default=None, **key):
         """The `Verdict` for `key` (dtype, sizes ...) on `device`.
 
-        run(candidate) does the work, any number of times, and returns the result: a tensor or several. candidates: for
-        this key, instead of the tuner's. default: the candidate to take where nothing may be measured, if a rule knows
-        better than the first.
+        run(candidate) does the work, any number of times, and returns the result: one or more tensors. candidates: for
+        this key, instead of the tuner's. default: the candidate to use if nothing may be measured; None: the first.
         """
         candidates = candidates or self.candidates
         default = default or candidates[0]
@@ -114,7 +112,7 @@ class Autotuner:
 
     @functools.cached_property
     def section(self):
-        """The section of a table that holds this operation: its name, Triton's version, the hash of the source."""
+        """The section of a table for this operation: its name, Triton's version, the hash of the source."""
         source = "".join(
             kernel.read_text() if isinstance(kernel, Path) else inspect.getsource(getattr(kernel, "fn", kernel))
             for kernel in self._kernels
@@ -157,7 +155,7 @@ class Autotuner:
         return tuple(times), tuple(failed)
 
     def trying(self, candidate):
-        """A context in which a candidate runs: if the process ends inside, it is passed over by every later one."""
+        """A context to run a candidate in. If the process dies inside, later processes do not try it for a day."""
         return _noted(f"{self.section}, {candidate}")
 
     def _is_right(self, run, candidate, default):
@@ -183,17 +181,17 @@ class Autotuner:
                 raise
 
 
-_running = set()  # names of the notes that this process holds, which a process that called exec has forgotten
+_running = set()  # names of the notes of this process; after an exec the list is empty
 
 
 @contextlib.contextmanager
 def _noted(what):
-    """Leaves a note while `what` runs, and refuses it where a process on this computer ended with such a note left.
+    """Leaves a note while `what` runs. Refuses `what` if a process on this computer died and left such a note.
 
-    A kernel that hangs ends with its process only, and one that leaves the device in error ends it; either would stop
-    every later process at the same place. A process that starts itself again by `exec` keeps its number: a note with
-    this number that this process does not know of is from before. After a day it is tried again: the process may have
-    been ended for another reason.
+    A hanging kernel ends only with its process, and a device fault ends the process. Both would stop every later
+    process at the same place. A process that restarts itself by `exec` keeps its number: a note with this number that
+    is not in `_running` is from before. After a day `what` is tried again: the process may have died for another
+    reason.
     """
     name = hashlib.sha256(f"{platform.node()}, {what}".encode()).hexdigest()[:16]
     folder = cache_folder() / "tuned"
@@ -220,7 +218,7 @@ def _noted(what):
 
 
 def _in_progress(note, name):
-    """Whether the process that left the note is still at it."""
+    """Whether the process that left the note still runs."""
     process = int(note.name.split(".")[1])
     if process == os.getpid():
         return name in _running
@@ -230,11 +228,11 @@ def _in_progress(note, name):
         return False
     except PermissionError:
         pass
-    return note.read_text() == _started(process)  # else another process has got its number
+    return note.read_text() == _started(process)  # else another process has its number now
 
 
 def _started(process):
-    """When a process was started, in the system's own unit; "" where the system does not tell."""
+    """The start time of a process, in the system's unit; "" if the system does not tell."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -262,7 +260,7 @@ def _compare(result, expected):
 
 
 def _agree(result, expected):
-    """Integers exactly; floating point to 2%: this is there to catch a wrong kernel, not to judge a rounding."""
+    """Integers exactly; floating point to 2%: this finds wrong kernels, not rounding errors."""
     if not expected.is_floating_point():
         return torch.equal(result, expected)
     difference = (result.float() - expected.float()).norm()
@@ -274,7 +272,7 @@ def table_path(folder, gpu):
 
 
 def read_table(path):
-    """{section: {shape: {"config", "microseconds", "times", "failed"}}}; empty if there is no such table."""
+    """{section: {shape: {"config", "microseconds", "times", "failed"}}}; empty if there is no table."""
     try:
         table = read_json(path) if path.exists() else {}
         if all(_is_entry(entry) for section in table.values() for entry in section.values()):
@@ -292,7 +290,7 @@ def _is_entry(entry):
 
 
 def merge_table(path, section, shape, entry):
-    """Add one entry to a table, whatever other processes add at the same time; a read-only folder only warns."""
+    """Add one entry to a table; other processes may add entries at the same time. A read-only folder only warns."""
     try:
         with _locked(path):
             table = read_table(path)
@@ -304,7 +302,7 @@ def merge_table(path, section, shape, entry):
 
 @contextlib.contextmanager
 def _locked(path):
-    """Hold the lock file beside `path`; the system releases it if the process dies."""
+    """Lock the lock file beside `path`. The system releases it if the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         if fcntl is not None:

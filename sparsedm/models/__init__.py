@@ -1,11 +1,11 @@
-"""The models by name. `build_model` is the way from a name, or from a checkpoint's configuration, to a network.
+"""The models by name. `build_model` makes a network from a name or from a checkpoint's configuration.
 
 Every model is an nn.Module with
     forward(x, t, y=None) -> noise     x (B, C, H, W); t (B,) in units 0..999; y (B,) int64 labels or None
     config                             frozen dataclass, JSON through dataclasses.asdict; always has kind, image_size,
                                        channels, schedule (a name in `diffusion.SCHEDULES`) and num_classes
                                        (0 = unconditional; label num_classes = the null label)
-    sparse_layers                      regular expression on layer names: what `sparsify` masks unless told otherwise
+    sparse_layers                      regular expression on layer names: the layers that `sparsify` masks by default
     example_inputs(batch=1)            arguments for forward
 """
 
@@ -28,7 +28,7 @@ from sparsedm.models.uvit import PRESETS as UVIT_PRESETS
 from sparsedm.models.uvit import UViT, UViTConfig
 
 MODELS = {**UVIT_PRESETS, **DIT_PRESETS, **DDPM_PRESETS, **SLIMMABLE_PRESETS}
-MOST_LAYERS, MOST_NUMBER = 1000, 2**24  # in a configuration, against those that could never be built
+MOST_LAYERS, MOST_NUMBER = 1000, 2**24  # limits of a configuration, against networks that could never be built
 _KINDS = {
     "uvit": (UViTConfig, UViT),
     "dit": (DiTConfig, DiT),
@@ -59,7 +59,7 @@ def build_model(
 
 @contextlib.contextmanager
 def _within_memory():
-    """Refuse a network as soon as its parameters are more than fit; the system would end the process instead."""
+    """Raise InputError as soon as a network's parameters exceed the memory. The system would kill the process."""
     held = 0
 
     def add(module, name, parameter):
@@ -76,7 +76,7 @@ def _within_memory():
 
 
 def model_config(model, **overrides):
-    """The configuration that `build_model` would use, without building anything. Same arguments and errors."""
+    """The configuration that `build_model` would use. Builds nothing; same arguments and errors."""
     if isinstance(model, dict):
         options = dict(model)
         kind = options.pop("kind", None)
@@ -96,7 +96,7 @@ def model_config(model, **overrides):
 
 
 def schedule_note(config):
-    """A sentence where the network was published with another noise schedule than it has here, else None."""
+    """A sentence if the network was published with another noise schedule than it has here, else None."""
     for name, published in MODELS.items():
         if published.schedule != config.schedule and replace(published, schedule=config.schedule) == config:
             return f"schedule {config.schedule}: {name} was published with {published.schedule}"
@@ -104,7 +104,7 @@ def schedule_note(config):
 
 
 def parse_overrides(texts):
-    """["image_size=16", "final_conv=false"] -> {"image_size": 16, "final_conv": False}: values are JSON, or else text.
+    """["image_size=16", "final_conv=false"] -> {"image_size": 16, "final_conv": False}. A value is JSON, else text.
 
     Raises: InputError for an entry without "=".
     """
@@ -121,7 +121,7 @@ def parse_overrides(texts):
 
 
 def _checked(config_class, options):
-    """`options`, with lists as tuples, once each is known to be a field of `config_class` and to have its type."""
+    """`options` with lists as tuples. Raises InputError if one is no field of `config_class` or has another type."""
     types = {field.name: field.type for field in fields(config_class) if field.name != "kind"}
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name, value in options.items():

@@ -1,14 +1,14 @@
-"""Other people's checkpoints of our networks, recognised and read (`sparsedm import`).
+"""Recognise and read foreign checkpoints of our networks (`sparsedm import`).
 
     U-ViT       official .pth (github.com/baofff/U-ViT), also SparseDM's, whose weights are dense until they are masked
     DiT         official .pt (github.com/facebookresearch/DiT)
     DDPM        official in PyTorch (github.com/pesser/pytorch_diffusion, github.com/ermongroup/ddim)
     DDPM, DiT   a diffusers folder of a UNet2DModel or DiTTransformer2DModel, or of a pipeline around one; also sharded
 
-A training checkpoint may hold several networks: the average of the weights is taken, and it is said. What the network
-looks like is read from the shapes of its tensors. They do not show the number of heads, the noise schedule, or the
-image size of a U-Net or of a model with text tokens: there the published networks are the guide, and --set corrects.
-Loading is safe: nothing that a file might hold is run.
+A training checkpoint may hold several networks: the averaged weights are read, and a note says so. The configuration is
+read from the shapes of the tensors. They do not show the number of heads, the noise schedule, or the image size of a
+U-Net or of a model with text tokens. These are taken from the published networks; --set corrects them. Loading never
+runs code from a file.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from sparsedm.models.diffusers import config_from_diffusers, from_diffusers, ren
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What `read_foreign` made of a file. about: one phrase; notes: what was assumed, a sentence each."""
+    """The result of `read_foreign`. about: one phrase. notes: assumptions, one sentence each."""
 
     model: object
     about: str
@@ -34,12 +34,13 @@ class Found:
 
 
 def read_foreign(source, name=None, overrides=None, weights="average"):
-    """Build our network from somebody else's checkpoint.
+    """Build our network from a foreign checkpoint.
 
-    source: path. name: a model name, where the file is not to be recognised by itself. overrides: options of its
-    configuration that recognition got wrong. weights: "raw" for those of the network where the file also holds their
-    average. Returns Found, the model in eval mode and fp32.
-    Raises: InputError: unreadable, not recognised, or not fitting (missing and unexpected keys are listed).
+    source: path. name: a model name, if the file is not recognised. overrides: corrections of the recognised
+    configuration. weights: "raw" for the trained weights, if the file also holds averaged ones. Returns Found; its
+    model is in eval mode and fp32.
+    Raises: InputError if the file is unreadable, not recognised, or does not fit (missing and unexpected keys are
+    listed).
     """
     source, overrides = Path(source), overrides or {}
     if not source.exists():
@@ -65,7 +66,7 @@ def read_foreign(source, name=None, overrides=None, weights="average"):
         tensors = from_diffusers(tensors, config)
     elif config is None:
         config, about, notes = recognise(tensors, file, overrides)
-    model = build_model(config, device="meta", **overrides)  # random weights would take as long as all the rest
+    model = build_model(config, device="meta", **overrides)  # random weights would double the time
     fill(model, tensors, file)
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()})
     notes = [*said, *notes, *filter(None, [schedule_note(model.config)])]
@@ -102,7 +103,7 @@ def _diffusers_folder(folder):
 
 
 def recognise(tensors, file, overrides):
-    """(configuration, what it is, notes) of a state dict. Raises: InputError if it is none of ours, or ambiguous."""
+    """(configuration, name, notes) of a state dict. Raises: InputError if it is unknown or ambiguous."""
     key = next((key for key in _READERS if key in tensors), None)
     if key is None:
         first = ", ".join(list(tensors)[:4])
@@ -115,7 +116,7 @@ def recognise(tensors, file, overrides):
         shown, hidden = read(tensors, overrides)
     except KeyError as error:
         raise InputError(f"{file} looks like {family} but lacks {error.args[0]}") from None
-    # SparseDM's networks are the published ones, and their layers have a bias whatever is asked for
+    # SparseDM's networks are the published ones with biases in all layers
     extra = {"qkv_bias": True} if shown.get("qkv_bias") else {}
     for name, config in MODELS.items():
         if config.kind == shown["kind"] and all(getattr(config, n) == v for n, v in shown.items() if n not in extra):
@@ -140,7 +141,7 @@ def _shape(tensors, name, axes):
 
 
 def _heads(shown, file):
-    """The heads of the published networks of this width and depth, which is all that a file shows."""
+    """The number of heads of the published networks with this width and depth: a file shows no more."""
     sizes = [
         c for c in MODELS.values() if c.kind == shown["kind"] and (c.dim, c.depth) == (shown["dim"], shown["depth"])
     ]
@@ -163,7 +164,7 @@ def _side(tensors, patch, extra_tokens=0):
 
 
 def _labels(tensors, table, overrides):
-    """(options that the table shows, option that it does not): of 1001 rows the last is taken for the null label."""
+    """(options that the label table shows, option that it does not show). Of 1001 rows the last is the null label."""
     if table not in tensors:
         return {"num_classes": 0}, {}
     rows = _shape(tensors, table, 2)[0]

@@ -1,4 +1,4 @@
-"""The U-Net of DDPM, which predicts the noise in an image (arXiv 2006.11239, appendix B).
+"""The U-Net of DDPM: it predicts the noise in an image (arXiv 2006.11239, appendix B).
 
 temb:       silu(fc2(silu(fc1(timestep embedding))) + label embedding)
 block:      h = conv1(silu(norm1(x))) + time_proj(temb);  y = conv2(dropout(silu(norm2(h)))) + shortcut(x)
@@ -6,7 +6,7 @@ attention:  y = x + proj(attention(qkv(norm(x)))), one head, over the pixels
 levels:     each halves the resolution going down and doubles it going up, where every block also sees the matching
             output of the way down, last in first out
 
-The network is the one of the public checkpoint google/ddpm-cifar10-32, whose weights `diffusers.py` converts.
+The public checkpoint google/ddpm-cifar10-32 is this network; `diffusers.py` converts its weights.
 """
 
 import math
@@ -28,9 +28,9 @@ from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs
 class DDPMConfig:
     """The shape of a DDPM U-Net; the defaults are the paper's CIFAR-10 model.
 
-    Level i works at resolution image_size / 2**i with width * multipliers[i] channels and `blocks` residual blocks on
-    the way down, one more on the way up. attention: the resolutions whose blocks are followed by attention; the middle
-    always has it. groups: of every GroupNorm. num_classes, null_label and schedule as in the U-ViT configuration.
+    Level i has resolution image_size / 2**i, width * multipliers[i] channels, `blocks` residual blocks on the way down
+    and one more on the way up. attention: the resolutions with attention after each block; the middle always has it.
+    groups: of every GroupNorm. num_classes, null_label, schedule: see UViTConfig.
     """
 
     kind: str = "ddpm"
@@ -87,8 +87,9 @@ def timestep_embedding(t, dim):
     angles = t[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
+    # DDPM starts every residual branch at (nearly) zero; its q, k and v are three square layers, ours are one
 
-# DDPM starts every residual branch at (nearly) zero; qkv is one layer here but three square ones there
+
 _INIT_GAIN = {"conv2": 1e-5, "proj": 1e-5, "conv_out": 1e-5, "qkv": math.sqrt(2)}
 
 
@@ -134,9 +135,9 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks from cins[j] to cout channels, block j followed by attention where attend[j]; one resolution.
+    """Residual blocks of one resolution, from cins[j] to cout channels. If attend[j], attention follows block j.
 
-    downsample, upsample: what follows the blocks on the way down or up, None at the lowest or highest resolution.
+    downsample, upsample: the layer after the blocks on the way down or up; None at the lowest or highest resolution.
     """
 
     def __init__(self, cins, cout, attend, config, downsample=None, upsample=None):
@@ -147,7 +148,7 @@ class Level(nn.Module):
 
 
 def _downsample(channels):
-    # zeros at the far sides only: the padding of TensorFlow, in which DDPM was written
+    # zeros at the far sides only, as in DDPM's TensorFlow code
     conv = Conv2d(channels, channels, 3, stride=2)
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
@@ -158,8 +159,8 @@ def _upsample(channels):
 
 
 class DDPM(nn.Module):
-    """Noise predictor; see `forward`. `sparse_layers` are all its convolutions and linear layers but the first, whose 3
-    input channels hold no group of 4: the layers that SparseDM (arXiv 2404.10445) masks."""
+    """Noise predictor; see `forward`. `sparse_layers` are all convolutions and linear layers except the first, whose 3
+    input channels hold no group of 4. SparseDM (arXiv 2404.10445) masks the same layers."""
 
     sparse_layers = r"^(?!conv_in$)"
 

@@ -1,4 +1,4 @@
-"""Our DDPM U-Net and our DiT under the names of the `diffusers` library, both ways: weights and configuration.
+"""Convert weights and configuration of our DDPM U-Net and DiT to the `diffusers` library and back.
 
     config = config_from_diffusers(json.load(open("config.json")))
     model = build_model(config)
@@ -6,9 +6,9 @@
 
 and back: UNet2DModel(**config_to_diffusers(config)).load_state_dict(to_diffusers(model.state_dict(), config)).
 
-What differs between the two networks is a row of `FORMATS`. diffusers publishes the official weights of DiT, but its
-network computes otherwise: the epsilon of norm2 is 1e-5 there, unless its configuration says more, and 1e-6 officially;
-the time frequencies go down to 1e-4 there, and officially not quite. Ours are the official ones.
+Each network is a row of `FORMATS`. diffusers publishes the official weights of DiT, but its network differs: the
+epsilon of norm2 is 1e-5 (unless its configuration says more), officially 1e-6; the time frequencies go down to 1e-4,
+officially not quite. Our DiT follows the official code.
 """
 
 import re
@@ -23,13 +23,13 @@ from sparsedm.models.dit import DiTConfig, position_embedding
 
 
 class Format(NamedTuple):
-    """How diffusers writes down one kind of network.
+    """How diffusers stores one kind of network.
 
-    names: ours -> theirs, for parts of dotted names; N is the number of any block, and where only theirs has one, each
-    block holds a copy. old_names: theirs -> ours, in older checkpoints. fixed: the options about which our network has
-    no choice. left_out: what leaving an option out means there, where that is not the value in `fixed`. types: of the
-    options that our configuration is made of. ignored: options without effect. computed: tensors of ours that have no
-    place there, by name, as functions of the configuration.
+    names: our names -> diffusers' names, for parts of dotted names. N is the number of any block; if only diffusers'
+    name has an N, each block holds a copy. old_names: diffusers' -> our names, in older checkpoints. fixed: options
+    with only one value in our network. left_out: the meaning of a missing option, if it is not the value in `fixed`.
+    types: the types of the options in our configuration. ignored: options without effect. computed: {name: function of
+    the configuration}, our tensors that diffusers does not have.
     """
 
     to_options: Callable
@@ -201,7 +201,7 @@ CLASSES = {"UNet2DModel": "ddpm", "DiTTransformer2DModel": "dit", "Transformer2D
 def config_to_diffusers(config):
     """DDPMConfig or DiTConfig -> the arguments of UNet2DModel or DiTTransformer2DModel, as a dict that JSON can hold.
 
-    Raises: InputError for a network that the class there cannot be.
+    Raises: InputError for a network that diffusers' class cannot express.
     """
     return _format(config).to_options(config)
 
@@ -210,7 +210,7 @@ def config_from_diffusers(options):
     """The config.json of a UNet2DModel, DiTTransformer2DModel or Transformer2DModel, as a dict -> our configuration.
 
     All labels of a U-Net count as real classes (no null label).
-    Raises: InputError if an option is missing, unknown, or asks for a network that ours is not.
+    Raises: InputError if an option is missing, unknown, or needs a network that we do not have.
     """
     name = options.get("_class_name", "UNet2DModel" if "block_out_channels" in options else "DiTTransformer2DModel")
     if name not in list(CLASSES):
@@ -231,7 +231,7 @@ def config_from_diffusers(options):
     config = form.to_config(options)
     expected = form.fixed | form.to_options(config)
     for key, value in options.items():
-        # Transformer2DModel writes down everything that it was not asked to be
+        # Transformer2DModel also stores all options that it does not use
         if key not in expected and key not in form.ignored and value not in (None, False):
             raise InputError(f"diffusers option {key}={value!r}: {ours} knows no such option")
         if key in expected and key not in form.ignored and value != expected[key]:
@@ -255,10 +255,10 @@ def _rename(key, names):
 
 
 def to_diffusers(state, config):
-    """A state dict of ours -> one for the class there. The tensors are shared, except that q, k and v are new.
+    """Our state dict -> a state dict of diffusers' class. The tensors are shared, except q, k and v.
 
-    The weights go as they are in `state`: for a sparse model put the masked ones in first.
-    Raises: InputError for a frozen mask, or a network that the class there cannot be.
+    The weights are not masked: for a sparse model put masked weights into `state` first.
+    Raises: InputError for a frozen mask, or a network that diffusers' class cannot express.
     """
     form = _format(config)
     form.to_options(config)
@@ -280,10 +280,10 @@ def to_diffusers(state, config):
 
 
 def from_diffusers(state, config):
-    """A state dict of diffusers, with today's or the old attention names -> one for the network of `config`.
+    """A state dict of diffusers, with current or old attention names -> one for the network of `config`.
 
-    The inverse of `to_diffusers`. Keys that no network of ours has stay in it, so that `load_state_dict` lists them.
-    Raises: InputError if an attention has only some of its q, k and v, or if the copies of an embedder differ.
+    The inverse of `to_diffusers`. Unknown keys stay, so that `load_state_dict` lists them.
+    Raises: InputError if an attention lacks one of q, k and v, or if the copies of an embedder differ.
     """
     form = _format(config)
     names = {theirs: ours for ours, theirs in form.names.items()} | form.old_names
@@ -291,7 +291,7 @@ def from_diffusers(state, config):
 
 
 def rename_state(state, names, computed=None):
-    """A state dict with the dotted parts that `names` lists renamed and each q, k, v joined to qkv. computed: added."""
+    """A state dict with parts of names renamed by `names`, each q, k, v joined to qkv, and `computed` added."""
     split = dict(computed or {})
     for key, value in state.items():
         name = _rename(key, names)

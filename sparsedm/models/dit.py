@@ -1,14 +1,14 @@
-"""DiT: a transformer whose blocks are modulated by time and class, and which predicts the noise (arXiv 2212.09748).
+"""DiT: a transformer that predicts the noise; time and class modulate its blocks (arXiv 2212.09748).
 
-condition: c = t_embedder(t) + y_embedder(y); six vectors of each block, and two of the last layer, linear in silu(c)
+    condition: c = t_embedder(t) + y_embedder(y); six vectors per block and two for the last layer, linear in silu(c)
 block:     x = x + gate_1 * attention((1 + scale_1) norm1(x) + shift_1)
            x = x + gate_2 * fc2(gelu(fc1((1 + scale_2) norm2(x) + shift_2)))
 output:    linear((1 + scale) norm_final(x) + shift) as pixels of their patch
 
-Module names are those of the official checkpoints (github.com/facebookresearch/DiT), which therefore load with
-strict=True. Those networks were trained on the "ddpm" schedule of `diffusion.py`. Official guidance of scale s is ours
-of s - 1, and extrapolates only the first three of the four channels, "for exact reproducibility"; ours, as the paper's
-formula, all of them.
+Modules have the names of the official checkpoints (github.com/facebookresearch/DiT): these load with strict=True. The
+official networks were trained on the "ddpm" schedule of `diffusion.py`. Their guidance of scale s is ours of s - 1. It
+extrapolates only the first three of the four channels, "for exact reproducibility"; ours extrapolates all channels, as
+in the paper's formula.
 """
 
 import itertools
@@ -31,10 +31,10 @@ _TIME_FREQUENCIES = 256
 class DiTConfig:
     """The shape of a DiT; the defaults are the paper's XL/2 for 256x256 images as latents of 32x32x4.
 
-    image_size and patch_size are in pixels of the input. num_classes counts the real classes, 0 = unconditional; with
-    null_label the table has one row more, index num_classes, for "no class" in guidance. learn_sigma: the network has
-    twice the channels at its end, the second half for the variance: `forward` gives it where it is asked for.
-    schedule: a name in `diffusion.SCHEDULES`.
+    image_size and patch_size are in pixels of the input. num_classes counts the real classes, 0 = unconditional. With
+    null_label the label table has one more row, index num_classes, for "no class" in guidance. learn_sigma: the network
+    has twice the output channels; the second half is the variance, see `forward`. schedule: a name in
+    `diffusion.SCHEDULES`.
     """
 
     kind: str = "dit"
@@ -102,7 +102,7 @@ def modulate(x, shift, scale):
 class TimeEmbedder(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        # the activation is the first layer's; its place in the official Sequential stays empty
+        # the first layer has the activation; the activation's index in the official Sequential stays empty
         self.mlp = nn.Sequential(Linear(_TIME_FREQUENCIES, dim, activation="silu"), nn.Identity(), Linear(dim, dim))
 
     def forward(self, t, dtype):
@@ -172,8 +172,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Noise predictor; see `forward`.
 
-    `sparse_layers` are the products over all tokens. A third of the parameters stand in the modulations, which are
-    computed once per image, cost next to nothing, and stay dense.
+    `sparse_layers` are the layers over all tokens. The modulations hold a third of the parameters; they are computed
+    once per image, cost almost nothing, and stay dense.
     """
 
     sparse_layers = r"^blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])$"
@@ -186,13 +186,13 @@ class DiT(nn.Module):
         if config.num_classes:
             self.y_embedder = LabelEmbedder(config)
         side = config.image_size // config.patch_size
-        self.register_buffer("pos_embed", position_embedding(config.dim, side))  # fixed, and yet in the checkpoints
+        self.register_buffer("pos_embed", position_embedding(config.dim, side))  # constant, but in the checkpoints
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()
 
     def _initialise(self):
-        """Every block starts as the identity and the whole as zero (adaLN-Zero, section 3.2)."""
+        """Every block starts as the identity; the output starts as zero (adaLN-Zero, section 3.2)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
@@ -210,7 +210,7 @@ class DiT(nn.Module):
         x: images (B, channels, image_size, image_size), in the dtype of the weights (any float under autocast).
         t: timesteps (B,) in units 0..999, fractions allowed.
         y: class labels (B,) int64 in 0..num_classes; None means the null label. Only for class-conditional models.
-        variance: whether to return twice the channels, the second half for the variance, see `samplers.ddpm`.
+        variance: return twice the channels; the second half is the variance, see `samplers.ddpm`.
         Returns: noise, shape of x.
         Raises: InputError if a shape differs from the above, a label is missing or not asked for, or the network has
         no variance.

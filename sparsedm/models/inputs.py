@@ -1,4 +1,4 @@
-"""What the networks have in common at their door: the options and shapes they take, and inputs to try them with."""
+"""Shared by the networks: checks of options and input shapes, and example inputs."""
 
 import math
 
@@ -15,9 +15,9 @@ def check_schedule(kind, config):
 
 
 def check_shapes(kind, config, x, t, y, **others):
-    """Raise InputError where an input of a network has another shape than its configuration says.
+    """Raise InputError if an input of a network does not have the shape of its configuration.
 
-    kind: for the message. others: name -> (tensor or None, its shape or None), None where the network takes nothing.
+    kind: for the message. others: name -> (tensor or None, its shape; None if the network does not take the input).
     """
     batch = x.shape[0]
     expected = {

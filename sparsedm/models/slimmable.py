@@ -1,12 +1,12 @@
 """A DDPM U-Net that runs at several widths with one set of weights (DDSM; slimmable networks, arXiv 1812.08928).
 
 At width k/8 each layer uses the first k/8 of its channels, rounded to a multiple of 8, and the weights between them. So
-a narrow network is an ordinary DDPM of that width whose weights are slices of these: it is called with the slices, and
-`export` copies them into a DDPM of its own, which computes the same bits.
+a narrow network is an ordinary DDPM of that width, called with slices of the weights. `export` copies the slices into a
+DDPM, which computes the same bits.
 
-Two things are not simply first channels. Where a layer reads several tensors laid side by side (x and skip on the way
-up) or writes several (q, k, v), the first channels of each are taken, so that a channel keeps its meaning. And the
-waves of the time embedding, whose frequencies depend on the width, meet the weights of the nearest frequency.
+There are two exceptions. If a layer reads several tensors side by side (x and skip on the way up) or writes several
+(q, k, v), the first channels of each are used, so that a channel keeps its meaning. The frequencies of the time
+embedding depend on the width: each wave uses the weights of the nearest frequency.
 """
 
 from contextlib import contextmanager
@@ -25,25 +25,27 @@ from sparsedm.sparsity import masked_layers
 
 
 def _divisible(width):
-    """The multiple of 8 nearest to a width, the larger one of two; at least 8, and at least 9/10 of the width."""
+    """The multiple of 8 nearest to a width (of two, the larger), at least 8 and at least 9/10 of the width."""
     near = max(8, int(width + 4) // 8 * 8)
     return near + 8 if near < 0.9 * width else near
 
 
 @dataclass(frozen=True)
 class SlimmableConfig(DDPMConfig):
-    """The shape of the whole network, as of a DDPM, and `eighths`: the widths at which it can run.
+    """The options of a DDPM, and `eighths`: the widths at which it can run.
 
-    passes: while it trains, a batch is divided among so many widths by the sandwich rule (arXiv 1903.05134): the
-    widest, the narrowest, and random ones between them; 0 trains the widest alone. DDSM gives every width the same
-    images, with times and noise of its own. Here each has images of its own: with a batch `passes` times as large as
-    DDSM's the gradient is the same in the mean at the same cost, and no step sees an image twice.
+    passes: in training, a batch is divided among so many widths by the sandwich rule (arXiv 1903.05134): the widest,
+    the narrowest, and random ones between them. 0 trains only the widest. In DDSM all widths see the same images, with
+    different times and noise. Here each width sees different images: with a batch `passes` times as large, the mean
+    gradient and the cost are the same, and no step sees an image twice. same_images: DDSM's rule as released
+    (with passes=3): all widths see the whole batch, and their losses are added before the gradient is clipped.
     """
 
     kind: str = "slimmable"
     groups: int = 16
     eighths: tuple = (2, 4, 6, 8)
     passes: int = 4
+    same_images: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,6 +54,8 @@ class SlimmableConfig(DDPMConfig):
             raise InputError(f"slimmable eighths={self.eighths}: must be increasing numbers from 2 to 8, 8 the last")
         if self.passes < 0 or self.passes == 1:
             raise InputError(f"slimmable passes={self.passes}: must be 0, or 2 and more: the widest and the narrowest")
+        if self.same_images and not self.passes:
+            raise InputError("slimmable same_images=True: needs passes, which show the images to several widths")
         for k in self.eighths:
             self.at(k)
 
@@ -68,11 +72,11 @@ PRESETS = {
 
 
 class SlimmableDDPM(DDPM):
-    """A DDPM whose `width`, in eighths, can be set at any time; parameters and state dict are those of the whole.
+    """A DDPM whose `width`, in eighths, can be set at any time. Parameters and state dict are the full network's.
 
-    A call in training mode at width 8 divides its batch among widths, see SlimmableConfig; which ones is drawn from
-    torch's global CPU generator. Patterns set by `sparsify` belong to the whole network, narrow ones use slices of the
-    masked weights. Everything raises InputError for a width that the configuration does not name.
+    A call in training mode at width 8 divides its batch among widths, see SlimmableConfig; torch's global CPU generator
+    draws the widths. `sparsify` sets patterns of the full network; narrow networks use slices of the masked weights. A
+    width that is not in the configuration raises InputError.
     """
 
     def __init__(self, config):
@@ -117,7 +121,7 @@ class SlimmableDDPM(DDPM):
         return functional_call(self._narrow[k].train(self.training), self.weights(k), (x, t, y))
 
     def weights(self, k):
-        """{name: tensor} of the plain DDPM at width k/8: slices of ours, masked as ours, with gradients."""
+        """{name: tensor} of the plain DDPM at width k/8: slices of our masked weights, with gradients."""
         ours = dict(self.named_parameters())
         ours |= {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(self)}
         narrow = {}
@@ -131,9 +135,9 @@ class SlimmableDDPM(DDPM):
         return narrow
 
     def export(self, k):
-        """The network at width k/8 as a plain DDPM with weights of its own, which computes the same bits.
+        """The network at width k/8 as a plain DDPM with its own weights. It computes the same bits.
 
-        A layer keeps the pattern of ours where its slice holds it, else it is dense with the zeros in place.
+        A layer keeps its pattern if its slice fits the pattern; else it is dense, with zeros for pruned weights.
         """
         self._check_width(k)
         with torch.device("meta"):
@@ -175,20 +179,20 @@ def _first(run, axis, kept):
 
 
 def _nearest_waves(run, axis, kept):
-    """Of n frequencies 1e-4^(i / (n - 1)) those nearest to the `kept` ones that the narrow network has."""
+    """The indices of n frequencies 1e-4^(i / (n - 1)) nearest to the `kept` frequencies of the narrow network."""
     nearest = torch.linspace(0, run.shape[axis] - 1, kept, device=run.device).round().long()
     return run.index_select(axis, nearest)
 
 
 class WidestTeacher(nn.Module):
-    """A slimmable network at its full width, as it is now, for the transfer loss (arXiv 1903.05134, section 3.3).
+    """A slimmable network at full width, with its current weights, as a teacher (arXiv 1903.05134, section 3.3).
 
-    For the images that the widest one itself was shown, the target is its own prediction and the loss is 0.
+    For images that the student also computes at full width, the target is its own prediction and the loss is 0.
     """
 
     def __init__(self, model):
         super().__init__()
-        self.others = (model,)  # in a tuple, so that it is no sub-module: a loop freezes the parameters of its teacher
+        self.others = (model,)  # a tuple, so that it is no sub-module: the loop freezes its teacher's parameters
 
     def forward(self, x, t, y=None):
         (model,) = self.others
@@ -197,9 +201,9 @@ class WidestTeacher(nn.Module):
 
 
 def check_supernet(model, batch_size):
-    """Raise InputError for a network that trains one width only, or a batch that cannot be divided among its widths."""
+    """Raise InputError if a network trains only one width, or if the batch cannot be divided among its widths."""
     passes = getattr(getattr(model, "config", None), "passes", 0)
     if not passes:
         raise InputError("a supernet is a slimmable network with passes of at least 2, and this one trains one width")
-    if batch_size < passes:
+    if batch_size < passes and not model.config.same_images:
         raise InputError(f"batch_size={batch_size} cannot be divided among {passes} widths")

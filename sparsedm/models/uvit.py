@@ -1,11 +1,11 @@
 """U-ViT: a vision transformer with long skip connections that predicts the noise in an image (arXiv 2209.12152).
 
-tokens:  x = [label, time, context, patches] + pos_embed; label and context only where the model has them
+    tokens:  x = [label, time, context, patches] + pos_embed; label and context only if the model has them
 block:   x = x + proj(attention(qkv(norm1(x))));  x = x + fc2(gelu(fc1(norm2(x))))
-skips:   each out block starts with x = skip_linear([x, skip]), skip being the output of the in block opposite to it
-output:  the patch tokens, decoder_pred(norm(x)) as pixels of their patch, then a 3x3 convolution
+    skips:   each out block starts with x = skip_linear([x, skip]); skip is the output of the opposite in block
+    output:  the patch tokens, decoder_pred(norm(x)) as pixels of their patch, then a 3x3 convolution
 
-Module names are those of the official checkpoints (github.com/baofff/U-ViT), which therefore load with strict=True.
+Modules have the names of the official checkpoints (github.com/baofff/U-ViT): these load with strict=True.
 """
 
 import math
@@ -26,14 +26,14 @@ from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs,
 class UViTConfig:
     """The shape of a U-ViT; the defaults are the paper's S/2.
 
-    image_size and patch_size are in pixels (of the latent, where there is one). depth counts the in and out blocks;
-    there is one middle block more. num_classes counts the real classes, 0 = unconditional. With null_label the label
-    table has one row more, index num_classes, for "no class" in guidance: where the official ImageNet 256 configuration
-    says 1001 classes, ours says 1000. context_tokens > 0 conditions on that many vectors of context_dim numbers.
-    mlp_time_embed: two layers on the time token; qkv_bias: no published U-ViT has one, SparseDM's sparse ones do.
-    schedule: a name in `diffusion.SCHEDULES`. velocity: the layers compute v, and the predicted noise is
-    σ(t) x + α(t) v with the schedule's α and σ (arXiv 2202.00512, appendix D). Errors at high noise then stay small, so
-    that a short training shows something; the published networks compute the noise itself.
+    image_size and patch_size are in pixels of the input, an image or a latent. depth counts the in and out blocks
+    without the middle block. num_classes counts the real classes, 0 = unconditional. With null_label the label table
+    has one more row, index num_classes, for "no class" in guidance: the official ImageNet 256 configuration says 1001
+    classes, ours 1000. context_tokens > 0: the number of condition vectors, of context_dim numbers each.
+    mlp_time_embed: two layers on the time token. qkv_bias: SparseDM's sparse networks have one, no published U-ViT has.
+    schedule: a name in `diffusion.SCHEDULES`. velocity: the layers compute v; the predicted noise is σ(t) x + α(t) v
+    with the schedule's α and σ (arXiv 2202.00512, appendix D). This keeps errors at high noise small in short training
+    runs. The published networks compute the noise directly.
     """
 
     kind: str = "uvit"
@@ -104,7 +104,7 @@ def timestep_embedding(t, dim):
     """t (B,) -> (B, dim): [cos | sin] of t times dim/2 frequencies from 1 down to nearly 1e-4, in at least fp32."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     half = dim // 2
-    # in this order, as officially: another one differs by 6e-5 at widths 768 and 1152
+    # the official order of operations: another order differs by 6e-5 at widths 768 and 1152
     frequencies = torch.exp(-math.log(1e4) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
     angles = t[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -157,7 +157,7 @@ class Block(nn.Module):
 
 
 class UViT(nn.Module):
-    """Noise predictor; see `forward`. `sparse_layers` are the layers that SparseDM (arXiv 2404.10445) masks."""
+    """Noise predictor; see `forward`. `sparse_layers` are the same layers that SparseDM (arXiv 2404.10445) masks."""
 
     sparse_layers = r"\.(attn\.(qkv|proj)|mlp\.fc[12])$"
 
@@ -169,7 +169,7 @@ class UViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.extra_tokens + patches, config.dim))
         self.time_embed = nn.Identity()
         if config.mlp_time_embed:
-            # the activation is the first layer's; its place in the official Sequential stays empty
+            # the first layer has the activation; the activation's index in the official Sequential stays empty
             wide = Linear(config.dim, 4 * config.dim, activation="silu")
             self.time_embed = nn.Sequential(wide, nn.Identity(), Linear(4 * config.dim, config.dim))
         if config.num_classes:

@@ -1,4 +1,4 @@
-"""Which network at which step: a diffusion model does not need its whole network at every noise level (DDSM).
+"""Use a different network at each step: not every noise level needs the whole network (DDSM, arXiv 2310.03337).
 
 family     networks that predict the same noise at different cost: the widths of a slimmable network, the N:M students
            of a chain, or both
@@ -21,21 +21,22 @@ import torch
 from sparsedm import samplers
 from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
-from sparsedm.files import read_json, write_json
+from sparsedm.files import parse_json, read_json, read_text, write_json
 from sparsedm.inspection import inspect
 from sparsedm.model_files import describe, load_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
-_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule")  # younger than some strategies: at their default no part of a mark
+# options newer than some strategies: left out of a fingerprint if default
+_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule", "same_images")
 
 
 @dataclass(frozen=True)
 class Family:
-    """networks: `model(x, t, y)` with equal inputs and schedule. names, costs: of each; cost of one image, in `unit`.
+    """networks: `model(x, t, y)` with equal inputs and schedule. names, costs (of an image, in `unit`): one each.
 
-    MACs are those of linear and convolution layers, kept weights only. Raises InputError for what is no family.
+    MACs count linear and convolution layers, kept weights only. Raises InputError if the networks are no family.
     """
 
     name: str
@@ -43,13 +44,13 @@ class Family:
     names: tuple
     costs: tuple
     unit: str = "MACs"
-    fingerprints: tuple = ()  # of the weights of each; () where that does not matter
+    fingerprints: tuple = ()  # of each network's weights; () where that does not matter
 
     def __post_init__(self):
         if not self.networks:
             raise InputError(f"the family {self.name} is empty: a strategy needs at least one network")
         if not len(self.networks) == len(self.names) == len(self.costs) == len(set(self.names)):
-            raise InputError(f"the family {self.name} needs one cost and one name of its own per network")
+            raise InputError(f"the family {self.name} needs one cost and one unique name per network")
         if not all(0 < cost < math.inf for cost in self.costs):
             raise InputError(f"the family {self.name} has costs {self.costs}: each must be more than 0, and finite")
         kinds = {(schedule_of(n), n.config.image_size, n.config.channels, n.config.num_classes) for n in self.networks}
@@ -67,8 +68,17 @@ class Family:
         config = self.networks[0].config
         return config.channels, config.image_size, config.image_size
 
+    def only(self, names):
+        """The Family of the networks `names`, in this order. Raises InputError for a name that it does not hold."""
+        if absent := [name for name in names if name not in self.names]:
+            raise InputError(f"{self.name} holds no network {', '.join(absent)}: they are {', '.join(self.names)}")
+        places = [self.names.index(name) for name in names]
+        fields = {"networks": self.networks, "names": self.names, "costs": self.costs}
+        fields |= {"fingerprints": self.fingerprints} if self.fingerprints else {}
+        return replace(self, **{field: tuple(values[i] for i in places) for field, values in fields.items()})
+
     def cost(self, sampler, indices):
-        """Of one image drawn with the strategy `indices`, in the family's unit."""
+        """The cost of one image drawn with the strategy `indices`, in the family's unit."""
         counts = samplers.evaluations(sampler, len(indices))
         return sum(count * self.costs[index] for count, index in zip(counts, indices))
 
@@ -76,8 +86,8 @@ class Family:
 def family(name, networks, *, unit="MACs", batch=64):
     """The Family of {name: network}. unit: "MACs", or "seconds", measured here for `batch` images at a time.
 
-    In seconds, networks that hold a pattern are compressed, as they would be to save any, and on a GPU all are timed in
-    bf16, as `sparsedm sample --compress` runs them: the 2:4 kernels know no fp32.
+    For seconds, networks with a pattern are compressed. On a GPU all are timed in bf16, like `sparsedm sample
+    --compress`: the 2:4 kernels have no fp32.
     """
     if unit not in UNITS:
         raise InputError(f"unknown unit {unit!r}: one of {', '.join(UNITS)}")
@@ -92,16 +102,18 @@ def family(name, networks, *, unit="MACs", batch=64):
 
 
 def family_of(run, unit="MACs", device="cpu"):
-    """The Family of a run folder: its stages, each at all its widths if it is slimmable, the costliest first.
+    """The Family of a run folder: its stages, costliest first. A slimmable stage gives one network per width.
 
-    Raises InputError for a run of one network.
+    run: also the model file of a slimmable network, or a folder of run folders, such as a seed of an experiment: then
+    the last stage of each, named by its folder. Raises InputError for a run with only one network.
     """
     run = Path(run)
     networks, stages = {}, {}
-    for stage in sorted(run.glob("[0-9][0-9]-*")) or [run]:
+    several = sorted({found.parents[1] for found in run.glob("*/[0-9][0-9]-*/checkpoints")})
+    for stage in sorted(run.glob("[0-9][0-9]-*")) or several or [run]:
         loaded = load_model(stage, build_model)
         name = " + ".join(sorted(set(describe(loaded.model)["patterns"].values()))) or "dense"
-        name = f"{name} ({stage.name})" if name in stages else name
+        name = stage.name if several else f"{name} ({stage.name})" if name in stages else name
         stages[name] = stage
         slimmable = loaded.model.config.kind == "slimmable"
         found = widths(loaded.model) if slimmable else {"": loaded.model}
@@ -119,7 +131,7 @@ def _as_run(network, device):
 
 
 def fingerprint(network):
-    """16 hexadecimal digits that change with the configuration, the patterns and the weights, wherever they lie."""
+    """16 hexadecimal digits that depend on configuration, patterns and weights, but not on the device."""
     patterns = {name: str(layer.pattern) for name, layer in masked_layers(network)}
     config = getattr(network, "config", None)
     if is_dataclass(config):
@@ -138,7 +150,7 @@ def widths(model):
 
 
 def seconds_per_image(networks, batch=64, rounds=7):
-    """The median time of one call of each network on `batch` images, over `batch`; they take turns, round by round."""
+    """The median time of one call of each network on `batch` images, divided by `batch`. The networks take turns."""
 
     def call(network, inputs):
         with evaluating(network):
@@ -150,7 +162,7 @@ def seconds_per_image(networks, batch=64, rounds=7):
 
 
 def interleaved_seconds(calls, device, rounds):
-    """[median seconds of each of `calls`], functions without arguments, which take turns; the first round warms up."""
+    """[median seconds] of `calls`, functions without arguments. They take turns; the first round is a warm-up."""
     times = [[] for _ in calls]
     for number in range(rounds + 1):
         for call, seconds in zip(calls, times):
@@ -173,7 +185,7 @@ def _wait(device):
 
 @dataclass(frozen=True)
 class Strategy:
-    """indices[i]: the network of step i. The rest says for what it was found; nothing else is accepted."""
+    """indices[i]: the network of step i. The other fields say what it was found for; other uses are refused."""
 
     family: str
     networks: tuple  # names
@@ -202,21 +214,28 @@ class Strategy:
     def steps(self):
         return len(self.indices)
 
-    def models(self, family, *, sampler=None, steps=None):
-        """[network] per step, for `samplers.sample`. Raises InputError where the strategy was found for another case.
+    def models(self, family, *, sampler=None, steps=None, other_weights=False):
+        """[network] per step, for `samplers.sample`. Raises InputError if the strategy was found for another case.
 
-        sampler, steps: what the caller is about to use; None where it asks the strategy.
+        The family may hold more networks than the strategy names. sampler, steps: what the caller uses; None if it
+        takes the strategy's. other_weights: accept networks of the same names with any weights.
         """
-        marked = self.fingerprints and family.fingerprints  # then a folder may have been moved
+        if set(self.networks) < set(family.names):
+            family = family.only(self.networks)
+        # with fingerprints the folder may have another name
+        marked = other_weights or not self.family or (self.fingerprints and family.fingerprints)
         name = None if marked else family.name
         asked = {"family": name, "networks": family.names, "sampler": sampler, "steps": steps}
         for what, value in asked.items():
             if value is not None and value != getattr(self, what):
                 raise InputError(f"the strategy is for {what} {_text(getattr(self, what))}, not {_text(value)}")
-        if marked:
+        if self.fingerprints and family.fingerprints and not other_weights:
             changed = [n for n, a, b in zip(self.networks, self.fingerprints, family.fingerprints) if a != b]
             if changed:
-                raise InputError(f"the strategy was found for other weights of {', '.join(changed)}: search again")
+                names = ", ".join(changed)
+                raise InputError(
+                    f"the weights of {names} changed after the search: search again, or use --other-weights"
+                )
         return [family.networks[index] for index in self.indices]
 
     def save(self, file):
@@ -228,7 +247,9 @@ def _text(value):
 
 
 def load_strategy(file):
-    """A Strategy from its JSON file. Raises InputError naming the file and what is wrong with it."""
+    """A Strategy from its JSON file, or from a list of widths as DDSM released. Raises InputError for a damaged one."""
+    if isinstance(widths := parse_json(read_text(file), file), list):
+        return _from_ddsm(widths, file)
     kinds = {field.name: list if field.type is tuple else field.type for field in fields(Strategy)} | {"steps": int}
     values = read_json(file, **kinds)
     if unknown := values.keys() - kinds.keys():
@@ -242,10 +263,20 @@ def load_strategy(file):
     return strategy
 
 
-def sample(family, strategy, count, **settings):
-    """(count, C, H, W): `samplers.sample` with the network that the strategy names at each step; settings as there."""
+def _from_ddsm(widths, file):
+    """The Strategy in DDSM's file of widths, one for each time of DDPM's schedule from the least noisy on."""
+    eighths = [8 * width if type(width) in (int, float) else 0 for width in widths]
+    if not eighths or not all(k in range(1, 9) for k in eighths):
+        raise InputError(f"{file} holds no strategy: a list must name a width for each step, in eighths such as 0.25")
+    found = sorted({int(k) for k in eighths}, reverse=True)
+    indices = tuple(found.index(k) for k in reversed(eighths))
+    return Strategy("", tuple(f"dense {k}/8" for k in found), "ddpm-large", indices)
+
+
+def sample(family, strategy, count, *, other_weights=False, **settings):
+    """(count, C, H, W): `samplers.sample` with the strategy's network at each step. settings: arguments of `sample`."""
     return samplers.sample(
-        strategy.models(family),
+        strategy.models(family, other_weights=other_weights),
         family.schedule,
         count,
         family.shape,
@@ -262,7 +293,7 @@ def loss_table(family, x0, sampler, steps, *, y=None, seed=0, batch_size=256, pr
     """(networks, steps) float64: the validation loss of each network at the noise level of each step, measured once.
 
     x0 (n, C, H, W) held-out images in [-1, 1]; y (n,) or None. All networks see the same noise. A strategy's proxy is
-    the sum of its entries: it costs no sampling, and knows nothing of how the errors of different steps combine.
+    the sum of its entries (or of their logarithms). It needs no sampling, but ignores how errors of steps combine.
     """
     times = samplers.time_grid(family.schedule, steps, samplers.SAMPLERS[sampler][1])
     rows = [

@@ -1,4 +1,4 @@
-"""What a search leaves to be read: report.json, report.md with the table, and its pictures but the samples."""
+"""The report of a search: report.json, report.md with the table, and all pictures except the samples."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ from sparsedm.files import write_json, write_text
 from sparsedm.plots import COLOURS, GREY, picture, table
 
 NOTE = """\
-found: the front of the search. It was chosen on one set of noises; the table measures it, like all others, on another
-one, so it shows what choosing really gains. One seed, no error bars."""
+found: the front of the search. The search used one set of noises; the table measures all strategies on another set. So
+it shows the real gain of the search. One seed, no error bars."""
 MARKS = {"uniform": "s", "random": "x", "by hand": "^", "found": "o"}
 
 
 def write_report(folder, report):
-    """report: as `study.study` makes it."""
+    """Write all files into `folder`. report: the result of `study.study`."""
     write_json(folder / "report.json", report)
     title = f"{report['family']}: {report['steps']} steps of {report['sampler']}"
     text = summary(report)
@@ -33,12 +33,14 @@ def write_report(folder, report):
 
 def summary(report):
     """The report's table and totals, as text."""
-    head = ("strategy", "cost", "share", "distance", "network of each step, from noise to image")
+    clocked = any("clock" in row for row in report["rows"])
+    head = ("strategy", "cost", "share", *["by the clock"] * clocked, "distance", "networks, from noise to image")
     rows = [
         (
             row["strategy"],
             f"{row['cost'] / 1e6:,.1f} M" if report["unit"] == "MACs" else f"{row['cost'] * 1e3:.3f} ms",
             f"{row['cost'] / report['dearest']:.0%}",
+            *([f"{row['clock'] * 1e3:.3f} ms"] if clocked else []),
             f"{row['quality']:.3f}",
             "".join(str(index) for index in row["indices"]) if len(report["names"]) <= 10 else "",
         )
@@ -50,7 +52,7 @@ def summary(report):
         distance = f"Fréchet ({report['features']}) of {report['final_count']:,} images"
     networks = ", ".join(f"{index} = {name}" for index, name in enumerate(report["names"]))
     spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in report["seconds"].items())
-    return f"""{table(head, rows, left=(0, 4))}
+    return f"""{table(head, rows, left=(0, len(head) - 1))}
 
 networks: {networks}
 distance: {distance}; cost: {report["unit"]} of one image
@@ -67,7 +69,7 @@ def _band(row, report):
 
 
 def shades(count):
-    """A colour per network of a family, the costliest darkest."""
+    """A colour per network of a family; the costliest network is darkest."""
     from matplotlib import colormaps
 
     return [colormaps["YlGnBu"](value) for value in np.linspace(0.95, 0.2, count)]
@@ -76,7 +78,7 @@ def shades(count):
 def plot_front(path, groups, cloud, dearest, quality, title=""):
     """Quality over cost as a share of `dearest`.
 
-    groups: {one of MARKS: [(label, cost, quality)]}; cloud: [(cost, quality)] of all that was tried while searching.
+    groups: {one of MARKS: [(label, cost, quality)]}. cloud: [(cost, quality)] of all strategies that the search tried.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -101,7 +103,7 @@ def plot_front(path, groups, cloud, dearest, quality, title=""):
 
 
 def plot_strategies(path, rows, names, times, title=""):
-    """Which network works at which step, one band per strategy. rows: [(label, indices)]; times: of the steps, 0..1."""
+    """The network of each step, one band per strategy. rows: [(label, indices)]. times: the steps' times, 0..1."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -124,7 +126,7 @@ def plot_strategies(path, rows, names, times, title=""):
 
 
 def plot_proxy(path, losses, names, times, pairs, correlation, quality):
-    """Left: how much worse than the first network each is, step by step. Right: quality as sampled over the proxy."""
+    """Left: each network's loss relative to the first network, per step. Right: sampled quality over the proxy."""
     with picture(path, (10, 4.2)) as figure:
         left, right = figure.subplots(1, 2)
         for colour, name, row in zip(shades(len(names)), names, np.asarray(losses)):
@@ -135,7 +137,7 @@ def plot_proxy(path, losses, names, times, pairs, correlation, quality):
         right.plot(*zip(*pairs), ".", color=COLOURS[0])
         right.set(xlabel="proxy: sum of the logarithms of the losses", ylabel=quality)
         right.set_title(f"rank correlation {correlation:.2f} over {len(pairs)} strategies", fontsize=10)
-        left.set_title("what the cheap networks lack, and where", fontsize=10)
+        left.set_title("loss of the cheaper networks at each step", fontsize=10)
 
 
 def _mark_times(axes, times, most, offset=0.0):

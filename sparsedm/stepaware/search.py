@@ -1,11 +1,11 @@
-"""The search for strategies: which network at which step (see `family.py`), by evolution.
+"""Search for strategies (which network at which step, see `family.py`) by evolution.
 
     DDSM       minimise quality + weight * cost                     (DDSM, arXiv 2310.03337; `weight` is a number)
     NSGA-II    find the whole front of (quality, cost) at once      (Deb et al. 2002; `weight` is None)
 
-quality is any function of a strategy, less being better, such as a sampled Fréchet distance. Both start from all
-uniform strategies, given ones, and random ones; both cross two strategies at one point and set single steps anew at
-random. The machinery is pymoo's. Everything that was ever evaluated is kept: the front is drawn from all of it.
+quality is any function of a strategy; less is better, such as a sampled Fréchet distance. Both methods start from all
+uniform strategies, given ones, and random ones. Both use one-point crossover and replace single steps at random. pymoo
+runs them. All evaluations are stored, and the front is taken from all of them.
 """
 
 import math
@@ -21,18 +21,18 @@ from tqdm import tqdm
 from sparsedm.errors import InputError
 from sparsedm.files import append_json_line, read_json_lines
 
-RECORD = {"indices": list, "quality": float, "seconds": float}  # of the file of Evaluations, with the cost to be read
+RECORD = {"indices": list, "quality": float, "seconds": float}  # a record of Evaluations' file, in addition to the cost
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to search. The defaults are DDSM's. Its weight on CIFAR-10 was 0.1 per GFLOP of a mean step; with a cost in
-    MACs of a whole image, which are half as many and summed over the steps, that is 2e-10 / steps."""
+    """How to search. The defaults are DDSM's. Its weight on CIFAR-10 was 0.1 per GFLOP of a mean step. For a cost in
+    MACs of a whole image (half as many as FLOPs, and summed over the steps) this is 2e-10 / steps."""
 
     population: int = 50
-    generations: int = 10  # with the first
+    generations: int = 10  # including the first
     mutation: float | None = None  # probability per step; None: one step of each strategy on average
-    weight: float | None = None  # of the cost, for DDSM; None: NSGA-II
+    weight: float | None = None  # weight of the cost, for DDSM; None: NSGA-II
     seed: int = 0
 
     def __post_init__(self):
@@ -50,7 +50,7 @@ class SearchOptions:
 
 @dataclass(frozen=True, order=True)
 class Evaluation:
-    """A strategy that was tried: its cost, its quality (less is better), and the network of each step."""
+    """An evaluated strategy: its cost, its quality (less is better), and the network of each step."""
 
     cost: float
     quality: float
@@ -58,20 +58,20 @@ class Evaluation:
 
 
 class Evaluations:
-    """What `measure(indices) -> quality` said, remembered in a file, one JSON record per line; never asked twice.
+    """Calls `measure(indices) -> quality` once per strategy and stores the result in a file, one JSON record per line.
 
-    So a search that was interrupted goes on when the same call is made again: it runs through what it knows already.
-    cost: indices -> number. file: None to remember in memory only. A last line that was cut short is dropped.
-    workers: threads that measure at the same time. Each of them computes alone (torch would use all cores for one
-    measurement, with sums in another order), so that the bits do not depend on how many there are.
+    So the same call continues an interrupted search: the stored results are looked up. cost: indices -> number.
+    file: None: store in memory only. An incomplete last line is dropped. workers: threads that measure at the same
+    time. Each measurement uses one thread, so the bits do not depend on the number of workers (on all cores torch sums
+    in another order).
     """
 
     def __init__(self, measure, cost, file=None, workers=1):
         if workers < 1:
             raise InputError(f"workers is {workers}: at least 1 is needed")
         self.measure, self.cost, self.file, self.workers = measure, cost, file and Path(file), workers
-        self.known, self.asked = {}, 0  # indices -> quality; how many were measured in this session
-        self.seconds = 0.0  # spent measuring, of all workers and sessions together
+        self.known, self.asked = {}, 0  # indices -> quality; the number of measurements in this session
+        self.seconds = 0.0  # of measuring, over all workers and sessions
         for number, record in enumerate(read_json_lines(self.file, **RECORD) if self.file else (), 1):
             if not all(type(index) is int for index in record["indices"]):
                 raise InputError(f"{self.file} is damaged in line {number}: indices must be whole numbers")
@@ -84,9 +84,9 @@ class Evaluations:
         return evaluation
 
     def each(self, strategies):
-        """Yield the Evaluation of each strategy, in their order; raises as a call does.
+        """Yield the Evaluation of each strategy, in order. Raises like a call.
 
-        Whatever ends it early, a failure or an interruption: what is being measured is finished and remembered.
+        After a failure or an interruption the measurements in progress are finished and stored.
         """
         strategies = [tuple(int(index) for index in indices) for indices in strategies]
         pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -118,17 +118,17 @@ class Evaluations:
             append_json_line(self.file, record)
 
     def all(self):
-        """Every Evaluation known, in the order in which they were made."""
+        """All Evaluations, in the order in which they were made."""
         return list(self.each(list(self.known)))
 
 
 def search(evaluate, networks, steps, options, *, start=(), progress=False):
-    """Evolve strategies of `steps` indices below `networks`. Returns the Evaluations made or looked up, each once.
+    """Evolve strategies of `steps` indices below `networks`. Returns each Evaluation made or looked up once.
 
-    evaluate: an `Evaluations`. start: strategies that belong to the first generation, beside the
-    uniform ones; random ones fill it up.
-    Raises: InputError for a population that is too small for these or larger than there are strategies, and where pymoo
-    is not installed.
+    evaluate: an `Evaluations`. start: strategies of the first generation, in addition to the uniform ones; random ones
+    fill the rest.
+    Raises: InputError if the population is smaller than these or larger than the number of strategies, or if pymoo is
+    not installed.
     """
     first = first_generation(networks, steps, options, start)
     check_installed()
@@ -170,7 +170,7 @@ def search(evaluate, networks, steps, options, *, start=(), progress=False):
 
 
 def check_installed():
-    """Raise InputError where pymoo, with which `search` evolves, is not installed."""
+    """Raise InputError if pymoo is not installed."""
     try:
         import pymoo.optimize  # noqa: F401
     except ImportError as error:
@@ -198,7 +198,7 @@ def first_generation(networks, steps, options, start=()):
 
 
 def front(evaluations):
-    """The Evaluations that no other one beats in both quality and cost, the cheapest first; of equals the first."""
+    """The Evaluations that no other one beats in quality and cost, cheapest first. Of equal ones the first."""
     best, found = math.inf, []
     for evaluation in sorted(evaluations, key=lambda e: (e.cost, e.quality)):
         if evaluation.quality < best:
@@ -208,7 +208,7 @@ def front(evaluations):
 
 
 def best_so_far(evaluations, weight):
-    """A few words for the progress bar."""
+    """A text for the progress bar."""
     if weight is None:
         found = front(evaluations)
         return f"front of {len(found)}, quality {found[-1].quality:.4g} to {found[0].quality:.4g}"
@@ -217,10 +217,10 @@ def best_so_far(evaluations, weight):
 
 
 def proxy_optima(table, costs):
-    """The strategies that minimise Σ table[index, step] + λ costs[index, step] for some λ >= 0, the costliest first.
+    """The strategies that minimise Σ table[index, step] + λ costs[index, step] for some λ >= 0, costliest first.
 
-    table, costs (networks, steps). The sum is additive, so each step decides for itself: this is the convex hull of the
-    proxy's front, exactly and at once, which makes good strategies for a search by a better measure to start from.
+    table, costs (networks, steps). The sum is additive, so each step is minimised alone. The result is the exact convex
+    hull of the proxy's front: good strategies to start a search with a better measure.
     """
     table, costs = np.asarray(table, dtype=float), np.asarray(costs, dtype=float)
     gain, saving = table[:, None] - table[None], costs[None] - costs[:, None]  # of choosing b (axis 1) over a (axis 0)
@@ -231,6 +231,6 @@ def proxy_optima(table, costs):
 
 
 def rank_correlation(a, b):
-    """Spearman's ρ of two lists of numbers, equal ones sharing their mean rank; NaN if all of one list are equal."""
+    """Spearman's ρ of two lists of numbers. Equal numbers share their mean rank. NaN if a list is constant."""
     ranks = [np.searchsorted(np.sort(v), v, "left") + np.searchsorted(np.sort(v), v, "right") for v in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(rank) for rank in ranks) else math.nan

@@ -1,9 +1,9 @@
-"""One search from a run folder to a report: family, loss table, evolution, and a comparison on fresh noise.
+"""One search, from a run folder to a report: family, loss table, evolution, and a comparison on fresh noise.
 
-Everything that takes time is kept in the folder as it is made, and not made again: table.json, evaluations.jsonl,
-final.jsonl.
+The folder stores all slow results at once, so that a resume reuses them: table.json, evaluations.jsonl, final.jsonl.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.plots import save_grid
-from sparsedm.stepaware.family import Family, Strategy, family_of, loss_table, sample
+from sparsedm.stepaware.family import Family, Strategy, family_of, interleaved_seconds, loss_table, sample
 from sparsedm.stepaware.report import write_report
 from sparsedm.stepaware.search import (
     Evaluations,
@@ -35,13 +35,14 @@ from sparsedm.train.loop import OutOfTime, amp_of
 
 QUALITIES = ("frechet", "proxy")
 SHOWN = 16  # images of each strategy in the picture
+CLOCKED, ROUNDS = 64, 3  # images drawn at once to time a strategy; the median of so many, in turns
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search is about. Its noise comes from search.seed, that of the comparison afterwards from the next one."""
+    """The settings of a search. Its noise comes from search.seed; the noise of the comparison from search.seed + 1."""
 
-    run: Path  # whose networks are the family
+    run: Path  # the run folder with the networks of the family
     folder: Path
     data: str
     sampler: str
@@ -50,13 +51,16 @@ class Plan:
     final_count: int  # images per row of the table
     validation: int  # images for the loss table
     search: SearchOptions
-    quality: str = "frechet"  # of QUALITIES
+    quality: str = "frechet"  # one of QUALITIES
     features: str = "random-conv"
     unit: str = "MACs"
-    clip: str = "every"  # of samplers.CLIPS
+    clip: str = "every"  # one of samplers.CLIPS
+    guidance: float | None = None  # see `samplers.guided`
+    networks: tuple = ()  # the names to search among; (): all
+    exclude: tuple = ()  # names, or ends of names such as 8/8, to leave out
     device: torch.device | str = "cpu"
     workers: int = 1  # strategies measured at the same time, on one thread each
-    deadline: float = math.inf  # of time.monotonic(): no strategy is begun after it
+    deadline: float = math.inf  # a value of time.monotonic(): no measurement starts after it
 
     def __post_init__(self):
         if self.workers < 1:
@@ -69,24 +73,42 @@ class Plan:
         samplers.evaluations(self.sampler, self.steps)
 
     def facts(self, family):
-        """What the folder's measurements depend on; the size of the search is none of it."""
+        """The settings that the stored measurements depend on. Population and generations are not among them."""
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
         networks = dict(zip(family.names, family.fingerprints))
         facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
-        return facts if self.clip == "every" else facts | {"clip": self.clip}  # which older folders do not know
+        younger = {"clip": (self.clip, "every"), "guidance": (self.guidance, None)}  # older folders have neither
+        return facts | {name: value for name, (value, default) in younger.items() if value != default}
+
+    def family(self):
+        """The Family to search among. Raises InputError for a name that no network has, and if none is left."""
+        found = family_of(self.run, self.unit, self.device)
+        found = found.only(self.networks) if self.networks else found
+        for end in self.exclude:
+            kept = [name for name in found.names if name != end and not name.endswith(f" {end}")]
+            if len(kept) == len(found.names):
+                raise InputError(f"no network is named {end!r}, which could be left out: {', '.join(found.names)}")
+            found = found.only(kept)
+        config = found.networks[0].config
+        if self.guidance and not (config.num_classes and getattr(config, "null_label", True)):
+            raise InputError(f"guidance {self.guidance:g} needs networks with classes and a null label")
+        return found
 
 
 def study(plan):
-    """Carry out a Plan, or go on where it stopped. Returns the report, a dict, which it also leaves in the folder.
+    """Carry out a Plan, or continue it. Returns the report, a dict, and writes it into the folder.
 
-    Raises InputError: the folder was made by another plan; latents, of which only the proxy can be measured; a search
-    that cannot be. OutOfTime: what was measured until then is kept.
+    Raises InputError if the folder belongs to another plan, if the data are latents (these need quality="proxy"), or if
+    the search is impossible. Raises OutOfTime at the deadline; the measurements so far are stored.
     """
     setting = _prepare(plan)
     tried = setting.evaluations("evaluations.jsonl", plan.count, plan.search.seed)
     compared = _compared(setting, _evolved(setting, tried))
     final = setting.evaluations("final.jsonl", plan.final_count, plan.search.seed + 1)
-    report = _report(setting, tried, final, _rows(compared, tried, final))
+    rows = _rows(compared, tried, final)
+    if plan.unit == "seconds":
+        rows = _clocked(setting, rows)
+    report = _report(setting, tried, final, rows)
     for name, indices in compared["found"].items():
         strategy = replace(setting.strategy(indices), fingerprints=setting.family.fingerprints)
         strategy.save(plan.folder / "strategies" / f"{name.replace(' ', '-')}.json")
@@ -98,7 +120,7 @@ def study(plan):
 
 @dataclass(frozen=True)
 class _Setting:
-    """What every measurement of a plan shares. losses (networks, steps): see `loss_table`."""
+    """Shared by all measurements of a plan. losses (networks, steps): see `loss_table`."""
 
     plan: Plan
     family: Family
@@ -111,16 +133,16 @@ class _Setting:
         return np.log(self.losses[list(indices), range(self.plan.steps)]).sum()
 
     def cost(self, indices):
-        return self.family.cost(self.plan.sampler, indices)
+        return self.family.cost(self.plan.sampler, indices) * (2 if self.plan.guidance else 1)
 
     def strategy(self, indices):
         return Strategy(self.family.name, self.family.names, self.plan.sampler, indices, self.plan.data)
 
     def draw(self, indices, count, seed):
-        return _draw(self.family, self.strategy(indices), count, seed, self.plan.clip)
+        return _draw(self.family, self.strategy(indices), count, seed, self.plan.clip, self.plan.guidance)
 
     def evaluations(self, file, count, seed):
-        """Evaluations of the quality over `count` images of this seed, kept in the folder."""
+        """Evaluations of the quality over `count` images of this seed, stored in the folder."""
 
         def measured(indices):
             if time.monotonic() >= self.plan.deadline:
@@ -134,11 +156,11 @@ class _Setting:
 
 
 def _prepare(plan):
-    """The _Setting of a plan, whose folder is claimed once it is known that the plan can be carried out."""
-    family = family_of(plan.run, plan.unit, plan.device)
+    """The _Setting of a plan. Its folder is claimed only after all checks of the plan."""
+    family = plan.family()
     images = load_images(plan.data, "train", family.shape[1])
     if images.is_latent and plan.quality != "proxy":
-        raise InputError(f"data {plan.data} holds latents, which have no Fréchet distance here: use --quality proxy")
+        raise InputError(f"data {plan.data} holds latents, not images for a Fréchet distance: use --quality proxy")
     first_generation(len(family.names), plan.steps, plan.search)
     checkpoint.claim(plan.folder, plan.facts(family))
     family, losses, seconds = _table(plan, family)
@@ -171,7 +193,7 @@ def _compared(setting, found):
 
 
 def _rows(compared, tried, final):
-    """The rows of the table, the costliest first: each strategy on fresh noise, and as the search saw it."""
+    """The rows of the table, costliest first: the quality of each strategy on fresh noise and on the search's noise."""
     named = [(group, name, indices) for group, items in compared.items() for name, indices in items.items()]
     every = [indices for _, _, indices in named]
     rows = [
@@ -179,6 +201,17 @@ def _rows(compared, tried, final):
         for (group, name, _), measured, searched in zip(named, final.each(every), tried.each(every))
     ]
     return sorted(rows, key=lambda row: -row["cost"])
+
+
+def _clocked(setting, rows):
+    """The rows with "clock": the seconds of one image over whole sampling, measured once and kept in clock.json."""
+    file = setting.plan.folder / "clock.json"
+    indices = [row["indices"] for row in rows]
+    if not file.exists() or read_json(file, indices=list)["indices"] != [list(i) for i in indices]:
+        calls = [functools.partial(setting.draw, i, CLOCKED, setting.plan.search.seed) for i in indices]
+        seconds = [total / CLOCKED for total in interleaved_seconds(calls, setting.plan.device, ROUNDS)]
+        write_json(file, {"indices": indices, "seconds": seconds})
+    return [row | {"clock": seconds} for row, seconds in zip(rows, read_json(file, seconds=list)["seconds"])]
 
 
 def _report(setting, tried, final, rows):
@@ -205,7 +238,7 @@ def _report(setting, tried, final, rows):
 
 
 def _training_seconds(run):
-    """Of all stages below a run folder, as their latest checkpoints say."""
+    """Training seconds of all stages below a run folder, from their latest checkpoints."""
     files = sorted(Path(run).glob("**/checkpoints/step-*/state.json"))
     latest = {file.parents[2]: read_json(file, seconds=float)["seconds"] for file in files}
     return sum(latest.values())
@@ -216,7 +249,7 @@ def _times(plan, family):
 
 
 def _table(plan, family):
-    """(the family with the costs that the folder remembers, losses (networks, steps), seconds), measured once."""
+    """(the family with the stored costs, losses (networks, steps), seconds), measured once."""
     file = plan.folder / "table.json"
     if not file.exists():
         start = time.perf_counter()
@@ -233,12 +266,12 @@ def _table(plan, family):
     except (TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged: {error}") from error
     if losses.shape != (len(family.names), plan.steps) or not (losses > 0).all() or not np.isfinite(losses).all():
-        raise InputError(f"{file} is damaged: it must hold a loss of each of the networks at each step")
+        raise InputError(f"{file} is damaged: it must hold a loss for each network and step")
     return replace(family, costs=costs), losses, known["seconds"]
 
 
 def _distance_to(images, plan):
-    """uint8 samples -> their Fréchet distance to the images."""
+    """A function: uint8 samples -> their Fréchet distance to the images."""
     features = load_features(plan.features, plan.device)
     real = evaluate.summarize(images.images, features, images.source, cache=cache_folder(), progress=True)
 
@@ -250,17 +283,17 @@ def _distance_to(images, plan):
     return distance
 
 
-def _draw(family, strategy, count, seed, clip):
+def _draw(family, strategy, count, seed, clip, guidance=None):
     """uint8 samples; every strategy gets the same noise and labels."""
     classes = family.networks[0].config.num_classes
     labels = torch.arange(count) % classes if classes else None
     with _autocast(family):
-        images = sample(family, strategy, count, seed=seed, y=labels, clip=clip, batch_size=256)
+        images = sample(family, strategy, count, seed=seed, y=labels, clip=clip, guidance=guidance, batch_size=256)
     return to_uint8(images).cpu()
 
 
 def _autocast(family):
-    """Networks run in the precision that they were trained in."""
+    """Autocast to the precision that the networks were trained in."""
     device = next(family.networks[0].parameters()).device
     return torch.autocast(device.type, torch.bfloat16, enabled=amp_of(device) == "bf16")
 

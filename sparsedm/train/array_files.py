@@ -1,10 +1,10 @@
-"""Images that lie in files as arrays: numpy's .npz, and CIFAR-10 (Krizhevsky, 2009) as its author distributes it.
+"""Read images stored as arrays: numpy's .npz, and CIFAR-10 (Krizhevsky, 2009) as its author distributes it.
 
-.npz: images under one of the names images, x, arr_0; labels, if there are any, under labels, y or arr_1.
+.npz: images under one of the names images, x, arr_0; optional labels under labels, y or arr_1.
 CIFAR-10: python batches or binary batches, in a folder or a tar.gz. Binary batch: records of 3073 bytes, the label and
 then 3 x 32 x 32 pixels, plane by plane. Python batch: a pickled dict with `data` (uint8, n x 3072, the same pixels) and
-`labels`. A pickle can run any code, so these are read with an unpickler that knows no class at all but stand-ins for
-the few a batch is made of.
+`labels`. A pickle can run any code, so the unpickler here knows no classes, only stand-ins for the few classes in a
+batch.
 """
 
 import gzip
@@ -27,7 +27,7 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN, TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-MOST_BATCH_BYTES = 1 << 28  # of one batch, which has 31 MB; the limits are against bombs
+MOST_BATCH_BYTES = 1 << 28  # limit for one batch (which has 31 MB), against decompression bombs
 MOST_TAR_BYTES = 1 << 31
 
 
@@ -40,7 +40,7 @@ def read_npz(path):
             arrays = dict(file)
     except InputError:
         raise
-    except Exception as error:  # of a damaged archive any
+    except Exception as error:  # a damaged archive may raise anything
         raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
     images, labels = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS))
     if len(images) != 1 or len(labels) > 1 or len(images + labels) < len(arrays):
@@ -96,7 +96,7 @@ def cifar10_folder(folder):
 def read_cifar10(path, progress=True):
     """Read a folder (see cifar10_folder) or tar.gz file. Returns Parts: train and test, uint8 (n, 3, 32, 32).
 
-    InputError, naming the file: a batch missing, damaged or with anything else in its pickle.
+    Raises InputError, naming the file, if a batch is missing or damaged, or if its pickle holds anything else.
     """
     batches = _folder_batches(path) if path.is_dir() else _tar_batches(path)
     batches = dict(tqdm(batches, f"read {path.name}", total=6, unit="batch", disable=None if progress else True))
@@ -120,7 +120,7 @@ def _folder_batches(folder):
 
 
 def _tar_batches(path):
-    """Read in memory what is needed, by the last part of its name: nothing is extracted, so no path can climb out."""
+    """Read the needed files into memory, by the last part of their names. Nothing is extracted."""
     try:
         with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
             unpacked = 0
@@ -133,10 +133,10 @@ def _tar_batches(path):
                 name = os.path.basename(member.name)
                 if member.isreg() and name.removesuffix(".bin") in TRAIN + TEST:
                     yield name.removesuffix(".bin"), _batch(f"{path}/{name}", archive.extractfile(member).read())
-            file.read(MOST_BATCH_BYTES)  # to the end, where gzip compares its checksum
+            file.read(MOST_BATCH_BYTES)  # to the end, because gzip checks its checksum there
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # of a damaged archive any
+    except Exception as error:  # a damaged archive may raise anything
         raise InputError(f"{path} is not a readable tar.gz file, perhaps cut short ({error})") from error
 
 
@@ -169,7 +169,7 @@ def _pickled(content):
 
 
 class _Foreign(Exception):
-    """A pickle names something that is not in a batch."""
+    """A pickle names a class that no batch needs."""
 
 
 class _Array:
@@ -193,7 +193,7 @@ class _DType:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Nothing but the stand-ins can be named, so nothing of numpy or Python runs."""
+    """Knows only the stand-ins, so no code of numpy or Python runs."""
 
     def find_class(self, module, name):
         match module, name:

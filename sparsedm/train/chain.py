@@ -1,11 +1,11 @@
 """A chain of students: train in stages of different sparsity, each stage in its own folder, each resumable.
 
-    stage 0   dense training, or straight from a dense network and its average
-    stage k   a separate student, started from the previous student's network and average, sparser, with a teacher
+    stage 0   trains a dense network; left out if the chain starts from a trained one
+    stage k   trains a new, sparser student with a teacher; it starts from the (EMA) weights of the previous one
 
-(SparseDM, arXiv 2404.10445.) A stage marked `inplace` is not a separate student: the same network, optimizer and
-average go on under the new pattern. All stages draw from one stream of batches and noise, so every way to spend a
-budget of steps from the same start sees the same images.
+(SparseDM, arXiv 2404.10445.) A stage marked `inplace` makes no new student: the same network, optimizer and EMA weights
+continue under the new pattern. All stages draw from one stream of batches and noise. So all chains with the same start
+and the same number of steps see the same images.
 """
 
 import copy
@@ -33,7 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageResult:
-    """A finished stage. Consecutive stages in place share one network, which has then seen the last of them."""
+    """A finished stage.
+
+    Consecutive stages with inplace=True share one network object. Their earlier results therefore hold the weights
+    after the last of them.
+    """
 
     stage: Stage
     folder: Path
@@ -54,9 +58,10 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a chain begins; the networks are not changed. ema None means that nothing was trained yet.
+    """Where a chain begins. Its networks are not changed. ema None: nothing was trained yet.
 
-    speed: images per second that the training of `ema` made, for the log; from the first dense stage on, its own.
+    speed: training speed (images per second) of the dense network that the chain starts from. It is only logged. After
+    a dense stage, that stage's speed replaces it.
     build: () -> a freshly initialised network, for stages with init="random".
     """
 
@@ -81,10 +86,10 @@ def run_chain(
     device="cpu",
     progress=True,
 ):
-    """Train the stages one after another, or go on where `folder` stopped; finished stages are loaded, not repeated.
+    """Train the stages one after another, or continue the run in `folder`. Finished stages are loaded, not repeated.
 
     start: a Start. options: TrainOptions; steps and lr come from the stages. where: which layers, see `sparsify`.
-    The rest: see `train`.
+    Other arguments: see `train`.
     Returns a list of StageResult. Raises: InputError, TrainingDiverged, Interrupted, OutOfTime.
     """
     folder = Path(folder)
@@ -135,14 +140,14 @@ def _student(start, stage, results, seed):
     network = model if continued else copied(model)
     if stage.init == "random":
         with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(seed + 1)  # not what the dense network itself began from
+            torch.default_generator.manual_seed(seed + 1)  # not the dense network's initial weights
             network = start.build()
     average = copied(network if average is None else average)
     return Student(network, average, results[-1].result.checkpoint if continued else None)
 
 
 def check_chain(start, stages, images, options, where=None, validation=None):
-    """Raise InputError for what could not be trained to the end. images None: those are not looked at."""
+    """Raises InputError if a later stage would fail. images None: the check of the images is skipped."""
     check_stages(stages, start.ema, start.build)
     if images is not None:
         check_data(start.model, images, validation)
@@ -160,9 +165,9 @@ def check_chain(start, stages, images, options, where=None, validation=None):
 
 
 def plan(stages, options, model, folder, where=None):
-    """What `run_chain` would do, as one dict per stage; trains, writes and reads nothing but the folder's step numbers.
+    """What `run_chain` would do: one dict per stage. Trains and writes nothing; reads only the folder's step numbers.
 
-    memory_bytes counts weights, gradients, the optimizer's moments, the average and the teacher, not the activations.
+    memory_bytes counts weights, gradients, the optimizer's moments, EMA weights and teacher, but no activations.
     """
     rows = []
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -192,7 +197,7 @@ def _folders(stages, folder):
 
 
 def check_stages(stages, ema, build):
-    """Refuse before anything is trained what could not be trained to the end."""
+    """Raise InputError, before anything is trained, if a stage lacks its teacher or its start."""
     if not stages:
         raise InputError("a chain needs at least one stage")
     dense = ema is not None and not masked_layers(ema)
@@ -200,11 +205,11 @@ def check_stages(stages, ema, build):
         teacher = stage.learns_from
         if (teacher == "dense" and not dense) or (teacher == "previous" and not index and ema is None):
             raise InputError(
-                f"stage {stage.name} needs a {teacher} teacher, and nothing that could be one was trained: "
+                f"stage {stage.name} needs a {teacher} teacher, but no network was trained before it: "
                 "begin with a dense stage or from a dense checkpoint"
             )
         if stage.init == "random" and build is None:
-            raise InputError(f"stage {stage.name} starts at random, which needs a way to build a network")
+            raise InputError(f"stage {stage.name} starts at random: Start needs build=")
         dense = dense or Pattern.parse(stage.pattern) is None
 
 
@@ -213,5 +218,5 @@ def _set_pattern(student, stage, where):
         sparsify(network, stage.pattern, where)
     if masked_layers(student.model):
         set_masking(student.model, decay=stage.decay, dropped=stage.dropped, frozen=stage.frozen_mask)
-        # the average has a mask of its own until the first step, then it follows the student's
+        # a frozen EMA mask is the EMA weights' own until the first step, then a copy of the student's
         set_masking(student.ema, frozen=stage.frozen_mask)

@@ -1,6 +1,8 @@
-"""Run folders and checkpoints: safetensors and JSON, written so that no crash, kill or full disk leaves half of one.
+"""Run folders and checkpoints: safetensors and JSON, written so that a crash, kill or full disk leaves no half file.
 
-A run folder:   options.json                    what made the run; the same command resumes it, another one is refused
+`claim` decides whether a folder may be continued; `loop._Run` resumes from its newest checkpoint.
+
+A run folder:   options.json                    the options of the run; resuming with other options is refused
                 metrics.jsonl                   one record per log
                 checkpoints/step-00001000/      model.safetensors  ema.safetensors  optimizer.safetensors  state.json
 The network files inside a checkpoint are model files (`model_files.py`).
@@ -22,6 +24,7 @@ except ImportError:  # Windows: folders are not locked there
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_folder, read_json, write_json, writing
+from sparsedm.kernels.cpu import rules
 from sparsedm.model_files import (
     check_digest,
     checkpoints,
@@ -41,7 +44,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of every optimizer that `step.py`
 
 @contextlib.contextmanager
 def run_lock(folder):
-    """`folder_lock` of a run folder, which is also swept of what a killed run left half-written."""
+    """`folder_lock` of a run folder. Also deletes half-written checkpoints of a killed run."""
     folder = Path(folder)
     with writing(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -53,9 +56,9 @@ def run_lock(folder):
 
 @contextlib.contextmanager
 def folder_lock(folder):
-    """Hold a folder for this process.
+    """Lock a folder for this process.
 
-    Raises: InputError if another process holds it, or if nothing can be written there.
+    Raises: InputError if another process has locked it, or if nothing can be written there.
     """
     folder = Path(folder)
     with writing(folder):
@@ -73,16 +76,16 @@ def folder_lock(folder):
 
 
 def claim(folder, record, free=(), classes=(), may_grow=(), because=None):
-    """Store what makes a run (a dict of JSON values) as folder/options.json, or check that it was made by the same.
+    """Store the options of a run (a dict of JSON values) as folder/options.json, or compare them with the stored ones.
 
-    free: names, at any depth, that may differ, such as how often to log. classes: the dataclasses behind the record: an
-    option that the folder does not know, because it is older, had the default there. may_grow: full names of numbers,
-    such as "options.steps", that may be larger than they were; because: why they may not, in words.
-    Raises: InputError listing the differences, so that a run is never continued as another one.
+    free: names, at any depth, that may differ, such as how often to log. classes: dataclasses whose defaults fill in
+    options that an older folder did not store. may_grow: numbers that may increase on resume, such as "options.steps".
+    because: if given, they may not increase, and this is the reason shown.
+    Raises: InputError that lists the differences, so that a run never continues with other options.
     """
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
     if printable(folder) != str(folder):
-        raise InputError(f"the name of the run folder {folder} is not UTF-8: safetensors could not read what is in it")
+        raise InputError(f"the name of the run folder {folder} is not UTF-8: safetensors cannot read files in it")
     if not file.exists():
         write_json(file, record)
         return
@@ -99,7 +102,7 @@ def claim(folder, record, free=(), classes=(), may_grow=(), because=None):
         different = [f"{reason}: {because}" for reason in different]
     if different:
         more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
-        raise InputError(f"{folder} was made by other options, choose another folder: {'; '.join(different[:8])}{more}")
+        raise InputError(f"{folder} has other options, choose another folder: {'; '.join(different[:8])}{more}")
 
 
 def _flat(value, free, prefix=""):
@@ -115,11 +118,11 @@ def _flat(value, free, prefix=""):
 
 
 def save(folder, step, *, model, ema, optimizer, state, keep=2):
-    """Write checkpoints/step-<step>/ and, once it stands, remove all but the last `keep`; returns its path.
+    """Write checkpoints/step-<step>/, then remove all but the last `keep`. Returns its path.
 
-    state: dict of JSON values, stored in state.json beside the step, the models' description and the versions.
-    A checkpoint of the same step is left as it is: a step has one outcome.
-    Raises: InputError if it cannot be written; what was saved before is then untouched.
+    state: dict of JSON values for state.json, which also holds the step, the model's description and versions.
+    If a checkpoint of this step exists, it is not written again.
+    Raises: InputError if it cannot be written. Older checkpoints are then unchanged.
     """
     path = Path(folder) / "checkpoints" / f"step-{step:08d}"
     if path.exists():
@@ -132,10 +135,11 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         write_model(partial / "model.safetensors", model)
         write_model(partial / "ema.safetensors", ema)
         write_tensors(partial / "optimizer.safetensors", moments, {"tensors": str(len(moments))})
-        about = {"versions": {"torch": torch.__version__}, "sha256": digests(partial)}
+        versions = {"torch": torch.__version__, "cpu_kernels": rules.version()}
+        about = {"versions": versions, "sha256": digests(partial)}
         write_json(partial / "state.json", {"step": step, **state, "model": describe(model), **about})
     for old in checkpoints(folder)[:-keep]:
-        hidden = old.with_name(f".{old.name}.partial")  # gone at once, even if the removal is cut short
+        hidden = old.with_name(f".{old.name}.partial")  # hidden at once, even if the removal is interrupted
         old.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
     return path
@@ -146,8 +150,18 @@ def latest(folder):
     return (checkpoints(folder) or [None])[-1]
 
 
+def differing_kernels(state):
+    """What the state.json of a checkpoint says of the CPU kernels, and what this process runs, in words; None if equal.
+
+    Then a training on a CPU that goes on from it is right, and not bit for bit what it would have been.
+    """
+    versions, here = state.get("versions"), rules.version()
+    there = versions.get("cpu_kernels", "not recorded") if isinstance(versions, dict) else "not recorded"
+    return None if there == here else f"{there} there, {here} here"
+
+
 def load(path, model, ema):
-    """Load the two networks of a checkpoint in place. Raises: InputError naming the file that is damaged or unfit."""
+    """Load the two networks of a checkpoint in place. Raises: InputError naming a file that is damaged or unfit."""
     networks = {Path(path) / f"{name}.safetensors": network for name, network in (("model", model), ("ema", ema))}
     for file, network in networks.items():
         with _or_the_one_before(path):
@@ -166,9 +180,9 @@ def _state(path):
 
 
 def load_optimizer(path, model, optimizer):
-    """Load the optimizer of a checkpoint in place; returns the checkpoint's state (a dict with `step`).
+    """Load the optimizer of a checkpoint in place. Returns the checkpoint's state (a dict with `step`).
 
-    optimizer: over `model.parameters()`, in that order. Raises: InputError naming the file that is damaged or unfit.
+    optimizer: over `model.parameters()`, in that order. Raises: InputError naming a file that is damaged or unfit.
     """
     file = Path(path) / "optimizer.safetensors"
     places = {name: (place, value) for place, (name, value) in enumerate(model.named_parameters())}
@@ -199,11 +213,11 @@ def _form(tensor):
 
 @contextlib.contextmanager
 def _or_the_one_before(path):
-    """Say of a damaged checkpoint how to go on from an older one, which is not done unasked: it repeats work."""
+    """Add to the error of a damaged checkpoint how to continue from an older one. The user decides: it repeats work."""
     try:
         yield
     except InputError as error:
         older = [other for other in checkpoints(Path(path).parents[1]) if other.name < Path(path).name]
         if not older:
             raise
-        raise InputError(f"{error}; to go on from {older[-1].name} instead, delete {path}") from error
+        raise InputError(f"{error}; to continue from {older[-1].name} instead, delete {path}") from error

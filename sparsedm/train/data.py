@@ -1,8 +1,7 @@
-"""Images as one tensor in memory: loaded from anything, held where training happens, drawn from by pure functions.
+"""Images as one tensor on the training device, from several sources. Pure functions make the batches.
 
-There is no data loader: a set is decoded once into uint8 (later runs find that in the cache) and moved to the device,
-where a batch is an index and a scale. Which images are in a batch is a function of (seed, step), so a resumed run needs
-no state.
+There is no data loader. A set is decoded once into uint8, stored in the cache, and moved to the device; a batch is an
+index and a scale. The images of a batch are a function of (seed, step), so a resumed run needs no state.
 
     source             what it is
     synthetic          shapes of sparsedm.train.synthetic; synthetic:32 for 32x32 instead of 12x12
@@ -11,8 +10,8 @@ no state.
     folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.array_files)
     .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW); labels (array_files too)
 
-A source without a test split is split by a rule: 2% of the images but at least 64 (and at most half), drawn with a
-fixed seed, are "test", the rest is "train".
+A source without a test split is divided: 2% of the images, but at least 64 and at most half, drawn with a fixed seed,
+are "test"; the rest is "train".
 """
 
 import dataclasses
@@ -45,7 +44,7 @@ END_BYTES = 1 << 20  # at each end of a file, part of its signature
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """images: uint8 (n, c, h, w) in 0..255, or float32 latents; labels: int64 (n,) or None; class_names: one per label;
-    source: what `load` was asked for; sizes: those of image files before they were fitted, see `image_files.Parts`."""
+    source: the argument of `load`; sizes: the original sizes of image files, see `image_files.Parts`."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
@@ -76,11 +75,11 @@ class ImageSet:
 def load(source, split="train", *, size=None, crop="square", limit=None, progress=True, cache=None):
     """Load one split ("train" or "test") of `source` (see the top of this file) into an ImageSet on the CPU.
 
-    size: side in pixels; other images are cropped to a centred square and resized. crop: see `read_image_files`. limit:
-    at most so many images, evenly spaced through the split, so that all classes stay. cache: folder for downloads and
-    decoded sets, default `sparsedm.files.cache_folder()`; what it holds is used only while the source is unchanged (the
-    size and times of every file, the ends of a zip or tar.gz). InputError: a source that is missing, empty, damaged, or
-    of mixed sizes where no size is asked for.
+    size: side in pixels; other images are cropped to a centred square and resized. crop: see `read_image_files`.
+    limit: the largest number of images, evenly spaced through the split, so that all classes stay. cache: folder for
+    downloads and decoded sets; default: `sparsedm.files.cache_folder()`. A decoded set is used only if the source is
+    unchanged (size and times of every file, both ends of a zip or tar.gz). Raises InputError if the source is missing,
+    empty or damaged, or has mixed sizes and `size` is None.
     """
     source, cache = str(source), Path(cache or cache_folder())
     if split not in SPLITS:
@@ -102,7 +101,7 @@ def load(source, split="train", *, size=None, crop="square", limit=None, progres
 
 
 def load_images(source, split, size, limit=None, crop="square"):
-    """Images of the size the network takes. Mixed sizes are refused; one other size is fitted, and it is said."""
+    """Images in the size of the network. Mixed sizes are refused; another size is resized, with a log message."""
     found = load(source, split, size=size, limit=limit, crop=crop)
     if len(found.sizes) > 1:
         raise InputError(f"{source}: {different_sizes(found.sizes)}")
@@ -115,21 +114,21 @@ def load_images(source, split, size, limit=None, crop="square"):
 
 
 def check_source(source):
-    """Raise InputError, before anything is read, where `source` is none that `load` could read."""
+    """Raise InputError, before anything is read, if `source` is no source of `load`."""
     if source == "cifar10" or source.partition(":")[0] == "synthetic":
         return
     path = Path(source).expanduser()
     if not path.exists():
-        raise InputError(f"data {source!r}: no such file or folder, nor one of the words synthetic and cifar10")
+        raise InputError(f"data {source!r}: no such file or folder, and not synthetic or cifar10")
     if not path.is_dir():
         regular_file(path)
 
 
 def batch(images, indices, *, flip_generator=None):
-    """The images `indices` (int64 (b,), any device) of an ImageSet as the network sees them, on the device of the set.
+    """The images `indices` (int64 (b,), any device) of an ImageSet as network inputs, on the device of the set.
 
-    flip_generator: torch.Generator (any device) that mirrors each image with probability 1/2, latents never.
-    Returns x float32 (b, c, h, w), images in [-1, 1] and latents as they are, and y int64 (b,) or None.
+    flip_generator: torch.Generator (any device); each image is mirrored with probability 1/2, latents never.
+    Returns x float32 (b, c, h, w), with images in [-1, 1] and latents unchanged, and y int64 (b,) or None.
     """
     device = images.images.device
     indices = indices.to(device)
@@ -144,9 +143,9 @@ def batch(images, indices, *, flip_generator=None):
 
 
 def batch_indices(n, batch, step, seed):
-    """Which of n images step `step` (0, 1, ...) trains on: int64 (batch,) on the CPU, a pure function of the arguments.
+    """The images of step `step` (0, 1, ...), out of n: int64 (batch,) on the CPU, a pure function of the arguments.
 
-    The steps walk through one shuffled epoch after the other without leaving any image out; a batch may span two.
+    The steps go through one shuffled epoch after another and skip no image. A batch may span two epochs.
     """
     epoch, start = divmod(step * batch, n)
     pieces = []
@@ -159,7 +158,7 @@ def batch_indices(n, batch, step, seed):
 
 @functools.lru_cache(maxsize=4)
 def _shuffled(n, *key):
-    """A permutation int64 (n,), the same on every machine and with every numpy (whose own shuffle may change)."""
+    """A permutation int64 (n,), the same on all machines and with all versions of numpy (its shuffle may change)."""
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
@@ -181,7 +180,7 @@ def _synthetic_size(source, size):
 
 
 def _read(source, split, size, progress, cache, crop):
-    """Parts of any source but the synthetic; from the cache only the needed split."""
+    """Parts of any source except synthetic; from the cache only the needed split."""
     try:
         check_source(source)
         path = download_cifar10(cache, progress=progress) if source == "cifar10" else Path(source).expanduser()
@@ -214,7 +213,7 @@ def _resize(parts, size, progress):
         if size is None or images.shape[2:] == (size, size):
             return images
         if images.is_floating_point():
-            raise InputError(f"size {size} was asked for, but latents of {tuple(images.shape[1:])} cannot be resized")
+            raise InputError(f"latents of {tuple(images.shape[1:])} cannot be resized to {size}")
         return resized(images, size, progress)
 
     sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, _) in parts.splits.items()}
@@ -223,8 +222,8 @@ def _resize(parts, size, progress):
 
 
 def _signature(path, size):
-    """Changes whenever a file does: its name, size and times; of a zip or tar.gz file also what its ends hold."""
-    facts = hashlib.sha256(f"2 {size}".encode())  # 2: what the readers make of a file; raise it when they change
+    """A hash of the name, size and times of all files, and of the first and last bytes of a zip or tar.gz file."""
+    facts = hashlib.sha256(f"2 {size}".encode())  # 2: version of the readers; raise it when their output changes
     found = [path]
     if path.is_dir():
         found = sorted(Path(root, name) for root, folders, files in os.walk(path) for name in folders + files)
@@ -240,7 +239,7 @@ def _signature(path, size):
 
 
 def _from_cache(cached, signature, split):
-    """Parts with the tensors of `split`, or None where the cache has nothing, or something older or damaged."""
+    """Parts with the tensors of `split`; None if the cache has none, or an old or damaged one."""
     try:
         with safe_open(cached, "pt") as file:
             facts = file.metadata() or {}

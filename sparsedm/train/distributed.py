@@ -1,14 +1,14 @@
-"""Several processes, one run: each computes its share of every batch, and all make the same step (DDP).
+"""Several processes train one run: each computes its share of every batch, and all make the same step (DDP).
 
     one machine:                   torchrun --nproc-per-node 8 -m -- sparsedm.cli train ...
     each of two, HOST one of them: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
                                             -m -- sparsedm.cli train ...
 
-All randomness is drawn for the whole batch on every process, and then divided: so the number of processes changes the
-rounding of a run and nothing else, and a run can be resumed with another one. (Two things differ, as each share draws
-its own: dropout, and which images go to which width of a slimmable network.) Of `sample` and `evaluate` each process
-draws its share of the images. The first process alone writes; the folder of the run must be visible to all. Outside of
-torchrun everything here is without effect.
+Every process draws the random numbers of the whole batch and uses its part. So the number of processes changes only
+rounding, and a run may be resumed with a different number. Two things do differ, because each share draws its own:
+dropout, and the width of a slimmable network for each image. In `sample` and `evaluate` each process draws its share of
+the images. Only the first process writes; all processes must see the run folder. Without torchrun nothing here has an
+effect.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from sparsedm.sparsity import masks
 
 @contextlib.contextmanager
 def process_group(device):
-    """Join the other processes that torchrun has started, if it has: NCCL between GPUs, gloo between CPUs."""
+    """Join the processes that torchrun started, if there are any: NCCL between GPUs, gloo between CPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(local_device() if device.index is None else device)
-    # what is agreed on, such as the end of a run, lies on the CPU, and must not wait for the GPU
+    # agreements between processes, such as the end of a run, use CPU tensors and must not wait for the GPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield
@@ -43,7 +43,7 @@ def process_group(device):
 
 
 def local_device():
-    """The GPU of this process among those of its machine, the CPU where there is none."""
+    """The GPU of this process on its machine; the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -58,20 +58,20 @@ def world():
 
 
 def is_main_process():
-    """Whether this process is the one that writes."""
+    """Whether this process writes files."""
     return rank() == 0
 
 
 def barrier():
-    """Until every process is here: what the first one has written can then be read."""
+    """Wait until every process is here. Files of the main process can then be read."""
     anywhere(False)
 
 
 def parallel(network):
-    """`network` with gradients that are averaged over all processes; `network` itself where there is one."""
+    """`network` with gradients averaged over all processes; `network` itself if there is one process."""
     if world() == 1:
         return network
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 gives the option another name
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renamed the option
         return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
@@ -84,7 +84,7 @@ def mean(values):
 
 
 def anywhere(flag):
-    """Whether `flag` is true in any process: a signal may reach one of them a step before the others."""
+    """Whether `flag` is true in any process. A signal may reach one process a step before the others."""
     if world() == 1:
         return bool(flag)
     flags = torch.tensor(bool(flag), dtype=torch.uint8)
@@ -93,9 +93,9 @@ def anywhere(flag):
 
 
 def shares(batch_size, accumulate):
-    """[(number, slice of the batch)] that this process computes, one after the other, all of one size.
+    """[(number, slice of the batch)]: the parts of equal size that this process computes one after the other.
 
-    Raises: InputError if the batch cannot be divided so.
+    Raises: InputError if the batch cannot be divided equally.
     """
     count = world() * accumulate
     if batch_size % count:
@@ -108,11 +108,11 @@ def shares(batch_size, accumulate):
 
 
 def gather(count, batch_size, draw):
-    """`draw(0, count)`, of which every process computes a part; in the first one, None in the others.
+    """Compute `draw(0, count)` in parts, one per process. Returns it in the first process, None in the others.
 
     draw: (start, stop) -> a tensor (stop - start, ...) on the CPU, computed in batches of `batch_size` from `start` on.
-    Parts are whole batches, so that all batches are those of one process and every bit is the same. Where there are
-    fewer batches than processes, these get parts of equal size instead, which may change the rounding.
+    Parts are whole batches, so that the result has the same bits as with one process. If there are fewer batches than
+    processes, the parts have equal sizes instead; this may change the rounding.
     """
     if world() == 1:
         return draw(0, count)
@@ -134,7 +134,7 @@ def gather(count, batch_size, draw):
 
 
 def check_masks(model):
-    """Raise InputError unless all processes hold the same masks: where they do not, the run is no longer one."""
+    """Raise InputError unless all processes have the same masks. Otherwise they would train different networks."""
     if world() == 1:
         return
     digest = hashlib.blake2b(digest_size=8)

@@ -1,11 +1,11 @@
-"""A folder or zip of images becomes one uint8 array. Nothing is ever extracted: zip members are decoded in memory.
+"""Read a folder or zip of images into one uint8 array. Nothing is extracted: zip members are decoded in memory.
 
-Which file means what:
+The meaning of files and folders:
 - hidden files and folders (the name starts with a dot), `__MACOSX`, `Thumbs.db` and `desktop.ini` are ignored; every
   other file must be an image that Pillow reads.
-- folders around everything (`set.zip` holding just `set/...`) mean nothing.
-- folders `train` and one of `test`, `val`, `valid`, `validation`, and nothing beside them, are the two splits.
-- the next folder is the class, in alphabetical order; deeper ones mean nothing. No such folder: no labels.
+- a folder around everything (`set.zip` with only `set/...`) has no meaning.
+- folders `train` and one of `test`, `val`, `valid`, `validation`, with nothing beside them, are the two splits.
+- the next folder is the class, in alphabetical order; deeper folders have no meaning. No such folder: no labels.
 - dataset.json beside them, as NVIDIA's data set tools write it, {"labels": [["00000/img0.png", 6], ...]}, gives the
   labels, whatever the folders are; "labels": null: there are none.
 - pixels: RGB, 8 bits, turned upright by their EXIF tag; transparency is dropped; of an animation the first frame
@@ -38,10 +38,10 @@ MOST_PIXELS = 1 << 26  # of one image, against decompression bombs
 
 
 class Parts(NamedTuple):
-    """A set as it was read. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None).
+    """A set of images. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None).
 
-    The names are "train" and "test", or "all" where the source knows no splits. sizes: those that the images had before
-    they were fitted, as "width x height" without spaces -> the first file of that size.
+    The names are "train" and "test", or "all" if the source has no splits. sizes: the original sizes of the images,
+    "WIDTHxHEIGHT" -> the first file of that size.
     """
 
     splits: dict
@@ -52,10 +52,10 @@ class Parts(NamedTuple):
 def read_image_files(path, size=None, progress=True, crop="square"):
     """Read a folder or zip file. size: crop every image to a centred square and resize it to size x size.
 
-    crop: "celeba" cuts images of 178x218 pixels as U-ViT and DDIM cut CelebA, to 128x128 at (25, 57).
+    crop: "celeba" crops images of 178x218 pixels to 128x128 at (25, 57), as U-ViT and DDIM do with CelebA.
 
-    Returns Parts. InputError, naming the file: unreadable, truncated, no image, too large, mixed sizes without `size`,
-    a member that climbs out of the zip, a link, classes mixed with loose files.
+    Returns Parts. Raises InputError, naming the file: unreadable, truncated, no image, too large, mixed sizes without
+    `size`, a path that leaves the zip, a link, or files beside class folders.
     """
     if path.is_dir():
         return _read(path, _files_below(path), lambda name: _read_file(path / name), size, progress, crop)
@@ -98,7 +98,7 @@ def _files_below(folder):
         folders[:] = [name for name in folders if not _ignored(name)]
         for name in folders:
             if os.path.islink(os.path.join(root, name)):
-                raise InputError(f"{os.path.join(root, name)} is a link to a folder, which is not followed")
+                raise InputError(f"{os.path.join(root, name)} is a link to a folder: links are not followed")
         names += (Path(root, name).relative_to(folder).as_posix() for name in files if not _ignored(name))
     return names
 
@@ -126,7 +126,7 @@ def _ignored(part):
 
 
 def _read(path, names, read, size, progress, crop):
-    """The images `names` (paths relative to `path`), whose bytes `read(name)` gives, as Parts."""
+    """Parts from the images `names` (paths relative to `path`). read(name): the bytes of an image."""
     names = sorted(name for name in names if not any(map(_ignored, PurePosixPath(name).parts)))
     listing = next((name for name in names if PurePosixPath(name).name == LISTING), None)
     names = [name for name in names if name != listing]
@@ -168,7 +168,7 @@ def _listed(path, listing, names, content):
 
 
 def _splits(path, folders):
-    """The split of each file, and its folders below that of the split."""
+    """The split of each file, and its folders below the split's folder."""
     tops = {"".join(parts[:1]) for parts in folders}
     if "train" not in tops or not tops & HELD_OUT:
         return np.array(["all"] * len(folders)), folders
@@ -180,7 +180,7 @@ def _splits(path, folders):
 
 
 def _classes(path, names, folders):
-    """Labels int64 (n,), class names; None and () where no file lies in a class folder."""
+    """Labels int64 (n,) and class names; None and () if no file is in a class folder."""
     class_names = tuple(sorted({parts[0] for parts in folders if parts}))
     if not class_names:
         return None, ()
@@ -219,13 +219,13 @@ def _decode(path, names, read, size, progress, crop):
 
 
 def different_sizes(sizes):
-    """The sentence about images of several sizes. sizes: those of `Parts`."""
+    """The message about images of several sizes. sizes: `Parts.sizes`."""
     (one, first), (other, second), *_ = sizes.items()
     return f"{first} is {one} and {second} is {other} pixels, but all need one size: crop or resize them first"
 
 
 def _image(path, name, read, size, crop):
-    """One image uint8 (3, h, w), and the size it had."""
+    """One image uint8 (3, h, w), and its original size."""
     try:
         with Image.open(io.BytesIO(read(name))) as image:
             if image.format == "EPS":

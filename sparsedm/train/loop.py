@@ -1,7 +1,8 @@
-"""The training loop: one network, one set of options, one folder; exact resume. What a step does stands in `step.py`.
+"""The training loop: one network, one set of options, one folder; exact resume. One step is in `step.py`.
 
-A run that was stopped anywhere and started again ends, on a CPU, with the same bits as one that was not. To resume,
-make the same call again. The loop knows nothing of patterns: whoever calls it sets them (`chain.py`).
+On a CPU, a run that is stopped at any point and resumed gives bit for bit the result of an uninterrupted run. To
+resume, make the same call again: `_Run` loads the newest checkpoint of the folder. The loop does not set patterns; its
+caller does (`chain.py`).
 """
 
 import contextlib
@@ -27,12 +28,12 @@ from sparsedm.train.metrics import MetricsLog, Reference
 from sparsedm.train.step import OPTIMIZERS, Step, classes_of
 
 logger = logging.getLogger(__name__)
-# options that leave the weights as they are (accumulate: where there is no dropout and no slimmable network)
+# options that do not change the weights (accumulate: without dropout and slimmable networks)
 MAY_CHANGE = ("accumulate", "log_every", "save_every", "validate_every")
 
 
 class Interrupted(Stopped):
-    """SIGINT or SIGTERM arrived; the step was finished and saved. exit_code: 128 + the signal, as shells expect."""
+    """SIGINT or SIGTERM arrived, and the step was finished and saved. exit_code: 128 + the signal, as shells expect."""
 
     def __init__(self, signum, step, folder):
         super().__init__(f"stopped at step {step} and saved in {folder}; to resume, run the same command again")
@@ -40,12 +41,12 @@ class Interrupted(Stopped):
 
 
 class OutOfTime(Interrupted):
-    """A deadline has passed, and what was done until then is saved. exit_code: 3, as of the benchmarks."""
+    """The deadline passed; the finished steps are saved. exit_code: 3, also used by the benchmarks."""
 
     exit_code = 3
 
     def __init__(self, where):
-        Exception.__init__(self, f"time was up {where}; to go on, run the same command again")
+        Exception.__init__(self, f"time was up {where}; to continue, run the same command again")
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,16 @@ class TrainOptions:
     """How to train. The defaults are U-ViT's CIFAR-10 run (arXiv 2209.12152), with gradient clipping."""
 
     steps: int = 500_000
-    batch_size: int = 128  # of one step, by all processes together
-    accumulate: int = 1  # parts in which each process computes its share of a batch: less memory, more time
+    batch_size: int = 128  # of one step, over all processes
+    accumulate: int = 1  # each process computes its share of a batch in so many parts: less memory, more time
     lr: float = 2e-4
-    optimizer: str = "adamw"  # of OPTIMIZERS: adam adds the decay to the gradient
+    optimizer: str = "adamw"  # of OPTIMIZERS: adam adds the decay to the gradient, masked-adamw selects the masks too
     betas: tuple = (0.99, 0.999)
     weight_decay: float = 0.03
     warmup: int | None = None  # steps of linear warm-up; None: a tenth of the run, at most warmup_most
     warmup_most: int = 2500
     cosine: bool = False  # after the warm-up, let lr fall to zero along half a cosine
-    ema: float = 0.9999  # the decay it ends with
+    ema: float = 0.9999  # final decay of the EMA weights
     ema_warmup: int = 10  # after u updates the decay is at most (1 + u) / (ema_warmup + u); 1: no warm-up
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     flip: bool = True
@@ -103,7 +104,7 @@ class TrainOptions:
                 raise InputError(f"training option {name}={getattr(self, name)!r}: must be {rule}")
 
     def lr_at(self, step, updates):
-        """The learning rate. step: made in this run; updates: made by this optimizer, more if it was taken over."""
+        """The learning rate. step: steps of this run. updates: see `RunState`."""
         warmup = min(self.warmup_most, self.steps // 10) if self.warmup is None else self.warmup
         if updates < warmup:
             return self.lr * (updates + 1) / warmup
@@ -114,10 +115,10 @@ class TrainOptions:
 
     @property
     def fixed_length(self):
-        """Why a finished run with these options cannot be made longer, None where it can."""
+        """Why a finished run with these options cannot be made longer; None if it can."""
         if self.cosine:
             return "with cosine the learning rate has fallen to zero at the end"
-        return "the warm-up is a part of the length, give it in steps (warmup)" if self.warmup is None else None
+        return "the warm-up is a share of the length: give it in steps (warmup)" if self.warmup is None else None
 
     def ema_at(self, updates):
         return min(self.ema, (1 + updates) / (self.ema_warmup + updates))
@@ -125,21 +126,24 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run. The models are on the training device, in eval mode; losses are None where none was measured."""
+    """A finished run. The models are on the training device, in eval mode. A loss is None if it was not measured."""
 
     model: nn.Module
     ema: nn.Module
     step: int
     loss: float | None  # total, mean over the last logged window
     validation_loss: float | None  # of the EMA
-    seconds: float  # of training alone, all sessions of this run together
-    images_per_second: float | None  # over all of them
+    seconds: float  # of training only, over all sessions of this run
+    images_per_second: float | None  # over the same seconds
     checkpoint: Path
 
 
 @dataclass
 class RunState:
-    """How far a run has come, stored in state.json. updates: of the optimizer, more if it was taken over."""
+    """The progress of a run, stored in state.json.
+
+    updates: optimizer updates in total, including those of an earlier stage whose optimizer is continued.
+    """
 
     step: int = 0
     updates: int = 0
@@ -149,7 +153,7 @@ class RunState:
 
     @classmethod
     def read(cls, saved, path):
-        """The state of a checkpoint, from its state.json. Raises: InputError if a number is missing or senseless."""
+        """The state of a checkpoint, from its state.json. Raises: InputError if a number is missing or impossible."""
         names = [field.name for field in fields(cls)]
         values = {name: saved[name] for name in names if name in saved}
         numbers = [value for name, value in values.items() if value is not None or not name.endswith("loss")]
@@ -181,16 +185,17 @@ def train(
     device="cpu",
     progress=True,
 ):
-    """Train a Student in place for options.steps steps, or go on where `folder` stopped.
+    """Train a Student in place for options.steps steps, or continue the run in `folder`.
 
     images, validation: ImageSet. loss: a Loss. reference: a metrics.Reference.
     first_step: where the random streams start, so that the stages of a chain see different batches.
-    record: dict of JSON values that, beside the options, make this run what it is; stored in options.json.
-    deadline: of time.monotonic(). It is looked at where a record is due, so that a run that was cut and resumed has the
-    records of one that was not; with a GPU, nothing waits in between.
+    record: dict of JSON values to store in options.json, such as the data source; they must be the same on a resume.
+    deadline: a value of time.monotonic(). It is checked only when a log record, a validation or a checkpoint is due. So
+    a resumed run has the same records as an uninterrupted one, and a GPU is never waited for between them.
 
-    Returns TrainResult. Raises: Interrupted after SIGINT / SIGTERM (a second one acts as it would without us),
-    OutOfTime, TrainingDiverged, InputError (other options, not writable, labels that do not fit the network).
+    Returns TrainResult. Raises: Interrupted after the first SIGINT or SIGTERM, once the step is saved (a second signal
+    has its usual effect); OutOfTime; TrainingDiverged; InputError (other options, a folder that cannot be written,
+    labels that do not fit the network).
     """
     device, folder = torch.device(device), Path(folder)
     check_data(student.model, images, validation)
@@ -220,7 +225,7 @@ def train(
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(run.show(progress))
         _loop(run, first_step, stop, deadline)
-        if run.saved is None:  # a run of no steps: the networks as they came
+        if run.saved is None:  # a run of 0 steps saves its initial networks
             run.validate()
             run.save()
         if distributed.anywhere(stop):
@@ -232,7 +237,7 @@ def train(
 
 
 def _loop(run, first_step, stop, deadline):
-    """The steps that are left; returns early once `stop` holds a signal. Raises: OutOfTime."""
+    """Make the remaining steps; return early once `stop` holds a signal. Raises: OutOfTime."""
     options, state = run.step.options, run.state
     if state.step < options.steps and _late(deadline):
         raise OutOfTime(f"before step {state.step + 1} in {run.folder}")
@@ -258,7 +263,7 @@ def _late(deadline):
 
 
 class _Run:
-    """A run folder in training: its step, state, log and newest checkpoint."""
+    """A run in its folder: step, state, log and newest checkpoint. Loads the newest checkpoint, if there is one."""
 
     def __init__(self, step, folder, continue_from, validation, reference):
         self.step, self.folder, self.validation, self.state = step, folder, validation, RunState()
@@ -270,17 +275,20 @@ class _Run:
             checkpoint.load(self.saved, step.model, step.ema)
             saved = checkpoint.load_optimizer(self.saved, step.model, step.optimizer)
             self.state = RunState.read(saved, self.saved)
+            if step.device.type == "cpu" and (differing := checkpoint.differing_kernels(saved)):
+                words = "goes on with other CPU kernels, so it is not bit for bit the uninterrupted run"
+                logger.warning("%s %s: %s", folder, words, differing)
         self.log = MetricsLog(folder, step.model, self.state.step, step.device, reference)
 
     def show(self, progress):
-        """The progress bar, a context manager; on a terminal, and of one process."""
+        """The progress bar, a context manager. Only the main process shows it, and only on a terminal."""
         self.progress = progress and distributed.is_main_process()
         total, disable = self.step.options.steps, None if self.progress else True
         self.bar = tqdm(desc=self.folder.name, initial=self.state.step, total=total, disable=disable)
         return self.bar
 
     def advance(self, number, position):
-        """Make step `number` (1, 2, ...) of this run with the batch and noise of `position`."""
+        """Make step `number` (1, 2, ...) of this run. `position` selects its batch and noise."""
         options, state = self.step.options, self.state
         self.lr = options.lr_at(number - 1, state.updates)
         try:
@@ -293,7 +301,7 @@ class _Run:
         self.bar.update()
 
     def report(self, validate):
-        """Write the record of the steps since the last one."""
+        """Write a log record of the steps since the last one."""
         state = self.state
         entry = {"step": state.step, "lr": self.lr, **self.log.close(state.step, self.step.options.batch_size)}
         state.seconds += entry["seconds"]
@@ -307,7 +315,7 @@ class _Run:
         self.bar.set_postfix(self.shown, refresh=False)
 
     def validate(self):
-        """The loss of the average over the held-out images, None where there are none."""
+        """The loss of the EMA weights on the validation images, None if there are none."""
         if self.validation is not None:
             x, y = batch(self.validation, torch.arange(len(self.validation)))
             y = y if classes_of(self.step.model) else None
@@ -342,7 +350,7 @@ def amp_of(device, asked="auto"):
 
 
 def check_data(model, images, validation):
-    """Raise InputError where the network and the images do not fit each other."""
+    """Raise InputError if the network cannot be trained on the images."""
     if describe(model)["kind"] == "compressed":
         raise InputError("a compressed model is for inference: train the masked model it was made from")
     config, classes = getattr(model, "config", None), classes_of(model)
@@ -350,15 +358,15 @@ def check_data(model, images, validation):
         shape = tuple(found.images.shape[1:])
         if config and shape != (config.channels, config.image_size, config.image_size):
             expected = (config.channels, config.image_size, config.image_size)
-            raise InputError(f"the images are {shape} and the network takes {expected}")
+            raise InputError(f"the images are {shape}, but the network takes {expected}")
         if classes and (found.labels is None or int(found.labels.max()) >= classes):
             have = "no labels" if found.labels is None else f"labels up to {int(found.labels.max())}"
-            raise InputError(f"the network expects labels 0..{classes - 1} and the images have {have}")
+            raise InputError(f"the network expects labels 0..{classes - 1}, but the images have {have}")
 
 
 @contextlib.contextmanager
 def _signals():
-    """A list that receives the first SIGINT or SIGTERM; then the old handlers are back, so that a second one acts."""
+    """A list that receives the first SIGINT or SIGTERM. A second signal reaches the old handlers."""
     received = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield received

@@ -1,10 +1,10 @@
-"""metrics.jsonl: what a run logs, one JSON record per line, and the watch for losses that are no longer numbers.
+"""metrics.jsonl: the log of a run, one JSON record per line. Also detects losses that are infinite or NaN.
 
-A record: step, lr, loss (total), noise_loss, transfer_loss and gradient_norm (means over the steps since the last
-record), density (of the masked layers), flip_rate (share of their mask entries that changed since the last record) and
-flip_rates (the same of each layer), distance (to the dense weights, see `weight_distance`), seconds (of training, all
-sessions together), images_per_second, speed_to_dense (the same as a share of the dense network's, where that is known)
-and validation_loss where it was measured.
+A record holds step, lr, loss (total), noise_loss, transfer_loss and gradient_norm (means over the steps since the last
+record), density (of the masked layers), flip_rate (the share of mask entries that changed since the last record),
+flip_rates (the same per layer), distance (to the dense weights, see `weight_distance`), seconds (of training, over all
+sessions), images_per_second, speed_to_dense (images_per_second divided by the dense network's, if known) and
+validation_loss (if measured).
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from sparsedm.train import checkpoint, distributed
 
 
 class TrainingDiverged(InputError):
-    """The loss or a gradient became infinite or NaN. Nothing of it was saved: the last checkpoint is a good one."""
+    """The loss or a gradient became infinite or NaN. It was not saved: the last checkpoint is good."""
 
 
 def read_metrics(folder):
-    """The records of a run folder's metrics.jsonl, oldest first, up to one that is damaged; [] if there are none."""
+    """The records of a run folder's metrics.jsonl, oldest first, up to the first damaged one; [] if there are none."""
     records = []
     with contextlib.suppress(InputError):
         for record in read_json_lines(Path(folder) / "metrics.jsonl", step=int):
@@ -38,7 +38,7 @@ def read_metrics(folder):
 
 
 def usual_speed(folder):
-    """Images per second of a run folder's training: the median of its records, as the first holds what is done once.
+    """Images per second in training: the median over the records, because the first includes one-time work.
 
     None if there are no records.
     """
@@ -47,7 +47,7 @@ def usual_speed(folder):
 
 
 class Reference(NamedTuple):
-    """The dense network that a run is compared with: its weights, and the images per second of its training."""
+    """The dense network to compare a run with: its weights and its training speed in images per second."""
 
     model: nn.Module | None = None
     speed: float | None = None
@@ -57,15 +57,15 @@ class Reference(NamedTuple):
 
 
 class MetricsLog:
-    """metrics.jsonl, and the means since its last record, which stay on the device until they are asked for."""
+    """Writes metrics.jsonl. The sums since the last record stay on the device until the next record."""
 
     def __init__(self, folder, model, step, device, reference):
         self.folder, self.file, self.model, self.device = folder, folder / "metrics.jsonl", model, device
         self.reference = reference
-        self.looks_each_step = device.type == "cpu"  # where looking at a value makes nobody wait
+        self.looks_each_step = device.type == "cpu"  # reading a value from a GPU would wait for it
         if (
             distributed.is_main_process() and self.file.exists()
-        ):  # steps after the checkpoint will be made, and logged, again
+        ):  # drop the steps after the checkpoint: they are repeated
             kept = [json.dumps(r) + "\n" for r in read_metrics(folder) if r["step"] <= step and "diverged" not in r]
             write_text(self.file, "".join(kept))
         self.masks = masks(model)
@@ -81,7 +81,7 @@ class MetricsLog:
             self.check(step)
 
     def check(self, step):
-        """Raise TrainingDiverged if anything since the last record was not finite (a sum remembers that)."""
+        """Raise TrainingDiverged if a value since the last record was not finite: then the sum is not finite."""
         loss, _, _, norm = self.sums.tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -95,7 +95,7 @@ class MetricsLog:
         )
 
     def close(self, step, batch_size):
-        """The record of the steps since the last one: means, speed, and what the masks did."""
+        """The record of the steps since the last one: means, speed, and changes of the masks."""
         self.check(step)
         names = ("loss", "noise_loss", "transfer_loss", "gradient_norm")
         seconds = time.perf_counter() - self.start
@@ -125,9 +125,9 @@ class MetricsLog:
 
 
 def weight_distance(network, dense):
-    """||w_effective - w_dense|| / ||w_dense|| over the masked layers, over all weights where no layer is masked.
+    """||w_effective - w_dense|| / ||w_dense|| over the masked layers; over all weights if no layer is masked.
 
-    None if the dense network has other shapes, so that there is no such distance.
+    None if the dense network has other shapes.
     """
     theirs = dict(dense.named_parameters())
     masked = {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(network)}

@@ -1,7 +1,7 @@
-"""What a chain is made of: stages, written down one by one, as a chain of patterns, or as a method by name.
+"""The stages of a chain: given one by one, as a chain of patterns, or as a method by name.
 
-Every method makes a dense network sparse. It starts from the same dense checkpoint (network and average), spends the
-same steps on the same batches, and is a row of settings for the one loop.
+A method is a row of settings for the training loop. All methods start from the same dense checkpoint (weights and EMA
+weights) and make the same number of steps on the same batches.
 """
 
 import itertools
@@ -18,22 +18,24 @@ INITS = ("previous", "random")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training under one pattern."""
+    """A part of training with one pattern."""
 
     name: str  # of the folder, after its number
-    steps: int  # 0: take the networks as they come
+    steps: int  # 0: no training
     pattern: str = "dense"  # or N:M
-    lr: float | None = None  # None: that of the options
-    # "dense": the average of the last dense stage, or what the chain began from; "previous": of the previous stage;
-    # "widest": the student itself, if it is slimmable, at full width
+    lr: float | None = None  # None: TrainOptions.lr
+    # "dense": the EMA weights of the last dense stage, or of the start; "previous": of the previous stage;
+    # "widest": the student itself at full width, if it is slimmable
     teacher: str = "none"
     w_kd: float = 0.0  # weight of the transfer loss
-    w_noise: float = 1.0  # weight of the noise-prediction loss; 0: learns from the teacher alone
+    w_noise: float = 1.0  # weight of the noise-prediction loss; 0: learn only from the teacher
     decay: float = 0.0  # of pruned weights, SR-STE
-    dropped: float = 1.0  # multiplier of the gradient at pruned weights; 1: straight-through, 0: they stay as they are
-    frozen_mask: bool = False  # chosen once, at the start of the stage
-    inplace: bool = False  # go on with the previous stage's network, optimizer and average instead of a new student
-    init: str = "previous"  # or "random": a new network; the average still comes from the previous stage
+    dropped: float = (
+        1.0  # factor of the gradient at pruned weights; 1: straight-through, 0: pruned weights do not change
+    )
+    frozen_mask: bool = False  # selected once, at the start of the stage
+    inplace: bool = False  # continue the previous stage's network, optimizer and EMA weights: no new student
+    init: str = "previous"  # or "random": new weights; the EMA weights still come from the previous stage
 
     def __post_init__(self):
         Pattern.parse(self.pattern)
@@ -63,7 +65,7 @@ def parse_chain(text, steps, split=None, **settings):
     """'dense,3:4,2:4' and a total of steps -> list of Stage.
 
     split: the stages' shares of the steps, as numbers or as text ('2,1,1'). None: a dense first stage gets half, the
-    others the same each. settings: of the sparse stages, by default w_kd=0.1 with teacher="dense" and decay=2e-4.
+    other stages equal shares. settings: fields of the sparse stages; default: w_kd=0.1, teacher="dense", decay=2e-4.
     Raises: InputError for an unknown pattern, a split that does not fit, or fewer steps than stages.
     """
     patterns = [part.strip() for part in text.split(",")]
@@ -82,16 +84,16 @@ def parse_chain(text, steps, split=None, **settings):
 
 
 def distilled(stages, weight):
-    """The stages; with a weight, a slimmable network learns from its widest self in the dense ones."""
+    """The stages, changed if `weight` is not None: in dense stages a slimmable network learns from its full width."""
     if weight is None:
         return stages
     if not any(stage.pattern == "dense" for stage in stages):
-        raise InputError("--distill is for dense stages, and there is none: sparse ones learn from the dense network")
+        raise InputError("--distill is for dense stages, but there is none: sparse stages learn from the dense network")
     return [replace(s, teacher="widest", w_kd=weight) if s.pattern == "dense" else s for s in stages]
 
 
 def divide(steps, shares, stages):
-    """Divide steps among so many stages in proportion to shares: whole numbers, each at least 1, with the same sum."""
+    """Divide `steps` among `stages` stages in proportion to `shares`: whole numbers of at least 1, with sum `steps`."""
     if len(shares) != stages or not all(0 < share < float("inf") for share in shares):
         raise InputError(f"split {shares} must be {stages} positive numbers, one per stage")
     total = sum(shares)
@@ -108,12 +110,12 @@ def divide(steps, shares, stages):
 
 LADDER = ("31:32", "15:16", "7:8", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")  # the chain of SparseDM's experiments
 SR_STE = {"decay": 2e-4}  # arXiv 2102.04010
-TRANSFER = {"teacher": "dense", "w_kd": 0.1}  # arXiv 2404.10445, the weight its runs used
+TRANSFER = {"teacher": "dense", "w_kd": 0.1}  # arXiv 2404.10445; the weight of its runs
 
 
 @dataclass(frozen=True)
 class Method:
-    """settings: fields of every Stage. progressive: climbs the ladder instead of going straight to the pattern."""
+    """settings: fields of every Stage. progressive: one stage for each pattern of the ladder, not only the last."""
 
     summary: str
     settings: dict = field(default_factory=dict)
@@ -123,16 +125,16 @@ class Method:
 
 
 METHODS = {
-    "dense": Method("go on training the dense network: the control", sparse=False),
+    "dense": Method("keep training the dense network: the control", sparse=False),
     "oneshot": Method("prune by magnitude and do not train", trains=False),
     "asp": Method(
         "fix the mask once and train the kept weights only (NVIDIA ASP)", {"frozen_mask": True, "dropped": 0.0}
     ),
-    "ste": Method("choose masks anew as weights change, straight-through gradient"),
+    "ste": Method("select masks anew as weights change, straight-through gradient"),
     "sr-ste": Method("ste, and pruned weights decay towards zero", SR_STE),
     "kd": Method("ste, and the dense network teaches", TRANSFER),
     "sr-ste+kd": Method("sr-ste, and the dense network teaches", SR_STE | TRANSFER),
-    "chain": Method("separate students, each sparser than the one before", SR_STE | TRANSFER, progressive=True),
+    "chain": Method("a ladder of students, each sparser than the last", SR_STE | TRANSFER, progressive=True),
     "inplace": Method("one network that grows sparser", SR_STE | TRANSFER | {"inplace": True}, progressive=True),
     "random-init": Method("ste from random weights, as the paper's code ran its STE baseline", {"init": "random"}),
     "asp-random": Method(
@@ -143,17 +145,17 @@ METHODS = {
 
 
 def method_stages(name, steps, pattern="2:4", ladder=None):
-    """The stages of a method for a budget of steps in all.
+    """The stages of a method for a total number of steps.
 
-    pattern: N:M to arrive at. "dense" has none all the same, and "oneshot" spends no steps.
-    ladder: N:M of the stages before it, for the progressive methods; None: all of LADDER that are denser.
-    Raises: InputError for an unknown method or pattern, a pattern that is dense, or fewer steps than stages.
+    pattern: N:M of the last stage. The method "dense" ignores it; "oneshot" makes no steps.
+    ladder: N:M of the stages before the last, for progressive methods; None: all patterns of LADDER that are denser.
+    Raises: InputError for an unknown method or pattern, a dense pattern, or fewer steps than stages.
     """
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}: one of {', '.join(METHODS)}")
     method, target = METHODS[name], Pattern.parse(pattern)
     if target is None:
-        raise InputError(f"method {name} needs an N:M pattern to arrive at, not {pattern!r}")
+        raise InputError(f"method {name} needs an N:M pattern, not {pattern!r}")
     if not method.sparse:
         return [Stage(name, steps)]
     if not method.trains:

@@ -1,6 +1,6 @@
-"""One optimizer step: batch, loss of its parts, gradients, AdamW, average. Nothing in it waits for a GPU.
+"""One training step: batch, loss of its parts, gradients, optimizer update, EMA weights. It never waits for a GPU.
 
-All randomness of a step is a function of (seed, position): which images, flips, dropped labels, times, noise, dropout.
+All randomness of a step (images, flips, dropped labels, times, noise, dropout) is a function of (seed, position).
 """
 
 import contextlib
@@ -14,20 +14,21 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
+from sparsedm.optim import MaskedAdamW
 from sparsedm.sparsity import copied, hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "masked-adamw": MaskedAdamW}
 
 
 @dataclass(frozen=True)
 class Student:
-    """What is trained: a network, in place, and the average of its weights.
+    """A network that is trained in place, and its EMA weights.
 
-    ema: the average to start from (default: the model); it is copied, and forgotten within ten steps unless
-    TrainOptions.ema_warmup is 1. continue_from: a checkpoint of the same network, perhaps under another pattern, whose
-    optimizer and count of updates are taken over.
+    ema: initial averaged weights (default: a copy of the model). With the default ema_warmup they have almost no
+    influence after ten steps; ema_warmup=1 keeps it. continue_from: a checkpoint of the same network, perhaps under
+    another pattern; its optimizer state and number of updates are continued.
     """
 
     model: nn.Module
@@ -41,7 +42,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a student learns from, see `diffusion.loss`."""
+    """The arguments of `diffusion.loss` that a student learns from."""
 
     schedule: diffusion.Schedule
     teacher: nn.Module | None = None
@@ -57,25 +58,28 @@ def frozen(network, device):
 
 
 class Step:
-    """What every step of a run is made with. options: a `loop.TrainOptions`."""
+    """Makes the steps of a run: `step(position, lr, decay)`. options: a `loop.TrainOptions`."""
 
     def __init__(self, student, images, loss, options, device):
         self.model, self.ema, self.images, self.options = student.model, student.ema, images, options
         self.schedule, teacher, self.device = loss.schedule, loss.teacher, device
-        self.shares = distributed.shares(options.batch_size, options.accumulate)
+        # a slimmable network may be shown every image once for each width, see SlimmableConfig
+        config = getattr(self.model, "config", None)
+        self.copies = getattr(config, "passes", 1) if getattr(config, "same_images", False) else 1
+        self.shares = distributed.shares(self.copies * options.batch_size, options.accumulate)
         self.network = distributed.parallel(torch.compile(self.model) if options.compile else self.model)
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
         self.loss = {"teacher": teacher, "w_kd": loss.w_kd, "w_noise": loss.w_noise, "weighting": options.weighting}
         self.loss["variance"] = getattr(getattr(self.model, "config", None), "learn_sigma", False)
         self.parameters = list(self.model.parameters())
-        self.optimizer = OPTIMIZERS[options.optimizer](
-            self.parameters, options.lr, options.betas, weight_decay=options.weight_decay, fused=True
-        )
+        kind, rates = OPTIMIZERS[options.optimizer], {"betas": options.betas, "weight_decay": options.weight_decay}
+        more = {"model": self.model} if kind is MaskedAdamW else {"fused": True}
+        self.optimizer = kind(self.parameters, options.lr, **rates, **more)
         self.generator = torch.Generator(device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.amp == "bf16")
 
     def __call__(self, position, lr, decay):
-        """position: which batch and noise. Returns (4,): total, noise and transfer loss, gradient norm."""
+        """position: selects batch and noise. Returns (4,): total, noise and transfer loss, gradient norm."""
         options, images = self.options, self.images
         self.generator.manual_seed(_seed(options.seed, position, "data, times, noise"))
         indices = batch_indices(len(images), options.batch_size, position, options.seed)
@@ -83,12 +87,15 @@ class Step:
             indices = indices.pin_memory().to(self.generator.device, non_blocking=True)
         x, y = batch(images, indices, flip_generator=self.generator if options.flip else None)
         y = self._drop_labels(y)
+        if self.copies > 1:
+            x, y = x.repeat(self.copies, 1, 1, 1), None if y is None else y.repeat(self.copies)
         self.optimizer.zero_grad()
         losses = torch.zeros(3, device=x.device)
         draws = self.generator.get_state()
         with contextlib.ExitStack() as held:
             with self.autocast:
-                held.enter_context(hold_masks(self.model))
+                selects = isinstance(self.optimizer, MaskedAdamW)
+                held.enter_context(hold_masks(self.model, optimizer=self.optimizer if selects else None))
             for number, rows in self.shares:
                 self.generator.set_state(draws)
                 torch.manual_seed(_seed(options.seed, position, f"dropout {number}" if number else "dropout"))
@@ -97,7 +104,7 @@ class Step:
                         terms = diffusion.loss(
                             self.network, x, self.schedule, y=y, generator=self.generator, rows=rows, **self.loss
                         )
-                    terms.total.backward()
+                    (self.copies * terms.total).backward()
                 losses += torch.stack((terms.total.detach(), terms.noise, terms.transfer)) / len(self.shares)
         if len(self.shares) > 1:  # not the losses: every backward adds the decay of the pruned weights, undivided
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], len(self.shares))
@@ -123,7 +130,7 @@ class Step:
 
     @torch.no_grad()
     def _update_ema(self, decay):
-        # torch's own average, without AveragedModel, whose update copies a counter to the device and waits for it
+        # torch's average without AveragedModel: its update copies a counter to the device and waits for it
         get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), self.parameters, None)
         for averaged, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             if averaged.is_floating_point():
@@ -133,11 +140,11 @@ class Step:
 
 
 def classes_of(model):
-    """How many classes a network is told, 0 where it is told none."""
+    """The number of classes of a network, 0 if it is unconditional."""
     return getattr(getattr(model, "config", None), "num_classes", 0)
 
 
 def _seed(seed, position, purpose):
-    """63 bits that are a function of the arguments; unlike seed + position, two runs never share a stream."""
+    """63 bits, a function of the arguments. Unlike with seed + position, two runs never share a stream."""
     digest = hashlib.blake2b(f"{seed} {position} {purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -1,11 +1,11 @@
-"""A data set that needs no download: one bright shape on a dark ground, the shape is the class.
+"""A data set without download: one bright shape on a dark ground. The shape is the class.
 
-It is small enough to be learnt by a 1M-parameter network in about a minute on two cores, and plain enough to judge by
-eye: a good sample has one closed outline, straight or round where it should be, and one flat colour of the palette.
-Every image is as likely as its mirror image, so flipping is harmless.
+A network with 1M parameters learns it in about a minute on two cores. It is easy to judge by eye: a good sample has one
+closed outline, straight or round where it should be, and one flat colour of the palette. An image and its mirror image
+are equally likely, so flipping is harmless.
 
-Image i is a function of (seed, i) alone, the same on every machine: the randomness is the raw output of PCG64 (which
-numpy keeps stable), and the rest is + - * / and square root, which IEEE 754 rounds exactly.
+Image i is a function of (seed, i), the same on every machine: random numbers are raw output of PCG64 (which numpy keeps
+stable), and the rest is + - * / and square root, which IEEE 754 rounds exactly.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from sparsedm.errors import InputError
 
-# What varies, and how much: lengths in units of half the image side.
+# The ranges of the parameters; lengths in units of half the image side.
 CLASSES = ("disk", "ring", "square", "triangle", "cross")
 COLOURS = ((255, 214, 64), (255, 84, 84), (72, 220, 255), (120, 235, 96), (255, 128, 224), (245, 245, 245))
 GROUNDS = ((12, 16, 48), (36, 10, 44), (6, 32, 32))

@@ -80,7 +80,7 @@ def test_a_training_step_without_the_decay_of_sr_ste_is_wrong():
     assert not problem.check(masked.bind(problem, None).run(), sparse=True).right
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_a_lucky_loss_of_the_reference_condemns_nobody(seed):
     """With seed 3 torch's loss in bf16 is off by less than a third of what autocast is, with others by more."""
     problem = TrainingStepProblem(ModelShape("uvit-tiny", 4), "training step", torch.bfloat16, "cpu", seed)

@@ -4,14 +4,18 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sparsedm import cli
 from sparsedm.cli import COMMANDS, main, parse
 from sparsedm.commands import evaluate, sample, train
 from sparsedm.model_files import load_model, save_model
@@ -70,7 +74,9 @@ def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
     out = tmp_path / "samples.png"
     assert run("sample", trained, "--count", 4, "--sampling-steps", 2, "--out", out, *extra) == 0
     assert out.read_bytes()[:4] == b"\x89PNG"
-    assert str(out) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(out) in said
+    assert bool(re.search(r"[\d.]+ images/s; the same network dense about [\d.]+", said)) == ("--compress" in extra)
 
 
 @pytest.mark.parametrize("bad", [("--count", -1), ("--count", 0), ("--batch-size", 0)], ids=str)
@@ -165,7 +171,7 @@ def test_init_must_be_dense_and_agree_with_the_named_model(trained, tmp_path, ca
     assert run("train", "--init", trained / "02-2of4", "--method", "ste", *common) == 2
     assert "holds a masked network, not a dense one" in capsys.readouterr().err
     assert run("train", "--init", trained, "--model", "ddpm-tiny", "--method", "ste", *common) == 2
-    assert "says itself what model it holds" in capsys.readouterr().err
+    assert "describes its own model" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
@@ -197,7 +203,8 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
     assert run(*draw, "--strategy", file, "--compress") == 0
     share = mixed_share(family, mixed)
     assert f"{share:.0%} of the MACs of dense, compressed, heun in 3 steps" in capsys.readouterr().out
-    assert run("evaluate", trained, "--data", "synthetic", "--count", 16, "--strategy", file) == 0
+    few = ("--data", "synthetic", "--split", "test", "--count", 16)
+    assert run("evaluate", trained, *few, "--strategy", file) == 0
     written = json.loads((trained / "evaluation.json").read_text())
     assert written["sampler"] == "heun"
     assert written["strategy"] == str(file)
@@ -206,10 +213,16 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
     for extra, message in [
         (["--sampler", "ddim"], "the strategy is for sampler heun, not ddim"),
         (["--sampling-steps", 4], "the strategy is for steps 3, not 4"),
-        (["--which", "model"], "--strategy goes with a run folder alone"),
+        (["--which", "model"], "--strategy needs a run folder"),
     ]:
         assert run(*draw, "--strategy", file, *extra) == 2
         assert message in capsys.readouterr().err
+    replace(mixed, fingerprints=("another",) * len(names)).save(tmp_path / "other.json")
+    assert run(*draw, "--strategy", tmp_path / "other.json") == 2
+    assert "the weights of dense" in capsys.readouterr().err
+    assert run(*draw, "--strategy", tmp_path / "other.json", "--other-weights") == 0
+    assert run(*draw, "--other-weights") == 2
+    assert "--other-weights goes with --strategy" in capsys.readouterr().err
     assert run(*draw, "--strategy", tmp_path / "none.json") == 2
     assert "none.json is missing or unreadable" in capsys.readouterr().err
     assert run("sample", trained, "--sampling-steps", 0) == 2
@@ -234,7 +247,7 @@ def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
     config = {"kind": "dit", "image_size": 8, "dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
     save_model(file, build_model(config))
     assert run("sample", file, "--count", 3, "--sampling-steps", 2) == 2
-    assert "latents of 4 channels, which are no picture: write the numbers with --out" in capsys.readouterr().err
+    assert "latents of 4 channels, not a picture: write the numbers with --out" in capsys.readouterr().err
     assert run("sample", file, "--count", 3, "--sampling-steps", 2, "--guidance", 0.5, "--out", out) == 0
     latents = data.load(out, "train")
     assert latents.is_latent
@@ -352,7 +365,7 @@ BAD = {
     "no such device": (["quickstart", "--device", "gpu"], "'gpu' is not a device"),
     "unknown method": (["train", "--data", "synthetic", "--method", "magic"], "unknown method 'magic'"),
     "negative seed": (["train", "--data", "synthetic", "--seed", "-1"], "'-1' is not a whole number"),
-    "device not served": (["quickstart", "--device", "mps"], "'mps' is not served"),
+    "device not served": (["quickstart", "--device", "mps"], "'mps' is not supported"),
     "where without pattern": (["inspect", "--model", "uvit-tiny", "--where", "qkv"], "give one with --pattern"),
     "no batch": (["inspect", "--model", "uvit-tiny", "--batch", "0"], "'0' is not a whole number from 1"),
     "no chart": (
@@ -442,6 +455,22 @@ def test_help_teaches(command, capsys):
     assert all(f"  {name}: " in text for name in METHODS) or "--method" not in text, "a line for each"
     assert ("--seed" in text) == (command not in ("", "inspect")), "an option is there where it does something"
     assert "exit codes:" in text
+
+
+@pytest.mark.parametrize("library", ["glibc", "musl", None])
+def test_freed_memory_is_kept_where_the_c_library_is_glibc(library, monkeypatch):
+    told = {}
+    glibc = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda option, size: told.update({option: size}))
+    known = {"glibc": glibc, "musl": SimpleNamespace(mallopt=glibc.mallopt)}
+
+    def load(name):
+        if library is None:
+            raise OSError("no such library")
+        return known[library]
+
+    monkeypatch.setattr(cli.ctypes, "CDLL", load)
+    cli.keep_freed_memory()
+    assert set(told) == ({cli.M_MMAP_THRESHOLD, cli.M_TRIM_THRESHOLD} if library == "glibc" else set())
 
 
 def test_help_does_not_wait_for_torch():

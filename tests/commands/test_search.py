@@ -74,13 +74,19 @@ def test_an_existing_run_is_searched_on_the_data_it_was_trained_on(tiny_scale, t
     assert (run / "search" / "report.md").exists()
     (run / "options.json").unlink()
     assert main([*search, "--out", str(tmp_path / "other")]) == 2
-    assert "does not say what data it was trained on: name it with --data" in capsys.readouterr().err
+    assert "does not name its training data: name it with --data" in capsys.readouterr().err
 
 
 def test_without_pymoo_nothing_is_trained(tiny_scale, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pymoo.optimize", None)
     assert main(["search", "--out", str(tmp_path / "out")]) == 2
     assert "the search needs pymoo: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_that_cannot_be_had_are_refused_before_anything_is_trained(tiny_scale, tmp_path, capsys):
+    assert main(["search", "--out", str(tmp_path / "out"), "--features", "random-cnov"]) == 2
+    assert "unknown features 'random-cnov'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

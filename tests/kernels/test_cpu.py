@@ -1,5 +1,6 @@
 """The C kernels for CPUs: against fp64 with guard pages around all arrays, masks bit for bit, and every way to fail."""
 
+import copy
 import ctypes
 import hashlib
 import math
@@ -18,10 +19,13 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.kernels.cpu import library, products, rules
+from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import GROUPS, Pattern, group_view, memory_format, select_mask_ref, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
+from sparsedm.layers import Conv2d, Linear
+from sparsedm.sparsity import compress, decompress, sparsify
 
 HARNESS = Path(__file__).with_name("cpu_harness.c")
 COMPUTE = {None: lambda y: y, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu}
@@ -164,8 +168,8 @@ def check_mask(rng, guard):
     assert torch.equal(mask, expected), (str(pattern), shape)
     assert torch.equal(masked, weight * expected), (str(pattern), shape)
     gradient = guard.copy(torch.randn_like(weight))
-    decayed = products.decay(gradient, weight, masked, 2e-4)
-    assert torch.equal(decayed, torch.add(gradient, weight - masked, alpha=2e-4)), shape
+    decayed = products.decay(gradient, weight, mask, 2e-4)
+    assert torch.equal(decayed, gradient + 2e-4 * weight.masked_fill(mask, 0)), shape
 
 
 CHECKS = {"linear": check_linear, "conv": check_conv, "attention": check_attention, "mask": check_mask}
@@ -367,6 +371,135 @@ def test_attention_of_a_model_in_inference_and_in_training(monkeypatch):
     called.clear()
     self_attention(qkv.detach(), 4)
     assert not called
+
+
+# ---- masked training, and the dense layers of a compressed model -----------------------------------------------------
+
+
+def trained(monkeypatch, layer, x, backend, steps=1):
+    """The layer after steps of SGD with decay, and the gradient of x in the last."""
+    layer, x = copy.deepcopy(layer), x.detach().clone().requires_grad_()
+    layer.rule = GradientRule(decay=2e-4)
+    layer.hook_decay()
+    with monkeypatch.context() as forced:
+        if backend:
+            forced.setenv("SPARSEDM_BACKEND", backend)
+        for _ in range(steps):
+            layer.zero_grad()
+            gx, *_ = torch.autograd.grad(layer(x).square().mean(), x, retain_graph=True)
+            layer(x).square().mean().backward()
+            for parameter in layer.parameters():
+                parameter.data -= 0.3 * parameter.grad
+    return layer, gx
+
+
+@needs_library
+@pytest.mark.parametrize("text", ["2:4", "1:4", "3:8"])
+def test_masked_training_by_the_kernel_is_that_of_torch(text, monkeypatch):
+    x, layer, served = torch.randn(4, 100, 64), Linear(64, 96, pattern=text), []
+    real = products.linear
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    monkeypatch.setattr(products, "linear", lambda *a, **options: served.append(1) or real(*a, **options))
+    ours, gx = trained(monkeypatch, layer, x, None)
+    assert len(served) == 2
+    torchs, gx_of_torch = trained(monkeypatch, layer, x, "torch")
+    assert len(served) == 2
+    torch.testing.assert_close(gx, gx_of_torch, rtol=1e-5, atol=1e-8)
+    for mine, other in zip(ours.parameters(), torchs.parameters()):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+    baked = F.linear(x, layer.effective_weight(), layer.bias)
+    assert torch.equal(layer.eval()(x), baked), "a masked network in eval mode computes the bits of the baked one"
+    assert len(served) == 2
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [None, torch.contiguous_format, torch.channels_last])
+def test_masks_and_decay_are_those_of_torch_bit_for_bit(layout, monkeypatch):
+    monkeypatch.setattr(rules, "training_serves", lambda *arguments: False)
+    layer, x = Linear(32, 40, pattern="2:4"), torch.randn(300, 32)
+    if layout:
+        layer, x = Conv2d(32, 40, 3, pattern="2:4").to(memory_format=layout), torch.randn(2, 32, 9, 9)
+    decays, real = [], products.decay
+    monkeypatch.setattr(products, "decay", lambda *arguments: decays.append(1) or real(*arguments))
+    ours, _ = trained(monkeypatch, layer, x, None, steps=20)
+    torchs, _ = trained(monkeypatch, layer, x, "torch", steps=20)
+    assert len(decays) == 20
+    assert torch.equal(ours.weight, torchs.weight)
+    assert not torch.equal(ours.current_mask(), layer.current_mask()), "no mask changed: the test shows nothing"
+
+
+@needs_library
+def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(monkeypatch):
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    layer, x = Linear(64, 96, pattern="2:4"), torch.randn(300, 64, requires_grad=True)
+    found = []
+    for serves in (True, False):
+        if not serves:
+            monkeypatch.setattr(rules, "training_serves", lambda *arguments: False)
+        (gx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(gx.square().sum(), layer.weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+    monkeypatch.undo()
+    layer.mask = torch.ones_like(layer.weight, dtype=torch.bool)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_the_rule_of_training_counts_the_prepacking():
+    weight, pattern = torch.empty(512, 512), Pattern(2, 4)
+    served = [rows for rows in range(1, 3000) if rules.training_serves(torch.empty(rows, 512), weight, pattern)]
+    assert bool(served) == (library.library() is not None)
+    if served:
+        assert min(served) > 50
+        assert 2048 in served
+    assert not rules.training_serves(torch.empty(2048, 512).double(), weight.double(), pattern)
+
+
+class Mixed(torch.nn.Sequential):
+    sparse_layers = r"^0$"
+
+
+def test_dense_layers_of_a_compressed_model_take_the_best_product_and_see_every_change(monkeypatch):
+    monkeypatch.setattr(rules, "_mkl_is_slow", lambda: True)
+    called, real = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: called.append(1) or real(*a))
+    model, x = sparsify(Mixed(Linear(64, 256), Linear(256, 100, activation="gelu")), "2:4"), torch.randn(2, 400, 64)
+    with torch.no_grad():
+        expected, small = model(x), compress(model)
+        assert not called
+        torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
+        assert len(called) == 1 + (library.library() is None)
+        assert set(small.state_dict()) - {"0.values", "0.metadata"} == {"0.bias", "1.weight", "1.bias"}
+        small[1].weight.data.mul_(-1)
+        small[1].weight.data[:50] = small[1].weight.data[:50].flip(0).clone()  # the sums of rows and columns stay
+        hidden = small[0](x)
+        torch.testing.assert_close(small(x), F.gelu(F.linear(hidden, small[1].weight, small[1].bias)))
+        small.load_state_dict({**small.state_dict(), "1.weight": torch.zeros(100, 256)})
+        torch.testing.assert_close(small(x), F.gelu(small[1].bias).expand(2, 400, 100))
+    called.clear()
+    back = decompress(small)
+    back(x).sum().backward()
+    assert not called
+    assert not back[1].beside_compressed
+
+
+@needs_library
+def test_a_pattern_that_stays_dense_takes_the_best_dense_product(monkeypatch):
+    called, real = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: called.append(1) or real(*a))
+    weight, values, bits = compressed(Pattern(7, 8))
+    x = torch.randn(300, 96)
+    for slow in (False, True):
+        monkeypatch.setattr(rules, "_mkl_is_slow", lambda slow=slow: slow)
+        torch.testing.assert_close(
+            sparse24_linear(x, values, bits, pattern="7:8", backend="dense"), F.linear(x, weight)
+        )
+        assert bool(called) == slow
+
+
+def test_without_onednn_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(library, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not rules._mkl_is_slow.__wrapped__()
 
 
 # ---- the compiler, the cache, other machines -------------------------------------------------------------------------

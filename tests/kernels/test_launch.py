@@ -28,7 +28,8 @@ def test_backends(monkeypatch):
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # importing it now fails
-import torch, sparsedm, sparsedm.cli
+import torch, sparsedm, sparsedm.commands.train, sparsedm.commands.sample
+assert "torch._dynamo" not in sys.modules, "it takes two seconds, which a refusal or --help must not wait for"
 model = sparsedm.sparsify(sparsedm.build_model("uvit-tiny", image_size=8, dim=32, depth=2, heads=2), "2:4")
 inputs = model.example_inputs(2)
 model(*inputs).sum().backward()
@@ -83,6 +84,7 @@ assert torch.equal(train().weight, weight)
 """
 
 
+@pytest.mark.slow
 def test_masked_training_on_a_gpu_without_a_c_compiler_runs_in_torch(tmp_path):
     """Triton builds its launcher with it. A warning says why, and weights and images are those of plain torch."""
     (tmp_path / "libcuda.so.1").write_bytes(b"")

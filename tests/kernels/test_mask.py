@@ -10,6 +10,7 @@ import triton.language as tl
 
 from emulator.sass import Build, compile_offline
 from sparsedm.errors import InputError
+from sparsedm.kernels import launch
 from sparsedm.kernels import mask as mask_file
 from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.pattern import GROUPS, Pattern, group_view, pack_bits, select_mask_ref, ungroup
@@ -173,6 +174,28 @@ def test_the_kernel_is_launched_on_the_weights_device(current_device, monkeypatc
     weight = torch.randn(2, 8)
     mask_file._select_mask(weight, 2, 4, torch.float32, False, True, False, "w")
     assert [tensor.data_ptr() for tensor in launched_on] == [weight.data_ptr()]
+
+
+def test_where_the_kernel_does_not_run_torch_selects_and_masked_training_tries_no_other(monkeypatch, caplog):
+    """As where Triton finds no C compiler. Nothing else of masked training is tried there."""
+
+    def launched(*arguments):
+        calls.append(1)
+        raise RuntimeError("Failed to find C compiler")
+
+    calls = []
+    monkeypatch.setattr(launch, "broken", {})
+    monkeypatch.setattr(launch, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(mask_file, "_launch", launched)
+    weight, arguments = weights(4, 32), (2, 4, torch.float32, True, True, False, "w")
+    assert launch.uses_triton(weight)
+    for _ in range(2):
+        found = mask_file._select_mask(weight, *arguments)
+        for tensor, expected in zip(found, (*masked_and_mask(weight, Pattern(2, 4)), pack_bits(found[1]))):
+            assert torch.equal(tensor, expected)
+    assert len(calls) == 1
+    assert not launch.uses_triton(weight)
+    assert caplog.text.count("triton does not run here: RuntimeError: Failed to find C compiler") == 1
 
 
 def test_refusals_of_packing():

@@ -190,6 +190,7 @@ def test_a_copy_and_a_state_dict_are_those_of_a_plain_network():
         ({"eighths": ()}, r"eighths=\(\): must be"),
         ({"eighths": (1, 8)}, r"eighths=\(1, 8\): must be .*from 2 to 8"),
         ({"passes": 1}, "passes=1: must be 0, or 2 and more"),
+        ({"passes": 0, "same_images": True}, "same_images=True: needs passes"),
         ({"groups": 16}, "width=8: must be even, over 2 and a multiple of groups=16"),
     ],
 )

@@ -150,7 +150,7 @@ def test_distillation_from_the_command_line(tmp_path, capsys):
     assert main([*command, "--model", "ddpm-tiny", "--distill", "0.5", "--run", str(tmp_path / "b")]) == 2
     assert "a supernet is a slimmable network" in capsys.readouterr().err
     assert main([*command[:-1], "2:4", *model, "--distill", "0.5", "--run", str(tmp_path / "b")]) == 2
-    assert "--distill is for dense stages, and there is none" in capsys.readouterr().err
+    assert "--distill is for dense stages, but there is none" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

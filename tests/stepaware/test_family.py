@@ -103,9 +103,9 @@ def test_measured_costs_are_seconds(chain):
 def test_families_that_are_none(chain):
     with pytest.raises(InputError, match="family nothing is empty"):
         stepaware.family("nothing", {})
-    with pytest.raises(InputError, match="one cost and one name of its own per network"):
+    with pytest.raises(InputError, match="one cost and one unique name per network"):
         replace(chain, names=("a", "a", "b"))
-    with pytest.raises(InputError, match="one cost and one name"):
+    with pytest.raises(InputError, match="one cost and one unique name"):
         replace(chain, costs=(1, 2))
     with pytest.raises(InputError, match="each must be more than 0"):
         replace(chain, costs=(1, 0, 2))
@@ -198,7 +198,7 @@ def test_a_strategy_knows_its_networks_by_their_weights_and_not_by_their_folder(
     networks = dict(zip(chain.names, chain.networks))
     retrained = stepaware.family("chain", networks | {"2:4": student("2:4")})
     assert retrained.fingerprints[0] == chain.fingerprints[0]
-    with pytest.raises(InputError, match="found for other weights of 2:4: search again"):
+    with pytest.raises(InputError, match="the weights of 2:4 changed after the search: search again"):
         found.models(retrained)
 
 
@@ -291,7 +291,10 @@ STRATEGY = """{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": %
     [
         ("{", "holds no readable JSON"),
         ("[" * 100_000, "holds no readable JSON"),
-        ("[1]", "must be an object with family"),
+        ("1", "must be an object with family"),
+        ("[0.3]", "a list must name a width for each step, in eighths such as 0.25"),
+        ("[1, true]", "a list must name a width"),
+        ("[]", "a list must name a width"),
         ('{"family": "chain"}', "lacks 'networks'"),
         (STRATEGY % ("[1]", "1"), "s.json: step 0 asks for"),
         (STRATEGY % ("[0]", "2"), "says 2 steps and has 1"),
@@ -307,6 +310,38 @@ def test_files_that_hold_no_strategy(tmp_path, text, message):
         load_strategy(tmp_path / "s.json")
     with pytest.raises(InputError, match="is missing"):
         load_strategy(tmp_path / "none.json")
+
+
+def test_a_strategy_that_ddsm_released_is_read(tmp_path):
+    """A list of widths, the least noisy time first; the sampler is DDPM's with the large variance."""
+    (tmp_path / "search.txt").write_text("[1, 1.0, 0.25, 0.5]\n")
+    found = load_strategy(tmp_path / "search.txt")
+    assert found.networks == ("dense 8/8", "dense 4/8", "dense 2/8")
+    assert found.indices == (1, 2, 0, 0), "our steps begin with the noisiest"
+    assert (found.sampler, found.steps) == ("ddpm-large", 4)
+    model = build_model("slimmable-tiny", image_size=8, multipliers=(1, 1), attention=(), groups=4)
+    widths = {f"dense {name}": network for name, network in stepaware.widths(model).items()}
+    family = stepaware.family("any", widths)
+    used = found.models(family, steps=4)
+    assert used == [widths["dense 4/8"], widths["dense 2/8"], widths["dense 8/8"], widths["dense 8/8"]]
+
+
+def test_strategies_travel_to_other_weights_if_that_is_said(chain):
+    found = replace(strategy((0, 2)), fingerprints=("a", "b", "c"))
+    with pytest.raises(InputError, match=r"the weights of dense, 2:4, 1:4 changed .*--other-weights"):
+        found.models(chain)
+    assert found.models(chain, other_weights=True) == [chain.networks[0], chain.networks[2]]
+    with pytest.raises(InputError, match="the strategy is for networks dense, 3:4, 1:4"):
+        replace(found, networks=("dense", "3:4", "1:4")).models(chain, other_weights=True)
+
+
+def test_a_family_may_hold_more_than_a_strategy_asks_for(chain):
+    found = Strategy("chain", ("dense", "1:4"), "ddim", (1, 0), fingerprints=chain.fingerprints[::2])
+    assert found.models(chain) == [chain.networks[2], chain.networks[0]]
+    assert chain.only(("1:4", "dense")).costs == chain.costs[::-2]
+    assert replace(chain, fingerprints=()).only(("2:4",)).fingerprints == ()
+    with pytest.raises(InputError, match="chain holds no network 3:4: they are dense, 2:4, 1:4"):
+        chain.only(("dense", "3:4"))
 
 
 # ---- the proxy -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A whole search on networks that know nothing, which is enough to see what is measured, kept and refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from sparsedm import evaluate
 from sparsedm.cli import main
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
+from sparsedm.model_files import save_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import sparsify
 from sparsedm.stepaware import study as study_module
@@ -59,11 +61,11 @@ def plan(run, folder, **changes):
 def test_a_search_leaves_what_it_found_and_goes_on_where_it_stopped(chain, tmp_path, monkeypatch):
     drawn, draw = [], study_module._draw
 
-    def stops(family, strategy, count, seed, clip):
+    def stops(family, strategy, count, seed, clip, guidance):
         if len(drawn) == 5:
             raise KeyboardInterrupt
         drawn.append((strategy.indices, count, seed))
-        return draw(family, strategy, count, seed, clip)
+        return draw(family, strategy, count, seed, clip, guidance)
 
     def planted(images):
         first, second, third = drawn[-1][0]
@@ -173,7 +175,54 @@ def test_measured_seconds_are_kept(chain, tmp_path):
     wanted = plan(chain, tmp_path, quality="proxy", unit="seconds")
     first = study(wanted)
     assert first["unit"] == "seconds"
-    assert study(wanted)["costs"] == first["costs"]
+    again = study(wanted)
+    assert again["costs"] == first["costs"]
+    assert all(row["clock"] > 0 for row in first["rows"]), "and whole sampling, by the clock"
+    assert [row["clock"] for row in again["rows"]] == [row["clock"] for row in first["rows"]]
+    assert "by the clock" in (tmp_path / "report.md").read_text()
+
+
+def test_guidance_costs_every_network_twice(chain, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study_module, "_distance_to", lambda images, plan: lambda drawn: float(len(asked)))
+    monkeypatch.setattr(
+        study_module, "sample", lambda *a, **s: asked.append(s["guidance"]) or torch.zeros(a[2], 3, 12, 12)
+    )
+    monkeypatch.setattr(study_module, "write_report", lambda folder, report: None)
+    guided, family = study(plan(chain, tmp_path, guidance=0.5)), family_of(chain)
+    assert guided["dearest"] == 2 * family.cost("ddim", (0, 0, 0))
+    assert {*asked} == {0.5}
+    assert guided["guidance"] == 0.5
+    assert "guidance" not in plan(chain, tmp_path).facts(family), "which older folders do not know"
+
+
+def test_guidance_needs_a_null_label(tmp_path):
+    save(tmp_path / "00-dense", build_model("uvit-tiny", **UVIT | {"num_classes": 0}))
+    save(tmp_path / "01-2of4", sparsify(build_model("uvit-tiny", **UVIT | {"num_classes": 0}), "2:4"))
+    with pytest.raises(InputError, match=r"guidance 0\.5 needs networks with classes and a null label"):
+        study(plan(tmp_path, tmp_path / "out", guidance=0.5))
+
+
+def test_networks_are_chosen_or_left_out(chain, tmp_path):
+    assert plan(chain, tmp_path, networks=("dense", "1:4")).family().names == ("dense", "1:4")
+    assert plan(chain, tmp_path, exclude=("dense",)).family().names == ("2:4", "1:4")
+    with pytest.raises(InputError, match="no network is named '8/8', which could be left out: dense, 2:4, 1:4"):
+        plan(chain, tmp_path, exclude=("8/8",)).family()
+    model = build_model("slimmable-tiny", image_size=12, multipliers=(1, 1), attention=(), eighths=(4, 7, 8))
+    save_model(tmp_path / "supernet.safetensors", model)
+    left = plan(tmp_path / "supernet.safetensors", tmp_path, exclude=("7/8", "8/8"))
+    with pytest.raises(InputError, match="with 1 network"):
+        study(left)
+
+
+def test_run_folders_side_by_side_are_a_family(chain, tmp_path):
+    """As the runs of a seed of an experiment: the last stage of each, by the name of its folder."""
+    for name, stages in {"dense": ["00-dense"], "1-4": ["00-dense", "02-1of4"]}.items():
+        for stage in stages:
+            shutil.copytree(chain / stage, tmp_path / "seed-0" / name / stage)
+    family = family_of(tmp_path / "seed-0")
+    assert family.names == ("dense", "1-4")
+    assert family.fingerprints == tuple(family_of(chain).fingerprints[place] for place in (0, 2))
 
 
 def test_refusals(chain, tmp_path):

@@ -347,7 +347,7 @@ def test_what_could_not_be_finished_is_not_begun(tmp_path):
         ([Stage("a", 1, teacher="dense", **taught)], None, "stage a needs a dense teacher"),
         ([Stage("a", 1, teacher="dense", **taught)], sparsify(tiny(), "2:4"), "stage a needs a dense teacher"),
         ([Stage("a", 1, teacher="previous", **taught)], None, "stage a needs a previous teacher"),
-        ([Stage("a", 1), Stage("b", 1, init="random")], None, "stage b starts at random, which needs a way to build"),
+        ([Stage("a", 1), Stage("b", 1, init="random")], None, "stage b starts at random: Start needs build="),
     ):
         with pytest.raises(InputError, match=message):
             run(tmp_path, stages, ema=ema)

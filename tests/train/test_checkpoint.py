@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
     (path / "ema.safetensors").unlink()
     (path / "state.json").write_text("{")
     model = sparsify(tiny(), "2:4")
-    hint = r"; to go on from step-00000001 instead, delete .*step-00000002"
+    hint = r"; to continue from step-00000001 instead, delete .*step-00000002"
     with pytest.raises(InputError, match=r"ema.safetensors is missing.*" + hint):
         checkpoint.load(path, model, sparsify(tiny(), "2:4"))
     with pytest.raises(InputError, match=r"state.json is (missing|damaged).*" + hint):
@@ -168,7 +168,7 @@ def test_claim_accepts_the_same_and_lists_differences(tmp_path):
     with pytest.raises(InputError) as caught:
         checkpoint.claim(tmp_path / "new", changed, free=("log_every",))
     assert str(caught.value).endswith(
-        "was made by other options, choose another folder: steps is 5 there and 6 here; betas.1 is 0.99 there and "
+        "has other options, choose another folder: steps is 5 there and 6 here; betas.1 is 0.99 there and "
         "not set here; empty is {} there and not set here; more is not set there and x here"
     )
     with pytest.raises(InputError, match=r"stages.0.log_every is 3 there and 4 here"):

@@ -212,7 +212,7 @@ def test_a_way_of_compression_that_python_lacks_is_refused(tmp_path):
 
 
 def test_latents_cannot_be_resized(tmp_path):
-    with pytest.raises(InputError, match=r"size 16 was asked for, but latents of \(4, 8, 8\) cannot be resized"):
+    with pytest.raises(InputError, match=r"latents of \(4, 8, 8\) cannot be resized to 16"):
         load(npz_of(tmp_path / "a.npz", x=np.zeros((2, 4, 8, 8))), size=16)
 
 
@@ -222,7 +222,7 @@ def test_latents_cannot_be_resized(tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("no/where", {}, "data 'no/where': no such file or folder, nor one of the words synthetic and cifar10"),
+        ("no/where", {}, "data 'no/where': no such file or folder, and not synthetic or cifar10"),
         ("synthetic", {"split": "val"}, "the split 'val' must be one of train, test"),
         ("synthetic", {"size": 0}, "size must be at least 1, not 0"),
         ("synthetic", {"limit": -1}, "limit must be at least 1, not -1"),

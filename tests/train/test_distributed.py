@@ -54,6 +54,7 @@ def worker(rank, ports, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     with distributed.process_group(torch.device("cpu")):
         run(folder / "whole")
+        run(folder / "masked-adamw", optimizer="masked-adamw")
 
         def stopping(count, size, step, seed):
             if (rank, step) == (1, STOP_AT - 1):
@@ -144,6 +145,11 @@ def test_two_processes_make_the_run_of_one(two_processes, one_process):
     ]
     assert curves[0] == curves[1]
     assert len(curves[0]) == len({step for step, *_ in curves[0]}), "the first process alone writes"
+
+
+def test_the_optimizer_that_selects_masks_does_so_alike_in_all_processes(two_processes, tmp_path):
+    run(tmp_path, accumulate=2, optimizer="masked-adamw")
+    assert final_bits(two_processes / "masked-adamw") == final_bits(tmp_path)
 
 
 def test_a_run_is_resumed_with_another_number_of_processes(two_processes, one_process):

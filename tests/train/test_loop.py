@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import torch
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import rules
 from sparsedm.kernels.pattern import Pattern, select_mask_ref
-from sparsedm.sparsity import masks, set_masking, sparsify
+from sparsedm.sparsity import masked_layers, masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop, step
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, amp_of, train
@@ -160,6 +162,15 @@ def final_bits_of_a_stop(folder, options):
             run(folder, options)
     run(folder, options)
     return final_bits(folder)
+
+
+def test_the_optimizer_that_selects_masks_resumes_too(tmp_path):
+    options = replace(OPTIONS, optimizer="masked-adamw", amp="bf16")
+    model = run(tmp_path / "unbroken", options).model
+    assert final_bits(tmp_path / "unbroken") == final_bits_of_a_stop(tmp_path / "stopped", options)
+    with pytest.raises(InputError, match=r"options\.optimizer is masked-adamw there and adamw here"):
+        run(tmp_path / "stopped", replace(options, optimizer="adamw"))
+    assert not any(layer._is_decayed() for _, layer in masked_layers(model)), "the run is over"
 
 
 # ---- stopping and resuming -------------------------------------------------------------------------------------------
@@ -394,6 +405,19 @@ def test_a_finished_run_goes_on_where_its_length_changes_nothing(tmp_path, unbro
             run(folder, replace(options, steps=5))
 
 
+def test_a_run_that_goes_on_with_other_cpu_kernels_says_so(tmp_path, unbroken, caplog):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    run(tmp_path / "run")
+    assert "kernels" not in caplog.text
+    file = checkpoint.latest(tmp_path / "run") / "state.json"
+    state = json.loads(file.read_text())
+    assert state["versions"]["cpu_kernels"] == rules.version()
+    file.write_text(json.dumps(state | {"versions": {"cpu_kernels": "rules 0, avx1024"}}))
+    run(tmp_path / "run")
+    (record,) = [record for record in caplog.records if "kernels" in record.message]
+    assert f"rules 0, avx1024 there, {rules.version()} here" in record.message
+
+
 def test_a_state_without_its_numbers_is_refused(tmp_path):
     result = run(tmp_path, replace(OPTIONS, steps=1))
     file = result.checkpoint / "state.json"
@@ -457,11 +481,11 @@ def test_learning_rate_and_average():
 
 
 def test_refuses_what_does_not_fit(tmp_path):
-    with pytest.raises(InputError, match=r"labels 0\.\.2 and the images have no labels"):
+    with pytest.raises(InputError, match=r"labels 0\.\.2, but the images have no labels"):
         run(tmp_path, images=tiny_images(labels=False))
-    with pytest.raises(InputError, match=r"labels 0\.\.1 and the images have labels up to 2"):
+    with pytest.raises(InputError, match=r"labels 0\.\.1, but the images have labels up to 2"):
         run(tmp_path, model=masked(num_classes=2))
-    with pytest.raises(InputError, match=r"images are \(2, 4, 4\) and the network takes \(2, 8, 8\)"):
+    with pytest.raises(InputError, match=r"images are \(2, 4, 4\), but the network takes \(2, 8, 8\)"):
         run(tmp_path, model=masked(image_size=8))
     assert not list(tmp_path.iterdir())
 

@@ -108,7 +108,7 @@ def test_refusals():
         method_stages("magic", 10)
     with pytest.raises(InputError, match="pattern 2:5"):
         method_stages("ste", 10, "2:5")
-    with pytest.raises(InputError, match="method ste needs an N:M pattern to arrive at, not 'dense'"):
+    with pytest.raises(InputError, match="method ste needs an N:M pattern, not 'dense'"):
         method_stages("ste", 10, "dense")
     with pytest.raises(InputError, match="4 steps are too few for 5 stages"):
         method_stages("chain", 4)

@@ -15,9 +15,10 @@ from sparsedm import diffusion
 from sparsedm.diffusion import DDPMSchedule
 from sparsedm.kernels import mask as choose
 from sparsedm.kernels import masked_matmul
+from sparsedm.models import build_model
 from sparsedm.train import step
 from sparsedm.train.data import batch, batch_indices
-from tests.tiny import OPTIONS, same_state, tiny
+from tests.tiny import OPTIONS, same_state, tiny, tiny_images
 from tests.train.test_loop import IMAGES, SCHEDULE, masked, run
 
 
@@ -51,6 +52,40 @@ def test_is_the_plain_loop(tmp_path, amp, flip, clip):
     assert result.model is model
     assert same_state(model.state_dict(), expected.state_dict())
     assert same_state(result.ema.state_dict(), average.state_dict())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_slimmable_network_sees_the_same_images_at_every_width_if_asked(same):
+    """DDSM's sandwich rule as released: three passes of one batch, times and noise of their own, losses summed."""
+    torch.manual_seed(0)
+    shape = {"image_size": 4, "channels": 2, "multipliers": (1, 1), "attention": (), "passes": 3, "same_images": same}
+    model, images = build_model("slimmable-tiny", **shape), tiny_images(12, labels=False)
+    options = replace(OPTIONS, batch_size=6, clip=0.0, flip=False)
+    made = step.Step(step.Student(model).to("cpu"), images, step.Loss(SCHEDULE), options, torch.device("cpu"))
+    seen = []
+    model._run = functools.partial(
+        lambda run, k, *inputs: seen.append((k, len(inputs[0]))) or run(k, *inputs), model._run
+    )
+    made(0, 0.0, 0.9)
+    middle = seen[2][0]
+    assert seen == [(8, 6 if same else 2), (2, 6 if same else 2), (middle, 6 if same else 2)]
+    got = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    generator = torch.Generator().manual_seed(step._seed(3, 0, "data, times, noise"))
+    x, _ = batch(images, batch_indices(12, 6, 0, 3))
+    count = 18 if same else 6
+    t = SCHEDULE.training_time(torch.rand(count, generator=generator))
+    noise = torch.randn(count, *x.shape[1:], generator=generator)
+    x = torch.cat([x] * 3) if same else x
+    noisy = diffusion.diffuse(x, t, noise, SCHEDULE), SCHEDULE.model_time(t)
+    model.zero_grad()
+    for k, part in zip((8, 2, middle), torch.arange(count).chunk(3)):
+        with model.eval().at_width(k):
+            errors = (model(noisy[0][part], noisy[1][part]) - noise[part]).square().mean()
+        (errors if same else errors / 3).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_both_branches_of_guidance_are_supervised(tmp_path):

@@ -65,11 +65,14 @@ def unavailable_because():
     return _loaded()[1]
 
 
-@torch.compiler.assume_constant_result
 def serving():
     """-> (instruction set, None) where `library()` can be called, else (None, why not)."""
     reason = unavailable_because()
     return (None, reason) if reason else (instruction_set(), None)
+
+
+# as `torch.compiler.assume_constant_result`, which imports the whole compiler: two seconds of every command
+serving._dynamo_marked_constant = True
 
 
 @functools.cache

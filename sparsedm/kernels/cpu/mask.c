@@ -38,7 +38,7 @@ INLINE void select_block(const float *w, int group, int keep, float *masked, uin
   UNROLL for (int d = 1; d < group; d *= 2) interleave((vec *)kept, group);
   UNROLL for (int i = 0; i < group; i++) {
     store(masked + i * LANES, (vec)((ivec)load(w + i * LANES) & kept[i]));
-    *(bytes *)(mask + i * LANES) = __builtin_convertvector(kept[i], bytes) & 1;
+    store_bool(mask + i * LANES, kept[i]);
   }
 }
 
@@ -55,12 +55,10 @@ INLINE void select_taps(const float *w, int group, long inner, int keep, int hav
   }
 }
 
-INLINE int select_groups(const float *w, long outer, int group, long inner, int keep, float *masked, uint8_t *mask) {
-  long blocks = inner == 1 ? outer / LANES : outer;
-  int found = 0;
-#pragma omp parallel for schedule(static) reduction(| : found) if (outer * group * inner > 1 << 15)
-  for (long b = 0; b < blocks; b++) {
-    ivec nan = {0};
+/* The blocks from .. to - 1: of LANES groups that follow each other, or where inner > 1 of the groups of all taps. */
+INLINE int select_blocks(const float *w, long from, long to, int group, long inner, int keep, float *masked, uint8_t *mask) {
+  ivec nan = {0};
+  for (long b = from; b < to; b++) {
     if (inner == 1) {
       long at = b * LANES * group;
       select_block(w + at, group, keep, masked + at, mask + at, &nan);
@@ -69,35 +67,47 @@ INLINE int select_groups(const float *w, long outer, int group, long inner, int 
         long at = b * group * inner + t;
         select_taps(w + at, group, inner, keep, least(inner - t, LANES), masked + at, mask + at, &nan);
       }
-    found |= any(nan);
   }
+  return any(nan);
+}
+
+/* not inline: a parallel loop around code for a fixed group would make the group a variable */
+#define SELECT(G)                                                                                                      \
+  static int select_##G(const float *w, long from, long to, long inner, int keep, float *masked, uint8_t *mask) { \
+    return select_blocks(w, from, to, G, inner, keep, masked, mask);                                                   \
+  }
+SELECT(2) SELECT(4) SELECT(8) SELECT(16) SELECT(32)
+
+/* w (outer, group, inner) -> masked = w * mask, and mask of bytes 0 or 1. Returns whether a weight is NaN. */
+int nm_select(const float *w, long outer, int group, long inner, int keep, float *masked, uint8_t *mask) {
+  int (*const select)(const float *, long, long, long, int, float *, uint8_t *) =
+      group == 2 ? select_2 : group == 4 ? select_4 : group == 8 ? select_8 : group == 16 ? select_16 : select_32;
+  long blocks = inner == 1 ? outer / LANES : outer, parts = outer * group * inner > 1 << 15 ? 32 : 1;
+  int found = 0;
+#pragma omp parallel for schedule(static) reduction(| : found) if (parts > 1)
+  for (long i = 0; i < parts; i++)
+    found |= select(w, blocks * i / parts, blocks * (i + 1) / parts, inner, keep, masked, mask);
   if (inner == 1 && outer % LANES) {
     float rest[32 * LANES] = {0}, masked_rest[32 * LANES];
     uint8_t mask_rest[32 * LANES];
     long at = blocks * LANES * group, n = outer % LANES * group;
-    ivec nan = {0};
     memcpy(rest, w + at, n * sizeof(float));
-    select_block(rest, group, keep, masked_rest, mask_rest, &nan);
+    found |= select(rest, 0, 1, 1, keep, masked_rest, mask_rest);
     memcpy(masked + at, masked_rest, n * sizeof(float));
     memcpy(mask + at, mask_rest, n);
-    found |= any(nan);
   }
   return found;
 }
 
-/* w (outer, group, inner) -> masked = w * mask, and mask of bytes 0 or 1. Returns whether a weight is NaN. */
-int nm_select(const float *w, long outer, int group, long inner, int keep, float *masked, uint8_t *mask) {
-  switch (group) {
-    case 2: return select_groups(w, outer, 2, inner, keep, masked, mask);
-    case 4: return select_groups(w, outer, 4, inner, keep, masked, mask);
-    case 8: return select_groups(w, outer, 8, inner, keep, masked, mask);
-    case 16: return select_groups(w, outer, 16, inner, keep, masked, mask);
-    default: return select_groups(w, outer, 32, inner, keep, masked, mask);
-  }
-}
-
-/* out = g + decay * (w - masked) */
-void nm_decay(const float *g, const float *w, const float *masked, float decay, long n, float *out) {
+/* out = g + decay * w where the mask is 0, else g: the product and the sum are rounded one after the other, as torch does */
+void nm_decay(const float *g, const float *w, const uint8_t *mask, float decay, long n, float *out) {
 #pragma omp parallel for schedule(static) if (n > 1 << 15)
-  for (long i = 0; i < n; i++) out[i] = fmaf(decay, w[i] - masked[i], g[i]);
+  for (long i = 0; i < n; i++) {
+    float pull = decay * w[i];
+    int32_t bits;
+    memcpy(&bits, &pull, 4);
+    bits &= mask[i] - 1; /* between product and sum, so that no compiler fuses them */
+    memcpy(&pull, &bits, 4);
+    out[i] = g[i] + pull;
+  }
 }

@@ -537,17 +537,22 @@ int nm_conv_halo(const conv_t *c) {
 
 enum { LINEAR, FEW_ROWS, CONV, HALO };
 
-/* Appends the kept weights of `cols` columns, nz of them. Where the mask keeps fewer, zeros at a pruned column fill up:
- * there an infinite x makes NaN of a dense product, too. Returns 1 where it keeps more. */
+/* Appends the kept weights of `cols` <= 64 columns, nz of them. Where the mask keeps fewer, zeros at a pruned column fill up:
+ * there an infinite x makes NaN of a dense product, too. Returns 1 where it keeps more. Masked training does this in every
+ * step, so the loop runs over kept weights, whose number is always the same. */
 static int append(const float *w, const uint8_t *mask, int cols, int nz, const uint16_t *offset, float *v, uint16_t *o) {
-  int used = 0, pruned = 0;
-  for (int k = 0; k < cols; k++) {
-    if (!mask[k]) {
-      pruned = k;
-      continue;
-    }
-    if (used == nz) return 1;
-    v[used] = w[k], o[used++] = offset[k];
+  uint64_t bits = 0;
+  for (int k = 0; k < cols; k += 8) {
+    uint64_t bytes = 0;
+    if (cols - k >= 8) memcpy(&bytes, mask + k, 8);
+    else memcpy(&bytes, mask + k, cols - k);
+    bits |= bytes * 0x0102040810204080 >> 56 << k; /* one bit of each byte */
+  }
+  int used = __builtin_popcountll(bits), pruned = ~bits ? __builtin_ctzll(~bits) : 0;
+  if (used > nz) return 1;
+  for (int j = 0; j < used; j++, bits &= bits - 1) {
+    int k = __builtin_ctzll(bits);
+    v[j] = w[k], o[j] = offset[k];
   }
   for (; used < nz; used++) v[used] = 0, o[used] = offset[pruned];
   return 0;

@@ -209,12 +209,10 @@ def select_mask(weight, pattern):
     return masked, mask, bool(nan)
 
 
-def decay(gradient, weight, masked, rate):
-    """gradient + rate * (weight - masked), as `torch.add(gradient, weight - masked, alpha=rate)` rounds it.
-
-    Three dense fp32 tensors of one shape and memory layout.
-    """
-    out = torch.empty_like(gradient)
-    pointers = [POINTER(t.data_ptr()) for t in (gradient, weight, masked)]
+def decay(gradient, weight, mask, rate):
+    """gradient + rate * (1 - mask) * weight, as torch rounds it. mask: bool. Three tensors of one shape and strides,
+    without gaps."""
+    out = _empty(gradient.shape, memory_format=memory_format(gradient))
+    pointers = [POINTER(t.data_ptr()) for t in (gradient, weight, mask)]
     library().nm_decay(*pointers, ctypes.c_float(rate), LONG(out.numel()), POINTER(out.data_ptr()))
     return out

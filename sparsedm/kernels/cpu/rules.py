@@ -4,16 +4,22 @@ The constants were fitted to measurements with one thread: AVX-512 on a Zen 5 (a
 busy Zen 1. NEON was never timed; it gets the constants of AVX-512. A change of any rule changes RULE_VERSION.
 """
 
+import functools
+from pathlib import Path
+
 import torch
 
 from sparsedm.kernels.cpu import library
-from sparsedm.kernels.launch import autocast_dtype
+from sparsedm.kernels.launch import autocast_dtype, forced_backend
 
-RULE_VERSION = 1
+RULE_VERSION = 2
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
+OVERHEAD = 2e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 # time over that of the best dense product, of whole vectors of rows: slope * density + offset
 COST = {"avx512": (1.14, 0.1), "avx2": (1.05, 0.07), "neon": (1.14, 0.1)}
+# rows of x whose dense product takes as long as prepacking the weight, which masked training does in every step
+PREPACKING = {"avx512": 60, "avx2": 40, "neon": 60}
 CONV_SLOPE = {"avx512": 1.14, "avx2": 1.1, "neon": 1.14}
 ATTENTION_TOKENS = {
     "avx512": 1 << 20,
@@ -27,9 +33,21 @@ def linear_cost(M, N, K, keep, group, instructions):
 
     keep, group: of the pattern. instructions: as `library.instruction_set` gives them.
     """
+    if not M:
+        return 2.0, "linear"
     tile, few = _tile(M, keep / group, instructions), _few(M, keep / group, group, instructions)
-    cost = (few, "few") if few < tile else (tile, "linear")
-    return (max(cost[0], 2.0) if M * N * K < SMALLEST else cost[0]), cost[1]
+    cost, order = (few, "few") if few < tile else (tile, "linear")
+    return cost + OVERHEAD / max(M * N * K, 1), order
+
+
+def training_serves(x, weight, pattern):
+    """Whether the forward product of masked training, x (..., K) by weight (N, K), takes `products.linear`."""
+    M, (N, K) = x.shape[:-1].numel(), weight.shape
+    if not M or not serves(x, weight) or forced_backend() in ("torch", "dense"):
+        return False
+    instructions = library.instruction_set()
+    cost, order = linear_cost(M, N, K, pattern.keep, pattern.group, instructions)
+    return order == "linear" and cost + PREPACKING[instructions] / M < 1
 
 
 def _tile(M, density, instructions):
@@ -45,7 +63,7 @@ def _few(M, density, group, instructions):
         return 9.5 * density if LANES[instructions] // 8 >= M else 9
     if instructions == "avx512":
         return (0.84 + 0.05 * M) * density if M <= 16 else 9
-    return (1.9 if M <= 2 else 2.2) * density if LANES[instructions] // 2 >= M else 9
+    return (1.15 + 0.15 * M) * density if LANES[instructions] // 2 >= M else 9
 
 
 def conv_cost(pixels, N, K, keep, group, instructions):
@@ -75,6 +93,30 @@ def halo_serves(kernel_size, stride, padding, width, group, instructions):
     return min(32, room // (12 * lanes * (vectors // per + 2) * per)) >= group
 
 
+def onednn_serves(x, weight):
+    """Whether oneDNN's product of x (..., K) and weight (N, K), which it reorders at each call, beats `F.linear`.
+
+    `F.linear` calls MKL, which leaves the AVX-512 of AMD's CPUs unused: 2.3 times slower from 257 rows on.
+    """
+    if torch.compiler.is_compiling() or not _mkl_is_slow() or forced_backend() in ("torch", "dense"):
+        return False
+    M = x.shape[:-1].numel()
+    return M >= 128 and M * weight.numel() >= SMALLEST and _plain(x, weight)
+
+
+@functools.cache
+def _mkl_is_slow():
+    if library.instruction_set() != "avx512" or not torch.backends.mkldnn.is_available():
+        return False
+    return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def version():
+    """What a resumed training must share with the one before to be bit-exact: the rules, and the kernels that run."""
+    instructions, _ = library.serving()
+    return f"rules {RULE_VERSION}, {forced_backend() or instructions or 'no C kernels'}"
+
+
 def attention_serves(q):
     """Whether `products.attention` is called for q (B, H, L, D)."""
     if torch.compiler.is_compiling() or q.device.type != "cpu":
@@ -87,10 +129,13 @@ def attention_serves(q):
 
 def serves(*tensors):
     """Whether the kernels can be called with these tensors: fp32 on a CPU, in eager code, and there is a library."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    return not torch.compiler.is_compiling() and _plain(*tensors) and library.library() is not None
+
+
+def _plain(*tensors):
+    if torch._C._are_functorch_transforms_active() or autocast_dtype(torch.device("cpu")) is not None:
         return False
-    fit = all(
+    return all(
         t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided)
         for t in tensors
     )
-    return fit and autocast_dtype(torch.device("cpu")) is None and library.library() is not None

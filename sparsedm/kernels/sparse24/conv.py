@@ -2,16 +2,18 @@
 
 W (N, C, kh, kw) is kept as rows (N, kh kw C), groups of four along C: values (N, kh kw C / 2) and metadata
 (N, kh kw C / 16) of `format.pack(group_view(W).reshape(N, -1))`. Images are (B, C, H, W) as in torch; the
-kernels read and write them in channels_last. Inference only: nothing here has a gradient.
+kernels read and write them in channels_last. Inference only: there are no gradients.
 
-A 1 x 1 kernel is `sparse24_linear` over the pixels. Which back end computes the others, and why: `dispatch.py`. "dense"
-and "torch" are computed here: the decompressed weight, kept or made at every call, and torch's conv2d: any geometry.
+A 1 x 1 kernel is `sparse24_linear` over the pixels. For the others `dispatch.py` chooses the back end. "dense" and
+"torch" are computed here, for any geometry, by torch's conv2d with the decompressed weight: "dense" stores it, "torch"
+decompresses at every call.
 """
 
 import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.launch import direct
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
@@ -24,7 +26,7 @@ def sparse24_conv2d_ref(
     x, values, metadata, kernel_size, bias=None, activation=None, residual=None, *, stride=1, padding=0, dilation=1,
     pattern="2:4",
 ):  # fmt: skip
-    """The specification: decompress, then torch. Arguments as `sparse24_conv2d`."""
+    """The specification: decompress, then torch. Arguments as in `sparse24_conv2d`."""
     weight = _weight(values, metadata, x.shape[1], kernel_size, pattern)
     y = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
     return y if residual is None else y + residual
@@ -37,8 +39,8 @@ def _weight(values, metadata, channels, kernel_size, pattern):
 
 
 def conv_request(where, dtype, pixels, features, channels, kernel_size, stride, padding, dilation, **others):
-    """The `Request` of a convolution to `features` channels of so many pixels in all; a 1 x 1 kernel asks for a product
-    over the pixels. where, others: as in `request_on`. kernel_size, stride, dilation: pairs."""
+    """The `Request` of a convolution to `features` channels with `pixels` output pixels. For a 1 x 1 kernel it is
+    a product over the pixels. where, others: as in `request_on`. kernel_size, stride, dilation: pairs."""
     padding = _padding(padding, kernel_size, dilation)
     M, N, K = pixels, features, channels * kernel_size[0] * kernel_size[1]
     if (*kernel_size, *stride, *padding) == (1, 1, 1, 1, 0, 0):
@@ -64,14 +66,14 @@ def sparse24_conv2d(
     dilation=1,
     **options,
 ):
-    """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual, W the 2:4 weight that values and metadata hold.
+    """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual. values and metadata hold the 2:4 weight W.
 
     x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair; padding also "same" or "valid".
-    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: as y. options: cache, backend and
+    bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: like y. options: cache, backend and
     pattern, as in `sparse24_linear`. y has the dtype of x, in channels_last (contiguous in 16 bits on a CPU).
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
-    dtypes that do not belong together.
+    dtypes that do not fit together.
     """
     cache, backend, pattern = _options(**options)
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
@@ -91,7 +93,7 @@ def sparse24_conv2d(
     def run(choice, cache, strict):
         layout = dispatch.row_of(CONV, choice.backend).layout_for(request)
         tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
-        return _conv(
+        return direct(_conv, x, bias, residual)(
             x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size,
             *choice, strict, pattern,
         )  # fmt: skip
@@ -156,13 +158,13 @@ def _conv_fake(
 
 
 def _memory_format(x):
-    """channels_last, except in 16 bits on a CPU, where oneDNN has died of it (3 x 1 kernel, stride and dilation 2)."""
+    """channels_last, except in 16 bits on a CPU: there oneDNN crashed (3 x 1 kernel, stride and dilation 2)."""
     return torch.contiguous_format if x.device.type == "cpu" and x.element_size() == 2 else torch.channels_last
 
 
 def _pixels(image):
-    """(B, C, H, W) -> (B, H, W, C), contiguous and with the strides of it also where an axis has one entry, and from an
-    address on that TMA can read."""
+    """(B, C, H, W) -> (B, H, W, C), contiguous, also in the strides of axes with one entry, and at an address that TMA
+    can read."""
     image = image.permute(0, 2, 3, 1)
     flat = image.reshape(-1)
     return (flat if flat.data_ptr() % 16 == 0 else flat.clone()).view(image.shape)
@@ -177,7 +179,7 @@ def _pair(value):
 
 
 def _padding(padding, kernel_size, dilation):
-    """Torch's words for it as a pair."""
+    """Torch's padding, a number, pair or word, as a pair."""
     if padding == "valid":
         return 0, 0
     if padding != "same":

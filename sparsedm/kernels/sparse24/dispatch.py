@@ -1,12 +1,12 @@
-"""Which kernel serves a sparse product, and with which configuration: a rule of thumb until it has been measured.
+"""Choose the kernel of a sparse product and its configuration: by a rule of thumb until it has been measured.
 
-One `Request` per call describes the product. `BACKENDS` lists what can compute one. `rule_of_thumb` is
-arithmetic alone. On a GPU `serve` asks the autotuner of `tuning.py`, whose tables hold what was quickest for the GPU,
-dtype, epilogue and size. A size that no table has is timed once, torch's dense product on the decompressed weight
-beside the sparse kernels: where dense is quicker, dense it is. The rule holds where nothing may be timed: on a CPU,
-with SPARSEDM_AUTOTUNE=off, while a CUDA graph is captured, while a model is traced.
+One `Request` per call describes the product. `BACKENDS` lists the ways to compute it. `rule_of_thumb` is arithmetic
+without measurement. On a GPU `serve` asks the autotuner of `tuning.py`: its tables hold the fastest choice for a GPU,
+dtype, epilogue and size. A size that is in no table is timed once: every sparse kernel, and torch's dense product. The
+fastest is used, even if it is the dense product. The rule decides if nothing may be timed: on a CPU, with
+SPARSEDM_AUTOTUNE=off, while a CUDA graph is captured, while a model is traced.
 
-To add a back end, write one file with `launch` and CONFIGS, and one row of `BACKENDS`. A new order of the weight goes
+To add a back end, write one file with `launch` and CONFIGS, and a row of `BACKENDS`. A new order of the weight goes
 into `layouts.py`, a new name into `launch.BACKENDS`.
 """
 
@@ -32,19 +32,19 @@ SMALLEST_GRID, SMALLEST_N = 32, 64
 
 @dataclass(frozen=True)
 class Request:
-    """One product, as far as the choice of its back end depends on it.
+    """The properties of a product that the choice of its back end depends on.
 
     y (M, N) = x (M, K) @ W^T; for a convolution M are the pixels of y and K = kh kw channels.
     """
 
     operation: str  # LINEAR or CONV
-    capability: tuple | None  # of the NVIDIA GPU, as `launch.capability` gives it
+    capability: tuple | None  # of the NVIDIA GPU, see `launch.capability`
     dtype: torch.dtype
     M: int
     N: int
     K: int
-    device: torch.device | None = None  # where it may be timed; None: nowhere
-    instructions: str | None = None  # of the CPU, as `cpu.library.serving` gives them
+    device: torch.device | None = None  # the device to time it on; None: do not time
+    instructions: str | None = None  # of the CPU, see `cpu.library.serving`
     pattern: str = "2:4"  # as `str(Pattern)`: torch.compile cannot wrap the object
     out_dtype: torch.dtype | None = None
     activation: str | None = None
@@ -58,14 +58,14 @@ class Request:
     padding: tuple | None = None
     dilation: tuple | None = None
     image: tuple | None = None  # (H', W') of y
-    backend: str | None = None  # the one that is asked for by name; None: whatever is quickest
+    backend: str | None = None  # the one that the caller names; None: the fastest
 
     def key(self):
-        """Everything but M: sizes along M are known by their power of two."""
+        """All fields except M: the tables hold M as a power of two."""
         return tuple([getattr(self, name) for name in KEY])
 
     def described(self):
-        """What the tables call it: the key without what the file and section of a table say already."""
+        """The request's entry in the tuning table: its key, without operation and GPU, which file and section name."""
         names = [name for name in KEY if name not in ("operation", "capability", "device")]
         return {name: value for name in names if (value := getattr(self, name)) not in (None, False, 0)}
 
@@ -80,7 +80,7 @@ class Request:
 
     @property
     def stores_directly(self):
-        """Whether wgmma has to write y from registers, because TMA cannot: see `epilogue` of `wgmma_pipeline.py`."""
+        """Whether wgmma must write y from registers because TMA cannot: see `epilogue` of `wgmma_pipeline.py`."""
         other = self.residual not in (None, self.out_dtype)
         return self.out_dtype == torch.float32 or self.N % 8 != 0 or other
 
@@ -89,14 +89,14 @@ KEY = tuple(field.name for field in fields(Request) if field.name != "M")
 
 
 class Choice(NamedTuple):
-    """A back end, and the number of its configuration in CONFIGS of its module."""
+    """A back end, and the index of its configuration in its module's CONFIGS."""
 
     backend: str
     config: int = 0
 
 
 class Measured(NamedTuple):
-    """What a GPU's measurement says: microseconds of every choice that ran, and why the others did not."""
+    """Measurements on a GPU: microseconds of every choice that ran, and why the others did not run."""
 
     choice: Choice
     times: dict
@@ -116,10 +116,10 @@ class Measured(NamedTuple):
 
 
 def request_on(where, operation, dtype, M, N, K, backend=None, **others):
-    """The `Request` of a product, for a call as for whoever wants to know what a call would do.
+    """The `Request` of a product, for a call or to ask what a call would do.
 
-    where: the torch.device, or the capability of an NVIDIA GPU that is not here. backend: by default the one that
-    SPARSEDM_BACKEND names. others: further fields.
+    where: the torch.device, or the capability of an absent NVIDIA GPU. backend: default: the one that SPARSEDM_BACKEND
+    names. others: more fields.
     """
     gpu = capability(where) if isinstance(where, torch.device) else where
     on_cpu = isinstance(where, torch.device) and where.type == "cpu" and not exporting()
@@ -131,7 +131,7 @@ def request_on(where, operation, dtype, M, N, K, backend=None, **others):
 def _no_cpu(request):
     if request.capability is not None:
         return "the CPU kernels do not run on a GPU"
-    if torch.compiler.is_compiling():  # where they win depends on the batch, and one graph serves every batch
+    if torch.compiler.is_compiling():  # whether they win depends on the batch, and one graph runs every batch
         return "a compiled graph does not call the CPU kernels"
     if request.instructions is None:
         if exporting():
@@ -165,7 +165,7 @@ def _cpu_cost(request):
 
 
 def _cpu_order(request):
-    """The order in which a CPU kernel reads the weight."""
+    """The order of the weight that the CPU kernel reads."""
     if request.operation == LINEAR:
         return _cpu_cost(request)[1]
     geometry = request.kernel_size, request.stride, request.padding, request.image[1]
@@ -217,7 +217,7 @@ def _no_wgmma(request):
 
 
 def _small(request):
-    """Why so few rows and features are too small for the tiles of the kernels, or None."""
+    """Why there are too few rows or features for the kernels' tiles, or None."""
     if request.N < SMALLEST_N:
         return f"{request.N} features leave most of a tile of 128 x 128 empty"
     tiles = -(-request.M // 128) * -(-request.N // 128)
@@ -243,11 +243,11 @@ class Backend:
     name: str
     operation: str
     module: str | None  # with `launch` and CONFIGS, imported when it runs; None: the operator, in plain torch
-    layout: str | Callable  # of the weight: a name in `layouts.LAYOUTS`, or the function that tells it
+    layout: str | Callable  # of the weight: a name in `layouts.LAYOUTS`, or a function that returns one
     supports: Callable = lambda request: None  # -> None, or why it cannot run
-    meant: Callable = lambda request: True  # whether it is worth timing: not where another kernel is better for sure
-    loses: Callable = lambda request: None  # -> None, or why the rule of thumb expects dense to be quicker
-    config: Callable = lambda request: (0, False)  # -> configuration that the rule takes, whether to time it alone
+    meant: Callable = lambda request: True  # whether it is worth timing: False if another kernel is surely better
+    loses: Callable = lambda request: None  # -> None, or why the rule of thumb expects dense to be faster
+    config: Callable = lambda request: (0, False)  # -> configuration of the rule, whether to time only this one
     merit: str = ""
     sources: tuple = ()  # the other modules that hold its code
     on: str | None = "gpu"  # None: anywhere
@@ -257,7 +257,7 @@ class Backend:
 
 
 # fmt: off
-BACKENDS = (  # in the order in which the rule of thumb asks them
+BACKENDS = (  # the rule of thumb asks them in this order
     Backend("splitk", LINEAR, "sparsedm.kernels.sparse24.mma_splitk", "fragments", _no_mma, _few_rows,
             merit="few rows: bound by reading the weight, 1.125 bytes instead of 2", sources=("mma", "ptx")),
     Backend("wgmma", LINEAR, "sparsedm.kernels.sparse24.wgmma", "tma", _no_wgmma, lambda r: not _few_rows(r), _small,
@@ -292,7 +292,7 @@ def row_of(operation, backend):
 
 
 def rule_of_thumb(request):
-    """-> (Choice, why): the back end that is asked for if it can run, else what the rule of thumb takes."""
+    """-> (Choice, why): the back end that the request names, if it can run; else the choice of the rule of thumb."""
     rows = [row for row in BACKENDS if row.operation == request.operation]
     why = ""
     for row in rows:
@@ -313,9 +313,11 @@ def rule_of_thumb(request):
 
 
 def candidates(request):
-    """The choices that are timed: dense first, because the others are held against its result. A kernel that is asked
-    for is timed alone. [] where no kernel can run. [] too where the file of one does not load, as with a Triton that it
-    does not know: without it nobody can say what is quickest."""
+    """The choices to time. Dense comes first; the others' results are compared with it.
+
+    If the request names a back end, only that one is listed. [] if no kernel can run. Also [] if the file of one does
+    not load, as with an unknown Triton: without it the fastest is unknown.
+    """
     rows = [row for row in BACKENDS if row.operation == request.operation]
     named = [row for row in rows if row.name == request.backend]
     kernels = []
@@ -333,11 +335,11 @@ def candidates(request):
 
 
 def serve(request, run, cache):
-    """The result, computed by the back end that is quickest as far as is known.
+    """The result, computed by the fastest known back end.
 
     run(choice, cache, strict) computes it, any number of times. strict: a kernel that does not run is an error;
-    otherwise the operator computes in torch. cache: a dict that the caller keeps with the weight, for what `run` keeps
-    there and for the choices made here; None: nothing is kept.
+    otherwise the operator computes in torch. cache: a dict stored with the layer. It holds the prepacked weight (put
+    there by `run`) and the choices made so far. None: nothing is stored.
     """
     cache = {} if cache is None else cache
     return run(_decide(request, run, cache.setdefault("choices", {})), cache, request.backend is not None)
@@ -347,7 +349,7 @@ def _decide(request, run, choices):
     rule, _ = rule_of_thumb(request)
     if request.device is None or request.capability is None or not request.M:
         return rule
-    if torch.compiler.is_compiling():  # by comparisons, which leave a dynamic M dynamic
+    if torch.compiler.is_compiling():  # by comparisons, so that a dynamic M stays dynamic
         key, rows = request.key(), request.M
         for (size, *others), measured in choices.items():
             if tuple(others) == key and rows <= size and (rows > size // 2 or size == 16):
@@ -371,7 +373,7 @@ def _is_broken(request, choice):
 
 def _measure(request, run, offered, rule):
     described = [_describe(request.operation, choice) for choice in offered]
-    throwaway = {}  # what the losers read is not kept
+    throwaway = {}  # the losers' prepacked weights are dropped
     verdict = _tuner(request.operation).verdict(
         lambda candidate: run(offered[described.index(candidate)], throwaway, True),
         request.device,
@@ -388,8 +390,10 @@ def _measure(request, run, offered, rule):
 
 
 def last_measured(cache, rows=None):
-    """What `serve` measured or looked up for the latest new size, or for the size of `rows` rows: `Measured`, or None
-    where it never did. cache: the caller's dict."""
+    """Timings (`Measured`) that `serve` made or looked up, or None. cache: the caller's dict.
+
+    rows: the number of rows; default: the newest size of this cache.
+    """
     found = [
         measured
         for known, measured in cache.get("choices", {}).items()
@@ -399,7 +403,7 @@ def last_measured(cache, rows=None):
 
 
 def launch(operation, backend, config, strict, *tensors, **options):
-    """Runs a kernel. Returns whether it ran, as `launch.runs`; if not, the rule of thumb does not take it again."""
+    """Runs a kernel. Returns whether it ran, see `launch.runs`. If not, the rule of thumb does not choose it again."""
 
     def start():
         with torch.cuda.device_of(tensors[0]):
@@ -410,13 +414,13 @@ def launch(operation, backend, config, strict, *tensors, **options):
 
 
 def trying(operation, choice):
-    """A context in which a choice runs: if the process ends inside, by a hang say, no tuner tries it again."""
+    """A context to run a choice in. If the process dies inside, for example in a hang, no tuner tries it for a day."""
     return _tuner(operation).trying(_describe(operation, choice))
 
 
 @functools.cache
 def load(module):
-    """The module of a row, imported when it is needed: there may be no Triton."""
+    """The module of a row, imported only when needed: there may be no Triton."""
     return importlib.import_module(module)
 
 
@@ -429,6 +433,6 @@ def _tuner(operation):
 
 
 def _describe(operation, choice):
-    """What the tables hold, for example {"backend": "splitk", "programs": 4}."""
+    """The entry of a choice in the tables, for example {"backend": "splitk", "programs": 4}."""
     module = row_of(operation, choice.backend).module
     return {"backend": choice.backend} | (asdict(load(module).CONFIGS[choice.config]) if module else {})

@@ -1,20 +1,22 @@
-"""The 2:4 compressed weight: dense (N, K) <-> values (N, K/2) and int16 metadata (N, K/16); as torch's own tensors.
+"""The compressed weight of every N:M pattern: dense <-> values and positions. Also torch's own 2:4 tensors.
 
-Row-major and the same for every architecture, so this is what checkpoints hold. Of each group of four weights along K
-two are kept, in their order; metadata word c of a row describes columns 16c .. 16c+15, four bits for each group, lowest
-bits first:
+2:4: dense (N, K) <-> values (N, K/2) and int16 metadata (N, K/16). The format is row-major and the same for every
+architecture; checkpoints hold it. The values are two weights of each group of four along K, in order. Metadata word c
+of a row describes columns 16c .. 16c+15, four bits for each group, lowest bits first:
 
     word[n, c] = sum_g (i0 | i1 << 2) << 4g,    i0 < i1 the kept positions of group 4c + g
 
-`i0 < i1` also where a group has fewer than two non-zeros (the lowest free positions fill up), which `mma.sp` with
-`::ordered_metadata` needs: six of the sixteen nibbles are legal. -0.0 counts as zero and comes back as 0.0; NaN counts
-as non-zero and comes back bit for bit.
+If a group has fewer than two non-zeros, the lowest free positions are added, so that `i0 < i1` always: `mma.sp` with
+`::ordered_metadata` needs it. Six of the sixteen nibbles are legal. -0.0 counts as zero and is restored as 0.0. NaN
+counts as non-zero and is restored bit for bit.
 
-K must be a multiple of 4. If it is not a multiple of 16, zeros are appended up to one, so values and metadata are
-(N, 8c) and (N, c) with c = ceil(K / 16), and `unpack` is told the K to return.
+K must be a multiple of 4. If it is not a multiple of 16, zeros are appended. Values and metadata are then (N, 8c) and
+(N, c) with c = ceil(K / 16), and `unpack` needs the K to return.
 
-Other patterns N:M (K a multiple of M) hold values (rows, K N/M), the kept weights in their order, and in the place of
-metadata the mask's bits (rows, ceil(K / 32)) int32 as in `pattern.pack_bits`, N of every M set. No padding.
+Other patterns N:M (K a multiple of M): values (rows, K N/M), the kept weights in order; instead of metadata the mask's
+bits (rows, ceil(K / 32)) int32 as in `pattern.pack_bits`, N of every M set. No padding.
+
+A GPU packs 2:4 weights in the mask kernel (`mask.py`). `layouts.py` reorders this format for the hardware.
 
 Source: PTX ISA, "Warp-level matrix multiply-accumulate with sparse matrix A", figures of the sparsity metadata.
 """
@@ -83,7 +85,7 @@ def _refuse(nonzero, too_many, pattern):
 
 
 def _pack_with_bits(weight, pattern):
-    """Where a group has fewer non-zeros, its lowest free positions fill up, as in 2:4."""
+    """If a group has fewer non-zeros, its lowest free positions are added, as in 2:4."""
     groups = weight.unflatten(1, (-1, pattern.group))
     nonzero = groups != 0
     if (too_many := nonzero.sum(-1) > pattern.keep).any():
@@ -97,8 +99,8 @@ def _pack_with_bits(weight, pattern):
 def unpack(values, metadata, columns=None, pattern=TWO_FOUR):
     """values (N, 8c), metadata (N, c) int16 -> dense weight (N, columns), by default all 16c columns, dtype of values.
 
-    pattern: another one makes metadata the bits, and columns K. Raises: InputError if the shapes do not belong
-    together, a metadata pair is illegal, or the bits are not of the pattern.
+    pattern: if it is not 2:4, metadata are the bits, and columns is K. Raises: InputError if the shapes do not fit
+    together, a metadata pair is illegal, or the bits do not have the pattern.
     """
     check_shapes(values, metadata, pattern)
     check_metadata(metadata, pattern, columns_of(values, pattern))
@@ -113,12 +115,12 @@ def unpack(values, metadata, columns=None, pattern=TWO_FOUR):
 
 
 def columns_of(values, pattern):
-    """The columns that the values stand for: K, in 2:4 rounded up to a multiple of 16."""
+    """The number of columns of the dense weight: K; for 2:4 rounded up to a multiple of 16."""
     return values.shape[1] * pattern.group // pattern.keep
 
 
 def check_shapes(values, metadata, pattern=TWO_FOUR):
-    """Refuses values and metadata that are not (N, 8c) and (N, c) int16, or with another pattern not values and bits of
+    """Raise InputError unless values and metadata are (N, 8c) and (N, c) int16; for other patterns, values and bits of
     one K."""
     if pattern != TWO_FOUR:
         columns = columns_of(values, pattern)
@@ -139,11 +141,11 @@ def check_shapes(values, metadata, pattern=TWO_FOUR):
 
 
 def check_metadata(metadata, pattern=TWO_FOUR, columns=None):
-    """metadata (N, c) int16, for instance just read from a file. Refuses an illegal index pair, saying where it is.
+    """Raise InputError if metadata (N, c) int16, for instance from a file, hold an illegal index pair, saying where.
 
-    With another pattern: bits of `columns` columns, of which every group must keep as many as the pattern says.
+    If the pattern is not 2:4: bits of `columns` columns; every group must keep the pattern's number of weights.
     """
-    if metadata.is_meta:  # nothing to look at: a model is being counted, not run
+    if metadata.is_meta:  # no data: the model is only inspected
         return
     if pattern != TWO_FOUR:
         counts = unpack_bits(metadata, columns).unflatten(1, (-1, pattern.group)).sum(-1)
@@ -170,14 +172,14 @@ def check_metadata(metadata, pattern=TWO_FOUR, columns=None):
 def to_torch(weight, library):
     """weight (N, K), 2:4 along K -> torch's SparseSemiStructuredTensor of the same shape, dtype and device.
 
-    Neither library documents its layout for others to write, so the dense weight goes through torch's own conversions:
-    CUTLASS's is plain torch and runs anywhere, cuSPARSELt's needs the library and a GPU.
+    The libraries do not document their layouts, so torch's own functions convert the dense weight. CUTLASS's is plain
+    torch and runs anywhere; cuSPARSELt's needs the library and a GPU.
 
-    library: a name in TORCH_TENSORS. The way back is the tensor's `to_dense()`, which gives the weight bit for bit.
-    Raises: InputError for a dtype or shape that the library does not take, or where it is missing.
+    library: a name in TORCH_TENSORS. The tensor's `to_dense()` gives the weight back, bit for bit.
+    Raises: InputError if the library is missing, or does not take the dtype or shape.
     """
     kind = TORCH_TENSORS[library]
-    if weight.dtype not in (torch.float16, torch.bfloat16):  # of float32 the hardware takes 1:2
+    if weight.dtype not in (torch.float16, torch.bfloat16):  # for float32 the hardware has only 1:2
         raise InputError(f"{library} holds a 2:4 weight of float16 or bfloat16, not {weight.dtype}")
     rules = kind._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]
     rows, columns = weight.shape

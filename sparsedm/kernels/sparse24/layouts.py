@@ -1,6 +1,6 @@
-"""The orders in which the hardware reads a 2:4 weight, made from values and metadata once per layer and device.
+"""`prepack`: reorder values and metadata for the hardware, once per layer and device.
 
-Source: PTX ISA, figures of the fragments of `mma.sp.m16n8k32`; `wgmma.mma_async.sp` has the same for 16-bit types.
+Source: PTX ISA, figures of the fragments of `mma.sp.m16n8k32`. Those of `wgmma.mma_async.sp` are equal for 16 bits.
 """
 
 import torch
@@ -12,7 +12,7 @@ from sparsedm.kernels.sparse24.format import TWO_FOUR, ZERO_WORD, check_metadata
 
 
 def pad(values, metadata, row_multiple, column_multiple):
-    """Appends rows and columns of zeros, with legal metadata, up to the next multiples (or returns its arguments)."""
+    """Append rows and columns of zeros, with legal metadata, up to the next multiples."""
     rows, columns = values.shape[0], 2 * values.shape[1]
     down, right = -rows % row_multiple, -columns % column_multiple
     if not (down or right):
@@ -23,7 +23,7 @@ def pad(values, metadata, row_multiple, column_multiple):
 def fragment_values(values):
     """values (N, K/2), 16-bit, N % 16 == K % 32 == 0 -> int32 (N/16, K/32, 32, 4): the A fragment of `mma.sp.m16n8k32`.
 
-    Lane l of a warp holds its four registers side by side, so that one 16-byte load feeds one instruction.
+    The four registers of a lane are side by side, so that one 16-byte load is enough for one instruction.
     """
     rows, half = values.shape
     words = values.contiguous().view(torch.int32)  # two values
@@ -58,7 +58,7 @@ def _fragments(values, metadata, columns):
 
 
 def _tma(values, metadata, columns):
-    """For wgmma.sp: (values, metadata) padded to its largest tiles; the metadata alone, where that changes no value."""
+    """For wgmma.sp: (values, metadata), padded to its largest tiles; only the metadata if the values do not change."""
     padded, metadata = pad(values, metadata, 256, 128)
     return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
 
@@ -91,7 +91,7 @@ def _cpu(values, metadata, columns, layout):
 
 
 def _two_four(values, metadata, columns, pattern):
-    """Values and metadata of 2:4 for a weight of a pattern with fewer."""
+    """Values and metadata of 2:4 for a weight of a sparser pattern."""
     return pack(unpack(values, metadata, columns, pattern))
 
 
@@ -99,10 +99,10 @@ def _two_four(values, metadata, columns, pattern):
 def prepack(
     values: torch.Tensor, metadata: torch.Tensor, layout: str, columns: int, pattern: str = "2:4"
 ) -> list[torch.Tensor]:
-    """The tensors that a back end reads instead of values and metadata, by a name in LAYOUTS or of `cpu_layout`.
+    """The tensors that a back end reads in place of values and metadata. layout: a name in LAYOUTS, or `cpu_layout`'s.
 
-    columns: K. An operator, because it looks at the metadata and refuses illegal pairs, which torch.compile could not
-    follow.
+    columns: K. It is an operator, because it reads the metadata and refuses illegal pairs: torch.compile cannot trace
+    this.
     """
     pattern = Pattern.parse(pattern)
     check_shapes(values, metadata, pattern)
@@ -120,7 +120,7 @@ def prepack(
 @prepack.register_fake
 def _(values, metadata, layout, columns, pattern="2:4"):
     pattern = Pattern.parse(pattern)
-    if layout == "dense":  # `unpack` looks at the metadata
+    if layout == "dense":  # `unpack` reads the metadata
         return [values.new_empty(values.shape[0], columns)]
     if layout.startswith("cpu "):
         from sparsedm.kernels.cpu import products
@@ -135,21 +135,22 @@ def _(values, metadata, layout, columns, pattern="2:4"):
 
 
 def kernel_tensors(values, prepacked):
-    """What the launchers take: the values, those of `prepack` if it made any, and the metadata."""
+    """The arguments of the launchers: `prepack`'s values (else the original ones) and metadata."""
     return prepacked if len(prepacked) == 2 else [values, *prepacked]
 
 
 def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
-    """`prepack`, unless `cache`, the caller's dict, still holds what it gave for these very values."""
+    """`prepack`, or its stored result in `cache` (the caller's dict) if the values are unchanged."""
     # while tracing there are no addresses, and then the weight cannot change either
     stamp = None if torch.compiler.is_compiling() else [_stamp(values), _stamp(metadata)]
     if layout not in cache or (stamp is not None and cache[layout][0] != stamp):
         if stamp and values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InputError("a layer with a 2:4 weight must be called once before a CUDA graph of it is captured")
-        cache[layout] = stamp, prepack(values, metadata, layout, columns, pattern)
+        held = stamp and (values.detach(), metadata.detach())  # so that no other tensor gets their addresses
+        cache[layout] = stamp, prepack(values, metadata, layout, columns, pattern), held
     return cache[layout][1]
 
 
 def _stamp(tensor):
-    """Changes when the tensor is moved, replaced or written to."""
+    """A value that changes when the tensor is moved, replaced or written to."""
     return tensor.device, tensor.data_ptr(), None if tensor.is_inference() else tensor._version

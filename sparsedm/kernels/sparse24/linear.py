@@ -1,11 +1,11 @@
 """y = act([x | skip] @ W^T + b) * s + r with a 2:4 compressed W: reference, dispatch, operator.
 
 Shapes: x (..., K), W (N, K) as values (N, 8c) and metadata (N, c) int16 of `format.py`, y (..., N). M below is
-the number of rows of x. `[x | skip]` is the concatenation along K that U-ViT's `skip_linear` multiplies; the kernels
-read the two tensors in turn and never make it. Inference only: nothing here has a gradient.
+the number of rows of x. `[x | skip]` is the concatenation along K in U-ViT's `skip_linear`; the kernels read the two
+tensors in turn and never concatenate them. Inference only: there are no gradients.
 
-Which back end computes it, and why: `dispatch.py`. "dense" and "torch" are computed here: the decompressed weight, kept
-or made at every call, and torch's product. They serve any device and any dtype.
+`dispatch.py` chooses the back end. "dense" and "torch" are computed here, on any device and in any dtype, by torch's
+product with the decompressed weight: "dense" stores it, "torch" decompresses at every call.
 """
 
 import math
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import dense
+from sparsedm.kernels.launch import direct
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -32,7 +34,7 @@ def sparse24_linear_ref(
     x, values, metadata, bias=None, activation=None, residual=None, *, skip=None, scale=None, out_dtype=None,
     pattern="2:4",
 ):  # fmt: skip
-    """The specification: decompress, then torch. Arguments as `sparse24_linear`."""
+    """The specification: decompress, then torch. Arguments as in `sparse24_linear`."""
     columns = x.shape[-1] + (0 if skip is None else skip.shape[-1])
     weight = unpack(values, metadata, columns, Pattern.parse(pattern))
     return _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype or x.dtype)
@@ -40,7 +42,7 @@ def sparse24_linear_ref(
 
 def _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype):
     source = x if skip is None else torch.cat((x, skip), -1)
-    y = ACTIVATIONS[activation](F.linear(source, weight, bias))
+    y = ACTIVATIONS[activation](dense.linear(source, weight, bias))
     if scale is not None:
         groups = scale.reshape(-1, 1, y.shape[-1])
         y = (y.reshape(groups.shape[0], -1, y.shape[-1]) * groups).view(y.shape)
@@ -64,27 +66,26 @@ def sparse24_linear(
     backend=None,
     pattern="2:4",
 ):
-    """y = act([x | skip] @ W^T + bias) * scale + residual, W the 2:4 weight that values and metadata hold.
+    """y = act([x | skip] @ W^T + bias) * scale + residual. values and metadata hold the 2:4 weight W.
 
     x: (..., K) bf16 or fp16 for the kernels, any floating dtype for torch. skip: (..., K2) with the leading dimensions
     of x, or None; then W is (N, K + K2). bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
     scale: (N,), or (G, N) whose row g scales rows g M/G .. (g+1) M/G of y: the gate of each image in an adaLN block.
-    residual: (..., N) as y. out_dtype: dtype of y, that of x by default; fp32 keeps a kernel's accumulator.
-    cache: a dict that the caller keeps with the weight (start with {}): the weight as the back ends read it, until it
-    changes, and what was measured. Without it, both are made at every call. backend: a name in `launch.BACKENDS`, to
-    compute it so if that can run here, with the configuration that is quickest; by default SPARSEDM_BACKEND, or what is
-    quickest, on a GPU by timing each new size once. pattern: as text; with another one than 2:4, metadata are the bits
-    of `format.py`.
+    residual: (..., N) like y. out_dtype: dtype of y; default: of x; fp32 keeps a kernel's accumulator.
+    cache: a dict that the caller stores with the weight (start with {}). It holds the prepacked weight, until the
+    weight changes, and the measurements. Without it both are made at every call. backend: a name in `launch.BACKENDS`
+    to use if it can run here, with its fastest configuration; default: SPARSEDM_BACKEND, else the fastest back end (on
+    a GPU each new size is timed once). pattern: as text; if it is not 2:4, metadata are the bits of `format.py`.
 
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
-    dtypes that do not belong together.
+    dtypes that do not fit together.
     """
     _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
     request = request_on(
         x.device, LINEAR, x.dtype, math.prod(x.shape[:-1]), values.shape[0], x.shape[-1] + K2, backend,
-        device=x.device if type(x) is torch.Tensor else None,  # a fake one has nothing to time
+        device=x.device if type(x) is torch.Tensor else None,  # a fake tensor cannot be timed
         pattern=pattern, out_dtype=out_dtype, activation=activation, bias=bias is not None, scale=scale is not None,
         residual=None if residual is None else residual.dtype, skip=K2,
     )  # fmt: skip
@@ -92,7 +93,7 @@ def sparse24_linear(
     def run(choice, cache, strict):
         layout = dispatch.row_of(LINEAR, choice.backend).layout_for(request)
         tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
-        return _linear(
+        return direct(_linear, x, bias, residual, skip, scale)(
             x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict, pattern
         )
 
@@ -162,7 +163,7 @@ def _check(x, values, metadata, bias, activation, residual, skip, scale, pattern
 
 
 def check_operands(x, values, metadata, bias, activation, residual, shape, *others):
-    """What a product and a convolution refuse alike. shape: of y. others: further tensors, for their devices."""
+    """Checks shared by products and convolutions. shape: of y. others: more tensors, whose devices are checked."""
     devices = {t.device for t in (x, values, metadata, bias, residual, *others) if t is not None}
     if len(devices) > 1:
         raise InputError(f"all tensors must be on one device, not on {' and '.join(sorted(map(str, devices)))}")
@@ -182,7 +183,7 @@ def _describe(tensor):
 
 
 def _rows(tensor):
-    """(..., K) as rows (M, K): a view where torch can, and 16-byte aligned, as TMA and cp.async need it."""
+    """(..., K) as rows (M, K), a view if possible; 16-byte aligned, as TMA and cp.async need it."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     per_16_bytes = 16 // rows.element_size()
     aligned = rows.stride(1) == 1 and rows.stride(0) % per_16_bytes == 0 and rows.data_ptr() % 16 == 0

@@ -32,8 +32,8 @@ class Config:
     group: int = 8  # tiles along M that are walked before the next along N, for L2
 
 
-# The first is the default until these are timed. More than 64 accumulators per thread spill in the
-# epilogues with a residual.
+# Config(block_n, block_m, warps_n, warps_m, stages). The first is the default until these are timed.
+# More than 64 accumulators per thread spill in the epilogues with a residual.
 CONFIGS = (
     Config(128, 128, 4, 2, 4),
     Config(128, 128, 2, 4, 4),

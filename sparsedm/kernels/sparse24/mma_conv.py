@@ -17,7 +17,7 @@ from sparsedm.kernels.launch import Launch
 from sparsedm.kernels.sparse24.mma import Config, copy_layout, products, store, tile, tile_count, warps
 from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 
-# The first is the default until these are timed.
+# Config(block_n, block_m, warps_n, warps_m, stages). The first is the default until these are timed.
 CONFIGS = (Config(128, 128, 4, 2, 4), Config(128, 64, 2, 2, 4), Config(64, 64, 2, 2, 4))
 
 

@@ -34,7 +34,7 @@ class Config:
     programs: int  # wanted on every multiprocessor: more keep more bytes in flight, and write more partial sums
 
 
-CONFIGS = (Config(4), Config(2), Config(8))  # the first is the default until these are timed
+CONFIGS = (Config(4), Config(2), Config(8))  # programs; the first is the default until these are timed
 TILES = tuple(mma.Config(64, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
 REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
 

@@ -15,6 +15,7 @@ from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
 from sparsedm.kernels.sparse24.wgmma_pipeline import Config, boxes, cluster_size, shares_w, shares_x, warps
 
+# Config(block_n, block_m, block_k, stages, cluster, specialized, resident), see `wgmma_pipeline.Config`.
 # The first, without clusters, is the default until these are timed.
 CONFIGS = (
     Config(256, 128, 64, 4),

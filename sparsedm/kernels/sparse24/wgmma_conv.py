@@ -33,8 +33,8 @@ from sparsedm.kernels.sparse24.wgmma_pipeline import (
     stage_bytes,
 )
 
-# The default for more than 128 features, that for up to 128, and one with more tiles. block_k is what TMA brings of the
-# channels at one kernel position.
+# Config(block_n, block_m, block_k, stages): the default for more than 128 features, the default for up to 128, and one
+# with more tiles. block_k is the number of channels that TMA loads at one kernel position.
 CONFIGS = (Config(256, 128, 64, 4), Config(128, 256, 64, 3), Config(128, 128, 64, 5))
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -134,14 +135,17 @@ class TestWgmma(KernelTests):
         assert main, "no loop multiplies"
         (step,) = case.launches(case.problem())
         finish = step.constants["EPILOGUE"]
-        fences = 4 if finish.residual and not finish.direct else 0  # where the residual is ordered, once per tile
+        barriers = 3 if finish.residual and not finish.direct else 0  # where the residual is ordered, once per tile
         for histogram in main:
             products = sum(n for op, n in histogram.items() if op.startswith("HGMMA.SP"))
             assert products == sum(n for op, n in histogram.items() if op.startswith("HGMMA"))
-            most = (30 if case.config.specialized else 60) * max(128, case.config.block_m) / 128
-            assert sum(histogram.values()) <= most * products
-            assert sum(n for op, n in histogram.items() if op.startswith(("BAR", "MEMBAR"))) <= fences
-            assert not any(op.startswith(("LDL", "STL", "ERRBAR", "MOV32I")) for op in histogram)
+            most = (30 if case.config.specialized else 60) * case.config.block_m / 128  # for 64 x 128 x 32
+            assert sum(histogram.values()) <= max(most * products, 33)  # a loop around two small products
+            assert sum(n for op, n in histogram.items() if op.startswith("BAR")) <= barriers
+            # with Triton 3.6 a fence, too, where the residual is loaded
+            assert histogram["MEMBAR.ALL.CTA"] <= (barriers > 0 and triton.__version__.startswith("3.6."))
+            refused = ("LDL", "STL", "MEMBAR", "ERRBAR", "MOV32I")
+            assert not any(op.startswith(refused) and op != "MEMBAR.ALL.CTA" for op in histogram)
 
 
 def main_loops(built):
