@@ -135,7 +135,9 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         write_model(partial / "model.safetensors", model)
         write_model(partial / "ema.safetensors", ema)
         write_tensors(partial / "optimizer.safetensors", moments, {"tensors": str(len(moments))})
-        versions = {"torch": torch.__version__, "cpu_kernels": rules.version()}
+        versions = {"torch": torch.__version__}
+        if all(parameter.device.type == "cpu" for parameter in names):  # else nothing of it runs, or is compiled
+            versions["cpu_kernels"] = rules.version()
         about = {"versions": versions, "sha256": digests(partial)}
         write_json(partial / "state.json", {"step": step, **state, "model": describe(model), **about})
     for old in checkpoints(folder)[:-keep]:
