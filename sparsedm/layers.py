@@ -337,9 +337,14 @@ class Compressed(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         name = f"{prefix}{self._positions}"
         if name in state_dict:
-            stored = state_dict[name].view(torch.uint8)  # older files hold int16
+            stored = state_dict[name]
+            if stored.dtype in (torch.int16, torch.int32) and stored.dim():  # as older files hold them
+                stored = stored.view(torch.uint8)
             state_dict = {**state_dict, name: stored}
-            if stored.shape == getattr(self, self._positions).shape:  # else torch raises its own error
+            if (stored.shape, stored.dtype) == (
+                getattr(self, self._positions).shape,
+                torch.uint8,
+            ):  # else torch raises its own error
                 try:
                     check_metadata(self.words(stored), self.pattern, math.prod(self.weight_shape[1:]))
                 except InputError as error:
