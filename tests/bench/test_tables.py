@@ -15,9 +15,11 @@ from bench.experiments import __main__ as experiments
 from bench.experiments import runner
 from bench.experiments.plans import EXPERIMENTS, SCALES
 from sparsedm import cli
+from sparsedm.commands import evaluate, train
 from sparsedm.models import build_model
 from sparsedm.recipes import QUICKSTART, SEARCHES
 from sparsedm.sparsity import sparsify
+from sparsedm.stepaware import study
 from sparsedm.train import checkpoint
 
 README = pathlib.Path(__file__).parents[2] / "bench" / "README.md"
@@ -127,7 +129,7 @@ FEW = {
 def smallest(command):
     """The command line with the tiniest network, drawn images where no file is named, and next to no steps."""
     words, small = shlex.split(command), []
-    if "--dry-run" in words or words[2] == "bench.run":
+    if words[2] == "bench.run":
         return [*words, "--quick", "--no-sampling", "--no-compile"]
     while words:
         word = words.pop(0)
@@ -147,6 +149,7 @@ def smallest(command):
     if "search.txt" in small:
         small[small.index("search.txt")] = "few.txt"
     if small[2] == "bench.experiments":
+        small += ["--crop", "celeba"] * ("celeba.zip" in small)
         small += ["--only", "dense"] * ("--only" not in small)
         small += ["--only", {"claims": "2:4 chain", "ratio": "1:8", "ablate": "w_kd=1"}.get(small[3], "chain")]
         small[small.index("--only") + 1] = "default" if small[3] == "ablate" else "dense"
@@ -168,7 +171,7 @@ def test_the_smallest_version_of_every_command_runs(command, bench_in, capsys, m
         stages = tuple(replace(stage, steps=2) for stage in search.stages)
         small = replace(search, overrides=search.overrides | changed, stages=stages, options=options, population=9)
         monkeypatch.setitem(SEARCHES["smoke"], name, replace(small, generations=1, count=8, **few))
-    for module in (runner, cli.importlib.import_module("sparsedm.commands.train")):
+    for module in (runner, train, evaluate, study):
         load = module.load_images
         monkeypatch.setattr(module, "load_images", lambda *a, load=load, **s: load(*a, **s | {"limit": 40}))
     words = smallest(command)
