@@ -188,8 +188,12 @@ class Compressed(NetworkProvider):
 
 
 def packed(problem):
-    """The network whose layers are oneDNN's, with weights packed once and fused epilogues."""
-    network = copy.deepcopy(problem.weight)
+    return packed_network(problem.weight)
+
+
+def packed_network(dense):
+    """A copy of a dense network whose layers are oneDNN's, with weights packed once and fused epilogues."""
+    network = copy.deepcopy(dense)
     for layer in network.modules():
         if isinstance(layer, Linear):
             layer.forward = types.MethodType(_packed_linear(layer), layer)

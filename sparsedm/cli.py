@@ -34,6 +34,7 @@ COMMANDS = {  # name: (module, what it does)
         "sparsedm.commands.convert",
         "convert an official U-ViT or DiT checkpoint, or a diffusers folder, to a model file of this package",
     ),
+    "encode": ("sparsedm.commands.encode", "make images latents of a diffusers autoencoder, in a file to train on"),
     "search": (
         "sparsedm.commands.search",
         "find which network of a family to use at which step: N:M students, widths of a slimmable network, or both",

@@ -199,8 +199,8 @@ def loss(
     The first term is DDPM's eq. 14. The second is SparseDM's transfer from a dense teacher (arXiv 2404.10445, eq. 11;
     its runs used w_kd = 0.1). The teacher sees the same x_t and t, gets no gradient, and should be in eval mode.
 
-    x0 (B, C, H, W); y (B,) int64 or None. generator: may be on another device than x0; a CPU generator gives the same t
-    and ε on every device.
+    x0 (B, C, H, W); y (B,) int64, (B, tokens, width) for a text-conditional network, or None. generator: may be on
+    another device than x0; a CPU generator gives the same t and ε on every device.
     weighting: "velocity" divides the squared error by α(t)². The result is the error of the predicted velocity
     (arXiv 2202.00512, section 4). It gives the noisiest images more weight, which helps short runs.
     variance: the model also predicts a variance (`model(..., variance=True)`); `variational_bound` is added to total.

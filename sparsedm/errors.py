@@ -13,11 +13,14 @@ class Stopped(Exception):
     exit_code = 130
 
 
-def check_memory(needed, what):
-    """Raise InputError if `what`, which takes `needed` bytes, needs more memory than this machine has."""
-    if not hasattr(os, "sysconf"):  # Windows does not say
+def check_memory(needed, what, there=None):
+    """Raise InputError if `what`, which takes `needed` bytes, needs more memory than this machine has.
+
+    there: the bytes of another memory, such as a GPU's.
+    """
+    if not there and not hasattr(os, "sysconf"):  # Windows does not say
         return
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise InputError(
             f"not enough memory: {what} takes {needed / 2**30:,.0f} GiB or more, and there are {there / 2**30:,.0f} GiB"

@@ -18,7 +18,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense
-from sparsedm.kernels.launch import autocast_dtype, exporting
+from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_onnx
 from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import (
     STE,
@@ -170,6 +170,7 @@ class Masked:
     @torch.no_grad()
     def selection(self, dtype):
         """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them."""
+        refuse_onnx()
         weight, mask = self.weight.detach(), self.mask
         if self._held and self._held[0] is self.weight and not exporting():
             if self._held[1].masked.dtype == dtype:
@@ -254,13 +255,12 @@ class Linear(Masked, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._start_masking(pattern, activation)
 
-    def forward(self, x, residual=None, skip=None, scale=None):
-        """x (..., K). skip (..., K2) or None: more inputs, K + K2 in all. residual (..., N) or None.
+    def forward(self, input, residual=None, skip=None, scale=None):
+        """input: x (..., K). skip (..., K2) or None: more inputs, K + K2 in all. residual (..., N) or None.
 
         scale: None, (N,), or (B, N) with B the first dimension of x: the gate of each image.
         """
-        if skip is not None:
-            x = torch.cat((x, skip), -1)
+        x = input if skip is None else torch.cat((input, skip), -1)
         if self.pattern is not None and kernels_serve(self.weight):
             product = x, self.weight, self.pattern, self.bias, self.activation
             selection = self.selection(product_dtype(self.weight))
@@ -284,8 +284,8 @@ class Conv2d(Masked, nn.Conv2d):
         super().__init__(*args, **kwargs)
         self._start_masking(pattern, activation)
 
-    def forward(self, x, residual=None):
-        return _epilogue(self._conv_forward(x, self.effective_weight(), self.bias), self.activation, residual)
+    def forward(self, input, residual=None):
+        return _epilogue(self._conv_forward(input, self.effective_weight(), self.bias), self.activation, residual)
 
 
 # ---- compressed layers -----------------------------------------------------------------------------------------------
@@ -316,6 +316,7 @@ class Compressed(nn.Module):
 
     def _operands(self, *tensors):
         """(values, *tensors) in the dtype of the product: under autocast that is autocast's dtype."""
+        refuse_onnx()
         dtype = product_dtype(self.values)
         if dtype == self.values.dtype:
             return self.values, *tensors
@@ -336,14 +337,21 @@ class Compressed(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         name = f"{prefix}{self._positions}"
         if name in state_dict:
-            stored = state_dict[name].view(torch.uint8)  # older files hold int16
+            stored = state_dict[name]
+            if stored.dtype in (torch.int16, torch.int32) and stored.dim():  # as older files hold them
+                stored = stored.view(torch.uint8)
             state_dict = {**state_dict, name: stored}
-            if stored.shape == getattr(self, self._positions).shape:  # else torch raises its own error
+            if (stored.shape, stored.dtype) == (
+                getattr(self, self._positions).shape,
+                torch.uint8,
+            ):  # else torch raises its own error
                 try:
                     check_metadata(self.words(stored), self.pattern, math.prod(self.weight_shape[1:]))
                 except InputError as error:
                     raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        # tensors made in inference mode have no version that would tell
+        self._cast, self._prepacked = None, {k: v for k, v in self._prepacked.items() if k == "choices"}
 
     def _check_width(self, width, name):
         expected = self.weight_shape[1]
@@ -413,9 +421,10 @@ class CompressedLinear(Compressed):
     def _dense_twin(self, **options):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
-    def forward(self, x, residual=None, skip=None, scale=None):
-        self._check_width((x.shape[-1] if x.dim() else 0) + (0 if skip is None else skip.shape[-1]), "features")
-        values, bias, x, skip, scale = self._operands(self.bias, x, skip, scale)
+    def forward(self, input, residual=None, skip=None, scale=None):
+        width = (input.shape[-1] if input.dim() else 0) + (0 if skip is None else skip.shape[-1])
+        self._check_width(width, "features")
+        values, bias, x, skip, scale = self._operands(self.bias, input, skip, scale)
         dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # the dtype of their sum
         rest = {
             "skip": skip,
@@ -450,9 +459,9 @@ class CompressedConv2d(Compressed):
         sizes = self.in_channels, self.out_channels, self.kernel_size
         return Conv2d(*sizes, **geometry, activation=self.activation, **options)
 
-    def forward(self, x, residual=None):
-        self._check_width(x.shape[-3] if x.dim() > 2 else 0, "channels")
-        values, bias, x = self._operands(self.bias, x)
+    def forward(self, input, residual=None):
+        self._check_width(input.shape[-3] if input.dim() > 2 else 0, "channels")
+        values, bias, x = self._operands(self.bias, input)
         apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
         y = sparse24_conv2d(
             x,

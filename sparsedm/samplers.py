@@ -12,7 +12,7 @@ To add a sampler, write its step and a row of `SAMPLERS`.
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -238,13 +238,14 @@ def _step(step, model, clip, y, x, noise, times, *before):
 class Execution:
     """How samples are computed. Only null_label changes the samples by more than rounding.
 
-    null_label: the label for "no class"; None: the model's config.num_classes. batch_size: samples at a time; None:
-    all. device: None: the model's. dtype: the dtype of the samples. network_dtype: the dtype of the network's input x;
-    None: dtype. progress: show a bar on a terminal. cuda_graph: replay whole steps, network and update, as CUDA graphs
-    (cuda_graph.py): the same samples, in less host time.
+    null_label: the label for "no class"; None: the model's config.num_classes. A text-conditional network takes the
+    context (tokens, width) of the empty text. batch_size: samples at a time; None: all. device: None: the model's.
+    dtype: the dtype of the samples. network_dtype: the dtype of the network's input x; None: dtype. progress: show a
+    bar on a terminal. cuda_graph: replay whole steps, network and update, as CUDA graphs (cuda_graph.py): the same
+    samples, in less host time.
     """
 
-    null_label: int | None = None
+    null_label: int | torch.Tensor | None = None
     batch_size: int | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
@@ -276,7 +277,8 @@ def sample(
 
     model: `model(x, t)`, `model(x, t, y)`, or a list of `steps` models, one per step, the noisiest step first.
     steps: sampling steps. Each costs one network evaluation; heun costs 2 * steps - 1 in all.
-    spacing: see `time_grid`; None: the sampler's. y (count,) int64: labels. guidance: see `guided`.
+    spacing: see `time_grid`; None: the sampler's. y (count,) int64: labels; a text-conditional network takes contexts
+    (count, tokens, width). guidance: see `guided`.
     clip (images only). "every": clip the predicted clean image to [-1, 1] in each step, as DDPM does ("static
     thresholding", arXiv 2205.11487, section 2.3); without it the errors of a small network grow at high noise, where
     they are divided by α. "final": clip the finished sample only (DDSM). "never": do not clip (U-ViT).
@@ -302,6 +304,8 @@ def sample(
     batch_size, device = run.batch_size or count, run.device
     if device is None:
         device = next((p.device for m in models if isinstance(m, torch.nn.Module) for p in m.parameters()), "cpu")
+    if isinstance(run.null_label, torch.Tensor):
+        run = replace(run, null_label=run.null_label.to(device))
 
     prepared = {id(m): _prepared(m, guidance, run, SAMPLERS[sampler].learned) for m in models}
     networks = [prepared[id(m)] for m in models]  # equal for equal networks, so that a graph records once
@@ -336,7 +340,7 @@ def _prepared(model, guidance, run, variance):
 
 
 def guided(model, y, guidance=None, null_label=None, config=None):
-    """A `model(x, t)` for labels y (B,): ε̂ = (1 + w) ε̂(x, t, y) - w ε̂(x, t, null), w = guidance.
+    """A `model(x, t)` for labels or texts y (B, ...): ε̂ = (1 + w) ε̂(x, t, y) - w ε̂(x, t, null), w = guidance.
 
     Classifier-free guidance (arXiv 2207.12598, eq. 6), both calls in one batch. guidance None or 0: the conditional
     network. y None: the unconditional network. config: None: the model's. Output channels beyond those of x hold the
@@ -349,8 +353,11 @@ def guided(model, y, guidance=None, null_label=None, config=None):
     if null_label is None and getattr(config, "null_label", True):
         null_label = getattr(config, "num_classes", 0) or None
     if y is None or null_label is None:
-        raise InputError(f"guidance {guidance} needs labels and a network with a null label")
-    labels = torch.cat([y, torch.full_like(y, null_label)])
+        raise InputError(
+            f"guidance {guidance} needs labels and a network with a null label, or texts and an empty text"
+        )
+    null = null_label.to(y).expand_as(y) if isinstance(null_label, torch.Tensor) else torch.full_like(y, null_label)
+    labels = torch.cat([y, null])
 
     def predict(x, t):
         with_label, without = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)

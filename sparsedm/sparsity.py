@@ -205,7 +205,7 @@ def _input_norms(model, layers, batches):
     sums = {}
 
     def add(layer, arguments, options):
-        x = arguments[0] if arguments else options.get("x", options.get("input"))
+        x = arguments[0] if arguments else options["input"]
         skip = options.get("skip", arguments[2] if len(arguments) > 2 else None)
         x = x if skip is None else torch.cat((x, skip), -1)
         if not x.numel():

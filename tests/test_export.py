@@ -7,9 +7,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from sparsedm import samplers
+from sparsedm.diffusion import schedule_of
+from sparsedm.errors import InputError
 from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, decompress, sparsify
+from sparsedm.recipes import QUICKSTART
+from sparsedm.sparsity import bake, compress, decompress, masked_layers, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 NETWORKS = {
@@ -113,3 +117,60 @@ def exported(network):
 
 def doubled(inputs):
     return tuple(value.double() for value in inputs)
+
+
+# ---- ONNX
+
+
+def exported_to_onnx(network, inputs):
+    pytest.importorskip("onnxscript")
+    dimensions = tuple({0: torch.export.Dim("batch", min=1, max=64)} for _ in inputs)
+    return torch.onnx.export(network, inputs, dynamo=True, dynamic_shapes=dimensions, verbose=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_the_quickstarts_student_draws_the_same_images_in_onnxruntime(tmp_path):
+    """Its file holds the zeros, and it takes every batch."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    recipe = QUICKSTART["synthetic"]
+    model = build_model(recipe.model, **recipe.overrides, num_classes=6).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    plain = bake(sparsify(model, "2:4"))
+    file = tmp_path / "student.onnx"
+    exported_to_onnx(plain, (torch.randn(2, 3, 12, 12), torch.tensor([3.0, 700.0]), torch.tensor([1, 2]))).save(file)
+    weights = [onnx.numpy_helper.to_array(w) for w in onnx.load(file).graph.initializer]
+    zeros = sum(int((layer.effective_weight() == 0).sum()) for _, layer in masked_layers(model))
+    assert sum(int((w == 0).sum()) for w in weights if w.ndim > 1 and w.dtype == "float32") == zeros > 0
+
+    session = runtime.InferenceSession(file)
+    names = [argument.name for argument in session.get_inputs()]
+
+    def network(*inputs):
+        return torch.from_numpy(session.run(None, {n: x.numpy() for n, x in zip(names, inputs)})[0])
+
+    options = {"steps": 4, "y": torch.tensor([0, 1, 2]), "clip": "every"}
+    ours, theirs = (samplers.sample(m, schedule_of(model), 3, (3, 12, 12), **options) for m in (model, network))
+    assert (ours - theirs).abs().max() < 1e-3
+    assert not torch.equal(ours[0], ours[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", [sparsify, lambda model, pattern: compress(sparsify(model, pattern))])
+def test_onnx_of_a_masked_or_compressed_network_names_bake(form):
+    model = build_model(NETWORKS["uvit"]).eval()
+    with pytest.raises(Exception, match=r"export sparsedm\.bake\(model\)"):
+        exported_to_onnx(form(model, "2:4"), inputs_of(model, 2))
+
+
+@pytest.mark.parametrize("form", [sparsify, lambda model, pattern: compress(sparsify(model, pattern))])
+def test_in_an_onnx_export_masks_are_refused(form, monkeypatch):
+    model = build_model(NETWORKS["uvit"]).eval()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    network, inputs = form(model, "2:4"), inputs_of(model, 2)
+    network(*inputs)  # outside of a tracer the flag is not looked at
+    with pytest.raises(InputError, match=r"export sparsedm\.bake\(model\)"):
+        torch.export.export(network, inputs)

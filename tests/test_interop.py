@@ -15,7 +15,7 @@ from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungro
 from sparsedm.layers import Compressed
 from sparsedm.model_files import load_model, save_model
 from sparsedm.permutation import permute_channels
-from sparsedm.sparsity import FAMILIES, compress, decompress, masked_layers, sparsify
+from sparsedm.sparsity import FAMILIES, bake, compress, decompress, masked_layers, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 pytestmark = pytest.mark.interop
@@ -199,6 +199,37 @@ def test_lora_factors_stay_dense_and_a_merged_layer_is_masked_anew():
     layer = merged.transformer_blocks[0].attn1.to_q
     assert torch.equal(layer.effective_weight() != 0, select_mask_ref(layer.weight, Pattern(2, 4)))
     assert all(row.holds for row in inspect(merged, inputs).rows)
+
+
+def test_lora_is_trained_on_a_masked_model_then_merged_and_compressed():
+    peft = pytest.importorskip("peft")
+    model, inputs = built("DiTTransformer2DModel")
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"])
+    with pytest.raises(ValueError, match=r"CompressedLinear.* is not supported"):
+        peft.get_peft_model(compress(sparsify(copy.deepcopy(model), "2:4")), config)
+    wrapped = peft.get_peft_model(sparsify(model, "2:4"), config).train()
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    frozen = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (wrapped(**inputs).sample - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(wrapped.get_parameter(name), value) for name, value in frozen.items())
+    to_q = "transformer_blocks.0.attn1.to_q"
+    layer = wrapped.base_model.model.get_submodule(to_q)
+    added = layer.get_delta_weight("default").detach()
+    expected = layer.base_layer.weight.detach() + added
+    assert added.any()
+    merged = wrapped.merge_and_unload().eval()
+    torch.testing.assert_close(merged.get_submodule(to_q).weight, expected)
+    small = compress(merged)
+    assert isinstance(small.get_submodule(to_q), Compressed)
+    usual = forward(bake(merged), inputs)
+    assert_as_good_as_torch(forward(small, inputs), forward(bake(merged).double(), double(inputs)), usual)
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)

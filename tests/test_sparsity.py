@@ -203,6 +203,14 @@ def test_bad_input_is_refused(call, message):
         call()
 
 
+def test_inputs_may_be_named_as_in_torch():
+    """In every state of a layer."""
+    for layer, x in ((nn.Linear(8, 8), torch.randn(2, 8)), (nn.Conv2d(8, 8, 1), torch.randn(1, 8, 2, 2))):
+        model = sparsify(nn.Sequential(layer), "2:4")
+        for form in (model, compress(model), bake(model)):
+            assert torch.equal(form[0](input=x), form[0](x))
+
+
 # ---- calibrated masks ----
 
 
@@ -217,7 +225,7 @@ class Called(nn.Module):
 
     def forward(self, x, shift=0.0):
         x = self.dropout(x)
-        h = self.grouped(self.conv(x) + shift).mean((-2, -1))
+        h = self.grouped(input=self.conv(x) + shift).mean((-2, -1))
         return self.parts(self.twice(self.twice(h)), skip=x.mean((-2, -1)))
 
 

@@ -22,7 +22,8 @@ from sparsedm.models import build_model
 from sparsedm.models.ddpm import DDPMConfig
 from sparsedm.train.data import batch, batch_indices
 
-FIXED, WAVES = "fixed", "waves"  # spaces that lose nothing, and the one whose channels are frequencies
+KEPT = ("image", "labels", "fixed waves")  # spaces that lose nothing
+WAVES = "waves"  # the space whose channels are frequencies
 BATCHES = 16
 
 
@@ -116,10 +117,10 @@ def spaces(network):
         return out
 
     hidden, temb = [("time", 4 * config.width)], [("temb", 4 * config.width)]
-    layer("time_embed.fc1", hidden, [(WAVES, config.width // 2)] * 2)
+    layer("time_embed.fc1", hidden, [("fixed waves" if config.ddsm else WAVES, network.time_embed.waves // 2)] * 2)
     layer("time_embed.fc2", temb, hidden)
     if config.num_classes:
-        runs["label_embed.weight"] = [[(FIXED, config.label_rows)], temb]
+        runs["label_embed.weight"] = [[("labels", config.label_rows)], temb]
     x = [("stem", config.width)]
     layer("conv_in", x, [("image", config.channels)])
     skips = [x]
@@ -157,7 +158,7 @@ def _scores(runs, importance):
 
 def _kept(space, size, share, scores, groups):
     """int64 indices of the kept channels of a space, increasing."""
-    if space in (FIXED, "image"):
+    if space in KEPT:
         return torch.arange(size)
     if space == WAVES:
         return torch.linspace(0, size - 1, round(size * share)).round().long()

@@ -1,15 +1,17 @@
 """The sampling speed of trained networks: times of whole sampling, all networks in turns, sparse ones compressed.
 
-The denominator is the fastest form of the dense network: eager or compiled. fp32 on a CPU, bf16 on a GPU, the dtypes of
-the sparse kernels. Nothing else may run at the same time.
+The denominator is the fastest form of the dense network: eager, compiled, or on a CPU with oneDNN's products on packed
+weights. fp32 on a CPU, bf16 on a GPU, the dtypes of the sparse kernels. Nothing else may run at the same time.
 """
 
 import copy
 import functools
 import logging
+import math
 
 import torch
 
+from bench.cpu import packed_network
 from sparsedm import diffusion, samplers
 from sparsedm.sparsity import compress, masked_layers
 from sparsedm.stepaware.family import interleaved_seconds
@@ -22,18 +24,20 @@ IMAGES, ROUNDS = 64, 5  # drawn at once; the median of so many
 def sampling_seconds(networks, control, steps, device):
     """{name: network} -> {name: seconds per image}. For `control`, a dense network, the time of its fastest form."""
     forms = {name: compress(n) if masked_layers(n) else copy.deepcopy(n) for name, n in networks.items()}
-    compiled = "compiled " + control
-    forms[compiled] = torch.compile(copy.deepcopy(networks[control]))
+    others = {f"{control}, compiled": torch.compile(copy.deepcopy(networks[control]))}
+    if device.type == "cpu":
+        others[f"{control}, packed"] = packed_network(networks[control])
+    forms |= others
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     calls = {name: functools.partial(_sample, form.to(device, dtype), steps, dtype) for name, form in forms.items()}
-    try:
-        calls[compiled]()
-    except Exception as error:  # for example no compiler: then there is no compiled form
-        log.warning("%s is not timed: %s", compiled, str(error).splitlines()[0])
-        del calls[compiled]
+    for name in others:
+        try:
+            calls[name]()
+        except Exception as error:  # for example no compiler: then there is no such form
+            log.warning("%s is not timed: %s", name, str(error).splitlines()[0])
+            del calls[name]
     seconds = dict(zip(calls, interleaved_seconds(list(calls.values()), device, ROUNDS)))
-    if compiled in seconds:
-        seconds[control] = min(seconds[control], seconds.pop(compiled))
+    seconds[control] = min(seconds[control], *(seconds.pop(name) for name in others if name in seconds), math.inf)
     return {name: value / IMAGES for name, value in seconds.items()}
 
 

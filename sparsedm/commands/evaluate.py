@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sparsedm import evaluate
 from sparsedm.commands.options import add_crop, crop_of, dense_part
-from sparsedm.commands.sample import add_sampling_arguments, beside, draw, labels_of, source_of
+from sparsedm.commands.sample import add_sampling_arguments, autoencoder_of, beside, conditions_of, draw, source_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, check_writable, write_json
@@ -37,8 +37,10 @@ def add_arguments(parser):
 
 def run(options):
     source = source_of(options)
-    config, labels = source.config, labels_of(source.config, options)
-    shape = (config.channels, config.image_size, config.image_size)
+    config, conditions = source.config, conditions_of(source, options)
+    autoencoder = autoencoder_of(config, options)
+    size = config.image_size * (autoencoder.factor if autoencoder else 1)
+    shape = (3 if autoencoder else config.channels, size, size)
     out = Path(options.out or beside(options.run) / "evaluation.json")
     check_writable(out)
     if options.dry_run:
@@ -48,10 +50,10 @@ def run(options):
         return
     dense = load_model(dense_part(options.dense), build_model, which=options.which).model if options.dense else None
     if dense is not None:
-        for name in ("channels", "image_size", "num_classes"):
-            if getattr(dense.config, name) != getattr(config, name):
+        for name in ("channels", "image_size", "num_classes", "context_tokens"):
+            if getattr(dense.config, name, 0) != getattr(config, name, 0):
                 raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
-    reference = load_images(options.data, options.split, config.image_size, crop=crop_of(options, config))
+    reference = load_images(options.data, options.split, size, crop=crop_of(options, config))
     if reference.is_latent:
         raise InputError(f"data {options.data} holds latents: distances need images")
     evaluate.check_sets(shape, options.count, reference.images.shape[1:], len(reference))
@@ -62,10 +64,12 @@ def run(options):
             name = f"{reference.source} {options.split}"
             summary = evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)
         if dense is not None:
-            paired = draw(source._replace(networks=[dense] * source.steps), labels, options)
-        images = draw(source, labels, options)
+            paired = draw(source._replace(networks=[dense] * source.steps), conditions, options)
+        images = draw(source, conditions, options)
     if images is None:
         return
+    if autoencoder:
+        images, paired = (x if x is None else autoencoder.decode(x, progress=True) for x in (images, paired))
     images, paired = to_uint8(images), None if paired is None else to_uint8(paired)
     report = evaluate.evaluate(images, summary, features, paired=paired, seed=options.seed, progress=True)
     report |= {
@@ -75,6 +79,7 @@ def run(options):
         "sampler": source.sampler,
         "sampling_steps": source.steps,
         "network_evaluations": source.evaluations,
+        "guidance": source.guidance or 0.0,
         "seed": options.seed,
         **source.cost,
     }

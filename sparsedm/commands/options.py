@@ -39,6 +39,18 @@ def crop_of(options, config):
     return options.crop or (published(config) or Published({}, 0)).crop
 
 
+def add_vae(parser, what, required=False):
+    parser.add_argument(
+        "--vae",
+        metavar="DIR",
+        required=required,
+        help=f"{what} the diffusers AutoencoderKL (safetensors) in this folder",
+    )
+    parser.add_argument(
+        "--latent-scale", type=positive, help="factor of its latents (default: the folder's; U-ViT for COCO had 0.2301)"
+    )
+
+
 def add_seed_and_device(parser):
     parser.add_argument("--seed", type=seed, default=0, help="seed of all random numbers (default: 0)")
     parser.add_argument("--device", type=device, default=device("auto"), help="auto, cpu, cuda, cuda:1 (default: auto)")

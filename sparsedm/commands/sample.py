@@ -12,6 +12,7 @@ from sparsedm import samplers
 from sparsedm.commands.options import (
     add_model_arguments,
     add_seed_and_device,
+    add_vae,
     count,
     finite,
     load_named,
@@ -23,10 +24,13 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError, check_memory
 from sparsedm.features import to_uint8
 from sparsedm.files import atomic_file, check_writable
+from sparsedm.models.autoencoder import load_autoencoder
 from sparsedm.plots import save_grid
 from sparsedm.sparsity import bake, compress, masked_layers
 from sparsedm.stepaware.family import family_of, load_strategy
 from sparsedm.train import distributed
+from sparsedm.train.array_files import read_context
+from sparsedm.train.data import check_context
 from sparsedm.train.published import Published, published
 
 EXAMPLES = (
@@ -63,8 +67,8 @@ def add_sampling_arguments(parser, images):
     parser.add_argument(
         "--sampler",
         choices=[*samplers.SAMPLERS, "published"],
-        help="how to sample. published: sampler, steps and clipping of the original paper's code (default: dpm++2m, or "
-        "the strategy's)",
+        help="how to sample. published: sampler, steps, clipping and guidance of the original paper's code (default: "
+        "dpm++2m, or the strategy's)",
     )
     much = parser.add_mutually_exclusive_group()
     much.add_argument("--sampling-steps", type=sampling_steps, help="sampling steps (default: 50, or the strategy's)")
@@ -83,6 +87,11 @@ def add_sampling_arguments(parser, images):
         choices=samplers.CLIPS,
         help="clip images to [-1, 1] in every step, in the final one, or never (default: every; latents: never)",
     )
+    parser.add_argument(
+        "--context",
+        metavar="FILE.npz",
+        help="texts of a text-conditional model: `context` (N, tokens, width), and for --guidance `null_context`",
+    )
     parser.add_argument("--label", type=whole, help="draw only this class (default: all classes in turn)")
     parser.add_argument(
         "--batch-size",
@@ -92,6 +101,7 @@ def add_sampling_arguments(parser, images):
     parser.add_argument(
         "--which", choices=("ema", "model"), default="ema", help="EMA weights or last weights (default: ema)"
     )
+    add_vae(parser, "decode latents to images by")
     parser.add_argument("--cuda-graph", action="store_true", help="replay whole steps as CUDA graphs: less host time")
     add_seed_and_device(parser)
 
@@ -104,6 +114,7 @@ class Source(NamedTuple):
     sampler: str
     steps: int
     clip: str | None = None  # one of samplers.CLIPS; None: every step for images, never for latents
+    guidance: float | None = None
     compressed: bool = False
     cost: dict = {}  # the cost of a strategy, for the report
 
@@ -128,7 +139,8 @@ def source_of(options):
         sampler = row.sampler if options.sampler in (None, "published") else options.sampler
         networks = [loaded.model] * (_steps(options, sampler) or row.steps)
         words = f"the {loaded.kind} model in {loaded.file}"
-        return Source(words, networks, sampler, len(networks), options.clip or row.clip)
+        guidance = row.guidance if options.guidance is None else options.guidance
+        return Source(words, networks, sampler, len(networks), options.clip or row.clip, guidance)
     if options.model or options.set or options.which != "ema":
         raise InputError("--strategy needs a run folder: leave out --model, --set and --which")
     if options.sampler == "published":
@@ -141,7 +153,7 @@ def source_of(options):
     share = f"{macs / dearest:.0%} of the MACs of {named.names[0]}"
     words = f"the strategy {options.strategy}, {macs / 1e6:,.1f} M MACs an image, {share}"
     cost = {"strategy": options.strategy, "macs_per_image": macs, "share_of_macs": macs / dearest}
-    return Source(words, networks, strategy.sampler, strategy.steps, options.clip, cost=cost)
+    return Source(words, networks, strategy.sampler, strategy.steps, options.clip, options.guidance, cost=cost)
 
 
 def _steps(options, sampler):
@@ -159,26 +171,29 @@ def _compressed(source, must):
 
 def run(options):
     source = source_of(options)
-    labels = labels_of(source.config, options)
+    conditions = conditions_of(source, options)
     out = Path(options.out or beside(options.run) / "drawn.png")
-    latents = source.config.channels not in (1, 3)
+    latents = source.config.channels not in (1, 3) and options.vae is None
     if out.suffix != ".npz":
         picture_name(out)
         if latents:
             raise InputError(
                 f"{options.run} makes latents of {source.config.channels} channels, not a picture: "
-                "write the numbers with --out FILE.npz"
+                "decode them with --vae DIR, or write the numbers with --out FILE.npz"
             )
+    autoencoder = autoencoder_of(source.config, options)
     masked = source.networks[0]
     if options.compress:
         source = _compressed(source, options.strategy is None)
     check_writable(out)
     with distributed.process_group(options.device):
         start = time.perf_counter()
-        images = draw(source, labels, options)
+        images = draw(source, conditions, options)
         rate = options.count / (time.perf_counter() - start)
     if images is None:
         return
+    if autoencoder:
+        images = autoencoder.decode(images, progress=True)
     images = images.float() if latents else to_uint8(images)
     if out.suffix == ".npz":
         with atomic_file(out) as partial:
@@ -188,21 +203,22 @@ def run(options):
         width = 16 // classes * classes or 16  # each column shows one class
         save_grid(out, [("", row) for row in images.split(width)])
     how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
-    how = f"{how}, schedule {source.config.schedule}, seed {options.seed}"
+    guidance = f", guidance {source.guidance:g}" if source.guidance else ""
+    how = f"{how}{guidance}, schedule {source.config.schedule}, seed {options.seed}"
     print(f"{len(images)} samples of {source.words}, {how}: {out}")
     if options.compress and options.strategy is None:
-        dense = rate / _gain(source.networks[0], bake(masked), labels, options)
+        dense = rate / _gain(source.networks[0], bake(masked), conditions.y, options)
         print(f"{rate:,.1f} images/s; the same network dense about {dense:,.1f}, by three calls of each")
 
 
 @torch.no_grad()
-def _gain(network, dense, labels, options):
+def _gain(network, dense, y, options):
     """How many times as fast a call of `network` is as one of `dense`, in turns, on one batch."""
     config, times = network.config, {network: [], dense: []}
     count, dtype = min(options.count, batch_size_of(options)), network_dtype(options, compressed=True)
     dense.to(options.device, dtype)
     x = torch.randn(count, config.channels, config.image_size, config.image_size).to(options.device, dtype)
-    t, y = torch.full((count,), 500.0, device=x.device), None if labels is None else labels[:count].to(x.device)
+    t, y = torch.full((count,), 500.0, device=x.device), None if y is None else y[:count].to(x.device)
     for _ in range(4):
         for each, found in times.items():
             start = time.perf_counter()
@@ -228,27 +244,69 @@ def beside(run):
     return Path(run) if Path(run).is_dir() else Path()
 
 
-def labels_of(config, options):
-    """int64 (count,): all classes in turn, or --label; None for an unconditional model.
+def autoencoder_of(config, options):
+    """The Autoencoder of --vae, or None. Raises: InputError if its latents are not the network's."""
+    if options.vae is None:
+        return None
+    scale = options.latent_scale or (published(config) or Published({}, 0)).latent_scale
+    found = load_autoencoder(options.vae, options.device, scale)
+    if found.channels != config.channels:
+        rule = f"decodes latents of {found.channels} channels"
+        raise InputError(f"--vae {options.vae} {rule}, and the network makes {config.channels}")
+    return found
+
+
+class Conditions(NamedTuple):
+    """y: the condition of each sample: labels int64 (count,), or contexts (count, tokens, width).
+
+    null: the context of the empty text, for guidance; None: the network's own null label.
+    """
+
+    y: torch.Tensor | None = None
+    null: torch.Tensor | None = None
+
+
+def conditions_of(source, options):
+    """The Conditions of --count samples: all classes or all texts in turn, or --label.
 
     Raises InputError if the model does not fit --label or --guidance, or if --count images do not fit in memory.
     """
+    config = source.config
     check_memory(4 * options.count * config.channels * config.image_size**2, f"--count {options.count}")
+    if getattr(config, "context_tokens", 0):
+        return _texts(source, options)
+    if options.context is not None:
+        raise InputError("--context needs a text-conditional model, but this one takes no text")
     if not config.num_classes:
-        if options.label is not None or options.guidance:
+        if options.label is not None or source.guidance:
             raise InputError("--label and --guidance need a class-conditional model, but this one is unconditional")
-        return None
+        return Conditions()
     labels = torch.arange(options.count) % config.num_classes
     if options.label is None:
-        return labels
+        return Conditions(labels)
     if options.label >= config.num_classes:
         raise InputError(f"--label {options.label}: the model has the classes 0 to {config.num_classes - 1}")
-    return torch.full_like(labels, options.label)
+    return Conditions(torch.full_like(labels, options.label))
 
 
-def draw(source, labels, options):
+def _texts(source, options):
+    config = source.config
+    if options.context is None:
+        shape = f"(N, {config.context_tokens}, {config.context_dim})"
+        raise InputError(f"the model takes a text: give --context FILE.npz with an array `context` {shape}")
+    context, null = read_context(Path(options.context))
+    check_context(config, context.shape, options.context)
+    if options.label is not None:
+        raise InputError("--label needs a class-conditional model, but this one takes a text")
+    if source.guidance and null is None:
+        raise InputError(f"--guidance needs the context of the empty text, `null_context` in {options.context}")
+    return Conditions(context[torch.arange(options.count) % len(context)], null)
+
+
+def draw(source, conditions, options):
     """(count, C, H, W) floating point samples. Only the main process gets them; the others get None."""
     config, dtype, batch_size = source.config, network_dtype(options, source.compressed), batch_size_of(options)
+    y, null = conditions
     moved = {id(network): network.to(options.device, dtype) for network in source.networks}
 
     def drawn(start, stop):
@@ -261,8 +319,9 @@ def draw(source, labels, options):
             steps=source.steps,
             seed=options.seed,
             start=start,
-            y=None if labels is None else labels[start:stop].to(options.device),
-            guidance=options.guidance,
+            y=None if y is None else y[start:stop].to(options.device),
+            guidance=source.guidance,
+            null_label=null,
             clip=source.clip or ("never" if config.channels > 3 else "every"),
             batch_size=batch_size,
             device=options.device,

@@ -20,7 +20,7 @@ from sparsedm.commands.options import (
     load_named,
     whole,
 )
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config, parse_overrides, schedule_note
 from sparsedm.plots import plot_losses, table
@@ -31,7 +31,7 @@ from sparsedm.train.data import check_source, load_images
 from sparsedm.train.loop import TrainOptions, amp_of
 from sparsedm.train.published import published
 from sparsedm.train.stages import METHODS, distilled, method_stages, parse_chain
-from sparsedm.train.step import OPTIMIZERS
+from sparsedm.train.step import OPTIMIZERS, takes_text
 
 EXAMPLES = (
     "--model uvit-tiny --data cifar10 --chain dense,3:4,2:4 --steps 20000",
@@ -143,6 +143,13 @@ def _training(options, config):
     )
 
 
+def _check_batch(training, config, device):
+    """Refuse a batch that cannot fit: its images and noise, and of the part that is computed as much again."""
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    numbers = training.batch_size * config.channels * config.image_size**2
+    check_memory(8 * (numbers + numbers // training.accumulate), f"--batch-size {training.batch_size}", there)
+
+
 def run(options):
     torch.manual_seed(options.seed)
     if options.init:
@@ -153,11 +160,12 @@ def run(options):
         )
         ema = None
     training, stages = _training(options, model.config), _stages(options, ema)
+    _check_batch(training, model.config, options.device)
     name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     start = Start(model, ema, build=lambda: build_model(model.config))
+    check_source(options.data, model.config)
     if options.dry_run:
-        check_source(options.data)
         check_chain(start, stages, None, training, options.where)
         show_plan(stages, training, model, folder, options.where)
         return
@@ -165,6 +173,8 @@ def run(options):
     crop = crop_of(options, model.config)
     images = load_images(options.data, "train", size, limit=options.limit, crop=crop)
     validation = load_images(options.data, "test", size, limit=2048, crop=crop)
+    if takes_text(model) and images.null_context is None and training.label_dropout:
+        print(f"{options.data} has no null_context, the empty text: none is dropped, so guidance will not work")
     with distributed.process_group(options.device):
         results = run_chain(
             start,

@@ -192,6 +192,12 @@ def exporting():
     return torch.compiler._is_exporting_flag
 
 
+def refuse_onnx():
+    """Raise InputError inside of `torch.onnx.export`, which knows neither masks nor compressed weights."""
+    if (exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+        raise InputError("torch.onnx.export takes plain weights: export sparsedm.bake(model), which holds the zeros")
+
+
 @functools.cache
 def device_name(device):
     """The key of tuned tables, for example 'NVIDIA H200 sm_90'."""

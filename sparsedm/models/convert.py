@@ -3,6 +3,7 @@
     U-ViT       official .pth (github.com/baofff/U-ViT), also SparseDM's, whose weights are dense until they are masked
     DiT         official .pt (github.com/facebookresearch/DiT)
     DDPM        official in PyTorch (github.com/pesser/pytorch_diffusion, github.com/ermongroup/ddim)
+    slimmable   DDSM's supernet (github.com/EnVision-Research/DDSM)
     DDPM, DiT   a diffusers folder of a UNet2DModel or DiTTransformer2DModel, or of a pipeline around one; also sharded
 
 A training checkpoint may hold several networks: the averaged weights are read, and a note says so. The configuration is
@@ -15,6 +16,8 @@ import dataclasses
 import math
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from sparsedm.errors import InputError
 from sparsedm.files import read_json
@@ -55,6 +58,9 @@ def read_foreign(source, name=None, overrides=None, weights="average"):
     said = [note["taken"] for note in (header, taken) if "taken" in note]
     if "temb.dense.0.weight" in tensors:
         tensors = _from_original_ddpm(tensors)
+    supernet = "time_embedding.timembedding.1.weight" in tensors
+    if supernet:
+        tensors = _from_ddsm(tensors, file)
     if config is None and not name and _is_unet(tensors):
         raise InputError(
             f"{file} holds a UNet2DModel without its configuration: take its folder, or name it with --model"
@@ -66,6 +72,12 @@ def read_foreign(source, name=None, overrides=None, weights="average"):
         tensors = from_diffusers(tensors, config)
     elif config is None:
         config, about, notes = recognise(tensors, file, overrides)
+    if supernet and config.kind == "ddpm":
+        shape = {
+            field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "kind"
+        }
+        shape |= {"ddsm": config.width, "passes": 3, "same_images": True}
+        config, about = model_config({"kind": "slimmable", **shape}), "the supernet of DDSM, at the widths 2/8 to 8/8"
     model = build_model(config, device="meta", **overrides)  # random weights would double the time
     fill(model, tensors, file)
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()})
@@ -265,6 +277,65 @@ def _from_original_ddpm(state):
     state = rename_state(state, _ORIGINAL_DDPM)
     flat = [name for name in state if name.endswith((".qkv.weight", ".proj.weight")) and state[name].ndim == 4]
     return state | {name: state[name].flatten(1) for name in flat}
+
+
+_DDSM = {
+    "time_embedding.timembedding.1": "time_embed.fc1",
+    "time_embedding.timembedding.3": "time_embed.fc2",
+    "head": "conv_in",
+    "tail.0": "norm_out",
+    "tail.2": "conv_out",
+}
+_DDSM_BLOCK = {
+    "block1.0": "norm1",
+    "block1.2": "conv1",
+    "temb_proj.1": "time_proj",
+    "block2.0": "norm2",
+    "block2.3": "conv2",
+    "shortcut": "shortcut",
+}
+
+
+def _from_ddsm(state, file):
+    """DDSM's names -> ours. Its blocks and resamplings lie in one list; sin and cos alternate; attention has 1x1 convs.
+
+    Raises: InputError for a name that it does not have.
+    """
+    places = {f"middleblocks.{j}": ("mid", j) for j in range(_count(state, "middleblocks"))}
+    for theirs, ours, last in (("downblocks", "down", "downsample"), ("upblocks", "up", "upsample")):
+        level = block = 0
+        for number in range(_count(state, theirs)):
+            if f"{theirs}.{number}.main.weight" in state:
+                places[f"{theirs}.{number}"] = (f"{ours}.{level}.{last}.conv", None)
+                level, block = level + 1, 0
+            else:
+                places[f"{theirs}.{number}"] = (f"{ours}.{level}", block)
+                block += 1
+    found = {}
+    for name, value in state.items():
+        layer, _, end = name.rpartition(".")
+        if layer in _DDSM:
+            found[f"{_DDSM[layer]}.{end}"] = value
+            continue
+        place = ".".join(layer.split(".")[:2])
+        part, (ours, block) = layer[len(place) + 1 :], places.get(place, (None, None))
+        if part in _DDSM_BLOCK and block is not None:
+            found[f"{ours}.blocks.{block}.{_DDSM_BLOCK[part]}.{end}"] = value
+        elif part == "main":
+            found[f"{ours}.{end}"] = value
+        elif part in ("attn.group_norm", "attn.proj"):
+            found[f"{ours}.attns.{block}.{part.removeprefix('attn.').removeprefix('group_')}.{end}"] = value
+        elif part == "attn.proj_q":
+            qkv = [state.get(f"{place}.attn.proj_{kind}.{end}") for kind in "qkv"]
+            if any(one is None for one in qkv):
+                raise InputError(f"{file} looks like DDSM's supernet but lacks a projection of {place}.attn")
+            found[f"{ours}.attns.{block}.qkv.{end}"] = torch.cat(qkv)
+        elif part not in ("attn.proj_k", "attn.proj_v") and layer != "time_embedding.timembedding.0":
+            raise InputError(f"{file} looks like DDSM's supernet, which has no {name}")
+    flat = [n for n in found if n.endswith((".qkv.weight", ".proj.weight")) and found[n].ndim == 4]
+    found |= {name: found[name].flatten(1) for name in flat}
+    waves = found.get("time_embed.fc1.weight")
+    return found | ({} if waves is None else {"time_embed.fc1.weight": torch.cat([waves[:, ::2], waves[:, 1::2]], 1)})
 
 
 def _count(tensors, blocks):

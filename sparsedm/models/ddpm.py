@@ -21,7 +21,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs
+from sparsedm.models.inputs import check_schedule, check_shapes, embed_labels, example_inputs
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class DDPMConfig:
 
     Level i has resolution image_size / 2**i, width * multipliers[i] channels, `blocks` residual blocks on the way down
     and one more on the way up. attention: the resolutions with attention after each block; the middle always has it.
-    groups: of every GroupNorm. num_classes, null_label, schedule: see UViTConfig.
+    groups: of every GroupNorm. num_classes, null_label, schedule: see UViTConfig. ddsm: 0, or compute as DDSM's code
+    with so many waves in the time embedding: other frequencies, symmetric padding, a larger epsilon in norms.
     """
 
     kind: str = "ddpm"
@@ -45,6 +46,7 @@ class DDPMConfig:
     num_classes: int = 0
     null_label: bool = True
     schedule: str = "ddpm"
+    ddsm: int = 0
 
     def __post_init__(self):
         check_schedule("DDPM", self)
@@ -60,6 +62,8 @@ class DDPMConfig:
             raise InputError(f"DDPM attention={self.attention}: must be among the resolutions {self.resolutions}")
         if self.width % self.groups or self.width % 2 or self.width < 4:
             raise InputError(f"DDPM width={self.width}: must be even, over 2 and a multiple of groups={self.groups}")
+        if self.ddsm < 0 or self.ddsm % 2:
+            raise InputError(f"DDPM ddsm={self.ddsm}: must be 0, or an even number of waves")
         if not 0 <= self.dropout < 1:
             raise InputError(f"DDPM dropout={self.dropout}: must be at least 0 and less than 1")
 
@@ -79,11 +83,14 @@ PRESETS = {
 }
 
 
-def timestep_embedding(t, dim):
-    """t (B,) -> (B, dim): [sin | cos] of t times dim/2 frequencies from 1 down to exactly 1e-4, in at least fp32."""
+def timestep_embedding(t, dim, ddsm=False):
+    """t (B,) -> (B, dim): [sin | cos] of t times dim/2 frequencies from 1 down to exactly 1e-4, in at least fp32.
+
+    ddsm: down to nearly 1e-4, in DDSM's code.
+    """
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     half = dim // 2
-    frequencies = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=t.device, dtype=t.dtype))
+    frequencies = torch.exp(-math.log(1e4) / (half - (not ddsm)) * torch.arange(half, device=t.device, dtype=t.dtype))
     angles = t[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -94,23 +101,27 @@ _INIT_GAIN = {"conv2": 1e-5, "proj": 1e-5, "conv_out": 1e-5, "qkv": math.sqrt(2)
 
 
 class TimeEmbed(nn.Module):
-    def __init__(self, width):
+    def __init__(self, config):
         super().__init__()
-        self.width = width
-        self.fc1 = Linear(width, 4 * width, activation="silu")
-        self.fc2 = Linear(4 * width, 4 * width)
+        self.waves, self.ddsm = config.ddsm or config.width, bool(config.ddsm)
+        self.fc1 = Linear(self.waves, 4 * config.width, activation="silu")
+        self.fc2 = Linear(4 * config.width, 4 * config.width)
 
     def forward(self, t):
-        return self.fc2(self.fc1(timestep_embedding(t, self.width).to(self.fc1.bias.dtype)))
+        return self.fc2(self.fc1(timestep_embedding(t, self.waves, self.ddsm).to(self.fc1.bias.dtype)))
+
+
+def _norm(channels, config):
+    return nn.GroupNorm(config.groups, channels, eps=1e-5 if config.ddsm else 1e-6)
 
 
 class ResBlock(nn.Module):
     def __init__(self, cin, cout, config):
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.groups, cin, eps=1e-6)
+        self.norm1 = _norm(cin, config)
         self.conv1 = Conv2d(cin, cout, 3, padding=1)
         self.time_proj = Linear(4 * config.width, cout)
-        self.norm2 = nn.GroupNorm(config.groups, cout, eps=1e-6)
+        self.norm2 = _norm(cout, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = Conv2d(cout, cout, 3, padding=1)
         self.shortcut = nn.Identity() if cin == cout else Conv2d(cin, cout, 1)
@@ -121,9 +132,9 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, channels, groups):
+    def __init__(self, channels, config):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = _norm(channels, config)
         self.qkv = Linear(channels, 3 * channels)
         self.proj = Linear(channels, channels)
 
@@ -143,14 +154,14 @@ class Level(nn.Module):
     def __init__(self, cins, cout, attend, config, downsample=None, upsample=None):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(cin, cout, config) for cin in cins)
-        self.attns = nn.ModuleList(Attention(cout, config.groups) if a else nn.Identity() for a in attend)
+        self.attns = nn.ModuleList(Attention(cout, config) if a else nn.Identity() for a in attend)
         self.downsample, self.upsample = downsample, upsample
 
 
-def _downsample(channels):
+def _downsample(channels, config):
     # zeros at the far sides only, as in DDPM's TensorFlow code
     conv = Conv2d(channels, channels, 3, stride=2)
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d(1 if config.ddsm else (0, 1, 0, 1)), conv=conv))
 
 
 def _upsample(channels):
@@ -170,7 +181,7 @@ class DDPM(nn.Module):
         widths = [config.width * multiplier for multiplier in config.multipliers]
         attend = [resolution in config.attention for resolution in config.resolutions]
         lowest = len(widths) - 1
-        self.time_embed = TimeEmbed(config.width)
+        self.time_embed = TimeEmbed(config)
         if config.num_classes:
             self.label_embed = nn.Embedding(config.label_rows, 4 * config.width)
         self.conv_in = Conv2d(config.channels, config.width, 3, padding=1)
@@ -178,7 +189,7 @@ class DDPM(nn.Module):
         self.down, skips, cin = nn.ModuleList(), [config.width], config.width
         for i, cout in enumerate(widths):
             cins = [cin] + [cout] * (config.blocks - 1)
-            downsample = _downsample(cout) if i < lowest else None
+            downsample = _downsample(cout, config) if i < lowest else None
             self.down.append(Level(cins, cout, [attend[i]] * config.blocks, config, downsample=downsample))
             skips += [cout] * (config.blocks + (i < lowest))
             cin = cout
@@ -190,7 +201,7 @@ class DDPM(nn.Module):
             self.up.append(Level(cins, cout, [attend[i]] * len(cins), config, upsample=upsample))
             cin = cout
 
-        self.norm_out = nn.GroupNorm(config.groups, cin, eps=1e-6)
+        self.norm_out = _norm(cin, config)
         self.conv_out = Conv2d(cin, config.channels, 3, padding=1)
 
         for name, module in self.named_modules():
@@ -212,7 +223,7 @@ class DDPM(nn.Module):
         check_shapes("DDPM", self.config, x, t, y)
         temb = self.time_embed(t)  # (B, 4 * width)
         if y is not None:
-            temb = temb + self.label_embed(y)
+            temb = temb + embed_labels("DDPM", self.config, self.label_embed, y)
         temb = F.silu(temb)
 
         x = self.conv_in(x)

@@ -21,7 +21,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Linear
-from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs
+from sparsedm.models.inputs import check_schedule, check_shapes, embed_labels, example_inputs
 from sparsedm.models.uvit import PatchEmbed, timestep_embedding
 
 _TIME_FREQUENCIES = 256
@@ -223,7 +223,7 @@ class DiT(nn.Module):
         check_shapes("DiT", config, x, t, y)
         c = self.t_embedder(t, self.pos_embed.dtype)
         if y is not None:
-            c = c + self.y_embedder(y)
+            c = c + embed_labels("DiT", config, self.y_embedder, y)
         x = self.x_embedder(x) + self.pos_embed  # (B, patches, dim)
         for block in self.blocks:
             x = block(x, c)

@@ -29,6 +29,21 @@ def check_shapes(kind, config, x, t, y, **others):
         given = None if value is None else tuple(value.shape)
         if given != shape:
             raise InputError(f"{kind} input {name} has shape {given}: this model takes {shape}")
+    if y is not None and (y.is_floating_point() or y.is_complex()):
+        raise InputError(f"{kind} input y is {str(y.dtype).removeprefix('torch.')}: labels are whole numbers, int64")
+
+
+def embed_labels(kind, config, table, y):
+    """table(y). Raises InputError for a label that is not in the table, on a CPU; a GPU is not waited for."""
+    if torch.compiler.is_compiling():
+        return table(y)
+    try:
+        return table(y)
+    except IndexError:
+        low, high = (int(end) for end in y.aminmax())
+        raise InputError(
+            f"{kind} input y holds labels from {low} to {high}: this model takes 0 to {config.label_rows - 1}"
+        ) from None
 
 
 def example_inputs(config, like, batch):

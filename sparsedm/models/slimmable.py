@@ -158,12 +158,14 @@ class SlimmableDDPM(DDPM):
 def _runs(network):
     """{parameter name: the sizes of the tensors that lie side by side along each of its first two axes}, mostly one."""
     runs = {name: [[size] for size in parameter.shape[:2]] for name, parameter in network.named_parameters()}
-    waves = network.time_embed.width // 2
+    waves = network.time_embed.waves // 2
     runs["time_embed.fc1.weight"][1] = [waves, waves]
     for name, parameter in network.named_parameters():
         if ".qkv." in name:
             runs[name][0] = [len(parameter) // 3] * 3
     x = network.mid.blocks[-1].conv2.out_channels
+    if network.config.ddsm:  # there x and skip are one tensor, whose first channels a narrow layer reads
+        return runs
     for i, level in enumerate(network.up):
         for j, block in enumerate(level.blocks):
             sources = [x, block.conv1.in_channels - x]  # and the skip

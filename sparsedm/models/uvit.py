@@ -19,7 +19,7 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import check_schedule, check_shapes, example_inputs, ramp
+from sparsedm.models.inputs import check_schedule, check_shapes, embed_labels, example_inputs, ramp
 
 
 @dataclass(frozen=True)
@@ -198,21 +198,24 @@ class UViT(nn.Module):
         x: images (B, channels, image_size, image_size), in the dtype of the weights (any float under autocast).
         t: timesteps (B,) in units 0..999, fractions allowed.
         y: class labels (B,) int64 in 0..num_classes; None means the null label. Only for class-conditional models.
-        context: (B, context_tokens, context_dim); only, and always, for models with context tokens.
+        context: (B, context_tokens, context_dim); only, and always, for models with context tokens. A model without
+        classes also takes it as y, so that training and samplers pass one condition.
         Returns: noise, shape of x.
         Raises: InputError if a shape differs from the above or a condition is missing or not asked for.
         """
         config = self.config
         if y is None and config.num_classes and config.null_label:
             y = torch.full(x.shape[:1], config.num_classes, device=x.device)
+        if config.context_tokens and not config.num_classes and context is None:
+            y, context = None, y
         context_shape = (x.shape[0], config.context_tokens, config.context_dim) if config.context_tokens else None
         check_shapes("U-ViT", config, x, t, y, context=(context, context_shape))
         time = self.time_embed(timestep_embedding(t, config.dim).to(self.pos_embed.dtype))
         tokens = [time[:, None], self.patch_embed(x)]
         if y is not None:
-            tokens.insert(0, self.label_emb(y)[:, None])
+            tokens.insert(0, embed_labels("U-ViT", config, self.label_emb, y)[:, None])
         if context is not None:
-            tokens.insert(-1, self.context_embed(context))
+            tokens.insert(-1, self.context_embed(context.to(self.pos_embed.dtype)))
         noisy, x = x, torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra_tokens + patches, dim)
 
         skips = []

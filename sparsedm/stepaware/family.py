@@ -29,7 +29,7 @@ from sparsedm.sparsity import compress, masked_layers
 
 UNITS = ("MACs", "seconds")
 # options newer than some strategies: left out of a fingerprint if default
-_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule", "same_images")
+_YOUNG = ("mlp_time_embed", "qkv_bias", "schedule", "same_images", "ddsm")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 """Read images stored as arrays: numpy's .npz, and CIFAR-10 (Krizhevsky, 2009) as its author distributes it.
 
-.npz: images under one of the names images, x, arr_0; optional labels under labels, y or arr_1.
+.npz: images under one of the names images, x, arr_0; optional labels under labels, y or arr_1. Latents may be stored as
+`moments` (n, 2 c, h, w) instead of images: c means, then c logarithms of variances. Text-conditional networks need
+`context` (n, tokens, width), the encoded text of each image; the optional `null_context` (tokens, width) is that of the
+empty text.
 CIFAR-10: python batches or binary batches, in a folder or a tar.gz. Binary batch: records of 3073 bytes, the label and
 then 3 x 32 x 32 pixels, plane by plane. Python batch: a pickled dict with `data` (uint8, n x 3072, the same pixels) and
 `labels`. A pickle can run any code, so the unpickler here knows no classes, only stand-ins for the few classes in a
 batch.
 """
 
+import contextlib
 import gzip
 import io
 import os
@@ -19,10 +23,12 @@ import torch
 from tqdm import tqdm
 
 from sparsedm.errors import InputError, check_memory
-from sparsedm.files import cache_folder, download
+from sparsedm.files import cache_folder, download, regular_file
 from sparsedm.train.image_files import Parts
 
-IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0"), ("labels", "y", "arr_1")  # in an .npz file
+# in an .npz file
+IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0", "moments"), ("labels", "y", "arr_1")
+TEXT_KEYS = ("context", "null_context")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -33,27 +39,85 @@ MOST_TAR_BYTES = 1 << 31
 
 def read_npz(path):
     """Read an .npz file of plain arrays, see the top of this file. Returns Parts; InputError names the rule."""
-    try:
-        with ZipFile(path) as archive:
-            check_memory(sum(member.file_size for member in archive.infolist()), f"unpacking {path}")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except InputError:
-        raise
-    except Exception as error:  # a damaged archive may raise anything
-        raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
-    images, labels = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS))
-    if len(images) != 1 or len(labels) > 1 or len(images + labels) < len(arrays):
+    arrays = _arrays(path)
+    images, labels, texts = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS, TEXT_KEYS))
+    if len(images) != 1 or len(labels) > 1 or len(images + labels + texts) < len(arrays):
         rule = f"one of {', '.join(IMAGE_KEYS)} is needed, one of {', '.join(LABEL_KEYS)} may be there"
-        raise InputError(f"{path} holds the arrays {', '.join(arrays) or 'none'}: {rule}")
+        raise InputError(
+            f"{path} holds the arrays {', '.join(arrays) or 'none'}: {rule}, and {' and '.join(TEXT_KEYS)}"
+        )
+    context, null_context = _context(path, arrays)
+    rest = {"null_context": null_context, "moments": images == ["moments"]}
     images, labels = _as_images(path, arrays[images[0]]), arrays[labels[0]] if labels else None
+    if rest["moments"] and not (images.is_floating_point() and images.shape[1] % 2 == 0):
+        raise InputError(
+            f"{path}: moments must be floating point with an even number of channels, not {images.shape[1]}"
+        )
+    if context is not None and len(context) != len(images):
+        raise InputError(f"{path}: context must be one for each of the {len(images)} images, not {len(context)}")
     if labels is None:
-        return Parts({"all": (images, None)})
+        return Parts({"all": (images, None, context)}, rest=rest)
     one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
     if not one_each or labels.min() < 0 or labels.max() > 65535:
         raise InputError(f"{path}: labels must be {len(images)} integers from 0 to 65535, one for each image")
     labels = torch.from_numpy(labels.astype(np.int64))
-    return Parts({"all": (images, labels)}, tuple(map(str, range(labels.max() + 1))))
+    return Parts({"all": (images, labels, context)}, tuple(map(str, range(labels.max() + 1))), rest=rest)
+
+
+def read_context(path):
+    """(context, null_context or None) of an .npz file, which need hold nothing else. Raises: InputError."""
+    context, null_context = _context(path, _arrays(path, TEXT_KEYS))
+    if context is None:
+        raise InputError(f"{path} holds no array `context` of floating-point numbers (n, tokens, width)")
+    return context, null_context
+
+
+def context_shape(path):
+    """The shape of `context` in an .npz file, None where there is none; only its header is read. Raises: InputError."""
+    with _opened(path) as archive:
+        if "context.npy" not in archive.namelist():
+            return None
+        with archive.open("context.npy") as file:
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            return read[np.lib.format.read_magic(file)](file)[0]
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """The ZipFile of an .npz file; what is wrong with it is an InputError."""
+    try:
+        with ZipFile(regular_file(path)) as archive:
+            check_memory(sum(member.file_size for member in archive.infolist()), f"unpacking {path}")
+            yield archive
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged archive any
+        raise InputError(f"{path} is not a readable .npz file of plain arrays ({error})") from error
+
+
+def _arrays(path, names=None):
+    """{name: array} of an .npz file. names: only of these."""
+    with _opened(path), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files if names is None or name in names}
+
+
+def _context(path, arrays):
+    """(context (n, tokens, width), null_context (tokens, width)), floating-point tensors, each None if not there."""
+    found = [arrays.get(name) for name in TEXT_KEYS]
+    for name, array, axes in zip(TEXT_KEYS, found, ("(n, tokens, width)", "(tokens, width)")):
+        if array is None:
+            continue
+        if array.dtype.kind != "f" or array.ndim != axes.count(",") + 1 or not array.size:
+            raise InputError(f"{path}: {name} must be floating point {axes}, not {array.dtype} {array.shape}")
+        if not all(np.isfinite(part).all() for part in array):
+            raise InputError(f"{path}: {name} holds NaN or infinity")
+    context, null = (
+        array if array is None else torch.from_numpy(array if array.dtype == np.float16 else array.astype(np.float32))
+        for array in found
+    )
+    if null is not None and (context is None or null.shape != context.shape[1:]):
+        raise InputError(f"{path}: null_context {tuple(null.shape)} must have the shape of one context")
+    return context, null
 
 
 def _as_images(path, array):

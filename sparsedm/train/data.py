@@ -8,7 +8,8 @@ index and a scale. The images of a batch are a function of (seed, step), so a re
     cifar10            downloaded
     folder, .zip       images in class folders (see sparsedm.train.image_files)
     folder, .tar.gz    CIFAR-10's python or binary batches (see sparsedm.train.array_files)
-    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW); labels (array_files too)
+    .npz               numpy arrays: images uint8 (NHWC or NCHW), or latents float (NCHW) or their moments; labels;
+                       context, for a text-conditional network (array_files too)
 
 A source without a test split is divided: 2% of the images, but at least 64 and at most half, drawn with a fixed seed,
 are "test"; the rest is "train".
@@ -30,7 +31,7 @@ from safetensors.torch import save_file
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder, parse_json, regular_file
-from sparsedm.train.array_files import cifar10_folder, download_cifar10, read_cifar10, read_npz
+from sparsedm.train.array_files import cifar10_folder, context_shape, download_cifar10, read_cifar10, read_npz
 from sparsedm.train.image_files import CROPS, Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
 
@@ -44,32 +45,46 @@ END_BYTES = 1 << 20  # at each end of a file, part of its signature
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """images: uint8 (n, c, h, w) in 0..255, or float32 latents; labels: int64 (n,) or None; class_names: one per label;
-    source: the argument of `load`; sizes: the original sizes of image files, see `image_files.Parts`."""
+    source: the argument of `load`; sizes: the original sizes of image files, see `image_files.Parts`.
+
+    context: floating point (n, tokens, width), the encoded text of each image, or None; null_context: (tokens, width),
+    that of the empty text. moments: whether `images` holds means and, in the second half of the channels, logarithms of
+    variances, from which every batch draws its latents."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
     class_names: tuple
     source: str
     sizes: dict = field(default_factory=dict)
+    context: torch.Tensor | None = None
+    null_context: torch.Tensor | None = None
+    moments: bool = False
 
     def __len__(self):
         return len(self.images)
+
+    @property
+    def shape(self):
+        """(c, h, w) of what a batch holds."""
+        channels, *sides = self.images.shape[1:]
+        return (channels // 2 if self.moments else channels, *sides)
 
     @property
     def is_latent(self):
         return self.images.is_floating_point()
 
     def to(self, device):
-        labels = None if self.labels is None else self.labels.to(device)
-        return dataclasses.replace(self, images=self.images.to(device), labels=labels)
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **moved)
 
     def every(self, most):
         """At most so many of the images, evenly spaced, so that all classes stay."""
         if most >= len(self):
             return self
         chosen = torch.arange(most) * len(self) // most
-        labels = None if self.labels is None else self.labels[chosen]
-        return dataclasses.replace(self, images=self.images[chosen], labels=labels)
+        images, labels, context = _chosen((self.images, self.labels, self.context), chosen)
+        return dataclasses.replace(self, images=images, labels=labels, context=context)
 
 
 def load(source, split="train", *, size=None, crop="square", limit=None, progress=True, cache=None):
@@ -89,14 +104,13 @@ def load(source, split="train", *, size=None, crop="square", limit=None, progres
             raise InputError(f"{name} must be at least 1, not {value}")
     if crop not in CROPS:
         raise InputError(f"the crop {crop!r} must be one of {', '.join(CROPS)}")
-    sizes = {}
     if source.partition(":")[0] == "synthetic":
-        images, labels, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
+        *tensors, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
+        parts = Parts({split: tensors}, class_names)
     else:
         parts = _read(source, split, size, progress, cache, crop)
-        images, labels = parts.splits.get(split) or _held_out(source, *parts.splits["all"], split)
-        class_names, sizes = parts.class_names, parts.sizes
-    found = ImageSet(images, labels, class_names, source, sizes)
+    images, labels, *context = parts.splits.get(split) or _held_out(source, parts.splits["all"], split)
+    found = ImageSet(images, labels, parts.class_names, source, parts.sizes, *context, **parts.rest)
     return found if limit is None else found.every(limit)
 
 
@@ -113,27 +127,54 @@ def load_images(source, split, size, limit=None, crop="square"):
     return found
 
 
-def check_source(source):
-    """Raise InputError, before anything is read, if `source` is no source of `load`."""
-    if source == "cifar10" or source.partition(":")[0] == "synthetic":
-        return
+def check_source(source, config=None):
+    """Raise InputError, before anything is read, if `source` is no source of `load`.
+
+    config: of the network to train. A text-conditional network needs a context for every image.
+    """
     path = Path(source).expanduser()
-    if not path.exists():
-        raise InputError(f"data {source!r}: no such file or folder, and not synthetic or cifar10")
-    if not path.is_dir():
-        regular_file(path)
+    if source != "cifar10" and source.partition(":")[0] != "synthetic":
+        if not path.exists():
+            raise InputError(f"data {source!r}: no such file or folder, and not synthetic or cifar10")
+        if not path.is_dir():
+            regular_file(path)
+    if config is not None:
+        check_context(config, context_shape(path) if path.suffix.lower() == ".npz" else None, source)
 
 
-def batch(images, indices, *, flip_generator=None):
+def check_context(config, shape, source):
+    """Raise InputError if a text-conditional network gets no context, or one of another size.
+
+    shape: of the context in `source`, (n, tokens, width), or None.
+    """
+    tokens = getattr(config, "context_tokens", 0)
+    if tokens and (shape is None or tuple(shape[1:]) != (tokens, config.context_dim)):
+        rule = f"an .npz file with an array `context` (N, {tokens}, {config.context_dim}) is needed"
+        found = "no context" if shape is None else f"a context of shape {tuple(shape)}"
+        raise InputError(f"the network takes a text for every image, but {source} holds {found}: {rule}")
+    if tokens and config.num_classes:
+        raise InputError("the network takes a class and a text: data with both is not supported")
+
+
+def batch(images, indices, *, flip_generator=None, generator=None, text=False):
     """The images `indices` (int64 (b,), any device) of an ImageSet as network inputs, on the device of the set.
 
     flip_generator: torch.Generator (any device); each image is mirrored with probability 1/2, latents never.
-    Returns x float32 (b, c, h, w), with images in [-1, 1] and latents unchanged, and y int64 (b,) or None.
+    generator: draws latents from their moments; None: the means. text: whether y is the context.
+    Returns x float32 (b, c, h, w), with images in [-1, 1] and latents unchanged, and y: int64 (b,), with `text` float32
+    (b, tokens, width), or None.
     """
     device = images.images.device
     indices = indices.to(device)
     x = images.images[indices]
-    y = None if images.labels is None else images.labels[indices]
+    y = images.context if text else images.labels
+    if y is not None:
+        y = y[indices].float() if text else y[indices]
+    if images.moments:
+        x, log_variance = x.chunk(2, dim=1)
+        if generator is not None:
+            noise = torch.randn(x.shape, generator=generator, device=generator.device).to(device)
+            x = x + (log_variance / 2).exp() * noise
     if images.is_latent:
         return x, y
     if flip_generator is not None:
@@ -162,14 +203,17 @@ def _shuffled(n, *key):
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
-def _held_out(source, images, labels, split):
-    n = len(images)
+def _chosen(tensors, indices):
+    return [None if tensor is None else tensor[indices] for tensor in tensors]
+
+
+def _held_out(source, tensors, split):
+    n = len(tensors[0])
     count = min(max(64, n // 50), n // 2)
     if not count:
         raise InputError(f"{source} holds one image, so none can be held out for validation")
     order = torch.from_numpy(_shuffled(n, HOLD_OUT_SEED))
-    chosen = (order[count:] if split == "train" else order[:count]).sort().values
-    return images[chosen], None if labels is None else labels[chosen]
+    return _chosen(tensors, (order[count:] if split == "train" else order[:count]).sort().values)
 
 
 def _synthetic_size(source, size):
@@ -188,7 +232,7 @@ def _read(source, split, size, progress, cache, crop):
             return _resize(read_npz(path), size, progress)
         fitted = str(size) if crop == "square" else f"{size} {crop}"
         signature = _signature(path, fitted)
-        place = hashlib.sha256(f"{path.resolve()} {fitted}".encode()).hexdigest()[:16]
+        place = hashlib.sha256(f"{os.path.realpath(path)} {fitted}".encode()).hexdigest()[:16]
         cached = cache / "decoded" / f"{path.name}-{place}.safetensors"
         parts = _from_cache(cached, signature, split)
         if parts is None:
@@ -216,8 +260,8 @@ def _resize(parts, size, progress):
             raise InputError(f"latents of {tuple(images.shape[1:])} cannot be resized to {size}")
         return resized(images, size, progress)
 
-    sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, _) in parts.splits.items()}
-    splits = {name: (fit(images), labels) for name, (images, labels) in parts.splits.items()}
+    sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, *_) in parts.splits.items()}
+    splits = {name: (fit(images), *rest) for name, (images, *rest) in parts.splits.items()}
     return parts._replace(splits=splits, sizes=sizes)
 
 

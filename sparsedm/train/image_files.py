@@ -38,15 +38,16 @@ MOST_PIXELS = 1 << 26  # of one image, against decompression bombs
 
 
 class Parts(NamedTuple):
-    """A set of images. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None).
+    """A set of images. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None); .npz: also the context.
 
     The names are "train" and "test", or "all" if the source has no splits. sizes: the original sizes of the images,
-    "WIDTHxHEIGHT" -> the first file of that size.
+    "WIDTHxHEIGHT" -> the first file of that size. rest: other fields of `data.ImageSet`.
     """
 
     splits: dict
     class_names: tuple = ()
     sizes: dict = {}
+    rest: dict = {}
 
 
 def read_image_files(path, size=None, progress=True, crop="square"):

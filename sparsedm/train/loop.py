@@ -23,9 +23,9 @@ from sparsedm.errors import InputError, Stopped
 from sparsedm.model_files import describe
 from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed
-from sparsedm.train.data import batch
+from sparsedm.train.data import batch, check_context
 from sparsedm.train.metrics import MetricsLog, Reference
-from sparsedm.train.step import OPTIMIZERS, Step, classes_of
+from sparsedm.train.step import OPTIMIZERS, Step, classes_of, takes_text
 
 logger = logging.getLogger(__name__)
 # options that do not change the weights (accumulate: without dropout and slimmable networks)
@@ -317,8 +317,9 @@ class _Run:
     def validate(self):
         """The loss of the EMA weights on the validation images, None if there are none."""
         if self.validation is not None:
-            x, y = batch(self.validation, torch.arange(len(self.validation)))
-            y = y if classes_of(self.step.model) else None
+            text = takes_text(self.step.model)
+            x, y = batch(self.validation, torch.arange(len(self.validation)), text=text)
+            y = y if text or classes_of(self.step.model) else None
             with self.step.autocast:
                 found = diffusion.validation_loss(self.step.ema, x, self.step.schedule, y=y)
             self.state.validation_loss = found.item()
@@ -355,10 +356,11 @@ def check_data(model, images, validation):
         raise InputError("a compressed model is for inference: train the masked model it was made from")
     config, classes = getattr(model, "config", None), classes_of(model)
     for found in filter(None, (images, validation)):
-        shape = tuple(found.images.shape[1:])
+        shape = found.shape
         if config and shape != (config.channels, config.image_size, config.image_size):
             expected = (config.channels, config.image_size, config.image_size)
             raise InputError(f"the images are {shape}, but the network takes {expected}")
+        check_context(config, None if found.context is None else found.context.shape, found.source)
         if classes and (found.labels is None or int(found.labels.max()) >= classes):
             have = "no labels" if found.labels is None else f"labels up to {int(found.labels.max())}"
             raise InputError(f"the network expects labels 0..{classes - 1}, but the images have {have}")

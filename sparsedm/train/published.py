@@ -12,7 +12,9 @@ from sparsedm.models import MODELS
 
 class Published(NamedTuple):
     """training: options of `TrainOptions` that differ from its defaults, and steps, the length of the original's run.
-    steps: of the sampler, which for all of these is the number of network evaluations. crop: see `data.load`."""
+    steps: of the sampler, which for all of these is the number of network evaluations. crop: see `data.load`.
+    latent_scale: None: that of the autoencoder. guidance: see `samplers.guided`. Where U-ViT's code has DPM-Solver
+    (singlestep, up to order 3), here stands dpm++2m with as many evaluations."""
 
     training: dict
     steps_trained: int
@@ -20,12 +22,15 @@ class Published(NamedTuple):
     steps: int = 50
     clip: str = "never"
     crop: str = "square"
+    latent_scale: float | None = None
+    guidance: float | None = None
 
 
 _UVIT = {"clip": 0.0, "betas": (0.99, 0.99), "warmup_most": 5000}
 _LATENT = _UVIT | {"batch_size": 1024}
+_COCO = Published(_UVIT | {"betas": (0.9, 0.9), "batch_size": 256}, 1_000_000, latent_scale=0.2301, guidance=1.0)
 _ADAM = {"optimizer": "adam", "betas": (0.9, 0.999), "weight_decay": 0.0}
-_DDPM = Published(_ADAM, 500_000, "ddpm-large", 1000, "every")
+_DDPM = Published(_ADAM | {"warmup_most": 5000}, 800_000, "ddpm-large", 1000, "every")  # hojonathanho/diffusion
 _SLIMMABLE = _ADAM | {"lr": 4e-4, "batch_size": 256, "warmup_most": 5000}
 _DIT = _ADAM | {"optimizer": "adamw", "lr": 1e-4, "batch_size": 256, "warmup": 0, "clip": 0.0}
 _SDE = ("euler-maruyama-uvit", 1000)
@@ -35,14 +40,14 @@ PUBLISHED = {  # by preset
     "uvit-celeba64-small": Published(_UVIT, 500_000, *_SDE, crop="celeba"),
     "uvit-imagenet64-mid": Published(_LATENT | {"lr": 3e-4}, 300_000),
     "uvit-imagenet64-large": Published(_LATENT | {"lr": 3e-4}, 300_000),
-    "uvit-imagenet256-large": Published(_LATENT | {"label_dropout": 0.15}, 300_000),
-    "uvit-imagenet256-huge": Published(_LATENT, 500_000),
-    "uvit-imagenet512-large": Published(_LATENT | {"label_dropout": 0.15}, 500_000),
-    "uvit-imagenet512-huge": Published(_LATENT, 500_000),
-    "uvit-coco-small": Published(_UVIT | {"betas": (0.9, 0.9), "batch_size": 256}, 1_000_000),
-    "uvit-coco-small-deep": Published(_UVIT | {"betas": (0.9, 0.9), "batch_size": 256}, 1_000_000),
+    "uvit-imagenet256-large": Published(_LATENT | {"label_dropout": 0.15}, 300_000, guidance=0.4),
+    "uvit-imagenet256-huge": Published(_LATENT, 500_000, guidance=0.4),
+    "uvit-imagenet512-large": Published(_LATENT | {"label_dropout": 0.15}, 500_000, guidance=0.7),
+    "uvit-imagenet512-huge": Published(_LATENT, 500_000, guidance=0.7),
+    "uvit-coco-small": _COCO,
+    "uvit-coco-small-deep": _COCO,
     "ddpm-cifar10": _DDPM,
-    "ddpm-celeba64": _DDPM._replace(crop="celeba"),
+    "ddpm-celeba64": _DDPM._replace(crop="celeba", steps_trained=500_000),
     "slimmable-cifar10": Published(_SLIMMABLE, 450_000, "ddpm-large", 1000, "final"),
 }
 PUBLISHED |= {

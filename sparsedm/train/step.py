@@ -85,8 +85,10 @@ class Step:
         indices = batch_indices(len(images), options.batch_size, position, options.seed)
         if self.generator.device.type == "cuda":  # from pinned memory, so that the copy does not wait either
             indices = indices.pin_memory().to(self.generator.device, non_blocking=True)
-        x, y = batch(images, indices, flip_generator=self.generator if options.flip else None)
-        y = self._drop_labels(y)
+        flips = self.generator if options.flip else None
+        text = takes_text(self.model)
+        x, y = batch(images, indices, flip_generator=flips, generator=self.generator, text=text)
+        y = self._drop_context(y) if text else self._drop_labels(y)
         if self.copies > 1:
             x, y = x.repeat(self.copies, 1, 1, 1), None if y is None else y.repeat(self.copies)
         self.optimizer.zero_grad()
@@ -128,6 +130,13 @@ class Step:
         dropped = torch.rand(len(y), generator=self.generator, device=y.device) < self.options.label_dropout
         return y.masked_fill(dropped, classes)
 
+    def _drop_context(self, y):
+        null = self.images.null_context
+        if null is None:
+            return y
+        dropped = torch.rand(len(y), generator=self.generator, device=y.device) < self.options.label_dropout
+        return torch.where(dropped[:, None, None], null.float(), y)
+
     @torch.no_grad()
     def _update_ema(self, decay):
         # torch's average without AveragedModel: its update copies a counter to the device and waits for it
@@ -142,6 +151,11 @@ class Step:
 def classes_of(model):
     """The number of classes of a network, 0 if it is unconditional."""
     return getattr(getattr(model, "config", None), "num_classes", 0)
+
+
+def takes_text(model):
+    """Whether a network is told a context (`ImageSet.context`) rather than a class."""
+    return bool(getattr(getattr(model, "config", None), "context_tokens", 0))
 
 
 def _seed(seed, position, purpose):

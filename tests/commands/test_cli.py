@@ -247,7 +247,10 @@ def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
     config = {"kind": "dit", "image_size": 8, "dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
     save_model(file, build_model(config))
     assert run("sample", file, "--count", 3, "--sampling-steps", 2) == 2
-    assert "latents of 4 channels, not a picture: write the numbers with --out" in capsys.readouterr().err
+    assert (
+        "latents of 4 channels, not a picture: decode them with --vae DIR, or write the numbers"
+        in capsys.readouterr().err
+    )
     assert run("sample", file, "--count", 3, "--sampling-steps", 2, "--guidance", 0.5, "--out", out) == 0
     latents = data.load(out, "train")
     assert latents.is_latent
@@ -412,6 +415,13 @@ def test_a_lack_of_memory_is_one_sentence(lacking, monkeypatch, tmp_path, capsys
     assert "not enough memory (" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--accumulate", 1000)])
+def test_a_batch_larger_than_the_machine_is_refused_before_anything_is_written(more, tmp_path, capsys):
+    assert run("train", "--data", "synthetic", "--batch-size", 2_000_000_000, "--run", tmp_path / "run", *more) == 2
+    assert "not enough memory: --batch-size 2000000000 takes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_defect_is_not_a_lack_of_memory(monkeypatch, tmp_path):
     def run_chain(*_, **__):
         raise RuntimeError("shapes cannot be multiplied")
@@ -503,3 +513,11 @@ def test_cuda_is_refused_where_there_is_none(capsys):
         pytest.skip("there is one here")
     assert run("quickstart", "--device", "cuda") == 2
     assert "torch sees 0 CUDA devices" in capsys.readouterr().err
+
+
+def test_a_link_to_itself_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").symlink_to("a.safetensors")
+    for command in (["inspect"], ["import"], ["sample"], ["evaluate", "--data", "synthetic"], ["quickstart", "--data"]):
+        assert main([*command, "a.safetensors"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

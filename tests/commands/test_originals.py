@@ -39,9 +39,11 @@ def test_training_takes_the_recipe_of_the_original_and_options_above_it(tmp_path
     plan = ["train", "--data", "synthetic", "--dry-run", "--run", str(tmp_path / "a")]
     assert main([*plan, "--model", "ddpm-cifar10", "--lr", "0.5"]) == 0
     said = capsys.readouterr().out
-    assert "recipe of the original: optimizer=adam, betas=(0.9, 0.999), weight_decay=0.0, lr=0.5" in said
-    assert main([*plan, "--model", "uvit-coco-small", "--set", "schedule=vp-sde"]) == 0
-    assert "schedule vp-sde: uvit-coco-small was published with scaled-linear" in capsys.readouterr().out
+    assert (
+        "recipe of the original: optimizer=adam, betas=(0.9, 0.999), weight_decay=0.0, warmup_most=5000, lr=0.5" in said
+    )
+    assert main([*plan, "--model", "uvit-imagenet256-huge", "--set", "schedule=vp-sde"]) == 0
+    assert "schedule vp-sde: uvit-imagenet256-huge was published with scaled-linear" in capsys.readouterr().out
 
 
 def test_every_option_of_a_recipe_is_an_option(tmp_path):

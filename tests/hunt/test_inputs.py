@@ -91,6 +91,7 @@ BASE = {  # as little work as there can be
     "evaluate": ["{model}", "--data", "{npz}", "--count", "4", "--sampling-steps", "1", "--out", "{out}/a.json"],
     "inspect": ["{model}", "--plot", "{out}/a.png"],
     "import": ["{foreign}", "--out", "{out}/b.safetensors", *("--set", "heads=2")],
+    "encode": ["--data", "{npz}", "--vae", "{out}", "--out", "{out}/b.npz"],
     "search": ["--dry-run"],
 }
 

@@ -250,6 +250,19 @@ def test_wrong_inputs_are_refused(case, changed, message):
         model(**inputs)
 
 
+@every_network
+def test_labels_that_no_class_has_are_refused(case):
+    model = build(case)
+    x, t = torch.zeros(2, model.config.channels, 8, 8), torch.zeros(2)
+    for wrong in (-1, 6):
+        with pytest.raises(
+            InputError, match=f"labels from {min(wrong, 1)} to {max(wrong, 1)}: this model takes 0 to 5"
+        ):
+            model(x, t, torch.tensor([1, wrong]))
+    with pytest.raises(InputError, match="y is float32: labels are whole numbers"):
+        model(x, t, torch.zeros(2))
+
+
 @pytest.mark.parametrize("case", ["uvit", "dit", "ddpm"])
 def test_labels_for_a_network_without_classes_are_refused(case):
     model = build(case)

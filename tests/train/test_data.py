@@ -165,8 +165,8 @@ OK = np.zeros((2, 8, 8, 3), np.uint8)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({}, "holds the arrays none: one of images, x, arr_0 is needed"),
-        ({"x_train": OK}, "holds the arrays x_train: one of images, x, arr_0 is needed"),
+        ({}, "holds the arrays none: one of images, x, arr_0, moments is needed"),
+        ({"x_train": OK}, "holds the arrays x_train: one of images, x, arr_0, moments is needed"),
         ({"x": OK, "images": OK}, "holds the arrays x, images"),
         ({"x": OK, "weights": OK}, "holds the arrays x, weights"),
         ({"x": OK[0]}, r"images of shape \(8, 8, 3\) must be"),

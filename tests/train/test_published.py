@@ -35,7 +35,7 @@ EXPECTED = {
     "uvit-imagenet256-large": ("adamw", 2e-4, (0.99, 0.99), 0.03, 5000, 1024, 0.15, 0),
     "uvit-imagenet256-huge": ("adamw", 2e-4, (0.99, 0.99), 0.03, 5000, 1024, 0.1, 0),
     "uvit-coco-small": ("adamw", 2e-4, (0.9, 0.9), 0.03, 5000, 256, 0.1, 0),
-    "ddpm-cifar10": ("adam", 2e-4, (0.9, 0.999), 0.0, 2500, 128, 0.1, 1),
+    "ddpm-cifar10": ("adam", 2e-4, (0.9, 0.999), 0.0, 5000, 128, 0.1, 1),
     "slimmable-cifar10": ("adam", 4e-4, (0.9, 0.999), 0.0, 5000, 256, 0.1, 1),
     "dit-imagenet256-xlarge": ("adamw", 1e-4, (0.9, 0.999), 0.0, 0, 256, 0.1, 0),
 }
@@ -48,3 +48,17 @@ def test_recipes_are_the_published_ones(name):
     warmup += 1 if warmup else 0  # the last of its steps has the full rate already
     found = (o.optimizer, o.lr, o.betas, o.weight_decay, warmup, o.batch_size, o.label_dropout, o.clip)
     assert found == EXPECTED[name]
+
+
+def test_guidance_and_scale_of_latents_are_the_published_ones():
+    """config.sample.scale and config.autoencoder.scale_factor of github.com/baofff/U-ViT."""
+    found = {name: (row.guidance, row.latent_scale) for name, row in PUBLISHED.items() if name.startswith("uvit")}
+    found = {name: values for name, values in found.items() if any(values)}
+    assert found == {
+        "uvit-imagenet256-large": (0.4, None),
+        "uvit-imagenet256-huge": (0.4, None),
+        "uvit-imagenet512-large": (0.7, None),
+        "uvit-imagenet512-huge": (0.7, None),
+        "uvit-coco-small": (1.0, 0.2301),
+        "uvit-coco-small-deep": (1.0, 0.2301),
+    }

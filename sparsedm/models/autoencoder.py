@@ -1,0 +1,97 @@
+"""Images to latents and back, by an AutoencoderKL of the `diffusers` library in a local folder.
+
+    latent = (z - mean) * scale,   z ~ N(μ(image), σ(image)²)
+
+mean and scale are those of the folder's configuration: 0 and 0.18215 for the autoencoder of Stable Diffusion (arXiv
+2112.10752, appendix D.1), on whose latents U-ViT and DiT were trained. U-ViT's text-conditional networks have the scale
+0.2301 instead. The moments are the mean of the latent and, behind it, the logarithm of its variance.
+"""
+
+import importlib
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from sparsedm.errors import InputError, check_memory
+from sparsedm.files import read_json, regular_file
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BATCH = 16  # images at a time
+
+
+class Autoencoder:
+    """An AutoencoderKL in eval mode. channels: of its latents; factor: pixels per side of one number of a latent."""
+
+    def __init__(self, network, name, scale=None):
+        self.network, self.name, config = network, name, network.config
+        self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+        self.mean = self._channels(config.latents_mean or [config.shift_factor or 0.0])
+        self.scale = (scale or config.scaling_factor) / self._channels(config.latents_std or [1.0])
+
+    def _channels(self, numbers):
+        return torch.tensor(numbers, device=self.network.device).view(1, -1, 1, 1)
+
+    def moments(self, images, progress=False):
+        """uint8 (n, 3, h, w) -> float32 (n, 2 channels, h / factor, w / factor) on the CPU.
+
+        Raises: InputError for images of another shape, or more moments than memory.
+        """
+        n, channels, *sides = images.shape
+        if channels != self.network.config.in_channels or any(side % self.factor for side in sides):
+            rule = f"{self.network.config.in_channels} channels and sides that are multiples of {self.factor}"
+            raise InputError(f"{self.name} takes images of {rule}, not {tuple(images.shape[1:])}")
+        check_memory(8 * n * self.channels * math.prod(sides) // self.factor**2, f"{n} moments")
+
+        def encode(part):
+            found = self.network.encode(part.float() / 127.5 - 1).latent_dist
+            return torch.cat(((found.mean - self.mean) * self.scale, found.logvar + 2 * self.scale.log()), 1)
+
+        return self._in_parts(encode, images, "encode", progress)
+
+    def decode(self, latents, progress=False):
+        """(n, channels, h, w) -> images in about [-1, 1], float32 (n, 3, h * factor, w * factor) on the CPU."""
+        check_memory(12 * len(latents) * math.prod(latents.shape[2:]) * self.factor**2, f"{len(latents)} images")
+
+        def decode(part):
+            return self.network.decode(part.float() / self.scale + self.mean).sample
+
+        return self._in_parts(decode, latents, "decode", progress)
+
+    @torch.no_grad()
+    def _in_parts(self, function, tensor, name, progress):
+        bar = tqdm(tensor.split(BATCH), name, disable=None if progress else True)
+        return torch.cat([function(part.to(self.network.device)).cpu() for part in bar])
+
+
+def load_autoencoder(folder, device="cpu", scale=None):
+    """The Autoencoder in a folder that diffusers wrote: an AutoencoderKL's own, or a pipeline's with one in `vae`.
+
+    scale: of the latents; None: that of the folder.
+    Nothing is downloaded, and no code of the folder runs: the weights must be safetensors.
+    Raises: InputError where diffusers is not installed, or the folder holds something else, or not all weights.
+    """
+    folder = Path(folder)
+    if (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    kind = read_json(folder / "config.json", _class_name=str)["_class_name"]
+    if kind != "AutoencoderKL":
+        raise InputError(f"{folder} holds a {kind}: an AutoencoderKL is needed")
+    if not (folder / WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
+        raise InputError(f"{pickles[0]} is a pickle, which can run any code: save the autoencoder as safetensors")
+    regular_file(folder / WEIGHTS)
+    try:
+        diffusers = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise InputError(f"latents need diffusers: pip install 'sparsedm[interop]' ({error})") from error
+    options = {"local_files_only": True, "use_safetensors": True, "torch_dtype": torch.float32}
+    try:
+        network, found = diffusers.AutoencoderKL.from_pretrained(str(folder), output_loading_info=True, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} is no readable AutoencoderKL ({str(error).strip().splitlines()[0]})") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[what]:
+            raise InputError(f"{folder} does not fit its config.json: {what.replace('_', ' ')} {found[what][0]}")
+    return Autoencoder(network.to(device).eval().requires_grad_(False), str(folder), scale)
