@@ -6,7 +6,7 @@ A run takes a second or two and saves every third step. It is started by a fork,
 command until it ends. Then every tensor of every last checkpoint, the states, and the records of all steps are compared
 with a run that nobody killed. Counted are kills, runs, and what differed.
 
-Seen red (fault planted): the state of the optimizer not loaded; networks, optimizer, state and records differ.
+Seen red (one fault planted each): the state of the optimizer not loaded; the average's file loaded into the model.
 """
 
 import importlib
