@@ -7,7 +7,7 @@ stderr, nothing new in the folders and nothing half-written; with 0 no half-writ
 ends with the bits of one that was not. Anything else is counted: traceback, hang, crash, wrong, left.
 
 Seen red (one fault planted each): a RecursionError that `parse_json` lets pass -> traceback, at a header of brackets;
-`regular_file` without its look at the kind of file -> hang, at a pipe; `atomic_file` without the `unlink` of its partial
+`regular_file` without its look at the kind of file -> hang, at a pipe; a partial file that `atomic_file` leaves
 -> left, on a full disk.
 """
 
