@@ -337,14 +337,21 @@ class Compressed(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         name = f"{prefix}{self._positions}"
         if name in state_dict:
-            stored = state_dict[name].view(torch.uint8)  # older files hold int16
+            stored = state_dict[name]
+            if stored.dtype in (torch.int16, torch.int32) and stored.dim():  # as older files hold them
+                stored = stored.view(torch.uint8)
             state_dict = {**state_dict, name: stored}
-            if stored.shape == getattr(self, self._positions).shape:  # else torch raises its own error
+            if (stored.shape, stored.dtype) == (
+                getattr(self, self._positions).shape,
+                torch.uint8,
+            ):  # else torch raises its own error
                 try:
                     check_metadata(self.words(stored), self.pattern, math.prod(self.weight_shape[1:]))
                 except InputError as error:
                     raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        # tensors made in inference mode have no version that would tell
+        self._cast, self._prepacked = None, {k: v for k, v in self._prepacked.items() if k == "choices"}
 
     def _check_width(self, width, name):
         expected = self.weight_shape[1]

@@ -208,7 +208,7 @@ def _read_shards(index):
 
 
 def _kind(tensor):
-    return tensor.is_floating_point(), tensor.is_complex()
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.uint8  # of packed words
 
 
 def fill(model, tensors, file):

@@ -226,6 +226,15 @@ def test_shards_of_no_size_are_refused(tmp_path, size):
         save_model(tmp_path / "x.safetensors", Net(), shard_bytes=size)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_positions_of_another_dtype_are_refused(tmp_path, dtype):
+    file = save_model(tmp_path / "x.safetensors", compress(sparsify(Net(), "2:4")))
+    tensors, header = read_tensors(file)
+    write_tensors(file, tensors | {"head.metadata": tensors["head.metadata"].to(dtype)}, header)
+    with pytest.raises(InputError, match=rf"1 of another kind \(head.metadata {str(dtype)[6:]}\)"):
+        load_model(file, Net)
+
+
 def test_views_of_one_memory_are_written_apart(tmp_path):
     model = Net()
     model.register_buffer("part", model.head.weight.detach()[1:])

@@ -1,6 +1,7 @@
 """`sparsedm import`: write a foreign checkpoint as a model file of this package; see `models/convert.py`."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from sparsedm.errors import InputError
@@ -48,5 +49,5 @@ def run(options):
 
 
 def _name_of(source):
-    name = source.resolve().name
+    name = os.path.basename(os.path.realpath(source))
     return name if source.is_dir() else Path(name.removesuffix(INDEX)).stem

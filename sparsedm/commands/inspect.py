@@ -1,6 +1,6 @@
 """`sparsedm inspect`: the table of layers of a preset or of a trained model, and its chart."""
 
-from pathlib import Path
+import os
 
 from sparsedm.commands.options import add_model_arguments, count, load_named, picture_name
 from sparsedm.errors import InputError
@@ -37,7 +37,9 @@ def run(options):
         raise InputError("name something to inspect: a run folder or model file, or --model")
     if options.where and not options.pattern:
         raise InputError(f"--where {options.where} selects layers for a pattern: give one with --pattern")
-    name = Path(options.run).resolve().name.removesuffix(".safetensors") if options.run else options.model
+    name = (
+        os.path.basename(os.path.realpath(options.run)).removesuffix(".safetensors") if options.run else options.model
+    )
     title = f"{name} {options.pattern or ''}".strip()
     chart = picture_name(options.plot or f"{title.replace(':', 'of').replace(' ', '-')}-layers.png")
     for file in filter(None, (chart, options.json)):

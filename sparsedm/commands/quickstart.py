@@ -4,6 +4,7 @@ Also compares with the dense network pruned in one shot. A few minutes on two CP
 """
 
 import copy
+import os
 import time
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def run(options):
     started = time.perf_counter()
     drawn = options.data == "synthetic"
     recipe, note = (QUICKSTART["synthetic"], SYNTHETIC_NOTE) if drawn else (QUICKSTART["images"], REAL_NOTE)
-    folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(options.data).resolve().stem}")
+    folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(os.path.realpath(options.data)).stem}")
     if options.dry_run:  # the number of classes of other images is unknown until they are read
         check_source(options.data)
         show_recipe(recipe, options, folder, classes=len(CLASSES) if drawn else 0)

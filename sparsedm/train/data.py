@@ -232,7 +232,7 @@ def _read(source, split, size, progress, cache, crop):
             return _resize(read_npz(path), size, progress)
         fitted = str(size) if crop == "square" else f"{size} {crop}"
         signature = _signature(path, fitted)
-        place = hashlib.sha256(f"{path.resolve()} {fitted}".encode()).hexdigest()[:16]
+        place = hashlib.sha256(f"{os.path.realpath(path)} {fitted}".encode()).hexdigest()[:16]
         cached = cache / "decoded" / f"{path.name}-{place}.safetensors"
         parts = _from_cache(cached, signature, split)
         if parts is None:

@@ -513,3 +513,11 @@ def test_cuda_is_refused_where_there_is_none(capsys):
         pytest.skip("there is one here")
     assert run("quickstart", "--device", "cuda") == 2
     assert "torch sees 0 CUDA devices" in capsys.readouterr().err
+
+
+def test_a_link_to_itself_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").symlink_to("a.safetensors")
+    for command in (["inspect"], ["import"], ["sample"], ["evaluate", "--data", "synthetic"], ["quickstart", "--data"]):
+        assert main([*command, "a.safetensors"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
