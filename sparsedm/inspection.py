@@ -380,7 +380,7 @@ def _dense_and_compressed(layer, call, device, dtype):
 
 
 def _microseconds(runs):
-    """The median time of each call on a CPU, in turns. Of one thread it is the CPU time: other programs matter less."""
+    """The median time of each call on a CPU, in turns. With one thread it is CPU time: other programs matter less."""
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times = [[] for _ in runs]
     for _ in range(8):

@@ -350,6 +350,8 @@ class Compressed(nn.Module):
                 except InputError as error:
                     raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        # tensors made in inference mode have no version that would tell
+        self._cast, self._prepacked = None, {k: v for k, v in self._prepacked.items() if k == "choices"}
 
     def _check_width(self, width, name):
         expected = self.weight_shape[1]

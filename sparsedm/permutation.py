@@ -57,7 +57,7 @@ def permute_channels(
     """
     pattern = Pattern.parse(pattern)
     if pattern is None or pattern.group > LARGEST_GROUP:
-        raise InputError(f"channels are permuted for groups of up to {LARGEST_GROUP}, and the pattern is {pattern}")
+        raise InputError(f"channels are permuted for groups of up to {LARGEST_GROUP}, but the pattern is {pattern}")
     links = {name: link for name, link in _links(model) if (len(link.rows[0]) // link.heads) % pattern.group == 0}
     if not links:
         raise InputError(f"{type(model).__name__} has no pair of layers whose channels are known to be exchangeable")

@@ -37,8 +37,8 @@ class Scale:
     steps: int = 0  # steps of each run
     lr: float | None = None  # learning rate of each run; None: options.lr
     ladder: tuple | None = None  # patterns before 2:4 in progressive methods; None: all of LADDER that are denser
-    densities: tuple = ("2:4", "1:4", "3:4", "1:8", "7:8", "1:16", "15:16", "1:32", "31:32")  # of `ratio`
-    native: int | None = None  # side of images that are resized unasked; others must have the network's or be asked for
+    densities: tuple = ("2:4", "1:4", "3:4", "1:8", "7:8", "1:16", "15:16", "1:32", "31:32")  # of experiment `ratio`
+    native: int | None = None  # images of this side are resized without --resize; other sizes need --resize
     seeds: int = 2
 
 

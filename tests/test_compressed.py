@@ -51,6 +51,21 @@ def test_a_compressed_layer_computes_under_autocast_as_the_masked_one_does(activ
             assert_as_good_as_torch(small(x, residual), exact, layer(x, residual))
 
 
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_loaded_values_count_at_once_in_inference_mode_too(backend, monkeypatch):
+    """Tensors made there have no version that could tell of a write."""
+    monkeypatch.setenv("SPARSEDM_BACKEND", backend)
+    x, other = torch.randn(5, 64), compress(Linear(64, 24, pattern="2:4"))
+    with torch.inference_mode():
+        small = compress(Linear(64, 24, pattern="2:4"))
+        for amp in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                small(x)
+                small.load_state_dict(other.state_dict())
+                assert torch.equal(small(x), other(x))
+                small.load_state_dict(compress(Linear(64, 24, pattern="2:4")).state_dict())
+
+
 class Net(nn.Module):
     def __init__(self, config=None):
         super().__init__()

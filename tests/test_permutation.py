@@ -124,7 +124,7 @@ def frozen(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: permute_channels(network("uvit"), "2:8"), "groups of up to 4, and the pattern is 2:8"),
+        (lambda: permute_channels(network("uvit"), "2:8"), "groups of up to 4, but the pattern is 2:8"),
         (lambda: permute_channels(network("uvit"), None), "the pattern is None"),
         (lambda: permute_channels(frozen(network("uvit"))), "mask of in_blocks.0.attn.proj is frozen"),
         (lambda: permute_channels(nn.Sequential(nn.Linear(8, 8))), "Sequential has no pair of layers"),

@@ -212,7 +212,7 @@ def _merge(options, folder):
         found = read_experiment(Path(other) / "results.csv", options.name, options.scale)
         settings[other] = read_json(Path(other) / "options.json")
         if settings[other] != settings[options.merge[0]]:
-            raise InputError(f"{other} and {options.merge[0]} hold runs by other options, which have no mean")
+            raise InputError(f"{other} and {options.merge[0]} hold runs with different options: they have no mean")
         twice = {(row["run"], row["seed"]) for row in rows} & {(row["run"], row["seed"]) for row in found}
         if twice:
             run, seed = min(twice)
@@ -261,7 +261,7 @@ def _time(options, scale, runs, folder):
     }
     control = known("experiment", options.name).control
     if control not in networks or masked_layers(networks[control]):
-        raise InputError(f"{folder} holds no dense run of seed {options.seed}, which the others are timed beside")
+        raise InputError(f"{folder} holds no dense run of seed {options.seed} to time the others against")
     seconds = speed.sampling_seconds(networks, control, scale.sampling_steps, options.device)
     now = stamp(options.device)
     for name in networks:
@@ -319,8 +319,8 @@ class _Work:
         base = self.base(seed)
         if {row["value"] for row in self.rows if (row["seed"], row["measure"]) == (seed, BASE)} - {base.loss}:
             raise InputError(
-                f"{self.folder} holds runs of seed {seed} that began from another dense network than the one that is "
-                "there now: its folder was lost; go on with another --seed, or in another --out"
+                f"{self.folder} holds runs of seed {seed} that began from another dense network, now lost: "
+                "use another --seed or another --out"
             )
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -491,7 +491,7 @@ def without_first_block(names):
     first = next((found[0] for name in names if (found := re.match(r"(.*\.)?\w*blocks\.0\.", name))), None)
     if first is None:
         raise InputError(
-            f"the layers {', '.join(names[:3])} ... belong to no blocks, of which the first could stay dense"
+            f"the layers {', '.join(names[:3])} ... belong to no blocks: there is no first block to keep dense"
         )
     return [name for name in names if not name.startswith(first)]
 

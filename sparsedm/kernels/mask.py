@@ -1,4 +1,4 @@
-"""Select the mask, cast and pack in one pass: the weight is read once, and whatever is asked for is written.
+"""Select the mask, cast and pack in one pass: the weight is read once, and all requested forms are written.
 
     w (rows, K) -> masked = (w*m).to(dtype),  m as bool or as bits,  2:4 values and metadata
 
@@ -6,12 +6,13 @@ rows are a Linear's outputs, or a Conv2d's (out, tap) pairs, read through their 
 bits (rows, ceil(K / 32)) int32: bit k % 32 of word k // 32 is m[row, k], bits beyond K are 0. values and metadata are
 the result of `sparse24.format.pack`.
 
-2:4 takes the six comparisons within a group of four. Else a weight's key is  (|w| as an integer) * group + (group - 1 -
-its place in the group): keys order like magnitudes, ties go to the lower index, and no two are equal. The keys of a
-group are sorted by a network in registers (`tl.sort`), and kept is whose key is at least the keep-th largest.
-Bound by memory: fp32 to bf16 with bits moves 6.1 bytes per weight.
+2:4 uses the six comparisons within a group of four. Other patterns give each weight a key, (|w| as an integer) * group
++ (group - 1 - its place in the group): keys order like magnitudes, ties go to the lower index, and no two are equal. A
+network in registers (`tl.sort`) sorts the keys of a group. A weight is kept if its key is at least the keep-th largest.
+The kernel is bound by memory: fp32 to bf16 with bits moves 6.1 bytes per weight.
 
-Hardware: any GPU that Triton serves. Weights of fp32, bf16, fp16. A NaN is reported through `nan_ptr`, without waiting.
+Hardware: any GPU that Triton supports. Weights of fp32, bf16, fp16. A NaN is reported through `nan_ptr`, without
+waiting.
 """
 
 import math

@@ -81,13 +81,13 @@ class Plan:
         return facts | {name: value for name, (value, default) in younger.items() if value != default}
 
     def family(self):
-        """The Family to search among. Raises InputError for a name that no network has, and if none is left."""
+        """The Family to search in. Raises InputError for an unknown name, or if no network is left."""
         found = family_of(self.run, self.unit, self.device)
         found = found.only(self.networks) if self.networks else found
         for end in self.exclude:
             kept = [name for name in found.names if name != end and not name.endswith(f" {end}")]
             if len(kept) == len(found.names):
-                raise InputError(f"no network is named {end!r}, which could be left out: {', '.join(found.names)}")
+                raise InputError(f"no network to leave out is named {end!r}: {', '.join(found.names)}")
             found = found.only(kept)
         config = found.networks[0].config
         if self.guidance and not (config.num_classes and getattr(config, "null_label", True)):
@@ -204,7 +204,7 @@ def _rows(compared, tried, final):
 
 
 def _clocked(setting, rows):
-    """The rows with "clock": the seconds of one image over whole sampling, measured once and kept in clock.json."""
+    """The rows with "clock": seconds per image in whole sampling, measured once and stored in clock.json."""
     file = setting.plan.folder / "clock.json"
     indices = [row["indices"] for row in rows]
     if not file.exists() or read_json(file, indices=list)["indices"] != [list(i) for i in indices]:

@@ -1,14 +1,14 @@
-"""The C library of this folder: compiled by the system's `cc` at first use, kept in the cache folder, loaded by ctypes.
+"""The C library of this folder: compiled by the system's `cc` at first use, cached, and loaded by ctypes.
 
-It is named by a hash of the sources, the flags and the compiler. The flags follow what torch says of the CPU, not
--march=native, so that a home folder may be shared by different machines. What is found in the cache is loaded only if
-it is whole (its last 32 bytes are the SHA-256 of the rest) and ours (its owner is this user).
+Its name is a hash of the sources, the flags and the compiler. The flags depend on the CPU features that torch reports,
+not on -march=native, so that different machines may share a home folder. A cached file is loaded only if it is complete
+(its last 32 bytes are the SHA-256 of the rest) and this user owns it.
 
-OpenMP: the sources are compiled with -fopenmp and linked without it. Their calls then reach the libgomp that torch has
-loaded, whatever its file is called, so there is one pool of threads and `torch.set_num_threads` counts.
+OpenMP: the sources are compiled with -fopenmp and linked without it. Their calls then reach the libgomp that torch
+loaded, under any file name. So there is one pool of threads, and `torch.set_num_threads` applies.
 
-Without a compiler, or on a CPU that is neither x86 with AVX2 nor aarch64, `library()` is None and
-`unavailable_because()` says why, which is also logged once; callers then compute in torch.
+Without a compiler, or on a CPU that is neither x86 with AVX2 nor aarch64, `library()` is None. The reason is logged
+once and returned by `unavailable_because()`; callers then compute in torch.
 """
 
 import ctypes
@@ -61,12 +61,12 @@ def library():
 
 
 def unavailable_because():
-    """None, or why `library()` is None, as a phrase."""
+    """A phrase: why `library()` is None; None if it is available."""
     return _loaded()[1]
 
 
 def serving():
-    """-> (instruction set, None) where `library()` can be called, else (None, why not)."""
+    """-> (instruction set, None) if `library()` can be called, else (None, why not)."""
     reason = unavailable_because()
     return (None, reason) if reason else (instruction_set(), None)
 
@@ -173,7 +173,7 @@ def _call_all(commands):
 
 
 def _share_openmp():
-    """Make the functions of the OpenMP library that torch has loaded visible to ours."""
+    """Make the functions of torch's OpenMP library visible to our library."""
     try:
         paths = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*", Path("/proc/self/maps").read_text()))
     except OSError:

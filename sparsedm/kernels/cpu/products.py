@@ -66,7 +66,7 @@ def _address(tensor):
 
 
 def _call(name, *arguments):
-    """Call a function that returns 1 where there is no memory."""
+    """Call a C function, which returns 1 if it gets no memory."""
     if getattr(library(), name)(*arguments):
         raise MemoryError(f"{name}: no memory for its tiles")
 
@@ -80,7 +80,7 @@ def prepack(order, weight, mask, pattern, width=0):
     """values fp32 and offsets (int16; of "few" uint8) of a weight, in the order in which a kernel reads them.
 
     order: one of ORDERS. weight: (N, K) or (N, C, kh, kw) fp32, masked or not. mask: bool, of its shape. width: of x,
-    for "halo". Where a group keeps fewer weights than the pattern, zeros fill up. Raises: InputError where one keeps
+    for "halo". If a group keeps fewer weights than the pattern, zeros are added. Raises: InputError if a group keeps
     more.
     """
     weight, mask = (group_view(t.detach()).reshape(t.shape[0], -1, t.shape[1]).contiguous() for t in (weight, mask))
@@ -124,7 +124,7 @@ def linear(
 ):
     """y (M, N) from x (M, K) and skip (M, K2) or None; bias (N,), residual (M, N), scale (G, N), G a divisor of M.
 
-    prepacked: of "linear", or of "few" where `few`. out: y, contiguous, where the caller has it.
+    prepacked: for "linear", or for "few" if `few`. out: y, contiguous, if the caller has it.
     """
     M = x.shape[0]
     y = _empty(M, N) if out is None else out

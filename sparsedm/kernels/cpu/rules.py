@@ -1,4 +1,4 @@
-"""Where the C kernels are worth calling: arithmetic, never a clock, so that a resumed training stays bit-exact.
+"""When to call the C kernels: arithmetic, never a clock, so that resumed training stays bit-exact.
 
 The constants were fitted to measurements with one thread: AVX-512 on a Zen 5 (a prototype of these kernels), AVX2 on a
 busy Zen 1. NEON was never timed; it gets the constants of AVX-512. A change of any rule changes RULE_VERSION.
@@ -29,7 +29,7 @@ ATTENTION_TOKENS = {
 
 
 def linear_cost(M, N, K, keep, group, instructions):
-    """(time over that of the best dense product, "linear" or "few") of `products.linear` for (M, K) x (K, N).
+    """(time relative to the best dense product, "linear" or "few") of `products.linear` for (M, K) x (K, N).
 
     keep, group: of the pattern. instructions: as `library.instruction_set` gives them.
     """
@@ -67,7 +67,7 @@ def _few(M, density, group, instructions):
 
 
 def conv_cost(pixels, N, K, keep, group, instructions):
-    """Time over that of the best dense convolution, in NHWC.
+    """Time relative to the best dense convolution, in NHWC.
 
     pixels: (images, H' W'). N: output channels. K: kh kw C.
     """
@@ -79,9 +79,9 @@ def conv_cost(pixels, N, K, keep, group, instructions):
 
 
 def halo_serves(kernel_size, stride, padding, width, group, instructions):
-    """Whether a convolution can go the halo way, which is quicker: 3 x 3, stride 1, y as large as x.
+    """Whether a convolution can use the faster halo kernel: 3 x 3, stride 1, y as large as x.
 
-    The same arithmetic as `nm_halo_channels` in C, because torch.compile cannot look into that.
+    The same arithmetic as `nm_halo_channels` in C, because torch.compile cannot trace C.
     """
     if (*kernel_size, *stride, *padding) != (3, 3, 1, 1, 1, 1):
         return False
@@ -112,7 +112,7 @@ def _mkl_is_slow():
 
 
 def version():
-    """What a resumed training must share with the one before to be bit-exact: the rules, and the kernels that run."""
+    """The facts that resumed training must share to be bit-exact: the rules, and the kernels that run."""
     instructions, _ = library.serving()
     return f"rules {RULE_VERSION}, {forced_backend() or instructions or 'no C kernels'}"
 

@@ -1,11 +1,11 @@
-"""y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r on `mma.sp.m16n8k32` (sm_80 and later), and what every mma.sp
-kernel shares: one tile's products over a range of K (`products`) and its epilogue (`store`).
+"""y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r on `mma.sp.m16n8k32` (sm_80 and later). Shared by all mma.sp
+kernels: one tile's products over a range of K (`products`) and its epilogue (`store`).
 
 One program computes one tile of y^T: BLOCK_N features x BLOCK_M rows. The compressed W is the sparse operand A. W and
 its metadata come straight from global memory in fragment order, one 16-byte load per lane and instruction. x goes
 through a ring in shared memory (cp.async, ldmatrix). All operands live in "hardware coordinates" (warps along N, warps
 along M, m16 tiles, n8 tiles, registers, lanes). There, ordinary broadcasting gives every mma.sp its operands and no
-register moves: `assert_trivial` makes the compiler prove it. Each kernel passes in a function that says where x lies:
+register moves: `assert_trivial` makes the compiler prove it. Each kernel passes in a function with the addresses of x:
 rows, two tensors side by side, or the pixels under a convolution's kernel.
 
 Source: PTX ISA 8.5, mma.sp with ordered metadata, figures of the m16n8k32 fragments.

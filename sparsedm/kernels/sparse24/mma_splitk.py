@@ -1,9 +1,9 @@
 """y (M, N) = act([x | skip] (M, K) @ W24^T + b) * s + r for M up to 64 rows: `mma.sp` with K split over the grid.
 
-So few rows are bound by reading the weight once, 1.125 bytes per weight instead of 2. A tile of 64 features alone would
-give too few programs to keep that many bytes in flight, so every tile's K is divided among `splits` programs, which
-write fp32 partial sums (splits, M, N); a second kernel adds them, in a fixed order, and applies the epilogue. The sums
-therefore do not depend on the order in which programs run.
+With so few rows, reading the weight takes all the time: 1.125 bytes per weight instead of 2. One program per tile of 64
+features would keep too few bytes in flight. So `splits` programs share the K of every tile and write fp32 partial sums
+(splits, M, N). A second kernel adds them in a fixed order and applies the epilogue: the sums do not depend on the order
+in which programs run.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,18 @@
 """The PTX instructions that the sparse tensor-core kernels need and Gluon does not have, as Gluon functions.
 
-Triton has no sparse dot. What makes it possible without changing the compiler: `inline_asm_elementwise` with `pack`
-equal to the registers that a thread holds of a tensor hands one assembly text *all* of them, and for wgmma they stand
-in the order of the accumulator fragment. Other operands are broadcast to the accumulator's layout, so they arrive as
-many equal registers, of which the text names the first; ptxas removes the copies.
+Triton has no sparse dot. `inline_asm_elementwise` makes it possible without changing the compiler: if `pack` is the
+number of a thread's registers of a tensor, one assembly text receives *all* of them, for wgmma in the order of the
+accumulator fragment. Other operands are broadcast to the accumulator's layout, so they arrive as equal registers. The
+text names the first; ptxas removes the copies.
 
-What the callers must keep to, because the compiler knows nothing of it:
+Rules for the callers, which the compiler does not check:
 * Shared memory is addressed as `global_smem` + a constant, which holds for the largest allocation of a kernel (Triton
   places allocations by size). Each kernel asserts that its ring is the largest.
 * Metadata registers are inputs of an asynchronous instruction: they may not be rewritten before a wait (else ptxas
   serialises every wgmma and says C7513).
 * Assembly with side effects is `is_pure=False`; it keeps its order, but Triton inserts no barrier for it.
 
-The Gluon names that differ between Triton 3.6.0 and 3.9.0, all supported, are resolved here and nowhere else.
+Gluon names that differ between Triton 3.6.0 and 3.9.0 (all supported) are resolved only here.
 Source: PTX ISA 8.5, sections on wgmma.mma_async.sp, mma.sp, mbarrier, cp.async.bulk.tensor, barrier.cluster.
 """
 

@@ -181,9 +181,6 @@ def linear_flat(
     sink = (y_desc, r_desc, y_ptr, r_ptr, stride_r, bias_ptr, scale_ptr, rows_per_scale)
     effect("bar.sync 0;")
     cluster_sync(BLOCKS)
-    if CONFIG.resident == 2:
-        later = gl.program_id(0) >= gl.num_programs(0) // 2
-        sleep(later.to(gl.int32) * (K // CONFIG.block_k * HALF_A_SLOT))
     base = shared_base()
     bars = base + CONFIG.stages * SIZE[3]
     rank = cluster_rank()
@@ -197,6 +194,9 @@ def linear_flat(
     tiles = tile_count(M, N, CONFIG)
     blocks = gl.num_programs(0) // BLOCKS
     first = gl.program_id(0) // BLOCKS
+    if CONFIG.resident == 2:
+        later = (first >= blocks // 2) & (tiles > blocks)  # each block's only tile is not worth it
+        sleep(later.to(gl.int32) * (KT * HALF_A_SLOT))
     n, m = tile(first, M, N, rank, CONFIG)
     cursor = (first, 0, 0, 0, n, m)
     for _ in range(CONFIG.stages - 1):

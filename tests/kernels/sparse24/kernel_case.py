@@ -292,9 +292,9 @@ class KernelTests:
         broken = plant(compiled[0][1].ptx)
         assert broken != compiled[0][1].ptx, "the fault was not planted"
         problem, noticed = case.problem(), []
-        for early in (False, True):
+        for early, seed in ((False, 0), (True, 0), (False, 1), (False, 2), (False, 3)):
             try:
-                case.emulate(compiled, problem, ptx=broken, early=early)
+                case.emulate(compiled, problem, ptx=broken, early=early, seed=seed)
                 problem.check()
             except (EmulatorError, AssertionError) as error:
                 noticed.append(str(error))

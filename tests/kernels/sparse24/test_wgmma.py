@@ -115,7 +115,7 @@ FAULTS = {
     "multicast-to-others": ("resident-xw", replaced(r"cvt\.u16\.u32 m, %r\d+;", "mov.b16 m, 3;")),
     "residual-not-awaited": (
         "specialized-x",
-        replaced(r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;", "setp.eq.u32 complete, 0, 0;"),
+        replaced(r"mbarrier\.try_wait\.parity\.shared(::cta)?\.b64 complete, [^;]*;", "setp.eq.u32 complete, 0, 0;"),
     ),
     "no-proxy-fence": ("flat-w", replaced(r"fence\.proxy\.async\.shared::cta;", "")),
     "wrong-swizzle": ("specialized-x", replaced(str(SWIZZLE_128), str(SWIZZLE_64))),
