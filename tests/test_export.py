@@ -157,15 +157,6 @@ def test_the_quickstarts_student_draws_the_same_images_in_onnxruntime(tmp_path):
     assert not torch.equal(ours[0], ours[1])
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", [sparsify, lambda model, pattern: compress(sparsify(model, pattern))])
-def test_onnx_of_a_masked_or_compressed_network_names_bake(form):
-    model = build_model(NETWORKS["uvit"]).eval()
-    with pytest.raises(Exception, match=r"export sparsedm\.bake\(model\)"):
-        exported_to_onnx(form(model, "2:4"), inputs_of(model, 2))
-
-
 @pytest.mark.parametrize("form", [sparsify, lambda model, pattern: compress(sparsify(model, pattern))])
 def test_in_an_onnx_export_masks_are_refused(form, monkeypatch):
     model = build_model(NETWORKS["uvit"]).eval()

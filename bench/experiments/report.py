@@ -169,7 +169,7 @@ def _compare(figure, values, runs, plan):
             axes.plot(found[run], [place] * len(found[run]), "o", color=colour, markeredgecolor="white", markersize=6)
         meaning = "less is better; dots: seeds"
         if found.get(plan.control):
-            meaning += f"; shaded: up to {CLOSE:.0%} more"
+            meaning += f"; shaded: +{CLOSE:.0%}"
             mean = statistics.fmean(found[plan.control])
             axes.axvline(mean, color=COLOURS[1], linewidth=1, linestyle="--")
             axes.axvspan(mean, mean * (1 + CLOSE), color=COLOURS[1], alpha=0.12, linewidth=0)

@@ -6,9 +6,9 @@ Every case runs one command in a fork with 2 GiB and a minute of CPU. Right is: 
 stderr, nothing new in the folders and nothing half-written; with 0 no half-written file, and a run that was resumed
 ends with the bits of one that was not. Anything else is counted: traceback, hang, crash, wrong, left.
 
-Seen red (one fault planted each): `parse_json` without RecursionError in its except clause -> traceback; `regular_file`
-without its look at the kind of file -> hang, at a FIFO; `check_digest` without its comparison -> wrong, at a changed
-moment; `atomic_file` without the `unlink` of its partial -> left.
+Seen red (one fault planted each): a RecursionError that `parse_json` lets pass -> traceback, at a header of brackets;
+`regular_file` without its look at the kind of file -> hang, at a pipe; a partial file that `atomic_file` leaves
+-> left, on a full disk.
 """
 
 import argparse

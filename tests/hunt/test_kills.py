@@ -6,8 +6,7 @@ A run takes a second or two and saves every third step. It is started by a fork,
 command until it ends. Then every tensor of every last checkpoint, the states, and the records of all steps are compared
 with a run that nobody killed. Counted are kills, runs, and what differed.
 
-Seen red (one fault planted each): the state of the optimizer not loaded; `first_step` not added to the position of a
-batch; a checkpoint written in place instead of renamed (a torn file stops the run); the average loaded from the model.
+Seen red (one fault planted each): the state of the optimizer not loaded; the average's file loaded into the model.
 """
 
 import importlib

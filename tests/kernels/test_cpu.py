@@ -141,7 +141,7 @@ def check_conv(rng, guard):
     prepacked = products.prepack("halo" if halo else "conv", weight, mask, pattern, W)
     epilogue = {"bias": guard.copy(bias), "residual": guard.copy(residual), "activation": activation}
     y = products.conv2d(guard.copy(x), prepacked, pattern, N, geometry, halo=halo, **epilogue)
-    assert memory_format(y) == memory_format(x)
+    assert y.is_contiguous(memory_format=memory_format(x))  # of one channel or pixel it may also be the other
     close(y, exact, pattern, x.shape, weight.shape, geometry, halo, layout, activation)
 
 
