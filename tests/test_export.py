@@ -165,3 +165,13 @@ def test_in_an_onnx_export_masks_are_refused(form, monkeypatch):
     network(*inputs)  # outside of a tracer the flag is not looked at
     with pytest.raises(InputError, match=r"export sparsedm\.bake\(model\)"):
         torch.export.export(network, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [sparsify, lambda model, pattern: compress(sparsify(model, pattern))])
+@pytest.mark.parametrize("name", ["uvit", "ddpm"])
+def test_torch_onnx_export_says_what_to_export(form, name):
+    model = build_model(NETWORKS[name]).eval()
+    inputs = inputs_of(model, 2)
+    with pytest.raises(Exception, match=r"export sparsedm\.bake\(model\)"):  # noqa: B017, PT011: torch's, private
+        exported_to_onnx(form(model, "2:4"), inputs)

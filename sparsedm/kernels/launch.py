@@ -192,9 +192,12 @@ def exporting():
     return torch.compiler._is_exporting_flag
 
 
-def refuse_onnx():
-    """Raise InputError inside of `torch.onnx.export`, which knows neither masks nor compressed weights."""
-    if (exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+def refuse_onnx(traced=False):
+    """Raise InputError inside of `torch.onnx.export`, which knows neither masks nor compressed weights.
+
+    traced: called from the fake form of an operator. Dynamo takes `is_in_onnx_export` for false, but runs fakes as is.
+    """
+    if (traced or exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
         raise InputError("torch.onnx.export takes plain weights: export sparsedm.bake(model), which holds the zeros")
 
 

@@ -370,7 +370,7 @@ def test_folders_that_do_not_belong_together_are_not_joined(done, tiny, tmp_path
     text = (tmp_path / "0" / "options.json").read_text()
     (tmp_path / "0" / "options.json").write_text(text.replace('"samples": 16', '"samples": 17'))
     assert command(tmp_path / "new", *both) == 2
-    assert "hold runs by other options" in capsys.readouterr().err
+    assert "hold runs with different options" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
