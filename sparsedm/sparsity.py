@@ -475,12 +475,14 @@ def uncopied(model):
     modules, found = set(model.modules()), []
     for name, module in model.named_modules():
         name = name or type(module).__name__
+        if type(module).__module__.startswith("torch._dynamo"):
+            continue  # the wrapper of torch.compile makes its functions anew
         try:
-            state = module.__getstate__()  # what torch.compile has added is made anew: it is left out, as dynamo_ctx
+            state = module.__getstate__()  # without what torch.compile has added
         except RuntimeError:  # a parametrized module has no such state, and is copied by its own means
             state = vars(module)
         for attribute, value in state.items():
-            if attribute in ("_modules", "_parameters", "_buffers", "dynamo_ctx") or not _keeps(value, modules):
+            if attribute in ("_modules", "_parameters", "_buffers") or not _keeps(value, modules):
                 continue
             if attribute.startswith("_") and attribute.endswith(("_hooks", "_hooks_with_kwargs")):
                 found.append(f"a hook of {name} is a function")
