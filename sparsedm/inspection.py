@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsedm.copying import uncopied
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.conv import conv_request
@@ -19,7 +20,7 @@ from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on, rule_of
 from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Compressed, CompressedLinear, Linear, product_dtype
 from sparsedm.plots import COLOURS, GREY, picture, table
-from sparsedm.sparsity import compress, masked_layers, uncompressed_because, uncopied
+from sparsedm.sparsity import compress, masked_layers, uncompressed_because
 
 ARCHS = {
     **{"cpu": torch.device("cpu"), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},

@@ -138,7 +138,7 @@ class Masked:
         return self.rule._replace(decay=0.0 if self._is_decayed() else self.rule.decay) != STE
 
     def _is_decayed(self):
-        """Whether a MaskedAdamW adds the decay of today's weight."""
+        """Whether a MaskedAdamW adds the decay of the current weight."""
         return self._decayed is not None and (self._decayed[0] is self.weight or getattr(self, "_is_replica", False))
 
     def rule_of_forward(self):

@@ -41,7 +41,7 @@ def is_sharded(tensor):
 
 
 def choose(dtypes, names):
-    """{layer: Choice} of today's weights; on a GPU in one launch for all layers of a kind, see `kernels.masked_adamw`.
+    """{layer: Choice} of the current weights; on a GPU one launch for all layers of a kind, see `kernels.masked_adamw`.
 
     dtypes: {layer: dtype of its product}. names: {layer: what errors call it}. Raises: InputError for NaN, on a GPU at
     one of the next calls.
@@ -149,7 +149,8 @@ class MaskedAdamW(torch.optim.AdamW):
             with hold_masks(model, optimizer=optimizer):  # takes over what the last step selected
                 loss(model, x).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(), optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
     params, lr, betas, eps, weight_decay: of AdamW; params may be groups with options of their own.
     model: the module, or several, whose masked layers' weights are among the parameters. Layers that `sparsify` makes
@@ -311,7 +312,7 @@ class MaskedAdamW(torch.optim.AdamW):
     # ---- with `hold_masks`
 
     def choices(self, dtypes, names):
-        """{layer: Choice}: of the last step, where it is of today's pattern and dtype, else of today's weight."""
+        """{layer: Choice}: of the last step, if pattern and dtype are still the same, else of the current weight."""
         mine = {layer: d for layer, d in dtypes.items() if layer in self._names and layer.mask is None}
         ready = {}
         for layer, dtype in mine.items():

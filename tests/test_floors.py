@@ -19,7 +19,7 @@ FLOORS = (  # the room that names a module most closely counts
     (4, "sparsedm.train", "sparsedm.evaluate"),
     (3, "sparsedm.models", "sparsedm.diffusion", "sparsedm.samplers"),
     (2, "sparsedm.layers", "sparsedm.sparsity", "sparsedm.inspection", "sparsedm.model_files", "sparsedm.permutation"),
-    (2, "sparsedm.optim"),
+    (2, "sparsedm.optim", "sparsedm.copying"),
     (1, "sparsedm.kernels"),
     (0, "sparsedm.files", "sparsedm.errors", "sparsedm.plots", "sparsedm.features", "sparsedm.cuda_graph"),
 )

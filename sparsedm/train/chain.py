@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparsedm.copying import copied
 from sparsedm.errors import InputError, check_memory
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models.slimmable import WidestTeacher, check_supernet
-from sparsedm.sparsity import copied, masked_layers, set_masking, sparsify
+from sparsedm.sparsity import masked_layers, set_masking, sparsify
 from sparsedm.train import checkpoint, distributed
 from sparsedm.train.loop import MAY_CHANGE, TrainOptions, TrainResult, check_data, train
 from sparsedm.train.metrics import Reference, read_metrics, usual_speed

@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparsedm import diffusion
+from sparsedm.copying import copied
 from sparsedm.optim import MaskedAdamW
-from sparsedm.sparsity import copied, hold_masks
+from sparsedm.sparsity import hold_masks
 from sparsedm.train import distributed
 from sparsedm.train.data import batch, batch_indices
 

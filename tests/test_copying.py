@@ -1,0 +1,135 @@
+"""What a copy of a model takes along, and the functions that are refused because it would not."""
+
+import functools
+import types
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.inspection import inspect
+from sparsedm.layers import CompressedLinear
+from sparsedm.sparsity import bake, compress, decompress, sparsify
+
+
+class Small(nn.Module):
+    """Convolutions and linears, of which two can be 2:4."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, stride=2, padding=1)
+        self.head, self.narrow = nn.Linear(32, 30), nn.Linear(30, 5)
+
+    def forward(self, x):
+        return self.narrow(F.gelu(self.head(self.conv(F.silu(self.stem(x))).mean((2, 3)))))
+
+
+def closure(model):
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
+def closure_of_a_block(model):
+    block, forward = model.head, model.head.forward
+    block.forward = lambda x: forward(x) + 1
+
+
+def closure_over_a_module(model):
+    head = model.head
+    model.features = lambda x: head(x)
+
+
+def default_argument(model):
+    model.forward = lambda x, run=model.forward: run(x)
+
+
+def in_a_list(model):
+    model.steps = [lambda x: model.head(x)]
+
+
+def in_an_object(model):
+    place = types.SimpleNamespace(model=model)
+    model.forward = lambda x: Small.forward(place.model, x)
+
+
+def in_a_local_class(model):
+    class Place:
+        inside = model
+
+    model.forward = lambda x: Small.forward(Place.inside, x)
+
+
+def weak_reference(model):
+    model.owner = weakref.ref(model)
+
+
+def wrapped_again(model):
+    outer = nn.Sequential(model)
+    model.forward = functools.wraps(Small.forward)(lambda x: Small.forward(outer[0], x))
+
+
+def hook_over_a_module(model):
+    model.head.register_forward_hook(lambda layer, inputs, y: y + model.conv.weight.sum())
+
+
+def not_filled_yet(model):
+    def forward(x):
+        return Small.forward(model, x) if x is not None else later
+
+    if model is None:
+        later = 1
+    model.forward = forward
+
+
+def bound_function_over_a_module(model):
+    other = model.head
+    model.forward = types.MethodType(lambda self, x: Small.forward(self, x) + other.weight.sum(), model)
+
+
+FORWARD = "Small.forward was replaced by a function"
+REPLACED = {
+    closure: FORWARD,
+    closure_of_a_block: "head.forward was replaced by a function",
+    closure_over_a_module: "Small.features was replaced by a function",
+    default_argument: FORWARD,
+    in_a_list: "Small.steps holds a function",
+    in_an_object: FORWARD,
+    in_a_local_class: FORWARD,
+    weak_reference: "Small.owner holds a function",
+    wrapped_again: FORWARD,
+    hook_over_a_module: "a hook of head is a function",
+    not_filled_yet: FORWARD,
+    bound_function_over_a_module: FORWARD,
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED, ids=lambda f: f.__name__)
+def test_a_function_that_would_go_on_running_the_old_network_is_refused_by_name(replace):
+    model = sparsify(Small(), "2:4")
+    replace(model)
+    small = compress(sparsify(Small(), "2:4"))
+    replace(small)
+    for change, network in ((compress, model), (bake, model), (decompress, small)):
+        with pytest.raises(InputError, match=f"^{REPLACED[replace]}"):
+            change(network)
+    report = inspect(model, (torch.randn(1, 3, 8, 8),))
+    assert REPLACED[replace] in str(report)
+
+
+def test_what_a_copy_takes_along_is_no_reason_to_refuse():
+    model, x = sparsify(Small(), "2:4").eval(), torch.randn(2, 3, 8, 8)
+    expected = compress(model)(x)
+    model.scale = functools.partial(torch.mul, 2)
+    model.forward = types.MethodType(lambda self, x: Small.forward(self, x), model)
+    model.head.forward = functools.partial(type(model.head).forward, model.head)
+    model.report = print
+    del model.head.forward  # a compressed layer has a forward of its own
+    small = compress(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(small(x), expected)
+    compiled = torch.compile(sparsify(Small(), "2:4"), backend="eager")
+    assert isinstance(compress(compiled).head, CompressedLinear)
