@@ -69,8 +69,7 @@ def sweep(figure, rows, name):
     modes = list(dict.fromkeys(s.row["mode"] for s in found))
     if not found:
         return False
-    look, row = looks(s.row["provider"] for s in found), found[0].row
-    theirs = {} if row["device"].startswith("CPU") else published(name, row["dtype"])
+    look, theirs = looks(s.row["provider"] for s in found), published(name, found[0].row["dtype"])
     for axes, mode in zip(figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], modes):
         for (card, line), marker, dash in zip(theirs.items(), MARKERS, DASHES):
             style = dict(color=GREY, marker=marker, linestyle=dash, markersize=3.5, linewidth=1, alpha=0.8, zorder=1.5)
@@ -310,21 +309,17 @@ def patterns(figure, rows):
     if not names or ONEDNN not in {r["provider"] for r in rows}:
         return False
     left, right = figure.subplots(1, 2)
-    for name, (colour, marker, dash, _) in looks(names).items():
-        line = sorted(
-            (r["M"], best[key(r)] / r["p50_us"]) for r in rows if (r["provider"], r["model"]) == (name, "square")
-        )
-        if line:
-            left.plot(*zip(*line), color=colour, marker=marker, linestyle=dash, label=name.split()[-1])
-    line = sorted(
-        (r["M"], best[key(r)] / r["p50_us"]) for r in rows if (r["provider"], r["model"]) == ("dense", "square")
-    )
-    if line:
-        left.plot(*zip(*line), color=GREY, marker="x", linewidth=1, label="F.linear")
-        plain_log(left.xaxis, [m for m, _ in line])
+    for name, (colour, marker, dash, _) in (looks(names) | {"dense": (GREY, "x", "-", "")}).items():
+        square = [r for r in rows if (r["provider"], r["model"]) == (name, "square")]
+        line = sorted((r["M"], best[key(r)] / r["p50_us"]) for r in square)
+        label = "F.linear" if name == "dense" else name.split()[-1]
+        style = dict(color=colour, marker=marker, linestyle=dash, label=label)
+        left.plot([m for m, _ in line], [ratio for _, ratio in line], **style)
+    left.set_xscale("log", base=2)
+    plain_log(left.xaxis, sorted({r["M"] for r in rows if r["model"] == "square"}))
     left.set(xlabel="M = N = K", ylabel="times as fast as the best dense product\n(shaded: slower)")
     left.set_title("square products", loc="left")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(fontsize=8)
     losing_region(left)
     models = [r for r in rows if r["model"] == LAYERS]
     for offset, base, colour, label in (
@@ -344,7 +339,7 @@ def patterns(figure, rows):
     right.set_title(f"{shapes} layers of models: geometric mean (dots: each)", loc="left")
     right.set(xlabel="pattern", ylabel="times as fast as")
     if models:
-        right.legend(frameon=False, fontsize=8, loc="upper left")
+        right.legend(fontsize=8, loc="upper left")
     losing_region(right)
     return True
 
@@ -386,7 +381,7 @@ def calls(figure, rows):
     axes.set_yticks(range(len(names)), [f"{s}\n{m}, torch: {times[s, m]:,.0f} ms" for s, m in names], fontsize=8)
     axes.grid(False, axis="y")
     axes.set_xlabel("times as fast as eager torch (in brackets: as the best dense network; shaded: slower)")
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return True
 
 

@@ -134,9 +134,10 @@ def test_the_losing_region_is_shaded_up_to_one():
     assert sorted(line.get_ydata()[0] for line in axes.lines) == [1, 2]
 
 
-def test_what_others_published_is_grey_named_and_beside_ours():
+@pytest.mark.parametrize("device", ["Some GPU", "CPU: abacus"])
+def test_what_others_published_is_grey_named_and_beside_ours(device):
     figure = Figure()
-    assert charts.sweep(figure, made_up(), "square")
+    assert charts.sweep(figure, [r | {"device": device} for r in made_up()], "square")
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     published = {label: line for label, line in lines.items() if label.endswith("(published)")}
     assert {label.split(", ")[1] for label in published} == {
