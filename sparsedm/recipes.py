@@ -1,7 +1,7 @@
 """The sizes of runs, as rows: the quickstart on drawn and on other images; searches and experiments at several scales.
 
 smoke   minutes on a CPU; shows that it works, not which is best
-cpu     experiments with a clear result, in hours on CPU cores
+cpu     experiments with a clear result, in hours on CPU cores that have bf16 instructions; cpu-short on others
 lite    half an hour on one large GPU, in parts of ten minutes
 full    the papers' settings; days on a GPU
 """
@@ -231,3 +231,14 @@ EXPERIMENTS = {
         features="inception",
     ),
 }
+# A tenth of `cpu`'s images for the dense network, as the pilot's patch 2 had, and a sixth for each run.
+EXPERIMENTS["cpu-short"] = replace(
+    EXPERIMENTS["cpu"],
+    summary="like cpu, but in fp32, with 200,000 images for the dense network and 39,936 for each run, and 2,000 "
+    "samples: for a CPU that has no bf16 instructions",
+    base_steps=3125,
+    steps=624,
+    samples=2000,
+    validation=4096,
+    options=replace(EXPERIMENTS["cpu"].options, amp=None),
+)

@@ -93,7 +93,7 @@ def numbers(folder, run, measure, seed=0):
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["smoke", "cpu", "lite", "full"])
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "cpu-short", "lite", "full"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_runs_of_a_plan_are_distinct_and_spend_the_same(name, scale):
     _, scale, runs = planned(name, scale)
@@ -105,7 +105,7 @@ def test_the_runs_of_a_plan_are_distinct_and_spend_the_same(name, scale):
     assert spent == {name: exceptions.get(name, scale.steps) for name in spent}
 
 
-@pytest.mark.parametrize("scale", ["smoke", "cpu", "lite", "full"])
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "cpu-short", "lite", "full"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_run_of_a_plan_is_made_twice_under_two_names(name, scale):
     plan, _, runs = planned(name, scale)
