@@ -116,13 +116,13 @@ def _remember(cache, values, metadata, choice, tensors, pattern, y, operands):
         def run(x, bias, activation, residual, skip, scale):
             return _linear_dense(x, tensors[0], bias, activation, residual, skip, scale, x.dtype)
 
-    elif choice.backend != "cpu" or (LINEAR, "cpu", x.device) in broken:
-        return
-    elif not all(t is None or t.is_contiguous() for t in (x, residual, skip, scale)):
-        return
-    else:
+    elif choice.backend == "cpu" and (LINEAR, "cpu", x.device) not in broken:
+        if not all(t is None or t.is_contiguous() for t in (x, residual, skip, scale)):
+            return
         few = cpu.CONFIGS[choice.config] == "few"
         run = products.linear_again(x, tensors, Pattern.parse(pattern), y, activation, residual, skip, scale, few)
+    else:
+        return
     cpu.remember(cache, values, metadata, run, *operands)
 
 
