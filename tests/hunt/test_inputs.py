@@ -40,7 +40,7 @@ from sparsedm.model_files import save_model
 from sparsedm.models import build_model
 from sparsedm.models.diffusers import config_to_diffusers, to_diffusers
 from sparsedm.sparsity import compress, sparsify
-from tests.hunt.damage import FORMATS, change
+from tests.hunt.damage import FORMATS, RAN, change
 from tests.hunt.forked import forked
 
 NETWORK = {"image_size": 8, "dim": 16, "depth": 2, "heads": 2, "num_classes": 3}
@@ -366,6 +366,8 @@ def complaint(world, arguments, result=None, expected=None):
         return f"crash: {outcome.code} {said}"
     if outcome.code not in (0, 2) or "Traceback" in outcome.said:
         return f"traceback: {outcome.code} {said}"
+    if (world["folder"] / RAN).exists():
+        return "ran: the code of a pickle"
     partial = [path for path in world.folder.rglob("*.partial*")]
     if partial:
         return f"left: {partial}"
