@@ -56,9 +56,9 @@ def depth(name):
     return {"mma": 16, "mma.sp": 32, "wgmma": STEP // 2, "wgmma.sp": STEP}[name]
 
 
-def launch_arguments(name, dtype, device, blocks, seed=0):
+def launch_arguments(name, dtype, device, blocks):
     """-> (kernel, {pointer: tensor}, {compile-time argument: value}); after the pointers comes `iterations`."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def words(*shape):
         """int32, each a pair of normal numbers."""

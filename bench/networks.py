@@ -281,7 +281,7 @@ def sampling_mode(steps):
     return f"sampling, {steps} steps"
 
 
-def sampling_rows(suite, problem, providers, steps, rounds=3):
+def sampling_rows(suite, problem, providers, steps, rounds):
     """Rows for whole sampling by every provider that can run: time, images/s, memory, and the error of its images.
 
     "image difference" is max |a - b| of images in about [-1, 1], drawn from the same noise by this provider and by the

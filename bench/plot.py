@@ -62,7 +62,7 @@ def all_charts(rows):
     """{file name: (title, function of figure and rows, size in inches)}."""
     wide, square = (11, 4.8), (9, 6)
     found = {
-        f"speedup-{name}": (f"2:4 against dense: {name}", functools.partial(charts.sweep, name=name), wide)
+        f"speedup-{name}": (f"Sparse against dense: {name}", functools.partial(charts.sweep, name=name), wide)
         for name in charts.SWEEP_NAMES
     }
     count = len({r["provider"] for r in rows if r["suite"] == "first"})

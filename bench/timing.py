@@ -26,6 +26,7 @@ from bench.results import sensors
 SHORTEST = 1e-3  # seconds that one CPU sample lasts at least
 LONG = 0.2  # seconds of a call on a CPU that one call warms up
 WARM = 0.03  # seconds of work before a GPU is timed
+FINALISTS = 3  # candidates of `fastest` that are timed again
 
 
 class Times(NamedTuple):
@@ -78,15 +79,15 @@ class CpuClock:
 
 
 class CudaClock:
-    """graphs=False times the call as Python makes it, with its launch cost where the device waits for it.
+    """Everything runs on the clock's own stream: the default stream cannot be captured.
 
-    Everything runs on the clock's own stream: the default stream cannot be captured. A backward runs on the stream of
-    its forward, so the forward of a timed backward must also be inside `with clock.stream():`. All graphs made in one
-    such block share their memory; hundreds of separate pools would not fit.
+    A backward runs on the stream of its forward, so the forward of a timed backward must also be inside
+    `with clock.stream():`. All graphs made in one such block share their memory; hundreds of separate pools would not
+    fit.
     """
 
-    def __init__(self, device, graphs=True):
-        self.device, self.graphs = torch.device(device), graphs
+    def __init__(self, device):
+        self.device = torch.device(device)
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(max(4 * cache, 1 << 26), dtype=torch.int8, device=self.device)
         self._stream = torch.cuda.Stream(self.device)
@@ -106,7 +107,7 @@ class CudaClock:
             for _ in range(3):  # compilation, autotuning, lazy initialisation
                 run()
             torch.cuda.synchronize(self.device)
-            graph = self._captured(run) if self.graphs and not waits(run) else None
+            graph = self._captured(run) if not waits(run) else None
         call, method = (run, "cuda events") if graph is None else (graph.replay, "cuda graph")
         return Timed(functools.partial(self._samples, call), method, call)
 
@@ -196,8 +197,8 @@ def waits(run):
     return False
 
 
-def clock_for(device, graphs=True):
-    return CudaClock(device, graphs) if torch.device(device).type == "cuda" else CpuClock()
+def clock_for(device):
+    return CudaClock(device) if torch.device(device).type == "cuda" else CpuClock()
 
 
 def interleaved(timed, rounds=10, per_round=5, seconds=math.inf):
@@ -224,7 +225,7 @@ def percentiles(times):
     return Times(*(float(p) for p in np.percentile(times, [20, 50, 80])), len(times))
 
 
-def fastest(candidates, clock, finalists=3):
+def fastest(candidates, clock):
     """The name of the fastest of {name: call}: all are timed once, and the best again, in turns.
 
     The minimum of many noisy times may belong to a lucky call.
@@ -233,6 +234,6 @@ def fastest(candidates, clock, finalists=3):
         timed = {name: clock.ready(run) for name, run in candidates.items()}
         clock.warm()
         first = interleaved(timed, rounds=1)
-        best = sorted(first, key=lambda name: first[name].p50)[:finalists]
+        best = sorted(first, key=lambda name: first[name].p50)[:FINALISTS]
         again = interleaved({name: timed[name] for name in best}, rounds=4)
     return min(again, key=lambda name: again[name].p50)

@@ -47,6 +47,9 @@ def _students(patterns, steps, **settings):
     return tuple(Stage(pattern.replace(":", "of"), steps, pattern, **settings) for pattern in patterns)
 
 
+# of networks of a million parameters
+_TINY = TrainOptions(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, cosine=True, weighting="velocity")
+
 # ---- the quickstart
 
 QUICKSTART = {
@@ -55,19 +58,7 @@ QUICKSTART = {
         model="uvit-tiny",
         overrides={"image_size": 12, "patch_size": 3, "velocity": True},
         stages=(Stage("dense", 1600), *_students(["3:4"], 200), *_students(["2:4"], 450)),
-        options=TrainOptions(
-            batch_size=32,
-            lr=2e-3,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            cosine=True,
-            ema=0.99,
-            weighting="velocity",
-            flip=False,
-            log_every=20,
-            save_every=500,
-            validate_every=200,
-        ),
+        options=replace(_TINY, batch_size=32, ema=0.99, flip=False, log_every=20, save_every=500, validate_every=200),
         samples=500,
         sampling_steps=25,
         threads=1,  # with tensors this small a second thread mostly waits, and very long if another process is busy
@@ -192,16 +183,7 @@ EXPERIMENTS = {
         samples=5000,
         sampling_steps=20,
         validation=10_000,
-        options=TrainOptions(
-            batch_size=64,
-            lr=2e-3,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            cosine=True,
-            ema=0.999,
-            weighting="velocity",
-            amp="bf16",
-        ),
+        options=replace(_TINY, batch_size=64, ema=0.999, amp="bf16"),
         threads=1,
     ),
     "lite": Scale(

@@ -1,4 +1,4 @@
-"""What becomes of whole models is tested in test_sparsity.py, the products themselves in test_sparse24_*.py."""
+"""What becomes of whole models is tested in test_compress_and_bake.py, the products in kernels/sparse24/."""
 
 import copy
 import json

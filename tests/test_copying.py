@@ -6,25 +6,13 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.layers import CompressedLinear
 from sparsedm.sparsity import bake, compress, decompress, sparsify
-
-
-class Small(nn.Module):
-    """Convolutions and linears, of which two can be 2:4."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.conv = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, stride=2, padding=1)
-        self.head, self.narrow = nn.Linear(32, 30), nn.Linear(30, 5)
-
-    def forward(self, x):
-        return self.narrow(F.gelu(self.head(self.conv(F.silu(self.stem(x))).mean((2, 3)))))
+from tests.tiny import Small
 
 
 def closure(model):

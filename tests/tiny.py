@@ -1,10 +1,11 @@
-"""What the tests of train/ share: a network and a data set small enough to train in milliseconds."""
+"""What tests share: networks and a data set small enough to train in milliseconds."""
 
 import contextlib
 import signal
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparsedm.layers import Linear
@@ -14,6 +15,18 @@ from sparsedm.train.loop import TrainOptions
 OPTIONS = TrainOptions(
     steps=12, batch_size=8, lr=1e-2, warmup=4, ema=0.9, log_every=3, save_every=5, validate_every=6, seed=3
 )
+
+
+class Small(nn.Module):
+    """A convolution with 3 input channels (never 2:4), one with 32, and two linears, one of them narrow."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, stride=2, padding=1)
+        self.head, self.narrow = nn.Linear(32, 30), nn.Linear(30, 5)
+
+    def forward(self, x):
+        return self.narrow(F.gelu(self.head(self.conv(F.silu(self.stem(x))).mean((2, 3)))))
 
 
 @dataclass(frozen=True)

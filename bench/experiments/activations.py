@@ -18,13 +18,13 @@ from sparsedm.kernels.pattern import Pattern
 class KeepLargest:
     """A forward pre-hook of a Linear or Conv2d. Its groups run along the features or the input channels."""
 
-    def __init__(self, pattern, compensate=True):
-        self.pattern, self.compensate = pattern, compensate
+    def __init__(self, pattern):
+        self.pattern = pattern
 
     def __call__(self, layer, inputs):
         x, *more = inputs
         axis = -1 if isinstance(layer, nn.Linear) else 1
-        return keep_largest(x, self.pattern, axis, self.compensate), *more
+        return keep_largest(x, self.pattern, axis), *more
 
 
 def keep_largest(x, pattern, axis=-1, compensate=True):
@@ -41,7 +41,7 @@ def keep_largest(x, pattern, axis=-1, compensate=True):
     return kept.movedim(-1, axis)
 
 
-def sparsify_activations(network, names, pattern="2:4", compensate=True):
+def sparsify_activations(network, names, pattern="2:4"):
     """Hook the layers `names` of the network, in place, and return it.
 
     Raises: InputError if no layer can hold the pattern along its inputs.
@@ -52,7 +52,7 @@ def sparsify_activations(network, names, pattern="2:4", compensate=True):
     if not fitting:
         raise InputError(f"no layer has inputs in groups of {pattern.group}: nothing can read {pattern} of them")
     for layer in fitting:
-        layer.register_forward_pre_hook(KeepLargest(pattern, compensate))
+        layer.register_forward_pre_hook(KeepLargest(pattern))
     return network
 
 

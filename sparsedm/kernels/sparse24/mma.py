@@ -32,13 +32,13 @@ class Config:
     group: int = 8  # tiles along M that are walked before the next along N, for L2
 
 
-# Config(block_n, block_m, warps_n, warps_m, stages). The first is the default until these are timed.
-# More than 64 accumulators per thread spill in the epilogues with a residual.
+# The first is the default until these are timed. More than 64 accumulators per thread spill in the epilogues with a
+# residual.
 CONFIGS = (
-    Config(128, 128, 4, 2, 4),
-    Config(128, 128, 2, 4, 4),
-    Config(128, 64, 2, 2, 4),
-    Config(64, 64, 2, 2, 4),
+    Config(block_n=128, block_m=128, warps_n=4, warps_m=2, stages=4),
+    Config(block_n=128, block_m=128, warps_n=2, warps_m=4, stages=4),
+    Config(block_n=128, block_m=64, warps_n=2, warps_m=2, stages=4),
+    Config(block_n=64, block_m=64, warps_n=2, warps_m=2, stages=4),
 )
 
 

@@ -17,8 +17,12 @@ from sparsedm.kernels.launch import Launch
 from sparsedm.kernels.sparse24.mma import Config, copy_layout, products, store, tile, tile_count, warps
 from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 
-# Config(block_n, block_m, warps_n, warps_m, stages). The first is the default until these are timed.
-CONFIGS = (Config(128, 128, 4, 2, 4), Config(128, 64, 2, 2, 4), Config(64, 64, 2, 2, 4))
+# The first is the default until these are timed.
+CONFIGS = (
+    Config(block_n=128, block_m=128, warps_n=4, warps_m=2, stages=4),
+    Config(block_n=128, block_m=64, warps_n=2, warps_m=2, stages=4),
+    Config(block_n=64, block_m=64, warps_n=2, warps_m=2, stages=4),
+)
 
 
 @dataclass(frozen=True)

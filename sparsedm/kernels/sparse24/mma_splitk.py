@@ -34,8 +34,8 @@ class Config:
     programs: int  # wanted on every multiprocessor: more keep more bytes in flight, and write more partial sums
 
 
-CONFIGS = (Config(4), Config(2), Config(8))  # programs; the first is the default until these are timed
-TILES = tuple(mma.Config(64, block_m, 4, 1, 4, 1) for block_m in (16, 32, 64))
+CONFIGS = (Config(programs=4), Config(programs=2), Config(programs=8))  # the first: the default until these are timed
+TILES = tuple(mma.Config(block_n=64, block_m=m, warps_n=4, warps_m=1, stages=4, group=1) for m in (16, 32, 64))
 REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
 
 

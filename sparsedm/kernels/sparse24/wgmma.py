@@ -15,21 +15,21 @@ from sparsedm.kernels.sparse24.ptx import KIND, Epilogue
 from sparsedm.kernels.sparse24.wgmma_kernels import linear_flat, linear_specialized
 from sparsedm.kernels.sparse24.wgmma_pipeline import Config, boxes, cluster_size, shares_w, shares_x, warps
 
-# Config(block_n, block_m, block_k, stages, cluster, specialized, resident), see `wgmma_pipeline.Config`.
 # The first, without clusters, is the default until these are timed.
 CONFIGS = (
-    Config(256, 128, 64, 4),
-    Config(256, 128, 64, 4, specialized=False),
-    Config(256, 128, 64, 4, "w"),
-    Config(128, 256, 64, 3, "x"),
-    Config(128, 256, 64, 3, "w"),
-    Config(128, 256, 64, 3, "xw"),
-    Config(256, 128, 128, 2, "w"),
-    Config(256, 128, 64, 4, "w", specialized=False),
-    Config(128, 256, 64, 3, "x", specialized=False),
-    Config(128, 128, 64, 3, "xw", specialized=False, resident=2),
-    Config(128, 128, 64, 5),
-    Config(128, 64, 64, 6),  # the last: the only one whose epilogue spills nothing where it stores directly
+    Config(block_n=256, block_m=128, block_k=64, stages=4),
+    Config(block_n=256, block_m=128, block_k=64, stages=4, specialized=False),
+    Config(block_n=256, block_m=128, block_k=64, stages=4, cluster="w"),
+    Config(block_n=128, block_m=256, block_k=64, stages=3, cluster="x"),
+    Config(block_n=128, block_m=256, block_k=64, stages=3, cluster="w"),
+    Config(block_n=128, block_m=256, block_k=64, stages=3, cluster="xw"),
+    Config(block_n=256, block_m=128, block_k=128, stages=2, cluster="w"),
+    Config(block_n=256, block_m=128, block_k=64, stages=4, cluster="w", specialized=False),
+    Config(block_n=128, block_m=256, block_k=64, stages=3, cluster="x", specialized=False),
+    Config(block_n=128, block_m=128, block_k=64, stages=3, cluster="xw", specialized=False, resident=2),
+    Config(block_n=128, block_m=128, block_k=64, stages=5),
+    # the only one whose epilogue spills nothing where it stores directly
+    Config(block_n=128, block_m=64, block_k=64, stages=6),
 )
 
 

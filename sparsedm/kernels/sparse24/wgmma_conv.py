@@ -33,9 +33,13 @@ from sparsedm.kernels.sparse24.wgmma_pipeline import (
     stage_bytes,
 )
 
-# Config(block_n, block_m, block_k, stages): the default for more than 128 features, the default for up to 128, and one
-# with more tiles. block_k is the number of channels that TMA loads at one kernel position.
-CONFIGS = (Config(256, 128, 64, 4), Config(128, 256, 64, 3), Config(128, 128, 64, 5))
+# The default for more than 128 features, the default for up to 128, and one with more tiles.
+# block_k is the number of channels that TMA loads at one kernel position.
+CONFIGS = (
+    Config(block_n=256, block_m=128, block_k=64, stages=4),
+    Config(block_n=128, block_m=256, block_k=64, stages=3),
+    Config(block_n=128, block_m=128, block_k=64, stages=5),
+)
 
 
 @dataclass(frozen=True)
