@@ -198,9 +198,10 @@ def refuse_export(traced=False, scripted=False):
     `torch.jit.trace` would record memory that a C kernel fills as memory that nothing fills.
     traced: called from the fake form of an operator. Dynamo takes `is_in_onnx_export` for false, but runs fakes as is.
     """
-    if torch.onnx.is_in_onnx_export() and (traced or exporting() or torch.jit.is_tracing()):
+    tracing = torch.jit.is_tracing()
+    if (traced or exporting() or tracing) and torch.onnx.is_in_onnx_export():
         raise InputError("torch.onnx.export takes plain weights: export sparsedm.bake(model), which holds the zeros")
-    if scripted or torch.jit.is_tracing():
+    if scripted or tracing:
         raise InputError("torch.jit takes plain weights: give it sparsedm.bake(model), which holds the zeros")
 
 
