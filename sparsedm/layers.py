@@ -27,6 +27,7 @@ from sparsedm.kernels.masked_matmul import (
     kernels_serve,
     masked_linear,
     straight_through,
+    training_conv2d,
     training_product,
     transformed,
 )
@@ -301,7 +302,13 @@ class Conv2d(Masked, nn.Conv2d):
         self._start_masking(pattern, activation)
 
     def forward(self, input, residual=None):
-        return _epilogue(self._conv_forward(input, self.effective_weight(), self.bias), self.activation, residual)
+        weight, mask = self._weight_and_mask()
+        if mask is not None and self.training and self.groups == 1 and self.padding_mode == "zeros":
+            geometry = self.stride, self.padding, self.dilation
+            y = training_conv2d(input, weight, mask, self.pattern, self.bias, *geometry)
+        else:
+            y = self._conv_forward(input, weight, self.bias)
+        return _epilogue(y, self.activation, residual)
 
 
 # ---- compressed layers -----------------------------------------------------------------------------------------------
