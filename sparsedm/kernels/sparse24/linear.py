@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense, products
 from sparsedm.kernels.cpu import linear as cpu
-from sparsedm.kernels.launch import broken, direct, refuse_onnx
+from sparsedm.kernels.launch import broken, direct, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -169,7 +169,7 @@ def _(
     x, values, metadata, prepacked, bias, activation, residual, skip, scale, out_dtype, backend, config, strict,
     pattern="2:4",
 ):  # fmt: skip
-    refuse_onnx(traced=True)
+    refuse_export(traced=True)
     return x.new_empty(*x.shape[:-1], values.shape[0], dtype=out_dtype)
 
 
