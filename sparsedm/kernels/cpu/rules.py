@@ -110,7 +110,7 @@ def halo_serves(kernel_size, stride, padding, width, group, instructions):
     if (*kernel_size, *stride, *padding) != (3, 3, 1, 1, 1, 1):
         return False
     lanes = LANES[instructions]
-    vectors, room = (8, 40960) if lanes == 16 else (12, 28672)
+    vectors, room = (8, 40960) if lanes == 16 else (12, 32768)
     per = width // lanes
     if width % lanes or not 1 <= per <= vectors:
         return False
