@@ -345,23 +345,24 @@ class Part:
 
 LAYER = {"rounds": 5, "per_round": 2, "seconds": 4.0}
 CALL = {"rounds": 4, "per_round": 1, "seconds": 25.0}
-PLAN = (
+PLAN = (  # the cheapest first, of what tells as much
     Part("gemm", Product, lambda: linear_shapes(LAYERS, SIZES), LINEAR_PROVIDERS, "plain", limits=LAYER, quick=9),
     Part("gemm", Product, lambda: linear_shapes("square", [(n,) * 3 for n in (128, 256, 512, 1024, 2048)]),
          LINEAR_PROVIDERS, "plain", limits=LAYER, quick=3),
     Part("train", TrainingStep, lambda: [network("uvit-tiny", 32, "quickstart", QUICKSTART)], TRAIN_PROVIDERS,
          "training step", limits=CALL | {"rounds": 20, "seconds": 12.0}),
-    Part("end-to-end", Network, lambda: [
-        network("uvit-tiny", 128, "quickstart", QUICKSTART), network("uvit-cifar10-small", 1),
-        network("ddpm-cifar10", 8), network("uvit-cifar10-small", 8), network("dit-imagenet256-base", 1),
-        network("ddpm-cifar10", 1)], NETWORK_PROVIDERS, "step", limits=CALL),
-    Part("conv", Convolution, lambda: conv_shapes(8), CONV_PROVIDERS, "plain", limits=LAYER),
+    Part("end-to-end", Network, lambda: [network("uvit-tiny", 128, "quickstart", QUICKSTART)], NETWORK_PROVIDERS,
+         "step", limits=CALL),
     Part("gemm", Product, lambda: linear_shapes(
         "few rows", [(m, k, n) for k, n in ((512, 2048), (1152, 4608)) for m in (1, 2, 4, 8, 16, 32)]),
         (Dense(), OneDNN(), *map(Sparse, FEW)), "plain", limits=LAYER),
     Part("gemm", Product, lambda: linear_shapes(LAYERS, SIZES[:4]), LINEAR_PROVIDERS, "plain, 2 threads",
-         2, LAYER),
+         2, LAYER | {"rounds": 40}),
+    Part("conv", Convolution, lambda: conv_shapes(8), CONV_PROVIDERS, "plain", limits=LAYER),
+    Part("end-to-end", Network, lambda: [
+        network("uvit-cifar10-small", 1), network("ddpm-cifar10", 1), network("dit-imagenet256-base", 1),
+        network("ddpm-cifar10", 8), network("uvit-cifar10-small", 8)], NETWORK_PROVIDERS, "step", limits=CALL),
+    Part("conv", Convolution, lambda: conv_shapes(32, 16)[:4], CONV_PROVIDERS, "plain", limits=LAYER, quick=0),
     Part("end-to-end", Network, lambda: [network("dit-imagenet256-base", 8)], NETWORK_PROVIDERS, "step",
          limits=CALL | {"rounds": 2}, quick=0),
-    Part("conv", Convolution, lambda: conv_shapes(32, 16)[:4], CONV_PROVIDERS, "plain", limits=LAYER, quick=0),
 )  # fmt: skip

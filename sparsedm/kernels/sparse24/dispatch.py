@@ -149,7 +149,7 @@ def _no_cpu(request):
 
 def _cpu_loses(request):
     if request.operation == LINEAR:
-        cost, _ = _cpu_cost(request)
+        cost = _cpu_cost(request)[0] / rules.dense_cost(request.M, request.N, request.K, request.instructions)
     else:
         pixels = request.image[0] * request.image[1]
         sizes = request.N, request.K, *request.keep_and_group
