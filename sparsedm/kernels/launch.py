@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 
@@ -184,6 +185,15 @@ def direct(operator, *tensors):
         if t is not None and (type(t) is not torch.Tensor or t.device.type != "cpu" or (graded and t.requires_grad)):
             return operator
     return getattr(operator, "_init_fn", operator)
+
+
+def watched():
+    """Whether something compiles, traces, counts or transforms torch's operations: it would not see what C computes."""
+    if torch.compiler.is_compiling():  # alone, because dynamo cannot trace the others
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._get_tracing_state():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def exporting():

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sparsedm.kernels.cpu import library
-from sparsedm.kernels.launch import autocast_dtype, forced_backend
+from sparsedm.kernels.launch import autocast_dtype, forced_backend, watched
 
 RULE_VERSION = 2
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
@@ -133,7 +133,7 @@ def serves(*tensors):
 
 
 def _plain(*tensors):
-    if torch._C._are_functorch_transforms_active() or autocast_dtype(torch.device("cpu")) is not None:
+    if watched() or autocast_dtype(torch.device("cpu")) is not None:
         return False
     return all(
         t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided)
