@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense
-from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_onnx
+from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_export
 from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import (
     STE,
@@ -30,6 +30,7 @@ from sparsedm.kernels.masked_matmul import (
     kernels_serve,
     masked_linear,
     straight_through,
+    training_conv2d,
     training_product,
     transformed,
 )
@@ -80,9 +81,10 @@ class Masked:
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
     rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
     beside_compressed: whether it is a dense layer of a compressed model, which takes the best dense product of a CPU.
+    _plain: whether it was torch's layer; `bake` makes it that again.
     """
 
-    beside_compressed = False
+    beside_compressed = _plain = False
 
     def _start_masking(self, pattern=None, activation=None):
         self.activation = _check_activation(activation)
@@ -107,6 +109,11 @@ class Masked:
         self._known = id(self.weight), self.weight.dtype
         self.dense_reason = None if pattern else "no pattern was set"
 
+    def __prepare_scriptable__(self):
+        """Called by `torch.jit.script`."""
+        refuse_export(scripted=self.pattern is not None)
+        return self
+
     def freeze_mask(self, frozen=True):
         """frozen=True: keep the current mask, even if the weight changes. frozen=False: each forward selects it anew.
 
@@ -122,6 +129,10 @@ class Masked:
         if self._held and self._held[0] is self.weight:
             return self._mask_of(self._held[1])
         return self.selection(self.weight.dtype).mask if self.mask is None else self.mask
+
+    def masked_weight(self):
+        """The weight with +0.0 where it is pruned, detached. (A masked weight in a product may hold -0.0 there.)"""
+        return torch.where(self.current_mask(), self.weight.detach(), 0)
 
     def effective_weight(self):
         """The weight that multiplies x, in the dtype of the product. Its gradient is straight-through."""
@@ -182,10 +193,16 @@ class Masked:
         self._hooked = (weight,)
         return hook
 
+    def unhook_decay(self):
+        """Remove what `hook_decay` has added."""
+        hooks = self.weight._backward_hooks or {}
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Decay)]:
+            del hooks[key]
+
     @torch.no_grad()
     def selection(self, dtype):
         """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them."""
-        refuse_onnx()
+        refuse_export()
         weight, mask = self.weight.detach(), self.mask
         if type(weight) is not torch.Tensor and is_sharded(weight):
             raise InputError(f"a sharded weight {tuple(weight.shape)} has no mask here: gather it first")
@@ -345,7 +362,13 @@ class Conv2d(Masked, nn.Conv2d):
         self._start_masking(pattern, activation)
 
     def forward(self, input, residual=None):
-        return _epilogue(self._conv_forward(input, self.effective_weight(), self.bias), self.activation, residual)
+        weight, mask = self._weight_and_mask()
+        if mask is not None and self.training and self.groups == 1 and self.padding_mode == "zeros":
+            geometry = self.stride, self.padding, self.dilation
+            y = training_conv2d(input, weight, mask, self.pattern, self.bias, *geometry)
+        else:
+            y = self._conv_forward(input, weight, self.bias)
+        return _epilogue(y, self.activation, residual)
 
 
 # ---- compressed layers -----------------------------------------------------------------------------------------------
@@ -370,6 +393,7 @@ class Compressed(nn.Module):
         self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
         self.pattern, self._positions = pattern, "metadata" if pattern == TWO_FOUR else "bits"
         self.rule = layer.rule  # of the masked layer that it was, and may be again
+        self._plain = layer._plain
         self.register_buffer("values", values)
         self.register_buffer(self._positions, words.view(torch.uint8))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
@@ -378,7 +402,7 @@ class Compressed(nn.Module):
 
     def _operands(self, *tensors):
         """(values, *tensors) in the dtype of the product: under autocast that is autocast's dtype."""
-        refuse_onnx()
+        refuse_export()
         dtype = product_dtype(self.values)
         if dtype == self.values.dtype:
             return self.values, *tensors
@@ -431,6 +455,9 @@ class Compressed(nn.Module):
         layouts = [layout for layout in self._prepacked if layout != "choices"]
         return layouts[-1].split()[0] if layouts else None
 
+    def __prepare_scriptable__(self):
+        refuse_export(scripted=True)
+
     @property
     def weight(self):
         """`dense_weight()`, computed at every access: for code that reads a layer's weight, or its dtype."""
@@ -441,7 +468,7 @@ class Compressed(nn.Module):
         layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
         layer.set_pattern(self.pattern)
-        layer.rule = self.rule
+        layer.rule, layer._plain = self.rule, self._plain
         return layer
 
     def __getstate__(self):

@@ -31,6 +31,8 @@ from sparsedm.optim import MaskedAdamW, check, choose
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+# what a layer of ours has and torch's has not
+_OWN = ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_decayed", "_known", "_plain")
 
 # ---- which layers ----------------------------------------------------------------------------------------------------
 
@@ -248,7 +250,7 @@ def _adopt(module):
     """Make a plain layer ours, in place, so that every reference to it sees our layer."""
     module.__class__ = Linear if type(module) is nn.Linear else Conv2d
     module._start_masking()
-    module._plain = True  # `bake` makes it plain again
+    module._plain = True
     return module
 
 
@@ -405,11 +407,11 @@ def bake(model: nn.Module) -> nn.Module:
     if any(isinstance(m, Compressed) for m in model.modules()):
         model = decompress(model)
     layers = dict(masked_layers(model))
-    if not layers:
+    if not layers and not any(m._plain or m.beside_compressed for m in model.modules() if isinstance(m, Masked)):
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
     baked = {}  # id of a weight: its replacements
     for layer in layers.values():
-        zeros = torch.where(layer.current_mask(), layer.weight.detach(), 0)
+        zeros = layer.masked_weight()
         baked.setdefault(id(layer.weight), []).append(nn.Parameter(zeros, layer.weight.requires_grad))
     for names in parameter_names(model):
         weight = model.get_parameter(names[0])
@@ -423,19 +425,12 @@ def bake(model: nn.Module) -> nn.Module:
             if found := baked.get(id(model.get_parameter(names[0]))):
                 setattr(plain.get_submodule(path), last, found[0])
     for module in plain.modules():
+        vars(module).pop("beside_compressed", None)
+        if isinstance(module, Masked):
+            module.unhook_decay()
         if _becomes_plain(module):
             module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
-            for name in (
-                "activation",
-                "dense_reason",
-                "rule",
-                "pattern",
-                "_held",
-                "_hooked",
-                "_decayed",
-                "_known",
-                "_plain",
-            ):
+            for name in _OWN:
                 delattr(module, name)
             del module._buffers["mask"]
         elif isinstance(module, Masked) and module.pattern is not None:
@@ -446,7 +441,7 @@ def bake(model: nn.Module) -> nn.Module:
 
 def _becomes_plain(module):
     """Whether a layer of a baked model is torch's own again."""
-    return "_plain" in vars(module) and "forward" not in vars(module)
+    return isinstance(module, Masked) and module._plain and "forward" not in vars(module)
 
 
 def _tie(dense, names, compressed):
@@ -496,7 +491,7 @@ def _compress_layer(layer):
         if not reason:
             return CompressedLinear(layer) if isinstance(layer, Linear) else CompressedConv2d(layer)
         dense = copy.deepcopy(layer)
-        dense.weight.copy_(layer.effective_weight())
+        dense.weight.copy_(layer.masked_weight())
         dense.set_pattern(None)
         dense.dense_reason = reason
         return dense

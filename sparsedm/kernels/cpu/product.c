@@ -542,51 +542,58 @@ enum { LINEAR, FEW_ROWS, CONV, HALO };
  * step, so the loop runs over kept weights, whose number is always the same. */
 static int append(const float *w, const uint8_t *mask, int cols, int nz, const uint16_t *offset, float *v, uint16_t *o) {
   uint64_t bits = 0;
-  for (int k = 0; k < cols; k += 8) {
-    uint64_t bytes = 0;
-    if (cols - k >= 8) memcpy(&bytes, mask + k, 8);
-    else memcpy(&bytes, mask + k, cols - k);
+  int k = 0;
+  for (; k + 8 <= cols; k += 8) {
+    uint64_t bytes;
+    memcpy(&bytes, mask + k, 8);
     bits |= bytes * 0x0102040810204080 >> 56 << k; /* one bit of each byte */
   }
+  for (; k < cols; k++) bits |= (uint64_t)mask[k] << k;
   int used = __builtin_popcountll(bits), pruned = ~bits ? __builtin_ctzll(~bits) : 0;
   if (used > nz) return 1;
   for (int j = 0; j < used; j++, bits &= bits - 1) {
-    int k = __builtin_ctzll(bits);
-    v[j] = w[k], o[j] = offset[k];
+    int at = __builtin_ctzll(bits);
+    v[j] = w[at], o[j] = offset[at];
   }
   for (; used < nz; used++) v[used] = 0, o[used] = offset[pruned];
   return 0;
 }
 
-/* nb: rows of W whose blocks of columns follow each other */
+/* nb: rows of W whose blocks of columns follow each other. W is read in its order, which the CPU prefetches. */
 static int prepack_blocks(const float *w, const uint8_t *mask, long N, long K, int keep, int group, long nb, float *v,
                           uint16_t *o) {
   uint16_t offset[KB];
+  int failed = 0;
   for (int k = 0; k < KB; k++) offset[k] = k * STRIDE * sizeof(float);
-  for (long n0 = 0; n0 < N; n0 += nb)
+#pragma omp parallel for schedule(static) reduction(| : failed) if (N * K > 1 << 15)
+  for (long n = 0; n < N; n++) {
+    long n0 = n / nb * nb, count = least(N - n0, nb);
     for (long k0 = 0; k0 < K; k0 += KB) {
       int cols = least(K - k0, KB), nz = cols * keep / group;
-      for (long n = n0; n < N && n < n0 + nb; n++, v += nz, o += nz)
-        if (append(w + n * K + k0, mask + n * K + k0, cols, nz, offset, v, o)) return 1;
+      long to = (n0 * K + count * k0) / group * keep + (n - n0) * nz;
+      failed |= append(w + n * K + k0, mask + n * K + k0, cols, nz, offset, v + to, o + to);
     }
-  return 0;
+  }
+  return failed;
 }
 
 static int prepack_halo(const float *w, const uint8_t *mask, long N, long C, int keep, int group, long W, float *v,
                         uint16_t *o) {
-  int slots = slots_of(W), CB = nm_halo_channels(W, group);
-  for (long c0 = 0; c0 < C; c0 += CB) {
-    int cols = least(C - c0, CB), nz = cols * keep / group;
-    for (long n = 0; n < N; n++)
-      for (int dx = 0; dx < 3; dx++)
-        for (int dy = 0; dy < 3; dy++, v += nz, o += nz) {
-          uint16_t offset[32];
-          long at = (n * 9 + dy * 3 + dx) * C + c0;
-          for (int ch = 0; ch < cols; ch++) offset[ch] = ((ch * 3 + dx) * slots + dy * (W / LANES)) * LANES * 4;
-          if (append(w + at, mask + at, cols, nz, offset, v, o)) return 1;
-        }
-  }
-  return 0;
+  int slots = slots_of(W), CB = nm_halo_channels(W, group), failed = 0;
+  uint16_t offset[9][32]; /* dx, dy; channel */
+  for (int tap = 0; tap < 9; tap++)
+    for (int ch = 0; ch < CB; ch++)
+      offset[tap][ch] = ((ch * 3 + tap / 3) * slots + tap % 3 * (W / LANES)) * LANES * sizeof(float);
+#pragma omp parallel for schedule(static) reduction(| : failed) if (N * C > 1 << 12)
+  for (long n = 0; n < N; n++)
+    for (long c0 = 0; c0 < C; c0 += CB) {
+      int cols = least(C - c0, CB), nz = cols * keep / group;
+      for (int tap = 0; tap < 9; tap++) {
+        long from = (n * 9 + tap % 3 * 3 + tap / 3) * C + c0, to = (N * c0 / group * keep + n * nz) * 9 + tap * nz;
+        failed |= append(w + from, mask + from, cols, nz, offset[tap], v + to, o + to);
+      }
+    }
+  return failed;
 }
 
 static int prepack_few(const float *w, const uint8_t *mask, long N, long K, int keep, int group, float *v, uint8_t *o) {
