@@ -110,10 +110,8 @@ def _parts(value, shared):
         return (), False
     if isinstance(value, types.ModuleType):
         return (vars(value).values() if value.__spec__ is None else ()), True  # one that was made, not imported
-    if (
-        shared
-        or not isinstance(value, types.MethodType)
-        and type(value).__module__ in ("builtins", "collections", "functools")
+    if shared or (
+        not isinstance(value, types.MethodType) and type(value).__module__ in ("builtins", "collections", "functools")
     ):
         # as the garbage collector sees it; a thread's own attributes it does not
         return (*gc.get_referents(value), *getattr(value, "__dict__", {}).values()), False

@@ -175,7 +175,7 @@ class Masked:
             return self.rule._replace(decay=0.0), None
         hook = None if transformed() else self.hook_decay()
         used = hook and functools.partial(hook.note, self, self.weight)
-        hooked = hook or self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False))
+        hooked = hook or (self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False)))
         return (self.rule._replace(decay=0.0) if hooked else self.rule), used
 
     def hook_decay(self):
