@@ -94,10 +94,16 @@ class Masked:
         self._held = None  # (the weight, its Selection) inside `hold_masks`
         self._hooked = None  # (the weight whose hook adds the decay,)
         self._decayed = None  # (the weight whose decay a MaskedAdamW adds, a token of this optimizer)
-        self._known = None  # (id, dtype) of the weight when its pattern was set or its last cast ended
+        self._known = id(self.weight), self.weight.dtype  # when it was set, got a pattern, or its last cast ended
         self.pattern = None
         if pattern is not None:
             self.set_pattern(pattern)
+
+    def register_parameter(self, name, param):
+        """Called for every parameter that is set."""
+        super().register_parameter(name, param)
+        if name == "weight" and param is not None:
+            self._known = id(param), param.dtype
 
     def set_pattern(self, pattern):
         """Set the pattern, or None for dense. Raises InputError if the input axis is not a multiple of the group."""

@@ -79,7 +79,6 @@ class _StraightThrough(torch.autograd.Function):
         ctx.dtype, ctx.product_dtype = weight.dtype, masked.dtype
         if ctx.rule != STE:
             ctx.save_for_backward(weight, mask)
-            ctx.save_for_forward(weight, mask)
 
     @staticmethod
     def backward(ctx, g):
@@ -89,6 +88,15 @@ class _StraightThrough(torch.autograd.Function):
         if ctx.rule != STE:
             g = apply_rule(g, *ctx.saved_tensors, ctx.rule)
         return g, None, None, None, None
+
+
+class _ForwardStraightThrough(_StraightThrough):
+    """The same with a forward derivative, with which dynamo cannot trace it."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _StraightThrough.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], inputs[2])
 
     @staticmethod
     def jvp(ctx, weight, *others):
@@ -148,6 +156,8 @@ def straight_through(weight, masked, mask, rule=STE, used=None):
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"the mask must be bool, not {mask.dtype}")
     function = _StraightThrough if transformed() else _EagerStraightThrough
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        function = _ForwardStraightThrough
     return function.apply(weight, masked, mask, rule, used)
 
 

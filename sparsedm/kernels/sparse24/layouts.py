@@ -64,7 +64,14 @@ def _tma(values, metadata, columns):
     return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
 
 
-LAYOUTS = {  # name -> (values, metadata of 2:4, columns) -> tensors; also "dense" and what `cpu_layout` names
+def _dense(values, metadata, columns, pattern=TWO_FOUR):
+    """The dense weight; on a CPU also the checksums, for `dense_weight`."""
+    weight = unpack(values, metadata, columns, pattern).contiguous()
+    return [weight] + ([torch.tensor(checksums(values, metadata))] if values.device.type == "cpu" else [])
+
+
+LAYOUTS = {  # name -> (values, metadata of 2:4, columns) -> tensors; also what `cpu_layout` names
+    "dense": _dense,
     "fragments": _fragments,
     "tma": _tma,
     "torch": lambda values, metadata, columns: [metadata.new_empty(0)],  # AOTInductor passes no empty lists
@@ -108,9 +115,7 @@ def prepack(
     if layout.startswith("cpu "):
         return _cpu(values, metadata, columns, layout)
     if layout == "dense":
-        weight = [unpack(values, metadata, columns, pattern).contiguous()]
-        on_cpu = values.device.type == "cpu"
-        return weight + ([torch.tensor(checksums(values, metadata))] if on_cpu else [])
+        return LAYOUTS[layout](values, metadata, columns, pattern)
     if layout == "torch" or pattern == TWO_FOUR:
         return LAYOUTS[layout](values, metadata, columns)
     values, metadata = _two_four(values, metadata, columns, pattern)
