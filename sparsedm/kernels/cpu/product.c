@@ -17,7 +17,7 @@
 #define SUMS 12 /* registers for sums at most, where several rows of W share a turn */
 #define KB 64   /* columns whose tile stays in L1 */
 #define NB 256  /* rows of W whose sums stay in L2 */
-#define HALO_BYTES (LANES == 16 ? 40960 : 28672)
+#define HALO_BYTES (LANES == 16 ? 40960 : 32768)
 enum { STRIDE = VECTORS * LANES };
 enum { NONE, GELU, GELU_TANH, SILU };
 
@@ -104,7 +104,9 @@ INLINE void rows(int R, int P, const float *tile, const float *v, const uint16_t
     rows(R, P, tile, v, o, nz, sums, even, first);                                                               \
     if (P > 1) rows(R, 1, tile, v + even * nz, o + even * nz, nz, sums + even * STRIDE, n - even, first);        \
   }
-TILE(1, 8) TILE(2, 4) TILE(3, 4) TILE(4, 2) TILE(5, 2) TILE(6, 2) TILE(7, 1) TILE(8, 1)
+/* AVX2 has 16 registers: the sums and values of P rows have to fit */
+enum { P_OF_1 = LANES == 8 ? 6 : 8, P_OF_3 = LANES == 8 ? 3 : 4 };
+TILE(1, P_OF_1) TILE(2, 4) TILE(3, P_OF_3) TILE(4, 2) TILE(5, 2) TILE(6, 2) TILE(7, 1) TILE(8, 1)
 TILE(9, 1) TILE(10, 1) TILE(11, 1) TILE(12, 1)
 static void (*const rows_of[])(const float *, const float *, const uint16_t *, int, float *, int, int) = {
     0, rows_1, rows_2, rows_3, rows_4, rows_5, rows_6, rows_7, rows_8, rows_9, rows_10, rows_11, rows_12};
@@ -466,8 +468,9 @@ static int slots_of(long W) {
 }
 /* channels of a K block; 0 where this way does not serve */
 int nm_halo_channels(long W, int group) {
-  int slots = slots_of(W);
-  return slots ? least(32, HALO_BYTES / (3 * slots * LANES * 4)) / group * group : 0;
+  int slots = slots_of(W), most = slots ? least(32, HALO_BYTES / (3 * slots * LANES * 4)) : 0;
+  if (most > LANES) most -= most % LANES; /* so many at a time are transposed */
+  return most / group * group;
 }
 
 /* copy 1 of a channel (dx = 0) -> copies 0 (dx = -1) and 2 (dx = 1) */
