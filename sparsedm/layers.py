@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.cpu import dense
+from sparsedm.kernels.cpu import dense, rules
 from sparsedm.kernels.cpu.linear import repeated
 from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_export
 from sparsedm.kernels.mask import Selection, select_mask
@@ -206,16 +206,19 @@ class Masked:
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Decay)]:
             del hooks[key]
 
-    @torch.no_grad()
     def selection(self, dtype):
         """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them."""
         refuse_export()
+        if self._held and self._held[0] is self.weight and self._held[1].masked.dtype == dtype and not exporting():
+            return self._held[1]
+        return self._select(dtype)
+
+    @torch.no_grad()
+    def _select(self, dtype):
         weight, mask = self.weight.detach(), self.mask
         if type(weight) is not torch.Tensor and is_sharded(weight):
             raise InputError(f"a sharded weight {tuple(weight.shape)} has no mask here: gather it first")
         if self._held and self._held[0] is self.weight and not exporting():
-            if self._held[1].masked.dtype == dtype:
-                return self._held[1]
             mask = self._mask_of(self._held[1])
         bits = isinstance(self, nn.Linear) and kernels_serve(weight)
         if mask is None:
@@ -353,12 +356,20 @@ class Linear(Masked, nn.Linear):
                 selection = selection._replace(mask=self._mask_of(selection))
             y = masked_linear(*product, selection=selection, rule=rule, used=used)
             return _epilogue(y, None, residual, scale)
-        weight, mask = self._weight_and_mask()
-        if mask is not None and self.training:  # in eval mode the bits are those of the baked network
-            y = training_product(x, weight, mask, self.pattern, self.bias)
-        else:
-            y = (dense.linear if self.beside_compressed else F.linear)(x, weight, self.bias)
+        y = self._trained(x) if self.training and torch.is_grad_enabled() else None
+        if y is None:
+            product = dense.linear if self.beside_compressed else F.linear
+            y = product(x, self._weight_and_mask()[0], self.bias)
         return _epilogue(y, self.activation, residual, scale)
+
+    def _trained(self, x):
+        """The product by the C kernel, in training; None where it does not serve. Not in eval mode: there the bits are
+        those of the baked network."""
+        weight, pattern = self.weight, self.pattern
+        if pattern is None or not weight.requires_grad or not rules.training_serves(x, weight, pattern):
+            return None
+        rule, used = self.rule_of_forward()
+        return training_product(x, weight, self.selection(weight.dtype), pattern, self.bias, rule, used)
 
 
 class Conv2d(Masked, nn.Conv2d):

@@ -161,39 +161,44 @@ def straight_through(weight, masked, mask, rule=STE, used=None):
     return function.apply(weight, masked, mask, rule, used)
 
 
-def training_product(x, weight, mask, pattern, bias):
-    """x @ weight^T + bias of masked training: by the C kernel where `rules.training_serves` says so, else `F.linear`.
+def training_product(x, weight, selection, pattern, bias, rule=STE, used=None):
+    """x @ (w*m)^T + bias of masked training by the C kernel; None if the mask, a frozen one, does not hold the pattern.
 
-    x: (..., K). weight: (N, K), masked, its gradient attached. mask: bool. bias: (N,) or None. The gradients are those
-    of `F.linear`, in torch; the forward differs from it by rounding.
+    Call it where `rules.training_serves` says so. x: (..., K). weight: (N, K), the dense one, which gets the gradient
+    of `straight_through`; rule and used are as there. selection: the mask and the masked weight. bias: (N,) or None.
+    The gradients are those of `F.linear`, in torch; the forward differs from it by rounding.
     """
-    if rules.training_serves(x, weight, pattern):
-        try:
-            prepacked = products.prepack("linear", weight, mask, pattern)
-        except InputError:  # a frozen mask need not hold the pattern
-            return F.linear(x, weight, bias)
-        return _TrainingProduct.apply(x, weight, bias, prepacked, pattern)
-    return F.linear(x, weight, bias)
+    try:
+        prepacked = products.prepack("linear", selection.masked, selection.mask, pattern)
+    except InputError:
+        return None
+    return _TrainingProduct.apply(x, weight, bias, selection.masked, selection.mask, prepacked, pattern, rule, used)
 
 
 class _TrainingProduct(torch.autograd.Function):
+    """Product and straight-through estimator in one: a Function costs as much as a product of 100 x 64 x 64."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, prepacked, pattern):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, bias, masked, mask, prepacked, pattern, rule, used):
+        ctx.save_for_backward(x, masked, *(() if rule == STE else (weight, mask)))
+        ctx.weight, ctx.rule, ctx.used = weight, rule, used  # not saved: the weight may change before the backward
         y = products.linear(x.reshape(-1, x.shape[-1]), prepacked, pattern, len(weight), bias=bias)
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, dy):
-        (x, weight), rows = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
-        dx, dw, db = ctx.needs_input_grad[:3]
-        return (
-            (rows @ weight).view(x.shape) if dx else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if dw else None,
-            rows.sum(0) if db else None,
-            None,
-            None,
-        )
+        (x, masked, *rest), rows = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
+        weight, mask = rest or (ctx.weight, None)
+        if ctx.used is not None:
+            ctx.used()
+        if torch.is_grad_enabled():  # a second derivative may follow; it must not pass the hooks of the weight twice
+            masked = straight_through(weight.view_as(weight), masked, mask, ctx.rule)
+        want_dx, want_dw, want_db = ctx.needs_input_grad[:3]
+        dw = rows.t() @ x.reshape(-1, x.shape[-1]) if want_dw else None
+        if want_dw and ctx.rule != STE:
+            dw = apply_rule(dw, weight, mask, ctx.rule)
+        dx = (rows @ masked).view(x.shape) if want_dx else None
+        return dx, dw, rows.sum(0) if want_db else None, *[None] * 6
 
 
 def training_conv2d(x, weight, mask, pattern, bias, stride, padding, dilation):

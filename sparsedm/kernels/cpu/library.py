@@ -45,6 +45,7 @@ class _Unavailable(Exception):
     """Why there is no library."""
 
 
+@functools.cache
 def instruction_set():
     """ "avx512", "avx2", "neon", or None where the library does not serve the CPU."""
     if not sys.platform.startswith("linux"):

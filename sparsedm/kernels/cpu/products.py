@@ -85,8 +85,11 @@ def prepack(order, weight, mask, pattern, width=0):
     for "halo". If a group keeps fewer weights than the pattern, zeros are added. Raises: InputError if a group keeps
     more.
     """
-    weight, mask = (group_view(t.detach()).reshape(t.shape[0], -1, t.shape[1]).contiguous() for t in (weight, mask))
-    N, taps, C = weight.shape
+    weight, mask = weight.detach(), mask.detach()
+    if weight.dim() == 4:
+        weight, mask = (group_view(t).reshape(t.shape[0], -1, t.shape[1]) for t in (weight, mask))
+    (N, C), taps = (weight.shape[0], weight.shape[-1]), weight.shape[1] if weight.dim() == 3 else 1
+    weight, mask = weight.contiguous(), mask.contiguous()
     shape, dtype = prepacked_shape(order, N, taps * C, pattern)
     values, offsets = _empty(*shape), _empty(*shape, dtype=dtype)
     pointers = [POINTER(t.data_ptr()) for t in (weight, mask, values, offsets)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sparsedm.kernels.cpu import library
-from sparsedm.kernels.launch import autocast_dtype, forced_backend, watched
+from sparsedm.kernels.launch import forced_backend, watched
 from sparsedm.kernels.pattern import memory_format
 
 RULE_VERSION = 3
@@ -18,8 +18,10 @@ SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call co
 OVERHEAD = 1.5e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 # time over that of the best dense product, of whole vectors of rows: slope * density + offset, + one more part for the
-# rows of x, which are transposed, over N, and one for the rows of y, over K
+# rows of x, which are transposed, over N, and one for the rows of y, over K. Times of calls hold the checksum of the
+# compressed weight, which is read for it once more: CHECKSUM * density over the rows of x
 COST = {"avx512": (1.14, 0.1, 0, 0), "avx2": (1.03, 0.05, 7, 13), "neon": (1.14, 0.1, 0, 0)}
+CHECKSUM = 3
 # rows of x whose dense product takes as long as prepacking the weight, which masked training does in every step; of a
 # convolution twice as many, and once more where the weight is not in channels_last
 PREPACKING = {"avx512": 60, "avx2": 40, "neon": 60}
@@ -83,7 +85,7 @@ def _tile(M, N, K, density, instructions):
     """Relative time of the kernel whose lanes are rows of x: vectors are padded, and one alone waits for its loads."""
     (slope, offset, over_n, over_k), lanes = COST[instructions], LANES[instructions]
     vectors, cost = -(-M // lanes), slope * density + offset + over_n / max(N, 1) + over_k / max(K, 1)
-    return cost * vectors * lanes / M * (1.4 if vectors == 1 else 1)
+    return cost * vectors * lanes / M * (1.4 if vectors == 1 else 1) + CHECKSUM * density / M
 
 
 def _few(M, density, group, instructions):
@@ -91,8 +93,8 @@ def _few(M, density, group, instructions):
     if group > LANES[instructions]:  # gathers
         return 9.5 * density if LANES[instructions] // 8 >= M else 9
     if instructions == "avx512":
-        return (0.84 + 0.05 * M) * density if M <= 16 else 9
-    return (1.15 + 0.15 * M) * density if LANES[instructions] // 2 >= M else 9
+        return (1.4 + 0.05 * M) * density if M <= 16 else 9
+    return 2.7 * density if LANES[instructions] // 2 >= M else 9
 
 
 def conv_cost(pixels, N, K, keep, group, instructions):
@@ -167,9 +169,9 @@ def serves(*tensors):
 
 
 def _plain(*tensors):
-    if watched() or autocast_dtype(torch.device("cpu")) is not None:
+    if watched() or torch.is_autocast_enabled("cpu"):
         return False
-    return all(
-        t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided)
-        for t in tensors
-    )
+    for t in tensors:
+        if not (t is None or (t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided and not t.is_neg())):
+            return False
+    return True
