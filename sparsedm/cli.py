@@ -85,6 +85,9 @@ def main(arguments=None):
 
 def parse(arguments):
     """The parsed command line. Its attribute `run_command` is the function to call with it."""
+    for argument in arguments:
+        if argument.startswith("-") and argument.endswith("=--"):  # argparse would give an empty list
+            raise InputError(f"{argument} gives no value: '--' only separates options from the rest")
     return parser_for(arguments).parse_args(arguments)
 
 

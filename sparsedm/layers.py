@@ -298,8 +298,8 @@ class Compressed(nn.Module):
     `sparse24.format`. Both buffers are uint8, because collectives such as a broadcast do not take int16.
     weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
     kh * kw * in weights before compression.
-    A kernel's form of the weight is kept. Change the values by `load_state_dict` or `copy_`: what is written into the
-    same memory through `.data` is not seen.
+    A kernel's form of the weight is kept. Writes by `load_state_dict`, `copy_` and DDP's broadcast are noticed. Writes
+    through `.data` or by another collective are not: call `layer.load_state_dict(layer.state_dict())` after them.
     """
 
     def __init__(self, layer, values, words, pattern):
