@@ -19,6 +19,7 @@ import argparse
 import functools
 import sys
 
+from sparsedm.cli import check_values
 from sparsedm.errors import InputError
 
 
@@ -35,6 +36,7 @@ def program(name):
         @functools.wraps(main)
         def run(*arguments):
             try:
+                check_values(sys.argv[1:] if arguments in ((), (None,)) else arguments[0])
                 return main(*arguments)
             except InputError as error:
                 print(f"{name}: {error}", file=sys.stderr)

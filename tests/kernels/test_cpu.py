@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import functools
 import hashlib
 import math
 import mmap
@@ -10,17 +11,20 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.kernels.cpu import library, products, rules
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import GROUPS, Pattern, group_view, memory_format, select_mask_ref, ungroup
+from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
@@ -373,6 +377,147 @@ def test_attention_of_a_model_in_inference_and_in_training(monkeypatch):
     assert not called
 
 
+# ---- the same call once more -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The requests that reach the dispatcher."""
+    requests, real = [], dispatch.serve
+    monkeypatch.setattr(dispatch, "serve", lambda request, *rest: requests.append(request) or real(request, *rest))
+    return requests
+
+
+def small_layer(text="1:4", N=128, K=96, activation=None):
+    return compress(torch.nn.Sequential(Linear(K, N, pattern=text, activation=activation)))[0]
+
+
+def check_layer(layer, x, exact=None, **options):
+    y = layer(x, **options)
+    exact = F.linear(x, layer.dense_weight(), layer.bias) if exact is None else exact
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["1:4", "7:8"])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_repeated_call_is_not_decided_again_and_sees_every_change(text, rows, asked):
+    layer, x = small_layer(text), torch.randn(rows, 96)
+    for count in (1, 1):
+        check_layer(layer, x)
+        assert len(asked) == count
+    other = small_layer(text)
+    layer.bias.add_(1)
+    check_layer(layer, x)
+    layer.bias.data = other.bias.clone()
+    check_layer(layer, x)
+    assert len(asked) == 1, "the bias is read at every call"
+    layer.values.mul_(2)
+    check_layer(layer, x)
+    layer.load_state_dict(other.state_dict())
+    check_layer(layer, x)
+    layer.values.data = layer.values * 3
+    check_layer(layer, x)
+    layer.values = layer.values / 5
+    check_layer(layer, x)
+    check_layer(layer, torch.randn(rows + 1, 96))
+    check_layer(layer, torch.randn(1, rows, 96))
+    check_layer(copy.deepcopy(layer), x)
+    assert len(asked) == 8
+    with torch.inference_mode():
+        check_layer(small_layer(text), x.clone())
+    layer.bias = torch.zeros(5)
+    with pytest.raises(InputError, match="bias"):
+        layer(x)
+    for wrong in (torch.randn(rows, 97), torch.randn(rows, 96).double()):
+        with pytest.raises(InputError):
+            layer(wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["1:4", "7:8"])
+def test_a_repeated_call_with_every_epilogue(text, asked):
+    layer, x, skip = small_layer(text, activation="gelu"), torch.randn(4, 75, 64), torch.randn(4, 75, 32)
+    for scale in (None, torch.randn(128), torch.randn(4, 128)):
+        for residual in (None, torch.randn(4, 75, 128)):
+            y = F.gelu(F.linear(torch.cat((x, skip), -1), layer.dense_weight(), layer.bias))
+            y = y if scale is None else y * (scale if scale.dim() == 1 else scale[:, None])
+            y = y if residual is None else y + residual
+            for _ in range(2):
+                check_layer(layer, x, y, residual=residual, skip=skip, scale=scale)
+    assert len(asked) == 6
+
+
+ODD = {
+    "rows apart": lambda x: torch.randn(300, 200)[:, :96].copy_(x),
+    "columns apart": lambda x: x.t().contiguous().t(),
+    "repeated by stride 0": lambda x: x[:1].expand(300, 96),
+    "negated lazily": torch._neg_view,
+    "a view from the middle": lambda x: torch.cat((x[:1, :1].flatten(), x.flatten()))[1:].view(300, 96),
+    "a parameter": torch.nn.Parameter,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("odd", ODD)
+def test_inputs_of_every_kind_after_a_plain_one(odd):
+    layer, x = small_layer("1:4"), torch.randn(300, 96)
+    layer(x)
+    check_layer(layer, ODD[odd](x))
+
+
+def test_calls_that_torch_watches_do_not_reach_the_kernel(monkeypatch):
+    layer, x = small_layer("1:4"), torch.randn(300, 96)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(products, "_Linear", None)  # any launch fails
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        monkeypatch.setenv("SPARSEDM_BACKEND", "rubbish")
+        with pytest.raises(InputError, match="rubbish"):
+            layer(x)
+    monkeypatch.undo()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="Batching rule"):
+            torch.func.vmap(layer)(torch.randn(3, 300, 96))
+        called = torch.func.functional_call(layer, {"values": layer.values * 2, "bias": layer.bias * 2}, (x,))
+        torch.testing.assert_close(called, 2 * expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x), expected)
+    with torch.device("meta"):
+        assert layer.to("meta")(torch.empty(300, 96)).is_meta
+
+
+@torch.no_grad()
+def test_another_default_dtype_and_many_threads(monkeypatch):
+    layers, inputs = [small_layer(text) for text in ("1:4", "7:8")], [torch.randn(60, 96) for _ in range(10)]
+    expected = [[layer(x) for x in inputs] for layer in layers]
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        check_layer(layers[0], inputs[0], expected[0][0])
+        masked = Linear(96, 128, pattern="1:4", dtype=torch.float32)
+        y = masked(inputs[0].repeat(10, 1))
+        torch.testing.assert_close(y, F.linear(inputs[0].repeat(10, 1), masked.effective_weight(), masked.bias))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wrong = []
+
+    def work(i):
+        for _ in range(50):
+            for layer, exact in zip(layers, expected):
+                if not torch.equal(layer(inputs[i]), exact[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 # ---- masked training, and the dense layers of a compressed model -----------------------------------------------------
 
 
@@ -393,29 +538,82 @@ def trained(monkeypatch, layer, x, backend, steps=1):
     return layer, gx
 
 
+def never_in_training(monkeypatch):
+    for name in ("training_serves", "conv_training_serves"):
+        monkeypatch.setattr(rules, name, lambda *arguments: False)
+
+
+LAYERS = {  # name: (layer of a pattern, its input, the product that serves it, its memory format)
+    "linear": (lambda **p: Linear(64, 96, **p), (4, 100, 64), "linear", None),
+    "conv": (lambda **p: Conv2d(64, 96, 3, padding=1, **p), (8, 64, 8, 16), "conv2d", torch.contiguous_format),
+    "channels_last": (lambda **p: Conv2d(64, 96, 3, padding=1, **p), (8, 64, 9, 15), "conv2d", torch.channels_last),
+    "stride 2": (lambda **p: Conv2d(64, 96, 3, 2, bias=False, **p), (3, 64, 33, 33), "conv2d", torch.channels_last),
+}
+
+
 @needs_library
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:8"])
-def test_masked_training_by_the_kernel_is_that_of_torch(text, monkeypatch):
-    x, layer, served = torch.randn(4, 100, 64), Linear(64, 96, pattern=text), []
-    real = products.linear
+@pytest.mark.parametrize("name", LAYERS)
+def test_masked_training_by_the_kernel_is_that_of_torch(name, text, monkeypatch):
+    build, shape, product, layout = LAYERS[name]
+    x, layer, served = torch.randn(shape), build(pattern=text), []
+    if layout:
+        layer, x = layer.to(memory_format=layout), x.contiguous(memory_format=layout)
+    real = getattr(products, product)
     monkeypatch.setattr(rules, "OVERHEAD", 0)
-    monkeypatch.setattr(products, "linear", lambda *a, **options: served.append(1) or real(*a, **options))
+    monkeypatch.setattr(products, product, lambda *a, **options: served.append(1) or real(*a, **options))
     ours, gx = trained(monkeypatch, layer, x, None)
     assert len(served) == 2
     torchs, gx_of_torch = trained(monkeypatch, layer, x, "torch")
     assert len(served) == 2
     torch.testing.assert_close(gx, gx_of_torch, rtol=1e-5, atol=1e-8)
+    assert gx.stride() == gx_of_torch.stride()
     for mine, other in zip(ours.parameters(), torchs.parameters()):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
-    baked = F.linear(x, layer.effective_weight(), layer.bias)
+    y = layer(x)
+    assert len(served) == 3
+    baked = (
+        F.conv2d(x, layer.effective_weight(), layer.bias, layer.stride, layer.padding)
+        if layout
+        else F.linear(x, layer.effective_weight(), layer.bias)
+    )
+    assert y.stride() == baked.stride()
     assert torch.equal(layer.eval()(x), baked), "a masked network in eval mode computes the bits of the baked one"
-    assert len(served) == 2
+    assert len(served) == 3
+
+
+OTHER_CONVOLUTIONS = {
+    "groups": {"groups": 2},
+    "same": {"padding": "same"},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "dilation": {"dilation": 2},
+    "two strides": {"stride": (1, 2)},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("how", [*OTHER_CONVOLUTIONS, "one image", "autocast", "double", "compiled"])
+def test_a_convolution_that_the_kernel_does_not_serve_trains_by_torch(how, monkeypatch):
+    monkeypatch.setattr(products, "conv2d", lambda *a, **options: pytest.fail("the kernel was called"))
+    layer = Conv2d(64, 96, 3, **OTHER_CONVOLUTIONS.get(how, {}), pattern="2:4")
+    plain = nn.Conv2d(64, 96, 3, **OTHER_CONVOLUTIONS.get(how, {}))
+    plain.load_state_dict({"weight": layer.effective_weight(), "bias": layer.bias})
+    x = torch.randn(3, 64, 16, 16)
+    if how == "double":
+        layer, plain, x = layer.double(), plain.double(), x.double()
+    x = x[0] if how == "one image" else x
+    call = torch.compile(layer, backend="eager", fullgraph=True) if how == "compiled" else layer
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y, expected = call(x), plain(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert layer.weight.grad is not None
 
 
 @needs_library
 @pytest.mark.parametrize("layout", [None, torch.contiguous_format, torch.channels_last])
 def test_masks_and_decay_are_those_of_torch_bit_for_bit(layout, monkeypatch):
-    monkeypatch.setattr(rules, "training_serves", lambda *arguments: False)
+    never_in_training(monkeypatch)
     layer, x = Linear(32, 40, pattern="2:4"), torch.randn(300, 32)
     if layout:
         layer, x = Conv2d(32, 40, 3, pattern="2:4").to(memory_format=layout), torch.randn(2, 32, 9, 9)
@@ -429,19 +627,24 @@ def test_masks_and_decay_are_those_of_torch_bit_for_bit(layout, monkeypatch):
 
 
 @needs_library
-def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(monkeypatch):
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(name, monkeypatch):
     monkeypatch.setattr(rules, "OVERHEAD", 0)
-    layer, x = Linear(64, 96, pattern="2:4"), torch.randn(300, 64, requires_grad=True)
-    found = []
+    build, shape, product, _ = LAYERS[name]
+    layer, x, found, served = build(pattern="2:4"), torch.randn(shape, requires_grad=True), [], []
+    real = getattr(products, product)
+    monkeypatch.setattr(products, product, lambda *a, **options: served.append(1) or real(*a, **options))
     for serves in (True, False):
         if not serves:
-            monkeypatch.setattr(rules, "training_serves", lambda *arguments: False)
+            never_in_training(monkeypatch)
         (gx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(gx.square().sum(), layer.weight)[0])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+    assert len(served) == 1
     monkeypatch.undo()
     layer.mask = torch.ones_like(layer.weight, dtype=torch.bool)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    dense = F.linear if name == "linear" else functools.partial(F.conv2d, padding=1)
+    torch.testing.assert_close(layer(x), dense(x, layer.weight, layer.bias))
 
 
 def test_the_rule_of_training_counts_the_prepacking():
@@ -452,6 +655,21 @@ def test_the_rule_of_training_counts_the_prepacking():
         assert min(served) > 50
         assert 2048 in served
     assert not rules.training_serves(torch.empty(2048, 512).double(), weight.double(), pattern)
+
+
+def test_the_rule_of_training_counts_the_prepacking_of_a_convolution_and_its_memory_format():
+    def serves(batch, size, layout=torch.contiguous_format, kernel=3, text="2:4", stride=1):
+        x = torch.empty(batch, 256, size, size).contiguous(memory_format=layout)
+        weight = torch.empty(256, 256, kernel, kernel).contiguous(memory_format=layout)
+        rest = (stride, stride), (kernel // 2, kernel // 2), (1, 1)
+        return rules.conv_training_serves(x, weight, Pattern.parse(text), *rest)
+
+    assert serves(8, 16) == serves(32, 8) == (library.library() is not None)
+    assert not serves(1, 4)  # one image of 4 x 4 pixels: prepacking costs more than the product
+    assert not serves(8, 16, text="7:8")
+    if library.library() is not None:
+        assert serves(64, 16, torch.channels_last, text="3:4", stride=2)
+        assert not serves(64, 16, text="3:4", stride=2)
 
 
 class Mixed(torch.nn.Sequential):
