@@ -15,11 +15,18 @@ counters      the GPU's counters at the best and worst shapes, under ncu
 experiments/  which method trains best: plans, runs and reports
 """
 
+import argparse
 import functools
 import sys
 
 from sparsedm.cli import check_values
 from sparsedm.errors import InputError
+
+
+def command_line(module, text):
+    """An ArgumentParser of `python -m MODULE`, whose help shows `text` as it is written."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"python -m {module}", description=text, formatter_class=formatter)
 
 
 def program(name):

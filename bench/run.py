@@ -17,7 +17,6 @@ hangs or is lost, the provider has failed; the process restarts and continues wi
 killed from outside, or had no time left, is measured the next time.
 """
 
-import argparse
 import collections
 import faulthandler
 import functools
@@ -32,7 +31,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, cpu, problems, program
+from bench import ceilings, command_line, cpu, problems, program
 from bench.baselines import PROVIDERS, first_providers
 from bench.measure import BESIDE, measure, release
 from bench.networks import (
@@ -164,7 +163,7 @@ def beside_compiled(rows):
 
 
 def run_suite(suite, session, progress=False):
-    """Measure one suite into session.results."""
+    """Measure one suite into session.results. Raises: InputError for an unknown suite or shapes."""
     if suite in LAYER_SUITES:
         kind, shape_kind, full, quick = LAYER_SUITES[suite]
         spec = session.shapes or (quick if session.quick else full)
@@ -223,6 +222,7 @@ def layer_rows(suite, kind, shape, mode, session, providers, starting):
 
 
 def network_shapes(session):
+    """[ModelShape] of --shapes. Raises: InputError for an unknown model or batch."""
     names = (session.shapes or ("uvit-tiny@4,ddpm-tiny@4" if session.quick else "models")).split(",")
     if names == ["models"]:
         names = list(MEASURED_MODELS)
@@ -342,8 +342,7 @@ def run(options, arguments):
 
 
 def parser():
-    text = argparse.RawDescriptionHelpFormatter
-    parsed = argparse.ArgumentParser("python -m bench.run", description=__doc__, formatter_class=text)
+    parsed = command_line("bench.run", __doc__)
     parsed.add_argument("--device", help="(default: cuda if there is one, else cpu)")
     parsed.add_argument("--suite", required=True, help=f"one or several of {', '.join(SUITES)}")
     parsed.add_argument("--shapes", help="square, m-sweep, grid, square@SIZE, models, model@batch; several with commas")

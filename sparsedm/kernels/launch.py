@@ -59,6 +59,7 @@ BACKENDS = ("torch", "dense", "cpu", "mma", "splitk", "wgmma")
 
 
 def setting(name, choices, default=None):
+    """The value of an environment variable. Raises: InputError if it is neither `default` nor one of `choices`."""
     value = os.environ.get(name) or default
     if value not in (*choices, default):
         raise InputError(f"{name}={value!r} is unknown: it must be one of {', '.join(choices)}")
@@ -80,6 +81,7 @@ def uses_triton(*tensors):
     """Whether an operation on these tensors runs as a Triton kernel: all on one NVIDIA GPU, sm_80 or later.
 
     False if the kernel of `select_mask` failed to run here: every masked product begins with it.
+    Raises: InputError if the tensors are on several devices.
     """
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:

@@ -820,6 +820,16 @@ def test_a_cached_file_that_is_not_ours_or_not_whole_is_made_anew(compiler, buil
     assert path.read_bytes() == data
 
 
+def test_a_pipe_in_the_place_of_the_library_is_not_read(compiler, built, tmp_path):
+    compiler(f"cp {built} $2")
+    assert library.library() is not None
+    (path,) = (tmp_path / "cache").rglob("*.so")
+    path.unlink()
+    os.mkfifo(path)
+    library._loaded.cache_clear()
+    assert library.library() is not None
+
+
 def test_a_cache_that_cannot_be_written_costs_one_line_of_log(compiler, built, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
     compiler(f"cp {built} $2")
