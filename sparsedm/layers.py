@@ -520,7 +520,7 @@ class CompressedLinear(Compressed):
         if rows is None and layer.pattern == TWO_FOUR and layer.mask is None and kernels_serve(layer.weight):
             _, _, _, values, metadata = select_mask(layer.weight, layer.pattern, mask=False, compressed=True)
         else:
-            values, metadata = _packed(layer.effective_weight().detach() if rows is None else rows, pattern)
+            values, metadata = _packed(layer.masked_weight() if rows is None else rows, pattern)
         super().__init__(layer, values, metadata, pattern)
         self.out_features, self.in_features = self.weight_shape
 
@@ -557,7 +557,7 @@ class CompressedConv2d(Compressed):
     """
 
     def __init__(self, layer):
-        rows = group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1)
+        rows = group_view(layer.masked_weight()).reshape(layer.out_channels, -1)
         pattern = layer.pattern or TWO_FOUR
         super().__init__(layer, *_packed(rows, pattern), pattern)
         self.out_channels, self.in_channels, *kernel_size = self.weight_shape

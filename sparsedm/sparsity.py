@@ -455,7 +455,7 @@ def _tie(dense, names, compressed):
         if own is shared:
             continue
         setattr(layer, last, shared)
-        value = layer.effective_weight() if last == "weight" and path in compressed else shared
+        value = layer.masked_weight() if last == "weight" and path in compressed else shared
         if own.shape != shared.shape or not torch.equal(value, own):
             raise InputError(f"{name} was tied to {names[0]}, but their values now differ")
 
