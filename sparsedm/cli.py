@@ -103,6 +103,7 @@ def parser_for(arguments):
         raise InputError(f"{named} is now: {MOVED[named]}")
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, formatter_class=_HelpFormatter)
+        sub.register("type", None, _text)  # of options that name none
         if name == named:
             command = importlib.import_module(module)
             lines = "\n".join(f"  sparsedm {name} {example}".rstrip() for example in command.EXAMPLES)
@@ -154,10 +155,6 @@ def _leaving_at_once():
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        self.register("type", None, _text)  # the type of options that name none
-
     def error(self, message):
         """Print one sentence on stderr, like every other error, without the usage."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -166,7 +163,7 @@ class _Parser(argparse.ArgumentParser):
 def _text(text):
     if not text:  # most likely an unset shell variable; as a path it would be the current folder
         raise argparse.ArgumentTypeError("it is empty")
-    return text
+    return os.path.expanduser(text)  # a shell leaves the ~ of --out=~/a.png as it is
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

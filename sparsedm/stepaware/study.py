@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sparsedm import evaluate, samplers
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.plots import save_grid
@@ -162,6 +162,8 @@ def _prepare(plan):
     if images.is_latent and plan.quality != "proxy":
         raise InputError(f"data {plan.data} holds latents, not images for a Fréchet distance: use --quality proxy")
     first_generation(len(family.names), plan.steps, plan.search)
+    most = max(plan.count * plan.workers, plan.final_count)
+    check_memory(8 * most * math.prod(family.shape), f"drawing {most} images")
     checkpoint.claim(plan.folder, plan.facts(family))
     family, losses, seconds = _table(plan, family)
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)
