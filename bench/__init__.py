@@ -18,6 +18,7 @@ experiments/  which method trains best: plans, runs and reports
 import functools
 import sys
 
+from sparsedm.cli import check_values
 from sparsedm.errors import InputError
 
 
@@ -28,6 +29,7 @@ def program(name):
         @functools.wraps(main)
         def run(*arguments):
             try:
+                check_values(sys.argv[1:] if arguments in ((), (None,)) else arguments[0])
                 return main(*arguments)
             except InputError as error:
                 print(f"{name}: {error}", file=sys.stderr)

@@ -18,9 +18,7 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
 import os
-import shutil
 import sys
 import time
 import zipfile
@@ -33,12 +31,13 @@ from bench import plot, program, targets
 from bench.results import read, stamp
 from bench.suite import Suite, side_by_side
 from sparsedm import plots
-from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, cache_folder, read_json, write_json, write_text
+from sparsedm.errors import InputError, check_memory
+from sparsedm.files import atomic_file, cache_folder, read_json, read_text, write_json, write_text
 from sparsedm.kernels import tuning
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
 SECONDS = {"first": 150, "second": 430, "quality": 540}
+SAID = ("name", "status", "reason")  # of every suite in index.json, as text
 RESERVE = 10  # of these seconds, for the last pictures
 TESTS = Path(__file__).parents[1] / "tests"
 LARGE, HUGE, SMALL = (f"uvit-{name}" for name in ("imagenet256-large@64", "imagenet256-huge@64", "cifar10-small@64"))
@@ -139,7 +138,7 @@ def suites_of(part, folder, data=None):
         if not data:
             raise InputError("the part quality trains: give it images with --data")
         return quality_suites(data)
-    verdicts = read_json(folder / "first.json")["configurations"]
+    verdicts = read_json(folder / "first.json", configurations=dict)["configurations"]
     return second_suites() if "right" in verdicts.values() else search_for_the_fault()
 
 
@@ -149,7 +148,7 @@ def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
     Raises: InputError if the folder holds a campaign of another device.
     """
     folder, start = Path(folder), now()
-    index = read_json(folder / "index.json") if (folder / "index.json").exists() else {"suites": []}
+    index = _index(folder / "index.json")
     entries = {entry["name"]: entry for entry in index["suites"]}
     environment = stamp(device)
     if (held := index.get("environment", environment)["device"]) != environment["device"]:
@@ -170,6 +169,18 @@ def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
         _leave(folder)
         drawing.begin()
     drawing.finish()
+    return index
+
+
+def _index(file):
+    if not file.exists():
+        return {"suites": []}
+    index = read_json(file, suites=list, environment=dict)
+    said = [entry.get(name) for entry in index["suites"] if isinstance(entry, dict) for name in SAID]
+    if len(said) < len(SAID) * len(index["suites"]) or not all(isinstance(text, str) for text in said):
+        raise InputError(f"{file} is damaged: every suite has {', '.join(SAID)}")
+    if not isinstance(index["environment"].get("device"), str):
+        raise InputError(f"{file} is damaged: the environment has a device")
     return index
 
 
@@ -199,7 +210,7 @@ class _Drawing:
 
 def _log(folder, name, output):
     path = folder / "log.txt"
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = read_text(path) if path.exists() else ""
     # progress bars redraw their line: the last state of each is enough
     lines = [line.rsplit("\r", 1)[-1] for line in output.split("\n")]
     write_text(path, f"{before}==== {name}\n" + "\n".join(lines)[-LOG_LIMIT:] + "\n")
@@ -210,8 +221,8 @@ def _leave(folder):
     reports, tables and pictures of the studies and their runs, without checkpoints."""
     if (folder / "results.csv").exists():
         write_text(folder / "targets.md", targets.report(read(folder / "results.csv")))
-    tables = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in (cache_folder() / "tuned").glob("*.json")}
-    if tables:
+    tables = {path.name: tuning.read_table(path) for path in (cache_folder() / "tuned").glob("*.json")}
+    if any(tables.values()):
         write_json(folder / "tuned.json", tables)
     studies = folder.with_name(f"{folder.name}-quality")
     paths = [path for path in sorted(studies.rglob("*")) if path.suffix in (".md", ".csv", ".png")]
@@ -225,31 +236,42 @@ def publish(folder, results, tables=tuning.SHIPPED):
     """Copy a campaign's files to the folder `results`, unpack its pictures there, and add its tuned configurations to
     the tables of the package, entry by entry. Returns the paths that were written.
 
-    Raises: InputError if `folder` holds no campaign.
+    Raises: InputError, before anything is written, if `folder` holds no campaign, or a damaged file.
     """
-    folder, results, written = Path(folder), Path(results), []
+    folder, results, files, tuned = Path(folder), Path(results), {}, {}
     if not (folder / "index.json").is_file():
         raise InputError(f"{folder} holds no campaign: it has no index.json")
-    results.mkdir(parents=True, exist_ok=True)
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as held:
-                for name in held.namelist():
-                    written.append(results / path.stem / Path(name).name)
-                    with atomic_file(written[-1]) as partial:
-                        partial.write_bytes(held.read(name))
+            files |= {results / path.stem / name: content for name, content in _unpacked(path)}
         elif path.name == "tuned.json":
-            for name, found in read_json(path).items():
-                written.append(tables / Path(name).name)
-                table = tuning.read_table(written[-1])
-                for section, shapes in found.items():
-                    table.setdefault(section, {}).update(shapes)
-                write_json(written[-1], table)
+            tuned = read_json(path)
+            if not isinstance(tuned, dict) or not all(map(tuning.is_table, tuned.values())):
+                raise InputError(f"{path} is damaged: it must hold tables of configurations")
         else:
-            written.append(results / path.name)
-            with atomic_file(written[-1]) as partial:
-                shutil.copyfile(path, partial)
-    return written
+            files[results / path.name] = path.read_bytes()
+    for path, content in files.items():
+        with atomic_file(path) as partial:
+            partial.write_bytes(content)
+    added = {tables / Path(name).name: found for name, found in tuned.items()}
+    for path, found in added.items():
+        table = tuning.read_table(path)
+        for section, shapes in found.items():
+            table.setdefault(section, {}).update(shapes)
+        write_json(path, table)
+    return [*files, *added]
+
+
+def _unpacked(path):
+    """(name without folders, content) of every file in a zip file."""
+    try:
+        with zipfile.ZipFile(path) as held:
+            check_memory(sum(member.file_size for member in held.infolist()), f"unpacking {path}")
+            return [(Path(m.filename).name, held.read(m)) for m in held.infolist() if not m.is_dir()]
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged archive any
+        raise InputError(f"{path} is not a readable zip file ({error})") from error
 
 
 @program("bench")

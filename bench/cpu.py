@@ -282,8 +282,9 @@ def onednn_products():
 
 
 def torchs_product():
-    """Masked training whose forward product is `F.linear`: what choice and decay in C give alone."""
-    return mock.patch.object(rules, "training_serves", return_value=False)
+    """Masked training whose forward products are torch's: what choice and decay in C give alone."""
+    never = mock.Mock(return_value=False)
+    return mock.patch.multiple(rules, training_serves=never, conv_training_serves=never)
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------

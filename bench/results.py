@@ -21,7 +21,7 @@ import torch
 
 from sparsedm import __version__
 from sparsedm.errors import InputError
-from sparsedm.files import write_text
+from sparsedm.files import MOST_TEXT, regular_file, write_text
 
 ONEDNN = "dense oneDNN"  # on a CPU: the best dense product that torch has
 DENSE = ("dense", "dense fused", "dense compiled", ONEDNN)  # the denominators of speed-ups; nothing else is
@@ -117,7 +117,7 @@ def read_csv(path, columns, numbers):
     Raises: InputError if it cannot be read, lacks one of the `columns`, or a row is broken.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(regular_file(path, MOST_TEXT), encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
                 raise InputError(f"{path} is no results file: it has no column {', '.join(missing)}")
@@ -268,7 +268,7 @@ def read_experiment(file, experiment=None, scale=None):
     Raises: InputError if it is damaged or empty, lacks a part of a run, or belongs to another experiment.
     """
     rows = read_csv(file, OF_EXPERIMENTS, ("seed", "x", "value"))
-    if not rows or any(None in (row["seed"], row["value"]) for row in rows):
+    if not rows or any(None in (row["seed"], row["value"]) or not row["seed"].is_integer() for row in rows):
         raise InputError(f"{file} is empty, or a row has no seed or no value")
     rows = [row | {"seed": int(row["seed"])} for row in rows]
     measures = {}

@@ -85,7 +85,15 @@ def main(arguments=None):
 
 def parse(arguments):
     """The parsed command line. Its attribute `run_command` is the function to call with it."""
+    check_values(arguments)
     return parser_for(arguments).parse_args(arguments)
+
+
+def check_values(arguments):
+    """Raise InputError for an option such as `--steps=--`, of which argparse makes an empty list."""
+    for argument in arguments:
+        if argument.startswith("-") and argument.endswith("=--"):
+            raise InputError(f"{argument} gives no value: '--' only separates options from the rest")
 
 
 def parser_for(arguments):

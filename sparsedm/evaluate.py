@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sparsedm.errors import InputError
 from sparsedm.features import to_uint8
-from sparsedm.files import atomic_file, regular_file
+from sparsedm.files import atomic_file, checksum, regular_file
 
 # ---- distances
 
@@ -172,10 +172,13 @@ def summarize(images, features, name, *, cache=None, batch_size=250, progress=Fa
             try:
                 with safe_open(regular_file(path), framework="pt") as file:
                     found = {key: file.get_tensor(key) for key in ("mean", "covariance", "kept")}
-                d = len(found["mean"])
+                    known = file.metadata() or {}
+                d = found["mean"].numel()
                 shapes = {"mean": (d,), "covariance": (d, d), "kept": (min(KEPT, len(images)), d)}
                 if any(tuple(found[key].shape) != shape for key, shape in shapes.items()):
                     raise InputError("its tensors have other shapes")
+                if any(checksum(value) != known.get(key) for key, value in found.items()):
+                    raise InputError("it is damaged, or older than the checksums")
                 return Summary(**facts, **{key: value.double() for key, value in found.items()})
             except (SafetensorError, InputError) as error:
                 warnings.warn(f"{path} cannot be read ({error}): it is computed anew", stacklevel=2)
@@ -184,8 +187,9 @@ def summarize(images, features, name, *, cache=None, batch_size=250, progress=Fa
     kept = _subset(every, KEPT, torch.Generator().manual_seed(0))
     if path is not None:
         try:
+            tensors = dict(mean=mean, covariance=covariance, kept=kept.contiguous())
             with atomic_file(path) as partial:
-                save_file(dict(mean=mean, covariance=covariance, kept=kept.contiguous()), partial)
+                save_file(tensors, partial, {key: checksum(value) for key, value in tensors.items()})
         except (InputError, SafetensorError) as error:  # a full disk, for instance
             warnings.warn(f"the features of {name} are not kept for the next run: {error}", stacklevel=2)
     return Summary(**facts, mean=mean, covariance=covariance, kept=kept)

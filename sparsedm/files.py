@@ -12,6 +12,7 @@ import socket
 import stat
 import sys
 import urllib.error
+import zlib
 from pathlib import Path
 
 from sparsedm.errors import InputError
@@ -237,6 +238,14 @@ def read_json_lines(file, **kinds):
         *lines, _ = read_text(file).split("\n")
         for number, line in enumerate(lines, 1):
             yield parse_json(line, f"{file}, line {number},", **kinds)
+
+
+def checksum(tensor):
+    """The CRC-32 of a CPU tensor, as text for the header of a safetensors file, which has no checksum of its own."""
+    import torch  # late: see `download`
+
+    form = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return str(zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(form)))
 
 
 def cache_folder():

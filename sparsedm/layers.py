@@ -18,7 +18,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense
-from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_onnx
+from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_export
 from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import (
     STE,
@@ -27,6 +27,7 @@ from sparsedm.kernels.masked_matmul import (
     kernels_serve,
     masked_linear,
     straight_through,
+    training_conv2d,
     training_product,
     transformed,
 )
@@ -71,9 +72,10 @@ class Masked:
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
     rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
     beside_compressed: whether it is a dense layer of a compressed model, which takes the best dense product of a CPU.
+    _plain: whether it was torch's layer; `bake` makes it that again.
     """
 
-    beside_compressed = False
+    beside_compressed = _plain = False
 
     def _start_masking(self, pattern=None, activation=None):
         self.activation = _check_activation(activation)
@@ -96,6 +98,11 @@ class Masked:
         self.pattern, self.mask, self._held = pattern, None, None
         self.dense_reason = None if pattern else "no pattern was set"
 
+    def __prepare_scriptable__(self):
+        """Called by `torch.jit.script`."""
+        refuse_export(scripted=self.pattern is not None)
+        return self
+
     def freeze_mask(self, frozen=True):
         """frozen=True: keep the current mask, even if the weight changes. frozen=False: each forward selects it anew.
 
@@ -111,6 +118,10 @@ class Masked:
         if self._held and self._held[0] is self.weight:
             return self._mask_of(self._held[1])
         return self.selection(self.weight.dtype).mask if self.mask is None else self.mask
+
+    def masked_weight(self):
+        """The weight with +0.0 where it is pruned, detached. (A masked weight in a product may hold -0.0 there.)"""
+        return torch.where(self.current_mask(), self.weight.detach(), 0)
 
     def effective_weight(self):
         """The weight that multiplies x, in the dtype of the product. Its gradient is straight-through."""
@@ -167,10 +178,16 @@ class Masked:
             weight.register_hook(_Decay(self))
         self._hooked = (weight,)
 
+    def unhook_decay(self):
+        """Remove what `hook_decay` has added."""
+        hooks = self.weight._backward_hooks or {}
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Decay)]:
+            del hooks[key]
+
     @torch.no_grad()
     def selection(self, dtype):
         """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them."""
-        refuse_onnx()
+        refuse_export()
         weight, mask = self.weight.detach(), self.mask
         if self._held and self._held[0] is self.weight and not exporting():
             if self._held[1].masked.dtype == dtype:
@@ -285,7 +302,13 @@ class Conv2d(Masked, nn.Conv2d):
         self._start_masking(pattern, activation)
 
     def forward(self, input, residual=None):
-        return _epilogue(self._conv_forward(input, self.effective_weight(), self.bias), self.activation, residual)
+        weight, mask = self._weight_and_mask()
+        if mask is not None and self.training and self.groups == 1 and self.padding_mode == "zeros":
+            geometry = self.stride, self.padding, self.dilation
+            y = training_conv2d(input, weight, mask, self.pattern, self.bias, *geometry)
+        else:
+            y = self._conv_forward(input, weight, self.bias)
+        return _epilogue(y, self.activation, residual)
 
 
 # ---- compressed layers -----------------------------------------------------------------------------------------------
@@ -298,8 +321,8 @@ class Compressed(nn.Module):
     `sparse24.format`. Both buffers are uint8, because collectives such as a broadcast do not take int16.
     weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
     kh * kw * in weights before compression.
-    A kernel's form of the weight is kept. Change the values by `load_state_dict` or `copy_`: what is written into the
-    same memory through `.data` is not seen.
+    A kernel's form of the weight is kept. Writes by `load_state_dict`, `copy_` and DDP's broadcast are noticed. Writes
+    through `.data` or by another collective are not: call `layer.load_state_dict(layer.state_dict())` after them.
     """
 
     def __init__(self, layer, values, words, pattern):
@@ -308,6 +331,7 @@ class Compressed(nn.Module):
         self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
         self.pattern, self._positions = pattern, "metadata" if pattern == TWO_FOUR else "bits"
         self.rule = layer.rule  # of the masked layer that it was, and may be again
+        self._plain = layer._plain
         self.register_buffer("values", values)
         self.register_buffer(self._positions, words.view(torch.uint8))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
@@ -316,7 +340,7 @@ class Compressed(nn.Module):
 
     def _operands(self, *tensors):
         """(values, *tensors) in the dtype of the product: under autocast that is autocast's dtype."""
-        refuse_onnx()
+        refuse_export()
         dtype = product_dtype(self.values)
         if dtype == self.values.dtype:
             return self.values, *tensors
@@ -370,6 +394,9 @@ class Compressed(nn.Module):
         layouts = [layout for layout in self._prepacked if layout != "choices"]
         return layouts[-1].split()[0] if layouts else None
 
+    def __prepare_scriptable__(self):
+        refuse_export(scripted=True)
+
     @property
     def weight(self):
         """`dense_weight()`, computed at every access: for code that reads a layer's weight, or its dtype."""
@@ -380,7 +407,7 @@ class Compressed(nn.Module):
         layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
         layer.set_pattern(self.pattern)
-        layer.rule = self.rule
+        layer.rule, layer._plain = self.rule, self._plain
         return layer
 
     def __getstate__(self):

@@ -331,7 +331,8 @@ class MaskedAdamW(torch.optim.AdamW):
         """After a block: check what it used; of a training step on a GPU let the step compare what it reads anyway."""
         later = {}
         if torch.is_grad_enabled():
-            later = {la: c for la, c in choices.items() if self._choices.get(la) is c and not c.checksum.dim()}
+            mine = {la: c for la, c in choices.items() if self._choices.get(la) is c and not c.checksum.dim()}
+            later = {layer: choice for layer, choice in mine.items() if kernel.serves(layer.weight)}
         self._owed |= later
         try:
             check({layer: choice for layer, choice in choices.items() if layer not in later}, names)

@@ -246,7 +246,7 @@ def _adopt(module):
     """Make a plain layer ours, in place, so that every reference to it sees our layer."""
     module.__class__ = Linear if type(module) is nn.Linear else Conv2d
     module._start_masking()
-    module._plain = True  # `bake` makes it plain again
+    module._plain = True
     return module
 
 
@@ -399,11 +399,11 @@ def bake(model: nn.Module) -> nn.Module:
     if any(isinstance(m, Compressed) for m in model.modules()):
         model = decompress(model)
     layers = dict(masked_layers(model))
-    if not layers:
+    if not layers and not any(m._plain or m.beside_compressed for m in model.modules() if isinstance(m, Masked)):
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
     baked = {}  # id of a weight: its replacements
     for layer in layers.values():
-        zeros = torch.where(layer.current_mask(), layer.weight.detach(), 0)
+        zeros = layer.masked_weight()
         baked.setdefault(id(layer.weight), []).append(nn.Parameter(zeros, layer.weight.requires_grad))
     for names in parameter_names(model):
         weight = model.get_parameter(names[0])
@@ -413,7 +413,10 @@ def bake(model: nn.Module) -> nn.Module:
             raise InputError(f"{' and '.join(names)} share one weight under different masks: it cannot be baked")
     plain = copied(model, {key: found[0] for key, found in baked.items()})
     for module in plain.modules():
-        if getattr(module, "_plain", False):
+        vars(module).pop("beside_compressed", None)
+        if isinstance(module, Masked):
+            module.unhook_decay()
+        if isinstance(module, Masked) and module._plain:
             module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
             for name in ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_decayed", "_plain"):
                 delattr(module, name)
@@ -471,7 +474,7 @@ def _compress_layer(layer):
         if not reason:
             return CompressedLinear(layer) if isinstance(layer, Linear) else CompressedConv2d(layer)
         dense = copy.deepcopy(layer)
-        dense.weight.copy_(layer.effective_weight())
+        dense.weight.copy_(layer.masked_weight())
         dense.set_pattern(None)
         dense.dense_reason = reason
         return dense

@@ -298,6 +298,38 @@ def test_a_baked_model_is_torchs_own_and_computes_the_same_bits(pattern):
     assert plain.conv.weight.grad[plain.conv.weight == 0].count_nonzero() > 0
 
 
+def test_bake_of_a_compressed_or_half_compressed_model_of_others_is_torchs_own():
+    model, x = sparsify(Small(), "2:4").eval(), torch.randn(2, 3, 8, 8)
+    half = copy.deepcopy(model)
+    half.head = compress(model).head
+    for network in (compress(model), half):
+        plain = bake(network)
+        assert {type(m) for m in plain.children()} == {nn.Linear, nn.Conv2d}
+        assert torch.equal(plain(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bake_of_a_model_of_which_compress_leaves_every_layer_dense(dtype):
+    model = sparsify(nn.Sequential(nn.Conv2d(16, 16, 3, groups=4)).to(dtype), "2:4")
+    plain = bake(compress(model))
+    assert type(plain[0]) is nn.Conv2d
+    pruned = plain[0].weight[~model[0].current_mask()]
+    assert not pruned.signbit().any(), "+0.0"
+    assert torch.equal(plain[0].weight, bake(model)[0].weight)
+
+
+def test_a_baked_model_trains_without_the_decay_of_the_masked_one():
+    model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
+    expected = bake(model)
+    expected(x).sum().backward()
+    set_masking(model, decay=2e-4)
+    for network in (model, compress(model)):
+        plain = bake(network).train()
+        plain(x).sum().backward()
+        for got, wanted in zip(plain.parameters(), expected.parameters()):
+            assert torch.equal(got.grad, wanted.grad)
+
+
 def test_bake_of_our_own_model_of_a_compressed_one_and_of_tied_weights(tmp_path):
     model = sparsify(build_model(UVIT), "2:4").eval()
     for network in (model, compress(model)):

@@ -167,6 +167,18 @@ def test_in_an_onnx_export_masks_are_refused(form, monkeypatch):
         torch.export.export(network, inputs)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", [sparsify, lambda model, pattern: compress(sparsify(model, pattern))])
+@pytest.mark.parametrize("make", [torch.jit.trace, torch.jit.script])
+def test_torch_jit_says_what_it_takes(form, make):
+    """A trace of a mask would record the memory that a C kernel fills as memory that nothing fills."""
+    network = form(nn.Sequential(nn.Linear(64, 64)), "2:4").eval()
+    x = torch.randn(2, 64)
+    with pytest.raises(InputError, match=r"give it sparsedm\.bake\(model\)"), torch.no_grad():
+        make(network, x)
+    assert torch.equal(make(bake(network), x)(x), bake(network)(x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [sparsify, lambda model, pattern: compress(sparsify(model, pattern))])
 @pytest.mark.parametrize("name", ["uvit", "ddpm"])

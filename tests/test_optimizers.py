@@ -171,6 +171,32 @@ def with_fsdp(rank):
         MaskedAdamW(model.parameters(), model=model)
 
 
+def with_compressed_buffers(rank):
+    """DDP gives all processes the buffers of the first; a compressed layer was called before, with other ones."""
+    torch.default_generator.manual_seed(rank)
+    both = nn.ModuleDict({"student": nn.Linear(32, 32)})
+    for pattern in ("2:4", "1:4"):
+        both[pattern.replace(":", " of ")] = compress(sparsify(nn.Linear(32, 32), pattern))
+    teachers = [layer for layer in both.values() if not isinstance(layer, nn.Linear)]
+
+    def results():
+        with torch.no_grad():
+            plain = [layer(X) for layer in teachers]
+            with torch.autocast("cpu", torch.bfloat16):
+                return plain + [layer(X) for layer in teachers]
+
+    before = results()
+    nn.parallel.DistributedDataParallel(both)
+    expected = [nn.functional.linear(X, layer.dense_weight(), layer.bias) for layer in teachers]
+    for y, reference in zip(results(), 2 * expected):
+        torch.testing.assert_close(y.float(), reference, rtol=0, atol=1e-6 if y.dtype == torch.float32 else 0.03)
+    assert all(torch.equal(*pair) for pair in zip(before, results())) == (rank == 0)
+    for layer in teachers:  # a plain broadcast moves no version: the layer must be told
+        layer.values.data.mul_(2)
+        layer.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(layer(X), nn.functional.linear(X, layer.dense_weight(), layer.bias))
+
+
 def worker(rank, port, run):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -180,7 +206,7 @@ def worker(rank, port, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [with_zero, with_fsdp])
+@pytest.mark.parametrize("run", [with_zero, with_fsdp, with_compressed_buffers])
 def test_two_processes_that_share_weights(run):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

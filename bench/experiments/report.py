@@ -221,7 +221,8 @@ def _curves(axes, values, runs, measure, against=None):
     drawn = False
     for run, (style, colour) in runs.items():
         seeds = [dict(points) for points in values.get((run, measure), {}).values()]
-        xs = sorted(set.intersection(*(set(points) for points in seeds))) if seeds else []
+        known = [set(points) for points in seeds] + ([] if against is None else [set(against)])
+        xs = sorted(set.intersection(*known)) if seeds else []
         if not xs:
             continue
         columns = [[points[x] / (against[x] if against else 1) for points in seeds] for x in xs]
@@ -249,7 +250,9 @@ def _levels(figure, values, runs, plan):
     figure.set_size_inches(9, 4.5)
     axes, measure = figure.subplots(), "loss at noise level"
     control = [dict(points) for points in values.get((plan.control, measure), {}).values()]
-    against = {x: statistics.fmean(points[x] for points in control) for x in control[0]} if control else None
+    levels = set.intersection(*map(set, control)) if control else ()
+    means = {x: statistics.fmean(points[x] for points in control) for x in levels}
+    against = {x: mean for x, mean in means.items() if mean} if control else None
     others = {run: style for run, style in runs.items() if run != plan.control or not control}
     drawn = _curves(axes, values, others, measure, against)
     if control:

@@ -192,13 +192,17 @@ def exporting():
     return torch.compiler._is_exporting_flag
 
 
-def refuse_onnx(traced=False):
-    """Raise InputError inside of `torch.onnx.export`, which knows neither masks nor compressed weights.
+def refuse_export(traced=False, scripted=False):
+    """Raise InputError inside of `torch.onnx.export` and `torch.jit`, which know neither masks nor compressed weights.
 
+    `torch.jit.trace` would record memory that a C kernel fills as memory that nothing fills.
     traced: called from the fake form of an operator. Dynamo takes `is_in_onnx_export` for false, but runs fakes as is.
     """
-    if (traced or exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+    tracing = torch.jit.is_tracing()
+    if (traced or exporting() or tracing) and torch.onnx.is_in_onnx_export():
         raise InputError("torch.onnx.export takes plain weights: export sparsedm.bake(model), which holds the zeros")
+    if scripted or tracing:
+        raise InputError("torch.jit takes plain weights: give it sparsedm.bake(model), which holds the zeros")
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from sparsedm.kernels.launch import (
     forced_backend,
     jit,
     operator,
-    refuse_onnx,
+    refuse_export,
     runs,
     tl,
     triton,
@@ -280,7 +280,7 @@ def _select_mask(
 
 
 def _select_mask_fake(weight, keep, group, dtype, want_mask, want_bits, want_compressed, name):
-    refuse_onnx(traced=True)
+    refuse_export(traced=True)
     return _outputs(weight, dtype, want_mask, want_bits, want_compressed)
 
 

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch.optim.adam import adam
 
-from sparsedm.kernels.launch import Launch, jit, tl, triton, uses_triton
+from sparsedm.kernels.launch import Launch, broken, jit, runs, tl, triton, uses_triton
 from sparsedm.kernels.mask import Selection, keep_largest
 from sparsedm.kernels.masked_matmul import GradientRule, apply_rule
 from sparsedm.kernels.pattern import Pattern, group_view, memory_format, pack_bits, select_mask_ref, ungroup
 
 BLOCK, WARPS = 1024, 4  # weights of a program; not tuned: no run on a GPU so far
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAME = "masks and step of all layers", "triton"  # in `launch.broken`
 
 
 class Rates(NamedTuple):
@@ -63,16 +64,44 @@ class Work(NamedTuple):
 
 def masked_adamw_ref(work, dtype):
     """The specification: torch's AdamW, in place, on the gradient with the decay; then the Selection of the result."""
-    (w, pattern, _, (g, first, second), rates), rows = work, group_view(work.weight)
-    mask = ungroup(select_mask_ref(rows, pattern), w.shape)
-    g = apply_rule(g, w, mask, GradientRule(rates.decay))
-    options = dict(zip(("beta1", "beta2"), rates.betas)) | {"lr": rates.lr, "weight_decay": rates.weight_decay}
-    step = torch.tensor(rates.step - 1.0)
-    options |= {"eps": rates.eps, "amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
-    adam([w], [g], [first], [second], [], [step], **options)
+    w, pattern, _, moments, rates = work
+    if moments is not None:
+        g, first, second = moments
+        mask = ungroup(select_mask_ref(group_view(w), pattern), w.shape)
+        g = apply_rule(g, w, mask, GradientRule(rates.decay))
+        options = dict(zip(("beta1", "beta2"), rates.betas)) | {"lr": rates.lr, "weight_decay": rates.weight_decay}
+        step = torch.tensor(rates.step - 1.0)
+        options |= {"eps": rates.eps, "amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
+        adam([w], [g], [first], [second], [], [step], **options)
     rows = select_mask_ref(group_view(w), pattern)
     mask = ungroup(rows, w.shape)
     return Selection(torch.where(mask, w, 0).to(dtype), mask, pack_bits(rows))
+
+
+def checksum_ref(weight):
+    """A sum of hashes of a weight's bits and its place, so that exchanged weights and flipped signs show.
+
+    The 32 of a word are added in int32, words in int64.
+    """
+    rows = group_view(weight).contiguous()
+    bits = rows.view(torch.int32) if rows.dtype == torch.float32 else rows.view(torch.int16).int()
+    place = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device)
+    code = bits + group_view(place.as_strided(weight.shape, weight.stride())) * -1640531535
+    code = (code ^ (code >> 15)) * -2048144777
+    code = F.pad(code ^ (code >> 13), (0, -code.shape[-1] % 32))
+    return code.unflatten(-1, (-1, 32)).sum(-1, dtype=torch.int32).sum(dtype=torch.int64)
+
+
+def in_torch(work):
+    """Does the work where the kernel does not run; the same three numbers, so that one may check what the other did."""
+    before = checksum_ref(work.weight)
+    if work.selection or work.moments:
+        found = masked_adamw_ref(work, work.selection.masked.dtype if work.selection else work.weight.dtype)
+        for mine, value in zip(work.selection or (), found):
+            if mine is not None:
+                mine.copy_(value)
+    nan = work.weight.isnan().sum() if work.selection else torch.zeros_like(before)
+    return torch.stack([before, checksum_ref(work.weight), nan])
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -155,7 +184,6 @@ def _address(pointer_ptr, DTYPE: tl.constexpr, FLAT: tl.constexpr):
 
 @jit
 def _checksum(w, offs, inside):
-    """A sum of hashes of a weight's bits and its place, so that exchanged weights and flipped signs show."""
     if w.dtype == tl.float32:
         bits = w.to(tl.int32, bitcast=True)
     else:
@@ -170,8 +198,10 @@ def _checksum(w, offs, inside):
 
 
 def serves(weight):
-    """Whether the kernel takes this weight: on a GPU, in its usual memory order, of DTYPES."""
+    """Whether the kernel takes this weight: on a GPU where it runs, in its usual memory order, of DTYPES."""
     if type(weight.data) is not torch.Tensor or weight.dtype not in DTYPES or not 0 < weight.numel() < 2**31:
+        return False
+    if (*NAME, weight.device) in broken:
         return False
     return uses_triton(weight) and weight.is_contiguous(memory_format=memory_format(weight))
 
@@ -185,7 +215,8 @@ def new_selection(weight, dtype, mask):
 
 
 def launch(works):
-    """Do what the list of Work says, in as few launches as there are kinds: pattern, dtypes, order of memory.
+    """Do what the list of Work says, in as few launches as there are kinds: pattern, dtypes, order of memory. If the
+    kernel does not run here, torch does it.
 
     Returns int64 (3, len(works)), on the weights' device: the checksum before, after a step, and how many are NaN
     (after a selection).
@@ -196,10 +227,12 @@ def launch(works):
         for kind, members in kinds(works).items():
             step = plan(kind, [works[i] for i in members])
             given = {name: _upload(value, device) for name, value in step.arguments.items()}
-            step._replace(arguments=given).start()
-            sums = F.pad(given["partials_ptr"].cumsum(1), (1, 0))
-            first, last = given["sizes_ptr"][0], given["sizes_ptr"][-1]
-            of_kind = sums.index_select(1, last) - sums.index_select(1, first)
+            if runs(*NAME, device, step._replace(arguments=given).start):
+                sums = F.pad(given["partials_ptr"].cumsum(1), (1, 0))
+                first, last = given["sizes_ptr"][0], given["sizes_ptr"][-1]
+                of_kind = sums.index_select(1, last) - sums.index_select(1, first)
+            else:
+                of_kind = torch.stack([in_torch(works[i]) for i in members], 1)
             totals.index_copy_(1, _upload(torch.tensor(members), device), of_kind)
     return totals
 

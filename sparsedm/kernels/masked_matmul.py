@@ -174,6 +174,38 @@ class _TrainingProduct(torch.autograd.Function):
         )
 
 
+def training_conv2d(x, weight, mask, pattern, bias, stride, padding, dilation):
+    """`F.conv2d(x, weight, bias, stride, padding, dilation)` of masked training, as `training_product`.
+
+    x: (B, C, H, W). weight: (N, C, kh, kw), masked, its gradient attached. y is in channels_last if x or weight is.
+    """
+    if not rules.conv_training_serves(x, weight, pattern, stride, padding, dilation):
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+    geometry, width = (tuple(weight.shape[2:]), stride, padding), x.shape[3]
+    halo = rules.halo_serves(*geometry, width, pattern.group, rules.library.instruction_set())
+    try:
+        prepacked = products.prepack("halo" if halo else "conv", weight, mask, pattern, width)
+    except InputError:  # as above
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+    if memory_format(weight) == torch.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return _TrainingConv2d.apply(x, weight, bias, prepacked, pattern, geometry, halo)
+
+
+class _TrainingConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, prepacked, pattern, geometry, halo):
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return products.conv2d(x, prepacked, pattern, len(weight), geometry, bias=bias, halo=halo)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, weight), (_, stride, padding), wanted = ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3]
+        rest = [len(weight)], stride, padding, (1, 1), False, (0, 0), 1, wanted
+        return *torch.ops.aten.convolution_backward(dy, x, weight, *rest), None, None, None, None
+
+
 def transformed():
     """Whether this runs inside a graph that is being compiled or exported, or under torch.func."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -275,13 +275,21 @@ def read_table(path):
     """{section: {shape: {"config", "microseconds", "times", "failed"}}}; empty if there is no table."""
     try:
         table = read_json(path) if path.exists() else {}
-        if all(_is_entry(entry) for section in table.values() for entry in section.values()):
+        if is_table(table):
             return table
-        reason = "a time is not a number, or the cause of a failure not text"
-    except (InputError, AttributeError, TypeError, ValueError, OSError) as error:
+        reason = "an entry is of another form, a time is not a number, or the cause of a failure not text"
+    except (InputError, OSError) as error:
         reason = error
     log.warning("the tuned table %s is ignored: %s", path, reason)
     return {}
+
+
+def is_table(table):
+    """Whether a JSON value is what `read_table` returns."""
+    try:
+        return all(_is_entry(entry) for section in table.values() for entry in section.values())
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def _is_entry(entry):

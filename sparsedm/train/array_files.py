@@ -98,7 +98,10 @@ def _opened(path):
 def _arrays(path, names=None):
     """{name: array} of an .npz file. names: only of these."""
     with _opened(path), np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if names is None or name in names}
+        arrays = {name: file[name] for name in file.files if names is None or name in names}
+    if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise InputError(f"{path} holds {', '.join(others)}, which is no numpy array")
+    return arrays
 
 
 def _context(path, arrays):

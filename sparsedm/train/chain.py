@@ -100,8 +100,10 @@ def run_chain(
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     if distributed.is_main_process():
-        longer = {"may_grow": ("options.steps", f"stages.{len(stages) - 1}.steps"), "because": options.fixed_length}
-        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage], **longer)
+        *earlier, last = (f"stages.{place}.steps" for place in range(len(stages)))
+        may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
+        may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
+        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage], may_grow)
     distributed.barrier()
 
     results, dense, first_step = [], Reference(start.ema, start.speed), 0

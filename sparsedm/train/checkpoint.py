@@ -75,12 +75,12 @@ def folder_lock(folder):
         os.close(handle)
 
 
-def claim(folder, record, free=(), classes=(), may_grow=(), because=None):
+def claim(folder, record, free=(), classes=(), may_grow=None):
     """Store the options of a run (a dict of JSON values) as folder/options.json, or compare them with the stored ones.
 
     free: names, at any depth, that may differ, such as how often to log. classes: dataclasses whose defaults fill in
-    options that an older folder did not store. may_grow: numbers that may increase on resume, such as "options.steps".
-    because: if given, they may not increase, and this is the reason shown.
+    options that an older folder did not store. may_grow: {name: None} of numbers that may increase on resume, such as
+    "options.steps"; {name: reason} of those that may not, and the reason shown.
     Raises: InputError that lists the differences, so that a run never continues with other options.
     """
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
@@ -95,11 +95,13 @@ def claim(folder, record, free=(), classes=(), may_grow=(), because=None):
     there = {name: defaults[last] for name in here if (last := name.rpartition(".")[2]) in defaults} | there
     names = [n for n in dict.fromkeys([*there, *here]) if there.get(n, "not set") != here.get(n, "not set")]
     different = [f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here" for name in names]
-    if different and all(name in may_grow and there.get(name, here[name]) < here[name] for name in names):
-        if because is None:
+    grown = [name for name in may_grow or () if type(there.get(name)) in (int, float) and there[name] < here[name]]
+    if different and set(names) <= set(grown):
+        reasons = [may_grow[name] for name in names]
+        if not any(reasons):
             write_json(file, record)
             return
-        different = [f"{reason}: {because}" for reason in different]
+        different = [f"{text}: {reason}" if reason else text for text, reason in zip(different, reasons)]
     if different:
         more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
         raise InputError(f"{folder} has other options, choose another folder: {'; '.join(different[:8])}{more}")

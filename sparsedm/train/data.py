@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, cache_folder, parse_json, regular_file
+from sparsedm.files import atomic_file, cache_folder, checksum, parse_json, regular_file
 from sparsedm.train.array_files import cifar10_folder, context_shape, download_cifar10, read_cifar10, read_npz
 from sparsedm.train.image_files import CROPS, Parts, different_sizes, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
@@ -287,7 +287,7 @@ def _signature(path, size):
 def _from_cache(cached, signature, split):
     """Parts with the tensors of `split`; None if the cache has none, or an old or damaged one."""
     try:
-        with safe_open(cached, "pt") as file:
+        with safe_open(regular_file(cached), "pt") as file:
             facts = file.metadata() or {}
             if facts.get("signature") != signature:
                 return None
@@ -297,6 +297,10 @@ def _from_cache(cached, signature, split):
                 for name in (split, "all")
                 if f"{name}.images" in keys
             }
+            for name, tensors in splits.items():
+                for kind, tensor in zip(KINDS, tensors):
+                    if tensor is not None and checksum(tensor) != facts.get(f"{name}.{kind}"):
+                        return None
             names, sizes = (parse_json(facts.get(name), cached) for name in ("class_names", "sizes"))
             return Parts(splits, tuple(names), dict(sizes))
     except (OSError, SafetensorError, InputError, TypeError, ValueError):
@@ -305,9 +309,10 @@ def _from_cache(cached, signature, split):
 
 def _to_cache(cached, signature, parts):
     pairs = {f"{name}.{kind}": t for name, pair in parts.splits.items() for kind, t in zip(KINDS, pair)}
+    pairs = {name: tensor for name, tensor in pairs.items() if tensor is not None}
     facts = {"signature": signature, "class_names": json.dumps(parts.class_names), "sizes": json.dumps(parts.sizes)}
     try:
         with atomic_file(cached) as partial:
-            save_file({name: tensor for name, tensor in pairs.items() if tensor is not None}, partial, facts)
+            save_file(pairs, partial, facts | {name: checksum(tensor) for name, tensor in pairs.items()})
     except (InputError, SafetensorError) as error:
         warnings.warn(f"the decoded images are not kept for the next run: {error}", stacklevel=4)

@@ -207,8 +207,8 @@ def train(
             stack.enter_context(checkpoint.run_lock(folder))
             config = getattr(student.model, "config", None)
             classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
-            longer = {"may_grow": ("options.steps", "stage.steps"), "because": options.fixed_length}
-            checkpoint.claim(folder, facts, MAY_CHANGE, classes, **longer)
+            may_grow = dict.fromkeys(("options.steps", "stage.steps"), options.fixed_length)
+            checkpoint.claim(folder, facts, MAY_CHANGE, classes, may_grow)
         distributed.barrier()
         step = Step(student, images.to(device), loss, options, device)
         run = _Run(

@@ -331,6 +331,24 @@ def test_a_shipped_table_keeps_what_was_not_measured_again(finished, tmp_path):
     assert read_table(tables / "nvidia-h200-sm-90.json") == merged
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("plots.zip", b"PK"), ("tuned.json", b"[]"), ("tuned.json", b'{"a": {"product": {"M=16": 1}}}')],
+)
+def test_a_damaged_campaign_is_refused_before_anything_is_written(finished, tmp_path, name, content):
+    (finished / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        publish(finished, tmp_path / "results", tmp_path / "tuned")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("index", ["[]", '{"suites": [1]}', '{"suites": [], "environment": {}}'])
+def test_a_damaged_index_is_refused(index, tmp_path):
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(InputError, match=r"index\.json is damaged"):
+        run_campaign((), tmp_path, 1)
+
+
 def test_a_folder_without_a_campaign_is_refused(tmp_path, capsys):
     with pytest.raises(InputError, match="holds no campaign: it has no index"):
         publish(tmp_path / "none", tmp_path / "results")

@@ -546,6 +546,16 @@ def test_the_report_says_whether_a_run_is_as_good_as_dense(done, text_alone, tmp
     assert "against dense" not in report.write(tmp_path, alone, EXPERIMENTS["arms"])
 
 
+def test_a_noise_level_without_a_loss_of_the_control_is_left_out():
+    measure = "loss at noise level"
+    values = {("dense", measure): {0: [(0.5, 2.0), (1.0, 0.0)]}}
+    values |= {("chain", measure): {0: [(0.25, 1.0), (0.5, 3.0), (1.0, 1.0)]}}
+    figure, plan = Figure(), EXPERIMENTS["arms"]
+    assert report._levels(figure, values, report._styles(["dense", "chain"], plan.control), plan)
+    (line,) = (line for line in figure.axes[0].lines if line.get_label() == "chain")
+    assert line.get_xydata().tolist() == [[0.5, 1.5]]
+
+
 def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
     rows = results.read_experiment(done / "results.csv")
     for run, x in (("dense", 1.0), ("chain", 0.5)):

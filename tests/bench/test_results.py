@@ -1,10 +1,11 @@
+import os
 import subprocess
 
 import pytest
 import torch
 
 from bench import results
-from bench.results import COLUMNS, Results, read, write
+from bench.results import COLUMNS, Results, read, read_experiment, write, write_experiment
 from sparsedm.errors import InputError
 
 ROW = {"suite": "gemm", "shape": "square 8", "mode": "plain", "dtype": "float32", "provider": "dense", "status": "ok"}
@@ -80,8 +81,21 @@ def test_other_files_are_refused(tmp_path, text, message):
         read(path)
 
 
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.csv")
+    with pytest.raises(InputError, match=r"a\.csv is a pipe"):
+        read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("seed", ["nan", "inf", "0.5", ""])
+def test_a_seed_of_an_experiment_is_a_whole_number(seed, tmp_path):
+    write_experiment(tmp_path / "a.csv", [{"experiment": "arms", "run": "dense", "seed": seed, "value": 1.0}])
+    with pytest.raises(InputError, match="a row has no seed or no value"):
+        read_experiment(tmp_path / "a.csv")
+
+
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"cannot read .*none\.csv"):
+    with pytest.raises(InputError, match=r"none\.csv is missing"):
         read(tmp_path / "none.csv")
 
 

@@ -149,3 +149,4 @@ def test_the_table(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == text.strip()
     assert report([]).count("| not measured |") == 14
     assert main([str(tmp_path / "none.csv")]) == 2
+    assert main([str(tmp_path / "r.csv"), "--out=--"]) == 2

@@ -359,6 +359,7 @@ BAD = {
     "unknown option": (["inspect", "--model", "uvit-tiny", "--set", "size=3"], "unknown model option 'size'"),
     "--set without =": (["inspect", "--model", "uvit-tiny", "--set", "size"], "write name=value"),
     "nothing to inspect": (["inspect"], "name something to inspect"),
+    "two hyphens": (["train", "--steps=--", "--data", "synthetic"], "--steps=-- gives no value"),
     "no data": (["quickstart", "--data", "{folder}/none", "--run", "{folder}/run"], "none"),
     "empty data": (["quickstart", "--data", "{folder}", "--run", "{folder}/run"], "{folder}"),
     "truncated zip": (["quickstart", "--data", "{zip}", "--run", "{folder}/run"], "x.zip"),

@@ -43,7 +43,9 @@ def _run(function, out, err, seconds, megabytes):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(1, "w", closefd=False))))
-            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(2, "w", closefd=False))))
+            backslashes = {"errors": "backslashreplace"}  # as Python's own stderr has it
+            err = stack.enter_context(open(2, "w", closefd=False, **backslashes))
+            stack.enter_context(contextlib.redirect_stderr(err))
             code = function() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1

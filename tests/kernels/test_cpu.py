@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import functools
 import hashlib
 import math
 import mmap
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
@@ -393,29 +395,82 @@ def trained(monkeypatch, layer, x, backend, steps=1):
     return layer, gx
 
 
+def never_in_training(monkeypatch):
+    for name in ("training_serves", "conv_training_serves"):
+        monkeypatch.setattr(rules, name, lambda *arguments: False)
+
+
+LAYERS = {  # name: (layer of a pattern, its input, the product that serves it, its memory format)
+    "linear": (lambda **p: Linear(64, 96, **p), (4, 100, 64), "linear", None),
+    "conv": (lambda **p: Conv2d(64, 96, 3, padding=1, **p), (8, 64, 8, 16), "conv2d", torch.contiguous_format),
+    "channels_last": (lambda **p: Conv2d(64, 96, 3, padding=1, **p), (8, 64, 9, 15), "conv2d", torch.channels_last),
+    "stride 2": (lambda **p: Conv2d(64, 96, 3, 2, bias=False, **p), (3, 64, 33, 33), "conv2d", torch.channels_last),
+}
+
+
 @needs_library
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:8"])
-def test_masked_training_by_the_kernel_is_that_of_torch(text, monkeypatch):
-    x, layer, served = torch.randn(4, 100, 64), Linear(64, 96, pattern=text), []
-    real = products.linear
+@pytest.mark.parametrize("name", LAYERS)
+def test_masked_training_by_the_kernel_is_that_of_torch(name, text, monkeypatch):
+    build, shape, product, layout = LAYERS[name]
+    x, layer, served = torch.randn(shape), build(pattern=text), []
+    if layout:
+        layer, x = layer.to(memory_format=layout), x.contiguous(memory_format=layout)
+    real = getattr(products, product)
     monkeypatch.setattr(rules, "OVERHEAD", 0)
-    monkeypatch.setattr(products, "linear", lambda *a, **options: served.append(1) or real(*a, **options))
+    monkeypatch.setattr(products, product, lambda *a, **options: served.append(1) or real(*a, **options))
     ours, gx = trained(monkeypatch, layer, x, None)
     assert len(served) == 2
     torchs, gx_of_torch = trained(monkeypatch, layer, x, "torch")
     assert len(served) == 2
     torch.testing.assert_close(gx, gx_of_torch, rtol=1e-5, atol=1e-8)
+    assert gx.stride() == gx_of_torch.stride()
     for mine, other in zip(ours.parameters(), torchs.parameters()):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
-    baked = F.linear(x, layer.effective_weight(), layer.bias)
+    y = layer(x)
+    assert len(served) == 3
+    baked = (
+        F.conv2d(x, layer.effective_weight(), layer.bias, layer.stride, layer.padding)
+        if layout
+        else F.linear(x, layer.effective_weight(), layer.bias)
+    )
+    assert y.stride() == baked.stride()
     assert torch.equal(layer.eval()(x), baked), "a masked network in eval mode computes the bits of the baked one"
-    assert len(served) == 2
+    assert len(served) == 3
+
+
+OTHER_CONVOLUTIONS = {
+    "groups": {"groups": 2},
+    "same": {"padding": "same"},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "dilation": {"dilation": 2},
+    "two strides": {"stride": (1, 2)},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("how", [*OTHER_CONVOLUTIONS, "one image", "autocast", "double", "compiled"])
+def test_a_convolution_that_the_kernel_does_not_serve_trains_by_torch(how, monkeypatch):
+    monkeypatch.setattr(products, "conv2d", lambda *a, **options: pytest.fail("the kernel was called"))
+    layer = Conv2d(64, 96, 3, **OTHER_CONVOLUTIONS.get(how, {}), pattern="2:4")
+    plain = nn.Conv2d(64, 96, 3, **OTHER_CONVOLUTIONS.get(how, {}))
+    plain.load_state_dict({"weight": layer.effective_weight(), "bias": layer.bias})
+    x = torch.randn(3, 64, 16, 16)
+    if how == "double":
+        layer, plain, x = layer.double(), plain.double(), x.double()
+    x = x[0] if how == "one image" else x
+    call = torch.compile(layer, backend="eager", fullgraph=True) if how == "compiled" else layer
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y, expected = call(x), plain(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert layer.weight.grad is not None
 
 
 @needs_library
 @pytest.mark.parametrize("layout", [None, torch.contiguous_format, torch.channels_last])
 def test_masks_and_decay_are_those_of_torch_bit_for_bit(layout, monkeypatch):
-    monkeypatch.setattr(rules, "training_serves", lambda *arguments: False)
+    never_in_training(monkeypatch)
     layer, x = Linear(32, 40, pattern="2:4"), torch.randn(300, 32)
     if layout:
         layer, x = Conv2d(32, 40, 3, pattern="2:4").to(memory_format=layout), torch.randn(2, 32, 9, 9)
@@ -429,19 +484,24 @@ def test_masks_and_decay_are_those_of_torch_bit_for_bit(layout, monkeypatch):
 
 
 @needs_library
-def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(monkeypatch):
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(name, monkeypatch):
     monkeypatch.setattr(rules, "OVERHEAD", 0)
-    layer, x = Linear(64, 96, pattern="2:4"), torch.randn(300, 64, requires_grad=True)
-    found = []
+    build, shape, product, _ = LAYERS[name]
+    layer, x, found, served = build(pattern="2:4"), torch.randn(shape, requires_grad=True), [], []
+    real = getattr(products, product)
+    monkeypatch.setattr(products, product, lambda *a, **options: served.append(1) or real(*a, **options))
     for serves in (True, False):
         if not serves:
-            monkeypatch.setattr(rules, "training_serves", lambda *arguments: False)
+            never_in_training(monkeypatch)
         (gx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(gx.square().sum(), layer.weight)[0])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+    assert len(served) == 1
     monkeypatch.undo()
     layer.mask = torch.ones_like(layer.weight, dtype=torch.bool)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    dense = F.linear if name == "linear" else functools.partial(F.conv2d, padding=1)
+    torch.testing.assert_close(layer(x), dense(x, layer.weight, layer.bias))
 
 
 def test_the_rule_of_training_counts_the_prepacking():
@@ -452,6 +512,21 @@ def test_the_rule_of_training_counts_the_prepacking():
         assert min(served) > 50
         assert 2048 in served
     assert not rules.training_serves(torch.empty(2048, 512).double(), weight.double(), pattern)
+
+
+def test_the_rule_of_training_counts_the_prepacking_of_a_convolution_and_its_memory_format():
+    def serves(batch, size, layout=torch.contiguous_format, kernel=3, text="2:4", stride=1):
+        x = torch.empty(batch, 256, size, size).contiguous(memory_format=layout)
+        weight = torch.empty(256, 256, kernel, kernel).contiguous(memory_format=layout)
+        rest = (stride, stride), (kernel // 2, kernel // 2), (1, 1)
+        return rules.conv_training_serves(x, weight, Pattern.parse(text), *rest)
+
+    assert serves(8, 16) == serves(32, 8) == (library.library() is not None)
+    assert not serves(1, 4)  # one image of 4 x 4 pixels: prepacking costs more than the product
+    assert not serves(8, 16, text="7:8")
+    if library.library() is not None:
+        assert serves(64, 16, torch.channels_last, text="3:4", stride=2)
+        assert not serves(64, 16, text="3:4", stride=2)
 
 
 class Mixed(torch.nn.Sequential):

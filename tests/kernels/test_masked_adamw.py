@@ -14,6 +14,7 @@ from emulator.errors import EmulatorError
 from emulator.launch import run
 from emulator.sass import Build, compile_offline
 from sparsedm.kernels import masked_adamw
+from sparsedm.kernels.launch import broken
 from sparsedm.kernels.mask import Selection
 from sparsedm.kernels.masked_adamw import Rates, Work, launch, masked_adamw_ref, new_selection
 from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, select_mask_ref, ungroup
@@ -31,6 +32,8 @@ RATES = [
 def interpreted(monkeypatch):
     """`serves` asks: in the interpreter the kernel takes weights on the CPU."""
     monkeypatch.setattr(masked_adamw, "uses_triton", lambda *tensors: True)
+    yield
+    assert not broken, "torch did what the kernel should do"
 
 
 def weights(shapes, dtype=torch.float32):
@@ -177,6 +180,32 @@ def test_a_tensor_that_is_not_aligned_is_served_too():
     assert sums[0, 0] == sums[0, 1], "the checksum does not depend on the way"
 
 
+def test_where_the_kernel_does_not_compile_torch_does_the_same_to_the_bit_of_a_checksum(monkeypatch, caplog):
+    works = steps(LINEAR, mask=True) + steps(CONV, "1:2") + [w._replace(selection=None) for w in steps(CONV)]
+    chosen = [Work(w, Pattern(2, 4), new_selection(w, torch.float16, True)) for w in weights(CONV, torch.float16)]
+    chosen[1].weight[2, 5] = float("nan")
+    checks = [Work(work.weight, work.pattern) for work in works + chosen]
+    sums = launch(checks)[0]
+    nan = launch(chosen)[2]
+
+    def fails(step):
+        raise RuntimeError("no such instruction")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(masked_adamw.Launch, "start", fails)
+        before, totals = before_and_after(works)
+        assert torch.equal(launch(poison(chosen))[2], nan)
+        assert not masked_adamw.serves(works[0].weight)
+        assert torch.equal(launch(checks)[0, len(works) :], sums[len(works) :])
+    assert "no such instruction" in broken.pop((*masked_adamw.NAME, torch.device("cpu")))
+    assert caplog.text.count("no such instruction") == 1
+    for work, old in zip(works, before):
+        check_step(work, old)
+    check_selection(chosen[0])
+    assert torch.equal(totals[0], sums[: len(works)])
+    assert torch.equal(totals[1], launch(checks)[0, : len(works)])
+
+
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 NAMES = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16"}
@@ -266,10 +295,10 @@ FAULTS = {  # what is planted into the PTX: (pattern, in its place, the case tha
 def test_planted_faults_are_noticed(compiled, fault):
     pattern, instead, name = FAULTS[fault]
     build, built = compiled[name, 90]
-    broken = re.sub(pattern, instead, built.ptx)
-    assert broken != built.ptx, "the fault was not planted"
+    faulty = re.sub(pattern, instead, built.ptx)
+    assert faulty != built.ptx, "the fault was not planted"
     with pytest.raises((EmulatorError, AssertionError)):
-        emulate(build, broken, name)
+        emulate(build, faulty, name)
 
 
 @pytest.mark.gpu

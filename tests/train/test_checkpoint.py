@@ -177,6 +177,19 @@ def test_claim_accepts_the_same_and_lists_differences(tmp_path):
         checkpoint.claim(tmp_path / "new", {f"option {i}": i for i in range(7)})
 
 
+def test_claim_says_why_a_number_may_not_grow(tmp_path):
+    may_grow = {"steps": None, "width": "it is the networks'"}
+    checkpoint.claim(tmp_path, {"steps": 5, "width": 8})
+    checkpoint.claim(tmp_path, {"steps": 6, "width": 8}, may_grow=may_grow)
+    with pytest.raises(
+        InputError, match="steps is 6 there and 7 here; width is 8 there and 9 here: it is the networks'"
+    ):
+        checkpoint.claim(tmp_path, {"steps": 7, "width": 9}, may_grow=may_grow)
+    (tmp_path / "options.json").write_text('{"steps": "6", "width": 8}')
+    with pytest.raises(InputError, match=r"steps is 6 there and 7 here$"):
+        checkpoint.claim(tmp_path, {"steps": 7, "width": 8}, may_grow=may_grow)
+
+
 def test_lock_sweeps_and_excludes(tmp_path):
     partial = tmp_path / "checkpoints" / ".step-00000003.x.partial"
     partial.mkdir(parents=True)

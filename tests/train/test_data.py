@@ -2,6 +2,7 @@
 
 import os
 import warnings
+import zipfile
 from unittest import mock
 
 import numpy as np
@@ -196,6 +197,13 @@ def test_a_damaged_npz_is_refused(tmp_path, content):
         load(path)
 
 
+def test_a_member_of_an_npz_that_is_no_array_is_refused(tmp_path):
+    with zipfile.ZipFile(npz_of(tmp_path / "a.npz", labels=np.arange(2)), "a") as archive:
+        archive.writestr("images", b"pixels")
+    with pytest.raises(InputError, match=r"a\.npz holds images, which is no numpy array"):
+        load(tmp_path / "a.npz")
+
+
 def test_an_npz_bomb_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 10)  # pages of so many bytes, and so many of them
     with pytest.raises(InputError, match=r"not enough memory: unpacking .*a\.npz takes"):
@@ -357,7 +365,8 @@ def test_a_damaged_or_foreign_cache_is_replaced(tmp_path, cache):
     (cached,) = (cache / "decoded").iterdir()
     content = cached.read_bytes()
     without_facts = save(load_file(cached))
-    for damage in (b"", content[:-10], content[:20], b"x" * 100, without_facts):
+    one_bit = content[:-1] + bytes([content[-1] ^ 1])
+    for damage in (b"", content[:-10], content[:20], b"x" * 100, without_facts, one_bit):
         cached.write_bytes(damage)
         with decodes() as decode:
             assert torch.equal(load(path).images, expected)

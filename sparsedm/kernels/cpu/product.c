@@ -17,7 +17,7 @@
 #define SUMS 12 /* registers for sums at most, where several rows of W share a turn */
 #define KB 64   /* columns whose tile stays in L1 */
 #define NB 256  /* rows of W whose sums stay in L2 */
-#define HALO_BYTES (LANES == 16 ? 40960 : 28672)
+#define HALO_BYTES (LANES == 16 ? 40960 : 32768)
 enum { STRIDE = VECTORS * LANES };
 enum { NONE, GELU, GELU_TANH, SILU };
 
@@ -104,7 +104,9 @@ INLINE void rows(int R, int P, const float *tile, const float *v, const uint16_t
     rows(R, P, tile, v, o, nz, sums, even, first);                                                               \
     if (P > 1) rows(R, 1, tile, v + even * nz, o + even * nz, nz, sums + even * STRIDE, n - even, first);        \
   }
-TILE(1, 8) TILE(2, 4) TILE(3, 4) TILE(4, 2) TILE(5, 2) TILE(6, 2) TILE(7, 1) TILE(8, 1)
+/* AVX2 has 16 registers: the sums and values of P rows have to fit */
+enum { P_OF_1 = LANES == 8 ? 6 : 8, P_OF_3 = LANES == 8 ? 3 : 4 };
+TILE(1, P_OF_1) TILE(2, 4) TILE(3, P_OF_3) TILE(4, 2) TILE(5, 2) TILE(6, 2) TILE(7, 1) TILE(8, 1)
 TILE(9, 1) TILE(10, 1) TILE(11, 1) TILE(12, 1)
 static void (*const rows_of[])(const float *, const float *, const uint16_t *, int, float *, int, int) = {
     0, rows_1, rows_2, rows_3, rows_4, rows_5, rows_6, rows_7, rows_8, rows_9, rows_10, rows_11, rows_12};
@@ -466,8 +468,9 @@ static int slots_of(long W) {
 }
 /* channels of a K block; 0 where this way does not serve */
 int nm_halo_channels(long W, int group) {
-  int slots = slots_of(W);
-  return slots ? least(32, HALO_BYTES / (3 * slots * LANES * 4)) / group * group : 0;
+  int slots = slots_of(W), most = slots ? least(32, HALO_BYTES / (3 * slots * LANES * 4)) : 0;
+  if (most > LANES) most -= most % LANES; /* so many at a time are transposed */
+  return most / group * group;
 }
 
 /* copy 1 of a channel (dx = 0) -> copies 0 (dx = -1) and 2 (dx = 1) */
@@ -542,51 +545,58 @@ enum { LINEAR, FEW_ROWS, CONV, HALO };
  * step, so the loop runs over kept weights, whose number is always the same. */
 static int append(const float *w, const uint8_t *mask, int cols, int nz, const uint16_t *offset, float *v, uint16_t *o) {
   uint64_t bits = 0;
-  for (int k = 0; k < cols; k += 8) {
-    uint64_t bytes = 0;
-    if (cols - k >= 8) memcpy(&bytes, mask + k, 8);
-    else memcpy(&bytes, mask + k, cols - k);
+  int k = 0;
+  for (; k + 8 <= cols; k += 8) {
+    uint64_t bytes;
+    memcpy(&bytes, mask + k, 8);
     bits |= bytes * 0x0102040810204080 >> 56 << k; /* one bit of each byte */
   }
+  for (; k < cols; k++) bits |= (uint64_t)mask[k] << k;
   int used = __builtin_popcountll(bits), pruned = ~bits ? __builtin_ctzll(~bits) : 0;
   if (used > nz) return 1;
   for (int j = 0; j < used; j++, bits &= bits - 1) {
-    int k = __builtin_ctzll(bits);
-    v[j] = w[k], o[j] = offset[k];
+    int at = __builtin_ctzll(bits);
+    v[j] = w[at], o[j] = offset[at];
   }
   for (; used < nz; used++) v[used] = 0, o[used] = offset[pruned];
   return 0;
 }
 
-/* nb: rows of W whose blocks of columns follow each other */
+/* nb: rows of W whose blocks of columns follow each other. W is read in its order, which the CPU prefetches. */
 static int prepack_blocks(const float *w, const uint8_t *mask, long N, long K, int keep, int group, long nb, float *v,
                           uint16_t *o) {
   uint16_t offset[KB];
+  int failed = 0;
   for (int k = 0; k < KB; k++) offset[k] = k * STRIDE * sizeof(float);
-  for (long n0 = 0; n0 < N; n0 += nb)
+#pragma omp parallel for schedule(static) reduction(| : failed) if (N * K > 1 << 15)
+  for (long n = 0; n < N; n++) {
+    long n0 = n / nb * nb, count = least(N - n0, nb);
     for (long k0 = 0; k0 < K; k0 += KB) {
       int cols = least(K - k0, KB), nz = cols * keep / group;
-      for (long n = n0; n < N && n < n0 + nb; n++, v += nz, o += nz)
-        if (append(w + n * K + k0, mask + n * K + k0, cols, nz, offset, v, o)) return 1;
+      long to = (n0 * K + count * k0) / group * keep + (n - n0) * nz;
+      failed |= append(w + n * K + k0, mask + n * K + k0, cols, nz, offset, v + to, o + to);
     }
-  return 0;
+  }
+  return failed;
 }
 
 static int prepack_halo(const float *w, const uint8_t *mask, long N, long C, int keep, int group, long W, float *v,
                         uint16_t *o) {
-  int slots = slots_of(W), CB = nm_halo_channels(W, group);
-  for (long c0 = 0; c0 < C; c0 += CB) {
-    int cols = least(C - c0, CB), nz = cols * keep / group;
-    for (long n = 0; n < N; n++)
-      for (int dx = 0; dx < 3; dx++)
-        for (int dy = 0; dy < 3; dy++, v += nz, o += nz) {
-          uint16_t offset[32];
-          long at = (n * 9 + dy * 3 + dx) * C + c0;
-          for (int ch = 0; ch < cols; ch++) offset[ch] = ((ch * 3 + dx) * slots + dy * (W / LANES)) * LANES * 4;
-          if (append(w + at, mask + at, cols, nz, offset, v, o)) return 1;
-        }
-  }
-  return 0;
+  int slots = slots_of(W), CB = nm_halo_channels(W, group), failed = 0;
+  uint16_t offset[9][32]; /* dx, dy; channel */
+  for (int tap = 0; tap < 9; tap++)
+    for (int ch = 0; ch < CB; ch++)
+      offset[tap][ch] = ((ch * 3 + tap / 3) * slots + tap % 3 * (W / LANES)) * LANES * sizeof(float);
+#pragma omp parallel for schedule(static) reduction(| : failed) if (N * C > 1 << 12)
+  for (long n = 0; n < N; n++)
+    for (long c0 = 0; c0 < C; c0 += CB) {
+      int cols = least(C - c0, CB), nz = cols * keep / group;
+      for (int tap = 0; tap < 9; tap++) {
+        long from = (n * 9 + tap % 3 * 3 + tap / 3) * C + c0, to = (N * c0 / group * keep + n * nz) * 9 + tap * nz;
+        failed |= append(w + from, mask + from, cols, nz, offset[tap], v + to, o + to);
+      }
+    }
+  return failed;
 }
 
 static int prepack_few(const float *w, const uint8_t *mask, long N, long K, int keep, int group, float *v, uint8_t *o) {

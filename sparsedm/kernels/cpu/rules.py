@@ -11,16 +11,19 @@ import torch
 
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.launch import autocast_dtype, forced_backend
+from sparsedm.kernels.pattern import memory_format
 
-RULE_VERSION = 2
+RULE_VERSION = 3
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
 OVERHEAD = 2e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 # time over that of the best dense product, of whole vectors of rows: slope * density + offset
 COST = {"avx512": (1.14, 0.1), "avx2": (1.05, 0.07), "neon": (1.14, 0.1)}
-# rows of x whose dense product takes as long as prepacking the weight, which masked training does in every step
+# rows of x whose dense product takes as long as prepacking the weight, which masked training does in every step; of a
+# convolution twice as many, and once more where the weight is not in channels_last
 PREPACKING = {"avx512": 60, "avx2": 40, "neon": 60}
 CONV_SLOPE = {"avx512": 1.14, "avx2": 1.1, "neon": 1.14}
+NCHW = 0.15  # what the general convolution costs more there, of the time of the dense one
 ATTENTION_TOKENS = {
     "avx512": 1 << 20,
     "avx2": 64,
@@ -48,6 +51,26 @@ def training_serves(x, weight, pattern):
     instructions = library.instruction_set()
     cost, order = linear_cost(M, N, K, pattern.keep, pattern.group, instructions)
     return order == "linear" and cost + PREPACKING[instructions] / M < 1
+
+
+def conv_training_serves(x, weight, pattern, stride, padding, dilation):
+    """Whether the forward product of a masked convolution in training takes `products.conv2d`.
+
+    x: (B, C, H, W). weight: (N, C, kh, kw). stride, dilation: pairs. padding: a pair or a word, as torch takes them.
+    """
+    if x.dim() != 4 or isinstance(padding, str) or dilation != (1, 1) or stride[0] != stride[1]:
+        return False
+    (B, C, H, W), (N, channels, *kernel_size) = x.shape, weight.shape
+    size = [(n + 2 * p - k) // stride[0] + 1 for n, p, k in zip((H, W), padding, kernel_size)]
+    if channels != C or B < 1 or min(size) < 1 or not serves(x, weight) or forced_backend() in ("torch", "dense"):
+        return False
+    instructions, pixels, planes = library.instruction_set(), size[0] * size[1], torch.contiguous_format
+    sizes = N, kernel_size[0] * kernel_size[1] * C, pattern.keep, pattern.group
+    prepacking = PREPACKING[instructions] * (3 if memory_format(weight) == planes else 2)
+    cost = conv_cost((B, pixels), *sizes, instructions) + prepacking / (B * pixels)
+    if memory_format(x) == memory_format(weight) == planes:
+        cost += 0 if halo_serves(kernel_size, stride, padding, W, pattern.group, instructions) else NCHW
+    return cost < 1
 
 
 def _tile(M, density, instructions):
@@ -86,7 +109,7 @@ def halo_serves(kernel_size, stride, padding, width, group, instructions):
     if (*kernel_size, *stride, *padding) != (3, 3, 1, 1, 1, 1):
         return False
     lanes = LANES[instructions]
-    vectors, room = (8, 40960) if lanes == 16 else (12, 28672)
+    vectors, room = (8, 40960) if lanes == 16 else (12, 32768)
     per = width // lanes
     if width % lanes or not 1 <= per <= vectors:
         return False

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import direct, refuse_onnx
+from sparsedm.kernels.launch import direct, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
@@ -153,7 +153,7 @@ def _conv_fake(
     x, values, metadata, prepacked, kernel_size, bias, activation, residual, stride, padding, dilation, size, backend,
     config, strict, pattern="2:4",
 ):  # fmt: skip
-    refuse_onnx(traced=True)
+    refuse_export(traced=True)
     shape = (x.shape[0], values.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 

@@ -227,9 +227,14 @@ def _small(request):
 
 
 def _mma_loses(request):
-    if not (reason := _small(request)) and (9, 0) <= request.capability < (12, 0):  # sm_120 has cuBLAS on mma.sync
+    if not (reason := _legacy(request) or _small(request)) and request.capability == (9, 0):
         return f"{_no_wgmma(request)}, and mma.sp is no quicker than the dense tensor cores of {request.sm}"
     return reason
+
+
+def _legacy(request):
+    """On B200 and B300 only a measurement chooses mma.sp. (sm_120 has no faster instruction.)"""
+    return f"mma.sp is a slow legacy path of {request.sm}" if (10, 0) <= request.capability < (12, 0) else None
 
 
 def _few_rows(request):
@@ -258,7 +263,7 @@ class Backend:
 
 # fmt: off
 BACKENDS = (  # the rule of thumb asks them in this order
-    Backend("splitk", LINEAR, "sparsedm.kernels.sparse24.mma_splitk", "fragments", _no_mma, _few_rows,
+    Backend("splitk", LINEAR, "sparsedm.kernels.sparse24.mma_splitk", "fragments", _no_mma, _few_rows, _legacy,
             merit="few rows: bound by reading the weight, 1.125 bytes instead of 2", sources=("mma", "ptx")),
     Backend("wgmma", LINEAR, "sparsedm.kernels.sparse24.wgmma", "tma", _no_wgmma, lambda r: not _few_rows(r), _small,
             lambda r: (-1, True) if r.stores_directly else (0, False),  # the others spill there

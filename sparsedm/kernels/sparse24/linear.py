@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense
-from sparsedm.kernels.launch import direct, refuse_onnx
+from sparsedm.kernels.launch import direct, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -143,7 +143,7 @@ def _(
     x, values, metadata, prepacked, bias, activation, residual, skip, scale, out_dtype, backend, config, strict,
     pattern="2:4",
 ):  # fmt: skip
-    refuse_onnx(traced=True)
+    refuse_export(traced=True)
     return x.new_empty(*x.shape[:-1], values.shape[0], dtype=out_dtype)
 
 
