@@ -18,22 +18,20 @@ experiments/  which method trains best: plans, runs and reports
 import functools
 import sys
 
-from sparsedm.cli import check_values
-from sparsedm.errors import InputError
+from sparsedm.cli import check_values, exit_code
 
 
 def program(name):
-    """Decorates a `main`: if it raises InputError, prints the sentence to stderr after `name`, and returns 2."""
+    """Decorates a `main`: an exception that is no defect is said in one sentence after `name`; see `exit_code`."""
 
     def decorate(main):
         @functools.wraps(main)
         def run(*arguments):
-            try:
+            def checked():
                 check_values(sys.argv[1:] if arguments in ((), (None,)) else arguments[0])
                 return main(*arguments)
-            except InputError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return 2
+
+            return exit_code(name, checked)
 
         return run
 

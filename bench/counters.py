@@ -18,6 +18,8 @@ from bench.problems import LinearProblem
 from bench.providers import OURS, Dense, Sparse24
 from bench.results import read, speedups
 from bench.shapes import LinearShape, select
+from sparsedm.cli import Parser
+from sparsedm.commands.options import count
 from sparsedm.errors import InputError
 from sparsedm.files import write_text
 
@@ -65,10 +67,10 @@ def command(cases):
 
 def parser():
     text = argparse.RawDescriptionHelpFormatter
-    parsed = argparse.ArgumentParser("python -m bench.counters", description=__doc__, formatter_class=text)
+    parsed = Parser("python -m bench.counters", description=__doc__, formatter_class=text)
     parsed.add_argument("results", help="results file that `python -m bench.run --suite gemm` wrote")
     parsed.add_argument("--out", default="counters.txt", help="report (default: %(default)s)")
-    parsed.add_argument("--count", type=int, default=2, help="shapes at each end (default: %(default)s)")
+    parsed.add_argument("--count", type=count, default=2, help="shapes at each end (default: %(default)s)")
     return parsed
 
 

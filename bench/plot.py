@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench import charts, program, targets
 from bench.results import read
+from sparsedm.cli import Parser
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, write_text
 from sparsedm.plots import picture
@@ -132,7 +133,7 @@ def caption(rows, of_a_cpu=False):
 def main(arguments=None):
     """Returns the exit code."""
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m bench.plot", description=__doc__, formatter_class=text)
+    parser = Parser("python -m bench.plot", description=__doc__, formatter_class=text)
     parser.add_argument("results", nargs="+", help="CSV files of `bench.run`, all of one device")
     parser.add_argument("--out", default="plots", help="folder for the pictures (default: %(default)s)")
     options = parser.parse_args(arguments)

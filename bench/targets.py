@@ -12,6 +12,7 @@ from typing import NamedTuple
 from bench import program
 from bench.providers import OURS
 from bench.results import DENSE, key, read, speedups, timed
+from sparsedm.cli import Parser
 from sparsedm.files import write_text
 
 COMPILED = "dense compiled"
@@ -204,7 +205,7 @@ def report(rows):
 def main(arguments=None):
     """Returns the exit code."""
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m bench.targets", description=__doc__, formatter_class=text)
+    parser = Parser("python -m bench.targets", description=__doc__, formatter_class=text)
     parser.add_argument("results", nargs="+", help="CSV files of `bench.run`, all of one device")
     parser.add_argument("--out", help="Markdown file (default: print it)")
     options = parser.parse_args(arguments)

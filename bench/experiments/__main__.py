@@ -6,8 +6,8 @@ import sys
 
 from bench import program
 from bench.experiments import runner
+from sparsedm.cli import Parser
 from sparsedm.commands.options import add_seed_and_device
-from sparsedm.train.loop import Interrupted
 
 
 @program("experiments")
@@ -15,14 +15,10 @@ def main(arguments=None):
     """Returns the exit code: 0 done, 2 bad input, 3 when --minutes were over, 128 + signal when it was interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m bench.experiments", description=runner.__doc__, formatter_class=text)
+    parser = Parser("python -m bench.experiments", description=runner.__doc__, formatter_class=text)
     runner.add_arguments(parser)
     add_seed_and_device(parser)
-    try:
-        runner.experiment(parser.parse_args(arguments))
-    except Interrupted as interruption:
-        print(f"experiments: {interruption}", file=sys.stderr)
-        return interruption.exit_code
+    runner.experiment(parser.parse_args(arguments))
     return 0
 
 

@@ -31,10 +31,10 @@ from bench.experiments.plans import ACTIVATIONS, CALIBRATED, EXPERIMENTS, PRUNED
 from bench.experiments.report import DISTANCE, FLIPS, SAMPLING, SPEED
 from bench.results import STAMPED, read_experiment, stamp, write_experiment
 from sparsedm import diffusion, evaluate
-from sparsedm.commands.options import add_crop, add_model_arguments, dense_part, load_named
+from sparsedm.commands.options import add_crop, add_model_arguments, dense_part, load_named, positive
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
-from sparsedm.files import cache_folder, read_json
+from sparsedm.files import cache_folder, check_writable, read_json
 from sparsedm.inspection import inspect
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model, model_config, parse_overrides
@@ -53,6 +53,7 @@ from sparsedm.train.step import Loss, Student
 
 log = logging.getLogger(__name__)
 
+MOST_SEEDS = 1000
 POINTS = 12  # least number of validation losses over a run
 WATCHED = 1024  # images of the validation loss while a run trains; at its end all are used
 CALIBRATION = 16  # batches whose inputs choose a calibrated mask
@@ -86,7 +87,9 @@ def add_arguments(parser):
     )
     parser.add_argument("--out", metavar="DIR", help="(default: runs/experiment-NAME-SCALE)")
     parser.add_argument(
-        "--minutes", type=float, help="stop in time, with checkpoint and report (exit code 3); the same command goes on"
+        "--minutes",
+        type=positive,
+        help="stop in time, with a report (exit code 3); the same command goes on",
     )
     parser.add_argument("--dry-run", action="store_true", help="look at data and networks, list the runs, and stop")
     parser.add_argument("--report-only", action="store_true", help="only make tables and pictures of results.csv anew")
@@ -110,10 +113,11 @@ def experiment(options):
         raise InputError(f"unknown run {', '.join(sorted(unknown))}: they are {', '.join(run.name for run in runs)}")
     runs = [run for run in runs if not options.only or run.name in options.only]
     count = scale.seeds if options.seeds is None else options.seeds
-    if count < 1:
-        raise InputError(f"--seeds {count}: at least one is needed")
+    if not 1 <= count <= MOST_SEEDS:
+        raise InputError(f"--seeds {count}: at least one is needed, and at most {MOST_SEEDS}")
     if options.minutes is not None and 60 * options.minutes <= RESERVE:
         raise InputError(f"--minutes {options.minutes:g}: more than {RESERVE} seconds are needed to stop cleanly")
+    check_writable(folder / "report.md")
     if options.dry_run:
         _show(options, scale, runs, count, folder)
         return

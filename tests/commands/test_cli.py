@@ -551,6 +551,9 @@ def test_what_cannot_be_written_after_training_is_refused_before(tmp_path, capsy
         for more in ((), ("--dry-run",)):
             assert run("train", "--data", "synthetic", "--run", tmp_path / folder, *more) == 2
             assert reason in capsys.readouterr().err
+    for command in (["quickstart", "--run"], ["search", "--out"]):
+        assert run(*command, tmp_path / "file", "--dry-run") == 2
+        assert "Not a directory" in capsys.readouterr().err
     assert os.listdir(tmp_path / "run") == ["loss.png"]
 
 
@@ -560,6 +563,25 @@ def test_a_dry_run_refuses_data_of_a_kind_that_nothing_reads(command, trained, t
     command = [word.format(run=trained) for word in command]
     assert run(*command, "--data", tmp_path / "data.txt", "--dry-run") == 2
     assert "data.txt: must be a folder, or end in .zip, .npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["evaluate", "{run}", "--features", "inceptoin"], "unknown features 'inceptoin'"),
+        (["evaluate", "{run}", "--dense", "none"], "none does not exist"),
+        (["evaluate", "{run}", "--count", 3], "3 generated"),
+        (["search", "--features", "inceptoin"], "unknown features 'inceptoin'"),
+        (["search", "--networks", "dense"], "--networks names networks of a run folder"),
+        (["search", "--exclude", "2:5"], "no network to leave out is named '2:5': dense, 2:4, 1:4, 1:8"),
+        (["search", "--family", "widths", "--exclude", "9/8"], "no network to leave out is named '9/8': dense 8/8"),
+        (["search", "{run}", "--population", 100_000], "a population of 100000 is more than"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(map(str, value[-2:])),
+)
+def test_a_dry_run_refuses_what_would_be_refused_later(options, said, trained, capsys):
+    assert run(*(str(word).format(run=trained) for word in options), "--data", "synthetic", "--dry-run") == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_home_folder_is_found_behind_an_equals_sign(trained, tmp_path, monkeypatch):
