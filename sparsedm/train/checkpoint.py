@@ -167,18 +167,18 @@ def differing_kernels(state):
 def load(path, model, ema):
     """Load the two networks of a checkpoint in place. Raises: InputError naming a file that is damaged or unfit."""
     networks = {Path(path) / f"{name}.safetensors": network for name, network in (("model", model), ("ema", ema))}
-    with _or_the_one_before(path):
-        there, here = _state(path).get("model"), describe(model)
-        for fact in ("kind", "patterns") if isinstance(there, dict) else ():  # older ones may not say
-            if there.get(fact, here[fact]) != here[fact]:
-                raise InputError(f"{path} is of another stage or run: {fact} {there[fact]}, not {here[fact]}")
     for file, network in networks.items():
         with _or_the_one_before(path):
             tensors = read_tensors(file)[0]
         fill(network, tensors, file)
     with _or_the_one_before(path):
+        state = _state(path)
         for file in networks:
-            check_digest(file, _state(path))
+            check_digest(file, state)
+        there, here = state.get("model"), describe(model)
+        for fact in ("kind", "patterns") if isinstance(there, dict) else ():  # older ones may not say
+            if there.get(fact, here[fact]) != here[fact]:
+                raise InputError(f"{path} is of another stage or run: {fact} {there[fact]}, not {here[fact]}")
 
 
 def _state(path):

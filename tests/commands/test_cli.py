@@ -575,7 +575,7 @@ def test_a_dry_run_refuses_data_of_a_kind_that_nothing_reads(command, trained, t
         (["search", "--networks", "dense"], "--networks names networks of a run folder"),
         (["search", "--exclude", "2:5"], "no network to leave out is named '2:5': dense, 2:4, 1:4, 1:8"),
         (["search", "--family", "widths", "--exclude", "9/8"], "no network to leave out is named '9/8': dense 8/8"),
-        (["search", "{run}", "--population", 100_000], "a population of 100000 is more than"),
+        (["search", "{run}", "--sampling-steps", 2, "--population", 100], "a population of 100 is more than"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(map(str, value[-2:])),
 )
