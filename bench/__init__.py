@@ -15,10 +15,17 @@ counters      the GPU's counters at the best and worst shapes, under ncu
 experiments/  which method trains best: plans, runs and reports
 """
 
+import argparse
 import functools
 import sys
 
-from sparsedm.cli import check_values, exit_code
+from sparsedm.cli import Parser, check_values, exit_code
+
+
+def command_line(module, text):
+    """The parser of `python -m MODULE`, whose help shows `text` as it is written."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return Parser(f"python -m {module}", description=text, formatter_class=formatter)
 
 
 def program(name):

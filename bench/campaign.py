@@ -14,7 +14,6 @@ cut or skipped), first.json (which configurations are right), results.csv, log.t
 (targets and measured values), tuned.json (configurations found), counters.txt, plots.zip, quality.zip.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import itertools
@@ -27,11 +26,10 @@ from pathlib import Path
 
 import torch
 
-from bench import plot, program, targets
+from bench import command_line, plot, program, targets
 from bench.results import read, stamp
 from bench.suite import Suite, side_by_side
 from sparsedm import plots
-from sparsedm.cli import Parser
 from sparsedm.commands.options import positive
 from sparsedm.errors import InputError, check_memory
 from sparsedm.files import atomic_file, cache_folder, read_json, read_text, write_json, write_text
@@ -79,8 +77,7 @@ def first_suites():
 
 def second_suites():
     """Ordered by value: first the suites for the project's targets, then the curves. Suites in which torch.compile
-    tunes
-    for minutes come after quick ones; sanitizers are last."""
+    tunes for minutes come after quick ones. Sanitizers are last."""
     layers = f"{LARGE},{HUGE},dit-imagenet256-xlarge@64"
     compared = ("--providers", "dense,dense compiled,sparsedm 2:4,sparsedm 2:4 compiled")
     # in several processes, one of which dies with a test that crashes or hangs, and is replaced
@@ -279,8 +276,7 @@ def _unpacked(path):
 @program("bench")
 def main(arguments=None):
     """Returns the exit code: 0 if every suite ran, 1 if one failed, 3 if time was short, 2 for bad input."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m bench.campaign", description=__doc__, formatter_class=text)
+    parser = command_line("bench.campaign", __doc__)
     parser.add_argument("part", choices=(*SECONDS, "publish"))
     parser.add_argument("--out", default="bench-campaign", help="folder (default: %(default)s)")
     parser.add_argument("--seconds", type=positive, help="for everything together (default: see above)")

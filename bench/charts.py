@@ -14,7 +14,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.providers import OURS
-from bench.results import DENSE, ONEDNN, key, read_csv, speedups, timed
+from bench.results import DENSE, ONEDNN, Speedup, key, read_csv, speedups, timed
 from bench.shapes import SWEEPS
 from sparsedm import plots
 from sparsedm.kernels.launch import BACKENDS
@@ -238,8 +238,11 @@ def networks(figure, rows, suite):
     return True
 
 
-def _bars(figure, entries, labels):
-    """entries: (row of the chart, provider, Speedup). Numbers stand beside the bars, whiskers are p20 to p80."""
+def _bars(figure, entries, labels, beside=lambda speedup: "", over="the fastest dense (shaded: slower)"):
+    """entries: (row of the chart, provider, Speedup). Numbers stand beside the bars, with more text from `beside`.
+
+    Whiskers are p20 to p80. over: the denominator, in words.
+    """
     axes = figure.subplots()
     look = looks(provider for _, provider, _ in entries)
     height = 0.8 / len(look)
@@ -253,13 +256,14 @@ def _bars(figure, entries, labels):
         axes.errorbar([s.p50 for _, s in mine], y, xerr=whiskers, fmt="none", ecolor=GREY, elinewidth=1)
         for at, (_, s) in zip(y, mine):
             behind = dict(facecolor=axes.get_facecolor(), edgecolor="none", pad=0.5, alpha=0.8)  # whiskers may cross it
-            axes.text(min(s.high, right * 0.93), at, f" {s.p50:.2f}", va="center", fontsize=8, bbox=behind)
+            text = f" {s.p50:.2f}{beside(s)}"
+            axes.text(min(s.high, right * 0.93), at, text, va="center", fontsize=8, bbox=behind)
     losing_region(axes, vertical=True)
     axes.set_xlim(0, right)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.grid(False, axis="y")
-    axes.set_xlabel("times as fast as the fastest dense (shaded: slower)")
+    axes.set_xlabel(f"times as fast as {over}")
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
 
@@ -363,26 +367,18 @@ def calls(figure, rows):
         return False
     best, eager = times_of(rows)
     names = list(dict.fromkeys((r["shape"], r["mode"]) for r in rows))
-    look = looks(r["provider"] for r in rows if r["provider"] != "dense")
-    axes, height = figure.subplots(), 0.8 / len(look)
-    for i, (provider, (colour, _, _, hatch)) in enumerate(look.items()):
-        mine = [r for r in rows if r["provider"] == provider]
-        at = [names.index((r["shape"], r["mode"])) - 0.4 + height * (i + 0.5) for r in mine]
-        ratios = [eager[key(r)] / r["p50_us"] for r in mine]
-        style = dict(color=colour, hatch=hatch, edgecolor=axes.get_facecolor(), linewidth=0)
-        label = "best dense network" if provider == ONEDNN else provider
-        axes.barh(at, ratios, height * 0.92, label=label, zorder=2, **style)
-        for y, ratio, row in zip(at, ratios, mine):
-            beside = "" if provider == ONEDNN else f" ({best[key(row)] / row['p50_us']:.2f})"
-            axes.text(ratio, y, f" {ratio:.2f}{beside}", va="center", fontsize=8)
-    losing_region(axes, vertical=True)
-    axes.set_xlim(0, 1.25 * max(eager[key(r)] / r["p50_us"] for r in rows))
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    entries = []
+    for row in (r for r in rows if r["provider"] != "dense"):
+        provider = "best dense network" if row["provider"] == ONEDNN else row["provider"]
+        ratio = eager[key(row)] / row["p50_us"]
+        entries.append((names.index((row["shape"], row["mode"])), provider, Speedup(row, ratio, ratio, ratio)))
     times = {(r["shape"], r["mode"]): eager[key(r)] / 1e3 for r in rows}
-    axes.set_yticks(range(len(names)), [f"{s}\n{m}, torch: {times[s, m]:,.0f} ms" for s, m in names], fontsize=8)
-    axes.grid(False, axis="y")
-    axes.set_xlabel("times as fast as eager torch (in brackets: as the best dense network; shaded: slower)")
-    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+
+    def against_best(speedup):
+        return "" if speedup.row["provider"] == ONEDNN else f" ({best[key(speedup.row)] / speedup.row['p50_us']:.2f})"
+
+    labels = [f"{s}\n{m}, torch: {times[s, m]:,.0f} ms" for s, m in names]
+    _bars(figure, entries, labels, against_best, "eager torch (in brackets: as the best dense network; shaded: slower)")
     return True
 
 

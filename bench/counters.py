@@ -5,7 +5,6 @@ under `ncu` (Nsight Compute), which replays every kernel until it has read all c
 the name of its shape, mode and provider. The clocks are not changed.
 """
 
-import argparse
 import re
 import shutil
 import subprocess
@@ -13,12 +12,11 @@ import sys
 
 import torch
 
-from bench import program
+from bench import command_line, program
 from bench.problems import LinearProblem
 from bench.providers import OURS, Dense, Sparse24
 from bench.results import read, speedups
 from bench.shapes import LinearShape, select
-from sparsedm.cli import Parser
 from sparsedm.commands.options import count
 from sparsedm.errors import InputError
 from sparsedm.files import write_text
@@ -66,8 +64,7 @@ def command(cases):
 
 
 def parser():
-    text = argparse.RawDescriptionHelpFormatter
-    parsed = Parser("python -m bench.counters", description=__doc__, formatter_class=text)
+    parsed = command_line("bench.counters", __doc__)
     parsed.add_argument("results", help="results file that `python -m bench.run --suite gemm` wrote")
     parsed.add_argument("--out", default="counters.txt", help="report (default: %(default)s)")
     parsed.add_argument("--count", type=count, default=2, help="shapes at each end (default: %(default)s)")

@@ -11,7 +11,6 @@ single calls, and over a second without a pause, while power and clock are read.
 DIR/first.json: {"configurations": {name: "right", or what is wrong}}; DIR/results.csv: the times.
 """
 
-import argparse
 import contextlib
 import subprocess
 import sys
@@ -23,12 +22,11 @@ from unittest.mock import patch
 
 import torch
 
-from bench import program, run
+from bench import command_line, program, run
 from bench.problems import LinearProblem
 from bench.providers import Configuration, configured
 from bench.shapes import LinearShape
 from bench.suite import reason_of, signal_all
-from sparsedm.cli import Parser
 from sparsedm.commands.options import positive
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
@@ -178,8 +176,7 @@ def main(arguments=None):
 
 
 def parser():
-    text = argparse.RawDescriptionHelpFormatter
-    parsed = Parser("python -m bench.first_contact", description=__doc__, formatter_class=text)
+    parsed = command_line("bench.first_contact", __doc__)
     parsed.add_argument("--out", default="first-contact", help="folder (default: %(default)s)")
     parsed.add_argument("--timeout", type=positive, default=20, help="seconds until one hangs (default: %(default)s)")
     parsed.add_argument("--seconds", type=positive, default=90, help="for everything together (default: %(default)s)")

@@ -81,7 +81,7 @@ class NetworkProblem(Problem):
         self.masked = sparsify(copy.deepcopy(self.weight), "2:4", where)
         self.inputs = tuple(self._input(x) for x in self.weight.example_inputs(shape.batch))
         self.built = {}  # provider -> Built
-        self.noise = {}  # steps -> what whole sampling in so many is given: (steps, *x.shape), x first
+        self.noise = {}  # number of steps -> the noise of whole sampling: (steps, *x.shape), x first
         self.operations = 2 * shape.batch * inspect(self.weight).totals()["macs_with_attention"] * self.passes
 
     @property

@@ -4,16 +4,14 @@ Each chart is written twice, for light and dark pages (NAME.png, NAME-dark.png).
 versions. A chart of a CPU says so in large letters, because its ratios say nothing about a GPU.
 """
 
-import argparse
 import functools
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from bench import charts, program, targets
+from bench import charts, command_line, program, targets
 from bench.results import read
-from sparsedm.cli import Parser
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, write_text
 from sparsedm.plots import picture
@@ -132,8 +130,7 @@ def caption(rows, of_a_cpu=False):
 @program("bench")
 def main(arguments=None):
     """Returns the exit code."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m bench.plot", description=__doc__, formatter_class=text)
+    parser = command_line("bench.plot", __doc__)
     parser.add_argument("results", nargs="+", help="CSV files of `bench.run`, all of one device")
     parser.add_argument("--out", default="plots", help="folder for the pictures (default: %(default)s)")
     options = parser.parse_args(arguments)

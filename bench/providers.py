@@ -75,15 +75,20 @@ class Provider:
 # ---- y = act(x W^T + b) + r
 
 
-def torch_linear(problem, weight):
-    """The product and its epilogue in torch operations, for eager code and for torch.compile."""
+def with_epilogue(problem, product):
+    """A call of `product()`, which computes x W^T + b, and of the problem's epilogue in torch operations."""
     activate, residual = ACTIVATIONS[problem.activation], problem.residual
 
     def run():
-        y = activate(F.linear(problem.x, weight, problem.bias))
+        y = activate(product())
         return y if residual is None else y + residual
 
     return run
+
+
+def torch_linear(problem, weight):
+    """The product and its epilogue in torch operations, for eager code and for torch.compile."""
+    return with_epilogue(problem, lambda: F.linear(problem.x, weight, problem.bias))
 
 
 class Dense(Provider):
@@ -241,16 +246,6 @@ class Baseline(Provider):
         return super().supports(problem)
 
 
-def with_epilogue(problem, product):
-    activate, residual = ACTIVATIONS[problem.activation], problem.residual
-
-    def run():
-        y = activate(product())
-        return y if residual is None else y + residual
-
-    return run
-
-
 # ---- convolutions
 
 
@@ -298,19 +293,18 @@ class Cast(Provider):
         return Bound(lambda: problem.weight.to(problem.dtype, copy=True), "cast without a mask")
 
 
-class TopK(Provider):
-    """The usual way to make masks: indices of the two largest of each four, and a scatter."""
+def topk_mask(weight):
+    """The usual way to make a 2:4 mask, of 0.0 and 1.0: indices of the two largest of each four, and a scatter."""
+    groups = weight.view(len(weight), -1, TWO_FOUR.group)
+    keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
+    return torch.zeros_like(groups).scatter_(-1, keep, 1.0).view_as(weight)
 
+
+class TopK(Provider):
     name = "torch topk"
 
     def bind(self, problem, prepared):
-        def run():
-            groups = problem.weight.view(len(problem.weight), -1, TWO_FOUR.group)
-            keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
-            mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0)
-            return (groups * mask).view_as(problem.weight).to(problem.dtype)
-
-        return Bound(run, "topk + scatter")
+        return Bound(lambda: (problem.weight * topk_mask(problem.weight)).to(problem.dtype), "topk + scatter")
 
 
 class Choose(Provider):
@@ -369,9 +363,7 @@ class TopKLinear(nn.Linear):
     """Straight-through masking in the usual torch operations."""
 
     def forward(self, x):
-        groups = self.weight.detach().view(len(self.weight), -1, TWO_FOUR.group)
-        keep = groups.abs().topk(TWO_FOUR.keep, dim=-1).indices
-        mask = torch.zeros_like(groups).scatter_(-1, keep, 1.0).view_as(self.weight)
+        mask = topk_mask(self.weight.detach())
         return F.linear(x, self.weight + (self.weight * mask - self.weight).detach(), self.bias)
 
 

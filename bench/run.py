@@ -17,7 +17,6 @@ hangs or is lost, the provider has failed; the process restarts and continues wi
 killed from outside, or had no time left, is measured the next time.
 """
 
-import argparse
 import collections
 import faulthandler
 import functools
@@ -33,7 +32,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, cpu, problems, program
+from bench import ceilings, command_line, cpu, problems, program
 from bench.baselines import PROVIDERS, first_providers
 from bench.measure import BESIDE, measure, release
 from bench.networks import (
@@ -49,7 +48,6 @@ from bench.networks import (
 from bench.results import DENSE, ENDED, IDENTITY, Results
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from bench.timing import clock_for
-from sparsedm.cli import Parser
 from sparsedm.commands import options as types
 from sparsedm.errors import InputError
 from sparsedm.kernels.tuning import device_is_lost
@@ -167,7 +165,7 @@ def beside_compiled(rows):
 
 
 def run_suite(suite, session, progress=False):
-    """Measure one suite into session.results."""
+    """Measure one suite into session.results. Raises: InputError for an unknown suite or shapes."""
     if suite in LAYER_SUITES:
         kind, shape_kind, full, quick = LAYER_SUITES[suite]
         spec = session.shapes or (quick if session.quick else full)
@@ -226,6 +224,7 @@ def layer_rows(suite, kind, shape, mode, session, providers, starting):
 
 
 def network_shapes(session):
+    """[ModelShape] of --shapes. Raises: InputError for an unknown model or batch."""
     names = (session.shapes or ("uvit-tiny@4,ddpm-tiny@4" if session.quick else "models")).split(",")
     if names == ["models"]:
         names = list(MEASURED_MODELS)
@@ -347,8 +346,7 @@ def run(options, arguments):
 
 
 def parser():
-    text = argparse.RawDescriptionHelpFormatter
-    parsed = Parser("python -m bench.run", description=__doc__, formatter_class=text)
+    parsed = command_line("bench.run", __doc__)
     parsed.add_argument("--device", type=types.device, help="(default: cuda if there is one, else cpu)")
     parsed.add_argument("--suite", required=True, help=f"one or several of {', '.join(SUITES)}")
     parsed.add_argument("--shapes", help="square, m-sweep, grid, square@SIZE, models, model@batch; several with commas")
@@ -361,10 +359,7 @@ def parser():
     parsed.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes on a CPU")
     parsed.add_argument("--seconds", type=types.finite, default=math.inf, help="start nothing new after this long")
     parsed.add_argument(
-        "--timeout",
-        type=types.positive,
-        default=75,
-        help="seconds until a provider hangs (default: %(default)s)",
+        "--timeout", type=types.positive, default=75, help="seconds until a provider hangs (default: %(default)s)"
     )
     parsed.add_argument("--out", default="bench-results.csv", help="results file (default: %(default)s)")
     parsed.add_argument("--dry-run", action="store_true", help="list what would be measured, and stop")

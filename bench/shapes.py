@@ -99,6 +99,7 @@ def select(spec, kind, batches=BATCHES, quick=False):
 
 
 def sweep(name, quick=False):
+    """[LinearShape] of the sweep over sizes of that name."""
     squares, rows, side, grid = (SQUARES, ROWS, 4096, GRID)
     if quick:
         squares, rows, side, grid = (128, 256, 512, 1024), (16, 64, 256, 1024), 512, (128, 256, 512)
@@ -111,7 +112,10 @@ def sweep(name, quick=False):
 
 
 def of_model(name, batch):
-    """The distinct linear and convolution shapes of a model at this batch size, in order of execution."""
+    """The distinct linear and convolution shapes of a model at this batch size, in order of execution.
+
+    Raises: InputError for an unknown model.
+    """
     if name in PUBLISHED:
         return _grouped(PUBLISHED[name](f"{name}@{batch}", batch))
     if name not in MODELS:

@@ -4,15 +4,13 @@ Only rows of a results file count: bf16, the median, against the fastest dense a
 measurement is "not measured", never met. If a dense baseline is missing, the note says so.
 """
 
-import argparse
 import math
 import sys
 from typing import NamedTuple
 
-from bench import program
+from bench import command_line, program
 from bench.providers import OURS
 from bench.results import DENSE, key, read, speedups, timed
-from sparsedm.cli import Parser
 from sparsedm.files import write_text
 
 COMPILED = "dense compiled"
@@ -129,7 +127,7 @@ def step(rows, shape, wanted):
 
 def training(rows):
     """The worst of the networks that were trained."""
-    name, wanted = "masked training step, time over that of dense compiled", 1.0
+    name, wanted = "masked training step, time over the time of dense compiled", 1.0
     ratios = {}
     for shape in dict.fromkeys(row["shape"] for row in timed(rows, {"train"})):
         of = best(rows, "train", shape, "training step")
@@ -204,8 +202,7 @@ def report(rows):
 @program("bench")
 def main(arguments=None):
     """Returns the exit code."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m bench.targets", description=__doc__, formatter_class=text)
+    parser = command_line("bench.targets", __doc__)
     parser.add_argument("results", nargs="+", help="CSV files of `bench.run`, all of one device")
     parser.add_argument("--out", help="Markdown file (default: print it)")
     options = parser.parse_args(arguments)

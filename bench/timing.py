@@ -94,6 +94,7 @@ class CudaClock:
 
     @contextlib.contextmanager
     def stream(self):
+        """A context in which torch runs on the clock's stream; the stream that was current waits for it."""
         before = torch.cuda.current_stream(self.device)
         if before != self._stream:
             self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone may not be used again
@@ -103,6 +104,7 @@ class CudaClock:
         before.wait_stream(self._stream)
 
     def ready(self, run):
+        """-> Timed, after three calls: of a graph, or of the call itself if it cannot be captured."""
         with self.stream():
             for _ in range(3):  # compilation, autotuning, lazy initialisation
                 run()

@@ -60,10 +60,11 @@ def _mov(ins):
 def _cvt(ins):
     if "bf16x2" in ins.mods or "f16x2" in ins.mods:
         write, high, low = writer(ins, ins.args[0]), *(reader(ins, a, "f32") for a in ins.args[1:])
-        narrow = f32_to_bf16 if "bf16x2" in ins.mods else _f32_to_f16
+        narrow = f32_to_bf16 if "bf16x2" in ins.mods else lambda values: values.astype(np.float16)
 
         def pack(block, warp, mask):
-            halves = np.stack((narrow(low(warp)), narrow(high(warp))), 1)
+            with np.errstate(all="ignore"):
+                halves = np.stack((narrow(low(warp)), narrow(high(warp))), 1)
             write(warp, halves.view(np.uint32)[:, 0], mask)
 
         return pack
@@ -81,11 +82,6 @@ def _cvt(ins):
             write(warp, convert(read(warp)), mask)
 
     return run
-
-
-def _f32_to_f16(values):
-    with np.errstate(all="ignore"):
-        return values.astype(np.float16)
 
 
 def _elementwise(names, function):

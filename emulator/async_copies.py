@@ -1,5 +1,6 @@
 """mbarrier, TMA (cp.async.bulk.tensor) and cp.async."""
 
+import functools
 import re
 
 import numpy as np
@@ -111,10 +112,7 @@ def _tensor_load(ins):
             ranks = 1 << block.rank if multicast is None else int(multicast(warp)[lane])
             for rank in range(ranks.bit_length()):
                 if ranks >> rank & 1:
-
-                    def land(rank=rank, tensor=tensor, coordinates=coordinates, target=target, full=full):
-                        _land(block.peer(rank), tensor, coordinates, target, full)
-
+                    land = functools.partial(_land, block, rank, tensor, coordinates, target, full)
                     if rank >= len(block.cluster):
                         raise EmulatorError(f"multicast outside the cluster: {ins.text}")
                     land() if block.early else block.incoming.append(land)
@@ -122,7 +120,8 @@ def _tensor_load(ins):
     return run
 
 
-def _land(block, tensor, coordinates, target, full):
+def _land(source, rank, tensor, coordinates, target, full):
+    block = source.peer(rank)
     if target % 128:
         raise EmulatorError("TMA needs a destination aligned to 128 bytes")
     indices = swizzle(target + np.arange(tensor.bytes), tensor.swizzle)

@@ -8,7 +8,6 @@ real launch. There are no streams, graphs or timing.
 import contextlib
 import ctypes
 import os
-import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -60,7 +59,7 @@ def start(capability=H200, execute=True):
 class Device:
     """Runs launched kernels. launches: the kernels' names, in order. kernels: Triton's compiled kernels by handle."""
 
-    def __init__(self, capability=H200, execute=True):
+    def __init__(self, capability, execute):
         self.capability, self.execute = capability, execute
         self.kernels, self.tensors, self.launches, self.error = {}, [], [], None
 
@@ -83,18 +82,17 @@ class Device:
                 return 0
             program = Program(kernel.asm["ptx"])
             assert program.threads == threads, f"{threads} threads were launched, of {program.threads}"
-            kinds = parameter_kinds(kernel.asm["ptx"])
-            values = [self._parameter(kind, size, parameters[i]) for i, (kind, size) in enumerate(kinds)]
+            values = [self._parameter(kind, parameters[i]) for i, (_, kind) in enumerate(program.parameters)]
             execute(program, values, self._memory(), (x, y, z), cluster=cluster)
             return 0
         except BaseException as error:
             self.error = error
             return 1
 
-    def _parameter(self, kind, size, address):
-        return self._tensor_map(Map.from_address(address)) if size == 128 else SCALARS[kind].from_address(address).value
-
-    def _tensor_map(self, found):
+    def _parameter(self, kind, address):
+        if kind != "map":
+            return SCALARS[kind].from_address(address).value
+        found = Map.from_address(address)
         assert found.magic == MAGIC, "a kernel takes a tensor map here, and was given something else"
         element, rank = BYTES[found.type], found.rank
         sizes, box = list(found.size)[:rank][::-1], list(found.box)[:rank][::-1]
@@ -118,16 +116,6 @@ class Device:
             spans[tensor.data_ptr()] = max(spans.get(tensor.data_ptr(), 0), span * tensor.element_size())
         memory.buffers = [(address, self._bytes(address, count)) for address, count in spans.items()]
         return memory
-
-
-def parameter_kinds(ptx):
-    """[(type, size in bytes of an array or None)] of a kernel's parameters."""
-    entry = re.search(r"\.entry \w+\((.*?)\)\s", ptx, re.S)[1]
-    found = []
-    for text in entry.split(","):
-        size = re.search(r"\[(\d+)\]\s*$", text.strip())
-        found.append((re.search(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)", text)[1], int(size[1]) if size else None))
-    return found
 
 
 def build_driver():

@@ -5,9 +5,7 @@ import re
 import numpy as np
 
 from emulator.errors import EmulatorError
-from emulator.operands import LANES, active, address, instruction, reader, vector, writer
-
-ROW, PAIR = LANES // 4, LANES % 4  # of the 8 x 8 matrix element pair that a lane holds
+from emulator.operands import GROUP, THREAD, active, address, instruction, reader, vector, writer
 
 
 @instruction("ld")
@@ -79,7 +77,7 @@ def _load_matrix(ins):
         if transposed:
             matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
         for matrix, write in zip(matrices, writes):
-            write(warp, matrix.view(np.uint32)[ROW, PAIR], None)
+            write(warp, matrix.view(np.uint32)[GROUP, THREAD], None)
 
     return run
 
@@ -92,7 +90,7 @@ def _store_matrix(ins):
     def run(block, warp, mask):
         for i, read in enumerate(reads):
             matrix = np.empty((8, 4), np.uint32)
-            matrix[ROW, PAIR] = read(warp)
+            matrix[GROUP, THREAD] = read(warp)
             halves = matrix.view(np.uint16)
             rows = where(warp)[8 * i : 8 * i + 8]
             if (rows % 16).any():

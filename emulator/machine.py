@@ -5,6 +5,8 @@ program waits for it (TMA loads: when nothing else can continue), in random orde
 gives a wrong result. Within a cluster the warps take turns in random order. A program that cannot continue is an error.
 """
 
+import itertools
+
 import numpy as np
 
 from emulator import arithmetic, async_copies, loads_stores, tensor_cores  # noqa: F401  (fill INSTRUCTIONS)
@@ -67,7 +69,7 @@ class Groups:
 
 
 class Block:
-    def __init__(self, program, code, parameters, memory, index, grid, early, rank=0):
+    def __init__(self, program, code, parameters, memory, index, grid, early, rank):
         self.program, self.code, self.memory, self.early = program, code, memory, early
         self.index, self.grid, self.rank = index, grid, rank
         self.parameters, self.maps = {}, {}
@@ -118,7 +120,7 @@ class Block:
         return (self if rank == 0 else self.peer(rank - 1)), address & ((1 << RANK_SHIFT) - 1)
 
 
-def execute(ptx, parameters, memory, grid, early=True, cluster=1, seed=0):
+def execute(ptx, parameters, memory, grid, *, early=True, cluster=1, seed=0):
     """Runs a kernel. parameters: in the order of the PTX, a TensorMap for each tensor map, integers for the rest.
 
     grid: blocks as (x, y, z) or fewer; x must be a multiple of cluster. Returns the number of warp instructions.
@@ -128,15 +130,11 @@ def execute(ptx, parameters, memory, grid, early=True, cluster=1, seed=0):
     grid = (*grid, 1, 1)[:3]
     rng = np.random.default_rng(seed)
     executed = 0
-    for z in range(grid[2]):
-        for y in range(grid[1]):
-            for x in range(0, grid[0], cluster):
-                blocks = [
-                    Block(program, code, parameters, memory, (x + rank, y, z), grid, early, rank)
-                    for rank in range(cluster)
-                ]
-                _run_cluster(blocks, rng)
-                executed += sum(block.executed for block in blocks)
+    for z, y, x in itertools.product(range(grid[2]), range(grid[1]), range(0, grid[0], cluster)):
+        places = [(x + rank, y, z) for rank in range(cluster)]
+        blocks = [Block(program, code, parameters, memory, at, grid, early, rank) for rank, at in enumerate(places)]
+        _run_cluster(blocks, rng)
+        executed += sum(block.executed for block in blocks)
     return executed
 
 
@@ -217,13 +215,7 @@ def _exit(ins):
 
 @instruction("fence")
 def _fence(ins):
-    proxy = "proxy" in ins.mods
-
-    def run(block, warp, mask):
-        if proxy:
-            block.shared.fence(warp.index)
-
-    return run
+    return (lambda block, warp, mask: block.shared.fence(warp.index)) if "proxy" in ins.mods else _nothing(ins)
 
 
 @instruction("setmaxnreg", "membar", "griddepcontrol", "nanosleep")

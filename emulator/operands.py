@@ -8,6 +8,7 @@ from emulator.errors import EmulatorError
 from emulator.memory import SHARED_BASE
 
 LANES = np.arange(32)
+GROUP, THREAD = LANES // 4, LANES % 4  # a lane holds a pair of row GROUP of an 8 x 8 matrix, the THREAD-th pair
 TYPES = {
     "pred": np.bool_,
     **{f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "ub" for bits in (8, 16, 32, 64)},

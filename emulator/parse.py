@@ -33,24 +33,19 @@ class Scope:
 
     def register(self, name):
         """-> (number, bits) or None if no such register is declared."""
-        scope = self
-        while scope:
-            prefix = name.rstrip("0123456789")
-            if name not in scope.registers and prefix != name and prefix in scope.families:
-                scope._new(name, scope.families[prefix])
-            if name in scope.registers:
-                slot = scope.registers[name]
-                return slot, self.slots[slot]
-            scope = scope.parent
-        return None
+        prefix = name.rstrip("0123456789")
+        if name not in self.registers and prefix != name and prefix in self.families:
+            self._new(name, self.families[prefix])
+        if name in self.registers:
+            return self.registers[name], self.slots[self.registers[name]]
+        return self.parent and self.parent.register(name)
 
     def label(self, name):
-        scope = self
-        while scope:
-            if name in scope.labels:
-                return scope.labels[name]
-            scope = scope.parent
-        raise EmulatorError(f"no label {name}")
+        if name in self.labels:
+            return self.labels[name]
+        if self.parent is None:
+            raise EmulatorError(f"no label {name}")
+        return self.parent.label(name)
 
     def _new(self, name, bits):
         self.registers[name] = len(self.slots)
@@ -123,9 +118,9 @@ class Program:
 
 
 def _parameter(text):
-    """-> (name, "map" for the 128 bytes of a tensor map, else "value")."""
+    """-> (name, "map" for the 128 bytes of a tensor map, else the type, for example "u64")."""
     name, size = re.search(r"(\w+)(?:\[(\d+)\])?\s*$", text).groups()
-    return name, "map" if size == "128" else "value"
+    return name, "map" if size == "128" else re.search(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)", text)[1]
 
 
 def split_operands(text):

@@ -10,9 +10,8 @@ import numpy as np
 from emulator.arithmetic import bf16_to_f32
 from emulator.errors import EmulatorError
 from emulator.memory import swizzle
-from emulator.operands import LANES, instruction, reader, same_in_all_lanes, vector, writer
+from emulator.operands import GROUP, THREAD, instruction, reader, same_in_all_lanes, vector, writer
 
-GROUP, THREAD = LANES // 4, LANES % 4
 TO_F32 = {"bf16": bf16_to_f32, "f16": lambda bits: bits.view(np.float16).astype(np.float32)}
 
 

@@ -3,7 +3,7 @@
 python examples/resnet20_features.py cifar10-resnet20.th --data cifar10
 sparsedm evaluate runs/mine --data cifar10 --features resnet20.pt2
 
-The network is that of He et al. (arXiv 1512.03385, section 4.2; shortcuts of option A) under the names of
+This is the network of He et al. (arXiv 1512.03385, section 4.2; shortcuts of option A) under the names of
 github.com/akamaster/pytorch_resnet_cifar10, whose weights (resnet20-12fca82f.th) fit; its 64 features are what its last
 layer sees. A file for --features takes uint8 images (n, 3, h, w), scales them itself and gives (n, d).
 """

@@ -45,8 +45,9 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
 def kernel_distance(a, b, *, subsets=100, subset_size=None, seed=0, progress=False):
     """KID: unbiased squared MMD with the kernel (x·y / d + 1)³ over random subsets (arXiv 1801.01401, eq. 4).
 
-    Returns (mean, standard deviation) over the subsets. subset_size: None: 1000, or half of the smaller set if that is
-    less (larger subsets would be too much alike to show a spread).
+    a (n, d), b (m, d): features, floating point. Returns (mean, standard deviation) over the subsets.
+    subset_size: None: 1000, or half of the smaller set if that is less (larger subsets would be too much alike to show
+    a spread). Raises: InputError if subset_size is less than 2 or more than n or m.
     """
     subset_size = subset_size or default_subset_size(a, b)
     if not 2 <= subset_size <= min(len(a), len(b)):
@@ -76,9 +77,10 @@ def _squared_mmd(a, b):
 def precision_recall(generated, reference, *, neighbours=3):
     """Improved precision and recall (arXiv 1904.06991, eq. 1-2).
 
-    Returns (share of generated images inside the reference set, share of reference images inside the generated set). A
-    point counts as inside a set if, for at least one member, it is no farther away than that member's k-th nearest
-    neighbour.
+    generated (n, d), reference (m, d): features, floating point. Returns (share of generated images inside the
+    reference set, share of reference images inside the generated set). A point counts as inside a set if, for at least
+    one member, it is no farther away than that member's k-th nearest neighbour, k = neighbours.
+    Raises: InputError if a set has no more than k images.
     """
     smaller = min(len(generated), len(reference))
     if smaller <= neighbours:
@@ -103,8 +105,9 @@ def _squared_distances(a, b):
 def ssim(a, b):
     """Structural similarity (n,) of the pairs a[i], b[i] (Wang et al. 2004, eq. 13; K1 = .01, K2 = .03, L = 255).
 
-    Gaussian window of ssim_window(...) pixels with σ = 1.5, inside the image only. The mean over colour channels and
-    places. float64.
+    a, b: images (n, C, H, W), uint8 or floating point in [-1, 1]. Gaussian window of ssim_window(...) pixels with
+    σ = 1.5, inside the image only. The mean over colour channels and places, float64.
+    Raises: InputError for different shapes.
     """
     if a.shape != b.shape:
         raise InputError(f"SSIM compares pairs, but the shapes are {tuple(a.shape)} and {tuple(b.shape)}")
@@ -215,6 +218,7 @@ def evaluate(images, reference, features, *, paired=None, neighbours=3, seed=0, 
     singular. Do not compare Fréchet distances of different image counts in that case.
     paired: the dense model's samples from the same noise. "ssim" (with "ssim_window") is then the mean over the pairs
     images[i], paired[i].
+    Raises: InputError if the reference has other features or images of another shape, or a set has too few images.
     """
     if reference.features != features.name:
         raise InputError(f"the reference {reference.name} holds features {reference.features}, not {features.name}")

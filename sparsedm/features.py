@@ -131,6 +131,7 @@ class RandomConv(torch.nn.Module):
             self.register_buffer(f"second{scale}", _random_filters((16, 16, 3, 3), seed=2 * scale + 1))
 
     def forward(self, images):
+        """uint8 (n, 3, H, W) -> float32 features (n, d). Raises: InputError for fewer than 8 x 8 pixels."""
         if min(images.shape[2:]) < 8:
             raise InputError(f"features random-conv need images of 8 x 8 pixels or more, not {tuple(images.shape[2:])}")
         x = images.float() / 127.5 - 1

@@ -18,6 +18,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense
+from sparsedm.kernels.cpu.linear import repeated
 from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_export
 from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import (
@@ -391,7 +392,7 @@ class Compressed(nn.Module):
 
     def backend_used(self):
         """The back end that computed the latest new size without measuring; None before."""
-        layouts = [layout for layout in self._prepacked if layout != "choices"]
+        layouts = [layout for layout in self._prepacked if layout not in ("choices", "calls")]
         return layouts[-1].split()[0] if layouts else None
 
     def __prepare_scriptable__(self):
@@ -449,6 +450,10 @@ class CompressedLinear(Compressed):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
     def forward(self, input, residual=None, skip=None, scale=None):
+        if not torch.compiler.is_compiling() and (values := self._buffers.get("values")) is not None:
+            weight, operands = (values, self._buffers[self._positions]), (input, self._buffers["bias"], self.activation)
+            if (y := repeated(self._prepacked, *weight, *operands, residual, skip, scale)) is not None:
+                return y
         width = (input.shape[-1] if input.dim() else 0) + (0 if skip is None else skip.shape[-1])
         self._check_width(width, "features")
         values, bias, x, skip, scale = self._operands(self.bias, input, skip, scale)

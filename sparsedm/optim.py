@@ -207,7 +207,10 @@ class MaskedAdamW(torch.optim.AdamW):
             raise
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """That of a MaskedAdamW or of a torch.optim.AdamW, fused or not."""
+        """Load the state of a MaskedAdamW or of a torch.optim.AdamW, fused or not.
+
+        Raises: InputError if it was made with amsgrad or maximize.
+        """
         for group in state_dict["param_groups"]:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):

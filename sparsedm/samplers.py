@@ -198,6 +198,7 @@ def integrate(model, schedule, x, times, sampler, noise=None, bar=None, clip="ne
     model: `model(x, t)`, `model(x, t, y)` if there are labels y (B,), or a list of models, one per time.
     noise: () -> new ε, shaped like x. clip: see `sample`. graphs: a cuda_graph.Graphs that replays every step, or None.
     A step computes in fp32 at least; between steps x has its own dtype.
+    Raises: InputError if the number of models is not the number of times.
     """
     models = list(model) if isinstance(model, list | tuple) else [model] * len(times)
     if len(models) != len(times):
@@ -343,8 +344,8 @@ def guided(model, y, guidance=None, null_label=None, config=None):
     """A `model(x, t)` for labels or texts y (B, ...): ε̂ = (1 + w) ε̂(x, t, y) - w ε̂(x, t, null), w = guidance.
 
     Classifier-free guidance (arXiv 2207.12598, eq. 6), both calls in one batch. guidance None or 0: the conditional
-    network. y None: the unconditional network. config: None: the model's. Output channels beyond those of x hold the
-    variance. Guidance does not touch them: they are taken from the call with the label.
+    network. y None: the unconditional network. config: None: the model's. If the network has more output channels
+    than x, these hold the variance. Guidance leaves them as the call with the label gives them.
     Raises InputError if guidance has no labels or no null label.
     """
     if not guidance:

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import signal
 import sys
 
 import torch
@@ -46,6 +47,16 @@ def _one_fault_is_one_failure(request):
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def python_signals():
+    """Python's own handlers, which a process started in the background of a shell does not have for SIGINT."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, handler) for signum, handler in own.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture

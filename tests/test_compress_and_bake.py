@@ -138,7 +138,7 @@ def test_what_cannot_be_decompressed_is_refused(call, message):
 
 
 def test_weights_that_are_swapped_unseen_are_seen_at_the_next_turn():
-    """`weight.data` writes, as of diffusers' EMAModel.copy_to or merged LoRA, do not move torch's counter."""
+    """Writes to `weight.data`, as by diffusers' EMAModel.copy_to or merged LoRA, do not move torch's counter."""
     model, x = sparsify(nn.Sequential(nn.Linear(16, 8)), "2:4"), torch.randn(3, 16)
     model(x)
     model[0].weight.data.copy_(torch.randn(8, 16))

@@ -169,17 +169,22 @@ def test_the_librarys_own_checkpoint_of_a_masked_model_is_a_usual_one(tmp_path):
     assert torch.equal(forward(again.eval(), inputs), forward(model, inputs))
 
 
-def test_a_masked_model_trains_in_the_librarys_own_way():
-    model, inputs = built("DiTTransformer2DModel")
-    sparsify(model, "2:4").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(5):
+def losses_of_training(model, inputs, parameters, steps):
+    """The loss in each step of an optimizer of torch."""
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = (model(**inputs).sample - 1).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    return losses
+
+
+def test_a_masked_model_trains_in_the_librarys_own_way():
+    model, inputs = built("DiTTransformer2DModel")
+    sparsify(model, "2:4").train()
+    losses = losses_of_training(model, inputs, model.parameters(), steps=5)
     assert losses[-1] < losses[0]
     assert all(row.holds for row in inspect(model.eval(), inputs).rows)
 
@@ -210,13 +215,7 @@ def test_lora_is_trained_on_a_masked_model_then_merged_and_compressed():
     wrapped = peft.get_peft_model(sparsify(model, "2:4"), config).train()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     frozen = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = (wrapped(**inputs).sample - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(wrapped, inputs, trained, steps=8)
     assert losses[-1] < losses[0]
     assert all(torch.equal(wrapped.get_parameter(name), value) for name, value in frozen.items())
     to_q = "transformer_blocks.0.attn1.to_q"

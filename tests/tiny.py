@@ -1,7 +1,5 @@
 """What tests share: networks and a data set small enough to train in milliseconds."""
 
-import contextlib
-import signal
 from dataclasses import dataclass
 
 import torch
@@ -79,15 +77,3 @@ def tiny_images(count=40, seed=0, labels=True):
 def same_state(a, b):
     """True if two state dicts hold the same names and bits."""
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
-
-
-@contextlib.contextmanager
-def python_signals():
-    """Python's own handlers, which a process started in the background of a shell does not have for SIGINT."""
-    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {signum: signal.signal(signum, handler) for signum, handler in own.items()}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -1,12 +1,10 @@
 """`python -m bench.experiments NAME`: see `runner.py`."""
 
-import argparse
 import logging
 import sys
 
-from bench import program
+from bench import command_line, program
 from bench.experiments import runner
-from sparsedm.cli import Parser
 from sparsedm.commands.options import add_seed_and_device
 
 
@@ -14,8 +12,7 @@ from sparsedm.commands.options import add_seed_and_device
 def main(arguments=None):
     """Returns the exit code: 0 done, 2 bad input, 3 when --minutes were over, 128 + signal when it was interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    text = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m bench.experiments", description=runner.__doc__, formatter_class=text)
+    parser = command_line("bench.experiments", runner.__doc__)
     runner.add_arguments(parser)
     add_seed_and_device(parser)
     runner.experiment(parser.parse_args(arguments))

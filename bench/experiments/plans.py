@@ -128,7 +128,7 @@ def _progress(scale):
 
 
 def _ablate(scale):
-    """One setting at a time changed from those of `DEFAULT`, which stands for the middle of every group."""
+    """Each run changes one setting of `DEFAULT`, which is the middle of every group."""
     rungs = [stage.pattern for stage in method_stages("chain", scale.steps, "2:4", scale.ladder)[:-1]]
     lengths = sorted({len(rungs) // 2, len(rungs)} - {0})
     chains = {n: _stages("chain", scale, ladder=tuple(rungs[len(rungs) - n :])) for n in lengths}
@@ -162,9 +162,3 @@ def known(kind, name):
     if name not in rows:
         raise InputError(f"unknown {kind} {name!r}: one of {', '.join(rows)}")
     return rows[name]
-
-
-def planned(name, scale):
-    """(Experiment, recipes.Scale, [Run]). Raises: InputError for an unknown name or scale."""
-    experiment, scale = known("experiment", name), known("scale", scale)
-    return experiment, scale, experiment.runs(scale)

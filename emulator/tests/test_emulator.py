@@ -201,7 +201,7 @@ def test_program_of_one_entry():
     program = Program(HEAD + TAIL)
     assert program.name == "k"
     assert program.threads == 32
-    assert program.parameters == [("k_param_0", "value"), ("k_param_1", "map")]
+    assert program.parameters == [("k_param_0", "u64"), ("k_param_1", "map")]
 
 
 def test_swizzle_moves_sixteen_byte_chunks_by_the_row():

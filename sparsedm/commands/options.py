@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import functools
+import math
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from sparsedm.train.published import Published, published
 
 MOST = 2**31 - 1  # of anything that is counted
 LARGEST = torch.finfo(torch.float32).max  # of a number that networks compute with
+RESERVE = 40  # seconds of --minutes for the work after the deadline: a checkpoint, a record, the report
 
 
 def add_model_arguments(parser, note=""):
@@ -112,6 +115,18 @@ def device(text):
     return found
 
 
+def deadline_of(minutes):
+    """The value of time.monotonic() at which to stop, RESERVE seconds before `minutes` are over; None: never.
+
+    Raises: InputError for too few minutes.
+    """
+    if minutes is None:
+        return math.inf
+    if 60 * minutes <= RESERVE:
+        raise InputError(f"--minutes {minutes:g}: more than {RESERVE} seconds are needed to stop cleanly")
+    return time.monotonic() + 60 * minutes - RESERVE
+
+
 def picture_name(path):
     """`path` as a Path. Raises InputError if it is no name of a picture: before hours of sampling, not after."""
     if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -125,7 +140,10 @@ def dense_part(run):
 
 
 def load_named(options, path=None, which="ema"):
-    """Load the model file or run folder of the command line. --model and --set describe a foreign file."""
+    """Load the model file or run folder of the command line. --model and --set describe a foreign file.
+
+    Raises: InputError if the file describes another model itself, or as `load_model`.
+    """
     path = Path(path or options.run)
     named = options.model or options.set
     config = model_config(options.model or "uvit-tiny", **parse_overrides(options.set)) if named else None

@@ -128,7 +128,10 @@ class Source(NamedTuple):
 
 
 def source_of(options):
-    """The Source of the command line: a run or model file, or with --strategy a family and its strategy."""
+    """The Source of the command line: a run or model file, or with --strategy a family and its strategy.
+
+    Raises: InputError for options that exclude each other, or as what loads the files.
+    """
     if options.other_weights and options.strategy is None:
         raise InputError("--other-weights goes with --strategy")
     if options.strategy is None:

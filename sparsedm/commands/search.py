@@ -4,7 +4,6 @@ It writes family/ (if it trains), strategies/*.json, report.md, report.json, pic
 `stepaware/study.py` into its folder. To resume, run the same command again; with --minutes it stops in time.
 """
 
-import math
 import os
 import time
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sparsedm import samplers
-from sparsedm.commands.options import add_seed_and_device, count, finite, positive, sampling_steps
+from sparsedm.commands.options import add_seed_and_device, count, deadline_of, finite, positive, sampling_steps
 from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
@@ -28,7 +27,6 @@ from sparsedm.train.data import check_source
 from sparsedm.train.stages import distilled
 
 EXAMPLES = ("--scale smoke", "--scale smoke --family widths", "runs/quickstart", "--scale lite --family both --dry-run")
-RESERVE = 40  # seconds of --minutes for the work after the deadline: a checkpoint, or a strategy and the report
 
 
 def add_arguments(sub):
@@ -79,7 +77,7 @@ def add_arguments(sub):
 def run(options):
     started, scale = time.perf_counter(), SEARCHES[options.scale][options.family]
     scale = replace(scale, stages=distilled(scale.stages, options.distill))
-    plan = _plan(options, scale, _deadline(options.minutes))
+    plan = _plan(options, scale, deadline_of(options.minutes))
     check_source(plan.data)
     check_writable(plan.folder / "report.json")
     if not options.run:
@@ -113,14 +111,6 @@ def _left(options, scale):
 
 def _names(text):
     return tuple(name.strip() for name in text.split(","))
-
-
-def _deadline(minutes):
-    if minutes is None:
-        return math.inf
-    if 60 * minutes <= RESERVE:
-        raise InputError(f"--minutes {minutes:g}: more than {RESERVE} seconds are needed to stop cleanly")
-    return time.monotonic() + 60 * minutes - RESERVE
 
 
 def _plan(options, scale, deadline):

@@ -15,6 +15,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from torch import _C
+from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 
@@ -57,14 +59,21 @@ BACKENDS = ("torch", "dense", "cpu", "mma", "splitk", "wgmma")
 
 
 def setting(name, choices, default=None):
+    """The value of an environment variable. Raises: InputError if it is neither `default` nor one of `choices`."""
     value = os.environ.get(name) or default
     if value not in (*choices, default):
         raise InputError(f"{name}={value!r} is unknown: it must be one of {', '.join(choices)}")
     return value
 
 
+# what `os.environ` wraps: `os.environ.get` takes longer than a small product, 5 us on a slow CPU
+_environment = getattr(os.environ, "_data", None) if os.supports_bytes_environ else None
+
+
 def forced_backend():
     """The backend that SPARSEDM_BACKEND forces, or None. Raises InputError if it is not one of BACKENDS."""
+    if not torch.compiler.is_compiling() and _environment is not None and b"SPARSEDM_BACKEND" not in _environment:
+        return None
     return setting("SPARSEDM_BACKEND", BACKENDS)
 
 
@@ -72,6 +81,7 @@ def uses_triton(*tensors):
     """Whether an operation on these tensors runs as a Triton kernel: all on one NVIDIA GPU, sm_80 or later.
 
     False if the kernel of `select_mask` failed to run here: every masked product begins with it.
+    Raises: InputError if the tensors are on several devices.
     """
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
@@ -168,22 +178,29 @@ def autocast_dtype(device):
     return torch.get_autocast_dtype(device.type)
 
 
-def direct(operator, *tensors):
-    """The function of an operator of `torch.library.custom_op`, if it may be called in place of the operator.
-
-    That saves 0.1 ms on a slow CPU. It may for plain tensors on a CPU, if nothing traces, counts, transforms or
-    differentiates the call. Otherwise the operator is returned.
-    """
+def plain(*tensors):
+    """Whether C may read these tensors, or None, where they lie: on a CPU, and nothing traces, counts, transforms or
+    differentiates the call."""
     if torch.compiler.is_compiling():  # alone, because dynamo cannot trace the others
-        return operator
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch.jit.is_tracing()
-    if watched or torch._C._are_functorch_transforms_active():
-        return operator
+        return False
+    watched = _C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or _C._get_tracing_state()
+    if watched or _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
     graded = torch.is_grad_enabled()
     for t in tensors:
-        if t is not None and (type(t) is not torch.Tensor or t.device.type != "cpu" or (graded and t.requires_grad)):
-            return operator
-    return getattr(operator, "_init_fn", operator)
+        if t is not None and (
+            type(t) is not torch.Tensor or not t.is_cpu or (graded and t.requires_grad) or t.is_neg()
+        ):
+            return False
+    return True
+
+
+def direct(operator, *tensors):
+    """The function of an operator of `torch.library.custom_op` if `plain` lets it be called, else the operator.
+
+    That saves 0.1 ms on a slow CPU.
+    """
+    return getattr(operator, "_init_fn", operator) if plain(*tensors) else operator
 
 
 def exporting():

@@ -2,7 +2,7 @@
 
     latent = (z - mean) * scale,   z ~ N(μ(image), σ(image)²)
 
-mean and scale are those of the folder's configuration: 0 and 0.18215 for the autoencoder of Stable Diffusion (arXiv
+The folder's configuration gives mean and scale: 0 and 0.18215 for the autoencoder of Stable Diffusion (arXiv
 2112.10752, appendix D.1), on whose latents U-ViT and DiT were trained. U-ViT's text-conditional networks have the scale
 0.2301 instead. The moments are the mean of the latent and, behind it, the logarithm of its variance.
 """
@@ -69,7 +69,7 @@ class Autoencoder:
 def load_autoencoder(folder, device="cpu", scale=None):
     """The Autoencoder in a folder that diffusers wrote: an AutoencoderKL's own, or a pipeline's with one in `vae`.
 
-    scale: of the latents; None: that of the folder.
+    scale: of the latents; None: the folder's.
     Nothing is downloaded, and no code of the folder runs: the weights must be safetensors.
     Raises: InputError where diffusers is not installed, or the folder holds something else, or not all weights.
     """

@@ -21,11 +21,11 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import check_schedule, check_shapes, embed_labels, example_inputs
+from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs
 
 
 @dataclass(frozen=True)
-class DDPMConfig:
+class DDPMConfig(Labelled):
     """The shape of a DDPM U-Net; the defaults are the paper's CIFAR-10 model.
 
     Level i has resolution image_size / 2**i, width * multipliers[i] channels, `blocks` residual blocks on the way down
@@ -49,11 +49,7 @@ class DDPMConfig:
     ddsm: int = 0
 
     def __post_init__(self):
-        check_schedule("DDPM", self)
-        for name in ("image_size", "channels", "width", "blocks", "groups", "num_classes"):
-            least = 0 if name == "num_classes" else 1
-            if getattr(self, name) < least:
-                raise InputError(f"DDPM {name}={getattr(self, name)}: must be at least {least}")
+        check_config("DDPM", self, ("image_size", "channels", "width", "blocks", "groups"), ("num_classes",))
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"DDPM multipliers={self.multipliers}: must be one or more numbers, each at least 1")
         if self.image_size % 2 ** (len(self.multipliers) - 1):
@@ -70,10 +66,6 @@ class DDPMConfig:
     @property
     def resolutions(self):
         return tuple(self.image_size >> i for i in range(len(self.multipliers)))
-
-    @property
-    def label_rows(self):
-        return self.num_classes + self.null_label if self.num_classes else 0
 
 
 PRESETS = {

@@ -291,7 +291,10 @@ def from_diffusers(state, config):
 
 
 def rename_state(state, names, computed=None):
-    """A state dict with parts of names renamed by `names`, each q, k, v joined to qkv, and `computed` added."""
+    """A state dict with parts of names renamed by `names`, each q, k, v joined to qkv, and `computed` added.
+
+    Raises: InputError if q, k or v is missing, or two tensors of one new name differ.
+    """
     split = dict(computed or {})
     for key, value in state.items():
         name = _rename(key, names)

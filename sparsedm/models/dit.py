@@ -21,14 +21,14 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Linear
-from sparsedm.models.inputs import check_schedule, check_shapes, embed_labels, example_inputs
+from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs
 from sparsedm.models.uvit import PatchEmbed, timestep_embedding
 
 _TIME_FREQUENCIES = 256
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Labelled):
     """The shape of a DiT; the defaults are the paper's XL/2 for 256x256 images as latents of 32x32x4.
 
     image_size and patch_size are in pixels of the input. num_classes counts the real classes, 0 = unconditional. With
@@ -51,19 +51,12 @@ class DiTConfig:
     schedule: str = "ddpm"
 
     def __post_init__(self):
-        check_schedule("DiT", self)
-        for name in ("image_size", "channels", "patch_size", "dim", "depth", "heads", "mlp_ratio", "num_classes"):
-            least = 0 if name == "num_classes" else 1
-            if getattr(self, name) < least:
-                raise InputError(f"DiT {name}={getattr(self, name)}: must be at least {least}")
+        sizes = ("image_size", "channels", "patch_size", "dim", "depth", "heads", "mlp_ratio")
+        check_config("DiT", self, sizes, ("num_classes",))
         if self.image_size % self.patch_size:
             raise InputError(f"DiT image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
         if self.dim % self.heads or self.dim % 4:
             raise InputError(f"DiT dim={self.dim}: must be a multiple of 4 and of heads={self.heads}")
-
-    @property
-    def label_rows(self):
-        return self.num_classes + self.null_label if self.num_classes else 0
 
     @property
     def out_channels(self):

@@ -8,10 +8,24 @@ from sparsedm.diffusion import SCHEDULES
 from sparsedm.errors import InputError
 
 
-def check_schedule(kind, config):
-    """Raise InputError unless the configuration names a noise schedule."""
+def check_config(kind, config, positive, others):
+    """Raise InputError unless a configuration names a noise schedule, its fields `positive` are at least 1, and its
+    fields `others` at least 0."""
     if config.schedule not in SCHEDULES:
         raise InputError(f"{kind} schedule={config.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+    for name in positive + others:
+        least = 1 if name in positive else 0
+        if getattr(config, name) < least:
+            raise InputError(f"{kind} {name}={getattr(config, name)}: must be at least {least}")
+
+
+class Labelled:
+    """A configuration with num_classes and null_label."""
+
+    @property
+    def label_rows(self):
+        """The rows of the label table; 0 = no table."""
+        return self.num_classes + self.null_label if self.num_classes else 0
 
 
 def check_shapes(kind, config, x, t, y, **others):

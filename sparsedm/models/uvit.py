@@ -19,11 +19,11 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import check_schedule, check_shapes, embed_labels, example_inputs, ramp
+from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs, ramp
 
 
 @dataclass(frozen=True)
-class UViTConfig:
+class UViTConfig(Labelled):
     """The shape of a U-ViT; the defaults are the paper's S/2.
 
     image_size and patch_size are in pixels of the input, an image or a latent. depth counts the in and out blocks
@@ -55,22 +55,14 @@ class UViTConfig:
     schedule: str = "vp-sde"
 
     def __post_init__(self):
-        check_schedule("U-ViT", self)
         sizes = ("image_size", "channels", "patch_size", "dim", "heads", "mlp_ratio", "context_dim")
-        for name in sizes + ("depth", "num_classes", "context_tokens"):
-            least = 1 if name in sizes else 0
-            if getattr(self, name) < least:
-                raise InputError(f"U-ViT {name}={getattr(self, name)}: must be at least {least}")
+        check_config("U-ViT", self, sizes, ("depth", "num_classes", "context_tokens"))
         if self.image_size % self.patch_size:
             raise InputError(f"U-ViT image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
         if self.dim % self.heads or self.dim % 2:
             raise InputError(f"U-ViT dim={self.dim}: must be even and a multiple of heads={self.heads}")
         if self.depth % 2:
             raise InputError(f"U-ViT depth={self.depth}: must be even, as every in block has its out block")
-
-    @property
-    def label_rows(self):
-        return self.num_classes + self.null_label if self.num_classes else 0
 
     @property
     def extra_tokens(self):

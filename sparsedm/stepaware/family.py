@@ -87,7 +87,7 @@ def family(name, networks, *, unit="MACs", batch=64):
     """The Family of {name: network}. unit: "MACs", or "seconds", measured here for `batch` images at a time.
 
     For seconds, networks with a pattern are compressed. On a GPU all are timed in bf16, like `sparsedm sample
-    --compress`: the 2:4 kernels have no fp32.
+    --compress`: the 2:4 kernels have no fp32. Raises: InputError for another unit, or as `Family`.
     """
     if unit not in UNITS:
         raise InputError(f"unknown unit {unit!r}: one of {', '.join(UNITS)}")
@@ -149,7 +149,7 @@ def widths(model):
     return {f"{k}/8": model.export(k) for k in reversed(model.config.eighths)}
 
 
-def seconds_per_image(networks, batch=64, rounds=7):
+def seconds_per_image(networks, batch):
     """The median time of one call of each network on `batch` images, divided by `batch`. The networks take turns."""
 
     def call(network, inputs):
@@ -158,7 +158,7 @@ def seconds_per_image(networks, batch=64, rounds=7):
 
     inputs = [network.example_inputs(batch) for network in networks]
     calls = [functools.partial(call, *pair) for pair in zip(networks, inputs)]
-    return [seconds / batch for seconds in interleaved_seconds(calls, inputs[0][0].device, rounds)]
+    return [seconds / batch for seconds in interleaved_seconds(calls, inputs[0][0].device, rounds=7)]
 
 
 def interleaved_seconds(calls, device, rounds):
@@ -289,7 +289,7 @@ def sample(family, strategy, count, *, other_weights=False, **settings):
 # ---- a cheap proxy for quality
 
 
-def loss_table(family, x0, sampler, steps, *, y=None, seed=0, batch_size=256, progress=False):
+def loss_table(family, x0, sampler, steps, *, y=None, seed=0, progress=False):
     """(networks, steps) float64: the validation loss of each network at the noise level of each step, measured once.
 
     x0 (n, C, H, W) held-out images in [-1, 1]; y (n,) or None. All networks see the same noise. A strategy's proxy is
@@ -297,9 +297,7 @@ def loss_table(family, x0, sampler, steps, *, y=None, seed=0, batch_size=256, pr
     """
     times = samplers.time_grid(family.schedule, steps, samplers.SAMPLERS[sampler][1])
     rows = [
-        validation_loss(
-            network, x0, family.schedule, y=y, times=times, seed=seed, batch_size=batch_size, progress=progress
-        )
+        validation_loss(network, x0, family.schedule, y=y, times=times, seed=seed, progress=progress)
         for network in family.networks
     ]
     return torch.stack(rows)

@@ -178,7 +178,10 @@ def check_installed():
 
 
 def first_generation(networks, steps, options, start=()):
-    """int (population, steps): the uniform strategies, those of `start`, and random ones, all different."""
+    """int (population, steps): the uniform strategies, the strategies of `start`, and random ones, all different.
+
+    Raises: InputError if there is nothing to choose, or no population of this size.
+    """
     if networks < 2 or steps < 2:
         raise InputError(f"with {networks} network and {steps} steps there is nothing to search: 2 of each are needed")
     given = dict.fromkeys([(index,) * steps for index in range(networks)] + [tuple(s) for s in start])

@@ -2,8 +2,8 @@
 
 .npz: images under one of the names images, x, arr_0; optional labels under labels, y or arr_1. Latents may be stored as
 `moments` (n, 2 c, h, w) instead of images: c means, then c logarithms of variances. Text-conditional networks need
-`context` (n, tokens, width), the encoded text of each image; the optional `null_context` (tokens, width) is that of the
-empty text.
+`context` (n, tokens, width), the encoded text of each image. The optional `null_context` (tokens, width) is the
+encoded empty text.
 CIFAR-10: python batches or binary batches, in a folder or a tar.gz. Binary batch: records of 3073 bytes, the label and
 then 3 x 32 x 32 pixels, plane by plane. Python batch: a pickled dict with `data` (uint8, n x 3072, the same pixels) and
 `labels`. A pickle can run any code, so the unpickler here knows no classes, only stand-ins for the few classes in a

@@ -50,7 +50,7 @@ class ImageSet:
     source: the argument of `load`; sizes: the original sizes of image files, see `image_files.Parts`.
 
     context: floating point (n, tokens, width), the encoded text of each image, or None; null_context: (tokens, width),
-    that of the empty text. moments: whether `images` holds means and, in the second half of the channels, logarithms of
+    the encoded empty text. moments: whether `images` holds means and, in the second half of the channels, logarithms of
     variances, from which every batch draws its latents."""
 
     images: torch.Tensor

@@ -142,7 +142,7 @@ class TrainResult:
 class RunState:
     """The progress of a run, stored in state.json.
 
-    updates: optimizer updates in total, including those of an earlier stage whose optimizer is continued.
+    updates: optimizer updates in total. They include the updates of an earlier stage whose optimizer is continued.
     """
 
     step: int = 0

@@ -12,9 +12,9 @@ from sparsedm.models import MODELS
 
 class Published(NamedTuple):
     """training: options of `TrainOptions` that differ from its defaults, and steps, the length of the original's run.
-    steps: of the sampler, which for all of these is the number of network evaluations. crop: see `data.load`.
-    latent_scale: None: that of the autoencoder. guidance: see `samplers.guided`. Where U-ViT's code has DPM-Solver
-    (singlestep, up to order 3), here stands dpm++2m with as many evaluations."""
+    steps: steps of the sampler; each is one evaluation of the network. crop: see `data.load`. latent_scale: None: the
+    autoencoder's. guidance: see `samplers.guided`. Where U-ViT's code has DPM-Solver (singlestep, up to order 3), these
+    rows have dpm++2m with as many evaluations."""
 
     training: dict
     steps_trained: int

@@ -84,7 +84,10 @@ def parse_chain(text, steps, split=None, **settings):
 
 
 def distilled(stages, weight):
-    """The stages, changed if `weight` is not None: in dense stages a slimmable network learns from its full width."""
+    """The stages, changed if `weight` is not None: in dense stages a slimmable network learns from its full width.
+
+    Raises: InputError if no stage is dense.
+    """
     if weight is None:
         return stages
     if not any(stage.pattern == "dense" for stage in stages):
@@ -93,7 +96,10 @@ def distilled(stages, weight):
 
 
 def divide(steps, shares, stages):
-    """Divide `steps` among `stages` stages in proportion to `shares`: whole numbers of at least 1, with sum `steps`."""
+    """Divide `steps` among `stages` stages in proportion to `shares`: whole numbers of at least 1, with sum `steps`.
+
+    Raises: InputError if the shares are not positive and finite, one per stage, or the steps are too few.
+    """
     if len(shares) != stages or not all(0 < share < float("inf") for share in shares):
         raise InputError(f"split {shares} must be {stages} positive numbers, one per stage")
     total = sum(shares)

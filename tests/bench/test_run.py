@@ -77,10 +77,11 @@ def test_a_crash_is_recorded_and_passed_over_by_resume(tmp_path, monkeypatch):
     assert states == {"square 128": "ok", "square 256": "failed", "square 512": "ok", "square 1024": "ok"}
 
 
-def test_who_crashed_has_failed_and_resume_measures_the_others(tmp_path, monkeypatch):
-    def crashes(self, problem, prepared):
-        raise SystemExit("as if the process had been killed")
+def crashes(*arguments):
+    raise SystemExit("as if the process had been killed")
 
+
+def test_who_crashed_has_failed_and_resume_measures_the_others(tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(providers.TopK, "bind", crashes)
         with pytest.raises(SystemExit):
@@ -143,9 +144,6 @@ def test_who_is_ended_from_outside_has_not_failed(tmp_path, monkeypatch):
 
 
 def test_who_ends_the_process_twice_is_left_out_of_the_rest(tmp_path, monkeypatch):
-    def crashes(self, problem, prepared):
-        raise SystemExit("as if the process had been killed")
-
     with monkeypatch.context() as broken:
         broken.setattr(providers.TopK, "bind", crashes)
         for _ in range(2):
@@ -202,9 +200,6 @@ def test_providers_that_there_is_no_time_for_are_left_for_the_next_time(tmp_path
 
 
 def test_a_crash_while_sampling_costs_only_the_samples(tmp_path, monkeypatch):
-    def crashes(*arguments):
-        raise SystemExit("as if the process had been killed")
-
     with monkeypatch.context() as broken:
         broken.setattr(run, "sampling_rows", crashes)
         with pytest.raises(SystemExit):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sparsedm.cli import main
-from sparsedm.commands import search, train
+from sparsedm.commands import options as command_options
+from sparsedm.commands import train
 from sparsedm.models import model_config
 from sparsedm.recipes import SEARCHES
 from sparsedm.stepaware import study
@@ -94,11 +95,11 @@ def test_a_search_that_is_cut_again_and_again_is_that_of_one_piece(tiny_scale, t
     """The clock goes on by a second whenever it is looked at, so that every place where time can be up is one."""
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
-    for module in (search, study, loop):
+    for module in (command_options, study, loop):
         monkeypatch.setattr(module, "time", clock)
     command = ["search", "--out", str(tmp_path / "cut"), "--workers", "1", "--minutes"]
     said = []
-    while (code := main([*command, f"{(search.RESERVE + 4) / 60}"])) and len(said) < 20:
+    while (code := main([*command, f"{(command_options.RESERVE + 4) / 60}"])) and len(said) < 20:
         assert code == 3
         said.append(capsys.readouterr().err)
     assert code == 0

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from sparsedm.kernels.attention import self_attention
 from sparsedm.kernels.cpu import library, products, rules
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import GROUPS, Pattern, group_view, memory_format, select_mask_ref, ungroup
+from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
@@ -375,6 +377,147 @@ def test_attention_of_a_model_in_inference_and_in_training(monkeypatch):
     assert not called
 
 
+# ---- the same call once more -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The requests that reach the dispatcher."""
+    requests, real = [], dispatch.serve
+    monkeypatch.setattr(dispatch, "serve", lambda request, *rest: requests.append(request) or real(request, *rest))
+    return requests
+
+
+def small_layer(text="1:4", N=128, K=96, activation=None):
+    return compress(torch.nn.Sequential(Linear(K, N, pattern=text, activation=activation)))[0]
+
+
+def check_layer(layer, x, exact=None, **options):
+    y = layer(x, **options)
+    exact = F.linear(x, layer.dense_weight(), layer.bias) if exact is None else exact
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["1:4", "7:8"])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_repeated_call_is_not_decided_again_and_sees_every_change(text, rows, asked):
+    layer, x = small_layer(text), torch.randn(rows, 96)
+    for count in (1, 1):
+        check_layer(layer, x)
+        assert len(asked) == count
+    other = small_layer(text)
+    layer.bias.add_(1)
+    check_layer(layer, x)
+    layer.bias.data = other.bias.clone()
+    check_layer(layer, x)
+    assert len(asked) == 1, "the bias is read at every call"
+    layer.values.mul_(2)
+    check_layer(layer, x)
+    layer.load_state_dict(other.state_dict())
+    check_layer(layer, x)
+    layer.values.data = layer.values * 3
+    check_layer(layer, x)
+    layer.values = layer.values / 5
+    check_layer(layer, x)
+    check_layer(layer, torch.randn(rows + 1, 96))
+    check_layer(layer, torch.randn(1, rows, 96))
+    check_layer(copy.deepcopy(layer), x)
+    assert len(asked) == 8
+    with torch.inference_mode():
+        check_layer(small_layer(text), x.clone())
+    layer.bias = torch.zeros(5)
+    with pytest.raises(InputError, match="bias"):
+        layer(x)
+    for wrong in (torch.randn(rows, 97), torch.randn(rows, 96).double()):
+        with pytest.raises(InputError):
+            layer(wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["1:4", "7:8"])
+def test_a_repeated_call_with_every_epilogue(text, asked):
+    layer, x, skip = small_layer(text, activation="gelu"), torch.randn(4, 75, 64), torch.randn(4, 75, 32)
+    for scale in (None, torch.randn(128), torch.randn(4, 128)):
+        for residual in (None, torch.randn(4, 75, 128)):
+            y = F.gelu(F.linear(torch.cat((x, skip), -1), layer.dense_weight(), layer.bias))
+            y = y if scale is None else y * (scale if scale.dim() == 1 else scale[:, None])
+            y = y if residual is None else y + residual
+            for _ in range(2):
+                check_layer(layer, x, y, residual=residual, skip=skip, scale=scale)
+    assert len(asked) == 6
+
+
+ODD = {
+    "rows apart": lambda x: torch.randn(300, 200)[:, :96].copy_(x),
+    "columns apart": lambda x: x.t().contiguous().t(),
+    "repeated by stride 0": lambda x: x[:1].expand(300, 96),
+    "negated lazily": torch._neg_view,
+    "a view from the middle": lambda x: torch.cat((x[:1, :1].flatten(), x.flatten()))[1:].view(300, 96),
+    "a parameter": torch.nn.Parameter,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("odd", ODD)
+def test_inputs_of_every_kind_after_a_plain_one(odd):
+    layer, x = small_layer("1:4"), torch.randn(300, 96)
+    layer(x)
+    check_layer(layer, ODD[odd](x))
+
+
+def test_calls_that_torch_watches_do_not_reach_the_kernel(monkeypatch):
+    layer, x = small_layer("1:4"), torch.randn(300, 96)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(products, "_Linear", None)  # any launch fails
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        monkeypatch.setenv("SPARSEDM_BACKEND", "rubbish")
+        with pytest.raises(InputError, match="rubbish"):
+            layer(x)
+    monkeypatch.undo()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="Batching rule"):
+            torch.func.vmap(layer)(torch.randn(3, 300, 96))
+        called = torch.func.functional_call(layer, {"values": layer.values * 2, "bias": layer.bias * 2}, (x,))
+        torch.testing.assert_close(called, 2 * expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x), expected)
+    with torch.device("meta"):
+        assert layer.to("meta")(torch.empty(300, 96)).is_meta
+
+
+@torch.no_grad()
+def test_another_default_dtype_and_many_threads(monkeypatch):
+    layers, inputs = [small_layer(text) for text in ("1:4", "7:8")], [torch.randn(60, 96) for _ in range(10)]
+    expected = [[layer(x) for x in inputs] for layer in layers]
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        check_layer(layers[0], inputs[0], expected[0][0])
+        masked = Linear(96, 128, pattern="1:4", dtype=torch.float32)
+        y = masked(inputs[0].repeat(10, 1))
+        torch.testing.assert_close(y, F.linear(inputs[0].repeat(10, 1), masked.effective_weight(), masked.bias))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wrong = []
+
+    def work(i):
+        for _ in range(50):
+            for layer, exact in zip(layers, expected):
+                if not torch.equal(layer(inputs[i]), exact[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 # ---- masked training, and the dense layers of a compressed model -----------------------------------------------------
 
 
@@ -675,6 +818,16 @@ def test_a_cached_file_that_is_not_ours_or_not_whole_is_made_anew(compiler, buil
     assert library.library() is not None
     assert compiler.calls() > calls
     assert path.read_bytes() == data
+
+
+def test_a_pipe_in_the_place_of_the_library_is_not_read(compiler, built, tmp_path):
+    compiler(f"cp {built} $2")
+    assert library.library() is not None
+    (path,) = (tmp_path / "cache").rglob("*.so")
+    path.unlink()
+    os.mkfifo(path)
+    library._loaded.cache_clear()
+    assert library.library() is not None
 
 
 def test_a_cache_that_cannot_be_written_costs_one_line_of_log(compiler, built, tmp_path, caplog):

@@ -1,9 +1,10 @@
-"""U-ViT, DiT and DDPM a second time: plain torch on a dictionary of weights, straight from the papers."""
+"""U-ViT, DiT and DDPM a second time, in plain torch on a dictionary of weights, from the papers; what papers count."""
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def linear(w, name, x):
@@ -169,3 +170,14 @@ def ddpm(w, config, x, t, y=None):
         if i < levels - 1:
             h = conv(w, f"up.{i}.upsample.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
     return conv(w, "conv_out", silu(group_norm(w, "norm_out", h, config.groups)), padding=1)
+
+
+def biases_and_normalised_values(network):
+    """What papers count in one forward besides products: each bias as one, each normalised value as two."""
+    counts = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
+            each = 2 if isinstance(module, nn.GroupNorm) else 1
+            module.register_forward_hook(lambda _m, _i, output, each=each: counts.append(each * output.numel()))
+    network(*network.example_inputs())
+    return sum(counts)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsedm.models import build_model
 from sparsedm.models.ddpm import PRESETS
 from sparsedm.sparsity import masks, sparsify
+from tests.models import references
 
 # ---- published sizes -------------------------------------------------------------------------------------------------
 
@@ -21,18 +22,8 @@ def test_parameters_and_macs(name, parameters, macs, quoted):
     """The quoted 6.07 G counts besides the products of the layers each bias as one and each normalised value as two."""
     model = build_model(name, device="meta").eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
-
-    extra = 0
-
-    def count(module, _inputs, output):
-        nonlocal extra
-        extra += output.numel() * (2 if isinstance(module, nn.GroupNorm) else 1)
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
-            module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter:
-        model(*model.example_inputs())
+        extra = references.biases_and_normalised_values(model)
     flops = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     attention = sum(count for operation, count in flops.items() if "bmm" in operation or "attention" in operation)
     assert (sum(flops.values()) - attention) // 2 == macs

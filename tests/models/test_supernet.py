@@ -17,7 +17,7 @@ from sparsedm.train.chain import Start, run_chain
 from sparsedm.train.data import ImageSet
 from sparsedm.train.loop import Interrupted, TrainOptions
 from sparsedm.train.stages import Stage
-from tests.tiny import python_signals, same_state
+from tests.tiny import same_state
 from tests.tolerance import assert_as_good_as_torch
 
 NET = {"image_size": 8, "width": 32, "multipliers": (1, 1), "attention": (), "groups": 4, "dropout": 0.1}
@@ -85,7 +85,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     model.register_forward_hook(stop)
-    with python_signals(), pytest.raises(Interrupted):
+    with pytest.raises(Interrupted):
         train(model, tmp_path / "stopped", distill=0.5)
     resumed = train(supernet(), tmp_path / "stopped", distill=0.5)
     assert same_state(resumed.model.state_dict(), whole.model.state_dict())

@@ -20,8 +20,9 @@ from sparsedm.train.chain import Start, check_batch, check_stages, plan, run_cha
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
 from sparsedm.train.stages import Stage, divide, parse_chain
-from tests.tiny import OPTIONS, Tiny, python_signals, same_state, tiny, tiny_images
+from tests.tiny import OPTIONS, Tiny, same_state, tiny, tiny_images
 
+pytestmark = pytest.mark.usefixtures("python_signals")
 IMAGES, SCHEDULE = tiny_images(), VPSDE()
 STAGES = parse_chain("dense,3:4,2:4", 16)
 
@@ -34,12 +35,6 @@ def run(folder, stages=STAGES, model=None, options=OPTIONS, **settings):
 def bits(results):
     files = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
     return [(r.result.checkpoint / name).read_bytes() for r in results for name in files]
-
-
-@pytest.fixture(autouse=True)
-def _signals():
-    with python_signals():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,9 @@ from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, amp_of, train
 from sparsedm.train.metrics import TrainingDiverged, read_metrics
 from sparsedm.train.step import Loss, Student
-from tests.tiny import OPTIONS, python_signals, same_state, tiny, tiny_images
+from tests.tiny import OPTIONS, same_state, tiny, tiny_images
 
+pytestmark = pytest.mark.usefixtures("python_signals")
 IMAGES, HELD_OUT, SCHEDULE = tiny_images(), tiny_images(16, seed=1), VPSDE()
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -53,12 +54,6 @@ def run(folder, options=OPTIONS, model=None, **settings):
 
 def final_bits(folder, step=12):
     return [(Path(folder) / "checkpoints" / f"step-{step:08d}" / name).read_bytes() for name in FILES]
-
-
-@pytest.fixture(autouse=True)
-def _signals():
-    with python_signals():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def _name(flags, compiler):
 
 def _is_whole(path):
     try:
-        if path.stat().st_uid not in (os.getuid(), 0):
+        if path.stat().st_uid not in (os.getuid(), 0) or not path.is_file():
             return False
         data = path.read_bytes()
     except OSError:

@@ -58,7 +58,8 @@ class _Attention(ctypes.Structure):
     _fields_ = [*_fields("q k v y", POINTER), *_fields("B H L D stride_b stride_h stride_l", LONG)]
 
 
-_empty = torch.empty  # tests put guarded memory here
+def _empty(*shape, dtype=torch.float32, **options):  # tests put guarded memory here
+    return torch.empty(*shape, dtype=dtype, device="cpu", **options)
 
 
 def _address(tensor):
@@ -126,13 +127,22 @@ def linear(
 
     prepacked: for "linear", or for "few" if `few`. out: y, contiguous, if the caller has it.
     """
-    M = x.shape[0]
-    y = _empty(M, N) if out is None else out
-    if not M:
+    y = _empty(x.shape[0], N) if out is None else out
+    if not y.numel():
         return y
     x, skip, residual = _rows(x), _rows(skip), _rows(residual)
     bias = bias if bias is None else bias.contiguous()
-    values, offsets = prepacked
+    scale = scale if scale is None else scale.contiguous()
+    call = _linear_call(x, prepacked, pattern, y, bias, activation, residual, skip, scale)
+    _call(LINEAR[few], ctypes.byref(call))
+    return y
+
+
+LINEAR = ("nm_linear", "nm_linear_few")
+
+
+def _linear_call(x, prepacked, pattern, y, bias, activation, residual, skip, scale):
+    (M, N), (values, offsets) = y.shape, prepacked
     call = _Linear(x.data_ptr(), _address(skip), values.data_ptr(), offsets.data_ptr(), x.stride(0))
     call.M, call.K1, call.keep, call.group = M, x.shape[1], pattern.keep, pattern.group
     call.out = _out(y, N, bias, activation, residual)
@@ -141,10 +151,39 @@ def linear(
     if residual is not None:
         call.out.ld_residual = residual.stride(0)
     if scale is not None:
-        scale = scale.reshape(-1, N).contiguous()
-        call.out.scale, call.out.per = scale.data_ptr(), M // scale.shape[0]
-    _call("nm_linear_few" if few else "nm_linear", ctypes.byref(call))
-    return y
+        call.out.scale, call.out.per = scale.data_ptr(), M * N // scale.numel()
+    return call
+
+
+def linear_again(x, prepacked, pattern, y, activation, residual, skip, scale, few):
+    """run(x, bias, activation, residual, skip, scale) -> y, for tensors of the sizes of these, which are contiguous.
+
+    `linear` without the arithmetic on sizes. run returns None where a tensor is not contiguous.
+    """
+    shape, rows = y.shape, [t if t is None else t.reshape(-1, t.shape[-1]) for t in (x, y, residual, skip, scale)]
+    call = _linear_call(rows[0], prepacked, pattern, rows[1], None, activation, *rows[2:])
+    template, function = bytes(call), getattr(library(), LINEAR[few])
+
+    def run(x, bias, activation, residual, skip, scale):
+        call = _Linear.from_buffer_copy(template)  # a new one: other threads may be in the kernel with theirs
+        call.x, out, y = x.data_ptr(), call.out, x.new_empty(shape)
+        whole, out.y = x.is_contiguous(), y.data_ptr()
+        if bias is not None:
+            whole, out.bias = whole and bias.is_contiguous(), bias.data_ptr()
+        if residual is not None:
+            whole, out.residual = whole and residual.is_contiguous(), residual.data_ptr()
+        if skip is not None:
+            whole, call.skip = whole and skip.is_contiguous(), skip.data_ptr()
+        if scale is not None:
+            whole, out.scale = whole and scale.is_contiguous(), scale.data_ptr()
+        if not whole:
+            return None
+        if function(ctypes.byref(call)):
+            raise MemoryError(f"{LINEAR[few]}: no memory for its tiles")
+        return y
+
+    run.prepacked = prepacked  # whose addresses the template holds
+    return run
 
 
 def output_size(size, kernel_size, stride, padding):

@@ -15,10 +15,11 @@ from sparsedm.kernels.pattern import memory_format
 
 RULE_VERSION = 3
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
-OVERHEAD = 2e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
+OVERHEAD = 1.5e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
-# time over that of the best dense product, of whole vectors of rows: slope * density + offset
-COST = {"avx512": (1.14, 0.1), "avx2": (1.05, 0.07), "neon": (1.14, 0.1)}
+# time over that of the best dense product, of whole vectors of rows: slope * density + offset, + one more part for the
+# rows of x, which are transposed, over N, and one for the rows of y, over K
+COST = {"avx512": (1.14, 0.1, 0, 0), "avx2": (1.03, 0.05, 7, 13), "neon": (1.14, 0.1, 0, 0)}
 # rows of x whose dense product takes as long as prepacking the weight, which masked training does in every step; of a
 # convolution twice as many, and once more where the weight is not in channels_last
 PREPACKING = {"avx512": 60, "avx2": 40, "neon": 60}
@@ -38,7 +39,7 @@ def linear_cost(M, N, K, keep, group, instructions):
     """
     if not M:
         return 2.0, "linear"
-    tile, few = _tile(M, keep / group, instructions), _few(M, keep / group, group, instructions)
+    tile, few = _tile(M, N, K, keep / group, instructions), _few(M, keep / group, group, instructions)
     cost, order = (few, "few") if few < tile else (tile, "linear")
     return cost + OVERHEAD / max(M * N * K, 1), order
 
@@ -73,11 +74,11 @@ def conv_training_serves(x, weight, pattern, stride, padding, dilation):
     return cost < 1
 
 
-def _tile(M, density, instructions):
+def _tile(M, N, K, density, instructions):
     """Relative time of the kernel whose lanes are rows of x: vectors are padded, and one alone waits for its loads."""
-    (slope, offset), lanes = COST[instructions], LANES[instructions]
-    vectors = -(-M // lanes)
-    return (slope * density + offset) * vectors * lanes / M * (1.4 if vectors == 1 else 1)
+    (slope, offset, over_n, over_k), lanes = COST[instructions], LANES[instructions]
+    vectors, cost = -(-M // lanes), slope * density + offset + over_n / max(N, 1) + over_k / max(K, 1)
+    return cost * vectors * lanes / M * (1.4 if vectors == 1 else 1)
 
 
 def _few(M, density, group, instructions):

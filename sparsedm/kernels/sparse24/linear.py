@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.cpu import dense
-from sparsedm.kernels.launch import direct, refuse_export
+from sparsedm.kernels.cpu import dense, products
+from sparsedm.kernels.cpu import linear as cpu
+from sparsedm.kernels.launch import broken, direct, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -48,7 +49,7 @@ def _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype)
         y = (y.reshape(groups.shape[0], -1, y.shape[-1]) * groups).view(y.shape)
     if residual is not None:
         y = y + residual
-    return y.to(out_dtype)
+    return y if y.dtype == out_dtype else y.to(out_dtype)
 
 
 def sparse24_linear(
@@ -80,6 +81,10 @@ def sparse24_linear(
     Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
     dtypes that do not fit together.
     """
+    operands = x, bias, activation, residual, skip, scale
+    again = cache is not None and backend is None and out_dtype in (None, x.dtype)
+    if again and (y := cpu.repeated(cache, values, metadata, *operands)) is not None:
+        return y
     _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
@@ -93,11 +98,32 @@ def sparse24_linear(
     def run(choice, cache, strict):
         layout = dispatch.row_of(LINEAR, choice.backend).layout_for(request)
         tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
-        return direct(_linear, x, bias, residual, skip, scale)(
+        y = direct(_linear, x, bias, residual, skip, scale)(
             x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict, pattern
         )
+        if again and request.capability is None and not torch.compiler.is_compiling():
+            _remember(cache, values, metadata, choice, tensors, pattern, y, operands)
+        return y
 
     return dispatch.serve(request, run, cache)
+
+
+def _remember(cache, values, metadata, choice, tensors, pattern, y, operands):
+    """Let `cpu.repeated` compute the next call with these sizes by this choice."""
+    x, _, activation, residual, skip, scale = operands
+    if choice.backend == "dense":
+
+        def run(x, bias, activation, residual, skip, scale):
+            return _linear_dense(x, tensors[0], bias, activation, residual, skip, scale, x.dtype)
+
+    elif choice.backend == "cpu" and (LINEAR, "cpu", x.device) not in broken:
+        if not all(t is None or t.is_contiguous() for t in (x, residual, skip, scale)):
+            return
+        few = cpu.CONFIGS[choice.config] == "few"
+        run = products.linear_again(x, tensors, Pattern.parse(pattern), y, activation, residual, skip, scale, few)
+    else:
+        return
+    cpu.remember(cache, values, metadata, run, *operands)
 
 
 @torch.library.custom_op("sparsedm::sparse24_linear", mutates_args=())

@@ -93,7 +93,7 @@ def _arrive_asm(blocks):
             "{ .reg .pred p; .reg .b32 l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; "
             "@p mbarrier.arrive.shared::cta.b64 _, [$1]; mov.b32 $0, 0; }"
         )
-    # lane 0 arrives at this block's, lanes 1 and 2 at those of the blocks whose rank differs in one bit
+    # lane 0 arrives at this block's barrier, lanes 1 and 2 at the barriers of the blocks whose rank differs in one bit
     return (
         f"{{ .reg .pred p; .reg .b32 l, a, r; mov.u32 l, %laneid; setp.lt.u32 p, l, {1 + blocks // 2}; "
         f"mov.u32 r, %cluster_ctarank; and.b32 l, l, {blocks - 1}; xor.b32 r, r, l; mapa.shared::cluster.u32 a, $1, r; "
@@ -113,7 +113,7 @@ def barrier_arrive(barrier, BLOCKS: gl.constexpr):
 
 @gluon.jit
 def cluster_sync(BLOCKS: gl.constexpr):
-    """Every warp of all blocks has to come here, those of the idle partitions too."""
+    """Every warp of all blocks has to come here, also the warps of the idle partitions."""
     if BLOCKS > 1:
         effect("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
 

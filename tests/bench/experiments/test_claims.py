@@ -3,7 +3,7 @@
 import pytest
 
 from bench.experiments import claims
-from bench.experiments.plans import planned
+from tests.bench.experiments.tiny_plan import planned
 
 THIRD = claims.THIRD
 

@@ -1,0 +1,108 @@
+"""Tables and pictures come from the results file alone."""
+
+import shutil
+
+import pytest
+from matplotlib.figure import Figure
+
+from bench import results
+from bench.experiments import report
+from bench.experiments.plans import EXPERIMENTS
+from tests.bench.experiments.tiny_plan import RUNS, command, numbers, planned
+
+
+def test_the_report_needs_the_results_file_alone(done, tiny, tmp_path, capsys):
+    shutil.copy(done / "results.csv", tmp_path)
+    assert command(tmp_path, "--report-only") == 0
+    assert (tmp_path / "report.md").read_text() == (done / "report.md").read_text()
+    assert (tmp_path / "compare.png").read_bytes() == (done / "compare.png").read_bytes()
+    assert "| chain |" in capsys.readouterr().out
+
+
+def test_the_table_is_the_mean_and_half_the_range():
+    assert report._cell([0.02, 0.04], "validation loss") == "0.0300 ± 0.0100"
+    assert report._cell([3.0], "Fréchet distance") == "3.00"
+    assert report._cell([float("nan")], "distance to dense weights") == "-"
+
+
+def test_the_report_says_whether_a_run_is_as_good_as_dense(done, text_alone, tmp_path):
+    """Within 5% of the control of the same seed; and that the measure sees nothing, where it does not."""
+    distances = {"dense": (10, 20), "chain": (10.4, 20.9), "small-dense": (10.4, 21.1), "oneshot": (11, 40)}
+
+    def rows(distances):
+        found = results.read_experiment(done / "results.csv")
+        planted = [row for row in found if row["measure"] == "Fréchet distance"]
+        others = [row for row in found if row["measure"] != "Fréchet distance"]
+        return [*(row | {"value": distances[row["run"]][row["seed"]]} for row in planted), *others]
+
+    text = report.write(tmp_path, rows(distances), EXPERIMENTS["arms"])
+    assert "| against dense | Fréchet distance | validation loss | within 5% |" in text
+    lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text.splitlines() if line.count("|") == 5}
+    assert lines["chain"][0] == "1.042 ± 0.002"
+    assert {run: line[-1] for run, line in lines.items() if run in RUNS} == {
+        "chain": "yes |",
+        "small-dense": "in some seeds |",
+        "oneshot": "no |",
+    }
+    losses = [numbers(done, run, "validation loss", s)[0][1] for s in (0, 1) for run in ("chain", "dense")]
+    first, second = losses[0] / losses[1], losses[2] / losses[3]
+    assert lines["chain"][1] == f"{(first + second) / 2:.3f} ± {abs(first - second) / 2:.3f}"
+    assert "Even pruning without training" not in text
+    text = report.write(tmp_path, rows(distances | {"oneshot": (10, 20)}), EXPERIMENTS["arms"])
+    assert "Even pruning without training is within it" in text
+    alone = [row for row in rows(distances) if row["run"] != "dense"]
+    assert "against dense" not in report.write(tmp_path, alone, EXPERIMENTS["arms"])
+
+
+def test_a_noise_level_without_a_loss_of_the_control_is_left_out():
+    measure = "loss at noise level"
+    values = {("dense", measure): {0: [(0.5, 2.0), (1.0, 0.0)]}}
+    values |= {("chain", measure): {0: [(0.25, 1.0), (0.5, 3.0), (1.0, 1.0)]}}
+    figure, plan = Figure(), EXPERIMENTS["arms"]
+    assert report._levels(figure, values, report._styles(["dense", "chain"], plan.control), plan)
+    (line,) = (line for line in figure.axes[0].lines if line.get_label() == "chain")
+    assert line.get_xydata().tolist() == [[0.5, 1.5]]
+
+
+def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):
+    rows = results.read_experiment(done / "results.csv")
+    for run, x in (("dense", 1.0), ("chain", 0.5)):
+        rows += [{**rows[0], "run": run, "seed": seed, "measure": "axis", "x": None, "value": x} for seed in (0, 1)]
+    rows = [row for row in rows if row["run"] in ("dense", "chain")]
+    text = report.write(tmp_path, rows[::-1], EXPERIMENTS["ratio"])
+    assert (tmp_path / "ratio.png").stat().st_size > 5000
+    assert text.index("| dense |") < text.index("| chain |"), "from the densest, in whatever order they were made"
+
+
+def test_every_run_of_a_plan_has_a_line_of_its_own(done, tmp_path):
+    names = {name: [run.name for run in planned(name, "full")[2]] for name in EXPERIMENTS}
+    for name, runs in names.items():
+        assert len({*report._styles(runs, EXPERIMENTS[name].control).values()}) == len(runs)
+    longest = max(names, key=lambda name: len(names[name]))
+    rows = [row for row in results.read_experiment(done / "results.csv") if row["run"] == "chain"]
+    report.write(tmp_path, [row | {"run": run} for run in names[longest] for row in rows], EXPERIMENTS[longest])
+    assert (tmp_path / "training.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("drawn", [(0.98, 1.1), (0.08, 0.17), (1, 90)])
+def test_every_range_has_several_numbers_on_its_axis(drawn):
+    axes = Figure().subplots()
+    axes.plot(drawn)
+    report._logarithmic(axes)
+    axes.figure.draw_without_rendering()
+    shown = [label for label in axes.get_yticklabels() if drawn[0] <= label.get_position()[1] <= drawn[1]]
+    assert 3 <= len({label.get_text() for label in shown}) == len(shown) <= 7
+
+
+def test_the_table_says_which_runs_have_fewer_seeds_and_what_they_ran_on(done, text_alone, tmp_path):
+    rows = [row for row in results.read_experiment(done / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    rows[-1]["device"] = "another"
+    text = report.write(tmp_path, rows, EXPERIMENTS["arms"])
+    assert "Mean of 2 seeds ± half their range (chain has 1)." in text
+    assert f"{rows[0]['device']}, {rows[0]['threads']} threads" in text
+    assert " and another, " in text
+
+
+def test_outside_of_a_repository_the_version_stands_for_the_commit(done, text_alone, tmp_path):
+    rows = [row | {"commit": ""} for row in results.read_experiment(done / "results.csv")]
+    assert f"commit {rows[0]['sparsedm']}" in report.write(tmp_path, rows, EXPERIMENTS["arms"])
