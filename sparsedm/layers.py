@@ -9,12 +9,15 @@ checkpoint or your own code set those values. Every forward selects the mask ane
 serves all forwards. Rounding may change which weights are the largest: a cast to fewer bits freezes the mask first.
 """
 
+import functools
 import math
 import warnings
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense
@@ -36,6 +39,7 @@ from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup, un
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import last_measured
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
+from sparsedm.kernels.sparse24.layouts import stamp
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 
 
@@ -54,6 +58,11 @@ def _epilogue(y, activation, residual, scale=None):
     if scale is not None:
         y = y * (scale if scale.dim() == 1 else scale.view(scale.shape[0], *[1] * (y.dim() - 2), -1))
     return y if residual is None else y + residual
+
+
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor: this process holds only a part of it."""
+    return hasattr(tensor, "placements")
 
 
 def invalid_because(weight, pattern):
@@ -86,9 +95,16 @@ class Masked:
         self._held = None  # (the weight, its Selection) inside `hold_masks`
         self._hooked = None  # (the weight whose hook adds the decay,)
         self._decayed = None  # (the weight whose decay a MaskedAdamW adds, a token of this optimizer)
+        self._known = id(self.weight), self.weight.dtype  # when it was set, got a pattern, or its last cast ended
         self.pattern = None
         if pattern is not None:
             self.set_pattern(pattern)
+
+    def register_parameter(self, name, param):
+        """Called for every parameter that is set."""
+        super().register_parameter(name, param)
+        if name == "weight" and param is not None:
+            self._known = id(param), param.dtype
 
     def set_pattern(self, pattern):
         """Set the pattern, or None for dense. Raises InputError if the input axis is not a multiple of the group."""
@@ -97,6 +113,7 @@ class Masked:
         if reason:
             raise InputError(f"pattern {pattern} does not fit weight {tuple(self.weight.shape)}: {reason}")
         self.pattern, self.mask, self._held = pattern, None, None
+        self._known = id(self.weight), self.weight.dtype
         self.dense_reason = None if pattern else "no pattern was set"
 
     def __prepare_scriptable__(self):
@@ -133,11 +150,11 @@ class Masked:
         if self.pattern is None:
             return self.weight, None
         selection = self.selection(product_dtype(self.weight))
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if not (torch.is_grad_enabled() and self.weight.requires_grad) and forward_ad._current_level < 0:
             return selection.masked, None
-        rule = self.rule_of_forward()
+        rule, used = self.rule_of_forward()
         mask = selection.mask if rule == STE else self._mask_of(selection)
-        return straight_through(self.weight, selection.masked, mask, rule), mask
+        return straight_through(self.weight, selection.masked, mask, rule, used), mask
 
     def _mask_of(self, selection):
         """The mask of a Selection that may hold its bits alone."""
@@ -154,30 +171,34 @@ class Masked:
         return self._decayed is not None and (self._decayed[0] is self.weight or getattr(self, "_is_replica", False))
 
     def rule_of_forward(self):
-        """The gradient rule. Its decay is 0 if a hook on the weight adds the decay.
+        """(rule, used). The gradient rule: its decay is 0 if a hook on the weight adds the decay.
 
-        The hook runs once per backward, even if the layer is called several times.
+        The hook runs once per backward, even if the layer is called several times. used: None, or a function that the
+        backward of this forward calls.
         """
         if not (self.rule.decay and torch.is_grad_enabled() and self.weight.requires_grad):
-            return self.rule
+            return self.rule, None
         if self._is_decayed():
-            return self.rule._replace(decay=0.0)
-        if not transformed():
-            self.hook_decay()
-        hooked = self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False))
-        return self.rule._replace(decay=0.0) if hooked else self.rule
+            return self.rule._replace(decay=0.0), None
+        hook = None if transformed() else self.hook_decay()
+        used = hook and functools.partial(hook.note, self, self.weight)
+        hooked = hook or (self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False)))
+        return (self.rule._replace(decay=0.0) if hooked else self.rule), used
 
     def hook_decay(self):
-        """Make a hook on the weight add the decay. Does nothing if the weight is computed from other tensors."""
+        """The hook on the weight that adds the decay, made if need be; None if the weight is computed from others."""
         weight = self.weight
-        if (self._hooked and self._hooked[0] is weight) or not (weight.requires_grad and weight.is_leaf):
-            return
-        there = [hook for hook in (weight._backward_hooks or {}).values() if isinstance(hook, _Decay)]
-        if there and not there[0].acts():
-            there[0].layer = self  # the other layer of a tied weight became dense
-        elif not there:
-            weight.register_hook(_Decay(self))
+        if not (weight.requires_grad and weight.is_leaf):
+            return None
+        hook = _decay_of(weight)  # sought every time: `swap_tensors` leaves the hooks, which then are never called
+        if hook is None or hook.place != weight._cdata:
+            weight._backward_hooks = None if hook else weight._backward_hooks  # or torch thinks that it knows them
+            hook = _Decay(self, weight._cdata)
+            weight.register_hook(hook)
+        elif not hook.acts(hook.layer):
+            hook.layer = self  # the other layer of a tied weight became dense
         self._hooked = (weight,)
+        return hook
 
     def unhook_decay(self):
         """Remove what `hook_decay` has added."""
@@ -190,6 +211,8 @@ class Masked:
         """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them."""
         refuse_export()
         weight, mask = self.weight.detach(), self.mask
+        if type(weight) is not torch.Tensor and is_sharded(weight):
+            raise InputError(f"a sharded weight {tuple(weight.shape)} has no mask here: gather it first")
         if self._held and self._held[0] is self.weight and not exporting():
             if self._held[1].masked.dtype == dtype:
                 return self._held[1]
@@ -203,22 +226,34 @@ class Masked:
         """Every cast and move of every parent comes here."""
         if self.pattern is not None and self.mask is None and not self.weight.is_meta:
             before, after = self.weight.dtype, fn(self.weight.detach().new_empty(0)).dtype
-            if after != before and after.itemsize <= before.itemsize:
+            if self._known[0] == id(self.weight) and _narrows(self._known[1], before):
+                self._take_mask()
+            elif _narrows(before, after):
                 self.freeze_mask()
-                if self.training:
-                    text = f"the cast to {after} froze the masks: freeze_mask(False) lets them change again"
-                    warnings.warn(f"{text} (or sparsify after the cast)", stacklevel=3)
+                _frozen_by_cast[id(self.weight)] = self
+            if self.mask is not None and self.training:
+                text = f"the cast to {after} froze the masks: freeze_mask(False) lets them change again"
+                warnings.warn(f"{text} (or sparsify after the cast)", stacklevel=3)
         super()._apply(fn, recurse)
-        self._held = None
+        self._held, self._known = None, (id(self.weight), self.weight.dtype)
         if self.mask is not None:
             self.mask = self.mask.bool()  # `module.type(dtype)` also casts masks
         return self
+
+    def _take_mask(self):
+        """Take the mask of the layer whose part of a cast has reached the shared weight first."""
+        other = _frozen_by_cast.get(id(self.weight))
+        if other is None or other.weight is not self.weight or other.pattern != self.pattern or other.mask is None:
+            text = "another module that shares a weight cast it first, so the mask of the unrounded weight is lost"
+            raise InputError(f"{text}: call set_masking(model, frozen=True) before the cast ({self})")
+        self.mask = other.mask.clone()
 
     def __getstate__(self):
         return {**self.__dict__, "_held": None, "_hooked": None, "_decayed": None}  # a copy is another layer
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self._known = id(self.weight), self.weight.dtype
         if self.rule.decay:
             self.hook_decay()
 
@@ -238,19 +273,50 @@ class Masked:
         return super().extra_repr() + pattern + (f", activation={self.activation}" if self.activation else "")
 
 
+_frozen_by_cast = weakref.WeakValueDictionary()  # id of a weight: the layer that froze its mask before a cast
+
+
+def _narrows(before, after):
+    return after != before and after.itemsize <= before.itemsize
+
+
 class _Decay:
-    """A hook on a weight: adds decay * (1 - m) * w to its gradient."""
+    """A hook on a weight: adds decay * (1 - m) * w to its gradient.
 
-    def __init__(self, layer):
-        self.layer = layer
+    The rule is that of the layer whose forward this backward passes. In a compiled graph no layer notes itself: then
+    the rule is that of the first layer, if the weight is still its weight.
+    """
 
-    def acts(self):
-        return self.layer.pattern is not None and self.layer.rule.decay != 0.0 and not self.layer._is_decayed()
+    def __init__(self, layer, place):
+        self.layer, self.place = layer, place  # place: of the tensor behind the weight
+        self.used = None, None, None  # number of a backward, layer, weight: under functional_call not the layer's own
+
+    def acts(self, layer):
+        return layer.pattern is not None and layer.rule.decay != 0.0 and not layer._is_decayed()
+
+    def note(self, layer, weight):
+        self.used = torch._C._current_graph_task_id(), layer, weight
 
     def __call__(self, g):
-        layer = self.layer
-        if self.acts() and layer._hooked and layer.weight is layer._hooked[0]:
-            return apply_rule(g, layer.weight, layer.current_mask(), GradientRule(layer.rule.decay))
+        (backward, layer, weight), self.used = self.used, (None, None, None)
+        if backward != torch._C._current_graph_task_id():
+            layer, weight = self.layer, self.layer.weight
+            if _decay_of(weight) is not self:
+                return None
+        if not self.acts(layer):
+            return None
+        mask = layer.mask
+        if weight is layer.weight:
+            mask = layer.current_mask()
+        elif mask is None:
+            mask = select_mask(weight, layer.pattern).mask
+        return apply_rule(g, weight, mask, GradientRule(layer.rule.decay))
+
+
+def _decay_of(weight):
+    """The `_Decay` among the hooks of a weight, or None."""
+    hooks = (weight._backward_hooks or {}).values()
+    return next((hook for hook in hooks if isinstance(hook, _Decay)), None)
 
 
 class Linear(Masked, nn.Linear):
@@ -282,10 +348,10 @@ class Linear(Masked, nn.Linear):
         if self.pattern is not None and kernels_serve(self.weight):
             product = x, self.weight, self.pattern, self.bias, self.activation
             selection = self.selection(product_dtype(self.weight))
-            rule = self.rule_of_forward()
+            rule, used = self.rule_of_forward()
             if rule != STE:
                 selection = selection._replace(mask=self._mask_of(selection))
-            y = masked_linear(*product, selection=selection, rule=rule)
+            y = masked_linear(*product, selection=selection, rule=rule, used=used)
             return _epilogue(y, None, residual, scale)
         weight, mask = self._weight_and_mask()
         if mask is not None and self.training:  # in eval mode the bits are those of the baked network
@@ -322,8 +388,10 @@ class Compressed(nn.Module):
     `sparse24.format`. Both buffers are uint8, because collectives such as a broadcast do not take int16.
     weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
     kh * kw * in weights before compression.
-    A kernel's form of the weight is kept. Writes by `load_state_dict`, `copy_` and DDP's broadcast are noticed. Writes
-    through `.data` or by another collective are not: call `layer.load_state_dict(layer.state_dict())` after them.
+    A kernel's form of the weight is kept. On a CPU every call compares a checksum of values and positions, so that any
+    write to them counts, whoever makes it. On a GPU the checksum would cost a launch: there a call sees what
+    `load_state_dict`, an operation in place or another tensor changes. It does not see what is written into the same
+    memory through `.data`, by a collective, or while a compiled graph holds the kernel's form.
     """
 
     def __init__(self, layer, values, words, pattern):
@@ -348,8 +416,7 @@ class Compressed(nn.Module):
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         if torch.compiler.is_compiling():
             return self.values.to(dtype), *tensors
-        version = None if self.values.is_inference() else self.values._version
-        key = (self.values.data_ptr(), self.values.device, version, dtype)
+        key = [dtype, stamp(self.values)]
         if self._cast is None or self._cast[0] != key:
             self._cast = key, self.values.to(dtype), self.values.detach()  # held: nothing else gets its address
         return self._cast[1], *tensors
@@ -442,7 +509,7 @@ class CompressedLinear(Compressed):
         if rows is None and layer.pattern == TWO_FOUR and layer.mask is None and kernels_serve(layer.weight):
             _, _, _, values, metadata = select_mask(layer.weight, layer.pattern, mask=False, compressed=True)
         else:
-            values, metadata = _packed(layer.effective_weight().detach() if rows is None else rows, pattern)
+            values, metadata = _packed(layer.masked_weight() if rows is None else rows, pattern)
         super().__init__(layer, values, metadata, pattern)
         self.out_features, self.in_features = self.weight_shape
 
@@ -479,7 +546,7 @@ class CompressedConv2d(Compressed):
     """
 
     def __init__(self, layer):
-        rows = group_view(layer.effective_weight().detach()).reshape(layer.out_channels, -1)
+        rows = group_view(layer.masked_weight()).reshape(layer.out_channels, -1)
         pattern = layer.pattern or TWO_FOUR
         super().__init__(layer, *_packed(rows, pattern), pattern)
         self.out_channels, self.in_channels, *kernel_size = self.weight_shape

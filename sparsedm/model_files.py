@@ -301,11 +301,14 @@ def unwrapped(model):
 def describe(model):
     """{"kind", "config", "patterns"}: what `load_model` needs in addition to the tensors to build the model again.
 
-    Raises: InputError if `model.config` is neither a dataclass nor JSON.
+    Raises: InputError if `model.config` is neither a dataclass nor JSON, or only some of the layers are compressed.
     """
     model, plain = unwrapped(model)
     compressed = {plain(name): str(m.pattern) for name, m in model.named_modules() if isinstance(m, Compressed)}
     masked = {plain(name): str(layer.pattern) for name, layer in masked_layers(model)}
+    if compressed and masked:
+        names = f"{next(iter(masked))} is masked and {next(iter(compressed))} compressed"
+        raise InputError(f"{names}: a file holds one kind; call compress(model) or decompress(model) first")
     config = getattr(model, "config", None)
     try:
         config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config

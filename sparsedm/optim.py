@@ -20,7 +20,7 @@ from sparsedm.kernels.mask import Selection
 from sparsedm.kernels.masked_adamw import Rates, Work
 from sparsedm.kernels.masked_matmul import GradientRule, apply_rule
 from sparsedm.kernels.pattern import Pattern, memory_format
-from sparsedm.layers import Conv2d, Linear, Masked
+from sparsedm.layers import Conv2d, Linear, Masked, is_sharded
 
 CHANGED = "the weight of {} was changed while its mask was held, or since it was selected: step after the block"
 NAN = "{}: some of its weights are NaN, which has no magnitude order"
@@ -33,11 +33,6 @@ class Choice(NamedTuple):
     pattern: Pattern
     selection: Selection
     checksum: torch.Tensor  # int64: one number by the kernel, or the sums of every row and column by torch
-
-
-def is_sharded(tensor):
-    """Whether a tensor is a DTensor: this process holds only a part of it."""
-    return hasattr(tensor, "placements")
 
 
 def choose(dtypes, names):

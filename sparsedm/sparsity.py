@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
@@ -22,13 +23,16 @@ from sparsedm.layers import (
     Linear,
     Masked,
     invalid_because,
+    is_sharded,
     product_dtype,
 )
-from sparsedm.optim import MaskedAdamW, check, choose, is_sharded
+from sparsedm.optim import MaskedAdamW, check, choose
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+# what a layer of ours has and torch's has not
+_OWN = ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_decayed", "_known", "_plain")
 
 # ---- which layers ----------------------------------------------------------------------------------------------------
 
@@ -270,11 +274,15 @@ def set_masking(
     Each backward adds decay * (1 - m) * w to the weight's gradient exactly once. The term is not scaled by the loss. To
     accumulate gradients over n parts of a batch, divide the gradients by n, not the losses. Under a GradScaler multiply
     the decay by its scale. A `MaskedAdamW` adds the decay at its step instead, which needs no such correction.
-    `save_model` keeps the settings. Raises: InputError if no layer has a pattern: call `sparsify` first.
+    `save_model` keeps the settings. Raises: InputError if no layer has a pattern: call `sparsify` first; for a negative
+    or infinite number.
     """
     layers = masked_layers(model)
     if not layers:
         raise InputError("the model has no masked layer whose gradients could be set: call sparsify first")
+    for name, value in (("decay", decay), ("kept", kept), ("dropped", dropped)):
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InputError(f"{name}={value!r}: must be a number of at least 0, and finite")
     for _, layer in layers:
         layer.rule = GradientRule(float(decay), float(kept), float(dropped))
         layer.hook_decay()
@@ -411,20 +419,29 @@ def bake(model: nn.Module) -> nn.Module:
         plain = [weight] if found and any(name.rpartition(".")[0] not in layers for name in names) else []
         if not all(torch.equal(found[0], other) for other in found[1:] + plain):
             raise InputError(f"{' and '.join(names)} share one weight under different masks: it cannot be baked")
-    plain = copied(model, {key: found[0] for key, found in baked.items()})
+    plain = copied(model, changed=[module for module in model.modules() if _becomes_plain(module)])
+    for names in parameter_names(model):  # after the copy: what else refers to a weight reads the dense one
+        for path, _, last in (name.rpartition(".") for name in names):
+            if found := baked.get(id(model.get_parameter(names[0]))):
+                setattr(plain.get_submodule(path), last, found[0])
     for module in plain.modules():
         vars(module).pop("beside_compressed", None)
         if isinstance(module, Masked):
             module.unhook_decay()
-        if isinstance(module, Masked) and module._plain:
+        if _becomes_plain(module):
             module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
-            for name in ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_decayed", "_plain"):
+            for name in _OWN:
                 delattr(module, name)
             del module._buffers["mask"]
         elif isinstance(module, Masked) and module.pattern is not None:
             module.set_pattern(None)
         vars(module).pop("fuse_projections", None)
     return plain
+
+
+def _becomes_plain(module):
+    """Whether a layer of a baked model is torch's own again."""
+    return isinstance(module, Masked) and module._plain and "forward" not in vars(module)
 
 
 def _tie(dense, names, compressed):
@@ -438,7 +455,7 @@ def _tie(dense, names, compressed):
         if own is shared:
             continue
         setattr(layer, last, shared)
-        value = layer.effective_weight() if last == "weight" and path in compressed else shared
+        value = layer.masked_weight() if last == "weight" and path in compressed else shared
         if own.shape != shared.shape or not torch.equal(value, own):
             raise InputError(f"{name} was tied to {names[0]}, but their values now differ")
 

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsedm import layers
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import library
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.model_files import FORMAT, describe, load_model, read_tensors, save_model, write_tensors
@@ -192,6 +194,57 @@ def test_values_that_replace_others_at_their_address_are_seen(amp):
             layer.values.data = values * 1  # where the old ones lay, more often than not
             fresh = copy.deepcopy(layer)
             assert torch.equal(layer(x), fresh(x))
+
+
+def values_data(layer, other):
+    layer.values.data.copy_(other.values)
+
+
+def values_numpy(layer, other):
+    layer.values.numpy()[:] = layer.values.numpy()[::-1].copy()  # sums of all stay the same
+
+
+def one_bit(layer, other):
+    layer.values.numpy().view(np.uint32)[3, 5] ^= 1 << 22
+
+
+def positions_numpy(layer, other):
+    stored = layer._positions
+    getattr(layer, stored).numpy()[:] = getattr(other, stored).numpy()
+
+
+def another_buffer(layer, other):
+    layer.values = other.values
+
+
+def in_place(layer, other):
+    layer.values.mul_(2)
+
+
+WRITES = [values_data, values_numpy, one_bit, positions_numpy, another_buffer, in_place]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("way", ["C", "dense", "torch", "autocast", "no library", "compiled"])
+def test_whoever_writes_to_a_compressed_weight_on_a_cpu_it_counts_at_once(write, way, monkeypatch):
+    if way in ("dense", "torch"):
+        monkeypatch.setenv("SPARSEDM_BACKEND", way)
+    if way == "no library":
+        monkeypatch.setattr(library, "library", lambda: None)
+        monkeypatch.setattr(library, "serving", lambda: (None, "there is no C compiler"))
+    torch._dynamo.reset()
+    for make in (lambda: Linear(64, 64, pattern="2:4"), lambda: Conv2d(16, 16, 3, pattern="1:4")):
+        layer = compress(make())
+        x = torch.randn(80, 64) if layer.weight.dim() == 2 else torch.randn(3, 16, 8, 8)
+        run = torch.compile(layer, backend="eager") if way == "compiled" else layer
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"), torch.no_grad():
+            before = [run(x) for _ in range(2)][1]
+            for _ in range(2):
+                write(layer, compress(make()))
+                y = run(x)
+                torch.testing.assert_close(y, copy.deepcopy(layer)(x))
+                assert not torch.equal(y, before)
+                before = y
 
 
 def test_files_of_int16_metadata_are_read(tmp_path):

@@ -1,6 +1,8 @@
 """What a copy of a model takes along, and the functions that are refused because it would not."""
 
+import collections
 import functools
+import threading
 import types
 import weakref
 
@@ -76,6 +78,54 @@ def bound_function_over_a_module(model):
     model.forward = types.MethodType(lambda self, x: Small.forward(self, x) + other.weight.sum(), model)
 
 
+def in_a_deque(model):
+    inside = collections.deque([model])
+    model.forward = lambda x: Small.forward(inside[0], x)
+
+
+def of_a_thread(model):
+    place = threading.local()
+    place.model = model
+    model.forward = lambda x: Small.forward(place.model, x)
+
+
+def class_of_its_own(model):
+    class Other(Small):
+        def forward(self, x):
+            return Small.forward(model, x)
+
+    model.__class__ = Other
+
+
+def property_of_an_object(model):
+    class Place:
+        @property
+        def inside(self):
+            return model
+
+    place = Place()
+    model.forward = lambda x: Small.forward(place.inside, x)
+
+
+def copied_as_itself(model):
+    class Run:
+        def __init__(self, run):
+            self.run = run
+
+        def __call__(self, x):
+            return self.run(x)
+
+        def __deepcopy__(self, memo):
+            return self
+
+    model.forward = Run(model.forward)
+
+
+def bound_function_over_a_parameter(model):
+    bias = model.head.bias
+    model.forward = types.MethodType(lambda self, x: Small.forward(self, x) + bias.sum(), model)
+
+
 FORWARD = "Small.forward was replaced by a function"
 REPLACED = {
     closure: FORWARD,
@@ -90,6 +140,11 @@ REPLACED = {
     hook_over_a_module: "a hook of head is a function",
     not_filled_yet: FORWARD,
     bound_function_over_a_module: FORWARD,
+    in_a_deque: FORWARD,
+    of_a_thread: FORWARD,
+    class_of_its_own: "Other.class holds a function",
+    property_of_an_object: FORWARD,
+    bound_function_over_a_parameter: FORWARD,
 }
 
 
@@ -104,6 +159,29 @@ def test_a_function_that_would_go_on_running_the_old_network_is_refused_by_name(
             change(network)
     report = inspect(model, (torch.randn(1, 3, 8, 8),))
     assert REPLACED[replace] in str(report)
+
+
+def test_an_object_that_is_copied_as_itself_is_found_in_the_copy():
+    model = sparsify(Small(), "2:4")
+    copied_as_itself(model)
+    for change in (compress, bake):
+        with pytest.raises(InputError, match=r"^Small\.forward holds a function"):
+            change(model)
+
+
+def test_a_method_of_a_layer_that_compress_replaces_is_refused():
+    model = sparsify(Small(), "2:4")
+    model.first = model.head.forward
+    with pytest.raises(InputError, match=r"^Small\.first was replaced by a function"):
+        compress(model)
+
+
+def test_a_second_reference_to_a_weight_reads_all_of_it_in_every_form():
+    model, x = sparsify(Small(), "2:4").eval(), torch.randn(2, 3, 8, 8)
+    model.extra = [model.head.weight]
+    model.forward = types.MethodType(lambda self, x: Small.forward(self, x) + self.extra[0].square().sum(), model)
+    for change in (compress, bake):
+        torch.testing.assert_close(change(model)(x), model(x))
 
 
 def test_what_a_copy_takes_along_is_no_reason_to_refuse():

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from sparsedm.errors import InputError
@@ -216,6 +218,48 @@ def test_a_frozen_mask_prunes_infinity_too():
     assert compress(layer)(torch.randn(4, 64)).isfinite().all()
 
 
+# ---- what traces and transforms operations ---------------------------------------------------------------------------
+
+
+def test_a_traced_graph_selects_masks_and_hides_nothing_in_c():
+    """The graph held uninitialised memory instead of the masked weight, which C had filled unseen."""
+    layer, x = Linear(64, 64, pattern="2:4"), torch.randn(64, 64)
+
+    def run(weight, x):
+        with torch.no_grad():
+            return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    graph = make_fx(run)(layer.weight.detach(), x)
+    for weight in (layer.weight.detach(), torch.randn(64, 64)):
+        torch.testing.assert_close(graph(weight, x), run(weight, x))
+
+
+def test_stacked_weights_have_masks_of_their_own():
+    layer, x, weights = Linear(32, 8, pattern="2:4"), torch.randn(5, 32), torch.randn(3, 8, 32)
+    outputs = torch.func.vmap(lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)))(weights)
+    for weight, y in zip(weights, outputs):
+        torch.testing.assert_close(y, torch.func.functional_call(layer, {"weight": weight}, (x,)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("settings", [{}, {"kept": 0.5, "dropped": 0.25}])
+def test_the_forward_derivative_is_the_transpose_of_the_gradient(kind, settings):
+    layer, x = dict(zip(("linear", "conv"), layers_and_inputs("2:4", torch.float64)))[kind]
+    set_masking(layer, **settings)
+    tangent = torch.randn_like(layer.weight)
+
+    def run(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    y, forward = torch.func.jvp(run, (layer.weight.detach(),), (tangent,))
+    dy = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(run(layer.weight), layer.weight, dy)
+    torch.testing.assert_close((forward * dy).sum(), (gradient * tangent).sum())
+    with forward_ad.dual_level():
+        dual = run(forward_ad.make_dual(layer.weight.detach(), tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, forward)
+
+
 # ---- the decay is added once -----------------------------------------------------------------------------------------
 
 
@@ -278,6 +322,44 @@ def test_a_compiled_layer_decays_weights_that_are_not_its_own(backend, kind):
 
     expected = gradient(call)
     torch.testing.assert_close(gradient(torch.compile(call, fullgraph=True, backend=backend)), expected)
+
+
+def test_the_decay_is_added_to_weights_that_a_layer_holds_only_for_a_while():
+    layer, x = Linear(32, 8, bias=False, pattern="2:4"), torch.randn(5, 32)
+    set_masking(layer, decay=0.5)
+    weights = [torch.randn(8, 32, requires_grad=True) for _ in range(2)]
+    sum(torch.func.functional_call(layer, {"weight": weight}, (x,)).sum() for weight in weights).backward()
+    for weight in weights:
+        decay = 0.5 * weight.detach() * ~reference_mask(weight, layer.pattern)
+        torch.testing.assert_close(weight.grad, x.sum(0).expand(8, 32) + decay)
+        weight.grad = None
+        (weight * 0.0).sum().backward()
+        assert not weight.grad.count_nonzero(), "without the layer there is no decay"
+
+
+def test_the_decay_of_a_shared_weight_is_that_of_the_layer_that_ran():
+    first, second = (Linear(32, 8, bias=False, pattern="2:4") for _ in range(2))
+    second.weight = first.weight
+    set_masking(first, decay=0.25)
+    set_masking(second, decay=0.5)
+    for layer, decay in ((first, 0.25), (second, 0.5), (first, 0.25)):
+        (gradient,) = torch.autograd.grad(layer(torch.zeros(5, 32)).sum(), first.weight)
+        torch.testing.assert_close(gradient, decay * first.weight.detach() * ~first.current_mask())
+
+
+LOST = {
+    "swap_tensors": lambda layer: torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(8, 32))),
+    "removed": lambda layer: layer.weight._backward_hooks.clear(),
+}
+
+
+@pytest.mark.parametrize("lose", LOST.values(), ids=LOST)
+def test_a_hook_that_is_lost_is_made_again(lose):
+    layer, x = Linear(32, 8, bias=False, pattern="2:4"), torch.zeros(5, 32)
+    set_masking(layer, decay=0.5)
+    lose(layer)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, 0.5 * layer.weight.detach() * ~layer.current_mask())
 
 
 def test_the_decay_goes_where_the_weight_goes():
@@ -344,6 +426,27 @@ def test_a_cast_to_more_bits_or_another_device_freezes_nothing(recwarn):
     assert not recwarn.list
     assert layer.float().mask is not None
     assert not recwarn.list, "in eval mode nobody goes on training"
+
+
+def test_a_cast_keeps_the_masks_of_a_weight_that_three_layers_share():
+    model = nn.Sequential(*(Linear(512, 512, pattern="2:4") for _ in range(3))).eval()
+    model[1].weight = model[2].weight = model[0].weight
+    mask = model[0].current_mask()
+    for _ in range(2):
+        model.half()
+        assert all(torch.equal(layer.current_mask(), mask) for layer in model)
+        model.float()
+
+
+def test_a_mask_that_a_cast_of_another_module_has_lost_is_refused_by_name():
+    model = nn.Sequential(nn.Embedding(64, 64), Linear(64, 64, pattern="2:4")).eval()
+    model[1].weight = model[0].weight
+    with pytest.raises(InputError, match=r"another module that shares a weight cast it first.*frozen=True"):
+        model.half()
+    model.float()
+    set_masking(model, frozen=True)
+    mask = model[1].current_mask()
+    assert torch.equal(model.half()[1].current_mask(), mask)
 
 
 def test_layerwise_casting_keeps_the_masks():

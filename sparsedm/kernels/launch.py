@@ -178,13 +178,19 @@ def autocast_dtype(device):
     return torch.get_autocast_dtype(device.type)
 
 
+def watched():
+    """Whether something compiles, traces, counts or transforms torch's operations: it would not see what C computes."""
+    if torch.compiler.is_compiling():  # alone, because dynamo cannot trace the others
+        return True
+    if _C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or _C._get_tracing_state():
+        return True
+    return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def plain(*tensors):
     """Whether C may read these tensors, or None, where they lie: on a CPU, and nothing traces, counts, transforms or
     differentiates the call."""
-    if torch.compiler.is_compiling():  # alone, because dynamo cannot trace the others
-        return False
-    watched = _C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or _C._get_tracing_state()
-    if watched or _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if watched():
         return False
     graded = torch.is_grad_enabled()
     for t in tensors:

@@ -33,6 +33,7 @@ from sparsedm.kernels.launch import (
     tl,
     triton,
     uses_triton,
+    watched,
 )
 from sparsedm.kernels.pattern import (
     Pattern,
@@ -300,7 +301,7 @@ def select_mask(weight, pattern, dtype=None, name="weight", *, mask=True, bits=F
     if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):
         raise InputError(f"{name}: only a 2:4 Linear has values and metadata, not {pattern} of {tuple(weight.shape)}")
     weight, dtype = weight.detach(), dtype or weight.dtype
-    if type(weight) is torch.Tensor and weight.device.type == "cpu" and not torch.compiler.is_compiling():
+    if type(weight) is torch.Tensor and weight.device.type == "cpu" and not watched():
         # where nothing traces, the operator would only cost time
         return _in_torch(weight, pattern, dtype, mask, bits, compressed, name)
     found = _operator(weight, pattern.keep, pattern.group, dtype, mask, bits, compressed, name)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
@@ -69,22 +70,40 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight, masked, mask, rule):
+    def forward(weight, masked, mask, rule, used):
         return masked.view_as(masked)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        weight, _, mask, ctx.rule = inputs
-        ctx.dtype = weight.dtype
+        weight, masked, mask, ctx.rule, ctx.used = inputs
+        ctx.dtype, ctx.product_dtype = weight.dtype, masked.dtype
         if ctx.rule != STE:
             ctx.save_for_backward(weight, mask)
 
     @staticmethod
     def backward(ctx, g):
+        if ctx.used is not None:
+            ctx.used()
         g = g.to(ctx.dtype)
         if ctx.rule != STE:
             g = apply_rule(g, *ctx.saved_tensors, ctx.rule)
-        return g, None, None, None
+        return g, None, None, None, None
+
+
+class _ForwardStraightThrough(_StraightThrough):
+    """The same with a forward derivative, with which dynamo cannot trace it."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _StraightThrough.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], inputs[2])
+
+    @staticmethod
+    def jvp(ctx, weight, *others):
+        """Of a tangent of the weight: the transpose of `backward`, in which the decay is a constant."""
+        if ctx.rule != STE:
+            weight = apply_rule(weight, weight, ctx.saved_tensors[1], ctx.rule._replace(decay=0.0))
+        return weight.to(ctx.product_dtype)
 
 
 class _EagerStraightThrough(torch.autograd.Function):
@@ -117,7 +136,7 @@ def _decays_in_c(g, weight, mask):
     return same and mask.device == g.device and (g.is_contiguous() or memory_format(g) == torch.channels_last)
 
 
-def straight_through(weight, masked, mask, rule=STE):
+def straight_through(weight, masked, mask, rule=STE, used=None):
     """The masked weight as a differentiable function of the weight, with the gradient dw above.
 
     weight: the dense weight, any shape. It gets the gradient, in its own dtype.
@@ -125,18 +144,21 @@ def straight_through(weight, masked, mask, rule=STE):
     mask:   bool, shape of the weight; may be None if the rule is STE, which does not read it. masked and mask get no
             gradient.
     rule:   GradientRule. The decay is added to the incoming gradient: under fp16 loss scaling multiply it by the scale.
+    used:   a function that the backward calls, or None.
 
     Use: F.linear(x, straight_through(w, *select_mask(w, pattern)[:2]), b), or any other product with the weight.
     Raises: InputError if the shapes differ or the mask is not bool.
     """
     given = [t for t in (weight, masked, mask) if t is not None]
-    if len({t.shape for t in given}) > 1 or (mask is None and rule != STE):
+    if any(t.shape != weight.shape for t in given) or (mask is None and rule != STE):
         shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"the mask must be bool, not {mask.dtype}")
     function = _StraightThrough if transformed() else _EagerStraightThrough
-    return function.apply(weight, masked, mask, rule)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        function = _ForwardStraightThrough
+    return function.apply(weight, masked, mask, rule, used)
 
 
 def training_product(x, weight, mask, pattern, bias):
@@ -207,8 +229,10 @@ class _TrainingConv2d(torch.autograd.Function):
 
 
 def transformed():
-    """Whether this runs inside a graph that is being compiled or exported, or under torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether this runs in a graph that is being compiled or exported, under torch.func, or in forward mode."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # ---- the three products, each by the algorithm that was measured to be the best --------------------------------------
@@ -360,12 +384,12 @@ class _MaskedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, weight, masked, bits, bias, activation, rule, want_z, algorithm):
+    def forward(x, weight, masked, bits, bias, activation, rule, want_z, algorithm, used):
         return forward_operator(x, weight, masked, bits, bias, activation, want_z, algorithm)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, masked, bits, bias, ctx.activation, ctx.rule, _, ctx.algorithm = inputs
+        x, weight, masked, bits, bias, ctx.activation, ctx.rule, _, ctx.algorithm, ctx.used = inputs
         ctx.save_for_backward(x, weight, masked, bits, bias, output[1])
         ctx.mark_non_differentiable(output[1])
 
@@ -373,6 +397,8 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx, dy, _):
         x, weight, masked, bits, bias, z = ctx.saved_tensors
         want_dx, want_dw, _, _, want_db, *_ = ctx.needs_input_grad
+        if ctx.used is not None:
+            ctx.used()
         if torch.is_grad_enabled() and not transformed():
             mask = unpack_bits(bits, weight.shape[1])
             weight = weight.view_as(weight)  # hooks of the weight itself run where the caller's gradient arrives
@@ -382,11 +408,11 @@ class _MaskedLinear(torch.autograd.Function):
             dx, dw, db = (next(gradients) if want else None for want in (want_dx, want_dw, want_db))
             if want_dw:  # the decay is added here, or the second backward would pass two places that add it
                 dw = apply_rule(dw, weight, mask, GradientRule(ctx.rule.decay))
-            return dx, dw, None, None, db, *[None] * 4
+            return dx, dw, None, None, db, *[None] * 5
         dz = ACTIVATIONS[ctx.activation][1](dy, z)
         dx, dw = _MaskedLinearGrads.apply(dz, x, weight, masked, bits, ctx.rule, want_dx, want_dw, ctx.algorithm)
         db = dz.sum(0, dtype=bias.dtype) if want_db else None
-        return dx if want_dx else None, dw if want_dw else None, None, None, db, *[None] * 4
+        return dx if want_dx else None, dw if want_dw else None, None, None, db, *[None] * 5
 
 
 class _MaskedLinearGrads(torch.autograd.Function):
@@ -403,9 +429,9 @@ class _MaskedLinearGrads(torch.autograd.Function):
         raise NotImplementedError("masked_linear has no second derivative under torch.func where it runs as a kernel")
 
 
-def _in_torch(x, weight, masked, mask, bias, activation, rule):
+def _in_torch(x, weight, masked, mask, bias, activation, rule, used=None):
     """The same in torch operations, which can be differentiated any number of times."""
-    return ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, rule), bias))
+    return ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, rule, used), bias))
 
 
 # ---- the public function ---------------------------------------------------------------------------------------------
@@ -418,13 +444,16 @@ def kernels_serve(weight):
     return uses_triton(weight)
 
 
-def masked_linear(x, weight, pattern, bias=None, activation=None, *, selection=None, rule=STE, algorithm=None):
+def masked_linear(
+    x, weight, pattern, bias=None, activation=None, *, selection=None, rule=STE, algorithm=None, used=None
+):
     """y = act(x @ (w*m)^T + b) with the gradients of the module docstring.
 
     x: (..., K), fp32, fp64, bf16 or fp16; under autocast of its dtype. weight: (N, K), floating; its gradient has its
     dtype. bias: (N,) or None. activation: None, "gelu" (erf), "gelu_tanh" or "silu". Returns (..., N) of x's dtype.
     selection: the result of `select_mask(weight, pattern, dtype of the product)`, or another mask in this form; None:
     it is made here. rule: GradientRule. algorithm (on a GPU): None: the fastest measured one; or one of ALGORITHMS.
+    used: a function that the backward calls, or None.
 
     Gradients: x, weight, bias, any number of times (once under torch.func if a kernel computes it).
     Raises: InputError for shapes, dtypes and devices that do not fit together, an unknown algorithm or activation.
@@ -442,9 +471,9 @@ def masked_linear(x, weight, pattern, bias=None, activation=None, *, selection=N
     if by_kernel and algorithm is None and not transformed():
         by_kernel = len(rows) > 0 and not _is_best_in_torch(rows, weight, masked, bits, bias, activation, rule)
     if not by_kernel:
-        return _in_torch(x, weight, masked, mask, bias, activation, rule)
+        return _in_torch(x, weight, masked, mask, bias, activation, rule, used)
     want_z = activation is not None and torch.is_grad_enabled()
-    y, _ = _MaskedLinear.apply(rows, weight, masked, bits, bias, activation, rule, want_z, algorithm)
+    y, _ = _MaskedLinear.apply(rows, weight, masked, bits, bias, activation, rule, want_z, algorithm, used)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

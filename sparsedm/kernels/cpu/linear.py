@@ -9,6 +9,7 @@ import torch
 from sparsedm.kernels.cpu import products
 from sparsedm.kernels.launch import forced_backend, plain
 from sparsedm.kernels.pattern import Pattern
+from sparsedm.kernels.sparse24.layouts import stamp
 
 MOST = 100  # sizes that are kept of one weight
 
@@ -25,23 +26,25 @@ def launch(x, values, offsets, y, *, pattern, config, bias, activation, residual
 def repeated(cache, values, positions, x, bias, activation, residual, skip, scale):
     """y of `sparse24_linear` if an earlier call had the same weight and sizes (see `remember`), else None.
 
-    cache: of `sparse24_linear`. values, positions: the weight; its memory and version say whether it is the same.
+    cache: of `sparse24_linear`. values, positions: the weight; its checksum says whether it is the same.
     """
     calls = None if torch.compiler.is_compiling() else cache.get("calls")
-    if calls is None or calls[0] != _stamp(values, positions) or not _served(values, x, bias, residual, skip, scale):
+    if calls is None or not _served(values, x, bias, residual, skip, scale):
         return None
-    run = calls[2].get(_sizes(x, bias, activation, residual, skip, scale))
-    return None if run is None else run(x, bias, activation, residual, skip, scale)
+    run = calls[1].get(_sizes(x, bias, activation, residual, skip, scale))
+    if run is None or calls[0] != stamp(values, positions):
+        return None
+    return run(x, bias, activation, residual, skip, scale)
 
 
 def remember(cache, values, positions, run, x, bias, activation, residual, skip, scale):
     """Let `repeated` compute calls like this one by run(x, bias, activation, residual, skip, scale)."""
-    if not _served(values, x, bias, residual, skip, scale) or values.is_inference() or positions.is_inference():
+    if not _served(values, x, bias, residual, skip, scale):
         return
-    calls, stamp = cache.get("calls"), _stamp(values, positions)
-    if calls is None or calls[0] != stamp or len(calls[2]) >= MOST:  # held: nothing else gets its address
-        calls = cache["calls"] = stamp, (values.detach(), positions.detach()), {}
-    calls[2][_sizes(x, bias, activation, residual, skip, scale)] = run
+    calls, current = cache.get("calls"), stamp(values, positions)
+    if calls is None or calls[0] != current or len(calls[1]) >= MOST:
+        calls = cache["calls"] = current, {}
+    calls[1][_sizes(x, bias, activation, residual, skip, scale)] = run
 
 
 def _served(values, *tensors):
@@ -50,12 +53,6 @@ def _served(values, *tensors):
         if t is not None and t.dtype is not dtype:
             return False
     return plain(*tensors) and not (torch.is_autocast_enabled("cpu") or forced_backend()) and values.is_cpu
-
-
-def _stamp(values, positions):
-    if values.is_inference() or positions.is_inference():
-        return None
-    return values.data_ptr(), values._version, positions.data_ptr(), positions._version
 
 
 def _sizes(x, bias, activation, residual, skip, scale):

@@ -111,3 +111,40 @@ void nm_decay(const float *g, const float *w, const uint8_t *mask, float decay, 
     out[i] = g[i] + pull;
   }
 }
+
+/* ---- a number that tells whether any bit has changed ------------------------------------------------------------------- */
+
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint32_t loose_uvec __attribute__((vector_size(4 * LANES), may_alias, aligned(1)));
+
+/* Fletcher's sums: b adds up the partial sums a, so that the order counts */
+static uint64_t checksum_part(const char *at, long n) {
+  enum { STEP = 4 * sizeof(uvec) };
+  uvec a[4] = {{0}}, b[4] = {{0}}, rest[4] = {{0}};
+  const char *end = at + n;
+  for (; at + STEP <= end; at += STEP)
+    UNROLL for (int i = 0; i < 4; i++) a[i] += *(const loose_uvec *)(at + i * sizeof(uvec)), b[i] += a[i];
+  memcpy(rest, at, end - at);
+  uint64_t all = n;
+  for (int i = 0; i < 4; i++) {
+    a[i] += rest[i], b[i] += a[i];
+    for (int lane = 0; lane < LANES; lane++) {
+      all = (all ^ a[i][lane]) * 0x9E3779B97F4A7C15u;
+      all = (all ^ all >> 29 ^ b[i][lane]) * 0xBF58476D1CE4E5B9u;
+    }
+  }
+  return all;
+}
+
+uint64_t nm_checksum(const char *bytes, long n) {
+  enum { PARTS = 32 };
+  if (n <= 1 << 18) return checksum_part(bytes, n);
+  uint64_t parts[PARTS], all = n;
+#pragma omp parallel for schedule(static)
+  for (long i = 0; i < PARTS; i++) {
+    long from = n / PARTS * i, to = i == PARTS - 1 ? n : n / PARTS * (i + 1);
+    parts[i] = checksum_part(bytes + from, to - from);
+  }
+  for (int i = 0; i < PARTS; i++) all = (all ^ all >> 29 ^ parts[i]) * 0x9E3779B97F4A7C15u;
+  return all;
+}

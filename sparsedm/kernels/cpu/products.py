@@ -11,6 +11,7 @@ All tensors are fp32 on the CPU. Every function needs `library()`. `rules.py` sa
 """
 
 import ctypes
+import functools
 
 import torch
 
@@ -246,6 +247,19 @@ def select_mask(weight, pattern):
     pointers = [POINTER(t.data_ptr()) for t in (weight, masked, mask)]
     nan = library().nm_select(pointers[0], *sizes, *pointers[1:])
     return masked, mask, bool(nan)
+
+
+def checksum(*tensors):
+    """A number of 64 bits per tensor, of any dtype on the CPU: another one, in all likelihood, if any bit changes."""
+    whole = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    return [_checksum()(t.data_ptr(), t.nbytes) for t in whole]
+
+
+@functools.cache
+def _checksum():
+    function = library().nm_checksum
+    function.restype, function.argtypes = LONG, [POINTER, LONG]
+    return function
 
 
 def decay(gradient, weight, mask, rate):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sparsedm.kernels.cpu import library
-from sparsedm.kernels.launch import autocast_dtype, forced_backend
+from sparsedm.kernels.launch import autocast_dtype, forced_backend, watched
 from sparsedm.kernels.pattern import memory_format
 
 RULE_VERSION = 3
@@ -157,7 +157,7 @@ def serves(*tensors):
 
 
 def _plain(*tensors):
-    if torch._C._are_functorch_transforms_active() or autocast_dtype(torch.device("cpu")) is not None:
+    if watched() or autocast_dtype(torch.device("cpu")) is not None:
         return False
     return all(
         t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided)

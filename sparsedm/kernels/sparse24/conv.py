@@ -18,7 +18,7 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
-from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
+from sparsedm.kernels.sparse24.layouts import dense_weight, kernel_tensors, prepack_once
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, check_operands, sparse24_linear
 
 
@@ -140,7 +140,9 @@ def _conv(
         if not y.numel() or dispatch.launch(CONV, backend, config, strict, *tensors, **options):
             return y
     if row.layout == "dense":
-        weight = prepacked[0].view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)
+        columns = x.shape[1] * kernel_size[0] * kernel_size[1]
+        weight = dense_weight(prepacked, values, metadata, columns, Pattern.parse(pattern))
+        weight = weight.view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)
     else:
         weight = _weight(values, metadata, x.shape[1], kernel_size, pattern)
     weight = weight.contiguous(memory_format=_memory_format(x))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import library, products
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24.format import TWO_FOUR, ZERO_WORD, check_metadata, check_shapes, pack, unpack
 
@@ -63,10 +64,16 @@ def _tma(values, metadata, columns):
     return ([] if padded is values and values.is_contiguous() else [padded.contiguous()]) + [tma_metadata(metadata)]
 
 
+def _dense(values, metadata, columns, pattern=TWO_FOUR):
+    """The dense weight; on a CPU also the checksums, for `dense_weight`."""
+    weight = unpack(values, metadata, columns, pattern).contiguous()
+    return [weight] + ([torch.tensor(checksums(values, metadata))] if values.device.type == "cpu" else [])
+
+
 LAYOUTS = {  # name -> (values, metadata of 2:4, columns) -> tensors; also what `cpu_layout` names
+    "dense": _dense,
     "fragments": _fragments,
     "tma": _tma,
-    "dense": lambda values, metadata, columns: [unpack(values, metadata, columns).contiguous()],
     "torch": lambda values, metadata, columns: [metadata.new_empty(0)],  # AOTInductor passes no empty lists
 }
 
@@ -77,8 +84,6 @@ def cpu_layout(order, pattern, taps=1, width=0):
 
 
 def _cpu(values, metadata, columns, layout):
-    from sparsedm.kernels.cpu import products
-
     _, order, pattern, taps, width = layout.split()
     pattern, taps = Pattern.parse(pattern), int(taps)
     if values.device.type != "cpu":
@@ -109,10 +114,10 @@ def prepack(
     check_metadata(metadata, pattern, columns)
     if layout.startswith("cpu "):
         return _cpu(values, metadata, columns, layout)
+    if layout == "dense":
+        return LAYOUTS[layout](values, metadata, columns, pattern)
     if layout == "torch" or pattern == TWO_FOUR:
         return LAYOUTS[layout](values, metadata, columns)
-    if layout == "dense":
-        return [unpack(values, metadata, columns, pattern)]
     values, metadata = _two_four(values, metadata, columns, pattern)
     return kernel_tensors(values, LAYOUTS[layout](values, metadata, columns))
 
@@ -121,10 +126,9 @@ def prepack(
 def _(values, metadata, layout, columns, pattern="2:4"):
     pattern = Pattern.parse(pattern)
     if layout == "dense":  # `unpack` reads the metadata
-        return [values.new_empty(values.shape[0], columns)]
+        weight = [values.new_empty(values.shape[0], columns)]
+        return weight + ([values.new_empty(2, dtype=torch.int64)] if values.device.type == "cpu" else [])
     if layout.startswith("cpu "):
-        from sparsedm.kernels.cpu import products
-
         shape, dtype = products.prepacked_shape(layout.split()[1], values.shape[0], columns, pattern)
         return [values.new_empty(shape), values.new_empty(shape, dtype=dtype)]
     if layout != "torch" and pattern != TWO_FOUR:
@@ -140,17 +144,40 @@ def kernel_tensors(values, prepacked):
 
 
 def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
-    """`prepack`, or its stored result in `cache` (the caller's dict) if the values are unchanged."""
-    # while tracing there are no addresses, and then the weight cannot change either
-    stamp = None if torch.compiler.is_compiling() else [_stamp(values), _stamp(metadata)]
-    if layout not in cache or (stamp is not None and cache[layout][0] != stamp):
-        if stamp and values.is_cuda and torch.cuda.is_current_stream_capturing():
+    """`prepack`, or its stored result in `cache` (the caller's dict) if values and metadata are unchanged, see `stamp`.
+
+    While tracing there are no addresses. The result of "dense" then takes its checksum along, for `dense_weight`.
+    """
+    current = None if torch.compiler.is_compiling() else stamp(values, metadata)
+    if layout not in cache or (current is not None and cache[layout][0] != current):
+        if current and values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InputError("a layer with a 2:4 weight must be called once before a CUDA graph of it is captured")
-        held = stamp and (values.detach(), metadata.detach())  # so that no other tensor gets their addresses
-        cache[layout] = stamp, prepack(values, metadata, layout, columns, pattern), held
-    return cache[layout][1]
+        held = current and (values.detach(), metadata.detach())  # so that no other tensor gets their addresses
+        cache[layout] = current, prepack(values, metadata, layout, columns, pattern), held
+    return cache[layout][1][:1] if current and layout == "dense" else cache[layout][1]
 
 
-def _stamp(tensor):
-    """A value that changes when the tensor is moved, replaced or written to."""
-    return tensor.device, tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+def dense_weight(prepacked, values, metadata, columns, pattern):
+    """The weight of the layout "dense"; decompressed again if a compiled graph brings one of other values."""
+    if len(prepacked) == 2 and prepacked[1].tolist() != checksums(values, metadata):
+        return unpack(values, metadata, columns, pattern)
+    return prepacked[0]
+
+
+def stamp(*tensors):
+    """What changes when one of the tensors is moved, replaced or written to.
+
+    On a CPU it is a checksum of the bits: no write is missed, whoever makes it. Elsewhere it is address and version: a
+    write that torch does not count, through `.data` or by a collective, is missed.
+    """
+    if tensors[0].device.type != "cpu" or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
+        return [(t.device, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    return [(t.dtype, t.shape) for t in tensors] + checksums(*tensors)
+
+
+def checksums(*tensors):
+    """One number for each tensor on the CPU, of its bits. Without the C library a few changes may keep the number."""
+    if library.library() is not None:
+        return products.checksum(*tensors)
+    words = (t.detach().contiguous().view(-1).view(torch.uint8).long() for t in tensors)
+    return [int((w * torch.arange(1, 2 * len(w), 2)).sum()) for w in words]

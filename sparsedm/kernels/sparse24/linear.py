@@ -21,7 +21,7 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
-from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack_once
+from sparsedm.kernels.sparse24.layouts import dense_weight, kernel_tensors, prepack_once
 
 ACTIVATIONS = {
     None: lambda y: y,
@@ -160,7 +160,10 @@ def _linear(
         if not len(rows) or dispatch.launch(LINEAR, backend, config, strict, rows, *tensors, y, **options):
             return y.view(*x.shape[:-1], values.shape[0])
     columns = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    weight = prepacked[0] if row.layout == "dense" else unpack(values, metadata, columns, Pattern.parse(pattern))
+    if row.layout == "dense":
+        weight = dense_weight(prepacked, values, metadata, columns, Pattern.parse(pattern))
+    else:
+        weight = unpack(values, metadata, columns, Pattern.parse(pattern))
     return _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype)
 
 

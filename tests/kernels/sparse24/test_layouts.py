@@ -20,7 +20,7 @@ def test_prepack_keeps_the_weight(layout):
     weight = pruned(24, 72)
     values, metadata = pack(weight)
     tensors = prepack(values, metadata, layout, 72)
-    assert len(tensors) == {"torch": 1, "dense": 1}.get(layout, 2)
+    assert len(tensors) == {"torch": 1}.get(layout, 2)
     assert layout != "torch" or not tensors[0].numel(), "nothing is kept, and yet the list is not empty"
     if layout == "dense":
         assert torch.equal(tensors[0], weight)
