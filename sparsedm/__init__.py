@@ -38,7 +38,29 @@ _HOME = {
     "load_model": "sparsedm.model_files",
     "InputError": "sparsedm.errors",
 }
-__all__ = list(_HOME)
+# spelled out, because type checkers take only these names for public
+__all__ = [
+    "Pattern",
+    "Linear",
+    "Conv2d",
+    "CompressedLinear",
+    "CompressedConv2d",
+    "Linear24",
+    "Conv2d24",
+    "sparsify",
+    "set_masking",
+    "hold_masks",
+    "MaskedAdamW",
+    "compress",
+    "decompress",
+    "bake",
+    "permute_channels",
+    "inspect",
+    "build_model",
+    "save_model",
+    "load_model",
+    "InputError",
+]
 
 
 def __getattr__(name):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ class LayerRow:
     why: str  # why this back end, or why the layer is dense
 
     @property
-    def density(self):
+    def density(self) -> float:
         return self.parameters_after / self.parameters if self.parameters else 1.0
 
 
@@ -64,7 +65,7 @@ class Inspection:
     attention_macs: int
     notes: tuple = ()
 
-    def totals(self):
+    def totals(self) -> dict[str, int]:
         """A dict of ints: parameters and MACs, dense and with kept weights only, and MACs with attention products."""
         macs, after = sum(r.macs for r in self.rows), sum(r.macs_after for r in self.rows)
         return {
@@ -76,10 +77,10 @@ class Inspection:
             "macs_with_attention_after": after + self.attention_macs,
         }
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {"layers": [asdict(r) | {"density": r.density} for r in self.rows], "totals": self.totals()}
 
-    def __str__(self):
+    def __str__(self) -> str:
         head = ("layer", "weight", "pattern", "parameters", "after", "MMACs", "after", "back end", "why")
         body = [
             (
@@ -97,7 +98,7 @@ class Inspection:
         ]
         return "\n".join([table(head, body, left=(0, 1, 2, 7, 8), rule=True), "", *self.notes, self.summary()])
 
-    def summary(self):
+    def summary(self) -> str:
         """The totals in three lines: parameters, MACs without and with the attention products."""
         t = self.totals()
         scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M")) if t["macs"] >= s), (1e3, "k"))
@@ -117,7 +118,7 @@ class Inspection:
             ]
         )
 
-    def plot(self, path, title=""):
+    def plot(self, path: str | os.PathLike, title: str = "") -> None:
         """Write a bar chart of parameters per layer, before and after, to `path` (format by its suffix)."""
         from matplotlib.ticker import EngFormatter  # late: plotting must not slow down importing the package
 

@@ -431,8 +431,8 @@ def _find(path, which):
         raise InputError(f"which={which!r}: 'ema' or 'model'")
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    if path.is_file():
-        return path, {}
+    if not path.is_dir():
+        return regular_file(path), {}
     runs = [path, *sorted(path.glob("[0-9][0-9]-*"), reverse=True)]
     found = path if (path / "state.json").exists() else next(filter(None, map(checkpoints, runs)), [None])[-1]
     if found is None:

@@ -38,9 +38,10 @@ def test_import_is_silent_and_takes_less_than_15_ms():
 
 
 def test_type_checkers_find_every_public_name_with_its_types():
-    block = next(
-        node for node in ast.parse((ROOT / "sparsedm/__init__.py").read_text()).body if isinstance(node, ast.If)
-    )
+    body = ast.parse((ROOT / "sparsedm/__init__.py").read_text()).body
+    (spelled_out,) = (n.value for n in body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    assert ast.literal_eval(spelled_out) == list(sparsedm._HOME)
+    block = next(node for node in body if isinstance(node, ast.If))
     homes = {alias.name: node.module for node in block.body for alias in node.names}
     assert homes == sparsedm._HOME
     for name in sparsedm.__all__:

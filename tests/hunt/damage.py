@@ -229,7 +229,7 @@ def changed_archive(file, random):
             members = []
         case "folder":
             info.filename += "/"
-    with zipfile.ZipFile(file, "w") as archive, contextlib.suppress(UserWarning):
+    with zipfile.ZipFile(file, "w") as archive:
         for info, content in members:
             archive.writestr(info, content)
 

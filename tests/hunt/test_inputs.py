@@ -411,14 +411,9 @@ def made(folder, runs):
     torch.set_num_threads(1)
     for module, _ in cli.COMMANDS.values():
         importlib.import_module(module)
-    for name in (
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-        "pymoo.optimize",
-        "torch._dynamo",
-        "diffusers.models.autoencoders.autoencoder_kl",
-    ):
-        with contextlib.suppress(ImportError):
+    names = ["matplotlib.figure", "matplotlib.backends.backend_agg", "pymoo.optimize", "torch._dynamo"]
+    for name in names + ["diffusers.models.autoencoders.autoencoder_kl"] * runs:
+        with contextlib.suppress(ImportError, RuntimeWarning):
             importlib.import_module(name)
     patch = pytest.MonkeyPatch()
     world = World(folder)
@@ -477,7 +472,11 @@ def lines(commands):
 
 
 def test_some_damaged_files_and_strange_options(tmp_path):
-    cheap = {arguments: files for arguments, files in READERS.items() if arguments[0] in ("inspect", "import")}
+    cheap = {
+        arguments: files
+        for arguments, files in READERS.items()
+        if arguments[0] in ("inspect", "import") and "{finished}" not in arguments
+    }
     every = [random.Random(command).choice(list(lines([command]))) for command in cli.COMMANDS]
     with made(tmp_path / "good", runs=False) as good:
         assert not hunt(good, tmp_path, [*damages(6, cheap), *every])
