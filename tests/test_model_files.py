@@ -287,3 +287,11 @@ def test_gradient_rules_are_kept_in_the_file(tmp_path):
         write_tensors(file, tensors, header)
         with pytest.raises(InputError, match="damaged"):
             load_model(file, Net)
+
+
+def test_a_model_of_masked_and_compressed_layers_is_refused_before_it_is_written(tmp_path):
+    model = sparsify(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "2:4")
+    model[0] = compress(nn.Sequential(model[0]))[0]
+    with pytest.raises(InputError, match="1 is masked and 0 compressed: a file holds one kind"):
+        save_model(tmp_path / "m.safetensors", model)
+    assert not list(tmp_path.iterdir())
