@@ -47,7 +47,7 @@ COUNTS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside the
 def write_tensors(file, tensors, header):
     """Write named tensors as one .safetensors file. header: dict of texts. Raises: OSError. Not atomic by itself."""
     # the format has no strides: a channels-last weight is written in the usual order
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().contiguous().resolve_neg().resolve_conj() for name, value in tensors.items()}
     end = 0
     for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
         value = tensors[name]
@@ -298,6 +298,7 @@ _WRAPPERS = {  # wrapper class of torch: the attribute that holds the module
     "DataParallel": "module",
     "AveragedModel": "module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
 }
 
 
