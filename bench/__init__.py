@@ -19,28 +19,26 @@ import argparse
 import functools
 import sys
 
-from sparsedm.cli import check_values
-from sparsedm.errors import InputError
+from sparsedm.cli import Parser, check_values, exit_code
 
 
 def command_line(module, text):
-    """An ArgumentParser of `python -m MODULE`, whose help shows `text` as it is written."""
+    """The parser of `python -m MODULE`, whose help shows `text` as it is written."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(f"python -m {module}", description=text, formatter_class=formatter)
+    return Parser(f"python -m {module}", description=text, formatter_class=formatter)
 
 
 def program(name):
-    """Decorates a `main`: if it raises InputError, prints the sentence to stderr after `name`, and returns 2."""
+    """Decorates a `main`: an exception that is no defect is said in one sentence after `name`; see `exit_code`."""
 
     def decorate(main):
         @functools.wraps(main)
         def run(*arguments):
-            try:
+            def checked():
                 check_values(sys.argv[1:] if arguments in ((), (None,)) else arguments[0])
                 return main(*arguments)
-            except InputError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return 2
+
+            return exit_code(name, checked)
 
         return run
 

@@ -30,6 +30,7 @@ from bench import command_line, plot, program, targets
 from bench.results import read, stamp
 from bench.suite import Suite, side_by_side
 from sparsedm import plots
+from sparsedm.commands.options import positive
 from sparsedm.errors import InputError, check_memory
 from sparsedm.files import atomic_file, cache_folder, read_json, read_text, write_json, write_text
 from sparsedm.kernels import tuning
@@ -278,7 +279,7 @@ def main(arguments=None):
     parser = command_line("bench.campaign", __doc__)
     parser.add_argument("part", choices=(*SECONDS, "publish"))
     parser.add_argument("--out", default="bench-campaign", help="folder (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, help="for everything together (default: see above)")
+    parser.add_argument("--seconds", type=positive, help="for everything together (default: see above)")
     parser.add_argument("--only", action="append", metavar="SUITE", help="run only this suite (may be repeated)")
     parser.add_argument("--data", help="of quality: images to train on, as for `sparsedm train`")
     parser.add_argument("--to", default="bench/results/gpu", help="of publish: folder (default: %(default)s)")

@@ -17,6 +17,7 @@ from bench.problems import LinearProblem
 from bench.providers import OURS, Dense, Sparse24
 from bench.results import read, speedups
 from bench.shapes import LinearShape, select
+from sparsedm.commands.options import count
 from sparsedm.errors import InputError
 from sparsedm.files import write_text
 
@@ -66,7 +67,7 @@ def parser():
     parsed = command_line("bench.counters", __doc__)
     parsed.add_argument("results", help="results file that `python -m bench.run --suite gemm` wrote")
     parsed.add_argument("--out", default="counters.txt", help="report (default: %(default)s)")
-    parsed.add_argument("--count", type=int, default=2, help="shapes at each end (default: %(default)s)")
+    parsed.add_argument("--count", type=count, default=2, help="shapes at each end (default: %(default)s)")
     return parsed
 
 

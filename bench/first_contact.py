@@ -27,6 +27,7 @@ from bench.problems import LinearProblem
 from bench.providers import Configuration, configured
 from bench.shapes import LinearShape
 from bench.suite import reason_of, signal_all
+from sparsedm.commands.options import positive
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.kernels.launch import capability
@@ -177,8 +178,8 @@ def main(arguments=None):
 def parser():
     parsed = command_line("bench.first_contact", __doc__)
     parsed.add_argument("--out", default="first-contact", help="folder (default: %(default)s)")
-    parsed.add_argument("--timeout", type=float, default=20, help="seconds until one hangs (default: %(default)s)")
-    parsed.add_argument("--seconds", type=float, default=90, help="for everything together (default: %(default)s)")
+    parsed.add_argument("--timeout", type=positive, default=20, help="seconds until one hangs (default: %(default)s)")
+    parsed.add_argument("--seconds", type=positive, default=90, help="for everything together (default: %(default)s)")
     parsed.add_argument("--small", action="store_true", help="small products, for the emulator")
     parsed.add_argument("--one", metavar="BACKEND,NUMBER", help="only this configuration, in this process")
     return parsed

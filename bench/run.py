@@ -20,6 +20,7 @@ killed from outside, or had no time left, is measured the next time.
 import collections
 import faulthandler
 import functools
+import math
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ from bench.networks import (
 from bench.results import DENSE, ENDED, IDENTITY, Results
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from bench.timing import clock_for
+from sparsedm.commands import options as types
 from sparsedm.errors import InputError
 from sparsedm.kernels.tuning import device_is_lost
 from sparsedm.models import MODELS
@@ -294,7 +296,9 @@ def main(arguments=None):
 
 def run(options, arguments):
     """Run the suites that the parsed command line `arguments` asks for. Returns the exit code 0 or 3."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.seconds < 0:
+        raise InputError(f"--seconds {options.seconds:g}: must be at least 0")
     torch.manual_seed(0)
     deadline = time.monotonic() + options.seconds
 
@@ -343,19 +347,19 @@ def run(options, arguments):
 
 def parser():
     parsed = command_line("bench.run", __doc__)
-    parsed.add_argument("--device", help="(default: cuda if there is one, else cpu)")
+    parsed.add_argument("--device", type=types.device, help="(default: cuda if there is one, else cpu)")
     parsed.add_argument("--suite", required=True, help=f"one or several of {', '.join(SUITES)}")
     parsed.add_argument("--shapes", help="square, m-sweep, grid, square@SIZE, models, model@batch; several with commas")
     parsed.add_argument("--providers", help="measure only these, by the names in the results file, with commas")
     parsed.add_argument("--modes", help="only these of the layer suites, with commas, for example epilogue")
     parsed.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to tune")
     parsed.add_argument("--no-sampling", action="store_true", help="of whole networks only a step")
-    parsed.add_argument("--batch", type=int, action="append", help="batch sizes of models (default: 1, 16 and 64)")
+    parsed.add_argument("--batch", type=types.count, action="append", help="sizes of batches (default: 1, 16 and 64)")
     parsed.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on a GPU, fp32 on a CPU)")
     parsed.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes on a CPU")
-    parsed.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after this long")
+    parsed.add_argument("--seconds", type=types.finite, default=math.inf, help="start nothing new after this long")
     parsed.add_argument(
-        "--timeout", type=float, default=75, help="seconds until a provider counts as hanging (default: %(default)s)"
+        "--timeout", type=types.positive, default=75, help="seconds until a provider hangs (default: %(default)s)"
     )
     parsed.add_argument("--out", default="bench-results.csv", help="results file (default: %(default)s)")
     parsed.add_argument("--dry-run", action="store_true", help="list what would be measured, and stop")

@@ -60,27 +60,43 @@ def main(arguments=None):
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):  # line by line, also into a pipe; a path may hold any character
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
+
+    def run():
         with _leaving_at_once():
             options = parse(sys.argv[1:] if arguments is None else arguments)
         options.run_command(options)
+
+    return exit_code("sparsedm", run)
+
+
+def exit_code(program, function):
+    """Call `function`, a program. Returns its exit code (None: 0), or the one of an exception that is no defect.
+
+    Such an exception is said in one sentence on stderr, after the program's name.
+    """
+
+    def refuse(reason, code=2):
+        print(f"{program}: {' '.join(str(reason).splitlines())}", file=sys.stderr)  # a name may hold a line break
+        return code
+
+    try:
+        return function() or 0
     except InputError as error:
-        return _refuse(error)
+        return refuse(error)
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
         reason = (str(error) or "out of memory").splitlines()[0]
-        return _refuse(f"not enough memory ({reason}): a smaller batch or network needs less")
+        return refuse(f"not enough memory ({reason}): a smaller batch or network needs less")
     except Stopped as stop:
-        return _refuse(stop, stop.exit_code)
+        return refuse(stop, stop.exit_code)
     except KeyboardInterrupt:
-        return _refuse("stopped", 130)
+        return refuse("stopped", 130)
     except BrokenPipeError:  # a reader such as `head` closed our output; the rest was not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, which Windows has not
     except OSError as error:
-        return _refuse(f"{error.filename or 'the system refuses'}: {error.strerror or error}")
-    return 0
+        return refuse(f"{error.filename or 'the system refuses'}: {error.strerror or error}")
 
 
 def parse(arguments):
@@ -98,7 +114,7 @@ def check_values(arguments):
 
 def parser_for(arguments):
     """The parser, with the options of only that command which the arguments name."""
-    parser = _Parser(
+    parser = Parser(
         "sparsedm",
         description="Train, run and measure 2:4 (and N:M) sparse diffusion models. Start with: sparsedm quickstart",
         epilog=EXIT_CODES,
@@ -111,6 +127,7 @@ def parser_for(arguments):
         raise InputError(f"{named} is now: {MOVED[named]}")
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, formatter_class=_HelpFormatter)
+        sub.register("type", None, _text)  # of options that name none
         if name == named:
             command = importlib.import_module(module)
             lines = "\n".join(f"  sparsedm {name} {example}".rstrip() for example in command.EXAMPLES)
@@ -130,11 +147,6 @@ def keep_freed_memory():
         libc.gnu_get_libc_version  # noqa: B018 - only glibc has it
         for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
             libc.mallopt(option, size)
-
-
-def _refuse(reason, code=2):
-    print(f"sparsedm: {' '.join(str(reason).splitlines())}", file=sys.stderr)  # a name may hold a line break
-    return code
 
 
 def _lacks_memory(error):
@@ -161,11 +173,7 @@ def _leaving_at_once():
         signal.signal(signal.SIGINT, before)
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        self.register("type", None, _text)  # the type of options that name none
-
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Print one sentence on stderr, like every other error, without the usage."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -174,7 +182,7 @@ class _Parser(argparse.ArgumentParser):
 def _text(text):
     if not text:  # most likely an unset shell variable; as a path it would be the current folder
         raise argparse.ArgumentTypeError("it is empty")
-    return text
+    return os.path.expanduser(text)  # a shell leaves the ~ of --out=~/a.png as it is
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

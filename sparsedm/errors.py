@@ -1,6 +1,14 @@
 """Exceptions that are no bugs: the input breaks a stated rule, or a run was stopped."""
 
+import contextlib
+import math
 import os
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows has no limits
+    resource = None
 
 
 class InputError(ValueError):
@@ -18,10 +26,20 @@ def check_memory(needed, what, there=None):
 
     there: the bytes of another memory, such as a GPU's.
     """
-    if not there and not hasattr(os, "sysconf"):  # Windows does not say
-        return
-    there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = there or _memory()
     if needed > there:
         raise InputError(
             f"not enough memory: {what} takes {needed / 2**30:,.0f} GiB or more, and there are {there / 2**30:,.0f} GiB"
         )
+
+
+def _memory():
+    """Bytes that this process may use: of the machine, of its container, and by `ulimit -v`. Infinite if unknown."""
+    limits = [math.inf]
+    if hasattr(os, "sysconf"):  # Windows does not say
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if resource and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        limits.append(limit)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)

@@ -197,7 +197,8 @@ class Masked:
             weight.register_hook(hook)
         elif not hook.acts(hook.layer):
             hook.layer = self  # the other layer of a tied weight became dense
-        self._hooked = (weight,)
+        if self._known[0] == id(weight):  # else `functional_call` lends it: a compiled graph adds its decay itself
+            self._hooked = (weight,)
         return hook
 
     def unhook_decay(self):

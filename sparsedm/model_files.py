@@ -35,9 +35,10 @@ INDEX = ".index.json"
 KINDS = ("dense", "masked", "compressed")
 FORMAT = 2  # of a model file. A file without this number has format 1: every compressed layer is 2:4
 # the names that training scripts give to averaged weights and to a network
-AVERAGE = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?|shadow)([^a-z]|$)", re.IGNORECASE)
+_WORDS = r"(emas?|swa|avg|averaged?|shadow|polyak)"
+AVERAGE = re.compile(rf"(?i:(^|[^a-z]){_WORDS}([^a-z]|$))|[a-z](EMA|Ema|SWA|Avg|Averaged?)(?![a-z])|^ema(?=[A-Z])")
 NETWORKS = ("model", "state_dict", "net", "nnet", "net_model", "network", "params", "module", "_orig_mod", "unet")
-NETWORKS += ("online_model", "diffusion_model")
+NETWORKS += ("online_model", "diffusion_model", "model_state_dict", "model_state")
 COUNTS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside the tensors of an average
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ COUNTS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside the
 def write_tensors(file, tensors, header):
     """Write named tensors as one .safetensors file. header: dict of texts. Raises: OSError. Not atomic by itself."""
     # the format has no strides: a channels-last weight is written in the usual order
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().contiguous().resolve_neg().resolve_conj() for name, value in tensors.items()}
     end = 0
     for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
         value = tensors[name]
@@ -117,13 +118,17 @@ def read_tensors(file, weights="average"):
         states = list(filter(_is_state_dict, tensors))
         tensors = dict(zip(("model", "ema"), [states[0], *states[1:][-1:]])) if states else None
     if isinstance(tensors, dict) and not _is_state_dict(tensors):
-        states = {name: state for name, value in tensors.items() if (state := _state_in(value))}
-        for name, value in tensors.items():
-            if weights == "average" and AVERAGE.search(str(name)) and name not in states and _holds_tensors(value):
-                raise InputError(
-                    f"{file} holds {name!r}, perhaps the average of the weights, in an unknown form: "
-                    "sparsedm import --weights raw takes the network beside it"
-                )
+        states = {name: state for name, value in tensors.items() if (state := _state_in(value, name))}
+        size = min(map(len, states.values()), default=1)
+        try:
+            hidden = next(_averages({k: v for k, v in tensors.items() if k not in states}, size), None)
+        except RecursionError:
+            raise InputError(f"{file} is no state dict: it is nested too deeply") from None
+        if hidden is not None and weights == "average":
+            raise InputError(
+                f"{file} holds {hidden!r}, perhaps the average of the weights, in an unknown form: "
+                "sparsedm import --weights raw takes the network beside it"
+            )
         tensors, header = _choose(states, weights)
     if not _is_state_dict(tensors):
         raise InputError(f"{file} is not a state dict: it must map names to tensors")
@@ -166,24 +171,43 @@ def _is_state_dict(found):
     )
 
 
-def _state_in(value):
+def _state_in(value, name):
     """The state dict that a value is, or that lies alone among other things in it; else None."""
     if _is_state_dict(value):
         return value
-    inside = [v for v in value.values() if v and _is_state_dict(v)] if isinstance(value, dict) else []
+    known = AVERAGE.search(str(name))
+    items = value.items() if isinstance(value, dict) else ()
+    inside = [v for k, v in items if v and _is_state_dict(v) and (known or not AVERAGE.search(str(k)))]
     return inside[0] if len(inside) == 1 else None
 
 
-def _holds_tensors(value):
+def _tensors_in(value):
+    """The number of tensors in nested dicts and lists."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return isinstance(value, torch.Tensor) or any(map(_holds_tensors, inside))
+    return 1 if isinstance(value, torch.Tensor) else sum(map(_tensors_in, inside))
+
+
+def _averages(values, size):
+    """The names in nested dicts that speak of an average and hold at least half as many tensors as the network has.
+
+    size: this number of the network. An optimizer's exp_avg, one tensor for each parameter, is none.
+    """
+    for name, value in values.items():
+        if AVERAGE.search(str(name)) and 2 * _tensors_in(value) >= size:
+            yield name
+        elif isinstance(value, dict) and "optim" not in str(name):
+            yield from _averages(value, size)
 
 
 def _choose(states, weights):
     """Choose the averaged or the trained weights from {name: state dict}. Returns (state dict or None, header)."""
+    states = {name: state for name, state in states.items() if state}
     kinds = [name for name in states if AVERAGE.search(name)], [name for name in NETWORKS if name in states]
-    found = [name for names in (kinds if weights == "average" else kinds[::-1]) for name in names if states[name]]
-    others = ", ".join(map(repr, found[1:]))
+    rest = [name for name in states if name not in (*kinds[0], *kinds[1])]
+    if weights == "raw" and kinds[0] and rest and not kinds[1]:
+        raise InputError(f"which of {', '.join(map(repr, rest))} is the trained network is unknown: the average is")
+    found = [name for names in (kinds if weights == "average" else kinds[::-1]) for name in names]
+    others = ", ".join(map(repr, [*found[1:], *(rest if found and found[0] in kinds[0] else ())]))
     header = {"taken": f"{found[0]!r} was read, {others} ignored"} if others else {}
     return (states[found[0]] if found else None), header
 
@@ -274,6 +298,7 @@ _WRAPPERS = {  # wrapper class of torch: the attribute that holds the module
     "DataParallel": "module",
     "AveragedModel": "module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
 }
 
 
@@ -407,8 +432,8 @@ def _find(path, which):
         raise InputError(f"which={which!r}: 'ema' or 'model'")
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    if path.is_file():
-        return path, {}
+    if not path.is_dir():
+        return regular_file(path), {}
     runs = [path, *sorted(path.glob("[0-9][0-9]-*"), reverse=True)]
     found = path if (path / "state.json").exists() else next(filter(None, map(checkpoints, runs)), [None])[-1]
     if found is None:

@@ -297,7 +297,7 @@ def sample(
         raise InputError(f"{len(y)} labels were given for {count} samples")
     if guidance is not None and not math.isfinite(guidance):
         raise InputError(f"guidance is {guidance}, it must be finite")
-    check_memory(4 * count * math.prod(shape), f"count={count}")
+    check_memory(8 * count * math.prod(shape), f"count={count}")  # all batches, and their join
     times = time_grid(schedule, steps, spacing or SAMPLERS[sampler].spacing)
     models = model if isinstance(model, list | tuple) else [model] * steps
     for network in {id(m): m for m in models}.values():

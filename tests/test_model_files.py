@@ -287,3 +287,21 @@ def test_gradient_rules_are_kept_in_the_file(tmp_path):
         write_tensors(file, tensors, header)
         with pytest.raises(InputError, match="damaged"):
             load_model(file, Net)
+
+
+def test_a_model_of_masked_and_compressed_layers_is_refused_before_it_is_written(tmp_path):
+    model = sparsify(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "2:4")
+    model[0] = compress(nn.Sequential(model[0]))[0]
+    with pytest.raises(InputError, match="1 is masked and 0 compressed: a file holds one kind"):
+        save_model(tmp_path / "m.safetensors", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_that_torch_negates_when_it_reads_it_is_written_and_masked_with_its_sign(tmp_path):
+    model = sparsify(nn.Sequential(nn.Linear(64, 64)), "2:4").eval()
+    weight = torch.randn(64, 64)
+    model[0].weight = nn.Parameter(torch._neg_view(weight))
+    kept = model[0].effective_weight() != 0
+    assert torch.equal(model[0].effective_weight()[kept], -weight[kept])
+    tensors, _ = read_tensors(save_model(tmp_path / "m.safetensors", model))
+    assert torch.equal(tensors["0.weight"], -weight)

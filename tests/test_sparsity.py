@@ -332,6 +332,15 @@ def test_a_lone_layer_becomes_ours_in_place():
     assert torch.equal(model.layers[0](x), model(x))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"decay": float("nan")}, {"decay": -1}, {"kept": float("inf")}, {"dropped": "1"}, {"decay": None}]
+)
+def test_gradient_settings_are_finite_numbers(settings):
+    (name,) = settings
+    with pytest.raises(InputError, match=f"^{name}=.*must be a number of at least 0"):
+        set_masking(sparsify(nn.Linear(16, 8), "2:4"), **settings)
+
+
 def test_gradients_of_a_model_without_masks_cannot_be_set():
     with pytest.raises(InputError, match=r"no masked layer .*: call sparsify first"):
         set_masking(Small(), decay=2e-4)

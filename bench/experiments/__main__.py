@@ -6,7 +6,6 @@ import sys
 from bench import command_line, program
 from bench.experiments import runner
 from sparsedm.commands.options import add_seed_and_device
-from sparsedm.train.loop import Interrupted
 
 
 @program("experiments")
@@ -16,11 +15,7 @@ def main(arguments=None):
     parser = command_line("bench.experiments", runner.__doc__)
     runner.add_arguments(parser)
     add_seed_and_device(parser)
-    try:
-        runner.experiment(parser.parse_args(arguments))
-    except Interrupted as interruption:
-        print(f"experiments: {interruption}", file=sys.stderr)
-        return interruption.exit_code
+    runner.experiment(parser.parse_args(arguments))
     return 0
 
 

@@ -22,9 +22,9 @@ from bench.experiments.plans import EXPERIMENTS, PRUNED, SCALES, SMALL, known
 from bench.experiments.report import SAMPLING, SPEED
 from bench.experiments.work import Work, folder_of, images_for
 from bench.results import STAMPED, read_experiment, stamp, write_experiment
-from sparsedm.commands.options import add_crop, add_model_arguments, deadline_of, dense_part, load_named
+from sparsedm.commands.options import add_crop, add_model_arguments, deadline_of, dense_part, load_named, positive
 from sparsedm.errors import InputError
-from sparsedm.files import read_json
+from sparsedm.files import check_writable, read_json
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model, model_config, parse_overrides
 from sparsedm.sparsity import masked_layers
@@ -32,6 +32,8 @@ from sparsedm.train import checkpoint
 from sparsedm.train.data import check_source
 from sparsedm.train.loop import Interrupted
 from sparsedm.train.published import published
+
+MOST_SEEDS = 1000
 
 
 def add_arguments(parser):
@@ -53,7 +55,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--out", metavar="DIR", help="(default: runs/experiment-NAME-SCALE)")
     parser.add_argument(
-        "--minutes", type=float, help="stop in time, with checkpoint and report (exit code 3); the same command goes on"
+        "--minutes", type=positive, help="stop in time, with a report (exit code 3); the same command goes on"
     )
     parser.add_argument("--dry-run", action="store_true", help="look at data and networks, list the runs, and stop")
     parser.add_argument("--report-only", action="store_true", help="only make tables and pictures of results.csv anew")
@@ -78,8 +80,9 @@ def experiment(options):
         raise InputError(f"unknown run {', '.join(sorted(unknown))}: they are {', '.join(run.name for run in runs)}")
     runs = [run for run in runs if not options.only or run.name in options.only]
     count = scale.seeds if options.seeds is None else options.seeds
-    if count < 1:
-        raise InputError(f"--seeds {count}: at least one is needed")
+    if not 1 <= count <= MOST_SEEDS:
+        raise InputError(f"--seeds {count}: at least one is needed, and at most {MOST_SEEDS}")
+    check_writable(folder / "report.md")
     if options.dry_run:
         _show(options, scale, runs, count, folder)
         return

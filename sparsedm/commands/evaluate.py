@@ -43,16 +43,19 @@ def run(options):
     shape = (3 if autoencoder else config.channels, size, size)
     out = Path(options.out or beside(options.run) / "evaluation.json")
     check_writable(out)
-    if options.dry_run:
-        check_source(options.data)
-        print(f"{options.count:,} samples of {source.words}, {source.sampler} in {source.steps} steps,")
-        print(f"against the {options.split} images of {options.data}: {out}   (dry run: nothing was drawn or written)")
-        return
+    evaluate.check_sets(shape, options.count, shape, options.count)
+    check_source(options.data)
+    if options.features != "inception":  # which one process downloads
+        load_features(options.features)
     dense = load_model(dense_part(options.dense), build_model, which=options.which).model if options.dense else None
     if dense is not None:
         for name in ("channels", "image_size", "num_classes", "context_tokens"):
             if getattr(dense.config, name, 0) != getattr(config, name, 0):
                 raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
+    if options.dry_run:
+        print(f"{options.count:,} samples of {source.words}, {source.sampler} in {source.steps} steps,")
+        print(f"against the {options.split} images of {options.data}: {out}   (dry run: nothing was drawn or written)")
+        return
     reference = load_images(options.data, options.split, size, crop=crop_of(options, config))
     if reference.is_latent:
         raise InputError(f"data {options.data} holds latents: distances need images")

@@ -18,6 +18,7 @@ from sparsedm.train.image_files import CROPS
 from sparsedm.train.published import Published, published
 
 MOST = 2**31 - 1  # of anything that is counted
+LARGEST = torch.finfo(torch.float32).max  # of a number that networks compute with
 RESERVE = 40  # seconds of --minutes for the work after the deadline: a checkpoint, a record, the report
 
 
@@ -87,9 +88,9 @@ def betas(text):
 
 def finite(text):
     with contextlib.suppress(ValueError):
-        if math.isfinite(float(text)):
+        if text.isascii() and "_" not in text and abs(float(text)) <= LARGEST:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a finite number of 32 bits")
 
 
 def positive(text):

@@ -15,7 +15,7 @@ from sparsedm.commands.options import add_seed_and_device
 from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
-from sparsedm.files import write_json, write_text
+from sparsedm.files import check_writable, write_json, write_text
 from sparsedm.inspection import inspect
 from sparsedm.model_files import save_model
 from sparsedm.plots import plot_losses, save_grid, table
@@ -56,6 +56,7 @@ def run(options):
     drawn = options.data == "synthetic"
     recipe, note = (QUICKSTART["synthetic"], SYNTHETIC_NOTE) if drawn else (QUICKSTART["images"], REAL_NOTE)
     folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(os.path.realpath(options.data)).stem}")
+    check_writable(folder / "report.json")
     if options.dry_run:  # the number of classes of other images is unknown until they are read
         check_source(options.data)
         show_recipe(recipe, options, folder, classes=len(CLASSES) if drawn else 0)

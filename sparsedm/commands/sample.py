@@ -250,6 +250,8 @@ def beside(run):
 def autoencoder_of(config, options):
     """The Autoencoder of --vae, or None. Raises: InputError if its latents are not the network's."""
     if options.vae is None:
+        if options.latent_scale is not None:
+            raise InputError("--latent-scale goes with --vae")
         return None
     scale = options.latent_scale or (published(config) or Published({}, 0)).latent_scale
     found = load_autoencoder(options.vae, options.device, scale)
@@ -275,7 +277,7 @@ def conditions_of(source, options):
     Raises InputError if the model does not fit --label or --guidance, or if --count images do not fit in memory.
     """
     config = source.config
-    check_memory(4 * options.count * config.channels * config.image_size**2, f"--count {options.count}")
+    check_memory(8 * options.count * config.channels * config.image_size**2, f"--count {options.count}")
     if getattr(config, "context_tokens", 0):
         return _texts(source, options)
     if options.context is not None:

@@ -16,13 +16,13 @@ from sparsedm.commands.options import add_seed_and_device, count, deadline_of, f
 from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
-from sparsedm.files import read_json
+from sparsedm.files import check_writable, read_json
 from sparsedm.models import model_config
 from sparsedm.recipes import SEARCHES
 from sparsedm.stepaware.family import UNITS
 from sparsedm.stepaware.report import NOTE, summary
 from sparsedm.stepaware.search import SearchOptions, check_installed, first_generation
-from sparsedm.stepaware.study import QUALITIES, Plan, study
+from sparsedm.stepaware.study import QUALITIES, Plan, study, without
 from sparsedm.train.data import check_source
 from sparsedm.train.stages import distilled
 
@@ -79,15 +79,15 @@ def run(options):
     scale = replace(scale, stages=distilled(scale.stages, options.distill))
     plan = _plan(options, scale, deadline_of(options.minutes))
     check_source(plan.data)
-    if not options.run and not options.exclude:
-        widths = getattr(model_config(scale.model, **scale.overrides), "eighths", (8,))
-        first_generation(len(scale.stages) * len(widths), plan.steps, plan.search)
+    check_writable(plan.folder / "report.json")
+    if not options.run:
+        first_generation(len(_left(options, scale)), plan.steps, plan.search)
+    if plan.quality == "frechet" and not (options.dry_run and plan.features == "inception"):  # which is downloaded
+        load_features(plan.features, options.device)  # or a name mistyped would be refused after hours
     if options.dry_run:
         _show(options, scale, plan)
         return
     check_installed()  # before anything is trained
-    if plan.quality == "frechet":
-        load_features(plan.features, options.device)  # or a name mistyped would be refused after hours
     if scale.threads and options.device.type == "cpu":
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
     if options.device.type == "cuda" and options.unit == "MACs":  # tuning all sizes takes longer than the search
@@ -98,6 +98,15 @@ def run(options):
     print(f"\n{summary(report)}\n\n{NOTE}\n")
     print(f"look at {plan.folder / 'front.png'}, then strategies.png, samples.png and proxy.png beside it")
     print(f"({time.perf_counter() - started:.0f} s in all)")
+
+
+def _left(options, scale):
+    """The names of the networks to search among, of a family that is yet to be trained."""
+    if options.networks:
+        raise InputError("--networks names networks of a run folder: give RUN, or use --exclude")
+    widths = getattr(model_config(scale.model, **scale.overrides), "eighths", ())
+    ends = [f" {k}/8" for k in reversed(widths)] or [""]
+    return without([f"{stage.pattern}{end}" for stage in scale.stages for end in ends], options.exclude)
 
 
 def _names(text):
@@ -156,6 +165,7 @@ def _show(options, scale, plan):
     """Print what the command would do; writes nothing."""
     if options.run:
         family = replace(plan, unit="MACs").family()
+        first_generation(len(family.names), plan.steps, plan.search)
         costs = ", ".join(f"{name} {cost / 1e6:,.1f} M" for name, cost in zip(family.names, family.costs))
         print(f"family {family.name}: {costs}")
     else:

@@ -20,7 +20,8 @@ from sparsedm.commands.options import (
     load_named,
     whole,
 )
-from sparsedm.errors import InputError, check_memory
+from sparsedm.errors import InputError
+from sparsedm.files import check_writable
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config, parse_overrides, schedule_note
 from sparsedm.plots import plot_losses, table
@@ -68,7 +69,7 @@ def _add_stages(group):
     methods = "\n".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     how.add_argument("--method", metavar="NAME", help=f"a ready list of stages, in place of --chain; one of\n{methods}")
     group.add_argument("--init", metavar="RUN", help="start from the dense network of this run folder or model file")
-    group.add_argument("--pattern", default="2:4", help="pattern of the last stage of --method (default: 2:4)")
+    group.add_argument("--pattern", help="pattern of the last stage of --method (default: 2:4)")
     group.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
     group.add_argument(
         "--steps", type=count, default=20_000, help="steps of all stages together (default: %(default)s)"
@@ -76,8 +77,8 @@ def _add_stages(group):
     group.add_argument(
         "--split", help="the stages' shares of the steps, such as 2,1,1 (default: half for a dense stage)"
     )
-    group.add_argument("--w-kd", type=finite, default=0.1, help="weight of the transfer loss in a chain (default: 0.1)")
-    group.add_argument("--decay", type=finite, default=2e-4, help="SR-STE decay in a chain (default: 2e-4)")
+    group.add_argument("--w-kd", type=finite, help="weight of the transfer loss in a chain (default: 0.1)")
+    group.add_argument("--decay", type=finite, help="SR-STE decay in a chain (default: 2e-4)")
     group.add_argument("--distill", type=finite, help="weight of a slimmable network's loss to its own full width")
 
 
@@ -143,13 +144,6 @@ def _training(options, config):
     )
 
 
-def _check_batch(training, config, device):
-    """Refuse a batch that cannot fit: its images and noise, and of the part that is computed as much again."""
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    numbers = training.batch_size * config.channels * config.image_size**2
-    check_memory(8 * (numbers + numbers // training.accumulate), f"--batch-size {training.batch_size}", there)
-
-
 def run(options):
     torch.manual_seed(options.seed)
     if options.init:
@@ -160,13 +154,13 @@ def run(options):
         )
         ema = None
     training, stages = _training(options, model.config), _stages(options, ema)
-    _check_batch(training, model.config, options.device)
     name = options.model or (Path(options.init).name if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     start = Start(model, ema, build=lambda: build_model(model.config))
     check_source(options.data, model.config)
+    check_writable(folder / "loss.png")
     if options.dry_run:
-        check_chain(start, stages, None, training, options.where)
+        check_chain(start, stages, None, training, options.where, device=options.device)
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size
@@ -211,13 +205,16 @@ def _stages(options, ema):
     if options.method and options.method not in METHODS:
         raise InputError(f"unknown method {options.method!r}: one of {', '.join(METHODS)}")
     if not options.method:
-        stages = parse_chain(options.chain, options.steps, options.split, w_kd=options.w_kd, decay=options.decay)
-        return distilled(stages, options.distill)
-    if options.split:
-        raise InputError("--split needs --chain: a method divides the steps itself")
+        if options.pattern:
+            raise InputError(f"--pattern {options.pattern} needs --method: a chain names its patterns itself")
+        given = {name: getattr(options, name) for name in ("w_kd", "decay") if getattr(options, name) is not None}
+        return distilled(parse_chain(options.chain, options.steps, options.split, **given), options.distill)
+    for name in ("split", "w_kd", "decay"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} needs --chain: a method sets it itself")
     if ema is None and options.method not in ("dense", "random-init", "asp-random"):
         raise InputError(f"--method {options.method} starts from a dense network: give its run folder with --init")
-    return distilled(method_stages(options.method, options.steps, options.pattern), options.distill)
+    return distilled(method_stages(options.method, options.steps, options.pattern or "2:4"), options.distill)
 
 
 def recipe_images(recipe, source):

@@ -47,7 +47,7 @@ class Pattern:
             return text
         if text == "dense":
             return None
-        match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text) if isinstance(text, str) else None
         if not match:
             raise InputError(f"unknown pattern {text!r}: write 'dense' or N:M, for example 2:4")
         return cls(int(match[1]), int(match[2]))

@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from sparsedm.errors import InputError, check_memory
@@ -20,6 +19,7 @@ from sparsedm.files import read_json, regular_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BATCH = 16  # images at a time
+MOST = 2**16  # channels
 
 
 class Autoencoder:
@@ -76,9 +76,10 @@ def load_autoencoder(folder, device="cpu", scale=None):
     folder = Path(folder)
     if (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
-    kind = read_json(folder / "config.json", _class_name=str)["_class_name"]
-    if kind != "AutoencoderKL":
-        raise InputError(f"{folder} holds a {kind}: an AutoencoderKL is needed")
+    config = read_json(folder / "config.json", _class_name=str)
+    if config["_class_name"] != "AutoencoderKL":
+        raise InputError(f"{folder} holds a {config['_class_name']}: an AutoencoderKL is needed")
+    _check(config, folder / "config.json")
     if not (folder / WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
         raise InputError(f"{pickles[0]} is a pickle, which can run any code: save the autoencoder as safetensors")
     regular_file(folder / WEIGHTS)
@@ -89,9 +90,40 @@ def load_autoencoder(folder, device="cpu", scale=None):
     options = {"local_files_only": True, "use_safetensors": True, "torch_dtype": torch.float32}
     try:
         network, found = diffusers.AutoencoderKL.from_pretrained(str(folder), output_loading_info=True, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder} is no readable AutoencoderKL ({str(error).strip().splitlines()[0]})") from error
+    except Exception as error:  # of what is wrong with a configuration any
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder} is no readable AutoencoderKL ({reason})") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[what]:
             raise InputError(f"{folder} does not fit its config.json: {what.replace('_', ' ')} {found[what][0]}")
     return Autoencoder(network.to(device).eval().requires_grad_(False), str(folder), scale)
+
+
+def _check(config, file):
+    """Raise InputError if a configuration holds numbers that no autoencoder has. What it leaves out has a default."""
+
+    def count(value, most=MOST):
+        return type(value) is int and 1 <= value <= most
+
+    def number(value, least=-math.inf):
+        return type(value) in (int, float) and least < value < math.inf
+
+    def each(values, rule, lengths):
+        return isinstance(values, list) and len(values) in lengths and all(map(rule, values))
+
+    channels = config.get("latent_channels", 4)
+    per_channel = "null, or a number for each latent channel"
+    rules = {
+        "latent_channels": (count, f"a whole number from 1 to {MOST}"),
+        "in_channels": (count, f"a whole number from 1 to {MOST}"),
+        "norm_num_groups": (count, f"a whole number from 1 to {MOST}"),
+        "layers_per_block": (lambda n: count(n, 100), "a whole number from 1 to 100"),
+        "block_out_channels": (lambda v: each(v, count, range(1, 11)), f"1 to 10 whole numbers from 1 to {MOST}"),
+        "scaling_factor": (lambda v: number(v, 0), "a number above 0"),
+        "shift_factor": (lambda v: v is None or number(v), "null or a number"),
+        "latents_mean": (lambda v: v is None or each(v, number, (channels,)), per_channel),
+        "latents_std": (lambda v: v is None or each(v, lambda n: number(n, 0), (channels,)), f"{per_channel}, above 0"),
+    }
+    for name, (holds, rule) in rules.items():
+        if name in config and not holds(config[name]):
+            raise InputError(f"{file} has {name} {str(config[name])[:40]}: must be {rule}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sparsedm import evaluate, samplers
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.plots import save_grid
@@ -84,15 +84,21 @@ class Plan:
         """The Family to search in. Raises InputError for an unknown name, or if no network is left."""
         found = family_of(self.run, self.unit, self.device)
         found = found.only(self.networks) if self.networks else found
-        for end in self.exclude:
-            kept = [name for name in found.names if name != end and not name.endswith(f" {end}")]
-            if len(kept) == len(found.names):
-                raise InputError(f"no network to leave out is named {end!r}: {', '.join(found.names)}")
-            found = found.only(kept)
+        found = found.only(without(found.names, self.exclude))
         config = found.networks[0].config
         if self.guidance and not (config.num_classes and getattr(config, "null_label", True)):
             raise InputError(f"guidance {self.guidance:g} needs networks with classes and a null label")
         return found
+
+
+def without(names, exclude):
+    """The names of networks that are left if those named in `exclude`, or with such an end, are left out."""
+    for end in exclude:
+        left = [name for name in names if name != end and not name.endswith(f" {end}")]
+        if len(left) == len(names):
+            raise InputError(f"no network to leave out is named {end!r}: {', '.join(names)}")
+        names = left
+    return names
 
 
 def study(plan):
@@ -162,6 +168,8 @@ def _prepare(plan):
     if images.is_latent and plan.quality != "proxy":
         raise InputError(f"data {plan.data} holds latents, not images for a Fréchet distance: use --quality proxy")
     first_generation(len(family.names), plan.steps, plan.search)
+    most = max(plan.count * plan.workers, plan.final_count)
+    check_memory(8 * most * math.prod(family.shape), f"drawing {most} images")
     checkpoint.claim(plan.folder, plan.facts(family))
     family, losses, seconds = _table(plan, family)
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)

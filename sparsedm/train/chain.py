@@ -30,6 +30,7 @@ from sparsedm.train.stages import Stage
 from sparsedm.train.step import Loss, Student
 
 log = logging.getLogger(__name__)
+MOST_STAGES = 100  # their folders are numbered with two digits
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run_chain(
     """
     folder = Path(folder)
     options = replace(options, steps=sum(stage.steps for stage in stages))
-    check_chain(start, stages, images, options, where, validation)
+    check_chain(start, stages, images, options, where, validation, device)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     if distributed.is_main_process():
@@ -149,22 +150,59 @@ def _student(start, stage, results, seed):
     return Student(network, average, results[-1].result.checkpoint if continued else None)
 
 
-def check_chain(start, stages, images, options, where=None, validation=None):
+def check_chain(start, stages, images, options, where=None, validation=None, device="cpu"):
     """Raises InputError if a later stage would fail. images None: the check of the images is skipped."""
     check_stages(stages, start.ema, start.build)
     if images is not None:
         check_data(start.model, images, validation)
-    distributed.shares(options.batch_size, options.accumulate)
-    if config := getattr(start.model, "config", None):
-        pixels = config.channels * config.image_size**2
-        check_memory(4 * pixels * options.batch_size, f"a batch of {options.batch_size:,}")
+    shares = distributed.shares(options.batch_size, options.accumulate)
     if any(stage.learns_from == "widest" for stage in stages) or getattr(
         getattr(start.model, "config", None), "passes", 0
     ):
         check_supernet(start.model, options.batch_size)
     network = copied(start.model)
+    check_batch(network, options, len(shares) * distributed.world(), device)
     for pattern in dict.fromkeys(stage.pattern for stage in stages):
         sparsify(network, pattern, where)
+
+
+def check_batch(model, options, parts, device="cpu"):
+    """Raise InputError if a batch, of which a part is computed at a time, cannot fit in the memory of the device.
+
+    Counts the images and their noise, and what autograd keeps of a part.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    device, numbers = torch.device(device), options.batch_size * config.channels * config.image_size**2
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    kept = _kept_per_image(model) // (2 if options.amp else 1)
+    needed = 8 * (numbers + numbers // parts) + kept * options.batch_size // parts
+    check_memory(needed, f"--batch-size {options.batch_size}", there)
+
+
+def _kept_per_image(model):
+    """Bytes of one image that autograd keeps for the backward pass, from two forwards that compute nothing.
+
+    0 if the network cannot run on meta tensors.
+    """
+    sizes, least = [], max(1, getattr(model.config, "passes", 0))  # a slimmable network divides a batch among widths
+    try:
+        twin = copy.deepcopy(model).to("meta").train()
+        for batch in (least, 2 * least):
+            kept = {}  # each tensor once, held so that no other takes its address
+
+            def keep(tensor, kept=kept):
+                kept[tensor.untyped_storage()._cdata] = tensor
+                return tensor
+
+            with torch.random.fork_rng([]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                out = twin(*(None if x is None else x.to("meta") for x in model.example_inputs(batch)))
+            sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+            del out
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return 0
+    return max(0, sizes[1] - sizes[0]) // least
 
 
 def plan(stages, options, model, folder, where=None):
@@ -203,6 +241,8 @@ def check_stages(stages, ema, build):
     """Raise InputError, before anything is trained, if a stage lacks its teacher or its start."""
     if not stages:
         raise InputError("a chain needs at least one stage")
+    if len(stages) > MOST_STAGES:
+        raise InputError(f"a chain of {len(stages)} stages is too long: at most {MOST_STAGES} are numbered")
     dense = ema is not None and not masked_layers(ema)
     for index, stage in enumerate(stages):
         teacher = stage.learns_from

@@ -172,8 +172,13 @@ def load(path, model, ema):
             tensors = read_tensors(file)[0]
         fill(network, tensors, file)
     with _or_the_one_before(path):
+        state = _state(path)
         for file in networks:
-            check_digest(file, _state(path))
+            check_digest(file, state)
+        there, here = state.get("model"), describe(model)
+        for fact in ("kind", "patterns") if isinstance(there, dict) else ():  # older ones may not say
+            if there.get(fact, here[fact]) != here[fact]:
+                raise InputError(f"{path} is of another stage or run: {fact} {there[fact]}, not {here[fact]}")
 
 
 def _state(path):

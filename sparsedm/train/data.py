@@ -39,6 +39,8 @@ SPLITS = ("train", "test")
 SYNTHETIC = {"train": {"count": 20_000, "seed": 0}, "test": {"count": 4_000, "seed": 1}}
 HOLD_OUT_SEED = 240410445
 KINDS = ("images", "labels")  # of tensor, in the cache
+TARS = (".tar.gz", ".tgz")
+ENDINGS = (".zip", ".npz", *TARS)
 END_BYTES = 1 << 20  # at each end of a file, part of its signature
 
 
@@ -138,6 +140,8 @@ def check_source(source, config=None):
             raise InputError(f"data {source!r}: no such file or folder, and not synthetic or cifar10")
         if not path.is_dir():
             regular_file(path)
+            if not path.name.lower().endswith(ENDINGS):
+                raise InputError(f"data {path}: must be a folder, or end in {', '.join(ENDINGS)}")
     if config is not None:
         check_context(config, context_shape(path) if path.suffix.lower() == ".npz" else None, source)
 
@@ -218,7 +222,7 @@ def _held_out(source, tensors, split):
 
 def _synthetic_size(source, size):
     given = source.partition(":")[2] or str(size or 12)
-    if not given.isdecimal() or size not in (None, int(given)):
+    if not (given.isascii() and given.isdecimal()) or size not in (None, int(given[:9])):
         raise InputError(f"{source!r} with size {size}: write synthetic or synthetic:SIZE")
     return int(given)
 
@@ -244,12 +248,10 @@ def _read(source, split, size, progress, cache, crop):
 
 
 def _decode(path, size, progress, crop):
-    is_tar = path.name.lower().endswith((".tar.gz", ".tgz"))
+    is_tar = path.name.lower().endswith(TARS)
     if cifar10 := cifar10_folder(path) if path.is_dir() else path if is_tar else None:
         return _resize(read_cifar10(cifar10, progress), size, progress)
-    if path.is_dir() or path.suffix.lower() == ".zip":
-        return read_image_files(path, size, progress, crop)
-    raise InputError(f"data {path}: must be a folder, or end in .zip, .npz or .tar.gz")
+    return read_image_files(path, size, progress, crop)
 
 
 def _resize(parts, size, progress):

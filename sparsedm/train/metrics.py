@@ -33,8 +33,19 @@ def read_metrics(folder):
     records = []
     with contextlib.suppress(InputError):
         for record in read_json_lines(Path(folder) / "metrics.jsonl", step=int):
+            if not _is_whole(record):
+                break
             records.append(record)
     return records
+
+
+def _is_whole(record):
+    """Whether the values of a record are of the types that the log writes."""
+    rates = record.get("flip_rates", {})
+    others = {name: value for name, value in record.items() if name not in ("flip_rates", "diverged")}
+    if others.get("distance", 0) is None:  # the dense network has other shapes
+        del others["distance"]
+    return isinstance(rates, dict) and all(type(n) in (int, float) for n in (*others.values(), *rates.values()))
 
 
 def usual_speed(folder):

@@ -67,7 +67,7 @@ def test_without_ncu_or_results(tmp_path, monkeypatch, capsys):
     assert counters.main([str(tmp_path / "r.csv"), "--out", str(tmp_path / "c.txt")]) == 2
     assert "not on the PATH" in capsys.readouterr().err
     assert counters.main([str(tmp_path / "none.csv")]) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert "none.csv is missing or unreadable" in capsys.readouterr().err
     assert not (tmp_path / "c.txt").exists()
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from bench import ceilings, measure, networks, providers, results, run
+from bench import ceilings, measure, networks, program, providers, results, run
 from bench.baselines import OURS_AND_DENSE
 from bench.results import Results, read
 from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, Watch, main, run_suite
@@ -363,3 +363,41 @@ def test_on_a_gpu_everything_of_torch_and_of_ours_is_right_and_timed_by_graphs(s
     if suite == "end-to-end":
         step = {p.name for p in networks.STEP_PROVIDERS if p.name != "cuSPARSELt"}
         assert {r["provider"] for r in rows if "sampling" in r["mode"]} == {r["provider"] for r in times} == step
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--device", "x"), "'x' is not a device"),
+        (("--device", "cuda:99"), "torch sees"),
+        (("--seconds", "nan"), "'nan' is not a finite number"),
+        (("--timeout", "0"), "'0' is not more than 0"),
+        (("--batch", "0"), "'0' is not a whole number from 1"),
+        (("--dtype", "fp8"), "invalid choice: 'fp8'"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_strange_option_is_one_sentence(option, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--suite", "gemm", *option])
+    assert end.value.code == 2
+    assert said in (error := capsys.readouterr().err)
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (MemoryError(), 2, "not enough memory"),
+        (OSError(28, "full", "x.csv"), 2, "x.csv: full"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+    ids=["memory", "disk", "interrupt"],
+)
+def test_what_is_no_defect_of_a_program_is_one_sentence(error, code, said, capsys):
+    @program("bench")
+    def failing(arguments):
+        raise error
+
+    assert failing([]) == code
+    assert f"bench: {said}" in capsys.readouterr().err

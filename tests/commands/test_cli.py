@@ -516,6 +516,80 @@ def test_cuda_is_refused_where_there_is_none(capsys):
     assert "torch sees 0 CUDA devices" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--model", "--where", "--betas", "--init"])
+def test_an_empty_value_names_its_option(option, capsys):
+    assert run("train", "--data", "synthetic", option, "") == 2
+    assert f"sparsedm train: argument {option}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["1e39", "-1e308", "١", "1_0"])
+def test_a_number_that_a_network_cannot_hold_is_refused(number, capsys):
+    assert run("train", "--data", "synthetic", f"--lr={number}") == 2
+    assert f"{number!r} is not a finite number of 32 bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--pattern", "1:4"), ("--method", "dense", "--decay", 1), ("--method", "dense", "--w-kd", 1)],
+    ids=lambda options: options[-2],
+)
+def test_an_option_that_would_do_nothing_is_refused(options, tmp_path, capsys):
+    assert run("train", "--data", "synthetic", *options, "--run", tmp_path / "run") == 2
+    assert f"{options[-2]}{' 1:4' if len(options) == 2 else ''} needs --" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scale_of_latents_needs_an_autoencoder(trained, capsys):
+    assert run("sample", trained, "--latent-scale", 2) == 2
+    assert "--latent-scale goes with --vae" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_after_training_is_refused_before(tmp_path, capsys):
+    (tmp_path / "run" / "loss.png").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for folder, reason in (("run", "loss.png: it is a folder"), ("file", "Not a directory")):
+        for more in ((), ("--dry-run",)):
+            assert run("train", "--data", "synthetic", "--run", tmp_path / folder, *more) == 2
+            assert reason in capsys.readouterr().err
+    for command in (["quickstart", "--run"], ["search", "--out"]):
+        assert run(*command, tmp_path / "file", "--dry-run") == 2
+        assert "Not a directory" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "run") == ["loss.png"]
+
+
+@pytest.mark.parametrize("command", [["train"], ["quickstart"], ["evaluate", "{run}"], ["search"]])
+def test_a_dry_run_refuses_data_of_a_kind_that_nothing_reads(command, trained, tmp_path, capsys):
+    (tmp_path / "data.txt").touch()
+    command = [word.format(run=trained) for word in command]
+    assert run(*command, "--data", tmp_path / "data.txt", "--dry-run") == 2
+    assert "data.txt: must be a folder, or end in .zip, .npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["evaluate", "{run}", "--features", "inceptoin"], "unknown features 'inceptoin'"),
+        (["evaluate", "{run}", "--dense", "none"], "none does not exist"),
+        (["evaluate", "{run}", "--count", 3], "3 generated"),
+        (["search", "--features", "inceptoin"], "unknown features 'inceptoin'"),
+        (["search", "--networks", "dense"], "--networks names networks of a run folder"),
+        (["search", "--exclude", "2:5"], "no network to leave out is named '2:5': dense, 2:4, 1:4, 1:8"),
+        (["search", "--family", "widths", "--exclude", "9/8"], "no network to leave out is named '9/8': dense 8/8"),
+        (["search", "{run}", "--sampling-steps", 2, "--population", 100], "a population of 100 is more than"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(map(str, value[-2:])),
+)
+def test_a_dry_run_refuses_what_would_be_refused_later(options, said, trained, capsys):
+    assert run(*(str(word).format(run=trained) for word in options), "--data", "synthetic", "--dry-run") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_behind_an_equals_sign(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("sample", trained, "--count", 1, "--sampling-steps", 1, "--out=~/a.png") == 0
+    assert (tmp_path / "a.png").exists()
+
+
 def test_a_link_to_itself_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.safetensors").symlink_to("a.safetensors")

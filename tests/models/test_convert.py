@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from sparsedm import cli
 from sparsedm.errors import InputError
-from sparsedm.model_files import load_model, save_model, write_shards
+from sparsedm.model_files import load_model, read_tensors, save_model, write_shards
 from sparsedm.models import MODELS, build_model, convert, model_config, schedule_note
 from sparsedm.models.convert import read_foreign, recognise
 from sparsedm.models.diffusers import config_to_diffusers, to_diffusers
@@ -295,6 +295,9 @@ def prefixed(state, prefix):
         (lambda net, ema: {"net_model": net, "ema_model": ema, "step": 5}, "'ema_model' was read"),
         (lambda net, ema: {"state_dict": net, "state_dict_ema": ema}, "'state_dict_ema' was read"),
         (lambda net, ema: [prefixed(net, "module."), {"state": {}}, 3, 1000, ema], "'ema' was read"),
+        (lambda net, ema: {"model": net, "modelEMA": ema}, "'modelEMA' was read, 'model' ignored"),
+        (lambda net, ema: {"net": net, "emaNet": ema}, "'emaNet' was read, 'net' ignored"),
+        (lambda net, ema: {"model_state_dict": net, "polyak": ema}, "'polyak' was read, 'model_state_dict' ignored"),
         (lambda net, ema: prefixed(net, "model.") | prefixed(ema, "model_ema."), "'model_ema' was read"),
         (
             lambda net, ema: (
@@ -324,7 +327,21 @@ def prefixed(state, prefix):
             "'ema_model' was read, 'online_model' ignored",
         ),
     ],
-    ids=["model_ema", "DDSM", "timm", "ermongroup", "beginnings", "nested", "shadow", "swa", "LitEma", "lucidrains"],
+    ids=[
+        "model_ema",
+        "DDSM",
+        "timm",
+        "ermongroup",
+        "camel",
+        "before",
+        "polyak",
+        "beginnings",
+        "nested",
+        "shadow",
+        "swa",
+        "LitEma",
+        "lucidrains",
+    ],
 )
 def test_the_average_is_taken_and_it_is_said(pack, said, tmp_path):
     net, ema = two()
@@ -342,6 +359,22 @@ def test_an_average_in_an_unknown_form_is_not_passed_over(tmp_path):
     with pytest.raises(InputError, match=r"holds 'ema', perhaps the average of the weights, .*--weights raw"):
         read_foreign(tmp_path / "a.pt")
     assert torch.equal(read_foreign(tmp_path / "a.pt", weights="raw").model.pos_embed, net["pos_embed"])
+
+
+def test_an_average_that_lies_deep_in_a_file_or_beside_unknown_networks_is_not_passed_over(tmp_path):
+    net = {f"layers.{i}.weight": torch.ones(2) for i in range(4)}
+    for packed in ({"callbacks": {"EMA": {"weights": net}}}, {"emas": [net]}, {"train": {"ema": net}}):
+        torch.save({"state_dict": net, **packed}, tmp_path / "a.pt")
+        with pytest.raises(InputError, match="perhaps the average of the weights, in an unknown form"):
+            read_tensors(tmp_path / "a.pt")
+        assert read_tensors(tmp_path / "a.pt", "raw")[0].keys() == net.keys()
+    moments = {"state": {0: {"exp_avg": torch.ones(3)}}, "ema": {}}
+    torch.save({"model": net, "optimizer": moments, "other": moments}, tmp_path / "a.pt")
+    assert read_tensors(tmp_path / "a.pt")[0].keys() == net.keys()
+    torch.save({"g": net, "d": net, "g_ema": net}, tmp_path / "a.pt")
+    assert read_tensors(tmp_path / "a.pt")[1] == {"taken": "'g_ema' was read, 'g', 'd' ignored"}
+    with pytest.raises(InputError, match="which of 'g', 'd' is the trained network is unknown"):
+        read_tensors(tmp_path / "a.pt", "raw")
 
 
 @pytest.mark.parametrize(

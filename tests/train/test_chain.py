@@ -13,9 +13,10 @@ from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.model_files import load_model
+from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers, masks, sparsify
 from sparsedm.train import step
-from sparsedm.train.chain import Start, plan, run_chain
+from sparsedm.train.chain import Start, check_batch, check_stages, plan, run_chain
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
 from sparsedm.train.stages import Stage, divide, parse_chain
@@ -333,6 +334,32 @@ def test_plan_writes_nothing_and_matches_the_run(tmp_path, unbroken):
 def test_stage_refuses(fields, message):
     with pytest.raises(InputError, match=message):
         Stage(**{"name": "a", "steps": 1, **fields})
+
+
+def test_a_batch_is_refused_for_what_its_backward_pass_keeps(monkeypatch):
+    network, options = build_model("uvit-tiny", image_size=8), replace(OPTIONS, batch_size=1024)
+
+    def kept(batch):  # of real tensors
+        found = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.update({t.data_ptr(): t}), lambda nothing: None
+        )
+        with hooks:
+            network(*network.example_inputs(batch))
+        return sum(tensor.nbytes for tensor in found.values())
+
+    needed = 1024 * (kept(3) - kept(1)) // 2
+    monkeypatch.setattr(os, "sysconf", lambda name: math.isqrt(needed * 5 // 4))
+    check_batch(network, options, parts=1)
+    monkeypatch.setattr(os, "sysconf", lambda name: math.isqrt(needed * 4 // 5))
+    check_batch(network, options, parts=2)
+    with pytest.raises(InputError, match="not enough memory: --batch-size 1024 takes"):
+        check_batch(network, options, parts=1)
+
+
+def test_a_chain_longer_than_its_numbers_is_refused():
+    with pytest.raises(InputError, match="a chain of 101 stages is too long: at most 100"):
+        check_stages([Stage("dense", 1)] * 101, None, None)
 
 
 def test_what_could_not_be_finished_is_not_begun(tmp_path):

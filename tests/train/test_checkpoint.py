@@ -456,6 +456,15 @@ def test_tensors_that_were_changed_since_are_refused(tmp_path, name):
     checkpoint.load(path, *networks)  # an older checkpoint has no digests
 
 
+def test_the_checkpoint_of_another_stage_is_refused(tmp_path):
+    path = saved(tmp_path, model=tiny(1), ema=tiny(2))
+    with pytest.raises(InputError, match="of another stage or run: kind dense, not masked"):
+        checkpoint.load(path, sparsify(tiny(), "2:4"), sparsify(tiny(), "2:4"))
+    path = saved(tmp_path, 5)
+    with pytest.raises(InputError, match="of another stage or run: patterns "):
+        checkpoint.load(path, sparsify(tiny(), "1:4"), sparsify(tiny(), "1:4"))
+
+
 def test_other_things_beside_the_checkpoints_are_none(tmp_path):
     path = saved(tmp_path)
     for name in ("step-zz", "step-99999999.bak", "step-1"):

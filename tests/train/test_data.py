@@ -246,7 +246,7 @@ def test_refusals(source, options, message):
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
     (tmp_path / "a.rar").write_bytes(b"")
-    with pytest.raises(InputError, match=r"a\.rar: must be a folder, or end in \.zip, \.npz or \.tar\.gz"):
+    with pytest.raises(InputError, match=r"a\.rar: must be a folder, or end in \.zip, \.npz, \.tar\.gz, \.tgz"):
         load(tmp_path / "a.rar")
 
 

@@ -21,6 +21,12 @@ def test_reads_up_to_a_line_that_was_cut_short(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
+@pytest.mark.parametrize("damaged", ['"images_per_second": "a"', '"noise_loss": null', '"flip_rates": [1]', '"x": [1]'])
+def test_reads_up_to_a_record_of_other_types(tmp_path, damaged):
+    write(tmp_path, '{"step": 1, "distance": null}\n', f'{{"step": 2, {damaged}}}\n', '{"step": 3}\n')
+    assert read_metrics(tmp_path) == [{"step": 1, "distance": None}]
+
+
 def test_forgets_what_the_resumed_run_will_log_again(tmp_path):
     write(tmp_path, '{"step": 1}\n', '{"step": 2, "diverged": "loss nan"}\n', '{"step": 2}\n', '{"step": 3}\n', '{"st')
     log = MetricsLog(tmp_path, tiny(), 2, CPU, Reference())

@@ -160,6 +160,7 @@ def _plain(*tensors):
     if watched() or autocast_dtype(torch.device("cpu")) is not None:
         return False
     return all(
-        t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided)
+        t is None
+        or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided and not t.is_neg())
         for t in tensors
     )
