@@ -239,7 +239,7 @@ def serve(body):
 @pytest.fixture
 def detector(tmp_path, monkeypatch):
     """The bytes of a TorchScript detector, whose checksum stands in for Inception's; the cache is in tmp_path."""
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit"):
         torch.jit.save(torch.jit.script(Detector()), tmp_path / "source.pt")
     body = (tmp_path / "source.pt").read_bytes()
     monkeypatch.setattr("sparsedm.features.INCEPTION_SHA256", hashlib.sha256(body).hexdigest())
