@@ -208,6 +208,14 @@ def one_bit(layer, other):
     layer.values.numpy().view(np.uint32)[3, 5] ^= 1 << 22
 
 
+def all_signs(layer, other):
+    layer.values.data.neg_()
+
+
+def two_signs(layer, other):
+    layer.values.data[::2, 0].neg_()
+
+
 def positions_numpy(layer, other):
     stored = layer._positions
     getattr(layer, stored).numpy()[:] = getattr(other, stored).numpy()
@@ -221,7 +229,7 @@ def in_place(layer, other):
     layer.values.mul_(2)
 
 
-WRITES = [values_data, values_numpy, one_bit, positions_numpy, another_buffer, in_place]
+WRITES = [values_data, values_numpy, one_bit, all_signs, two_signs, positions_numpy, another_buffer, in_place]
 
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)

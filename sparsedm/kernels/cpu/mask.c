@@ -117,13 +117,15 @@ void nm_decay(const float *g, const float *w, const uint8_t *mask, float decay, 
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t loose_uvec __attribute__((vector_size(4 * LANES), may_alias, aligned(1)));
 
-/* Fletcher's sums: b adds up the partial sums a, so that the order counts */
+/* Like Fletcher's sums: b adds up the partial sums a, so that the order counts. a is rotated, or two signs that change
+ * would cancel each other: twice the highest bit is 0. */
 static uint64_t checksum_part(const char *at, long n) {
   enum { STEP = 4 * sizeof(uvec) };
   uvec a[4] = {{0}}, b[4] = {{0}}, rest[4] = {{0}};
   const char *end = at + n;
   for (; at + STEP <= end; at += STEP)
-    UNROLL for (int i = 0; i < 4; i++) a[i] += *(const loose_uvec *)(at + i * sizeof(uvec)), b[i] += a[i];
+    UNROLL for (int i = 0; i < 4; i++)
+      a[i] = (a[i] << 5 | a[i] >> 27) + *(const loose_uvec *)(at + i * sizeof(uvec)), b[i] += a[i];
   memcpy(rest, at, end - at);
   uint64_t all = n;
   for (int i = 0; i < 4; i++) {

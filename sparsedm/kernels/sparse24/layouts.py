@@ -172,7 +172,8 @@ def stamp(*tensors):
     """
     if tensors[0].device.type != "cpu" or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
         return [(t.device, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-    return [(t.dtype, t.shape) for t in tensors] + checksums(*tensors)
+    known = [(t.dtype, t.shape, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    return known + checksums(*tensors)
 
 
 def checksums(*tensors):
