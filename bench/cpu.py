@@ -35,6 +35,7 @@ from sparsedm.kernels.cpu import rules
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on, rule_of_thumb
 from sparsedm.kernels.sparse24.format import pack
+from sparsedm.kernels.sparse24.layouts import checksums
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import CompressedConv2d, Conv2d, Linear
 from sparsedm.sparsity import compress, hold_masks, set_masking, sparsify
@@ -104,6 +105,7 @@ class Sparse(Provider):
     def bind(self, problem, prepared):
         shape, cache, weight = problem.shape, {}, masked(problem.weight, self.pattern)
         values, words = pack(weight, self.pattern)
+        cache["held"] = checksums(values, words)  # as inside `hold_masks`
         options = {"activation": problem.activation, "residual": problem.residual, "pattern": str(self.pattern)}
         request = request_on(
             problem.device, LINEAR, problem.dtype, shape.M, shape.N, shape.K, pattern=options["pattern"]

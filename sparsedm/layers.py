@@ -9,6 +9,7 @@ checkpoint or your own code set those values. Every forward selects the mask ane
 serves all forwards. Rounding may change which weights are the largest: a cast to fewer bits freezes the mask first.
 """
 
+import contextlib
 import functools
 import math
 import warnings
@@ -39,7 +40,7 @@ from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, ungroup, un
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import last_measured
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
-from sparsedm.kernels.sparse24.layouts import stamp
+from sparsedm.kernels.sparse24.layouts import checksums, stamp
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 
 
@@ -401,7 +402,8 @@ class Compressed(nn.Module):
     weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
     kh * kw * in weights before compression.
     A kernel's form of the weight is kept. On a CPU every call compares a checksum of values and positions, so that any
-    write to them counts, whoever makes it. On a GPU the checksum would cost a launch: there a call sees what
+    write to them counts, whoever makes it. Inside `sparsity.hold_masks` it is compared at the end only: for a few rows
+    it takes as long as the product. On a GPU the checksum would cost a launch: there a call sees what
     `load_state_dict`, an operation in place or another tensor changes. It does not see what is written into the same
     memory through `.data`, by a collective, or while a compiled graph holds the kernel's form.
     """
@@ -428,10 +430,27 @@ class Compressed(nn.Module):
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         if torch.compiler.is_compiling():
             return self.values.to(dtype), *tensors
-        key = [dtype, stamp(self.values)]
+        key = [dtype, stamp(self.values, held=self._prepacked.get("held"))]
         if self._cast is None or self._cast[0] != key:
             self._cast = key, self.values.to(dtype), self.values.detach()  # held: nothing else gets its address
         return self._cast[1], *tensors
+
+    @contextlib.contextmanager
+    def held(self, name):
+        """A context whose calls on a CPU take the weight for unchanged. Raises: InputError at its end if that is wrong.
+
+        name: what errors call the layer.
+        """
+        if not self.values.is_cpu or "held" in self._prepacked:
+            yield
+            return
+        self._prepacked["held"] = before = checksums(self.values, self.words())
+        try:
+            yield
+        finally:
+            self._prepacked.pop("held", None)
+        if not self.values.is_cpu or checksums(self.values, self.words()) != before:
+            raise InputError(f"the compressed weight of {name} was changed while it was held: change it outside")
 
     def words(self, stored=None):
         """The positions as words: int16 metadata for 2:4, else int32 bits. stored: a buffer; default: the layer's."""
@@ -471,7 +490,7 @@ class Compressed(nn.Module):
 
     def backend_used(self):
         """The back end that computed the latest new size without measuring; None before."""
-        layouts = [layout for layout in self._prepacked if layout not in ("choices", "calls")]
+        layouts = [layout for layout in self._prepacked if layout not in ("choices", "calls", "held")]
         return layouts[-1].split()[0] if layouts else None
 
     def __prepare_scriptable__(self):

@@ -301,13 +301,14 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
 
     Use it around work that does not change the weights: the forwards and backwards of one optimizer step, or sampling.
     Enter it under the autocast that the forwards run in. A weight that changes inside the block keeps its old mask.
-    On a GPU one launch selects the masks of all layers of one kind.
+    On a GPU one launch selects the masks of all layers of one kind. On a CPU compressed layers compare their weights
+    with what their kernels hold only once for the block, instead of in every call.
     optimizer: its last step has selected masks already; the block uses them.
 
-    Raises InputError, naming the layer, in two cases. (1) A weight changed inside the block, or, with an optimizer,
-    since its last step. On a CPU this is reported when the block ends, on a GPU when a later block ends or at the
-    optimizer's next step, so that nothing waits for the GPU. The next block selects again. (2) A weight is sharded
-    (a DTensor): reported on entry.
+    Raises InputError, naming the layer, in two cases. (1) A weight, masked or compressed, changed inside the block, or,
+    with an optimizer, since its last step. On a CPU this is reported when the block ends, on a GPU when a later block
+    ends or at the optimizer's next step, so that nothing waits for the GPU. The next block selects again. (2) A weight
+    is sharded (a DTensor): reported on entry.
     """
     if not isinstance(optimizer, MaskedAdamW | None):
         raise InputError(f"optimizer={type(optimizer).__name__}: only a MaskedAdamW selects masks; give none instead")
@@ -315,6 +316,7 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
     for layer, name in names.items():
         if is_sharded(layer.weight):
             raise InputError(f"the weight of {name} is sharded: its mask can be selected only inside a forward")
+    compressed = {layer: name for m in models for name, layer in m.named_modules() if isinstance(layer, Compressed)}
     dtypes = {layer: product_dtype(layer.weight) for layer in names}
     outer = {layer: layer._held for layer in names}
     with torch.inference_mode(False):  # a backward may need the masks, too
@@ -323,7 +325,10 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
     for layer, mine in held.items():
         layer._held = mine
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for layer, name in compressed.items():
+                stack.enter_context(layer.held(name))
+            yield
     finally:
         for layer, mine in held.items():
             layer._held = outer[layer] if layer._held is mine else None  # else a new pattern made outer stale

@@ -13,9 +13,10 @@ from sparsedm import layers
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.pattern import Pattern
+from sparsedm.kernels.sparse24 import layouts
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.model_files import FORMAT, describe, load_model, read_tensors, save_model, write_tensors
-from sparsedm.sparsity import compress, decompress, masked_layers, sparsify, uncompressed_because
+from sparsedm.sparsity import compress, decompress, hold_masks, masked_layers, sparsify, uncompressed_because
 from tests.tolerance import assert_as_good_as_torch
 
 
@@ -253,6 +254,24 @@ def test_whoever_writes_to_a_compressed_weight_on_a_cpu_it_counts_at_once(write,
                 torch.testing.assert_close(y, copy.deepcopy(layer)(x))
                 assert not torch.equal(y, before)
                 before = y
+
+
+def test_a_held_compressed_weight_is_compared_once_and_a_change_is_an_error(monkeypatch):
+    small, x, compared = compress(sparsify(nn.Sequential(nn.Linear(64, 32)), "2:4")), torch.randn(16, 64), []
+    checksums = layouts.checksums
+    monkeypatch.setattr(layouts, "checksums", lambda *tensors: compared.append(1) or checksums(*tensors))
+    small(x)
+    compared.clear()
+    with torch.no_grad(), hold_masks(small), hold_masks(small):
+        expected = small(x)
+        assert torch.equal(small(x), expected)
+        assert not compared
+        assert "held" not in copy.deepcopy(small[0])._prepacked, "a copy is not held for ever"
+    small(x)
+    assert compared, "outside of the block every call compares"
+    with pytest.raises(InputError, match="weight of 0 was changed while it was held"), hold_masks(small):
+        small[0].values.data.mul_(2)
+    torch.testing.assert_close(small(x), small[0].bias + 2 * (expected - small[0].bias))
 
 
 def test_files_of_int16_metadata_are_read(tmp_path):

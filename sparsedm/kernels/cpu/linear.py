@@ -32,7 +32,7 @@ def repeated(cache, values, positions, x, bias, activation, residual, skip, scal
     if calls is None or not _served(values, x, bias, residual, skip, scale):
         return None
     run = calls[1].get(_sizes(x, bias, activation, residual, skip, scale))
-    if run is None or calls[0] != stamp(values, positions):
+    if run is None or calls[0] != stamp(values, positions, held=cache.get("held")):
         return None
     return run(x, bias, activation, residual, skip, scale)
 
@@ -41,7 +41,7 @@ def remember(cache, values, positions, run, x, bias, activation, residual, skip,
     """Let `repeated` compute calls like this one by run(x, bias, activation, residual, skip, scale)."""
     if not _served(values, x, bias, residual, skip, scale):
         return
-    calls, current = cache.get("calls"), stamp(values, positions)
+    calls, current = cache.get("calls"), stamp(values, positions, held=cache.get("held"))
     if calls is None or calls[0] != current or len(calls[1]) >= MOST:
         calls = cache["calls"] = current, {}
     calls[1][_sizes(x, bias, activation, residual, skip, scale)] = run

@@ -18,10 +18,9 @@ SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call co
 OVERHEAD = 1.5e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 # time over that of the best dense product, of whole vectors of rows: slope * density + offset, + one more part for the
-# rows of x, which are transposed, over N, and one for the rows of y, over K. Times of calls hold the checksum of the
-# compressed weight, which is read for it once more: CHECKSUM * density over the rows of x
+# rows of x, which are transposed, over N, and one for the rows of y, over K. The checksum of the compressed weight
+# is not in it: a call of the dense product takes one, too
 COST = {"avx512": (1.14, 0.1, 0, 0), "avx2": (1.03, 0.05, 7, 13), "neon": (1.14, 0.1, 0, 0)}
-CHECKSUM = 3
 # rows of x whose dense product takes as long as prepacking the weight, which masked training does in every step; of a
 # convolution twice as many, and once more where the weight is not in channels_last
 PREPACKING = {"avx512": 60, "avx2": 40, "neon": 60}
@@ -85,7 +84,7 @@ def _tile(M, N, K, density, instructions):
     """Relative time of the kernel whose lanes are rows of x: vectors are padded, and one alone waits for its loads."""
     (slope, offset, over_n, over_k), lanes = COST[instructions], LANES[instructions]
     vectors, cost = -(-M // lanes), slope * density + offset + over_n / max(N, 1) + over_k / max(K, 1)
-    return cost * vectors * lanes / M * (1.4 if vectors == 1 else 1) + CHECKSUM * density / M
+    return cost * vectors * lanes / M * (1.4 if vectors == 1 else 1)
 
 
 def _few(M, density, group, instructions):

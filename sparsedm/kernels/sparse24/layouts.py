@@ -148,7 +148,7 @@ def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
 
     While tracing there are no addresses. The result of "dense" then takes its checksum along, for `dense_weight`.
     """
-    current = None if torch.compiler.is_compiling() else stamp(values, metadata)
+    current = None if torch.compiler.is_compiling() else stamp(values, metadata, held=cache.get("held"))
     if layout not in cache or (current is not None and cache[layout][0] != current):
         if current and values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InputError("a layer with a 2:4 weight must be called once before a CUDA graph of it is captured")
@@ -164,16 +164,17 @@ def dense_weight(prepacked, values, metadata, columns, pattern):
     return prepacked[0]
 
 
-def stamp(*tensors):
+def stamp(*tensors, held=None):
     """What changes when one of the tensors is moved, replaced or written to.
 
     On a CPU it is a checksum of the bits: no write is missed, whoever makes it. Elsewhere it is address and version: a
-    write that torch does not count, through `.data` or by a collective, is missed.
+    write that torch does not count, through `.data` or by a collective, is missed. held: the checksum, if the caller
+    knows that nothing is written.
     """
     if tensors[0].device.type != "cpu" or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
         return [(t.device, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
     known = [(t.dtype, t.shape, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-    return known + checksums(*tensors)
+    return known + (held or checksums(*tensors))
 
 
 def checksums(*tensors):
