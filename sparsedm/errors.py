@@ -15,6 +15,10 @@ class InputError(ValueError):
     """Bad input. The message is one sentence that names the value and the rule; the CLI prints it and exits with 2."""
 
 
+class TooLittleMemory(InputError):
+    """What is asked for needs more memory than there is."""
+
+
 class Stopped(Exception):
     """A run ends early, on purpose; its work so far is saved. exit_code: of the process."""
 
@@ -22,13 +26,13 @@ class Stopped(Exception):
 
 
 def check_memory(needed, what, there=None):
-    """Raise InputError if `what`, which takes `needed` bytes, needs more memory than this machine has.
+    """Raise TooLittleMemory if `what`, which takes `needed` bytes, needs more memory than this machine has.
 
     there: the bytes of another memory, such as a GPU's.
     """
     there = there or _memory()
     if needed > there:
-        raise InputError(
+        raise TooLittleMemory(
             f"not enough memory: {what} takes {needed / 2**30:,.0f} GiB or more, and there are {there / 2**30:,.0f} GiB"
         )
 

@@ -20,7 +20,7 @@ from sparsedm.commands.options import (
     load_named,
     whole,
 )
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, TooLittleMemory
 from sparsedm.files import check_writable
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model, model_config, parse_overrides, schedule_note
@@ -160,7 +160,10 @@ def run(options):
     check_source(options.data, model.config)
     check_writable(folder / "loss.png")
     if options.dry_run:
-        check_chain(start, stages, None, training, options.where, device=options.device)
+        try:
+            check_chain(start, stages, None, training, options.where, device=options.device)
+        except TooLittleMemory as error:  # the plan may be for another machine
+            print(f"{error}: on this machine, give a smaller --batch-size or --accumulate")
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size

@@ -151,7 +151,10 @@ def _student(start, stage, results, seed):
 
 
 def check_chain(start, stages, images, options, where=None, validation=None, device="cpu"):
-    """Raises InputError if a later stage would fail. images None: the check of the images is skipped."""
+    """Raises InputError if a later stage would fail; TooLittleMemory only if nothing else is wrong.
+
+    images None: the check of the images is skipped.
+    """
     check_stages(stages, start.ema, start.build)
     if images is not None:
         check_data(start.model, images, validation)
@@ -161,13 +164,13 @@ def check_chain(start, stages, images, options, where=None, validation=None, dev
     ):
         check_supernet(start.model, options.batch_size)
     network = copied(start.model)
-    check_batch(network, options, len(shares) * distributed.world(), device)
     for pattern in dict.fromkeys(stage.pattern for stage in stages):
         sparsify(network, pattern, where)
+    check_batch(start.model, options, len(shares) * distributed.world(), device)
 
 
 def check_batch(model, options, parts, device="cpu"):
-    """Raise InputError if a batch, of which a part is computed at a time, cannot fit in the memory of the device.
+    """Raise TooLittleMemory if a batch, of which a part is computed at a time, cannot fit in the device's memory.
 
     Counts the images and their noise, and what autograd keeps of a part.
     """

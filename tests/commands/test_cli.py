@@ -416,10 +416,13 @@ def test_a_lack_of_memory_is_one_sentence(lacking, monkeypatch, tmp_path, capsys
     assert "not enough memory (" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--accumulate", 1000)])
+@pytest.mark.parametrize("more", [(), ("--accumulate", 1000)])
 def test_a_batch_larger_than_the_machine_is_refused_before_anything_is_written(more, tmp_path, capsys):
-    assert run("train", "--data", "synthetic", "--batch-size", 2_000_000_000, "--run", tmp_path / "run", *more) == 2
+    command = ["train", "--data", "synthetic", "--batch-size", 2_000_000_000, "--run", tmp_path / "run", *more]
+    assert run(*command) == 2
     assert "not enough memory: --batch-size 2000000000 takes" in capsys.readouterr().err
+    assert run(*command, "--dry-run") == 0, "the plan may be for another machine"
+    assert "not enough memory: --batch-size 2000000000 takes" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -74,7 +74,7 @@ def test_a_step_accumulates_the_gradients_of_the_widths():
     assert_as_good_as_torch(gradients(torch.float32, divided=True), reference, gradients(torch.float32, divided=False))
 
 
-def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, python_signals):
     whole = train(supernet(), tmp_path / "whole", distill=0.5)
 
     model, calls = supernet(), []

@@ -65,9 +65,10 @@ def _tma(values, metadata, columns):
 
 
 def _dense(values, metadata, columns, pattern=TWO_FOUR):
-    """The dense weight; on a CPU also the checksums, for `dense_weight`."""
+    """The dense weight; on a CPU also the checksum, for `dense_weight`. It has no sizes, or a compiled graph of a batch
+    of that size would serve no other batch."""
     weight = unpack(values, metadata, columns, pattern).contiguous()
-    return [weight] + ([torch.tensor(checksums(values, metadata))] if values.device.type == "cpu" else [])
+    return [weight] + ([torch.tensor(hash(tuple(checksums(values, metadata))))] if values.device.type == "cpu" else [])
 
 
 LAYOUTS = {  # name -> (values, metadata of 2:4, columns) -> tensors; also what `cpu_layout` names
@@ -159,7 +160,7 @@ def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
 
 def dense_weight(prepacked, values, metadata, columns, pattern):
     """The weight of the layout "dense"; decompressed again if a compiled graph brings one of other values."""
-    if len(prepacked) == 2 and prepacked[1].tolist() != checksums(values, metadata):
+    if len(prepacked) == 2 and prepacked[1].item() != hash(tuple(checksums(values, metadata))):
         return unpack(values, metadata, columns, pattern)
     return prepacked[0]
 
