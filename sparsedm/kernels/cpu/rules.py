@@ -47,7 +47,9 @@ def linear_cost(M, N, K, keep, group, instructions):
 
 def dense_cost(M, N, K, instructions):
     """Time of `F.linear` relative to the best dense product: with AVX2 on AMD's CPUs oneDNN is faster than MKL."""
-    return 1.04 if instructions == "avx2" and M * N * K >= 1.2e8 and _is_amd() else 1.0
+    if instructions != "avx2" or not _is_amd():
+        return 1.0
+    return 1.25 if 1 < M <= 32 else 1.04 if M * N * K >= 1.2e8 else 1.0
 
 
 def training_serves(x, weight, pattern):
@@ -92,8 +94,8 @@ def _few(M, density, group, instructions):
     if group > LANES[instructions]:  # gathers
         return 9.5 * density if LANES[instructions] // 8 >= M else 9
     if instructions == "avx512":
-        return (1.4 + 0.05 * M) * density if M <= 16 else 9
-    return 2.7 * density if LANES[instructions] // 2 >= M else 9
+        return (0.84 + 0.05 * M) * density if M <= 16 else 9
+    return (1.15 + 0.15 * M) * density if LANES[instructions] // 2 >= M else 9
 
 
 def conv_cost(pixels, N, K, keep, group, instructions):
