@@ -128,7 +128,7 @@ def _(values, metadata, layout, columns, pattern="2:4"):
     pattern = Pattern.parse(pattern)
     if layout == "dense":  # `unpack` reads the metadata
         weight = [values.new_empty(values.shape[0], columns)]
-        return weight + ([values.new_empty(2, dtype=torch.int64)] if values.device.type == "cpu" else [])
+        return weight + ([values.new_empty((), dtype=torch.int64)] if values.device.type == "cpu" else [])
     if layout.startswith("cpu "):
         shape, dtype = products.prepacked_shape(layout.split()[1], values.shape[0], columns, pattern)
         return [values.new_empty(shape), values.new_empty(shape, dtype=dtype)]
