@@ -168,9 +168,9 @@ def dense_weight(prepacked, values, metadata, columns, pattern):
 def stamp(*tensors, held=None):
     """What changes when one of the tensors is moved, replaced or written to.
 
-    On a CPU it is a checksum of the bits: no write is missed, whoever makes it. Elsewhere it is address and version: a
-    write that torch does not count, through `.data` or by a collective, is missed. held: the checksum, if the caller
-    knows that nothing is written.
+    It holds address and version. These miss a write that torch does not count, through `.data` or by a collective. On a
+    CPU a checksum of the bits is added, which sees that, too. held: this checksum, if the caller vouches that nobody
+    writes.
     """
     if tensors[0].device.type != "cpu" or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
         return [(t.device, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
