@@ -166,7 +166,7 @@ def training_product(x, weight, selection, pattern, bias, rule=STE, used=None):
 
     Call it where `rules.training_serves` says so. x: (..., K). weight: (N, K), the dense one, which gets the gradient
     of `straight_through`; rule and used are as there. selection: the mask and the masked weight. bias: (N,) or None.
-    The gradients are those of `F.linear`, in torch; the forward differs from it by rounding.
+    The gradients are those of `F.linear`. The forward, and dx where a rule takes the C kernel, differ by rounding.
     """
     try:
         prepacked = products.prepack("linear", selection.masked, selection.mask, pattern)
@@ -182,6 +182,7 @@ class _TrainingProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, masked, mask, prepacked, pattern, rule, used):
         ctx.save_for_backward(x, masked, *(() if rule == STE else (weight, mask)))
         ctx.weight, ctx.rule, ctx.used = weight, rule, used  # not saved: the weight may change before the backward
+        ctx.pattern = pattern
         y = products.linear(x.reshape(-1, x.shape[-1]), prepacked, pattern, len(weight), bias=bias)
         return y.view(*x.shape[:-1], len(weight))
 
@@ -197,7 +198,11 @@ class _TrainingProduct(torch.autograd.Function):
         dw = rows.t() @ x.reshape(-1, x.shape[-1]) if want_dw else None
         if want_dw and ctx.rule != STE:
             dw = apply_rule(dw, weight, mask, ctx.rule)
-        dx = (rows @ masked).view(x.shape) if want_dx else None
+        if want_dx and not torch.is_grad_enabled() and rules.gradient_serves(rows, masked, ctx.pattern):
+            transposed = products.prepack_transposed(masked, ctx.pattern)
+            dx = products.linear(rows, transposed, ctx.pattern, x.shape[-1]).view(x.shape)
+        else:
+            dx = (rows @ masked).view(x.shape) if want_dx else None
         return dx, dw, rows.sum(0) if want_db else None, *[None] * 6
 
 

@@ -33,6 +33,7 @@ typedef struct {
   const float *x, *skip; /* (M, K1) and (M, K2): the columns of W in turn; skip may be NULL */
   const float *values;
   const void *offsets; /* uint16, or uint8 for nm_linear_few */
+  const uint8_t *counts; /* of values in each block and row, if they differ: see nm_prepack_transposed; else NULL */
   long ldx, ld_skip, M, K1, K2;
   int keep, group;
   out_t out;
@@ -46,19 +47,21 @@ typedef struct {
   out_t out;
 } conv_t;
 
-/* ---- the inner loop: `count` rows of W, P at a time, R vectors, nz weights of each row ------------------------------ */
+/* ---- the inner loop: `count` rows of W, P at a time, R vectors, nz weights of each row, or where P is 1 and there are
+ * counts, so many and a multiple of four. Returns the end of v. -------------------------------------------------------- */
 
-INLINE void rows(int R, int P, const float *tile, const float *v, const uint16_t *o, int nz, float *sums, int count,
-                 int first) {
+INLINE const float *rows(int R, int P, const float *tile, const float *v, const uint16_t *o, int nz,
+                         const uint8_t *counts, float *sums, int count, int first) {
   uint64_t ahead[SUMS] = {0};
-  int fours = nz / 4 * 4;
-  if (count < P) return;
+  int fours = counts ? KB : nz / 4 * 4;
+  if (count < P) return v;
   /* offsets are read four at a time, and one quadruple ahead: multiply-adds must not wait for their addresses */
   if (fours) {
     UNROLL for (int p = 0; p < P; p++) memcpy(ahead + p, o + p * nz, 8);
   }
   for (int n = 0; n + P <= count; n += P, v += P * nz, o += P * nz, sums += P * STRIDE) {
     vec a[SUMS];
+    if (counts) fours = nz = counts[n];
     const uint16_t *after = n + 2 * P <= count ? o + P * nz : o; /* the last rows read their own again */
     UNROLL for (int p = 0; p < P; p++) {
       UNROLL for (int r = 0; r < R; r++) a[p * R + r] = (vec){0};
@@ -96,19 +99,23 @@ INLINE void rows(int R, int P, const float *tile, const float *v, const uint16_t
       }
     }
   }
+  return v;
 }
 
-#define TILE(R, P)                                                                                               \
-  static void rows_##R(const float *tile, const float *v, const uint16_t *o, int nz, float *sums, int n, int first) { \
-    int even = n / P * P;                                                                                        \
-    rows(R, P, tile, v, o, nz, sums, even, first);                                                               \
-    if (P > 1) rows(R, 1, tile, v + even * nz, o + even * nz, nz, sums + even * STRIDE, n - even, first);        \
+#define TILE(R, P)                                                                                                     \
+  static const float *rows_##R(const float *tile, const float *v, const uint16_t *o, int nz, const uint8_t *counts,    \
+                               float *sums, int n, int first) {                                                        \
+    int even = counts ? 0 : n / P * P;                                                                                 \
+    if (P > 1) rows(R, P, tile, v, o, nz, 0, sums, even, first);                                                       \
+    else even = 0;                                                                                                     \
+    return rows(R, 1, tile, v + even * nz, o + even * nz, nz, counts, sums + even * STRIDE, n - even, first);          \
   }
 /* AVX2 has 16 registers: the sums and values of P rows have to fit */
 enum { P_OF_1 = LANES == 8 ? 6 : 8, P_OF_3 = LANES == 8 ? 3 : 4 };
 TILE(1, P_OF_1) TILE(2, 4) TILE(3, P_OF_3) TILE(4, 2) TILE(5, 2) TILE(6, 2) TILE(7, 1) TILE(8, 1)
 TILE(9, 1) TILE(10, 1) TILE(11, 1) TILE(12, 1)
-static void (*const rows_of[])(const float *, const float *, const uint16_t *, int, float *, int, int) = {
+static const float *(*const rows_of[])(const float *, const float *, const uint16_t *, int, const uint8_t *, float *,
+                                       int, int) = {
     0, rows_1, rows_2, rows_3, rows_4, rows_5, rows_6, rows_7, rows_8, rows_9, rows_10, rows_11, rows_12};
 
 /* ---- write-out ----------------------------------------------------------------------------------------------------- */
@@ -203,6 +210,7 @@ static void linear_tile(const linear_t *p, long row, int have, int R, float *til
   long K = p->K1 + p->K2, N = p->out.N;
   const float *v = p->values;
   const uint16_t *o = p->offsets;
+  const uint8_t *counts = p->counts;
   float *sums = tile + (K + LANES) * STRIDE;
   pack_rows(p->x + row * p->ldx, p->ldx, have, R, p->K1, tile);
   if (p->skip) pack_rows(p->skip + row * p->ld_skip, p->ld_skip, have, R, p->K2, tile + p->K1 * STRIDE);
@@ -210,8 +218,8 @@ static void linear_tile(const linear_t *p, long row, int have, int R, float *til
     int n = least(N - n0, NB);
     for (long k0 = 0; k0 < K; k0 += KB) {
       int nz = least(K - k0, KB) * p->keep / p->group;
-      rows_of[R](tile + k0 * STRIDE, v, o, nz, sums, n, k0 == 0);
-      v += (long)n * nz, o += (long)n * nz;
+      const float *end = rows_of[R](tile + k0 * STRIDE, v, o, nz, counts, sums, n, k0 == 0);
+      o += end - v, v = end, counts += counts ? n : 0;
     }
     write_tile(&p->out, sums, have, R, row, n0, n);
   }
@@ -431,7 +439,7 @@ static void conv_tile(const conv_t *c, const place_t *at, int R, float *tile) {
   for (long k0 = 0; k0 < K; k0 += KB) {
     int cols = least(K - k0, KB), nz = cols * c->keep / c->group;
     pack_conv(c, at, R, k0, cols, tile);
-    rows_of[R](tile, v, o, nz, sums, c->out.N, k0 == 0);
+    rows_of[R](tile, v, o, nz, 0, sums, c->out.N, k0 == 0);
     v += c->out.N * nz, o += c->out.N * nz;
   }
   write_conv(c, sums, at, R);
@@ -515,7 +523,7 @@ static void halo_tile(const conv_t *c, const place_t *at, int R, int slots, int 
   for (long c0 = 0; c0 < c->C; c0 += CB) {
     int cols = least(c->C - c0, CB), nz = 9 * cols * c->keep / c->group;
     pack_halo(c, at, slots, c0, cols, tile);
-    rows_of[R](tile, v, o, nz, sums, c->out.N, c0 == 0);
+    rows_of[R](tile, v, o, nz, 0, sums, c->out.N, c0 == 0);
     v += c->out.N * nz, o += c->out.N * nz;
   }
   write_conv(c, sums, at, R);
@@ -540,10 +548,20 @@ int nm_conv_halo(const conv_t *c) {
 
 enum { LINEAR, FEW_ROWS, CONV, HALO };
 
+/* Appends the weights whose bits are set; returns how many. */
+INLINE int append(const void *w, uint64_t bits, const uint16_t *offset, float *v, uint16_t *o) {
+  int used = __builtin_popcountll(bits);
+  for (int j = 0; j < used; j++, bits &= bits - 1) {
+    int at = __builtin_ctzll(bits);
+    v[j] = ((const float *)w)[at], o[j] = offset[at];
+  }
+  return used;
+}
+
 /* Appends the kept weights of `cols` <= 64 columns, nz of them. Where the mask keeps fewer, zeros at a pruned column fill up:
  * there an infinite x makes NaN of a dense product, too. Returns 1 where it keeps more. Masked training does this in every
  * step, so the loop runs over kept weights, whose number is always the same. */
-static int append(const float *w, const uint8_t *mask, int cols, int nz, const uint16_t *offset, float *v, uint16_t *o) {
+static int append_kept(const float *w, const uint8_t *mask, int cols, int nz, const uint16_t *offset, float *v, uint16_t *o) {
   uint64_t bits = 0;
   int k = 0;
   for (; k + 8 <= cols; k += 8) {
@@ -552,12 +570,9 @@ static int append(const float *w, const uint8_t *mask, int cols, int nz, const u
     bits |= bytes * 0x0102040810204080 >> 56 << k; /* one bit of each byte */
   }
   for (; k < cols; k++) bits |= (uint64_t)mask[k] << k;
-  int used = __builtin_popcountll(bits), pruned = ~bits ? __builtin_ctzll(~bits) : 0;
+  int pruned = ~bits ? __builtin_ctzll(~bits) : 0, used = __builtin_popcountll(bits);
   if (used > nz) return 1;
-  for (int j = 0; j < used; j++, bits &= bits - 1) {
-    int at = __builtin_ctzll(bits);
-    v[j] = w[at], o[j] = offset[at];
-  }
+  append(w, bits, offset, v, o);
   for (; used < nz; used++) v[used] = 0, o[used] = offset[pruned];
   return 0;
 }
@@ -574,7 +589,7 @@ static int prepack_blocks(const float *w, const uint8_t *mask, long N, long K, i
     for (long k0 = 0; k0 < K; k0 += KB) {
       int cols = least(K - k0, KB), nz = cols * keep / group;
       long to = (n0 * K + count * k0) / group * keep + (n - n0) * nz;
-      failed |= append(w + n * K + k0, mask + n * K + k0, cols, nz, offset, v + to, o + to);
+      failed |= append_kept(w + n * K + k0, mask + n * K + k0, cols, nz, offset, v + to, o + to);
     }
   }
   return failed;
@@ -593,7 +608,7 @@ static int prepack_halo(const float *w, const uint8_t *mask, long N, long C, int
       int cols = least(C - c0, CB), nz = cols * keep / group;
       for (int tap = 0; tap < 9; tap++) {
         long from = (n * 9 + tap % 3 * 3 + tap / 3) * C + c0, to = (N * c0 / group * keep + n * nz) * 9 + tap * nz;
-        failed |= append(w + from, mask + from, cols, nz, offset[tap], v + to, o + to);
+        failed |= append_kept(w + from, mask + from, cols, nz, offset[tap], v + to, o + to);
       }
     }
   return failed;
@@ -611,7 +626,7 @@ static int prepack_few(const float *w, const uint8_t *mask, long N, long K, int 
     long at = n / LANES * LANES * kept + n % LANES;
     for (long k = 0; k < K; k += window) {
       int cols = least(K - k, window), nz = cols * keep / group;
-      if (append(w + n * K + k, mask + n * K + k, cols, nz, place, values, places)) return 1;
+      if (append_kept(w + n * K + k, mask + n * K + k, cols, nz, place, values, places)) return 1;
       for (int j = 0; j < nz; j++, at += LANES) v[at] = values[j], o[at] = places[j];
     }
   }
@@ -625,6 +640,36 @@ int nm_prepack(int order, const float *w, const uint8_t *mask, long N, long taps
   if (order == HALO) return prepack_halo(w, mask, N, C, keep, group, W, v, o);
   if (order == FEW_ROWS) return prepack_few(w, mask, N, C, keep, group, v, o);
   return prepack_blocks(w, mask, N, taps * C, keep, group, order == LINEAR ? NB : N, v, o);
+}
+
+/* W^T of a masked w (N, K) in the order of LINEAR. How many weights a row of W^T keeps in a block of KB columns is its
+ * count, rounded up to four with zeros: at a pruned column, as above, or behind the last one. counts: of the rows of a
+ * block in turn, K * ceil(N / KB). v and o have room for 3 zeros and what is not zero for each of them, and 4 more. */
+void nm_prepack_transposed(const float *w, long N, long K, float *v, uint16_t *o, uint8_t *counts) {
+  uint16_t offset[KB + 1];
+  for (int k = 0; k <= KB; k++) offset[k] = k * STRIDE * sizeof(float);
+  for (long k0 = 0; k0 < K; k0 += NB)
+    for (long n0 = 0; n0 < N; n0 += KB)
+      for (long k = k0; k < least(K, k0 + NB); k += LANES) {
+        int rows = least(K - k, LANES), cols = least(N - n0, KB);
+        lanes m = some(rows == LANES ? ALL : (1u << rows) - 1);
+        vec column[LANES][KB / LANES];
+        uint64_t bits[LANES] = {0};
+        for (int n = 0; n < cols; n += LANES) {
+          vec x[LANES];
+          UNROLL for (int i = 0; i < LANES; i++) x[i] = n + i < cols ? load_some(w + (n0 + n + i) * K + k, m) : (vec){0};
+          transpose(x);
+          UNROLL for (int i = 0; i < LANES; i++) {
+            column[i][n / LANES] = x[i];
+            bits[i] |= (uint64_t)bits_of(x[i] != 0.f) << n;
+          }
+        }
+        for (int i = 0; i < rows; i++) {
+          int used = append(column[i], bits[i], offset, v, o), pruned = ~bits[i] ? __builtin_ctzll(~bits[i]) : cols;
+          for (; used % 4; used++) v[used] = 0, o[used] = offset[pruned];
+          *counts++ = used, v += used, o += used;
+        }
+      }
 }
 
 int nm_lanes(void) { return LANES; }

@@ -39,7 +39,7 @@ class _Out(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *_fields("x skip values offsets", POINTER),
+        *_fields("x skip values offsets counts", POINTER),
         *_fields("ldx ld_skip M K1 K2", LONG),
         *_fields("keep group", INT),
         ("out", _Out),
@@ -99,6 +99,18 @@ def prepack(order, weight, mask, pattern, width=0):
     return values, offsets
 
 
+def prepack_transposed(masked, pattern):
+    """The transpose of a masked weight (N, K) fp32, contiguous: (values, offsets, counts) for `linear`, from (M, N) to
+    (M, K). pattern: the mask's, an upper bound of what the weight holds."""
+    N, K = masked.shape
+    blocks = K * -(-N // 64)
+    room = N * K * pattern.keep // pattern.group + 3 * blocks + 4
+    values, offsets, counts = _empty(room), _empty(room, dtype=torch.int16), _empty(blocks, dtype=torch.uint8)
+    pointers = [POINTER(t.data_ptr()) for t in (masked, values, offsets, counts)]
+    library().nm_prepack_transposed(pointers[0], LONG(N), LONG(K), *pointers[1:])
+    return values, offsets, counts
+
+
 def prepacked_shape(order, N, columns, pattern):
     """(shape of values and offsets, dtype of offsets) of `prepack`, for N rows of so many columns."""
     rows = -(-N // lanes()) * lanes() if order == "few" else N
@@ -146,8 +158,8 @@ LINEAR = ("nm_linear", "nm_linear_few")
 
 
 def _linear_call(x, prepacked, pattern, y, bias, activation, residual, skip, scale):
-    (M, N), (values, offsets) = y.shape, prepacked
-    call = _Linear(x.data_ptr(), _address(skip), values.data_ptr(), offsets.data_ptr(), x.stride(0))
+    (M, N), weight = y.shape, [t.data_ptr() for t in prepacked]
+    call = _Linear(x.data_ptr(), _address(skip), *weight, *[None] * (3 - len(weight)), x.stride(0))
     call.M, call.K1, call.keep, call.group = M, x.shape[1], pattern.keep, pattern.group
     call.out = _out(y, N, bias, activation, residual)
     if skip is not None:

@@ -13,7 +13,7 @@ from sparsedm.kernels.cpu import library
 from sparsedm.kernels.launch import forced_backend, watched
 from sparsedm.kernels.pattern import memory_format
 
-RULE_VERSION = 3
+RULE_VERSION = 4
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
 OVERHEAD = 1.5e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
@@ -60,6 +60,19 @@ def training_serves(x, weight, pattern):
     instructions = library.instruction_set()
     cost, order = linear_cost(M, N, K, pattern.keep, pattern.group, instructions)
     return order == "linear" and cost + PREPACKING[instructions] / M < 1
+
+
+def gradient_serves(dy, masked, pattern):
+    """Whether the gradient of x in masked training, dy (M, N) by the masked weight (N, K), takes `products.linear`.
+
+    The transposed weight has rows of differing lengths, filled up to fours, and takes longer to prepack.
+    """
+    M, (N, K) = len(dy), masked.shape
+    if not M or not serves(dy, masked) or forced_backend() in ("torch", "dense"):
+        return False
+    instructions = library.instruction_set()
+    cost = _tile(M, K, N, min(1.0, pattern.density + 1.5 / 64), instructions) + OVERHEAD / (M * N * K)
+    return cost + 1.25 * PREPACKING[instructions] / M < 1
 
 
 def conv_training_serves(x, weight, pattern, stride, padding, dilation):
