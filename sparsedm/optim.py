@@ -16,11 +16,12 @@ from torch.optim.adam import adam
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_adamw as kernel
-from sparsedm.kernels.cpu import library, products
+from sparsedm.kernels.cpu import library, products, rules
+from sparsedm.kernels.launch import forced_backend
 from sparsedm.kernels.mask import Selection
 from sparsedm.kernels.masked_adamw import Rates, Work
 from sparsedm.kernels.masked_matmul import GradientRule, apply_rule
-from sparsedm.kernels.pattern import Pattern, memory_format
+from sparsedm.kernels.pattern import Pattern, check_weight, memory_format
 from sparsedm.layers import Conv2d, Linear, Masked, is_sharded
 
 CHANGED = "the weight of {} was changed while its mask was held, or since it was selected: step after the block"
@@ -33,7 +34,7 @@ class Choice(NamedTuple):
     weight: nn.Parameter
     pattern: Pattern
     selection: Selection
-    checksum: torch.Tensor  # int64: one number by the kernel, or the sums of every row and column by torch
+    checksum: torch.Tensor | int  # a number by a kernel, or a tensor: the sums of every row and column by torch
 
 
 def choose(dtypes, names):
@@ -49,10 +50,29 @@ def choose(dtypes, names):
         for layer, work, checksum in zip(layers, works, totals[0]):
             found[layer] = Choice(layer.weight, layer.pattern, work.selection, checksum)
         report(totals[2] != 0, [names[layer] for layer in layers], NAN)
+    found |= _chosen_on_cpu([la for la, dtype in dtypes.items() if la not in found and _served_on_cpu(la, dtype)])
     for layer, dtype in dtypes.items():
         if layer not in found:
             found[layer] = Choice(layer.weight, layer.pattern, layer.selection(dtype), _checksum(layer.weight))
     return found
+
+
+def _served_on_cpu(layer, dtype):
+    weight = layer.weight
+    plain = layer.mask is None and layer._held is None and type(weight) in (torch.Tensor, nn.Parameter)
+    return plain and dtype == torch.float32 and forced_backend() not in ("torch", "dense") and rules.serves(weight)
+
+
+def _chosen_on_cpu(layers):
+    """{layer: Choice}, by one call of the C library; without the layers whose weights are NaN somewhere."""
+    for layer in layers:
+        check_weight(layer.weight, layer.pattern)
+    selected = products.select_masks([layer.weight for layer in layers], [layer.pattern for layer in layers])
+    return {
+        layer: Choice(layer.weight, layer.pattern, Selection(masked, mask), checksum)
+        for layer, (masked, mask, nan, checksum) in zip(layers, selected)
+        if not nan
+    }
 
 
 def _by_device(layers):
@@ -77,8 +97,13 @@ def check(choices, names):
     summed = {}
     for layer, choice in choices.items():
         weight = layer.weight
-        if weight is not choice.weight or weight.device != choice.checksum.device:
+        in_c = isinstance(choice.checksum, int)
+        if weight is not choice.weight or (not weight.is_cpu if in_c else weight.device != choice.checksum.device):
             raise InputError(CHANGED.format(names[layer]))
+        if in_c:
+            if _checksum(weight) != choice.checksum:
+                raise InputError(CHANGED.format(names[layer]))
+            continue
         if not choice.checksum.dim():
             summed.setdefault(weight.device, []).append(layer)
             continue
@@ -93,10 +118,10 @@ def check(choices, names):
 
 
 def _checksum(weight):
-    """int64, 1 or more: of the C library; else sums of the bits of every row and every column of the weight, which miss
-    a change that keeps all of them."""
+    """A number by the C library; else int64 sums of the bits of every row and every column of the weight, which miss a
+    change that keeps all of them."""
     if weight.device.type == "cpu" and library.library() is not None:
-        return torch.tensor(products.checksum(weight.detach()))
+        return products.checksum(weight)[0]
     rows = weight.detach().flatten(1).contiguous()
     size = next(size for size in (8, 4, 2, 1) if rows.shape[1] * rows.element_size() % size == 0)
     bits = rows.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
@@ -335,8 +360,8 @@ class MaskedAdamW(torch.optim.AdamW):
         """After a block: check what it used; of a training step on a GPU let the step compare what it reads anyway."""
         later = {}
         if torch.is_grad_enabled():
-            mine = {la: c for la, c in choices.items() if self._choices.get(la) is c and not c.checksum.dim()}
-            later = {layer: choice for layer, choice in mine.items() if kernel.serves(layer.weight)}
+            mine = {la: c for la, c in choices.items() if self._choices.get(la) is c and kernel.serves(la.weight)}
+            later = {layer: choice for layer, choice in mine.items() if not choice.checksum.dim()}
         self._owed |= later
         try:
             check({layer: choice for layer, choice in choices.items() if layer not in later}, names)

@@ -180,16 +180,17 @@ INLINE vec exp2_of(vec t) {
   return (p * f + 1.f) * (vec)((e + 127) << 23);
 }
 
-/* Memory of this thread, kept until it needs more; NULL where there is none. Aligned to pages. */
-INLINE float *scratch(long floats) {
-  static _Thread_local float *at;
-  static _Thread_local long size;
-  if (size < floats) {
-    free(at);
-    at = aligned_alloc(4096, (floats * sizeof(float) + 4095) / 4096 * 4096);
-    size = at ? floats : 0;
+/* Memory of this thread for one use, kept until it needs more; NULL where there is none. Aligned to pages. */
+enum { TILES, WEIGHTS };
+INLINE float *scratch(int use, long floats) {
+  static _Thread_local float *at[2];
+  static _Thread_local long size[2];
+  if (size[use] < floats) {
+    free(at[use]);
+    at[use] = aligned_alloc(4096, (floats * sizeof(float) + 4095) / 4096 * 4096);
+    size[use] = at[use] ? floats : 0;
   }
-  return at;
+  return at[use];
 }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
