@@ -157,8 +157,8 @@ def inspect(
         example_inputs = model.example_inputs()
     if arch not in (None, *ARCHS):
         raise InputError(f"unknown arch {arch!r}: one of {', '.join(ARCHS)}")
-    if batch < 1:
-        raise InputError(f"batch {batch}: must be at least 1")
+    if not isinstance(batch, int) or batch < 1:
+        raise InputError(f"batch {batch!r}: must be a whole number, at least 1")
     try:
         calls, attention = _count(model, example_inputs, on_meta=True)
     except (NotImplementedError, RuntimeError, TypeError):  # no meta kernel, or code that reads a value

@@ -77,9 +77,10 @@ def test_the_summary_is_in_a_unit_that_shows_two_digits_at_least(size, line):
     assert text.splitlines()[2].endswith(line), "no attention here"
 
 
-def test_no_images_are_no_batch():
-    with pytest.raises(InputError, match="batch 0: must be at least 1"):
-        inspect(Model(), batch=0)
+@pytest.mark.parametrize("batch", [0, 1.5, "2", None])
+def test_a_batch_is_a_number_of_images(batch):
+    with pytest.raises(InputError, match=f"batch {batch!r}: must be a whole number, at least 1"):
+        inspect(Model(), batch=batch)
 
 
 def test_the_picture_is_written(tmp_path):
