@@ -8,9 +8,11 @@ continue under the new pattern. All stages draw from one stream of batches and n
 and the same number of steps see the same images.
 """
 
+import contextlib
 import copy
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,13 +101,37 @@ def run_chain(
     check_chain(start, stages, images, options, where, validation, device)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
-    if distributed.is_main_process():
-        *earlier, last = (f"stages.{place}.steps" for place in range(len(stages)))
-        may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
-        may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
-        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage], may_grow)
-    distributed.barrier()
+    settings = {"validation": validation, "deadline": deadline, "device": device, "progress": progress}
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main_process():
+            stack.enter_context(checkpoint.folder_lock(folder))
+            settings["record"] = _claim(folder, stages, facts | (record or {}), options)
+        distributed.barrier()
+        return _train(start, stages, images, schedule, options, folder, where, settings)
 
+
+def _claim(folder, stages, facts, options):
+    """Claim the folder of a chain. Returns what every stage records of its run.
+
+    While no stage has a checkpoint, the folder is free: what a run with other options left there is removed.
+    """
+    begun = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / "options.json").exists())
+    started = any(map(checkpoint.latest, begun))
+    lost = begun and not (folder / "options.json").exists()
+    number = checkpoint.run_number(begun[0] if lost else folder)
+    record = {"run": number} if number else {}  # an older run has none
+    *earlier, last = (f"stages.{place}.steps" for place in range(len(stages)))
+    may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
+    may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
+    checkpoint.claim(folder, record | facts, MAY_CHANGE, [TrainOptions, Stage], may_grow, started)
+    for path in [] if started else begun:
+        shutil.rmtree(path)
+    return record
+
+
+def _train(start, stages, images, schedule, options, folder, where, settings):
+    """Train or load the stages one after another. settings: of `train`."""
+    record = settings.pop("record", {})
     results, dense, first_step = [], Reference(start.ema, start.speed), 0
     for path, stage in zip(_folders(stages, folder), stages):
         student = _student(start, stage, results, options.seed)
@@ -119,16 +145,13 @@ def run_chain(
             replace(options, steps=stage.steps, lr=stage.lr or options.lr),
             path,
             reference=dense,
-            validation=validation,
             first_step=first_step,
-            record={"stage": asdict(stage)},
-            deadline=deadline,
-            device=device,
-            progress=progress,
+            record={"stage": asdict(stage), **record},
+            **settings,
         )
         results.append(StageResult(stage, path, result))
         speed = usual_speed(path)
-        if speed and progress and distributed.is_main_process():
+        if speed and settings["progress"] and distributed.is_main_process():
             share = f", {speed / dense.speed:.2f} times the dense network's" if dense.speed else ""
             log.info("%s: %s images/s in training%s", path.name, f"{speed:,.0f}", share)
         if Pattern.parse(stage.pattern) is None:
