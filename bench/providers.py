@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.problems import TWO_FOUR
+from sparsedm.compressed import CompressedConv2d
 from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.sparse24.dispatch import (
     LINEAR,
@@ -32,7 +33,7 @@ from sparsedm.kernels.sparse24.dispatch import (
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
-from sparsedm.layers import CompressedConv2d, Conv2d, Linear
+from sparsedm.layers import Conv2d, Linear
 
 OURS = "sparsedm 2:4"  # the dispatcher's choice
 HALF = (torch.bfloat16, torch.float16)

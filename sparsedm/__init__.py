@@ -4,10 +4,11 @@ import importlib
 
 TYPE_CHECKING = False  # type checkers read it as True
 if TYPE_CHECKING:
+    from sparsedm.compressed import CompressedConv2d, CompressedLinear, Conv2d24, Linear24
     from sparsedm.errors import InputError
     from sparsedm.inspection import inspect
     from sparsedm.kernels.pattern import Pattern
-    from sparsedm.layers import CompressedConv2d, CompressedLinear, Conv2d, Conv2d24, Linear, Linear24
+    from sparsedm.layers import Conv2d, Linear
     from sparsedm.model_files import load_model, save_model
     from sparsedm.models import build_model
     from sparsedm.optim import MaskedAdamW
@@ -20,10 +21,10 @@ _HOME = {
     "Pattern": "sparsedm.kernels.pattern",
     "Linear": "sparsedm.layers",
     "Conv2d": "sparsedm.layers",
-    "CompressedLinear": "sparsedm.layers",
-    "CompressedConv2d": "sparsedm.layers",
-    "Linear24": "sparsedm.layers",
-    "Conv2d24": "sparsedm.layers",
+    "CompressedLinear": "sparsedm.compressed",
+    "CompressedConv2d": "sparsedm.compressed",
+    "Linear24": "sparsedm.compressed",
+    "Conv2d24": "sparsedm.compressed",
     "sparsify": "sparsedm.sparsity",
     "set_masking": "sparsedm.sparsity",
     "hold_masks": "sparsedm.sparsity",

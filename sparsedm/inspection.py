@@ -13,13 +13,14 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsedm.compressed import Compressed, CompressedLinear
 from sparsedm.copying import uncopied
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on, rule_of_thumb
 from sparsedm.kernels.tuning import median_microseconds
-from sparsedm.layers import Compressed, CompressedLinear, Linear, product_dtype
+from sparsedm.layers import Linear, product_dtype
 from sparsedm.plots import COLOURS, GREY, picture, table
 from sparsedm.sparsity import compress, masked_layers, uncompressed_because
 

@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError, check_memory
 from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json, writing
 from sparsedm.kernels.masked_matmul import STE, GradientRule
-from sparsedm.layers import Compressed
 from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_names, sparsify
 
 INDEX = ".index.json"

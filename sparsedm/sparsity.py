@@ -9,23 +9,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import torch
 from torch import nn
 
+from sparsedm.compressed import Compressed, CompressedConv2d, CompressedLinear
 from sparsedm.copying import copied
 from sparsedm.errors import InputError
 from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
-from sparsedm.layers import (
-    Compressed,
-    CompressedConv2d,
-    CompressedLinear,
-    Conv2d,
-    Linear,
-    Masked,
-    invalid_because,
-    is_sharded,
-    product_dtype,
-)
+from sparsedm.layers import Conv2d, Linear, Masked, invalid_because, is_sharded, product_dtype
 from sparsedm.optim import MaskedAdamW, check, choose
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import sparsedm
+from sparsedm.compressed import CompressedConv2d, CompressedLinear
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS
-from sparsedm.layers import CompressedConv2d, CompressedLinear, Linear
+from sparsedm.layers import Linear
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import bake, compress, decompress, masked_layers, masks, set_masking, sparsify

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsedm import layers
+from sparsedm import compressed
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library
-from sparsedm.kernels.pattern import Pattern
+from sparsedm.kernels.pattern import Pattern, pack_bits
 from sparsedm.kernels.sparse24 import layouts
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.model_files import FORMAT, describe, load_model, read_tensors, save_model, write_tensors
@@ -107,7 +107,7 @@ def test_every_pattern_is_compressed_saved_loaded_and_decompressed(pattern, back
 def test_bits_are_as_many_as_the_pattern_says_and_as_a_mask_packs():
     layer = compress(sparsify(nn.Linear(40, 3), "3:8"))
     assert layer.bits.shape == (3, 8)
-    assert torch.equal(layer.words(), layers.pack_bits(layer.dense_weight() != 0))
+    assert torch.equal(layer.words(), pack_bits(layer.dense_weight() != 0))
 
 
 @pytest.mark.parametrize("number", [3, 0, "2", True, None])
@@ -314,8 +314,8 @@ def test_a_model_on_the_meta_device_is_compressed_to_the_same_shapes(pattern):
 def test_on_a_gpu_the_kernel_that_selects_also_packs(monkeypatch):
     layer, packed = Linear(20, 8, pattern="2:4"), []
     expected = compress(layer).state_dict()
-    monkeypatch.setattr(layers, "kernels_serve", lambda weight: True)
-    monkeypatch.setattr(layers, "pack", packed.append)
+    monkeypatch.setattr(compressed, "kernels_serve", lambda weight: True)
+    monkeypatch.setattr(compressed, "pack", packed.append)
     for name, tensor in compress(layer).state_dict().items():
         assert torch.equal(tensor, expected[name])
     assert not packed

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.compressed import CompressedLinear
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
-from sparsedm.layers import CompressedLinear
 from sparsedm.sparsity import bake, compress, decompress, sparsify
 from tests.tiny import Small
 

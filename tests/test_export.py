@@ -8,9 +8,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from sparsedm import samplers
+from sparsedm.compressed import CompressedLinear
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
-from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
 from sparsedm.recipes import QUICKSTART
 from sparsedm.sparsity import bake, compress, decompress, masked_layers, sparsify

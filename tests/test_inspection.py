@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from sparsedm import inspection, layers
+from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect, time_layers, time_report
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import Choice, Measured
-from sparsedm.layers import Compressed
 from sparsedm.sparsity import compress, sparsify
 
 

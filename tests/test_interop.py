@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.compressed import Compressed
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
-from sparsedm.layers import Compressed
 from sparsedm.model_files import load_model, save_model
 from sparsedm.permutation import permute_channels
 from sparsedm.sparsity import FAMILIES, bake, compress, decompress, masked_layers, sparsify

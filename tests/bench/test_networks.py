@@ -22,8 +22,8 @@ from bench.networks import (
 from bench.results import Results, read
 from bench.run import Session, run_suite
 from sparsedm import diffusion, samplers
+from sparsedm.compressed import CompressedLinear
 from sparsedm.cuda_graph import Graphs
-from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers, set_masking
 

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsedm import diffusion, samplers
+from sparsedm.compressed import CompressedLinear
 from sparsedm.cuda_graph import Graphs
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
-from sparsedm.layers import CompressedLinear
 from sparsedm.models import build_model
 from sparsedm.sparsity import compress, masked_layers, sparsify
 from sparsedm.stepaware import family as stepaware

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparsedm.compressed import CompressedLinear
 from sparsedm.errors import InputError
-from sparsedm.layers import CompressedLinear
 from sparsedm.model_files import describe, load_model, read_tensors, save_model, write_tensors
 from sparsedm.sparsity import compress, masks, set_masking, sparsify
 from sparsedm.train import checkpoint

@@ -15,8 +15,8 @@ from bench import results
 from bench.experiments import measures, report, runner, speed, work
 from bench.experiments.__main__ import main
 from sparsedm.commands import options as command_options
+from sparsedm.compressed import CompressedLinear
 from sparsedm.errors import InputError
-from sparsedm.layers import CompressedLinear
 from sparsedm.models import model_config
 from sparsedm.train import checkpoint, loop
 from sparsedm.train.stages import METHODS

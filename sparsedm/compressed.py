@@ -1,0 +1,245 @@
+"""The compressed form of a masked layer: values and positions, for fast inference. Models: `sparsity.compress`."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.cpu.linear import repeated
+from sparsedm.kernels.launch import refuse_export
+from sparsedm.kernels.mask import select_mask
+from sparsedm.kernels.masked_matmul import kernels_serve
+from sparsedm.kernels.pattern import group_view, ungroup
+from sparsedm.kernels.sparse24.conv import sparse24_conv2d
+from sparsedm.kernels.sparse24.dispatch import last_measured
+from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
+from sparsedm.kernels.sparse24.layouts import checksums, stamp
+from sparsedm.kernels.sparse24.linear import sparse24_linear
+from sparsedm.layers import Conv2d, Linear, product_dtype
+
+
+class Compressed(nn.Module):
+    """What CompressedLinear and CompressedConv2d share: the weight as rows of values and their positions.
+
+    For 2:4 the positions are the buffer `metadata` of int16 words, else the buffer `bits` of int32 words; see
+    `sparse24.format`. Both buffers are uint8, because collectives such as a broadcast do not take int16.
+    weight_shape: the shape of the dense weight. `values` has one row per output; for a convolution a row holds
+    kh * kw * in weights before compression.
+    A kernel's form of the weight is kept. On a CPU every call compares a checksum of values and positions, so that any
+    write to them counts, whoever makes it. Inside `sparsity.hold_masks` it is compared at the end only: for a few rows
+    it takes as long as the product. On a GPU the checksum would cost a launch: there a call sees what
+    `load_state_dict`, an operation in place or another tensor changes. It does not see what is written into the same
+    memory through `.data`, by a collective, or while a compiled graph holds the kernel's form.
+    """
+
+    def __init__(self, layer, values, words, pattern):
+        """layer: the layer to replace. values, words: its weight, packed."""
+        super().__init__()
+        self.weight_shape, self.activation = tuple(layer.weight.shape), layer.activation
+        self.pattern, self._positions = pattern, "metadata" if pattern == TWO_FOUR else "bits"
+        self.rule = layer.rule  # of the masked layer that it was, and may be again
+        self._plain = layer._plain
+        self.register_buffer("values", values)
+        self.register_buffer(self._positions, words.view(torch.uint8))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self._prepacked = {}  # the weight in the order a kernel reads, made at the first call; and `dispatch`'s choices
+        self._cast = None  # under autocast: (what identifies the values, the values in autocast's dtype)
+
+    def _operands(self, *tensors):
+        """(values, *tensors) in the dtype of the product: under autocast that is autocast's dtype."""
+        refuse_export()
+        dtype = product_dtype(self.values)
+        if dtype == self.values.dtype:
+            return self.values, *tensors
+        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+        if torch.compiler.is_compiling():
+            return self.values.to(dtype), *tensors
+        key = [dtype, stamp(self.values, held=self._prepacked.get("held"))]
+        if self._cast is None or self._cast[0] != key:
+            self._cast = key, self.values.to(dtype), self.values.detach()  # held: nothing else gets its address
+        return self._cast[1], *tensors
+
+    @contextlib.contextmanager
+    def held(self, name):
+        """A context whose calls on a CPU take the weight for unchanged. Raises: InputError at its end if that is wrong.
+
+        name: what errors call the layer.
+        """
+        if not self.values.is_cpu or "held" in self._prepacked:
+            yield
+            return
+        self._prepacked["held"] = before = checksums(self.values, self.words())
+        try:
+            yield
+        finally:
+            self._prepacked.pop("held", None)
+        if not self.values.is_cpu or checksums(self.values, self.words()) != before:
+            raise InputError(f"the compressed weight of {name} was changed while it was held: change it outside")
+
+    def words(self, stored=None):
+        """The positions as words: int16 metadata for 2:4, else int32 bits. stored: a buffer; default: the layer's."""
+        stored = getattr(self, self._positions) if stored is None else stored
+        return stored.view(torch.int16 if self.pattern == TWO_FOUR else torch.int32)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        name = f"{prefix}{self._positions}"
+        if name in state_dict:
+            stored = state_dict[name]
+            if stored.dtype in (torch.int16, torch.int32) and stored.dim():  # as older files hold them
+                stored = stored.view(torch.uint8)
+            state_dict = {**state_dict, name: stored}
+            if (stored.shape, stored.dtype) == (
+                getattr(self, self._positions).shape,
+                torch.uint8,
+            ):  # else torch raises its own error
+                try:
+                    check_metadata(self.words(stored), self.pattern, math.prod(self.weight_shape[1:]))
+                except InputError as error:
+                    raise InputError(f"{prefix[:-1]}: {error}") from None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        # tensors made in inference mode have no version that would tell
+        self._cast, self._prepacked = None, {k: v for k, v in self._prepacked.items() if k == "choices"}
+
+    def _check_width(self, width, name):
+        expected = self.weight_shape[1]
+        if width != expected:
+            raise InputError(f"x has {width} {name}, and the layer's weight {self.weight_shape} takes {expected}")
+
+    def measured(self, rows=None):
+        """Timings (`dispatch.Measured`) for inputs of `rows` rows, None if there are none.
+
+        rows: by default the size that this layer met for the first time most recently.
+        """
+        return last_measured(self._prepacked, rows)
+
+    def backend_used(self):
+        """The back end that computed the latest new size without measuring; None before."""
+        layouts = [layout for layout in self._prepacked if layout not in ("choices", "calls", "held")]
+        return layouts[-1].split()[0] if layouts else None
+
+    def __prepare_scriptable__(self):
+        refuse_export(scripted=True)
+
+    @property
+    def weight(self):
+        """`dense_weight()`, computed at every access: for code that reads a layer's weight, or its dtype."""
+        return self.dense_weight()
+
+    def masked(self):
+        """The masked layer of the same weight and pattern, for further training."""
+        layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
+        layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
+        layer.set_pattern(self.pattern)
+        layer.rule, layer._plain = self.rule, self._plain
+        return layer
+
+    def __getstate__(self):
+        return {**self.__dict__, "_prepacked": {}, "_cast": None}
+
+    def extra_repr(self):
+        return f"weight {self.weight_shape}, pattern={self.pattern} compressed, activation={self.activation}"
+
+
+def _packed(rows, pattern):
+    """`pack`; on the meta device, tensors of the same shapes."""
+    if not rows.is_meta:
+        return pack(rows, pattern)
+    N, K = rows.shape
+    if pattern == TWO_FOUR:
+        words = -(-K // 16)
+        return rows.new_empty(N, 8 * words), rows.new_empty(N, words, dtype=torch.int16)
+    values = rows.new_empty(N, K * pattern.keep // pattern.group)
+    return values, rows.new_empty(N, -(-K // 32), dtype=torch.int32)
+
+
+class CompressedLinear(Compressed):
+    """y = act([x | skip] w^T + b) * s + r from values (N, K * density) and their positions; inference only."""
+
+    def __init__(self, layer, rows=None):
+        """layer: the layer to replace. rows (out, in): the weight to pack; default: the layer's.
+
+        Raises InputError if that weight does not fit the layer's pattern (2:4 if the layer has no pattern).
+        """
+        pattern = layer.pattern or TWO_FOUR
+        if rows is None and layer.pattern == TWO_FOUR and layer.mask is None and kernels_serve(layer.weight):
+            _, _, _, values, metadata = select_mask(layer.weight, layer.pattern, mask=False, compressed=True)
+        else:
+            values, metadata = _packed(layer.masked_weight() if rows is None else rows, pattern)
+        super().__init__(layer, values, metadata, pattern)
+        self.out_features, self.in_features = self.weight_shape
+
+    def _dense_twin(self, **options):
+        return Linear(self.in_features, self.out_features, activation=self.activation, **options)
+
+    def forward(self, input, residual=None, skip=None, scale=None):
+        if not torch.compiler.is_compiling() and (values := self._buffers.get("values")) is not None:
+            weight, operands = (values, self._buffers[self._positions]), (input, self._buffers["bias"], self.activation)
+            if (y := repeated(self._prepacked, *weight, *operands, residual, skip, scale)) is not None:
+                return y
+        width = (input.shape[-1] if input.dim() else 0) + (0 if skip is None else skip.shape[-1])
+        self._check_width(width, "features")
+        values, bias, x, skip, scale = self._operands(self.bias, input, skip, scale)
+        dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # the dtype of their sum
+        rest = {
+            "skip": skip,
+            "scale": scale,
+            "out_dtype": dtype,
+            "cache": self._prepacked,
+            "pattern": str(self.pattern),
+        }
+        return sparse24_linear(x, values, self.words(), bias, self.activation, residual, **rest)
+
+    def dense_weight(self):
+        """The masked weight (N, K), bit for bit."""
+        return unpack(self.values, self.words(), self.in_features, self.pattern)
+
+
+class CompressedConv2d(Compressed):
+    """y = act(conv2d(x, w) + b) + r from values and positions of the rows (out, kh * kw * in); inference only.
+
+    y is always in channels_last, the order that the kernels write.
+    """
+
+    def __init__(self, layer):
+        rows = group_view(layer.masked_weight()).reshape(layer.out_channels, -1)
+        pattern = layer.pattern or TWO_FOUR
+        super().__init__(layer, *_packed(rows, pattern), pattern)
+        self.out_channels, self.in_channels, *kernel_size = self.weight_shape
+        self.kernel_size, self.groups = tuple(kernel_size), 1
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+
+    def _dense_twin(self, **options):
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        sizes = self.in_channels, self.out_channels, self.kernel_size
+        return Conv2d(*sizes, **geometry, activation=self.activation, **options)
+
+    def forward(self, input, residual=None):
+        self._check_width(input.shape[-3] if input.dim() > 2 else 0, "channels")
+        values, bias, x = self._operands(self.bias, input)
+        apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
+        y = sparse24_conv2d(
+            x,
+            values,
+            self.words(),
+            self.kernel_size,
+            bias,
+            self.activation,
+            None if apart else residual,
+            cache=self._prepacked,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            pattern=str(self.pattern),
+        )
+        return y + residual if apart else y
+
+    def dense_weight(self):
+        """The masked weight (out, in, kh, kw), bit for bit."""
+        out, cin, kh, kw = self.weight_shape
+        rows = unpack(self.values, self.words(), cin * kh * kw, self.pattern)
+        return ungroup(rows.reshape(out * kh * kw, cin), self.weight_shape).contiguous()
+
+
+Linear24, Conv2d24 = CompressedLinear, CompressedConv2d  # names from when 2:4 was the only pattern
