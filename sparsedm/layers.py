@@ -6,7 +6,8 @@ Backward:          dL/dw = dL/d(w * m) for all entries (straight-through), plus 
 
 The mask depends only on the pattern and the current values of the weight. It does not matter whether the optimizer, a
 checkpoint or your own code set those values. Every forward selects the mask anew; inside `sparsity.hold_masks` one mask
-serves all forwards. Rounding may change which weights are the largest: a cast to fewer bits freezes the mask first.
+serves all forwards. Rounding may change which weights are the largest: `model.half()` and its like freeze the mask
+first; a weight that is replaced by a rounded one (`p.data = p.data.half()`, FSDP2 in mixed precision) has its own mask.
 """
 
 import functools
@@ -47,7 +48,7 @@ def product_dtype(weight):
     return autocast_dtype(weight.device) or weight.dtype
 
 
-def _epilogue(y, activation, residual, scale=None):
+def epilogue(y, activation, residual, scale=None):
     y = ACTIVATIONS[activation](y)
     if scale is not None:
         y = y * (scale if scale.dim() == 1 else scale.view(scale.shape[0], *[1] * (y.dim() - 2), -1))
@@ -115,7 +116,8 @@ class Masked:
     def freeze_mask(self, frozen=True):
         """frozen=True: keep the current mask, even if the weight changes. frozen=False: each forward selects it anew.
 
-        A cast to fewer bits, such as `model.half()`, first freezes the mask.
+        A cast to fewer bits, such as `model.half()`, first freezes the mask. A weight that is replaced by a rounded
+        one, as by `p.data = p.data.half()` or by FSDP2 in mixed precision, has the mask of the rounded weight.
         """
         self.mask = self.current_mask().clone() if frozen else None
         self._held = None
@@ -347,12 +349,12 @@ class Linear(Masked, nn.Linear):
             if rule != STE:
                 selection = selection._replace(mask=self._mask_of(selection))
             y = masked_linear(*product, selection=selection, rule=rule, used=used)
-            return _epilogue(y, None, residual, scale)
+            return epilogue(y, None, residual, scale)
         y = self._trained(x) if self.training and torch.is_grad_enabled() else None
         if y is None:
             product = dense.linear if self.beside_compressed else F.linear
             y = product(x, self._weight_and_mask()[0], self.bias)
-        return _epilogue(y, self.activation, residual, scale)
+        return epilogue(y, self.activation, residual, scale)
 
     def _trained(self, x):
         """The product by the C kernel, in training; None where it does not serve. Not in eval mode: there the bits are
@@ -378,4 +380,4 @@ class Conv2d(Masked, nn.Conv2d):
             y = training_conv2d(input, weight, mask, self.pattern, self.bias, *geometry)
         else:
             y = self._conv_forward(input, weight, self.bias)
-        return _epilogue(y, self.activation, residual)
+        return epilogue(y, self.activation, residual)

@@ -29,7 +29,7 @@ from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError, check_memory
 from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json, writing
 from sparsedm.kernels.masked_matmul import STE, GradientRule
-from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_names, sparsify
+from sparsedm.sparsity import compress, is_sharded, masked_layers, module_of, parameter_names, sparsify
 
 INDEX = ".index.json"
 KINDS = ("dense", "masked", "compressed")
@@ -312,6 +312,7 @@ def unwrapped(model):
 
     plain(name): the name without the parts of wrappers.
     """
+    model = module_of(model)
     while inside := _inside(model):
         model = getattr(model, inside)
     wrappers = {f"{name}.{_inside(m)}" for name, m in model.named_modules() if _inside(m)}

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from sparsedm.copying import copied
-from sparsedm.errors import InputError, check_memory
+from sparsedm.errors import InputError, TooLittleMemory, check_memory
+from sparsedm.inspection import kept_per_image, most_kept_per_image
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models.slimmable import WidestTeacher, check_supernet
 from sparsedm.sparsity import masked_layers, set_masking, sparsify
@@ -202,33 +203,15 @@ def check_batch(model, options, parts, device="cpu"):
         return
     device, numbers = torch.device(device), options.batch_size * config.channels * config.image_size**2
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    kept = _kept_per_image(model) // (2 if options.amp else 1)
-    needed = 8 * (numbers + numbers // parts) + kept * options.batch_size // parts
-    check_memory(needed, f"--batch-size {options.batch_size}", there)
 
+    def check(kept_per_image):
+        kept = kept_per_image * options.batch_size // parts // (2 if options.amp else 1)
+        check_memory(8 * (numbers + numbers // parts) + kept, f"--batch-size {options.batch_size}", there)
 
-def _kept_per_image(model):
-    """Bytes of one image that autograd keeps for the backward pass, from two forwards that compute nothing.
-
-    0 if the network cannot run on meta tensors.
-    """
-    sizes, least = [], max(1, getattr(model.config, "passes", 0))  # a slimmable network divides a batch among widths
     try:
-        twin = copy.deepcopy(model).to("meta").train()
-        for batch in (least, 2 * least):
-            kept = {}  # each tensor once, held so that no other takes its address
-
-            def keep(tensor, kept=kept):
-                kept[tensor.untyped_storage()._cdata] = tensor
-                return tensor
-
-            with torch.random.fork_rng([]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                out = twin(*(None if x is None else x.to("meta") for x in model.example_inputs(batch)))
-            sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
-            del out
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return 0
-    return max(0, sizes[1] - sizes[0]) // least
+        check(most_kept_per_image(model))  # measuring may take seconds
+    except TooLittleMemory:
+        check(kept_per_image(model))
 
 
 def plan(stages, options, model, folder, where=None):

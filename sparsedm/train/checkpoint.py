@@ -106,7 +106,8 @@ def _options(file):
 def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     """Store the options of a run (a dict of JSON values) as folder/options.json, or compare them with the stored ones.
 
-    started: whether there is work that depends on the stored options; without any, they are replaced. free: names, at any depth, that may differ, such as how often to log. classes: dataclasses whose defaults fill in
+    started: whether there is work that depends on the stored options; without any, they are replaced.
+    free: names, at any depth, that may differ, such as how often to log. classes: dataclasses whose defaults fill in
     options that an older folder did not store. may_grow: {name: None} of numbers that may increase on resume, such as
     "options.steps"; {name: reason} of those that may not, and the reason shown.
     Raises: InputError that lists the differences, so that a run never continues with other options; or if the file is
