@@ -4,21 +4,20 @@ import contextlib
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu.linear import repeated
 from sparsedm.kernels.launch import refuse_export
 from sparsedm.kernels.mask import select_mask
-from sparsedm.kernels.masked_matmul import kernels_serve, transformed
+from sparsedm.kernels.masked_matmul import kernels_serve
 from sparsedm.kernels.pattern import group_view, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import last_measured
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
 from sparsedm.kernels.sparse24.layouts import checksums, stamp
 from sparsedm.kernels.sparse24.linear import sparse24_linear
-from sparsedm.layers import Conv2d, Linear, epilogue, product_dtype
+from sparsedm.layers import Conv2d, Linear, product_dtype
 
 
 class Compressed(nn.Module):
@@ -108,16 +107,6 @@ class Compressed(nn.Module):
         if width != expected:
             raise InputError(f"x has {width} {name}, and the layer's weight {self.weight_shape} takes {expected}")
 
-    def _looked_through(self, *tensors):
-        """Whether torch.func, forward mode or a backward needs the derivative of this call, which no kernel has.
-
-        Then torch computes it from the dense weight: right, and no faster than a dense layer.
-        """
-        if torch.compiler.is_compiling():
-            return False
-        graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return graded or transformed()
-
     def measured(self, rows=None):
         """Timings (`dispatch.Measured`) for inputs of `rows` rows, None if there are none.
 
@@ -191,9 +180,6 @@ class CompressedLinear(Compressed):
                 return y
         width = (input.shape[-1] if input.dim() else 0) + (0 if skip is None else skip.shape[-1])
         self._check_width(width, "features")
-        if self._looked_through(input, residual, skip, scale):
-            x = input if skip is None else torch.cat((input, skip), -1)
-            return epilogue(F.linear(x, self.dense_weight(), self.bias), self.activation, residual, scale)
         values, bias, x, skip, scale = self._operands(self.bias, input, skip, scale)
         dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # the dtype of their sum
         rest = {
@@ -231,9 +217,6 @@ class CompressedConv2d(Compressed):
 
     def forward(self, input, residual=None):
         self._check_width(input.shape[-3] if input.dim() > 2 else 0, "channels")
-        if self._looked_through(input, residual):
-            y = F.conv2d(input, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
-            return epilogue(y, self.activation, residual)
         values, bias, x = self._operands(self.bias, input)
         apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
         y = sparse24_conv2d(

@@ -48,7 +48,7 @@ def product_dtype(weight):
     return autocast_dtype(weight.device) or weight.dtype
 
 
-def epilogue(y, activation, residual, scale=None):
+def _epilogue(y, activation, residual, scale=None):
     y = ACTIVATIONS[activation](y)
     if scale is not None:
         y = y * (scale if scale.dim() == 1 else scale.view(scale.shape[0], *[1] * (y.dim() - 2), -1))
@@ -349,12 +349,12 @@ class Linear(Masked, nn.Linear):
             if rule != STE:
                 selection = selection._replace(mask=self._mask_of(selection))
             y = masked_linear(*product, selection=selection, rule=rule, used=used)
-            return epilogue(y, None, residual, scale)
+            return _epilogue(y, None, residual, scale)
         y = self._trained(x) if self.training and torch.is_grad_enabled() else None
         if y is None:
             product = dense.linear if self.beside_compressed else F.linear
             y = product(x, self._weight_and_mask()[0], self.bias)
-        return epilogue(y, self.activation, residual, scale)
+        return _epilogue(y, self.activation, residual, scale)
 
     def _trained(self, x):
         """The product by the C kernel, in training; None where it does not serve. Not in eval mode: there the bits are
@@ -380,4 +380,4 @@ class Conv2d(Masked, nn.Conv2d):
             y = training_conv2d(input, weight, mask, self.pattern, self.bias, *geometry)
         else:
             y = self._conv_forward(input, weight, self.bias)
-        return epilogue(y, self.activation, residual)
+        return _epilogue(y, self.activation, residual)

@@ -40,7 +40,7 @@ LOOKED_THROUGH = {
     "jvp": lambda f, x: func.jvp(f, (x,), (2 * x,))[1],
     "jacobian": lambda f, x: func.vmap(func.jacrev(lambda x: f(x[None]).sum()))(x),
     "hessian": lambda f, x: func.hessian(lambda s: f(s * x).square().sum())(torch.ones(())),
-    "functionalized": lambda f, x: func.functionalize(f)(x),
+    "functionalized": lambda f, x: func.functionalize(torch.no_grad()(f))(x),  # masked ones cannot train under it
     "backward": lambda f, x: torch.autograd.grad(f(x.requires_grad_()).square().sum(), x)[0],
     "forward mode": lambda f, x: tangent(f, x),
 }

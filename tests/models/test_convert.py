@@ -363,13 +363,16 @@ def test_an_average_in_an_unknown_form_is_not_passed_over(tmp_path):
 
 def test_an_average_that_lies_deep_in_a_file_or_beside_unknown_networks_is_not_passed_over(tmp_path):
     net = {f"layers.{i}.weight": torch.ones(2) for i in range(4)}
-    for packed in ({"callbacks": {"EMA": {"weights": net}}}, {"emas": [net]}, {"train": {"ema": net}}):
+    moments = {"state": {0: {"exp_avg": torch.ones(3)}}, "ema": {}, "exp_avg": list(net.values())}
+    in_optimizer = {"optimizer_states": [moments | {"ema": tuple(net.values())}]}
+    for packed in ({"callbacks": {"EMA": {"weights": net}}}, {"emas": [net]}, {"train": {"ema": net}}, in_optimizer):
         torch.save({"state_dict": net, **packed}, tmp_path / "a.pt")
         with pytest.raises(InputError, match="perhaps the average of the weights, in an unknown form"):
             read_tensors(tmp_path / "a.pt")
         assert read_tensors(tmp_path / "a.pt", "raw")[0].keys() == net.keys()
-    moments = {"state": {0: {"exp_avg": torch.ones(3)}}, "ema": {}}
-    torch.save({"model": net, "optimizer": moments, "other": moments}, tmp_path / "a.pt")
+    torch.save(
+        {"model": net, "optimizer": moments, "other": {"state": {0: {"exp_avg": torch.ones(3)}}}}, tmp_path / "a.pt"
+    )
     assert read_tensors(tmp_path / "a.pt")[0].keys() == net.keys()
     torch.save({"g": net, "d": net, "g_ema": net}, tmp_path / "a.pt")
     assert read_tensors(tmp_path / "a.pt")[1] == {"taken": "'g_ema' was read, 'g', 'd' ignored"}
@@ -383,6 +386,18 @@ def test_an_average_that_lies_deep_in_a_file_or_beside_unknown_networks_is_not_p
 def test_what_all_names_begin_with_is_taken_off(prefix, tmp_path):
     state, _ = two()
     save_file(prefixed(state, prefix), tmp_path / "a.safetensors")
+    found = read_foreign(tmp_path / "a.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_names_of_wrapped_blocks_and_a_schedule_beside_the_network_are_taken_off(wrapper, tmp_path):
+    """As Lightning and latent diffusion keep a network whose blocks are compiled or recomputed."""
+    state, _ = two()
+    wrapped = {name.replace("in_blocks.0.", f"in_blocks.0.{wrapper}."): value for name, value in state.items()}
+    assert wrapped.keys() != state.keys()
+    schedule = {"betas": torch.zeros(9), "logvar": torch.zeros(())}
+    save_file(prefixed(wrapped, "model.") | schedule, tmp_path / "a.safetensors")
     found = read_foreign(tmp_path / "a.safetensors")
     assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
 
