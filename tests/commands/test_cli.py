@@ -434,15 +434,17 @@ def test_a_drawn_batch_larger_than_the_machine_is_refused_before_it_is_drawn(tra
     measured = []
     monkeypatch.setattr(sample, "live_per_image", lambda network: measured.append(network) or 1 << 20)
     monkeypatch.setattr(errors, "_memory", lambda: 1 << 30)
-    for command in (["sample"], ["evaluate", "--data", "synthetic"]):
-        options = ["--sampling-steps", 1, "--out", tmp_path / "a.png"]
-        command = [command[0], trained, *command[1:], *options, "--count"]
-        assert run(*command, 2000, "--batch-size", 2000) == 2
-        assert "not enough memory: --batch-size 2000 takes 2 GiB" in capsys.readouterr().err
-    assert run(*command, 2000, "--batch-size", 2000, "--dtype", "bf16") == 2, "half of it, and still too much"
+    options = [trained, "--sampling-steps", 1, "--out", tmp_path / "a.png", "--batch-size", 10_000, "--count"]
+    for command, takes in (
+        (["sample", *options, 10_000], 10),
+        (["sample", *options, 10_000, "--dtype", "bf16"], 5),
+        (["evaluate", *options, 10_000, "--data", "synthetic"], 10),
+    ):
+        assert run(*command) == 2
+        assert f"not enough memory: --batch-size 10000 takes {takes} GiB" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     measured.clear()
-    assert run("sample", trained, *options, "--count", 9, "--batch-size", 2000) == 0
+    assert run("sample", *options, 9) == 0
     assert not measured, "nine images surely fit: no seconds are spent on that"
 
 
