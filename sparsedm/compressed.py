@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.checksum import checksums, stamp
 from sparsedm.kernels.cpu.linear import repeated
 from sparsedm.kernels.launch import refuse_export
 from sparsedm.kernels.mask import select_mask
@@ -15,7 +16,6 @@ from sparsedm.kernels.pattern import group_view, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import last_measured
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
-from sparsedm.kernels.sparse24.layouts import checksums, stamp
 from sparsedm.kernels.sparse24.linear import sparse24_linear
 from sparsedm.layers import Conv2d, Linear, product_dtype
 

@@ -16,7 +16,7 @@ from torch.optim.adam import adam
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_adamw as kernel
-from sparsedm.kernels.cpu import library, products
+from sparsedm.kernels.checksum import checksum_on_gpu, checksums
 from sparsedm.kernels.mask import Selection
 from sparsedm.kernels.masked_adamw import Rates, Work
 from sparsedm.kernels.masked_matmul import GradientRule, apply_rule
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     weight: nn.Parameter
     pattern: Pattern
     selection: Selection
-    checksum: torch.Tensor  # int64: one number by the kernel, or the sums of every row and column by torch
+    checksum: torch.Tensor  # int64: () by the kernel of `masked_adamw`, (1,) by `_checksum`
 
 
 def choose(dtypes, names):
@@ -42,12 +42,13 @@ def choose(dtypes, names):
     dtypes: {layer: dtype of its product}. names: {layer: what errors call it}. Raises: InputError for NaN, on a GPU at
     one of the next calls.
     """
-    found, served = {}, [layer for layer in dtypes if layer.mask is None and kernel.serves(layer.weight)]
-    for layers in _by_device(served):
-        works = [_work(layer, dtypes[layer]) for layer in layers]
+    found = {}
+    for layers in _by_device(layer for layer in dtypes if kernel.serves(layer.weight)):
+        works = [_work(layer, dtypes[layer] if layer.mask is None else None) for layer in layers]
         totals = kernel.launch(works)
         for layer, work, checksum in zip(layers, works, totals[0]):
-            found[layer] = Choice(layer.weight, layer.pattern, work.selection, checksum)
+            selection = work.selection or layer.selection(dtypes[layer])  # a frozen mask is not selected
+            found[layer] = Choice(layer.weight, layer.pattern, selection, checksum)
         report(totals[2] != 0, [names[layer] for layer in layers], NAN)
     for layer, dtype in dtypes.items():
         if layer not in found:
@@ -76,31 +77,22 @@ def check(choices, names):
     """
     summed = {}
     for layer, choice in choices.items():
-        weight = layer.weight
-        if weight is not choice.weight or weight.device != choice.checksum.device:
+        weight, by_kernel = layer.weight, not choice.checksum.dim()
+        moved = weight.device != choice.checksum.device or (by_kernel and weight.dtype not in kernel.DTYPES)
+        if moved or weight is not choice.weight:
             raise InputError(CHANGED.format(names[layer]))
-        if not choice.checksum.dim():
+        if by_kernel:
             summed.setdefault(weight.device, []).append(layer)
             continue
-        now = _checksum(weight)
-        if not now.is_cuda and torch.equal(now, choice.checksum):
-            continue
-        differs = now.new_ones(1) if now.shape != choice.checksum.shape else (now != choice.checksum).any()[None]
-        report(differs, [names[layer]], CHANGED)
+        report(_checksum(weight) != choice.checksum, [names[layer]], CHANGED)
     for layers in summed.values():
         now = kernel.launch([_work(layer, None) for layer in layers])[0]
         report(now != torch.stack([choices[layer].checksum for layer in layers]), [names[la] for la in layers], CHANGED)
 
 
 def _checksum(weight):
-    """int64, 1 or more: of the C library; else sums of the bits of every row and every column of the weight, which miss
-    a change that keeps all of them."""
-    if weight.device.type == "cpu" and library.library() is not None:
-        return torch.tensor(products.checksum(weight.detach()))
-    rows = weight.detach().flatten(1).contiguous()
-    size = next(size for size in (8, 4, 2, 1) if rows.shape[1] * rows.element_size() % size == 0)
-    bits = rows.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
-    return torch.cat((bits.sum(1), bits.sum(0)))
+    """int64 (1,): one more dimension than by the kernel."""
+    return torch.tensor(checksums(weight)) if weight.is_cpu else checksum_on_gpu(weight)[None]
 
 
 _unseen = []  # (event, flags in host memory, names, message) of the reports from a GPU that have not been looked at

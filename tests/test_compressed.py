@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 
 from sparsedm import compressed
 from sparsedm.errors import InputError
+from sparsedm.kernels import checksum
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.pattern import Pattern, pack_bits
-from sparsedm.kernels.sparse24 import layouts
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.model_files import FORMAT, describe, load_model, read_tensors, save_model, write_tensors
 from sparsedm.sparsity import compress, decompress, hold_masks, masked_layers, sparsify, uncompressed_because
@@ -298,8 +298,8 @@ def test_whoever_writes_to_a_compressed_weight_on_a_cpu_it_counts_at_once(write,
 
 def test_a_held_compressed_weight_is_compared_once_and_a_change_is_an_error(monkeypatch):
     small, x, compared = compress(sparsify(nn.Sequential(nn.Linear(64, 32)), "2:4")), torch.randn(16, 64), []
-    checksums = layouts.checksums
-    monkeypatch.setattr(layouts, "checksums", lambda *tensors: compared.append(1) or checksums(*tensors))
+    checksums = checksum.checksums
+    monkeypatch.setattr(checksum, "checksums", lambda *tensors: compared.append(1) or checksums(*tensors))
     small(x)
     compared.clear()
     with torch.no_grad(), hold_masks(small), hold_masks(small):

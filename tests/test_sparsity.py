@@ -8,9 +8,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from sparsedm import optim
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels import mask as mask_file
+from sparsedm.kernels import masked_adamw
+from sparsedm.kernels.cpu import library
+from sparsedm.kernels.launch import broken
 from sparsedm.layers import Linear
 from sparsedm.models import build_model
 from sparsedm.sparsity import bake, compress, hold_masks, masks, set_masking, sparsify
@@ -278,13 +282,30 @@ def test_outside_of_the_block_and_for_other_weights_a_compiled_model_chooses_by_
         "numpy",
     ],
 )
-def test_a_weight_that_changes_while_its_mask_is_held_is_refused(change):
+@pytest.mark.parametrize("way", ["C", "no library"])
+def test_a_weight_that_changes_while_its_mask_is_held_is_refused(change, way, monkeypatch):
     model, x = sparsify(Small(), "2:4"), torch.randn(2, 3, 8, 8)
     model(x).sum().backward()
+    if way == "no library":
+        monkeypatch.setattr(library, "library", lambda: None)
     with pytest.raises(InputError, match=r"the weight of (conv|head) was changed while its mask"), hold_masks(model):
         change(model)
     with hold_masks(model):
         pass  # and it can be held again
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("change", [lambda model: model.double(), lambda model: model[0].weight.data.neg_()])
+def test_on_a_gpu_one_launch_sums_up_all_weights(change, frozen, monkeypatch):
+    model = sparsify(nn.Sequential(nn.Linear(32, 2)), "2:4")
+    set_masking(model, frozen=frozen)
+    monkeypatch.setattr(masked_adamw, "uses_triton", lambda *tensors: True)
+    monkeypatch.setattr(optim, "_checksum", lambda weight: pytest.fail("a launch for one weight"))
+    with hold_masks(model):
+        assert torch.equal(model[0].current_mask(), masks(model)["0"])
+    with pytest.raises(InputError, match="the weight of 0 was changed while its mask"), hold_masks(model):
+        change(model)
+    assert not broken, "a weight that the kernel does not take says nothing of the kernel"
 
 
 def test_a_mask_that_is_set_while_it_is_held_counts(choices):

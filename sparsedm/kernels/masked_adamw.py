@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.adam import adam
 
+from sparsedm.kernels.checksum import checksum_ref
 from sparsedm.kernels.launch import Launch, broken, jit, runs, tl, triton, uses_triton
 from sparsedm.kernels.mask import Selection, keep_largest
 from sparsedm.kernels.masked_matmul import GradientRule, apply_rule
@@ -76,20 +77,6 @@ def masked_adamw_ref(work, dtype):
     rows = select_mask_ref(group_view(w), pattern)
     mask = ungroup(rows, w.shape)
     return Selection(torch.where(mask, w, 0).to(dtype), mask, pack_bits(rows))
-
-
-def checksum_ref(weight):
-    """A sum of hashes of a weight's bits and its place, so that exchanged weights and flipped signs show.
-
-    The 32 of a word are added in int32, words in int64.
-    """
-    rows = group_view(weight).contiguous()
-    bits = rows.view(torch.int32) if rows.dtype == torch.float32 else rows.view(torch.int16).int()
-    place = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device)
-    code = bits + group_view(place.as_strided(weight.shape, weight.stride())) * -1640531535
-    code = (code ^ (code >> 15)) * -2048144777
-    code = F.pad(code ^ (code >> 13), (0, -code.shape[-1] % 32))
-    return code.unflatten(-1, (-1, 32)).sum(-1, dtype=torch.int32).sum(dtype=torch.int64)
 
 
 def in_torch(work):

@@ -6,10 +6,10 @@ is therefore made once for each weight and size.
 
 import torch
 
+from sparsedm.kernels.checksum import stamp
 from sparsedm.kernels.cpu import products
 from sparsedm.kernels.launch import forced_backend, plain
 from sparsedm.kernels.pattern import Pattern
-from sparsedm.kernels.sparse24.layouts import stamp
 
 MOST = 100  # sizes that are kept of one weight
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.cpu import library, products
+from sparsedm.kernels.checksum import checksums, stamp
+from sparsedm.kernels.cpu import products
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24.format import TWO_FOUR, ZERO_WORD, check_metadata, check_shapes, pack, unpack
 
@@ -163,24 +164,3 @@ def dense_weight(prepacked, values, metadata, columns, pattern):
     if len(prepacked) == 2 and prepacked[1].item() != hash(tuple(checksums(values, metadata))):
         return unpack(values, metadata, columns, pattern)
     return prepacked[0]
-
-
-def stamp(*tensors, held=None):
-    """What changes when one of the tensors is moved, replaced or written to.
-
-    It holds address and version. These miss a write that torch does not count, through `.data` or by a collective. On a
-    CPU a checksum of the bits is added, which sees that, too. held: this checksum, if the caller vouches that nobody
-    writes.
-    """
-    if tensors[0].device.type != "cpu" or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
-        return [(t.device, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-    known = [(t.dtype, t.shape, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-    return known + (held or checksums(*tensors))
-
-
-def checksums(*tensors):
-    """One number for each tensor on the CPU, of its bits. Without the C library a few changes may keep the number."""
-    if library.library() is not None:
-        return products.checksum(*tensors)
-    words = (t.detach().contiguous().view(-1).view(torch.uint8).long() for t in tensors)
-    return [int((w * torch.arange(1, 2 * len(w), 2)).sum()) for w in words]

@@ -1,0 +1,53 @@
+import itertools
+
+import pytest
+import torch
+
+from sparsedm.kernels.checksum import checksum_on_gpu, checksum_ref, checksums
+from sparsedm.kernels.cpu import library
+
+BY_TORCH = {"on a GPU": checksum_on_gpu, "the kernel's": checksum_ref}
+
+
+@pytest.fixture(params=["C", "no library", *BY_TORCH])
+def number(request, monkeypatch):
+    """A function: tensor -> its checksum."""
+    if request.param == "C" and library.library() is None:
+        pytest.skip("no C kernels")
+    if request.param == "no library":
+        monkeypatch.setattr(library, "library", lambda: None)
+    by_torch = BY_TORCH.get(request.param)
+    return (lambda t: int(by_torch(t))) if by_torch else (lambda t: checksums(t)[0])
+
+
+def test_every_flipped_bit_shows(number):
+    weight = torch.randn(2, 32)
+    before, words = number(weight), weight.view(torch.int32).numpy().reshape(-1).view("uint32")
+    for place, bit in itertools.product(range(len(words)), range(32)):
+        words[place] ^= 1 << bit
+        assert number(weight) != before
+        words[place] ^= 1 << bit
+    assert number(weight) == before
+
+
+def test_exchanged_rows_columns_and_entries_show(number):
+    weight = torch.randn(4, 32)
+    before = number(weight)
+    for view in (weight.numpy(), weight.numpy().T, weight.numpy().reshape(-1)):
+        for a, b in itertools.combinations(range(min(len(view), 32)), 2):
+            view[[a, b]] = view[[b, a]]
+            assert number(weight) != before
+            view[[a, b]] = view[[b, a]]
+    assert number(weight) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
+def test_every_dtype_and_an_empty_weight_have_one(number, dtype, request):
+    if "the kernel's" in request.node.name and dtype != torch.bfloat16:
+        pytest.skip("the kernel takes 16 and 32 bits")
+    weight = torch.arange(15).view(3, 5).to(dtype)
+    before = number(weight)
+    assert number(weight.clone()) == before
+    weight[2, 4] = 0
+    assert number(weight) != before
+    assert number(weight[:0]) == number(weight[:0])
