@@ -11,6 +11,7 @@ first; a weight that is replaced by a rounded one (`p.data = p.data.half()`, FSD
 """
 
 import functools
+import sys
 import warnings
 import weakref
 
@@ -66,6 +67,11 @@ def invalid_because(weight, pattern):
     if pattern is None or (axis and axis % pattern.group == 0):
         return None
     return f"the input axis {axis} is not a multiple of {pattern.group}"
+
+
+# methods of peft, and functions in it that start an adapter, which read the weight without calling its layer
+PAST_MASKS = {"hra", "shira", "frod", "deft", "supertuning", "glora", "boft"}
+INITS_PAST_MASKS = {"pissa_init", "olora_init", "corda_init", "loftq_init"}
 
 
 class Masked:
@@ -264,6 +270,19 @@ class Masked:
         if self.pattern is None:
             return self.weight
         raise InputError("this method (DoRA, PiSSA ...) reads a layer's weight past its mask: use plain LoRA instead")
+
+    @property
+    def base_layer(self):
+        """peft looks for this attribute before it reads a layer's weight. Raises AttributeError, as of every layer.
+
+        Raises InputError if the layer is masked and the method multiplies by the weight itself, or starts from it.
+        """
+        asks, calls = sys._getframe(1), sys._getframe(2)
+        if self.pattern is not None and asks.f_code.co_name == "get_base_layer":
+            tuner, init = type(asks.f_locals["self"]).__module__.split("."), calls.f_code.co_name
+            if tuner[0] == "peft" and (PAST_MASKS & set(tuner) or init in INITS_PAST_MASKS):
+                self.dequantize()
+        raise AttributeError(f"{type(self).__name__} has no attribute base_layer")
 
     def extra_repr(self):
         pattern = f", pattern={self.pattern}" if self.pattern else ""

@@ -17,7 +17,7 @@ from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
-from sparsedm.layers import Conv2d, Linear, Masked, invalid_because, is_sharded, product_dtype
+from sparsedm.layers import PAST_MASKS, Conv2d, Linear, Masked, invalid_because, is_sharded, product_dtype
 from sparsedm.optim import MaskedAdamW, check, choose
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,6 +113,8 @@ def _dense_reason(name, module, parent, pattern):
         return f"its weight is a {type(weight.data).__name__}"
     if getattr(parent, "lora_magnitude_vector", None):
         return "DoRA reads its weight without calling it"
+    if type(parent).__module__.startswith("peft.") and PAST_MASKS & set(type(parent).__module__.split(".")):
+        return f"peft's {type(parent).__name__} reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
         return f"{type(parent).__name__} reads its weight without calling it"
     if not isinstance(module, Masked) and type(module) not in (nn.Linear, nn.Conv2d):

@@ -394,7 +394,7 @@ def test_what_all_names_begin_with_is_taken_off(prefix, tmp_path):
 def test_names_of_wrapped_blocks_and_a_schedule_beside_the_network_are_taken_off(wrapper, tmp_path):
     """As Lightning and latent diffusion keep a network whose blocks are compiled or recomputed."""
     state, _ = two()
-    wrapped = {name.replace("in_blocks.0.", f"in_blocks.0.{wrapper}."): value for name, value in state.items()}
+    wrapped = {name.replace("blocks.0.", f"blocks.0.{wrapper}."): value for name, value in state.items()}
     assert wrapped.keys() != state.keys()
     schedule = {"betas": torch.zeros(9), "logvar": torch.zeros(())}
     save_file(prefixed(wrapped, "model.") | schedule, tmp_path / "a.safetensors")
