@@ -141,6 +141,12 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
         raise InputError(f"{folder} has other options, choose another folder: {'; '.join(different[:8])}{more}")
 
 
+def holds_work(folder):
+    """Whether a folder holds anything but options and a lock."""
+    folder = Path(folder)
+    return folder.is_dir() and any(path.name not in ("options.json", ".lock") for path in folder.iterdir())
+
+
 def _flat(value, free, prefix=""):
     if isinstance(value, list):
         value = dict(enumerate(value))

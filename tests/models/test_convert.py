@@ -412,6 +412,26 @@ def test_a_diffusers_folder_of_half_precision_alone_is_read(tmp_path):
     assert all(torch.equal(v, model.state_dict()[n].half().float()) for n, v in found.model.state_dict().items())
 
 
+def test_the_average_in_a_training_checkpoint_of_diffusers_is_taken_and_it_is_said(tmp_path):
+    """As their scripts for unconditional training leave it: checkpoint-500/unet and checkpoint-500/unet_ema."""
+    models = {name: build_model(DDPM) for name in ("unet", "unet_ema")}
+    for name, model in models.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config_to_diffusers(model.config)))
+        state = to_diffusers(model.state_dict(), model.config)
+        save_file(state, tmp_path / name / "diffusion_pytorch_model.safetensors")
+    for source, weights, expected, note in (
+        (tmp_path, "average", "unet_ema", "'unet_ema' was read, 'unet' ignored"),
+        (tmp_path, "raw", "unet", None),
+        (tmp_path / "unet", "average", "unet", "beside it lies unet_ema, perhaps the average of these weights"),
+        (tmp_path / "unet_ema", "average", "unet_ema", None),
+    ):
+        found = read_foreign(source, weights=weights)
+        assert note in found.notes if note else not found.notes
+        state = models[expected].state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
+
+
 # ---- other officials -------------------------------------------------------------------------------------------------
 
 
