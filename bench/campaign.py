@@ -123,7 +123,7 @@ def quality_suites(data):
     """Training and search on images from `data`. Their folders are too large for the campaign's folder."""
     suites = []
     for name in ("arms", "search", "ratio", "fixed-vs-inplace-vs-chain"):
-        command = python("sparsedm.cli" if name == "search" else "bench.experiments", name, "--scale", "lite")
+        command = python("sparsedm" if name == "search" else "bench.experiments", name, "--scale", "lite")
         places = ("--data", data, "--out", f"{{folder}}-quality/{name}", "--minutes", "{minutes}")
         suites.append(Suite(f"quality: {name}", (*command, *places), least=120))
     return tuple(suites)

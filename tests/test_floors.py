@@ -14,7 +14,7 @@ import sparsedm
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # the room that names a module most closely counts
     (7, "bench", "emulator"),
-    (6, "sparsedm.cli", "sparsedm.commands"),
+    (6, "sparsedm.__main__", "sparsedm.cli", "sparsedm.commands"),
     (5, "sparsedm.stepaware", "sparsedm.recipes"),
     (4, "sparsedm.train", "sparsedm.evaluate"),
     (3, "sparsedm.models", "sparsedm.diffusion", "sparsedm.samplers"),

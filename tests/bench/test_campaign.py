@@ -260,7 +260,7 @@ def test_the_studies_of_quality_parse_and_leave_their_reports(tmp_path):
     assert suites[0].name == "quality: arms", "what answers the question first"
     for suite in suites:
         module, *arguments = (part.format(folder="gpu", minutes="8.50") for part in suite.command[2:])
-        options = {"sparsedm.cli": parse, "bench.experiments": experiments.parse_args}[module](arguments)
+        options = {"sparsedm": parse, "bench.experiments": experiments.parse_args}[module](arguments)
         assert (options.scale, options.data, options.minutes) == ("lite", "images.zip", 8.5)
         assert options.out.startswith("gpu-quality/")
     code = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); (out / 'seed-0').mkdir(parents=True)\n"

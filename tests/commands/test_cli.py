@@ -510,8 +510,9 @@ def test_freed_memory_is_kept_where_the_c_library_is_glibc(library, monkeypatch)
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, time; from sparsedm.cli import main"
-    code += "\ntry: main(['--help'])\nexcept SystemExit as end: code = end.code"
+    code = "import runpy, sys, time; sys.argv = ['sparsedm', '--help']"
+    code += "\ntry: runpy.run_module('sparsedm', run_name='__main__')  # as python -m does"
+    code += "\nexcept SystemExit as end: code = end.code"
     code += "\ncode = code or any(name in sys.modules for name in ('torch', 'matplotlib', 'numpy', 'PIL'))"
     code += "\nsys.exit(code or time.process_time() > 0.3)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

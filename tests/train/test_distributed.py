@@ -236,7 +236,7 @@ def test_from_the_command_line(tmp_path):
     arguments = "train --model uvit-tiny --set dim=16 --set depth=2 --set heads=2 --set image_size=12"
     arguments += " --data synthetic --limit 64 --chain dense,2:4 --steps 8 --batch-size 8 --log-every 2"
     command = [*arguments.split(), "--run"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "sparsedm.cli"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "sparsedm"]
     done = subprocess.run(
         [sys.executable, *launcher, *command, str(tmp_path / "two")], capture_output=True, text=True, check=True
     )
