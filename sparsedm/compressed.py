@@ -14,7 +14,7 @@ from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import kernels_serve
 from sparsedm.kernels.pattern import group_view, ungroup
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
-from sparsedm.kernels.sparse24.dispatch import last_measured
+from sparsedm.kernels.sparse24.dispatch import Measured, last_measured
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
 from sparsedm.layers import Conv2d, Linear, product_dtype
@@ -107,14 +107,14 @@ class Compressed(nn.Module):
         if width != expected:
             raise InputError(f"x has {width} {name}, and the layer's weight {self.weight_shape} takes {expected}")
 
-    def measured(self, rows=None):
+    def measured(self, rows: int | None = None) -> Measured | None:
         """Timings (`dispatch.Measured`) for inputs of `rows` rows, None if there are none.
 
         rows: by default the size that this layer met for the first time most recently.
         """
         return last_measured(self._prepacked, rows)
 
-    def backend_used(self):
+    def backend_used(self) -> str | None:
         """The back end that computed the latest new size without measuring; None before."""
         layouts = [layout for layout in self._prepacked if layout not in ("choices", "calls", "held")]
         return layouts[-1].split()[0] if layouts else None
@@ -123,11 +123,11 @@ class Compressed(nn.Module):
         refuse_export(scripted=True)
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         """`dense_weight()`, computed at every access: for code that reads a layer's weight, or its dtype."""
         return self.dense_weight()
 
-    def masked(self):
+    def masked(self) -> Linear | Conv2d:
         """The masked layer of the same weight and pattern, for further training."""
         layer = self._dense_twin(bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         layer.load_state_dict({"weight": self.dense_weight()} | ({} if self.bias is None else {"bias": self.bias}))
@@ -157,7 +157,7 @@ def _packed(rows, pattern):
 class CompressedLinear(Compressed):
     """y = act([x | skip] w^T + b) * s + r from values (N, K * density) and their positions; inference only."""
 
-    def __init__(self, layer, rows=None):
+    def __init__(self, layer: Linear, rows: torch.Tensor | None = None) -> None:
         """layer: the layer to replace. rows (out, in): the weight to pack; default: the layer's.
 
         Raises InputError if that weight does not fit the layer's pattern (2:4 if the layer has no pattern).
@@ -173,7 +173,13 @@ class CompressedLinear(Compressed):
     def _dense_twin(self, **options):
         return Linear(self.in_features, self.out_features, activation=self.activation, **options)
 
-    def forward(self, input, residual=None, skip=None, scale=None):
+    def forward(
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not torch.compiler.is_compiling() and (values := self._buffers.get("values")) is not None:
             weight, operands = (values, self._buffers[self._positions]), (input, self._buffers["bias"], self.activation)
             if (y := repeated(self._prepacked, *weight, *operands, residual, skip, scale)) is not None:
@@ -191,7 +197,7 @@ class CompressedLinear(Compressed):
         }
         return sparse24_linear(x, values, self.words(), bias, self.activation, residual, **rest)
 
-    def dense_weight(self):
+    def dense_weight(self) -> torch.Tensor:
         """The masked weight (N, K), bit for bit."""
         return unpack(self.values, self.words(), self.in_features, self.pattern)
 
@@ -202,7 +208,7 @@ class CompressedConv2d(Compressed):
     y is always in channels_last, the order that the kernels write.
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer: Conv2d) -> None:
         rows = group_view(layer.masked_weight()).reshape(layer.out_channels, -1)
         pattern = layer.pattern or TWO_FOUR
         super().__init__(layer, *_packed(rows, pattern), pattern)
@@ -215,7 +221,7 @@ class CompressedConv2d(Compressed):
         sizes = self.in_channels, self.out_channels, self.kernel_size
         return Conv2d(*sizes, **geometry, activation=self.activation, **options)
 
-    def forward(self, input, residual=None):
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         self._check_width(input.shape[-3] if input.dim() > 2 else 0, "channels")
         values, bias, x = self._operands(self.bias, input)
         apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
@@ -235,7 +241,7 @@ class CompressedConv2d(Compressed):
         )
         return y + residual if apart else y
 
-    def dense_weight(self):
+    def dense_weight(self) -> torch.Tensor:
         """The masked weight (out, in, kh, kw), bit for bit."""
         out, cin, kh, kw = self.weight_shape
         rows = unpack(self.values, self.words(), cin * kh * kw, self.pattern)

@@ -25,8 +25,8 @@ from sparsedm.plots import COLOURS, GREY, picture, table
 from sparsedm.sparsity import compress, masked_layers, uncompressed_because
 
 ARCHS = {
-    **{"cpu": torch.device("cpu"), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
-    **{"sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0), "sm_121": (12, 1)},
+    **{"cpu": torch.device("cpu"), "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9)},
+    **{"sm_90a": (9, 0), "sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0), "sm_121": (12, 1)},
 }
 GEOMETRY = ("stride", "padding", "dilation")
 LAYERS = (nn.Linear, nn.Conv2d, Compressed)
@@ -157,8 +157,8 @@ def inspect(
         example_inputs = model.example_inputs()
     if arch not in (None, *ARCHS):
         raise InputError(f"unknown arch {arch!r}: one of {', '.join(ARCHS)}")
-    if batch < 1:
-        raise InputError(f"batch {batch}: must be at least 1")
+    if not isinstance(batch, int) or batch < 1:
+        raise InputError(f"batch {batch!r}: must be a whole number, at least 1")
     try:
         calls, attention = _count(model, example_inputs, on_meta=True)
     except (NotImplementedError, RuntimeError, TypeError):  # no meta kernel, or code that reads a value

@@ -97,7 +97,7 @@ class Masked:
         if name == "weight" and param is not None:
             self._known = id(param), param.dtype
 
-    def set_pattern(self, pattern):
+    def set_pattern(self, pattern: str | Pattern | None) -> None:
         """Set the pattern, or None for dense. Raises InputError if the input axis is not a multiple of the group."""
         pattern = Pattern.parse(pattern)
         reason = invalid_because(self.weight, pattern)
@@ -112,7 +112,7 @@ class Masked:
         refuse_export(scripted=self.pattern is not None)
         return self
 
-    def freeze_mask(self, frozen=True):
+    def freeze_mask(self, frozen: bool = True) -> None:
         """frozen=True: keep the current mask, even if the weight changes. frozen=False: each forward selects it anew.
 
         A cast to fewer bits, such as `model.half()`, first freezes the mask.
@@ -120,7 +120,7 @@ class Masked:
         self.mask = self.current_mask().clone() if frozen else None
         self._held = None
 
-    def current_mask(self):
+    def current_mask(self) -> torch.Tensor:
         """The mask: bool, with the weight's shape. All true if the layer is dense."""
         if self.pattern is None:
             return torch.ones_like(self.weight, dtype=torch.bool)
@@ -128,11 +128,11 @@ class Masked:
             return self._mask_of(self._held[1])
         return self.selection(self.weight.dtype).mask if self.mask is None else self.mask
 
-    def masked_weight(self):
+    def masked_weight(self) -> torch.Tensor:
         """The weight with +0.0 where it is pruned, detached. (A masked weight in a product may hold -0.0 there.)"""
         return torch.where(self.current_mask(), self.weight.detach(), 0)
 
-    def effective_weight(self):
+    def effective_weight(self) -> torch.Tensor:
         """The weight that multiplies x, in the dtype of the product. Its gradient is straight-through."""
         return self._weight_and_mask()[0]
 
@@ -334,7 +334,13 @@ class Linear(Masked, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._start_masking(pattern, activation)
 
-    def forward(self, input, residual=None, skip=None, scale=None):
+    def forward(
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """input: x (..., K). skip (..., K2) or None: more inputs, K + K2 in all. residual (..., N) or None.
 
         scale: None, (N,), or (B, N) with B the first dimension of x: the gate of each image.
@@ -371,7 +377,7 @@ class Conv2d(Masked, nn.Conv2d):
         super().__init__(*args, **kwargs)
         self._start_masking(pattern, activation)
 
-    def forward(self, input, residual=None):
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         weight, mask = self._weight_and_mask()
         if mask is not None and self.training and self.groups == 1 and self.padding_mode == "zeros":
             geometry = self.stride, self.padding, self.dilation

@@ -77,9 +77,10 @@ def test_the_summary_is_in_a_unit_that_shows_two_digits_at_least(size, line):
     assert text.splitlines()[2].endswith(line), "no attention here"
 
 
-def test_no_images_are_no_batch():
-    with pytest.raises(InputError, match="batch 0: must be at least 1"):
-        inspect(Model(), batch=0)
+@pytest.mark.parametrize("batch", [0, 1.5, "2", None])
+def test_a_batch_is_a_number_of_images(batch):
+    with pytest.raises(InputError, match=f"batch {batch!r}: must be a whole number, at least 1"):
+        inspect(Model(), batch=batch)
 
 
 def test_the_picture_is_written(tmp_path):
@@ -94,24 +95,29 @@ def test_a_model_without_example_inputs_needs_them():
 
 
 @pytest.mark.parametrize(
-    ("arch", "batch", "backend"),
+    ("arch", "batch", "backend", "why"),
     [
-        ("cpu", 64, "cpu" if library.library() else "dense"),
-        ("cpu", 1, "dense"),
-        ("sm_80", 2, "splitk"),
-        ("sm_80", 512, "mma"),
-        ("sm_90a", 512, "wgmma"),
-        ("sm_90a", 16, "dense"),
-        ("sm_100", 512, "dense"),
-        ("sm_103", 512, "dense"),
-        ("sm_120", 512, "mma"),
+        ("cpu", 64, *(("cpu", "C kernel") if library.library() else ("dense", "no CPU kernels"))),
+        ("cpu", 1, "dense", ""),
+        ("sm_75", 512, "dense", "sm_75 has no sparse tensor cores"),
+        ("sm_80", 2, "splitk", "few rows"),
+        ("sm_80", 512, "mma", "mma.sp"),
+        ("sm_86", 512, "mma", "mma.sp"),
+        ("sm_89", 512, "mma", "mma.sp"),
+        ("sm_90a", 512, "wgmma", "wgmma.sp"),
+        ("sm_90a", 16, "dense", "leave most of the GPU idle"),
+        ("sm_100", 512, "dense", "mma.sp is a slow legacy path of sm_100"),
+        ("sm_103", 512, "dense", "mma.sp is a slow legacy path of sm_103"),
+        ("sm_120", 512, "mma", "mma.sp"),
+        ("sm_121", 512, "mma", "mma.sp"),
     ],
 )
-def test_arch_shows_the_kernel_the_compressed_model_would_use(arch, batch, backend):
+def test_arch_shows_the_kernel_the_compressed_model_would_use(arch, batch, backend, why):
     model = sparsify(nn.Sequential(nn.Linear(64, 64)), "2:4")
     for form in (model, compress(model)):
         (row,) = inspect(form, (torch.zeros(1, 16, 64),), arch=arch, batch=batch).rows
         assert row.backend == backend
+        assert why in row.why
         assert row.why
 
 
@@ -239,7 +245,7 @@ def test_what_a_gpu_measured_is_shown_unless_another_arch_is_asked_for(layer):
 
 
 def test_an_unknown_arch_is_refused():
-    with pytest.raises(InputError, match="unknown arch 'sm_1': one of cpu, sm_80"):
+    with pytest.raises(InputError, match="unknown arch 'sm_1': one of cpu, sm_75, sm_80"):
         inspect(Model(), arch="sm_1")
 
 

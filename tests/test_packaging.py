@@ -15,6 +15,10 @@ import pytest
 import sparsedm
 
 ROOT = Path(__file__).parents[1]
+METHODS = {  # that users call; `mypy --strict` refuses calls of methods without types
+    *("set_pattern", "freeze_mask", "current_mask", "masked_weight", "effective_weight", "forward"),
+    *("masked", "dense_weight", "measured", "backend_used"),
+}
 USE = """
 import sparsedm, torch
 assert sparsedm.__file__.startswith({folder!r}), sparsedm.__file__
@@ -44,14 +48,22 @@ def test_type_checkers_find_every_public_name_with_its_types():
     block = next(node for node in body if isinstance(node, ast.If))
     homes = {alias.name: node.module for node in block.body for alias in node.names}
     assert homes == sparsedm._HOME
-    for name in sparsedm.__all__:
-        public = getattr(sparsedm, name)
-        if isinstance(public, type):
-            continue
-        for parameter in inspect.signature(public).parameters.values():
+    public = {name: getattr(sparsedm, name) for name in sparsedm.__all__}
+    methods = {
+        f"{name}.{m}": vars(part)[m]
+        for name, of in public.items()
+        if isinstance(of, type)
+        for part in of.__mro__
+        if part.__module__.startswith("sparsedm")
+        for m in METHODS & vars(part).keys()
+    }
+    functions = {name: of for name, of in public.items() if not isinstance(of, type)}
+    assert {name.partition(".")[2] for name in methods} == METHODS
+    for name, function in (functions | methods).items():
+        for parameter in list(inspect.signature(function).parameters.values())[name in methods :]:
             given = parameter.annotation is not parameter.empty
             assert given or parameter.kind is parameter.VAR_KEYWORD, f"{name}: {parameter.name} has no type"
-        assert inspect.signature(public).return_annotation is not inspect.Signature.empty, f"{name} says no type"
+        assert inspect.signature(function).return_annotation is not inspect.Signature.empty, f"{name} says no type"
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,18 @@ from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 
+log = logging.getLogger(__name__)
+NO_TRITON = "no Triton"  # or why it does not load
 try:
     import triton
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:
+except ImportError as error:  # other exceptions would end torch's own imports, too
     triton = None
+    if type(error) is not ModuleNotFoundError or error.name != "triton":  # installed, but damaged
+        NO_TRITON = f"Triton does not load: {error}".splitlines()[0][:300]
+        log.warning("%s; torch computes", NO_TRITON)
 
     class tl:
         constexpr = None  # the only name used while a kernel is defined
@@ -35,7 +40,6 @@ except ImportError:
         return kernel
 
 
-log = logging.getLogger(__name__)
 FUSED = {"enable_fp_fusion": True}  # for every launch: Triton 3.9 warns that 3.10 has another default
 
 

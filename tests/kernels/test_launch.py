@@ -1,6 +1,7 @@
 """Where an operation runs: what is forced, what a device can do, what is known while code is traced."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -42,6 +43,16 @@ assert {row.backend for row in sparsedm.inspect(small).rows if row.pattern == "2
 
 def test_the_package_works_where_triton_is_missing():
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True, timeout=120)
+
+
+def test_a_triton_that_does_not_load_is_told_and_passed_over(tmp_path, monkeypatch, caplog):
+    (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so: GLIBC_2.99 not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    found = runpy.run_path(launch.__file__)
+    assert found["triton"] is None
+    assert found["NO_TRITON"] == "Triton does not load: libtriton.so: GLIBC_2.99 not found"
+    assert caplog.messages == [f"{found['NO_TRITON']}; torch computes"]
 
 
 def test_an_amd_gpu_gets_no_kernels_in_nvidias_instructions(monkeypatch):

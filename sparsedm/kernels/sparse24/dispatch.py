@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.kernels.cpu import library, rules
-from sparsedm.kernels.launch import broken, capability, exporting, forced_backend, runs
+from sparsedm.kernels.launch import NO_TRITON, broken, capability, exporting, forced_backend, runs
 from sparsedm.kernels.sparse24.layouts import cpu_layout
 from sparsedm.kernels.tuning import FOR_NOW, MEASURED, RULE, Autotuner, bucket
 
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
-NO_GPU = "not an NVIDIA GPU, or no Triton"
+NO_GPU = f"not an NVIDIA GPU, or {NO_TRITON}"
 SPLITK_ROWS = 64
 SMALLEST_GRID, SMALLEST_N = 32, 64
 
