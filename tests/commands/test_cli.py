@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsedm import cli
+from sparsedm import cli, errors
 from sparsedm.cli import COMMANDS, main, parse
 from sparsedm.commands import evaluate, sample, train
 from sparsedm.model_files import load_model, save_model
@@ -379,8 +379,12 @@ BAD = {
     "numbers in a folder": (["inspect", "--model", "uvit-tiny", "--json", "."], "cannot write .: it is a folder"),
     "more bytes than there are": (
         ["inspect", "--model", "uvit-tiny", "--set", "image_size=1000000000"],
-        "model option image_size=1000000000: at most 1000 numbers, each from",
+        "model option image_size=1000000000: must be from -16777216 to 16777216",
     ),
+    "too deep": (["inspect", "--model", "uvit-tiny", "--set", "depth=257"], "depth=257: must be from -256 to 256"),
+    "a split below zero": (["train", "--data", "synthetic", "--split", "-1,2"], "split [-1.0, 2.0] must be"),
+    "less than nothing": (["train", "--data", "synthetic", "--decay", "-inf"], "argument --decay: '-inf' is not a"),
+    "begins with -": (["train", "--data", "synthetic", "--where", "-x"], "if it begins with -, write --where=VALUE"),
     "no flag": (["inspect", "--model", "uvit-tiny", "--set", "velocity=yes"], "must be of type bool, true or false"),
     "guidance without end": (["sample", "{folder}", "--guidance", "nan"], "argument --guidance: 'nan' is not a finite"),
     "guidance in words": (["sample", "{folder}", "--guidance", "much"], "argument --guidance: 'much' is not a finite"),
@@ -424,6 +428,24 @@ def test_a_batch_larger_than_the_machine_is_refused_before_anything_is_written(m
     assert run(*command, "--dry-run") == 0, "the plan may be for another machine"
     assert "not enough memory: --batch-size 2000000000 takes" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_drawn_batch_larger_than_the_machine_is_refused_before_it_is_drawn(trained, tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(sample, "live_per_image", lambda network: measured.append(network) or 1 << 20)
+    monkeypatch.setattr(errors, "_memory", lambda: 1 << 30)
+    options = [trained, "--sampling-steps", 1, "--out", tmp_path / "a.png", "--batch-size", 10_000, "--count"]
+    for command, takes in (
+        (["sample", *options, 10_000], 10),
+        (["sample", *options, 10_000, "--dtype", "bf16"], 5),
+        (["evaluate", *options, 10_000, "--data", "synthetic"], 10),
+    ):
+        assert run(*command) == 2
+        assert f"not enough memory: --batch-size 10000 takes {takes} GiB" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    measured.clear()
+    assert run("sample", *options, 9) == 0
+    assert not measured, "nine images surely fit: no seconds are spent on that"
 
 
 def test_a_defect_is_not_a_lack_of_memory(monkeypatch, tmp_path):
