@@ -10,6 +10,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -174,8 +175,14 @@ def _leaving_at_once():
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.I)  # also -1,2: a value, no option
+
     def error(self, message):
         """Print one sentence on stderr, like every other error, without the usage."""
+        if found := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+): expected one argument", message):
+            message += f": if it begins with -, write {found[1]}=VALUE"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 

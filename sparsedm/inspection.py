@@ -30,6 +30,7 @@ ARCHS = {
 }
 GEOMETRY = ("stride", "padding", "dilation")
 LAYERS = (nn.Linear, nn.Conv2d, Compressed)
+MOST_BARS = 200  # of a chart: DiT-XL/2 has 145
 FOREIGN = (nn.MultiheadAttention, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)  # never a pattern
 
 
@@ -123,7 +124,8 @@ class Inspection:
         """Write a bar chart of parameters per layer, before and after, to `path` (format by its suffix)."""
         from matplotlib.ticker import EngFormatter  # late: plotting must not slow down importing the package
 
-        rows = self.rows
+        rows = self.rows[:MOST_BARS]
+        shown = "" if len(rows) == len(self.rows) else f" of the first {len(rows)} of {len(self.rows):,} layers"
         with picture(path, (9, max(3, 0.19 * len(rows) + 1.4))) as figure:
             axes, where = figure.add_subplot(), range(len(rows))
             axes.grid(False)
@@ -132,7 +134,7 @@ class Inspection:
             axes.set_yticks(where, [f"{r.name}  {r.pattern}" for r in rows], fontsize=7)
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.xaxis.set_major_formatter(EngFormatter())
-            axes.set_xlabel("weights and biases")
+            axes.set_xlabel(f"weights and biases{shown}")
             figure.suptitle(title or "Parameters per layer, before and after", x=0.01, ha="left")
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
@@ -322,6 +324,69 @@ def _count(model, example_inputs, on_meta):
         for module in training:
             module.training = True
     return calls, (counter.get_total_flops() - sum(inside)) // 2
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def most_kept_per_image(model):
+    """An upper bound of `kept_per_image` for networks such as ours, from the widths of their layers. Runs nothing."""
+    config = model.config
+    positions = (config.image_size // getattr(config, "patch_size", 1)) ** 2 + getattr(config, "context_tokens", 0) + 2
+    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
+    widths = sum(sum(_weight_shape(layer)[:2]) for layer in layers)
+    attention = len(layers) * getattr(config, "heads", 0) * positions // 4  # in about every fourth layer
+    return 4 * 4 * positions * (widths + attention)  # 0.9 to 10 times four bytes of each are kept
+
+
+def kept_per_image(model):
+    """Bytes of one image that autograd keeps for the backward pass, from two forwards that compute nothing.
+
+    0 if the network cannot run on meta tensors.
+    """
+    sizes, least = [], max(1, getattr(model.config, "passes", 0))  # a slimmable network divides a batch among widths
+    for batch in (least, 2 * least):
+        kept = {}  # each tensor once, held so that no other takes its address
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = _on_meta(model, batch, train=True)
+        if out is None:
+            return 0
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+        del out
+    return max(0, sizes[1] - sizes[0]) // least
+
+
+def _on_meta(model, batch, train=False, hook=None):
+    """The output of a copy of the model on meta tensors, None if it cannot run there. hook: of each layer's forward."""
+    try:
+        twin = copy.deepcopy(model).to("meta").train(train)
+        for module in twin.modules() if hook else ():
+            module.register_forward_hook(hook)
+        with torch.random.fork_rng([]):
+            return twin(*(None if x is None else x.to("meta") for x in model.example_inputs(batch)))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+@torch.no_grad()
+def live_per_image(model):
+    """Bytes of one image that a forward needs at once, at least: the input and output of its widest layer."""
+    most = [0]
+
+    def note(layer, inputs, output):
+        if _is_layer(layer) and isinstance(output, torch.Tensor):
+            most.append(sum(4 * x.numel() for x in (*inputs[:1], output)))
+
+    _on_meta(model, 1, hook=note)
+    return max(most)
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
 
 
 def time_layers(model, batch=1, device="cpu", dtype=torch.float32):

@@ -6,10 +6,12 @@ Backward:          dL/dw = dL/d(w * m) for all entries (straight-through), plus 
 
 The mask depends only on the pattern and the current values of the weight. It does not matter whether the optimizer, a
 checkpoint or your own code set those values. Every forward selects the mask anew; inside `sparsity.hold_masks` one mask
-serves all forwards. Rounding may change which weights are the largest: a cast to fewer bits freezes the mask first.
+serves all forwards. Rounding may change which weights are the largest: `model.half()` and its like freeze the mask
+first; a weight that is replaced by a rounded one (`p.data = p.data.half()`, FSDP2 in mixed precision) has its own mask.
 """
 
 import functools
+import sys
 import warnings
 import weakref
 
@@ -67,6 +69,11 @@ def invalid_because(weight, pattern):
     return f"the input axis {axis} is not a multiple of {pattern.group}"
 
 
+# methods of peft, and functions in it that start an adapter, which read the weight without calling its layer
+PAST_MASKS = {"hra", "shira", "frod", "deft", "supertuning", "glora", "boft"}
+INITS_PAST_MASKS = {"pissa_init", "olora_init", "corda_init", "loftq_init"}
+
+
 class Masked:
     """What Linear and Conv2d share: the pattern, the mask, and the gradient rule.
 
@@ -115,7 +122,8 @@ class Masked:
     def freeze_mask(self, frozen: bool = True) -> None:
         """frozen=True: keep the current mask, even if the weight changes. frozen=False: each forward selects it anew.
 
-        A cast to fewer bits, such as `model.half()`, first freezes the mask.
+        A cast to fewer bits, such as `model.half()`, first freezes the mask. A weight that is replaced by a rounded
+        one, as by `p.data = p.data.half()` or by FSDP2 in mixed precision, has the mask of the rounded weight.
         """
         self.mask = self.current_mask().clone() if frozen else None
         self._held = None
@@ -263,6 +271,19 @@ class Masked:
             return self.weight
         raise InputError("this method (DoRA, PiSSA ...) reads a layer's weight past its mask: use plain LoRA instead")
 
+    @property
+    def base_layer(self):
+        """peft looks for this attribute before it reads a layer's weight. Raises AttributeError, as of every layer.
+
+        Raises InputError if the layer is masked and the method multiplies by the weight itself, or starts from it.
+        """
+        asks, calls = sys._getframe(1), sys._getframe(2)
+        if self.pattern is not None and asks.f_code.co_name == "get_base_layer":
+            tuner, init = type(asks.f_locals["self"]).__module__.split("."), calls.f_code.co_name
+            if tuner[0] == "peft" and (PAST_MASKS & set(tuner) or init in INITS_PAST_MASKS):
+                self.dequantize()
+        raise AttributeError(f"{type(self).__name__} has no attribute base_layer")
+
     def extra_repr(self):
         pattern = f", pattern={self.pattern}" if self.pattern else ""
         return super().extra_repr() + pattern + (f", activation={self.activation}" if self.activation else "")
@@ -364,7 +385,7 @@ class Linear(Masked, nn.Linear):
         """The product by the C kernel, in training; None where it does not serve. Not in eval mode: there the bits are
         those of the baked network."""
         weight, pattern = self.weight, self.pattern
-        if pattern is None or not weight.requires_grad or not rules.training_serves(x, weight, pattern):
+        if pattern is None or not weight.requires_grad or not rules.training_serves(x, weight, self.bias, pattern):
             return None
         rule, used = self.rule_of_forward()
         return training_product(x, weight, self.selection(weight.dtype), pattern, self.bias, rule, used)

@@ -29,7 +29,7 @@ from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError, check_memory
 from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json, writing
 from sparsedm.kernels.masked_matmul import STE, GradientRule
-from sparsedm.sparsity import compress, is_sharded, masked_layers, parameter_names, sparsify
+from sparsedm.sparsity import compress, is_sharded, masked_layers, module_of, parameter_names, sparsify
 
 INDEX = ".index.json"
 KINDS = ("dense", "masked", "compressed")
@@ -39,6 +39,8 @@ _WORDS = r"(emas?|swa|avg|averaged?|shadow|polyak)"
 AVERAGE = re.compile(rf"(?i:(^|[^a-z]){_WORDS}([^a-z]|$))|[a-z](EMA|Ema|SWA|Avg|Averaged?)(?![a-z])|^ema(?=[A-Z])")
 NETWORKS = ("model", "state_dict", "net", "nnet", "net_model", "network", "params", "module", "_orig_mod", "unet")
 NETWORKS += ("online_model", "diffusion_model", "model_state_dict", "model_state")
+IN_OPTIMIZER = re.compile(r"(?i:(^|[^a-z])(emas?|swa|shadow|polyak)([^a-z]|$))")  # its exp_avg is no average of weights
+WRAPPED = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 COUNTS = {"n_averaged", "num_updates", "decay", "initted", "step"}  # beside the tensors of an average
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -144,13 +146,16 @@ def one_network(tensors, weights="average"):
 
     If the prefixes name several networks, one is chosen as in `read_tensors`.
     """
-    header = {}
+    header, tensors = {}, {WRAPPED.sub("", name): value for name, value in tensors.items()}
     while True:
         tensors = {name: value for name, value in tensors.items() if name not in COUNTS}
         groups = {}
         for name, value in tensors.items():
             first, _, rest = name.partition(".")
             groups.setdefault(first, {})[rest] = value
+        beside = [name for name, group in groups.items() if list(group) == [""] and group[""].dim() < 2]
+        if any(name in NETWORKS and name not in beside for name in groups):  # a schedule, as Lightning keeps it
+            groups = {name: group for name, group in groups.items() if name not in beside}
         if not groups or (len(groups) > 1 and not all(AVERAGE.search(g) or g in NETWORKS for g in groups)):
             return tensors, header
         if any("" in group for group in groups.values()):  # a name without a dot
@@ -187,16 +192,17 @@ def _tensors_in(value):
     return 1 if isinstance(value, torch.Tensor) else sum(map(_tensors_in, inside))
 
 
-def _averages(values, size):
-    """The names in nested dicts that speak of an average and hold at least half as many tensors as the network has.
+def _averages(values, size, words=AVERAGE):
+    """The names in nested dicts and lists that speak of an average and hold at least half as many tensors as the
+    network has.
 
-    size: this number of the network. An optimizer's exp_avg, one tensor for each parameter, is none.
+    size: this number of the network. words: what speaks of an average.
     """
-    for name, value in values.items():
-        if AVERAGE.search(str(name)) and 2 * _tensors_in(value) >= size:
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if words.search(str(name)) and 2 * _tensors_in(value) >= size:
             yield name
-        elif isinstance(value, dict) and "optim" not in str(name):
-            yield from _averages(value, size)
+        elif isinstance(value, dict | list | tuple):
+            yield from _averages(value, size, IN_OPTIMIZER if "optim" in str(name) else words)
 
 
 def _choose(states, weights):
@@ -312,6 +318,7 @@ def unwrapped(model):
 
     plain(name): the name without the parts of wrappers.
     """
+    model = module_of(model)
     while inside := _inside(model):
         model = getattr(model, inside)
     wrappers = {f"{name}.{_inside(m)}" for name, m in model.named_modules() if _inside(m)}

@@ -149,8 +149,8 @@ def evaluations(sampler, steps):
 
     sampler: a name in SAMPLERS. Raises InputError below 1 step.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}, it must be at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps is {steps!r}, it must be a whole number, at least 1")
     return [SAMPLERS[sampler].evaluations] * (steps - 1) + [1]
 
 
@@ -171,8 +171,8 @@ def time_grid(schedule, steps, spacing):
     (σ/α)^(1/7) (EDM, eq. 5). Raises InputError below 1 step, for more steps than a discrete schedule has times, and for
     an unknown spacing.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}, it must be at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps is {steps!r}, it must be a whole number, at least 1")
     ends = torch.tensor([schedule.last, schedule.first], dtype=torch.float64)
     if spacing == "time":
         times = schedule.snap(torch.linspace(*ends, steps, dtype=torch.float64))

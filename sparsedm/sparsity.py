@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -16,7 +17,7 @@ from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern, group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
-from sparsedm.layers import Conv2d, Linear, Masked, invalid_because, is_sharded, product_dtype
+from sparsedm.layers import PAST_MASKS, Conv2d, Linear, Masked, invalid_because, is_sharded, product_dtype
 from sparsedm.optim import MaskedAdamW, check, choose
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -112,6 +113,8 @@ def _dense_reason(name, module, parent, pattern):
         return f"its weight is a {type(weight.data).__name__}"
     if getattr(parent, "lora_magnitude_vector", None):
         return "DoRA reads its weight without calling it"
+    if type(parent).__module__.startswith("peft.") and PAST_MASKS & set(type(parent).__module__.split(".")):
+        return f"peft's {type(parent).__name__} reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
         return f"{type(parent).__name__} reads its weight without calling it"
     if not isinstance(module, Masked) and type(module) not in (nn.Linear, nn.Conv2d):
@@ -155,7 +158,7 @@ def sparsify(
     Raises: InputError if nothing is selected or no selected layer can hold the pattern, or if `calibrate` is empty,
     does not reach a layer, or gives NaN.
     """
-    pattern = Pattern.parse(pattern)
+    model, pattern = module_of(model), Pattern.parse(pattern)
     selected, unselected = _selection(model, where)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     parents = {child: parent for parent in model.modules() for child in parent._modules.values()}
@@ -251,7 +254,16 @@ def _refuse_to_fuse(*arguments, **options):
 
 def masked_layers(model):
     """[(name, layer)] of the layers that have a pattern."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, Masked) and m.pattern is not None]
+    return [(n, m) for n, m in module_of(model).named_modules() if isinstance(m, Masked) and m.pattern is not None]
+
+
+def module_of(model):
+    """`model`, or the module behind a function: torch.compile makes one of a compiled module. Raises InputError."""
+    found = model if isinstance(model, nn.Module) else inspect.unwrap(model)
+    found = getattr(found, "__self__", found)
+    if not isinstance(found, nn.Module):
+        raise InputError(f"a {type(model).__name__} is no model: an nn.Module is needed")
+    return found
 
 
 def set_masking(
@@ -303,11 +315,12 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
     """
     if not isinstance(optimizer, MaskedAdamW | None):
         raise InputError(f"optimizer={type(optimizer).__name__}: only a MaskedAdamW selects masks; give none instead")
-    names = {layer: name for model in models for name, layer in masked_layers(model)}
+    modules = {module: name for model in models for name, module in module_of(model).named_modules()}
+    names = {m: name for m, name in modules.items() if isinstance(m, Masked) and m.pattern is not None}
     for layer, name in names.items():
         if is_sharded(layer.weight):
             raise InputError(f"the weight of {name} is sharded: its mask can be selected only inside a forward")
-    compressed = {layer: name for m in models for name, layer in m.named_modules() if isinstance(layer, Compressed)}
+    compressed = {m: name for m, name in modules.items() if isinstance(m, Compressed)}
     dtypes = {layer: product_dtype(layer.weight) for layer in names}
     outer = {layer: layer._held for layer in names}
     with torch.inference_mode(False):  # a backward may need the masks, too
@@ -341,6 +354,7 @@ def compress(model: nn.Module) -> nn.Module:
     changed.
     Raises: InputError if no layer is masked, or a method was replaced by a function that cannot be copied.
     """
+    model = module_of(model)
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
     if not layers:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
@@ -365,6 +379,7 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
     Raises: InputError if no layer is compressed, the library cannot hold a layer (for example 3:4), or weights that
     shared one tensor before `compress` now differ.
     """
+    model = module_of(model)
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Compressed)}
     if form not in ("masked", *TORCH_TENSORS):
         raise InputError(f"form={form!r}: one of masked, {', '.join(TORCH_TENSORS)}")
@@ -400,6 +415,7 @@ def bake(model: nn.Module) -> nn.Module:
     the same outputs as `model`, bit for bit. Tied weights stay tied. Hooks are copied.
     Raises: InputError if no layer is masked, or a masked weight is also used without the same mask.
     """
+    model = module_of(model)
     if any(isinstance(m, Compressed) for m in model.modules()):
         model = decompress(model)
     layers = dict(masked_layers(model))

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import func, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from sparsedm import compressed
 from sparsedm.errors import InputError
@@ -31,6 +32,45 @@ def test_a_compressed_bf16_weight_takes_9_16ths():
     layer = compress(sparsify(nn.Linear(256, 64, bias=False, dtype=torch.bfloat16), "2:4"))
     held = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
     assert held * 16 == 9 * 256 * 64 * 2
+
+
+LOOKED_THROUGH = {
+    "vmap": lambda f, x: func.vmap(f)(x[:, None]),
+    "grad": lambda f, x: func.grad(lambda x: f(x).square().sum())(x),
+    "jvp": lambda f, x: func.jvp(f, (x,), (2 * x,))[1],
+    "jacobian": lambda f, x: func.vmap(func.jacrev(lambda x: f(x[None]).sum()))(x),
+    "hessian": lambda f, x: func.hessian(lambda s: f(s * x).square().sum())(torch.ones(())),
+    "functionalized": lambda f, x: func.functionalize(torch.no_grad()(f))(x),  # masked ones cannot train under it
+    "backward": lambda f, x: torch.autograd.grad(f(x.requires_grad_()).square().sum(), x)[0],
+    "forward mode": lambda f, x: tangent(f, x),
+}
+
+
+def tangent(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, 3 * x))).tangent
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:8"])
+@pytest.mark.parametrize("look", LOOKED_THROUGH.values(), ids=LOOKED_THROUGH)
+def test_what_looks_through_a_compressed_layer_sees_the_masked_one(look, pattern):
+    for masked, x in (
+        (Linear(32, 24, pattern=pattern, activation="silu"), torch.randn(3, 32)),
+        (Conv2d(32, 8, 3, padding=1, pattern=pattern, activation="silu"), torch.randn(2, 32, 5, 5)),
+    ):
+        small = compress(nn.Sequential(masked).eval())
+        expected = look(masked, x.clone())
+        assert expected.abs().sum() > 0
+        for _ in range(2):  # a repeated call takes a shorter way
+            torch.testing.assert_close(look(small, x.clone()), expected)
+            small(x)
+
+
+def test_the_weights_of_several_compressed_layers_are_mapped_over():
+    small, x = compress(sparsify(nn.Sequential(nn.Linear(32, 24)), "2:4")), torch.randn(3, 32)
+    weights = {"0.values": torch.stack((small[0].values, 2 * small[0].values))}
+    found = func.vmap(lambda weights: func.functional_call(small, weights, (x,)))(weights)
+    torch.testing.assert_close(found, torch.stack((small(x), 2 * small(x) - small[0].bias)))
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

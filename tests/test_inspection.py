@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from sparsedm import inspection, layers
@@ -86,6 +87,15 @@ def test_a_batch_is_a_number_of_images(batch):
 def test_the_picture_is_written(tmp_path):
     inspect(sparsify(Model(), "2:4")).plot(tmp_path / "layers.png")
     assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_picture_of_a_deep_network_shows_its_first_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "MOST_BARS", 1)
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.extend(figure.axes))
+    inspect(Model()).plot(tmp_path / "layers.png")
+    assert len(seen[0].patches) == 2, "two bars of each layer"
+    assert seen[0].get_xlabel() == "weights and biases of the first 1 of 2 layers"
 
 
 def test_a_model_without_example_inputs_needs_them():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsedm.compressed import Compressed
+from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.model_files import load_model, save_model
@@ -229,6 +230,28 @@ def test_lora_is_trained_on_a_masked_model_then_merged_and_compressed():
     assert isinstance(small.get_submodule(to_q), Compressed)
     usual = forward(bake(merged), inputs)
     assert_as_good_as_torch(forward(small, inputs), forward(bake(merged).double(), double(inputs)), usual)
+
+
+READ_PAST_MASKS = {  # each multiplies by, or starts from, the weight of a layer that it does not call
+    "HRA": lambda peft: peft.HRAConfig(r=4, target_modules=["0"]),
+    "SHiRA": lambda peft: peft.ShiraConfig(r=4, target_modules=["0"]),
+    "DoRA": lambda peft: peft.LoraConfig(r=4, target_modules=["0"], use_dora=True),
+    "PiSSA": lambda peft: peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa"),
+    "OLoRA": lambda peft: peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="olora"),
+}
+
+
+@pytest.mark.parametrize("method", READ_PAST_MASKS)
+def test_what_reads_weights_past_their_masks_is_refused(method):
+    peft = pytest.importorskip("peft")
+    config = READ_PAST_MASKS[method](peft)
+    with pytest.raises(InputError, match="reads a layer's weight past its mask: use plain LoRA instead"):
+        peft.get_peft_model(sparsify(nn.Sequential(nn.Linear(32, 32)), "2:4"), config)
+    dense = peft.get_peft_model(sparsify(nn.Sequential(nn.Linear(32, 32)), None), config)
+    if "LoRA" in method or method == "PiSSA":  # what they have started from is the weight of the layer now
+        return
+    with pytest.raises(InputError, match="reads its weight without calling it"):
+        sparsify(dense, "2:4", "0.base_layer$")
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)

@@ -13,7 +13,7 @@ from sparsedm import model_files
 from sparsedm.errors import InputError
 from sparsedm.model_files import fill, load_model, read_tensors, save_model, write_shards, write_tensors
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, masked_layers, set_masking, sparsify
+from sparsedm.sparsity import bake, compress, hold_masks, masked_layers, set_masking, sparsify
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
 
@@ -143,6 +143,7 @@ WRAPPERS = {
     "block": compiled_block,
     "average": torch.optim.swa_utils.AveragedModel,
     "data parallel": nn.DataParallel,
+    "compile twice": lambda m: torch.compile(torch.compile(m, backend="eager"), backend="eager"),  # a function
     "twice": lambda m: nn.DataParallel(torch.compile(compiled_block(m), backend="eager")),
 }
 
@@ -157,6 +158,16 @@ def test_a_wrapped_model_is_saved_as_the_model_inside(tmp_path, wrap, form):
     loaded = load_model(save_model(tmp_path / "m.safetensors", wrap(model)), Net)
     assert loaded.kind == form
     assert torch.equal(loaded.model(x), expected)
+
+
+def test_a_model_compiled_twice_is_the_model_inside_everywhere():
+    model, x = Net(), torch.randn(3, 8)
+    twice = torch.compile(torch.compile(model, backend="eager"), backend="eager")
+    assert sparsify(twice, "2:4") is model
+    with hold_masks(twice):
+        assert torch.equal(compress(twice)(x), bake(twice)(x))
+    with pytest.raises(InputError, match="a function is no model"):
+        compress(lambda x: x)
 
 
 def not_json(model):

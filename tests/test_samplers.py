@@ -348,7 +348,8 @@ def test_progress_counts_every_step_of_every_batch(monkeypatch):
     ("options", "message"),
     [
         (dict(sampler="euler"), "unknown sampler 'euler', expected one of euler-maruyama, euler-maruyama-uvit, ddpm"),
-        (dict(steps=0), "steps is 0, it must be at least 1"),
+        (dict(steps=0), "steps is 0, it must be a whole number, at least 1"),
+        (dict(steps=2.5), "steps is 2.5, it must be a whole number, at least 1"),
         (dict(sampler="ddim", steps=1001), "steps is 1001, but the schedule has only 1000 discrete times"),
         (dict(spacing="cosine"), "unknown spacing 'cosine', expected one of time, logsnr, edm"),
         (dict(count=0), "count is 0 and batch_size None: both must be at least 1"),

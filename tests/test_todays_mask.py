@@ -196,6 +196,18 @@ def test_a_mask_that_a_cast_of_another_module_has_lost_is_refused_by_name():
     assert torch.equal(model.half()[1].current_mask(), mask)
 
 
+def test_a_weight_that_is_replaced_by_a_rounded_one_has_the_mask_of_that():
+    """As by `p.data = p.data.half()`, or by FSDP2, whose layers see bf16 weights in mixed precision."""
+    layer, x = Linear(512, 64, bias=False, pattern="2:4"), torch.randn(4, 512)
+    before, rounded = layer.current_mask(), layer.weight.detach().bfloat16()
+    layer.weight.data = rounded
+    expected = reference_mask(rounded, layer.pattern)
+    assert layer.mask is None
+    assert torch.equal(layer.current_mask(), expected)
+    assert not torch.equal(before, expected), "rounding makes ties"
+    assert torch.equal(layer(x.bfloat16()), F.linear(x.bfloat16(), rounded * expected))
+
+
 def test_layerwise_casting_keeps_the_masks():
     casting = pytest.importorskip("diffusers.hooks").apply_layerwise_casting
     model = nn.Sequential(Linear(512, 512, pattern="2:4")).eval()

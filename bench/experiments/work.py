@@ -118,7 +118,8 @@ class Work:
             summary = evaluate.summarize(self.images.images, features, source, cache=cache_folder(), progress=True)
             self.judges.append((features, summary))
         facts = {**self.labels, "settings": asdict(scale), "amp": self.amp, "init": self.init}
-        checkpoint.claim(folder, facts, free=("seeds", "threads", "summary"))
+        free = ("seeds", "threads", "summary")
+        checkpoint.claim(folder, facts, free=free, started=checkpoint.holds_work(folder))
         self.bases = {}
 
     def do(self, seed, run):

@@ -21,9 +21,10 @@ from sparsedm.commands.options import (
     whole,
 )
 from sparsedm.diffusion import schedule_of
-from sparsedm.errors import InputError, check_memory
+from sparsedm.errors import InputError, TooLittleMemory, check_memory
 from sparsedm.features import to_uint8
 from sparsedm.files import atomic_file, check_writable
+from sparsedm.inspection import live_per_image, most_kept_per_image
 from sparsedm.models.autoencoder import load_autoencoder
 from sparsedm.plots import save_grid
 from sparsedm.sparsity import bake, compress, masked_layers
@@ -278,6 +279,7 @@ def conditions_of(source, options):
     """
     config = source.config
     check_memory(8 * options.count * config.channels * config.image_size**2, f"--count {options.count}")
+    _check_batch(source, options)
     if getattr(config, "context_tokens", 0):
         return _texts(source, options)
     if options.context is not None:
@@ -292,6 +294,18 @@ def conditions_of(source, options):
     if options.label >= config.num_classes:
         raise InputError(f"--label {options.label}: the model has the classes 0 to {config.num_classes - 1}")
     return Conditions(torch.full_like(labels, options.label))
+
+
+def _check_batch(source, options):
+    """Raise TooLittleMemory if the images that are drawn at a time cannot fit in the device's memory."""
+    size, width = batch_size_of(options), network_dtype(options, source.compressed).itemsize
+    images = min(options.count, size) * (2 if source.guidance else 1)
+    there = torch.cuda.get_device_properties(options.device).total_memory if options.device.type == "cuda" else None
+    network = max(set(source.networks), key=most_kept_per_image)
+    try:
+        check_memory(images * most_kept_per_image(network), "", there)  # measuring may take seconds
+    except TooLittleMemory:
+        check_memory(images * live_per_image(network) * width // 4, f"--batch-size {size}", there)
 
 
 def _texts(source, options):

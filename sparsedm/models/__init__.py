@@ -28,7 +28,7 @@ from sparsedm.models.uvit import PRESETS as UVIT_PRESETS
 from sparsedm.models.uvit import UViT, UViTConfig
 
 MODELS = {**UVIT_PRESETS, **DIT_PRESETS, **DDPM_PRESETS, **SLIMMABLE_PRESETS}
-MOST_LAYERS, MOST_NUMBER = 1000, 2**24  # limits of a configuration, against networks that could never be built
+MOST_LAYERS, MOST_NUMBER = 256, 2**24  # limits of a configuration, against networks that could never be built
 _KINDS = {
     "uvit": (UViTConfig, UViT),
     "dit": (DiTConfig, DiT),
@@ -134,7 +134,8 @@ def _checked(config_class, options):
         most = MOST_LAYERS if name in ("depth", "blocks") else MOST_NUMBER
         if len(numbers) > MOST_LAYERS or not all(-most <= number <= most for number in numbers):
             shown = f"{value!r:.40}"
-            raise InputError(f"model option {name}={shown}: at most {MOST_LAYERS} numbers, each from -{most} to {most}")
+            rule = f"at most {MOST_LAYERS} numbers, each" if isinstance(value, tuple) else "must be"
+            raise InputError(f"model option {name}={shown}: {rule} from -{most} to {most}")
     return options
 
 

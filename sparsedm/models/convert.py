@@ -21,7 +21,7 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.files import read_json
-from sparsedm.model_files import INDEX, fill, one_network, read_tensors
+from sparsedm.model_files import AVERAGE, INDEX, fill, one_network, read_tensors
 from sparsedm.models import MODELS, build_model, model_config, schedule_note
 from sparsedm.models.diffusers import config_from_diffusers, from_diffusers, rename_state
 
@@ -50,12 +50,12 @@ def read_foreign(source, name=None, overrides=None, weights="average"):
         raise InputError(f"{source} does not exist")
     file, config, about, notes = source, None, None, []
     if source.is_dir():
-        file, config, about, notes = _diffusers_folder(source)
+        file, config, about, notes = _diffusers_folder(source, weights)
     tensors, header = read_tensors(file, weights)
     if "sparsedm" in header:
         raise InputError(f"{file} is a file of this package already")
     tensors, taken = one_network(tensors, weights)
-    said = [note["taken"] for note in (header, taken) if "taken" in note]
+    said = [note["taken"] for note in (header, taken) if "taken" in note] + _averages_beside(source, weights)
     if "temb.dense.0.weight" in tensors:
         tensors = _from_original_ddpm(tensors)
     supernet = "time_embedding.timembedding.1.weight" in tensors
@@ -93,9 +93,24 @@ _AS_OFFICIAL = (
 )
 
 
-def _diffusers_folder(folder):
-    """(weights' file, configuration, what they are, notes) of a diffusers model folder or pipeline folder."""
-    inner = next((folder / part for part in ("unet", "transformer") if (folder / part).is_dir()), folder)
+def _averages_beside(source, weights):
+    """A note if another file or folder beside the source seems to hold the average of its weights."""
+    if weights == "raw" or AVERAGE.search(source.stem):
+        return []
+    there = [path for path in source.absolute().parent.iterdir() if AVERAGE.search(path.stem)]
+    found = sorted(path.name for path in there if path.suffix == source.suffix and path.is_dir() == source.is_dir())
+    return [f"beside it lies {found[0]}, perhaps the average of these weights"] if found else []
+
+
+def _diffusers_folder(folder, weights):
+    """(weights' file, configuration, what they are, notes) of a diffusers model folder or pipeline folder.
+
+    Of a training checkpoint the average is read, such as unet_ema.
+    """
+    parts = [folder / part for part in ("unet", "transformer")]
+    averages = sorted(child for child in folder.iterdir() if AVERAGE.search(child.name) and child.is_dir())
+    parts = averages + parts if weights == "average" else parts
+    inner, *others = [part for part in parts if (part / "config.json").is_file()] or [folder]
     try:
         options = read_json(inner / "config.json")
         kind = options.get("_class_name", "model")
@@ -108,6 +123,7 @@ def _diffusers_folder(folder):
     if file is None:
         raise InputError(f"{inner} holds none of {', '.join(names)}")
     notes = [_AS_OFFICIAL] if config.kind == "dit" else []
+    notes += [f"{inner.name!r} was read, {', '.join(repr(other.name) for other in others)} ignored"] if others else []
     return file, config, f"a {kind} of diffusers {options.get('_diffusers_version', '')}", notes
 
 

@@ -43,6 +43,10 @@ def check_shapes(kind, config, x, t, y, **others):
         given = None if value is None else tuple(value.shape)
         if given != shape:
             raise InputError(f"{kind} input {name} has shape {given}: this model takes {shape}")
+    if not x.is_floating_point():
+        raise InputError(
+            f"{kind} input x is {str(x.dtype).removeprefix('torch.')}: images are floating point, from -1 to 1"
+        )
     if y is not None and (y.is_floating_point() or y.is_complex()):
         raise InputError(f"{kind} input y is {str(y.dtype).removeprefix('torch.')}: labels are whole numbers, int64")
 

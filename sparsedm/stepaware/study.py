@@ -170,7 +170,7 @@ def _prepare(plan):
     first_generation(len(family.names), plan.steps, plan.search)
     most = max(plan.count * plan.workers, plan.final_count)
     check_memory(8 * most * math.prod(family.shape), f"drawing {most} images")
-    checkpoint.claim(plan.folder, plan.facts(family))
+    checkpoint.claim(plan.folder, plan.facts(family), started=checkpoint.holds_work(plan.folder))
     family, losses, seconds = _table(plan, family)
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)
     return _Setting(plan, family, images, losses, seconds, distance)

@@ -35,6 +35,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 TRAIN, TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 MOST_BATCH_BYTES = 1 << 28  # limit for one batch (which has 31 MB), against decompression bombs
 MOST_TAR_BYTES = 1 << 31
+MOST_LOG_VARIANCE = 60  # diffusers clips them at 20
 
 
 def read_npz(path):
@@ -53,6 +54,9 @@ def read_npz(path):
         raise InputError(
             f"{path}: moments must be floating point with an even number of channels, not {images.shape[1]}"
         )
+    if rest["moments"] and (most := float(images[:, images.shape[1] // 2 :].max())) > MOST_LOG_VARIANCE:
+        rule = f"must be logarithms of variances, at most {MOST_LOG_VARIANCE}"
+        raise InputError(f"{path}: the second half of the channels of moments {rule}, not {most:g}")
     if context is not None and len(context) != len(images):
         raise InputError(f"{path}: context must be one for each of the {len(images)} images, not {len(context)}")
     if labels is None:

@@ -8,9 +8,11 @@ continue under the new pattern. All stages draw from one stream of batches and n
 and the same number of steps see the same images.
 """
 
+import contextlib
 import copy
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +21,8 @@ import torch
 from torch import nn
 
 from sparsedm.copying import copied
-from sparsedm.errors import InputError, check_memory
+from sparsedm.errors import InputError, TooLittleMemory, check_memory
+from sparsedm.inspection import kept_per_image, most_kept_per_image
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models.slimmable import WidestTeacher, check_supernet
 from sparsedm.sparsity import masked_layers, set_masking, sparsify
@@ -99,13 +102,37 @@ def run_chain(
     check_chain(start, stages, images, options, where, validation, device)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
-    if distributed.is_main_process():
-        *earlier, last = (f"stages.{place}.steps" for place in range(len(stages)))
-        may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
-        may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
-        checkpoint.claim(folder, {**facts, **(record or {})}, MAY_CHANGE, [TrainOptions, Stage], may_grow)
-    distributed.barrier()
+    settings = {"validation": validation, "deadline": deadline, "device": device, "progress": progress}
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main_process():
+            stack.enter_context(checkpoint.folder_lock(folder))
+            settings["record"] = _claim(folder, stages, facts | (record or {}), options)
+        distributed.barrier()
+        return _train(start, stages, images, schedule, options, folder, where, settings)
 
+
+def _claim(folder, stages, facts, options):
+    """Claim the folder of a chain. Returns what every stage records of its run.
+
+    While no stage has a checkpoint, the folder is free: what a run with other options left there is removed.
+    """
+    begun = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / "options.json").exists())
+    started = any(map(checkpoint.latest, begun))
+    lost = begun and not (folder / "options.json").exists()
+    number = checkpoint.run_number(begun[0] if lost else folder)
+    record = {"run": number} if number else {}  # an older run has none
+    *earlier, last = (f"stages.{place}.steps" for place in range(len(stages)))
+    may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
+    may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
+    checkpoint.claim(folder, record | facts, MAY_CHANGE, [TrainOptions, Stage], may_grow, started)
+    for path in [] if started else begun:
+        shutil.rmtree(path)
+    return record
+
+
+def _train(start, stages, images, schedule, options, folder, where, settings):
+    """Train or load the stages one after another. settings: of `train`."""
+    record = settings.pop("record", {})
     results, dense, first_step = [], Reference(start.ema, start.speed), 0
     for path, stage in zip(_folders(stages, folder), stages):
         student = _student(start, stage, results, options.seed)
@@ -119,16 +146,13 @@ def run_chain(
             replace(options, steps=stage.steps, lr=stage.lr or options.lr),
             path,
             reference=dense,
-            validation=validation,
             first_step=first_step,
-            record={"stage": asdict(stage)},
-            deadline=deadline,
-            device=device,
-            progress=progress,
+            record={"stage": asdict(stage), **record},
+            **settings,
         )
         results.append(StageResult(stage, path, result))
         speed = usual_speed(path)
-        if speed and progress and distributed.is_main_process():
+        if speed and settings["progress"] and distributed.is_main_process():
             share = f", {speed / dense.speed:.2f} times the dense network's" if dense.speed else ""
             log.info("%s: %s images/s in training%s", path.name, f"{speed:,.0f}", share)
         if Pattern.parse(stage.pattern) is None:
@@ -179,33 +203,15 @@ def check_batch(model, options, parts, device="cpu"):
         return
     device, numbers = torch.device(device), options.batch_size * config.channels * config.image_size**2
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    kept = _kept_per_image(model) // (2 if options.amp else 1)
-    needed = 8 * (numbers + numbers // parts) + kept * options.batch_size // parts
-    check_memory(needed, f"--batch-size {options.batch_size}", there)
 
+    def check(kept_per_image):
+        kept = kept_per_image * options.batch_size // parts // (2 if options.amp else 1)
+        check_memory(8 * (numbers + numbers // parts) + kept, f"--batch-size {options.batch_size}", there)
 
-def _kept_per_image(model):
-    """Bytes of one image that autograd keeps for the backward pass, from two forwards that compute nothing.
-
-    0 if the network cannot run on meta tensors.
-    """
-    sizes, least = [], max(1, getattr(model.config, "passes", 0))  # a slimmable network divides a batch among widths
     try:
-        twin = copy.deepcopy(model).to("meta").train()
-        for batch in (least, 2 * least):
-            kept = {}  # each tensor once, held so that no other takes its address
-
-            def keep(tensor, kept=kept):
-                kept[tensor.untyped_storage()._cdata] = tensor
-                return tensor
-
-            with torch.random.fork_rng([]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                out = twin(*(None if x is None else x.to("meta") for x in model.example_inputs(batch)))
-            sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
-            del out
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return 0
-    return max(0, sizes[1] - sizes[0]) // least
+        check(most_kept_per_image(model))  # measuring may take seconds
+    except TooLittleMemory:
+        check(kept_per_image(model))
 
 
 def plan(stages, options, model, folder, where=None):

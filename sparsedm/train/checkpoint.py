@@ -2,7 +2,7 @@
 
 `claim` decides whether a folder may be continued; `loop._Run` resumes from its newest checkpoint.
 
-A run folder:   options.json                    the options of the run; resuming with other options is refused
+A run folder:   options.json                    the options of the run, and its number; resuming with others is refused
                 metrics.jsonl                   one record per log
                 checkpoints/step-00001000/      model.safetensors  ema.safetensors  optimizer.safetensors  state.json
 The network files inside a checkpoint are model files (`model_files.py`).
@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -75,21 +76,54 @@ def folder_lock(folder):
         os.close(handle)
 
 
-def claim(folder, record, free=(), classes=(), may_grow=None):
+def run_number(folder):
+    """A number that tells a run from all others: a text in its options.json and in each of its checkpoints.
+
+    A new run draws one. None: the run began before runs had numbers.
+    """
+    file = Path(folder) / "options.json"
+    if file.exists():
+        return _options(file).get("run")
+    saved = latest(folder)
+    found = _state(saved).get("run") if saved else secrets.token_hex(8)
+    return found and str(found).partition(".")[0]
+
+
+def _identity(folder):
+    """What a checkpoint says of its run: the number, and the step at which this stage begins; None as above."""
+    file = Path(folder) / "options.json"
+    stored = _options(file) if file.exists() else {}
+    return f"{stored['run']}.{stored.get('first_step')}" if stored.get("run") else None
+
+
+def _options(file):
+    stored = read_json(file)
+    if not isinstance(stored, dict) or not stored:
+        raise InputError(f"{file} is damaged: it must hold the options of the run")
+    return stored
+
+
+def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     """Store the options of a run (a dict of JSON values) as folder/options.json, or compare them with the stored ones.
 
+    started: whether there is work that depends on the stored options; without any, they are replaced.
     free: names, at any depth, that may differ, such as how often to log. classes: dataclasses whose defaults fill in
     options that an older folder did not store. may_grow: {name: None} of numbers that may increase on resume, such as
     "options.steps"; {name: reason} of those that may not, and the reason shown.
-    Raises: InputError that lists the differences, so that a run never continues with other options.
+    Raises: InputError that lists the differences, so that a run never continues with other options; or if the file is
+    damaged.
     """
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
     if printable(folder) != str(folder):
         raise InputError(f"the name of the run folder {folder} is not UTF-8: safetensors cannot read files in it")
-    if not file.exists():
+    if not (started and file.exists()):
         write_json(file, record)
         return
-    there, here = _flat(read_json(file), free), _flat(record, free)
+    stored = _options(file)
+    for name in stored.keys() & record.keys():
+        if isinstance(record[name], dict | list) and type(stored[name]) is not type(record[name]):
+            raise InputError(f"{file} is damaged: {name} must be of type {type(record[name]).__name__}")
+    there, here = _flat(stored, free), _flat(record, free)
     options = (field for kind in classes for field in dataclasses.fields(kind))
     defaults = {option.name: option.default for option in options if option.default is not dataclasses.MISSING}
     there = {name: defaults[last] for name in here if (last := name.rpartition(".")[2]) in defaults} | there
@@ -105,6 +139,12 @@ def claim(folder, record, free=(), classes=(), may_grow=None):
     if different:
         more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
         raise InputError(f"{folder} has other options, choose another folder: {'; '.join(different[:8])}{more}")
+
+
+def holds_work(folder):
+    """Whether a folder holds anything but options and a lock."""
+    folder = Path(folder)
+    return folder.is_dir() and any(path.name not in ("options.json", ".lock") for path in folder.iterdir())
 
 
 def _flat(value, free, prefix=""):
@@ -141,6 +181,7 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         if all(parameter.device.type == "cpu" for parameter in names):  # else nothing of it runs, or is compiled
             versions["cpu_kernels"] = rules.version()
         about = {"versions": versions, "sha256": digests(partial)}
+        about["run"] = _identity(folder)
         write_json(partial / "state.json", {"step": step, **state, "model": describe(model), **about})
     for old in checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.partial")  # hidden at once, even if the removal is interrupted
@@ -175,6 +216,9 @@ def load(path, model, ema):
         state = _state(path)
         for file in networks:
             check_digest(file, state)
+        own = _identity(Path(path).parents[1])
+        if state.get("run") != own:
+            raise InputError(f"{path} is of another run or stage: its number is {state.get('run')}, not {own}")
         there, here = state.get("model"), describe(model)
         for fact in ("kind", "patterns") if isinstance(there, dict) else ():  # older ones may not say
             if there.get(fact, here[fact]) != here[fact]:

@@ -236,7 +236,7 @@ def _read(source, split, size, progress, cache, crop):
             return _resize(read_npz(path), size, progress)
         fitted = str(size) if crop == "square" else f"{size} {crop}"
         signature = _signature(path, fitted)
-        place = hashlib.sha256(f"{os.path.realpath(path)} {fitted}".encode()).hexdigest()[:16]
+        place = hashlib.sha256(f"{os.path.realpath(path)} {fitted}".encode(errors="surrogateescape")).hexdigest()[:16]
         cached = cache / "decoded" / f"{path.name}-{place}.safetensors"
         parts = _from_cache(cached, signature, split)
         if parts is None:
@@ -275,7 +275,9 @@ def _signature(path, size):
         found = sorted(Path(root, name) for root, folders, files in os.walk(path) for name in folders + files)
     for file in found:
         state = file.stat()
-        facts.update(f"{file} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\n".encode())
+        facts.update(
+            f"{file} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\n".encode(errors="surrogateescape")
+        )
     if path.is_file():
         with open(path, "rb") as file:
             facts.update(file.read(END_BYTES))

@@ -208,7 +208,9 @@ def train(
             config = getattr(student.model, "config", None)
             classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
             may_grow = dict.fromkeys(("options.steps", "stage.steps"), options.fixed_length)
-            checkpoint.claim(folder, facts, MAY_CHANGE, classes, may_grow)
+            number, started = checkpoint.run_number(folder), checkpoint.latest(folder) is not None
+            facts = ({"run": number} if number else {}) | facts
+            checkpoint.claim(folder, facts, MAY_CHANGE, classes, may_grow, started)
         distributed.barrier()
         step = Step(student, images.to(device), loss, options, device)
         run = _Run(

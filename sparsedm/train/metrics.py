@@ -100,10 +100,8 @@ class MetricsLog:
         self.write({"step": step, "diverged": what})
         since = "at step" if self.looks_each_step else f"in the {self.count} steps up to"
         saved = checkpoint.latest(self.folder)
-        kept = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
-        raise TrainingDiverged(
-            f"training diverged {since} {step} ({what}): {kept}, try a lower learning rate in another folder"
-        )
+        kept = f"in another folder (the last good checkpoint is {saved})" if saved else "here: nothing is saved yet"
+        raise TrainingDiverged(f"training diverged {since} {step} ({what}): try a lower learning rate {kept}")
 
     def close(self, step, batch_size):
         """The record of the steps since the last one: means, speed, and changes of the masks."""

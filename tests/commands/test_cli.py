@@ -99,8 +99,12 @@ BAD = {
     "numbers in a folder": (["inspect", "--model", "uvit-tiny", "--json", "."], "cannot write .: it is a folder"),
     "more bytes than there are": (
         ["inspect", "--model", "uvit-tiny", "--set", "image_size=1000000000"],
-        "model option image_size=1000000000: at most 1000 numbers, each from",
+        "model option image_size=1000000000: must be from -16777216 to 16777216",
     ),
+    "too deep": (["inspect", "--model", "uvit-tiny", "--set", "depth=257"], "depth=257: must be from -256 to 256"),
+    "a split below zero": (["train", "--data", "synthetic", "--split", "-1,2"], "split [-1.0, 2.0] must be"),
+    "less than nothing": (["train", "--data", "synthetic", "--decay", "-inf"], "argument --decay: '-inf' is not a"),
+    "begins with -": (["train", "--data", "synthetic", "--where", "-x"], "if it begins with -, write --where=VALUE"),
     "no flag": (["inspect", "--model", "uvit-tiny", "--set", "velocity=yes"], "must be of type bool, true or false"),
     "guidance without end": (["sample", "{folder}", "--guidance", "nan"], "argument --guidance: 'nan' is not a finite"),
     "guidance in words": (["sample", "{folder}", "--guidance", "much"], "argument --guidance: 'much' is not a finite"),

@@ -158,6 +158,7 @@ def test_training_without_its_texts_is_refused_before_anything_is_written(change
         ({"context": np.zeros((40, 3, 5), int)}, "context must be floating point"),
         ({"context": np.full((40, 3, 5), np.inf)}, "context holds NaN or infinity"),
         ({"null_context": np.zeros((3, 4))}, "must have the shape of one context"),
+        ({"images": None, "moments": np.full((40, 4, 8, 8), 1e30)}, "logarithms of variances, at most 60, not 1e\\+30"),
         ({"images": None, "moments": np.zeros((40, 3, 8, 8))}, "moments must be floating point with an even number"),
         ({"extra": np.zeros(3)}, "one of images, x, arr_0, moments is needed"),
     ],

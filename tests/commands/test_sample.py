@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sparsedm import errors
 from sparsedm.commands import evaluate, sample
 from sparsedm.model_files import save_model
 from sparsedm.models import build_model
@@ -180,6 +181,24 @@ def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
 def test_a_picture_needs_a_picture_name(trained, tmp_path, capsys):
     assert run("sample", trained, "--out", tmp_path / "x.foo") == 2
     assert "must end in .png" in capsys.readouterr().err
+
+
+def test_a_drawn_batch_larger_than_the_machine_is_refused_before_it_is_drawn(trained, tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(sample, "live_per_image", lambda network: measured.append(network) or 1 << 20)
+    monkeypatch.setattr(errors, "_memory", lambda: 1 << 30)
+    options = [trained, "--sampling-steps", 1, "--out", tmp_path / "a.png", "--batch-size", 10_000, "--count"]
+    for command, takes in (
+        (["sample", *options, 10_000], 10),
+        (["sample", *options, 10_000, "--dtype", "bf16"], 5),
+        (["evaluate", *options, 10_000, "--data", "synthetic"], 10),
+    ):
+        assert run(*command) == 2
+        assert f"not enough memory: --batch-size 10000 takes {takes} GiB" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    measured.clear()
+    assert run("sample", *options, 9) == 0
+    assert not measured, "nine images surely fit: no seconds are spent on that"
 
 
 def test_a_scale_of_latents_needs_an_autoencoder(trained, capsys):

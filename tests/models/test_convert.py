@@ -363,13 +363,16 @@ def test_an_average_in_an_unknown_form_is_not_passed_over(tmp_path):
 
 def test_an_average_that_lies_deep_in_a_file_or_beside_unknown_networks_is_not_passed_over(tmp_path):
     net = {f"layers.{i}.weight": torch.ones(2) for i in range(4)}
-    for packed in ({"callbacks": {"EMA": {"weights": net}}}, {"emas": [net]}, {"train": {"ema": net}}):
+    moments = {"state": {0: {"exp_avg": torch.ones(3)}}, "ema": {}, "exp_avg": list(net.values())}
+    in_optimizer = {"optimizer_states": [moments | {"ema": tuple(net.values())}]}
+    for packed in ({"callbacks": {"EMA": {"weights": net}}}, {"emas": [net]}, {"train": {"ema": net}}, in_optimizer):
         torch.save({"state_dict": net, **packed}, tmp_path / "a.pt")
         with pytest.raises(InputError, match="perhaps the average of the weights, in an unknown form"):
             read_tensors(tmp_path / "a.pt")
         assert read_tensors(tmp_path / "a.pt", "raw")[0].keys() == net.keys()
-    moments = {"state": {0: {"exp_avg": torch.ones(3)}}, "ema": {}}
-    torch.save({"model": net, "optimizer": moments, "other": moments}, tmp_path / "a.pt")
+    torch.save(
+        {"model": net, "optimizer": moments, "other": {"state": {0: {"exp_avg": torch.ones(3)}}}}, tmp_path / "a.pt"
+    )
     assert read_tensors(tmp_path / "a.pt")[0].keys() == net.keys()
     torch.save({"g": net, "d": net, "g_ema": net}, tmp_path / "a.pt")
     assert read_tensors(tmp_path / "a.pt")[1] == {"taken": "'g_ema' was read, 'g', 'd' ignored"}
@@ -387,6 +390,18 @@ def test_what_all_names_begin_with_is_taken_off(prefix, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_names_of_wrapped_blocks_and_a_schedule_beside_the_network_are_taken_off(wrapper, tmp_path):
+    """As Lightning and latent diffusion keep a network whose blocks are compiled or recomputed."""
+    state, _ = two()
+    wrapped = {name.replace("blocks.0.", f"blocks.0.{wrapper}."): value for name, value in state.items()}
+    assert wrapped.keys() != state.keys()
+    schedule = {"betas": torch.zeros(9), "logvar": torch.zeros(())}
+    save_file(prefixed(wrapped, "model.") | schedule, tmp_path / "a.safetensors")
+    found = read_foreign(tmp_path / "a.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
+
+
 def test_a_diffusers_folder_of_half_precision_alone_is_read(tmp_path):
     model = build_model(DDPM)
     (tmp_path / "config.json").write_text(json.dumps(config_to_diffusers(model.config)))
@@ -395,6 +410,26 @@ def test_a_diffusers_folder_of_half_precision_alone_is_read(tmp_path):
     found = read_foreign(tmp_path)
     assert found.dtype == "float16"
     assert all(torch.equal(v, model.state_dict()[n].half().float()) for n, v in found.model.state_dict().items())
+
+
+def test_the_average_in_a_training_checkpoint_of_diffusers_is_taken_and_it_is_said(tmp_path):
+    """As their scripts for unconditional training leave it: checkpoint-500/unet and checkpoint-500/unet_ema."""
+    models = {name: build_model(DDPM) for name in ("unet", "unet_ema")}
+    for name, model in models.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config_to_diffusers(model.config)))
+        state = to_diffusers(model.state_dict(), model.config)
+        save_file(state, tmp_path / name / "diffusion_pytorch_model.safetensors")
+    for source, weights, expected, note in (
+        (tmp_path, "average", "unet_ema", "'unet_ema' was read, 'unet' ignored"),
+        (tmp_path, "raw", "unet", None),
+        (tmp_path / "unet", "average", "unet", "beside it lies unet_ema, perhaps the average of these weights"),
+        (tmp_path / "unet_ema", "average", "unet_ema", None),
+    ):
+        found = read_foreign(source, weights=weights)
+        assert note in found.notes if note else not found.notes
+        state = models[expected].state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
 
 
 # ---- other officials -------------------------------------------------------------------------------------------------

@@ -262,6 +262,8 @@ def test_labels_that_no_class_has_are_refused(case):
             model(x, t, torch.tensor([1, wrong]))
     with pytest.raises(InputError, match="y is float32: labels are whole numbers"):
         model(x, t, torch.zeros(2))
+    with pytest.raises(InputError, match="x is uint8: images are floating point, from -1 to 1"):
+        model(x.byte(), t, torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("case", ["uvit", "dit", "ddpm"])

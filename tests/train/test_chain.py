@@ -1,6 +1,8 @@
 import copy
+import json
 import math
 import os
+import shutil
 import signal
 import statistics
 from dataclasses import replace
@@ -9,16 +11,18 @@ from functools import partial
 import pytest
 import torch
 
-from sparsedm import diffusion
+from sparsedm import diffusion, inspection
 from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
+from sparsedm.inspection import kept_per_image, most_kept_per_image
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers, masks, sparsify
-from sparsedm.train import step
+from sparsedm.train import checkpoint, step
 from sparsedm.train.chain import Start, check_batch, check_stages, plan, run_chain
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
+from sparsedm.train.metrics import TrainingDiverged
 from sparsedm.train.stages import Stage, divide, parse_chain
 from tests.tiny import OPTIONS, Tiny, same_state, tiny, tiny_images
 
@@ -238,6 +242,59 @@ def test_another_chain_in_the_folder_is_refused(tmp_path):
         run(tmp_path, record={"data": "cats"})
 
 
+def test_a_folder_without_a_checkpoint_is_free(tmp_path, monkeypatch):
+    """A run that diverged in its first step is tried again with other options."""
+    with monkeypatch.context() as patch:
+        patch.setattr(step.Step, "__call__", lambda *_: torch.tensor([math.nan] * 4))
+        with pytest.raises(TrainingDiverged, match="try a lower learning rate here: nothing is saved yet"):
+            run(tmp_path)
+    assert [path.name for path in tmp_path.glob("0*")] == ["00-dense"]
+    stages = [Stage("other", 2), Stage("last", 2, "2:4")]
+    run(tmp_path, stages, options=replace(OPTIONS, lr=1e-3))
+    assert sorted(path.name for path in tmp_path.glob("0*")) == ["00-other", "01-last"]
+    with pytest.raises(InputError, match=r"has other options, choose another folder: options\.lr is 0\.001 there"):
+        run(tmp_path, stages)
+
+
+def test_two_processes_in_one_folder_are_refused_before_either_claims_it(tmp_path):
+    with checkpoint.folder_lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_stage_or_checkpoint_of_another_run_is_refused(tmp_path):
+    """The same options and shapes, so that nothing else tells them apart."""
+    stages = [Stage("a", 2, "2:4"), Stage("b", 2, "2:4")]
+    for name, model in (("ours", tiny(1)), ("theirs", tiny(2))):
+        run(tmp_path / name, stages, model)
+    saved = "checkpoints/step-00000002"
+    for source in ("theirs/01-b", "ours/00-a"):
+        shutil.move(tmp_path / "ours/01-b" / saved, tmp_path / "own")
+        shutil.copytree(tmp_path / source / saved, tmp_path / "ours/01-b" / saved)
+        with pytest.raises(InputError, match=f"ours/01-b/{saved} is of another run or stage: its number is"):
+            run(tmp_path / "ours", stages, tiny(1))
+        shutil.rmtree(tmp_path / "ours/01-b" / saved)
+        shutil.move(tmp_path / "own", tmp_path / "ours/01-b" / saved)
+    shutil.copytree(tmp_path / "theirs", tmp_path / "copy")
+    shutil.copytree(tmp_path / "ours/00-a", tmp_path / "copy/00-a", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="00-a has other options, choose another folder: run is"):
+        run(tmp_path / "copy", stages, tiny(1))
+    (tmp_path / "ours/options.json").unlink()
+    run(tmp_path / "ours", stages, tiny(1))  # the stages know the number
+
+
+def test_a_run_from_before_runs_had_numbers_goes_on(tmp_path):
+    stages = [Stage("a", 2, "2:4"), Stage("b", 2, "2:4")]
+    expected = bits(run(tmp_path, stages))
+    shutil.rmtree(tmp_path / "01-b")
+    for file in [*tmp_path.rglob("options.json"), *tmp_path.rglob("state.json")]:
+        held = json.loads(file.read_text())
+        assert held.pop("run")
+        file.write_text(json.dumps(held))
+    for _ in range(2):
+        assert bits(run(tmp_path, stages)) == expected
+
+
 def test_stage_settings_reach_the_layers(tmp_path, monkeypatch):
     settings = []
 
@@ -355,6 +412,17 @@ def test_a_batch_is_refused_for_what_its_backward_pass_keeps(monkeypatch):
     check_batch(network, options, parts=2)
     with pytest.raises(InputError, match="not enough memory: --batch-size 1024 takes"):
         check_batch(network, options, parts=1)
+
+
+def test_what_a_batch_needs_is_not_measured_where_it_surely_fits(monkeypatch):
+    monkeypatch.setattr(inspection, "_on_meta", None)
+    check_batch(build_model("uvit-tiny"), OPTIONS, parts=1)
+
+
+@pytest.mark.parametrize("name", ["uvit-tiny", "dit-tiny", "ddpm-tiny", "slimmable-tiny"])
+def test_no_network_keeps_more_than_its_bound(name):
+    network = build_model(name, device="meta")
+    assert 0 < kept_per_image(network) < most_kept_per_image(network) < 50 * kept_per_image(network)
 
 
 def test_a_chain_longer_than_its_numbers_is_refused():

@@ -190,6 +190,22 @@ def test_claim_says_why_a_number_may_not_grow(tmp_path):
         checkpoint.claim(tmp_path, {"steps": 7, "width": 8}, may_grow=may_grow)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '"x"', "3", '{"options": []}', '{"options": null, "run": 1}'])
+def test_options_that_hold_none_are_damaged_not_others(tmp_path, text):
+    (tmp_path / "options.json").write_text(text)
+    with pytest.raises(InputError, match=r"options.json is damaged: "):
+        checkpoint.claim(tmp_path, {"options": {"lr": 0.5}})
+
+
+def test_options_without_work_are_replaced(tmp_path):
+    for lr in (0.5, 0.1):
+        checkpoint.claim(tmp_path, {"lr": lr}, started=checkpoint.holds_work(tmp_path))
+        (tmp_path / ".lock").touch()
+    (tmp_path / "found.jsonl").touch()
+    with pytest.raises(InputError, match=r"lr is 0\.1 there and 0\.2 here"):
+        checkpoint.claim(tmp_path, {"lr": 0.2}, started=checkpoint.holds_work(tmp_path))
+
+
 def test_lock_sweeps_and_excludes(tmp_path):
     partial = tmp_path / "checkpoints" / ".step-00000003.x.partial"
     partial.mkdir(parents=True)

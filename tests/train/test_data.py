@@ -41,6 +41,18 @@ def image_rows(images):
 # ---- sources
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names of files are text there")
+def test_names_that_are_not_utf_8_are_read_and_cached(tmp_path, cache):
+    folder = tmp_path / "caf\udce9"
+    for i in range(4):
+        (folder / f"{'ab'[i % 2]}\udcff").mkdir(parents=True, exist_ok=True)
+        (folder / f"{'ab'[i % 2]}\udcff" / f"\udcfe{i}.png").write_bytes(picture(i))
+    first, again = load(folder), load(folder)
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+    assert first.class_names == again.class_names == ("a\udcff", "b\udcff")
+    assert torch.equal(first.images, again.images)
+
+
 SIDES = [("synthetic", None, 12), ("synthetic", 20, 20), ("synthetic:32", None, 32)]
 
 

@@ -99,7 +99,7 @@ def test_divergence_is_remembered_until_somebody_looks(tmp_path, place, value):
     log.looks_each_step = False
     for step in range(1, 4):
         log.add(bad if step == 1 else torch.ones(4), step)
-    with pytest.raises(TrainingDiverged, match=r"in the 3 steps up to 3 .*there is no checkpoint yet"):
+    with pytest.raises(TrainingDiverged, match=r"in the 3 steps up to 3 .*nothing is saved yet"):
         log.close(3, 8)
     assert read_metrics(tmp_path)[-1]["diverged"]
 

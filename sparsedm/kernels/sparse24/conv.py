@@ -2,7 +2,7 @@
 
 W (N, C, kh, kw) is kept as rows (N, kh kw C), groups of four along C: values (N, kh kw C / 2) and metadata
 (N, kh kw C / 16) of `format.pack(group_view(W).reshape(N, -1))`. Images are (B, C, H, W) as in torch; the
-kernels read and write them in channels_last. Inference only: there are no gradients.
+kernels read and write them in channels_last. They have no gradients: where one is asked for, the reference runs.
 
 A 1 x 1 kernel is `sparse24_linear` over the pixels. For the others `dispatch.py` chooses the back end. "dense" and
 "torch" are computed here, for any geometry, by torch's conv2d with the decompressed weight: "dense" stores it, "torch"
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import direct, refuse_export
+from sparsedm.kernels.launch import differentiated, direct, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
@@ -72,13 +72,16 @@ def sparse24_conv2d(
     bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: like y. options: cache, backend and
     pattern, as in `sparse24_linear`. y has the dtype of x, in channels_last (contiguous in 16 bits on a CPU).
 
-    Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
-    dtypes that do not fit together.
+    Accumulates in fp32. Works under torch.compile and torch.export. Derivatives: as of `sparse24_linear`. Raises:
+    InputError for shapes or dtypes that do not fit together.
     """
     cache, backend, pattern = _options(**options)
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
     padding = _padding(padding, kernel_size, dilation)
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern)
+    if differentiated(x, bias, residual):
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "pattern": pattern}
+        return sparse24_conv2d_ref(x, values, metadata, kernel_size, bias, activation, residual, **geometry)
     request = conv_request(
         x.device, x.dtype, x.shape[0] * size[0] * size[1], values.shape[0], x.shape[1], kernel_size,
         stride, padding, dilation, device=x.device if type(x) is torch.Tensor else None, out_dtype=x.dtype,

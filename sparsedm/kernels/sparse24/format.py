@@ -106,11 +106,11 @@ def unpack(values, metadata, columns=None, pattern=TWO_FOUR):
     check_metadata(metadata, pattern, columns_of(values, pattern))
     if pattern != TWO_FOUR:
         mask = unpack_bits(metadata, columns_of(values, pattern))
-        return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)  # in place, torch.func refuses it
     rows, words = metadata.shape
     nibble = _nibbles(metadata).view(rows, 4 * words)
     positions = torch.stack((nibble & 3, nibble >> 2), -1).long()
-    groups = values.new_zeros(rows, 4 * words, 4).scatter_(-1, positions, values.view(rows, 4 * words, 2))
+    groups = values.new_zeros(rows, 4 * words, 4).scatter(-1, positions, values.view(rows, 4 * words, 2))
     return groups.view(rows, 16 * words)[:, :columns]
 
 

@@ -2,7 +2,7 @@
 
 Shapes: x (..., K), W (N, K) as values (N, 8c) and metadata (N, c) int16 of `format.py`, y (..., N). M below is
 the number of rows of x. `[x | skip]` is the concatenation along K in U-ViT's `skip_linear`; the kernels read the two
-tensors in turn and never concatenate them. Inference only: there are no gradients.
+tensors in turn and never concatenate them. The kernels have no gradients: where one is asked for, the reference runs.
 
 `dispatch.py` chooses the back end. "dense" and "torch" are computed here, on any device and in any dtype, by torch's
 product with the decompressed weight: "dense" stores it, "torch" decompresses at every call.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense, products
 from sparsedm.kernels.cpu import linear as cpu
-from sparsedm.kernels.launch import broken, direct, refuse_export
+from sparsedm.kernels.launch import broken, differentiated, direct, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -78,8 +78,9 @@ def sparse24_linear(
     to use if it can run here, with its fastest configuration; default: SPARSEDM_BACKEND, else the fastest back end (on
     a GPU each new size is timed once). pattern: as text; if it is not 2:4, metadata are the bits of `format.py`.
 
-    Accumulates in fp32. No gradient. Works under torch.compile and torch.export. Raises: InputError for shapes or
-    dtypes that do not fit together.
+    Accumulates in fp32. Works under torch.compile and torch.export. Where x or another operand is differentiated, or
+    torch.func maps over any, torch multiplies by the decompressed weight; in a compiled graph there is no gradient.
+    Raises: InputError for shapes or dtypes that do not fit together.
     """
     operands = x, bias, activation, residual, skip, scale
     again = cache is not None and backend is None and out_dtype in (None, x.dtype)
@@ -88,6 +89,9 @@ def sparse24_linear(
     _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
+    if differentiated(x, bias, residual, skip, scale):
+        options = {"skip": skip, "scale": scale, "out_dtype": out_dtype, "pattern": pattern}
+        return sparse24_linear_ref(x, values, metadata, bias, activation, residual, **options)
     request = request_on(
         x.device, LINEAR, x.dtype, math.prod(x.shape[:-1]), values.shape[0], x.shape[-1] + K2, backend,
         device=x.device if type(x) is torch.Tensor else None,  # a fake tensor cannot be timed
