@@ -385,7 +385,7 @@ class Linear(Masked, nn.Linear):
         """The product by the C kernel, in training; None where it does not serve. Not in eval mode: there the bits are
         those of the baked network."""
         weight, pattern = self.weight, self.pattern
-        if pattern is None or not weight.requires_grad or not rules.training_serves(x, weight, pattern):
+        if pattern is None or not weight.requires_grad or not rules.training_serves(x, weight, self.bias, pattern):
             return None
         rule, used = self.rule_of_forward()
         return training_product(x, weight, self.selection(weight.dtype), pattern, self.bias, rule, used)

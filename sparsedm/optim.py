@@ -17,10 +17,12 @@ from torch.optim.adam import adam
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_adamw as kernel
 from sparsedm.kernels.checksum import checksum_on_gpu, checksums
+from sparsedm.kernels.cpu import products, rules
+from sparsedm.kernels.launch import forced_backend
 from sparsedm.kernels.mask import Selection
 from sparsedm.kernels.masked_adamw import Rates, Work
 from sparsedm.kernels.masked_matmul import GradientRule, apply_rule
-from sparsedm.kernels.pattern import Pattern, memory_format
+from sparsedm.kernels.pattern import Pattern, check_weight, memory_format
 from sparsedm.layers import Conv2d, Linear, Masked, is_sharded
 
 CHANGED = "the weight of {} was changed while its mask was held, or since it was selected: step after the block"
@@ -33,7 +35,7 @@ class Choice(NamedTuple):
     weight: nn.Parameter
     pattern: Pattern
     selection: Selection
-    checksum: torch.Tensor  # int64: () by the kernel of `masked_adamw`, (1,) by `_checksum`
+    checksum: torch.Tensor | int  # int64: () by the kernel of `masked_adamw`, (1,) by `_checksum`; an int of a CPU's
 
 
 def choose(dtypes, names):
@@ -50,10 +52,29 @@ def choose(dtypes, names):
             selection = work.selection or layer.selection(dtypes[layer])  # a frozen mask is not selected
             found[layer] = Choice(layer.weight, layer.pattern, selection, checksum)
         report(totals[2] != 0, [names[layer] for layer in layers], NAN)
+    found |= _chosen_on_cpu([la for la, dtype in dtypes.items() if la not in found and _served_on_cpu(la, dtype)])
     for layer, dtype in dtypes.items():
         if layer not in found:
             found[layer] = Choice(layer.weight, layer.pattern, layer.selection(dtype), _checksum(layer.weight))
     return found
+
+
+def _served_on_cpu(layer, dtype):
+    weight = layer.weight
+    plain = layer.mask is None and layer._held is None and type(weight) in (torch.Tensor, nn.Parameter)
+    return plain and dtype == torch.float32 and forced_backend() not in ("torch", "dense") and rules.serves(weight)
+
+
+def _chosen_on_cpu(layers):
+    """{layer: Choice} by one call of the C library; without the layers whose weights are NaN somewhere."""
+    for layer in layers:
+        check_weight(layer.weight, layer.pattern)
+    selected = products.select_masks([layer.weight for layer in layers], [layer.pattern for layer in layers])
+    return {
+        layer: Choice(layer.weight, layer.pattern, Selection(masked, mask), checksum)
+        for layer, (masked, mask, nan, checksum) in zip(layers, selected)
+        if not nan
+    }
 
 
 def _by_device(layers):
@@ -77,7 +98,12 @@ def check(choices, names):
     """
     summed = {}
     for layer, choice in choices.items():
-        weight, by_kernel = layer.weight, not choice.checksum.dim()
+        weight = layer.weight
+        if isinstance(choice.checksum, int):
+            if weight is not choice.weight or not weight.is_cpu or _checksum(weight) != choice.checksum:
+                raise InputError(CHANGED.format(names[layer]))
+            continue
+        by_kernel = not choice.checksum.dim()
         moved = weight.device != choice.checksum.device or (by_kernel and weight.dtype not in kernel.DTYPES)
         if moved or weight is not choice.weight:
             raise InputError(CHANGED.format(names[layer]))
@@ -91,8 +117,8 @@ def check(choices, names):
 
 
 def _checksum(weight):
-    """int64 (1,): one more dimension than by the kernel."""
-    return torch.tensor(checksums(weight)) if weight.is_cpu else checksum_on_gpu(weight)[None]
+    """int64 (1,), one more dimension than by the kernel; of a weight on the CPU an int."""
+    return checksums(weight)[0] if weight.is_cpu else checksum_on_gpu(weight)[None]
 
 
 _unseen = []  # (event, flags in host memory, names, message) of the reports from a GPU that have not been looked at
@@ -327,8 +353,8 @@ class MaskedAdamW(torch.optim.AdamW):
         """After a block: check what it used; of a training step on a GPU let the step compare what it reads anyway."""
         later = {}
         if torch.is_grad_enabled():
-            mine = {la: c for la, c in choices.items() if self._choices.get(la) is c and not c.checksum.dim()}
-            later = {layer: choice for layer, choice in mine.items() if kernel.serves(layer.weight)}
+            mine = {la: c for la, c in choices.items() if self._choices.get(la) is c and kernel.serves(la.weight)}
+            later = {layer: choice for layer, choice in mine.items() if not choice.checksum.dim()}
         self._owed |= later
         try:
             check({layer: choice for layer, choice in choices.items() if layer not in later}, names)

@@ -315,12 +315,12 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
     """
     if not isinstance(optimizer, MaskedAdamW | None):
         raise InputError(f"optimizer={type(optimizer).__name__}: only a MaskedAdamW selects masks; give none instead")
-    names = {layer: name for model in models for name, layer in masked_layers(model)}
+    modules = {module: name for model in models for name, module in module_of(model).named_modules()}
+    names = {m: name for m, name in modules.items() if isinstance(m, Masked) and m.pattern is not None}
     for layer, name in names.items():
         if is_sharded(layer.weight):
             raise InputError(f"the weight of {name} is sharded: its mask can be selected only inside a forward")
-    modules = {layer: name for model in models for name, layer in module_of(model).named_modules()}
-    compressed = {layer: name for layer, name in modules.items() if isinstance(layer, Compressed)}
+    compressed = {m: name for m, name in modules.items() if isinstance(m, Compressed)}
     dtypes = {layer: product_dtype(layer.weight) for layer in names}
     outer = {layer: layer._held for layer in names}
     with torch.inference_mode(False):  # a backward may need the masks, too

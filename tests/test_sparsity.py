@@ -205,6 +205,13 @@ def choices(monkeypatch):
     """How often a mask was chosen, in eager code or inside of a graph."""
     calls, choose = [], mask_file._select_in_torch
     monkeypatch.setattr(mask_file, "_select_in_torch", lambda *a: (calls.append(1), choose(*a))[1])
+    together = optim.products.select_masks
+
+    def count(weights, patterns, sum_up=True):  # of many weights: by `hold_masks`
+        calls.extend(weights if sum_up else ())
+        return together(weights, patterns, sum_up)
+
+    monkeypatch.setattr(optim.products, "select_masks", count)
     return calls
 
 
@@ -213,6 +220,23 @@ def gradients(model, compiled, x):
     loss = compiled(x).square().sum()
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.skipif(library.library() is None, reason="no C kernels")
+def test_a_block_selects_all_masks_in_one_call_and_each_is_that_of_its_layer(monkeypatch):
+    model, calls, together = sparsify(Small(), "2:4"), [], optim.products.select_masks
+    layers = [layer for layer in model.modules() if getattr(layer, "pattern", None)]
+    layers[0].freeze_mask()
+    expected = [layer.effective_weight().detach() for layer in layers]
+    monkeypatch.setattr(optim.products, "select_masks", lambda *a, **o: (calls.append(len(a[0])), together(*a, **o))[1])
+    with hold_masks(model):
+        assert calls == [len(layers) - 1]
+        assert all(torch.equal(layer.effective_weight(), weight) for layer, weight in zip(layers, expected))
+    assert calls == [len(layers) - 1]
+    with torch.no_grad():
+        layers[-1].weight.view(-1)[5] = torch.nan
+    with pytest.raises(InputError, match="1 of its weights are NaN"), hold_masks(model):
+        pass
 
 
 @pytest.mark.parametrize("amp", [False, True])

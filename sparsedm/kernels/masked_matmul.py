@@ -166,23 +166,24 @@ def training_product(x, weight, selection, pattern, bias, rule=STE, used=None):
 
     Call it where `rules.training_serves` says so. x: (..., K). weight: (N, K), the dense one, which gets the gradient
     of `straight_through`; rule and used are as there. selection: the mask and the masked weight. bias: (N,) or None.
-    The gradients are those of `F.linear`, in torch; the forward differs from it by rounding.
+    The gradients are those of `F.linear`. The forward, and dx where a rule takes the C kernel, differ by rounding.
     """
     try:
-        prepacked = products.prepack("linear", selection.masked, selection.mask, pattern)
+        return _TrainingProduct.apply(x, weight, bias, selection.masked, selection.mask, pattern, rule, used)
     except InputError:
         return None
-    return _TrainingProduct.apply(x, weight, bias, selection.masked, selection.mask, prepacked, pattern, rule, used)
 
 
 class _TrainingProduct(torch.autograd.Function):
     """Product and straight-through estimator in one: a Function costs as much as a product of 100 x 64 x 64."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, masked, mask, prepacked, pattern, rule, used):
+    def forward(ctx, x, weight, bias, masked, mask, pattern, rule, used):
+        rows = x.reshape(-1, x.shape[-1])
+        y = products.masked_linear(rows, masked, mask, pattern, bias)
         ctx.save_for_backward(x, masked, *(() if rule == STE else (weight, mask)))
         ctx.weight, ctx.rule, ctx.used = weight, rule, used  # not saved: the weight may change before the backward
-        y = products.linear(x.reshape(-1, x.shape[-1]), prepacked, pattern, len(weight), bias=bias)
+        ctx.by_kernel = rules.gradient_pays(len(rows), *weight.shape, pattern)
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -197,8 +198,11 @@ class _TrainingProduct(torch.autograd.Function):
         dw = rows.t() @ x.reshape(-1, x.shape[-1]) if want_dw else None
         if want_dw and ctx.rule != STE:
             dw = apply_rule(dw, weight, mask, ctx.rule)
-        dx = (rows @ masked).view(x.shape) if want_dx else None
-        return dx, dw, rows.sum(0) if want_db else None, *[None] * 6
+        if want_dx and ctx.by_kernel and not torch.is_grad_enabled() and rules.serves(rows):
+            dx = products.masked_gradient(rows, masked).view(x.shape)
+        else:
+            dx = (rows @ masked).view(x.shape) if want_dx else None
+        return dx, dw, rows.sum(0) if want_db else None, *[None] * 5
 
 
 def training_conv2d(x, weight, mask, pattern, bias, stride, padding, dilation):
@@ -206,7 +210,7 @@ def training_conv2d(x, weight, mask, pattern, bias, stride, padding, dilation):
 
     x: (B, C, H, W). weight: (N, C, kh, kw), masked, its gradient attached. y is in channels_last if x or weight is.
     """
-    if not rules.conv_training_serves(x, weight, pattern, stride, padding, dilation):
+    if not rules.conv_training_serves(x, weight, bias, pattern, stride, padding, dilation):
         return F.conv2d(x, weight, bias, stride, padding, dilation)
     geometry, width = (tuple(weight.shape[2:]), stride, padding), x.shape[3]
     halo = rules.halo_serves(*geometry, width, pattern.group, rules.library.instruction_set())

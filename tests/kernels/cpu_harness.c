@@ -57,7 +57,7 @@ static uint8_t *select_and_check(float *w, long outer, int group, long inner, in
 static void check_linear(void) {
   int keep, group;
   pattern(&keep, &group);
-  long M = between(1, 40), N = between(1, 90), K = group * between(1, 150 / group), K1 = between(1, K), per = between(1, M);
+  long M = between(1, 40), N = between(1, 90), K = group * between(1, 150 / group), K1 = between(0, 1) ? K : between(1, K), per = between(1, M);
   int few = M <= 16 && between(0, 1);
   long rounded = few ? (N + LANES - 1) / LANES * LANES : N, scales = (M + per - 1) / per;
   float *x = numbers(M * K1), *skip = numbers(M * (K - K1) + 1), *w = numbers(N * K), *y = numbers(M * N);
@@ -66,7 +66,7 @@ static void check_linear(void) {
   uint8_t *mask = select_and_check(w, N * K / group, group, 1, keep);
   double *exact = malloc(M * N * sizeof(double));
   if (nm_prepack(few ? FEW_ROWS : LINEAR, w, mask, N, 1, K, keep, group, 0, v, o)) exit(1);
-  linear_t p = {x, K1 < K ? skip : 0, v, o, K1, K - K1, M, K1, K - K1, keep, group};
+  linear_t p = {x, K1 < K ? skip : 0, v, o, 0, K1, K - K1, M, K1, K - K1, keep, group};
   p.out = (out_t){between(0, 1) ? bias : 0, between(0, 1) ? scale : 0, between(0, 1) ? residual : 0, y, N, N, per, N, between(0, 3)};
   for (long m = 0; m < M; m++)
     for (long n = 0; n < N; n++) {
@@ -77,6 +77,16 @@ static void check_linear(void) {
     }
   if ((few ? nm_linear_few : nm_linear)(&p)) exit(1);
   compare(y, exact, M * N, few ? "few rows" : "linear");
+  if (K1 == K) {
+    linear_t g = {y, .ldx = N, .M = M, .K1 = N, .keep = keep, .group = group};
+    float *dx = malloc(M * K * sizeof(float));
+    double *dense = calloc(M * K, sizeof(double));
+    for (long i = 0; i < M * N * K; i++) dense[i / K / N * K + i % K] += (double)y[i / K] * w[i % (N * K)];
+    g.out = (out_t){.y = dx, .ldy = K, .per = 1, .N = K};
+    if (nm_linear_transposed(&g, w)) exit(1);
+    compare(dx, dense, M * K, "gradient");
+    free(dx), free(dense);
+  }
   void *all[] = {x, skip, w, y, bias, scale, residual, v, o, mask, exact};
   for (unsigned i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }

@@ -126,6 +126,20 @@ def check_linear(rng, guard):
     close(y, exact, pattern, (M, N, K), few, activation)
 
 
+def check_training(rng, guard):
+    """Forward product and gradient of x. A frozen mask may keep less, and a kept weight may be zero."""
+    pattern, M = a_pattern(rng), rng.choice([rng.randint(1, 16), rng.randint(1, 200)])
+    N, K = rng.randint(1, 300), pattern.group * rng.randint(1, 600 // pattern.group)
+    weight, x, dy, bias = torch.randn(N, K) / K**0.5 * 2, torch.randn(M, K), torch.randn(M, N), torch.randn(N)
+    mask = mask_of(weight, pattern) & (torch.rand(N, 1) < rng.choice([0.3, 1, 1]))
+    weight *= torch.rand(N, K) < rng.choice([0.5, 1, 1])
+    torch.set_num_threads(rng.choice([1, 2]))
+    masked, mask, x, dy, bias = map(guard.copy, (weight * mask, mask, x, dy, rng.choice([None, bias])))
+    exact = F.linear(x.double(), masked.double(), None if bias is None else bias.double())
+    close(products.masked_linear(x, masked, mask, pattern, bias), exact, pattern, (M, N, K))
+    close(products.masked_gradient(dy, masked), dy.double() @ masked.double(), pattern, (M, N, K))
+
+
 def check_conv(rng, guard):
     pattern, (size, stride) = a_pattern(rng), rng.choice([(3, 1), (3, 1), (3, 2), (1, 1), (1, 2), (5, 1)])
     B, C, N = rng.randint(1, 3), pattern.group * rng.randint(1, max(1, 100 // pattern.group)), rng.randint(1, 70)
@@ -177,6 +191,7 @@ def check_mask(rng, guard):
 
 
 CHECKS = {"linear": check_linear, "conv": check_conv, "attention": check_attention, "mask": check_mask}
+CHECKS["training"] = check_training
 
 
 @needs_library
@@ -238,6 +253,29 @@ def test_infinity_and_nan_at_a_kept_weight_are_those_of_a_dense_product(few, val
     assert kept.any()
     assert torch.equal(y[:, kept], dense[:, kept]) or (y[:, kept].isnan().all() and dense[:, kept].isnan().all())
     assert y[:, ~kept].isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("N", [61, 64, 70])
+def test_infinity_and_nan_in_a_gradient_meet_the_weights_that_a_dense_product_shows(value, N):
+    weight, dy = torch.randn(N, 16), torch.randn(5, N)
+    weight[:, :4] *= mask_of(weight, Pattern(1, 4))[:, :4]
+    weight[:, 5] = 0  # a column of zeros, and others of nothing but weights
+    dy[:, N - 2] = value
+    dx, dense = products.masked_gradient(dy, weight), dy @ weight
+    kept = weight[N - 2] != 0
+    assert torch.equal(dx[:, kept].isnan(), dense[:, kept].isnan())
+    torch.testing.assert_close(dx[:, kept], dense[:, kept], equal_nan=True)
+    assert dx[:, 5].isfinite().all() or dx[:, 5].isnan().all()
+
+
+@needs_library
+def test_a_column_of_pruned_weights_has_no_gradient_and_one_of_kept_weights_has_all():
+    weight = torch.zeros(70, 24)
+    weight[:, 3], weight[64:, 9] = torch.randn(70), 1.0
+    dx = products.masked_gradient(torch.eye(70), weight)
+    assert torch.equal(dx, weight)
 
 
 @needs_library
@@ -544,7 +582,7 @@ def never_in_training(monkeypatch):
 
 
 LAYERS = {  # name: (layer of a pattern, its input, the product that serves it, its memory format)
-    "linear": (lambda **p: Linear(64, 96, **p), (4, 100, 64), "linear", None),
+    "linear": (lambda **p: Linear(64, 96, **p), (4, 100, 64), "masked_linear", None),
     "conv": (lambda **p: Conv2d(64, 96, 3, padding=1, **p), (8, 64, 8, 16), "conv2d", torch.contiguous_format),
     "channels_last": (lambda **p: Conv2d(64, 96, 3, padding=1, **p), (8, 64, 9, 15), "conv2d", torch.channels_last),
     "stride 2": (lambda **p: Conv2d(64, 96, 3, 2, bias=False, **p), (3, 64, 33, 33), "conv2d", torch.channels_last),
@@ -562,8 +600,11 @@ def test_masked_training_by_the_kernel_is_that_of_torch(name, text, monkeypatch)
     real = getattr(products, product)
     monkeypatch.setattr(rules, "OVERHEAD", 0)
     monkeypatch.setattr(products, product, lambda *a, **options: served.append(1) or real(*a, **options))
+    gradients, gradient = [], products.masked_gradient
+    monkeypatch.setattr(products, "masked_gradient", lambda *a: gradients.append(1) or gradient(*a))
     ours, gx = trained(monkeypatch, layer, x, None)
     assert len(served) == 2
+    assert len(gradients) == (2 if name == "linear" else 0)
     torchs, gx_of_torch = trained(monkeypatch, layer, x, "torch")
     assert len(served) == 2
     torch.testing.assert_close(gx, gx_of_torch, rtol=1e-5, atol=1e-8)
@@ -647,14 +688,42 @@ def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(name, monkeypa
     torch.testing.assert_close(layer(x), dense(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("wrong", ["narrow", "wide", "no axis", "bias of double", "longer bias", "conv's bias"])
+def test_shapes_and_dtypes_that_torch_refuses_never_reach_the_kernel(wrong):
+    layer, x = Linear(64, 96, pattern="2:4"), torch.randn(4000, {"narrow": 32, "wide": 128}.get(wrong, 64))
+    if wrong == "conv's bias":
+        layer, x = Conv2d(64, 96, 3, pattern="2:4"), torch.randn(8, 64, 16, 16)
+    if "bias" in wrong:
+        layer.bias = nn.Parameter(torch.zeros(96).double() if "double" in wrong else torch.zeros(97))
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(x[0, 0] if wrong == "no axis" else x)
+
+
+@needs_library
+def test_a_weight_of_any_strides_trains_under_a_mask_that_is_frozen_or_not(monkeypatch):
+    layer, x = Linear(64, 96, pattern="2:4"), torch.randn(300, 128)[:, ::2]
+    other = copy.deepcopy(layer)
+    other.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    other.bias = nn.Parameter(torch.stack((layer.bias.detach(), torch.zeros(96)), 1)[:, 0])
+    for frozen in (False, True):
+        outcomes = []
+        for one in (layer, other):
+            one.freeze_mask(frozen)
+            leaf = x.detach().requires_grad_()
+            y = one(leaf)
+            outcomes.append((y, *torch.autograd.grad(y, (leaf, one.weight), torch.ones(1, 1).expand(300, 96))))
+        for mine, others in zip(*outcomes):
+            assert torch.equal(mine, others)
+
+
 def test_the_rule_of_training_counts_the_prepacking():
     weight, pattern = torch.empty(512, 512), Pattern(2, 4)
-    served = [rows for rows in range(1, 3000) if rules.training_serves(torch.empty(rows, 512), weight, pattern)]
+    served = [rows for rows in range(1, 3000) if rules.training_serves(torch.empty(rows, 512), weight, None, pattern)]
     assert bool(served) == (library.library() is not None)
     if served:
         assert min(served) > 50
         assert 2048 in served
-    assert not rules.training_serves(torch.empty(2048, 512).double(), weight.double(), pattern)
+    assert not rules.training_serves(torch.empty(2048, 512).double(), weight.double(), None, pattern)
 
 
 def test_the_rule_of_training_counts_the_prepacking_of_a_convolution_and_its_memory_format():
@@ -662,7 +731,7 @@ def test_the_rule_of_training_counts_the_prepacking_of_a_convolution_and_its_mem
         x = torch.empty(batch, 256, size, size).contiguous(memory_format=layout)
         weight = torch.empty(256, 256, kernel, kernel).contiguous(memory_format=layout)
         rest = (stride, stride), (kernel // 2, kernel // 2), (1, 1)
-        return rules.conv_training_serves(x, weight, Pattern.parse(text), *rest)
+        return rules.conv_training_serves(x, weight, None, Pattern.parse(text), *rest)
 
     assert serves(8, 16) == serves(32, 8) == (library.library() is not None)
     assert not serves(1, 4)  # one image of 4 x 4 pixels: prepacking costs more than the product

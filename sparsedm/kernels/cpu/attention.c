@@ -87,7 +87,7 @@ int nm_attention(const attention_t *p) {
   for (long i = 0; i < tiles; i++) {
     long part = i % each, h = i / each % p->H, b = i / each / p->H, offset = b * p->stride_b + h * p->stride_h;
     long first = vectors * part / each, R = vectors * (part + 1) / each - first, from = first * LANES;
-    float *tile = scratch((2 * p->D + p->L) * QUERIES * LANES), *y = p->y + ((b * p->L + from) * p->H + h) * p->D;
+    float *tile = scratch(TILES, (2 * p->D + p->L) * QUERIES * LANES), *y = p->y + ((b * p->L + from) * p->H + h) * p->D;
     int have = least(p->L - from, R * LANES);
     if (!tile) failed |= 1;
     else if (R == 1) queries(1, p, from, offset, have, y, tile);

@@ -150,3 +150,22 @@ uint64_t nm_checksum(const char *bytes, long n) {
   for (int i = 0; i < PARTS; i++) all = (all ^ all >> 29 ^ parts[i]) * 0x9E3779B97F4A7C15u;
   return all;
 }
+
+/* ---- all weights of a block of training at once ------------------------------------------------------------------------- */
+
+typedef struct {
+  const float *w;
+  float *masked;
+  uint8_t *mask;
+  long outer, inner;
+  int group, keep;
+  uint64_t checksum; /* of w; from here on what is found */
+  int nan;
+} choice_t;
+
+void nm_choose(choice_t *all, long count, int sum_up) {
+  for (choice_t *c = all; c < all + count; c++) {
+    if (sum_up) c->checksum = nm_checksum((const char *)c->w, c->outer * c->group * c->inner * sizeof(float));
+    c->nan = nm_select(c->w, c->outer, c->group, c->inner, c->keep, c->masked, c->mask);
+  }
+}

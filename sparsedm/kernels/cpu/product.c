@@ -18,6 +18,7 @@
 #define KB 64   /* columns whose tile stays in L1 */
 #define NB 256  /* rows of W whose sums stay in L2 */
 #define HALO_BYTES (LANES == 16 ? 40960 : 32768)
+#define ROOM(K) (K + 3) /* for a row of W that is filled up to fours */
 enum { STRIDE = VECTORS * LANES };
 enum { NONE, GELU, GELU_TANH, SILU };
 
@@ -33,6 +34,7 @@ typedef struct {
   const float *x, *skip; /* (M, K1) and (M, K2): the columns of W in turn; skip may be NULL */
   const float *values;
   const void *offsets; /* uint16, or uint8 for nm_linear_few */
+  const uint8_t *counts; /* of values in each block and row, if they differ, see prepack_transposed; else NULL */
   long ldx, ld_skip, M, K1, K2;
   int keep, group;
   out_t out;
@@ -46,19 +48,21 @@ typedef struct {
   out_t out;
 } conv_t;
 
-/* ---- the inner loop: `count` rows of W, P at a time, R vectors, nz weights of each row ------------------------------ */
+/* ---- the inner loop: `count` rows of W, P at a time, R vectors, nz weights of each row, or where P is 1 and there are
+ * counts, so many and a multiple of four. Returns the end of v. -------------------------------------------------------- */
 
-INLINE void rows(int R, int P, const float *tile, const float *v, const uint16_t *o, int nz, float *sums, int count,
-                 int first) {
+INLINE const float *rows(int R, int P, const float *tile, const float *v, const uint16_t *o, int nz,
+                         const uint8_t *counts, float *sums, int count, int first) {
   uint64_t ahead[SUMS] = {0};
-  int fours = nz / 4 * 4;
-  if (count < P) return;
+  int fours = counts ? KB : nz / 4 * 4;
+  if (count < P) return v;
   /* offsets are read four at a time, and one quadruple ahead: multiply-adds must not wait for their addresses */
   if (fours) {
     UNROLL for (int p = 0; p < P; p++) memcpy(ahead + p, o + p * nz, 8);
   }
   for (int n = 0; n + P <= count; n += P, v += P * nz, o += P * nz, sums += P * STRIDE) {
     vec a[SUMS];
+    if (counts) fours = nz = counts[n];
     const uint16_t *after = n + 2 * P <= count ? o + P * nz : o; /* the last rows read their own again */
     UNROLL for (int p = 0; p < P; p++) {
       UNROLL for (int r = 0; r < R; r++) a[p * R + r] = (vec){0};
@@ -96,19 +100,23 @@ INLINE void rows(int R, int P, const float *tile, const float *v, const uint16_t
       }
     }
   }
+  return v;
 }
 
-#define TILE(R, P)                                                                                               \
-  static void rows_##R(const float *tile, const float *v, const uint16_t *o, int nz, float *sums, int n, int first) { \
-    int even = n / P * P;                                                                                        \
-    rows(R, P, tile, v, o, nz, sums, even, first);                                                               \
-    if (P > 1) rows(R, 1, tile, v + even * nz, o + even * nz, nz, sums + even * STRIDE, n - even, first);        \
+#define TILE(R, P)                                                                                                     \
+  static const float *rows_##R(const float *tile, const float *v, const uint16_t *o, int nz, const uint8_t *counts,    \
+                               float *sums, int n, int first) {                                                        \
+    int even = counts ? 0 : n / P * P;                                                                                 \
+    if (P > 1) rows(R, P, tile, v, o, nz, 0, sums, even, first);                                                       \
+    else even = 0;                                                                                                     \
+    return rows(R, 1, tile, v + even * nz, o + even * nz, nz, counts, sums + even * STRIDE, n - even, first);          \
   }
 /* AVX2 has 16 registers: the sums and values of P rows have to fit */
 enum { P_OF_1 = LANES == 8 ? 6 : 8, P_OF_3 = LANES == 8 ? 3 : 4 };
 TILE(1, P_OF_1) TILE(2, 4) TILE(3, P_OF_3) TILE(4, 2) TILE(5, 2) TILE(6, 2) TILE(7, 1) TILE(8, 1)
 TILE(9, 1) TILE(10, 1) TILE(11, 1) TILE(12, 1)
-static void (*const rows_of[])(const float *, const float *, const uint16_t *, int, float *, int, int) = {
+static const float *(*const rows_of[])(const float *, const float *, const uint16_t *, int, const uint8_t *, float *,
+                                       int, int) = {
     0, rows_1, rows_2, rows_3, rows_4, rows_5, rows_6, rows_7, rows_8, rows_9, rows_10, rows_11, rows_12};
 
 /* ---- write-out ----------------------------------------------------------------------------------------------------- */
@@ -203,15 +211,17 @@ static void linear_tile(const linear_t *p, long row, int have, int R, float *til
   long K = p->K1 + p->K2, N = p->out.N;
   const float *v = p->values;
   const uint16_t *o = p->offsets;
+  const uint8_t *counts = p->counts;
   float *sums = tile + (K + LANES) * STRIDE;
   pack_rows(p->x + row * p->ldx, p->ldx, have, R, p->K1, tile);
   if (p->skip) pack_rows(p->skip + row * p->ld_skip, p->ld_skip, have, R, p->K2, tile + p->K1 * STRIDE);
   for (long n0 = 0; n0 < N; n0 += NB) {
     int n = least(N - n0, NB);
+    if (counts) v = p->values + n0 * ROOM(K), o = (const uint16_t *)p->offsets + n0 * ROOM(K);
     for (long k0 = 0; k0 < K; k0 += KB) {
       int nz = least(K - k0, KB) * p->keep / p->group;
-      rows_of[R](tile + k0 * STRIDE, v, o, nz, sums, n, k0 == 0);
-      v += (long)n * nz, o += (long)n * nz;
+      const float *end = rows_of[R](tile + k0 * STRIDE, v, o, nz, counts, sums, n, k0 == 0);
+      o += end - v, v = end, counts += counts ? n : 0;
     }
     write_tile(&p->out, sums, have, R, row, n0, n);
   }
@@ -224,7 +234,7 @@ int nm_linear(const linear_t *p) {
 #pragma omp parallel for schedule(dynamic) reduction(| : failed) if (tiles > 1)
   for (long i = 0; i < tiles; i++) {
     long from = vectors * i / tiles, R = vectors * (i + 1) / tiles - from, row = from * LANES;
-    float *tile = scratch((p->K1 + p->K2 + LANES + NB) * STRIDE);
+    float *tile = scratch(TILES, (p->K1 + p->K2 + LANES + NB) * STRIDE);
     if (tile) linear_tile(p, row, least(p->M - row, R * LANES), R, tile);
     failed |= !tile;
   }
@@ -306,7 +316,7 @@ static void few_blocks(const linear_t *p, const float *x, long ldx, long n, int 
 
 int nm_linear_few(const linear_t *p) {
   long ldx = p->K1 + p->K2 + 32, blocks = (p->out.N + LANES - 1) / LANES;
-  float *x = scratch(p->M * ldx); /* both sources in one row each, and zeros behind, which a window may read */
+  float *x = scratch(TILES, p->M * ldx); /* both sources in one row each, and zeros behind, which a window may read */
   if (!x) return 1;
   for (long m = 0; m < p->M; m++) {
     memcpy(x + m * ldx, p->x + m * p->ldx, p->K1 * sizeof(float));
@@ -431,7 +441,7 @@ static void conv_tile(const conv_t *c, const place_t *at, int R, float *tile) {
   for (long k0 = 0; k0 < K; k0 += KB) {
     int cols = least(K - k0, KB), nz = cols * c->keep / c->group;
     pack_conv(c, at, R, k0, cols, tile);
-    rows_of[R](tile, v, o, nz, sums, c->out.N, k0 == 0);
+    rows_of[R](tile, v, o, nz, 0, sums, c->out.N, k0 == 0);
     v += c->out.N * nz, o += c->out.N * nz;
   }
   write_conv(c, sums, at, R);
@@ -444,7 +454,7 @@ int nm_conv(const conv_t *c) {
 #pragma omp parallel for schedule(dynamic) reduction(| : failed) if (tiles > 1)
   for (long i = 0; i < tiles; i++) {
     long from = vectors * i / tiles, R = vectors * (i + 1) / tiles - from;
-    float *tile = scratch((KB + c->out.N + 2 * LANES) * STRIDE);
+    float *tile = scratch(TILES, (KB + c->out.N + 2 * LANES) * STRIDE);
     place_t at[VECTORS];
     for (int r = 0; r < R; r++) {
       long p = (from + r) % each * LANES;
@@ -515,7 +525,7 @@ static void halo_tile(const conv_t *c, const place_t *at, int R, int slots, int 
   for (long c0 = 0; c0 < c->C; c0 += CB) {
     int cols = least(c->C - c0, CB), nz = 9 * cols * c->keep / c->group;
     pack_halo(c, at, slots, c0, cols, tile);
-    rows_of[R](tile, v, o, nz, sums, c->out.N, c0 == 0);
+    rows_of[R](tile, v, o, nz, 0, sums, c->out.N, c0 == 0);
     v += c->out.N * nz, o += c->out.N * nz;
   }
   write_conv(c, sums, at, R);
@@ -527,7 +537,7 @@ int nm_conv_halo(const conv_t *c) {
 #pragma omp parallel for schedule(dynamic) reduction(| : failed) if (tiles > 1)
   for (long i = 0; i < tiles; i++) {
     long b = i / each, y0 = c->H * (i % each) / each, R = (c->H * (i % each + 1) / each - y0) * per;
-    float *tile = scratch(3 * CB * slots * LANES + (c->out.N + LANES) * STRIDE);
+    float *tile = scratch(TILES, 3 * CB * slots * LANES + (c->out.N + LANES) * STRIDE);
     place_t at[VECTORS];
     for (int r = 0; r < R; r++) at[r] = (place_t){b, y0 * c->W + r * LANES, LANES};
     if (tile) halo_tile(c, at, R, slots, CB, tile);
@@ -540,41 +550,58 @@ int nm_conv_halo(const conv_t *c) {
 
 enum { LINEAR, FEW_ROWS, CONV, HALO };
 
-/* Appends the kept weights of `cols` <= 64 columns, nz of them. Where the mask keeps fewer, zeros at a pruned column fill up:
- * there an infinite x makes NaN of a dense product, too. Returns 1 where it keeps more. Masked training does this in every
- * step, so the loop runs over kept weights, whose number is always the same. */
-static int append(const float *w, const uint8_t *mask, int cols, int nz, const uint16_t *offset, float *v, uint16_t *o) {
-  uint64_t bits = 0;
-  int k = 0;
-  for (; k + 8 <= cols; k += 8) {
-    uint64_t bytes;
-    memcpy(&bytes, mask + k, 8);
-    bits |= bytes * 0x0102040810204080 >> 56 << k; /* one bit of each byte */
+static uint8_t places[256][8]; /* of the bits that are set, and 0 */
+static __attribute__((constructor)) void fill_places(void) {
+  for (int b = 0; b < 256; b++)
+    for (int i = 0, n = 0; i < 8; i++)
+      if (b >> i & 1) places[b][n++] = i;
+}
+
+/* Writes the weights of 8 columns whose bits are set, and what comes, 8 in all; returns how many. `have`: columns that
+ * may be read. Offsets grow by `step` from column to column. Masked training does this in every step: no branches. */
+INLINE int append(const float *w, int have, uint32_t bits, int offset, int step, float *v, uint16_t *o) {
+  const uint8_t *place = places[bits];
+#if LANES == 8
+  store(v, pick(have >= 8 ? load(w) : load_some(w, some((1u << have) - 1)), widen(place)));
+#else
+  for (int i = 0; i < 8; i++) v[i] = w[place[i]];
+#endif
+  for (int i = 0; i < 8; i++) o[i] = offset + place[i] * step;
+  return __builtin_popcount(bits);
+}
+
+/* Writes the kept weights of `cols` <= 64 columns, nz of them. Where the mask keeps fewer, zeros at a pruned column fill up:
+ * there an infinite x makes NaN of a dense product, too. Returns 1 where it keeps more. */
+static int append_kept(const float *w, const uint8_t *mask, int cols, int nz, int offset, int step, float *v, uint16_t *o) {
+  float values[KB + 8];
+  uint16_t offsets[KB + 8];
+  int used = 0, pruned = 0;
+  for (int k = 0; k < cols; k += 8) {
+    uint64_t bytes = 0;
+    if (k + 8 <= cols) memcpy(&bytes, mask + k, 8);
+    else memcpy(&bytes, mask + k, cols - k);
+    uint32_t bits = bytes * 0x0102040810204080 >> 56; /* one bit of each byte */
+    used += append(w + k, cols - k, bits, offset + k * step, step, values + used, offsets + used);
+    if (bits != 0xff) pruned = k + __builtin_ctz(~bits);
   }
-  for (; k < cols; k++) bits |= (uint64_t)mask[k] << k;
-  int used = __builtin_popcountll(bits), pruned = ~bits ? __builtin_ctzll(~bits) : 0;
   if (used > nz) return 1;
-  for (int j = 0; j < used; j++, bits &= bits - 1) {
-    int at = __builtin_ctzll(bits);
-    v[j] = w[at], o[j] = offset[at];
-  }
-  for (; used < nz; used++) v[used] = 0, o[used] = offset[pruned];
+  for (; used < nz; used++) values[used] = 0, offsets[used] = offset + pruned * step;
+  memcpy(v, values, nz * sizeof(float));
+  memcpy(o, offsets, nz * sizeof(uint16_t));
   return 0;
 }
 
 /* nb: rows of W whose blocks of columns follow each other. W is read in its order, which the CPU prefetches. */
 static int prepack_blocks(const float *w, const uint8_t *mask, long N, long K, int keep, int group, long nb, float *v,
                           uint16_t *o) {
-  uint16_t offset[KB];
   int failed = 0;
-  for (int k = 0; k < KB; k++) offset[k] = k * STRIDE * sizeof(float);
 #pragma omp parallel for schedule(static) reduction(| : failed) if (N * K > 1 << 15)
   for (long n = 0; n < N; n++) {
     long n0 = n / nb * nb, count = least(N - n0, nb);
     for (long k0 = 0; k0 < K; k0 += KB) {
       int cols = least(K - k0, KB), nz = cols * keep / group;
       long to = (n0 * K + count * k0) / group * keep + (n - n0) * nz;
-      failed |= append(w + n * K + k0, mask + n * K + k0, cols, nz, offset, v + to, o + to);
+      failed |= append_kept(w + n * K + k0, mask + n * K + k0, cols, nz, 0, STRIDE * sizeof(float), v + to, o + to);
     }
   }
   return failed;
@@ -583,17 +610,15 @@ static int prepack_blocks(const float *w, const uint8_t *mask, long N, long K, i
 static int prepack_halo(const float *w, const uint8_t *mask, long N, long C, int keep, int group, long W, float *v,
                         uint16_t *o) {
   int slots = slots_of(W), CB = nm_halo_channels(W, group), failed = 0;
-  uint16_t offset[9][32]; /* dx, dy; channel */
-  for (int tap = 0; tap < 9; tap++)
-    for (int ch = 0; ch < CB; ch++)
-      offset[tap][ch] = ((ch * 3 + tap / 3) * slots + tap % 3 * (W / LANES)) * LANES * sizeof(float);
+  int vector = LANES * sizeof(float);
 #pragma omp parallel for schedule(static) reduction(| : failed) if (N * C > 1 << 12)
   for (long n = 0; n < N; n++)
     for (long c0 = 0; c0 < C; c0 += CB) {
       int cols = least(C - c0, CB), nz = cols * keep / group;
       for (int tap = 0; tap < 9; tap++) {
         long from = (n * 9 + tap % 3 * 3 + tap / 3) * C + c0, to = (N * c0 / group * keep + n * nz) * 9 + tap * nz;
-        failed |= append(w + from, mask + from, cols, nz, offset[tap], v + to, o + to);
+        int offset = (tap / 3 * slots + tap % 3 * (W / LANES)) * vector; /* tap / 3 is dx, the rest dy */
+        failed |= append_kept(w + from, mask + from, cols, nz, offset, 3 * slots * vector, v + to, o + to);
       }
     }
   return failed;
@@ -602,17 +627,16 @@ static int prepack_halo(const float *w, const uint8_t *mask, long N, long C, int
 static int prepack_few(const float *w, const uint8_t *mask, long N, long K, int keep, int group, float *v, uint8_t *o) {
   int window = window_of(group);
   long kept = K * keep / group, rounded = (N + LANES - 1) / LANES * LANES;
-  uint16_t place[32], places[32];
+  uint16_t columns[32];
   float values[32];
-  for (int k = 0; k < 32; k++) place[k] = k;
   memset(v, 0, rounded * kept * sizeof(float));
   memset(o, 0, rounded * kept);
   for (long n = 0; n < N; n++) {
     long at = n / LANES * LANES * kept + n % LANES;
     for (long k = 0; k < K; k += window) {
       int cols = least(K - k, window), nz = cols * keep / group;
-      if (append(w + n * K + k, mask + n * K + k, cols, nz, place, values, places)) return 1;
-      for (int j = 0; j < nz; j++, at += LANES) v[at] = values[j], o[at] = places[j];
+      if (append_kept(w + n * K + k, mask + n * K + k, cols, nz, 0, 1, values, columns)) return 1;
+      for (int j = 0; j < nz; j++, at += LANES) v[at] = values[j], o[at] = columns[j];
     }
   }
   return 0;
@@ -625,6 +649,73 @@ int nm_prepack(int order, const float *w, const uint8_t *mask, long N, long taps
   if (order == HALO) return prepack_halo(w, mask, N, C, keep, group, W, v, o);
   if (order == FEW_ROWS) return prepack_few(w, mask, N, C, keep, group, v, o);
   return prepack_blocks(w, mask, N, taps * C, keep, group, order == LINEAR ? NB : N, v, o);
+}
+
+/* ---- masked training: a weight is prepacked and multiplied in one call, because the next step has another one ------------ */
+
+/* W^T of a masked w (N, K) in the order of LINEAR. In a block of KB columns a row of W^T keeps any number of weights: its
+ * count is rounded up to four with zeros, at a pruned column, as above, or behind the last one, where the tile is zero.
+ * counts: of the rows of a block in turn, K * ceil(N / KB). v, o: ROOM(N) for each row. */
+static void prepack_transposed(const float *w, long N, long K, float *v0, uint16_t *o0, uint8_t *counts0) {
+  int step = STRIDE * sizeof(float);
+#pragma omp parallel for schedule(static) if (N * K > 1 << 15)
+  for (long k0 = 0; k0 < K; k0 += NB) {
+    float *v = v0 + k0 * ROOM(N);
+    uint16_t *o = o0 + k0 * ROOM(N);
+    uint8_t *counts = counts0 + k0 * ((N + KB - 1) / KB);
+    for (long n0 = 0; n0 < N; n0 += KB)
+      for (long k = k0; k < least(K, k0 + NB); k += LANES) {
+        int have = least(K - k, LANES), cols = least(N - n0, KB);
+        lanes m = some((1u << have) - 1);
+        vec columns[LANES][KB / LANES];
+        uint64_t bits[LANES] = {0};
+        for (int n = 0; n < cols; n += LANES) {
+          vec x[LANES];
+          const float *from = w + (n0 + n) * K + k;
+          if (have == LANES && n + LANES <= cols) {
+            UNROLL for (int i = 0; i < LANES; i++) x[i] = load(from + i * K);
+          } else {
+            UNROLL for (int i = 0; i < LANES; i++) x[i] = n + i < cols ? load_some(from + i * K, m) : (vec){0};
+          }
+          transpose(x);
+          UNROLL for (int i = 0; i < LANES; i++) {
+            columns[i][n / LANES] = x[i];
+            bits[i] |= (uint64_t)bits_of(x[i] != 0.f) << n;
+          }
+        }
+        for (int i = 0; i < have; i++) {
+          const float *column = (const float *)columns[i];
+          int used = 0, pruned = ~bits[i] ? __builtin_ctzll(~bits[i]) : cols;
+          for (int n = 0; n < cols; n += 8)
+            used += append(column + n, KB - n, bits[i] >> n & 255, n * step, step, v + used, o + used);
+          for (int i = 0; i < 3; i++) v[used + i] = 0, o[used + i] = pruned * step;
+          used = (used + 3) / 4 * 4;
+          *counts++ = used, v += used, o += used;
+        }
+      }
+  }
+}
+
+/* y = x W^T + b of a masked w (N, K). Returns 2 where the mask is not of the pattern. */
+int nm_linear_masked(const linear_t *p, const float *w, const uint8_t *mask) {
+  long N = p->out.N, kept = N * p->K1 * p->keep / p->group;
+  float *v = scratch(WEIGHTS, kept + (kept + 1) / 2);
+  linear_t q = *p;
+  if (!v) return 1;
+  if (prepack_blocks(w, mask, N, p->K1, p->keep, p->group, NB, v, (uint16_t *)(v + kept))) return 2;
+  q.values = v, q.offsets = v + kept;
+  return nm_linear(&q);
+}
+
+/* dx = dy W of a masked w (N, K): dy is p->x, N is p->K1, and K p->out.N */
+int nm_linear_transposed(const linear_t *p, const float *w) {
+  long N = p->K1, K = p->out.N, room = K * ROOM(N) + 8, counts = K * ((N + KB - 1) / KB);
+  float *v = scratch(WEIGHTS, room + (room + 1) / 2 + (counts + 3) / 4);
+  linear_t q = *p;
+  if (!v) return 1;
+  q.values = v, q.offsets = v + room, q.counts = (uint8_t *)(v + room + (room + 1) / 2);
+  prepack_transposed(w, N, K, v, (uint16_t *)(v + room), (uint8_t *)q.counts);
+  return nm_linear(&q);
 }
 
 int nm_lanes(void) { return LANES; }

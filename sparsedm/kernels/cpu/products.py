@@ -17,8 +17,10 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu.library import library
-from sparsedm.kernels.pattern import group_view, memory_format
+from sparsedm.kernels.pattern import Pattern, group_view, memory_format
 
+KEEPS_MORE = "the mask keeps more than {0.keep} of {0.group} weights of a group"
+ANY = Pattern(1, 2)  # where C does not look at it
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 
@@ -39,7 +41,7 @@ class _Out(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *_fields("x skip values offsets", POINTER),
+        *_fields("x skip values offsets counts", POINTER),
         *_fields("ldx ld_skip M K1 K2", LONG),
         *_fields("keep group", INT),
         ("out", _Out),
@@ -59,6 +61,16 @@ class _Attention(ctypes.Structure):
     _fields_ = [*_fields("q k v y", POINTER), *_fields("B H L D stride_b stride_h stride_l", LONG)]
 
 
+class _Choice(ctypes.Structure):
+    _fields_ = [
+        *_fields("w masked mask", POINTER),
+        *_fields("outer inner", LONG),
+        *_fields("group keep", INT),
+        *_fields("checksum", LONG),
+        *_fields("nan", INT),
+    ]
+
+
 def _empty(*shape, dtype=torch.float32, **options):  # tests put guarded memory here
     return torch.empty(*shape, dtype=dtype, device="cpu", **options)
 
@@ -68,9 +80,11 @@ def _address(tensor):
 
 
 def _call(name, *arguments):
-    """Call a C function, which returns 1 if it gets no memory."""
-    if getattr(library(), name)(*arguments):
+    """Call a C function, which returns 1 if it gets no memory. Returns whether it returned 0."""
+    failed = getattr(library(), name)(*arguments)
+    if failed == 1:
         raise MemoryError(f"{name}: no memory for its tiles")
+    return not failed
 
 
 # ---- prepacking ------------------------------------------------------------------------------------------------------
@@ -95,7 +109,7 @@ def prepack(order, weight, mask, pattern, width=0):
     pointers = [POINTER(t.data_ptr()) for t in (weight, mask, values, offsets)]
     sizes = [LONG(N), LONG(taps), LONG(C), pattern.keep, pattern.group, LONG(width)]
     if library().nm_prepack(ORDERS.index(order), *pointers[:2], *sizes, *pointers[2:]):
-        raise InputError(f"the mask keeps more than {pattern.keep} of {pattern.group} weights of a group")
+        raise InputError(KEEPS_MORE.format(pattern))
     return values, offsets
 
 
@@ -117,11 +131,11 @@ def _rows(tensor):
     return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _out(y, N, bias, activation, residual):
-    out = _Out(_address(bias), None, _address(residual), y.data_ptr())
-    out.N = out.ldy = out.ld_residual = N
-    out.per, out.act = 1, ACTIVATIONS[activation]
-    return out
+def _out(y, N, bias, activation, residual, scale=None):
+    per = 1 if scale is None else y.numel() // scale.numel()
+    leading = N if residual is None or residual.dim() != 2 else residual.stride(0)
+    pointers = _address(bias), _address(scale), _address(residual), y.data_ptr()
+    return _Out(*pointers, leading, N, per, N, ACTIVATIONS[activation])
 
 
 def linear(
@@ -145,18 +159,12 @@ def linear(
 LINEAR = ("nm_linear", "nm_linear_few")
 
 
-def _linear_call(x, prepacked, pattern, y, bias, activation, residual, skip, scale):
-    (M, N), (values, offsets) = y.shape, prepacked
-    call = _Linear(x.data_ptr(), _address(skip), values.data_ptr(), offsets.data_ptr(), x.stride(0))
-    call.M, call.K1, call.keep, call.group = M, x.shape[1], pattern.keep, pattern.group
-    call.out = _out(y, N, bias, activation, residual)
-    if skip is not None:
-        call.ld_skip, call.K2 = skip.stride(0), skip.shape[1]
-    if residual is not None:
-        call.out.ld_residual = residual.stride(0)
-    if scale is not None:
-        call.out.scale, call.out.per = scale.data_ptr(), M * N // scale.numel()
-    return call
+def _linear_call(x, prepacked, pattern, y, bias=None, activation=None, residual=None, skip=None, scale=None):
+    values, offsets = (None, None) if prepacked is None else map(_address, prepacked)
+    ld_skip, K2 = (0, 0) if skip is None else (skip.stride(0), skip.shape[1])
+    sizes = x.stride(0), ld_skip, x.shape[0], x.shape[1], K2, pattern.keep, pattern.group
+    out = _out(y, y.shape[1], bias, activation, residual, scale)
+    return _Linear(x.data_ptr(), _address(skip), values, offsets, None, *sizes, out)
 
 
 def linear_again(x, prepacked, pattern, y, activation, residual, skip, scale, few):
@@ -188,6 +196,27 @@ def linear_again(x, prepacked, pattern, y, activation, residual, skip, scale, fe
 
     run.prepacked = prepacked  # whose addresses the template holds
     return run
+
+
+def masked_linear(x, masked, mask, pattern, bias=None):
+    """`linear` of a weight (N, K), masked, that is prepacked for this call; x (M, K) -> y (M, N).
+
+    Raises: InputError if the mask keeps more than the pattern.
+    """
+    x, y, masked, mask = _rows(x), _empty(x.shape[0], masked.shape[0]), masked.contiguous(), mask.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    call = _linear_call(x, None, pattern, y, bias)
+    if not _call("nm_linear_masked", ctypes.byref(call), POINTER(masked.data_ptr()), POINTER(mask.data_ptr())):
+        raise InputError(KEEPS_MORE.format(pattern))
+    return y
+
+
+def masked_gradient(dy, masked):
+    """dx (M, K) = dy (M, N) @ masked (N, K); of the weight only what is not zero is multiplied, wherever it is."""
+    dy, dx, masked = _rows(dy), _empty(dy.shape[0], masked.shape[1]), masked.contiguous()
+    call = _linear_call(dy, None, ANY, dx)
+    _call("nm_linear_transposed", ctypes.byref(call), POINTER(masked.data_ptr()))
+    return dx
 
 
 def output_size(size, kernel_size, stride, padding):
@@ -240,35 +269,44 @@ def select_mask(weight, pattern):
 
     The mask is that of `pattern.py`; both results have the weight's memory format.
     """
-    layout = memory_format(weight)
-    weight = weight.detach().contiguous(memory_format=layout)
-    masked = _empty(weight.shape, memory_format=layout)
-    mask = _empty(weight.shape, dtype=torch.bool, memory_format=layout)
-    inner = weight.shape[2:].numel() if weight.dim() == 4 and layout == torch.contiguous_format else 1
-    outer = weight.numel() // (pattern.group * inner)
-    sizes = LONG(outer), pattern.group, LONG(inner), pattern.keep
-    pointers = [POINTER(t.data_ptr()) for t in (weight, masked, mask)]
-    nan = library().nm_select(pointers[0], *sizes, *pointers[1:])
-    return masked, mask, bool(nan)
+    return select_masks([weight], [pattern], sum_up=False)[0][:3]
+
+
+def select_masks(weights, patterns, sum_up=True):
+    """A list of `select_mask`'s results, each with the weight's `checksum` behind (0 if not sum_up), in one call."""
+    calls, found = (_Choice * len(weights))(), []
+    for call, weight, pattern in zip(calls, weights, patterns):
+        layout = memory_format(weight)
+        weight = weight.detach().contiguous(memory_format=layout)
+        masked = _empty(weight.shape, memory_format=layout)
+        mask = _empty(weight.shape, dtype=torch.bool, memory_format=layout)
+        inner = weight.shape[2:].numel() if weight.dim() == 4 and layout == torch.contiguous_format else 1
+        call.w, call.masked, call.mask = weight.data_ptr(), masked.data_ptr(), mask.data_ptr()
+        call.outer, call.inner = weight.numel() // (pattern.group * inner), inner
+        call.group, call.keep = pattern.group, pattern.keep
+        found.append((weight, masked, mask))
+    library().nm_choose(calls, LONG(len(calls)), sum_up)
+    return [(masked, mask, bool(call.nan), call.checksum) for call, (_, masked, mask) in zip(calls, found)]
 
 
 def checksum(*tensors):
     """A number of 64 bits per tensor, of any dtype on the CPU: another one, in all likelihood, if any bit changes."""
     whole = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-    return [_checksum()(t.data_ptr(), t.nbytes) for t in whole]
-
-
-@functools.cache
-def _checksum():
-    function = library().nm_checksum
-    function.restype, function.argtypes = LONG, [POINTER, LONG]
-    return function
+    return [_function("nm_checksum", LONG, POINTER, LONG)(t.data_ptr(), t.nbytes) for t in whole]
 
 
 def decay(gradient, weight, mask, rate):
     """gradient + rate * (1 - mask) * weight, as torch rounds it. mask: bool. Three tensors of one shape and strides,
     without gaps."""
     out = _empty(gradient.shape, memory_format=memory_format(gradient))
-    pointers = [POINTER(t.data_ptr()) for t in (gradient, weight, mask)]
-    library().nm_decay(*pointers, ctypes.c_float(rate), LONG(out.numel()), POINTER(out.data_ptr()))
+    pointers = [t.data_ptr() for t in (gradient, weight, mask)]
+    run = _function("nm_decay", None, *[POINTER] * 3, ctypes.c_float, LONG, POINTER)
+    run(*pointers, rate, out.numel(), out.data_ptr())
     return out
+
+
+@functools.cache
+def _function(name, result, *arguments):
+    function = getattr(library(), name)
+    function.restype, function.argtypes = result, arguments
+    return function

@@ -13,7 +13,7 @@ from sparsedm.kernels.cpu import library
 from sparsedm.kernels.launch import forced_backend, watched
 from sparsedm.kernels.pattern import memory_format
 
-RULE_VERSION = 3
+RULE_VERSION = 4
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
 OVERHEAD = 1.5e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
@@ -52,17 +52,32 @@ def dense_cost(M, N, K, instructions):
     return 1.25 if 1 < M <= 32 else 1.04 if M * N * K >= 1.2e8 else 1.0
 
 
-def training_serves(x, weight, pattern):
-    """Whether the forward product of masked training, x (..., K) by weight (N, K), takes `products.linear`."""
-    M, (N, K) = x.shape[:-1].numel(), weight.shape
-    if not M or not serves(x, weight) or forced_backend() in ("torch", "dense"):
+def training_serves(x, weight, bias, pattern):
+    """Whether the forward product of masked training, x (..., K) by weight (N, K), takes `products.masked_linear`.
+
+    It does not if the shapes do not fit: torch then raises its own error.
+    """
+    (N, K), M = weight.shape, x.shape[:-1].numel()
+    if not M or not x.dim() or x.shape[-1] != K or (bias is not None and bias.shape != (N,)):
+        return False
+    if not serves(x, weight, bias) or forced_backend() in ("torch", "dense"):
         return False
     instructions = library.instruction_set()
     cost, order = linear_cost(M, N, K, pattern.keep, pattern.group, instructions)
     return order == "linear" and cost + PREPACKING[instructions] / M < 1
 
 
-def conv_training_serves(x, weight, pattern, stride, padding, dilation):
+def gradient_pays(M, N, K, pattern):
+    """Whether the gradient of x in masked training, dy (M, N) by weight (N, K), takes `products.masked_gradient`.
+
+    The transposed weight has rows of differing lengths, filled up to fours, and takes longer to prepack.
+    """
+    instructions = library.instruction_set()
+    cost = _tile(M, K, N, min(1.0, pattern.density + 1.5 / 64), instructions) + OVERHEAD / (M * N * K)
+    return cost + 1.25 * PREPACKING[instructions] / M < 1
+
+
+def conv_training_serves(x, weight, bias, pattern, stride, padding, dilation):
     """Whether the forward product of a masked convolution in training takes `products.conv2d`.
 
     x: (B, C, H, W). weight: (N, C, kh, kw). stride, dilation: pairs. padding: a pair or a word, as torch takes them.
@@ -71,7 +86,9 @@ def conv_training_serves(x, weight, pattern, stride, padding, dilation):
         return False
     (B, C, H, W), (N, channels, *kernel_size) = x.shape, weight.shape
     size = [(n + 2 * p - k) // stride[0] + 1 for n, p, k in zip((H, W), padding, kernel_size)]
-    if channels != C or B < 1 or min(size) < 1 or not serves(x, weight) or forced_backend() in ("torch", "dense"):
+    if channels != C or B < 1 or min(size) < 1 or (bias is not None and bias.shape != (N,)):
+        return False
+    if not serves(x, weight, bias) or forced_backend() in ("torch", "dense"):
         return False
     instructions, pixels, planes = library.instruction_set(), size[0] * size[1], torch.contiguous_format
     sizes = N, kernel_size[0] * kernel_size[1] * C, pattern.keep, pattern.group
@@ -166,7 +183,7 @@ def attention_serves(q):
 
 def serves(*tensors):
     """Whether the kernels can be called with these tensors: fp32 on a CPU, in eager code, and there is a library."""
-    return not torch.compiler.is_compiling() and _plain(*tensors) and library.library() is not None
+    return _plain(*tensors) and library.library() is not None
 
 
 def _plain(*tensors):

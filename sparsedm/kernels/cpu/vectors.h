@@ -56,7 +56,7 @@ INLINE void store(float *at, vec v) { *(loose *)at = v; }
 /* lanes: a set of lanes, made of bits. QUAD(at) repeats four floats, and SPREAD(quad, at, i) is a vector of at[i]: one
  * load for all four, because loads are the bottleneck. pick(x, index) is x[index], pick_quad(QUAD(at), index) is
  * at[index], index < 4, and gather_some(at, index) is at[index] of any index. store_bool(at, v) writes a byte of 0 or 1 for
- * each lane of 0 or -1. */
+ * each lane of 0 or -1; bits_of(v) is a bit for each of them. */
 #if defined(__AVX512F__) && !defined(GENERIC)
 typedef __mmask16 lanes;
 INLINE lanes some(uint32_t bits) { return (lanes)bits; }
@@ -71,6 +71,7 @@ INLINE ivec widen(const uint8_t *at) { return (ivec)_mm512_cvtepu8_epi32(_mm_loa
 INLINE void store_bool(uint8_t *at, ivec v) {
   _mm_storeu_si128((__m128i *)at, _mm_maskz_set1_epi8(_mm512_movepi32_mask((__m512i)v), 1));
 }
+INLINE uint32_t bits_of(ivec v) { return _mm512_movepi32_mask((__m512i)v); }
 INLINE vec max(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); } /* b where either is NaN */
 INLINE vec min(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
 #define QUAD(at) (vec) _mm512_broadcast_f32x4(_mm_loadu_ps(at))
@@ -89,8 +90,9 @@ INLINE vec gather_some(const float *at, ivec index, lanes m) {
 INLINE vec pick(vec x, ivec index) { return (vec)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index); }
 INLINE vec pick_quad(vec quad, ivec index) { return (vec)_mm256_permutevar_ps((__m256)quad, (__m256i)index); }
 INLINE ivec widen(const uint8_t *at) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)); }
+INLINE uint32_t bits_of(ivec v) { return _mm256_movemask_ps((__m256)v); }
 INLINE void store_bool(uint8_t *at, ivec v) {
-  uint64_t bits = _mm256_movemask_ps((__m256)v);
+  uint64_t bits = bits_of(v);
   bits = bits * 0x0101010101010101 & 0x8040201008040201; /* bit i in byte i */
   bits = (bits + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
   memcpy(at, &bits, 8);
@@ -128,6 +130,11 @@ INLINE ivec widen(const uint8_t *at) {
   ivec v;
   for (int i = 0; i < LANES; i++) v[i] = at[i];
   return v;
+}
+INLINE uint32_t bits_of(ivec v) {
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; i++) bits |= (v[i] & 1u) << i;
+  return bits;
 }
 INLINE void store_bool(uint8_t *at, ivec v) { *(bytes *)at = __builtin_convertvector(v, bytes) & 1; }
 INLINE vec max(vec a, vec b) {
@@ -173,16 +180,17 @@ INLINE vec exp2_of(vec t) {
   return (p * f + 1.f) * (vec)((e + 127) << 23);
 }
 
-/* Memory of this thread, kept until it needs more; NULL where there is none. Aligned to pages. */
-INLINE float *scratch(long floats) {
-  static _Thread_local float *at;
-  static _Thread_local long size;
-  if (size < floats) {
-    free(at);
-    at = aligned_alloc(4096, (floats * sizeof(float) + 4095) / 4096 * 4096);
-    size = at ? floats : 0;
+/* Memory of this thread for one use, kept until it needs more; NULL where there is none. Aligned to pages. */
+enum { TILES, WEIGHTS };
+INLINE float *scratch(int use, long floats) {
+  static _Thread_local float *at[2];
+  static _Thread_local long size[2];
+  if (size[use] < floats) {
+    free(at[use]);
+    at[use] = aligned_alloc(4096, (floats * sizeof(float) + 4095) / 4096 * 4096);
+    size[use] = at[use] ? floats : 0;
   }
-  return at;
+  return at[use];
 }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
