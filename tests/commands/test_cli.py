@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -101,7 +102,7 @@ BAD = {
         ["inspect", "--model", "uvit-tiny", "--set", "image_size=1000000000"],
         "model option image_size=1000000000: must be from -16777216 to 16777216",
     ),
-    "too deep": (["inspect", "--model", "uvit-tiny", "--set", "depth=257"], "depth=257: must be from -256 to 256"),
+    "too deep": (["inspect", "--model", "uvit-tiny", "--set", "depth=129"], "depth=129: must be from -128 to 128"),
     "a split below zero": (["train", "--data", "synthetic", "--split", "-1,2"], "split [-1.0, 2.0] must be"),
     "less than nothing": (["train", "--data", "synthetic", "--decay", "-inf"], "argument --decay: '-inf' is not a"),
     "begins with -": (["train", "--data", "synthetic", "--where", "-x"], "if it begins with -, write --where=VALUE"),
@@ -137,6 +138,25 @@ def test_output_reaches_a_pipe_at_once_and_in_any_encoding(monkeypatch, tmp_path
     assert run("inspect", "--model", "uvit-tiny", "--plot", tmp_path / "wei\udcffß.png") == 0
     assert b"wei\\udcff\\xdf.png\n" in pipe.getvalue()
     assert pipe.lines > 1, "one write at the end of the command would come too late for who is waiting"
+
+
+OPENED = """import sys
+from sparsedm import cli
+cli.open_streams()
+with open(sys.argv[1], "w") as file:
+    print("said")
+    print("said", file=sys.stderr)
+    file.write(str(file.fileno() > 2))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell of POSIX")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_lead_nowhere_and_into_no_file(closed, tmp_path):
+    words = [sys.executable, "-c", OPENED, str(tmp_path / "a")]
+    done = subprocess.run(f"{shlex.join(words)} {closed}", shell=True, capture_output=True)
+    assert (tmp_path / "a").read_text() == "True"
+    assert done.returncode == 0
 
 
 def test_a_reader_that_leaves_ends_the_command_without_a_word(monkeypatch, tmp_path, capsys):
