@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+# Triton 3.6's interpreter takes arrays of one element for numbers, which numpy 2.4 refuses
+BESIDE_3.6.0 := 'numpy<2.4'
 
 .PHONY: help test test-slow test-versions lint quickstart bench gpu clean
 help:
@@ -41,7 +43,7 @@ test-versions: export OMP_NUM_THREADS = 1
 test-versions: $(TRITONS:%=.venvs/triton-%/.tested)
 
 .venvs/triton-%/.installed: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$* $(BESIDE_$*)
 	touch $@
 
 .venvs/triton-%/.tested: .venvs/triton-%/.installed FORCE

@@ -57,6 +57,7 @@ exit codes:
 
 def main(arguments=None):
     """Run one command. Returns the exit code."""
+    open_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):  # line by line, also into a pipe; a path may hold any character
@@ -68,6 +69,17 @@ def main(arguments=None):
         options.run_command(options)
 
     return exit_code("sparsedm", run)
+
+
+def open_streams():
+    """Let streams that the caller has closed lead nowhere: else the next file that is opened would be one of them."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def exit_code(program, function):

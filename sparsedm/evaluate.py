@@ -8,7 +8,7 @@ Images are uint8 (n, C, h, w), or floating point in [-1, 1]; features are float6
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -74,32 +74,39 @@ def _squared_mmd(a, b):
     return within / (m * (m - 1)) - 2 * ab.mean()
 
 
-def precision_recall(generated, reference, *, neighbours=3):
+def precision_recall(generated, reference, *, neighbours=3, radii=None):
     """Improved precision and recall (arXiv 1904.06991, eq. 1-2).
 
     generated (n, d), reference (m, d): features, floating point. Returns (share of generated images inside the
     reference set, share of reference images inside the generated set). A point counts as inside a set if, for at least
     one member, it is no farther away than that member's k-th nearest neighbour, k = neighbours.
+    radii: `_radii` of the reference, if the caller has them.
     Raises: InputError if a set has no more than k images.
     """
     smaller = min(len(generated), len(reference))
     if smaller <= neighbours:
         raise InputError(f"neighbours is {neighbours}, it must be less than the {smaller} images")
-    return _share_inside(generated, reference, neighbours), _share_inside(reference, generated, neighbours)
+    radii = _radii(reference, neighbours) if radii is None else radii
+    precision = _share_inside(generated, reference, radii)
+    return precision, _share_inside(reference, generated, _radii(generated, neighbours))
 
 
-def _share_inside(points, members, k):
+def _radii(members, k):
+    """The squared distance of each member to its k-th nearest neighbour."""
     nearest = [_squared_distances(chunk, members).topk(k + 1, largest=False).values for chunk in members.split(1024)]
-    radii = torch.cat(nearest)[:, -1]  # the nearest of all is the member itself
+    return torch.cat(nearest)[:, -1]  # the nearest of all is the member itself
+
+
+def _share_inside(points, members, radii):
     inside = [(_squared_distances(chunk, members) <= radii).any(1) for chunk in points.split(1024)]
     return torch.cat(inside).double().mean().item()
 
 
 def _squared_distances(a, b):
     lengths = a.square().sum(1)[:, None] + b.square().sum(1)
-    squared = lengths - 2 * (a @ b.T)
+    squared = (a @ b.T).mul_(-2).add_(lengths)
     # what is left of two duplicates is rounding, which must not put one outside of the other
-    return squared.where(squared > 1e-12 * lengths, 0)
+    return squared.where(squared > lengths.mul_(1e-12), 0)
 
 
 def ssim(a, b):
@@ -154,6 +161,13 @@ class Summary:
     mean: torch.Tensor
     covariance: torch.Tensor
     kept: torch.Tensor
+    _radii: dict = field(default_factory=dict, repr=False)
+
+    def radii(self, neighbours, device):
+        """Of `kept`, for `precision_recall`: computed once, for all networks that are compared with this set."""
+        if neighbours not in self._radii:
+            self._radii[neighbours] = _radii(self.kept.to(device), neighbours)
+        return self._radii[neighbours].to(device)
 
 
 def summarize(images, features, name, *, cache=None, batch_size=250, progress=False):
@@ -228,7 +242,8 @@ def evaluate(images, reference, features, *, paired=None, neighbours=3, seed=0, 
         tensor.to(features.device) for side in (own, reference) for tensor in (side.mean, side.covariance, side.kept)
     )
     kernel_mean, kernel_std = kernel_distance(kept, theirs[2], seed=seed, progress=progress)
-    precision, recall = precision_recall(kept, theirs[2], neighbours=neighbours)
+    radii = reference.radii(neighbours, features.device)
+    precision, recall = precision_recall(kept, theirs[2], neighbours=neighbours, radii=radii)
     result = dict(
         features=features.name,
         dimension=len(mean),

@@ -68,7 +68,7 @@ class Features:
         return out
 
 
-def load_features(spec="random-conv", device="cpu", *, weights=None, progress=True):
+def load_features(spec="random-conv", device="cpu", *, weights=None):
     """The feature network named by `spec`.
 
     "random-conv"  the default, which needs no download: see RandomConv. Its Fréchet distance is not a FID.
@@ -85,7 +85,7 @@ def load_features(spec="random-conv", device="cpu", *, weights=None, progress=Tr
         return Features("random-conv-1", RandomConv().to(device), device)
     if spec == "inception":
         path = Path(weights or os.environ.get("SPARSEDM_INCEPTION") or cache_folder() / "inception-2015-12-05.pt")
-        download(INCEPTION_URL, path, INCEPTION_SHA256, progress)
+        download(INCEPTION_URL, path, INCEPTION_SHA256)
         network = _load_network(path, device)
         return Features("inception", lambda images: network(images, return_features=True), device)
     path = Path(spec)

@@ -241,7 +241,7 @@ def read_json_lines(file, **kinds):
 
 
 def checksum(tensor):
-    """The CRC-32 of a CPU tensor, as text for the header of a safetensors file, which has no checksum of its own."""
+    """The CRC-32 of a CPU tensor's bytes, dtype and shape, as text: safetensors files have no checksum of their own."""
     import torch  # late: see `download`
 
     form = f"{tensor.dtype} {tuple(tensor.shape)}".encode()

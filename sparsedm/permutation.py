@@ -153,12 +153,12 @@ def _links(model):
             maker = modules.get(maker_name)
             if found and isinstance(reader, nn.Linear) and isinstance(maker, nn.Linear):
                 of_their_own = all(uses[id(m._parameters.get("weight"))] == 1 for m in (maker, reader))
-                link = _link(modules, name, maker_name, maker, reader) if of_their_own else None
+                link = _link(modules, name, maker, reader) if of_their_own else None
                 if link:
                     yield name, link
 
 
-def _link(modules, name, maker_name, maker, reader):
+def _link(modules, name, maker, reader):
     """The _Link of a maker and a reader, or None if something unknown may stand between them."""
     attention = "attn.proj" in name or "to_out" in name
     parent = modules[re.sub(r"\.(fc2|net\.2|proj|to_out\.0)$", "", name)]

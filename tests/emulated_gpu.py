@@ -20,8 +20,18 @@ def start(capability=driver.H200, execute=True):
 def pytest_load_initial_conftests(early_config):
     """Before Triton is imported."""
     early_config.emulated = start()
+    early_config.emulated.unused = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = len(item.config.emulated.launches)
+    yield
+    if len(item.config.emulated.launches) == before:
+        item.config.emulated.unused.append(item.name)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    launches = config.emulated.launches
+    launches, unused = config.emulated.launches, config.emulated.unused
     terminalreporter.write_line(f"{len(launches)} launches of {', '.join(sorted(set(launches)))}")
+    terminalreporter.write_line(f"tests without a launch: {', '.join(unused) or 'none'}")

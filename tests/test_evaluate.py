@@ -290,7 +290,7 @@ def test_a_summary_keeps_a_random_part_of_the_features(monkeypatch):
     assert rows != sorted(rows)
 
 
-def test_evaluate_says_everything_it_depends_on():
+def test_evaluate_says_everything_it_depends_on(monkeypatch):
     features = load_features()
     reference = evaluate.summarize(images(40, 1), features, "fields, train")
     generated, paired = images(30, 2), images(30, 3)
@@ -317,7 +317,11 @@ def test_evaluate_says_everything_it_depends_on():
         ssim=evaluate.ssim(generated, paired).mean().item(),
         ssim_window=11,
     )
-    assert "ssim" not in evaluate.evaluate(generated, reference, features)
+    computed, radii = [], evaluate._radii
+    monkeypatch.setattr(evaluate, "_radii", lambda members, k: computed.append(len(members)) or radii(members, k))
+    again = evaluate.evaluate(generated, reference, features, seed=3)
+    assert again == {name: value for name, value in result.items() if "ssim" not in name}
+    assert computed == [30], "those of the reference are kept"
 
 
 @pytest.mark.parametrize(("count", "reference_count", "deficient"), [(4, 5, False), (3, 5, True), (4, 3, True)])

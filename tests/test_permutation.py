@@ -52,8 +52,9 @@ def test_the_network_computes_the_same_and_every_reader_keeps_more(name):
 def test_two_groups_are_shared_out_in_the_best_of_all_ways(pattern):
     pattern = Pattern.parse(pattern)
     weight = torch.randn(5, 2 * pattern.group)
-    orders = itertools.permutations(range(2 * pattern.group))
-    best = max(kept(weight[:, list(order)], pattern) for order in orders)
+    columns = range(2 * pattern.group)
+    halves = map(list, itertools.combinations(columns, pattern.group))  # the order within a group is of no effect
+    best = max(kept(weight[:, half + [c for c in columns if c not in half]], pattern) for half in halves)
     order = search(weight, pattern, 1, 1, torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(2 * pattern.group))
     assert kept(weight[:, order], pattern) == pytest.approx(best, rel=1e-6)

@@ -28,7 +28,7 @@ from sparsedm.models.uvit import PRESETS as UVIT_PRESETS
 from sparsedm.models.uvit import UViT, UViTConfig
 
 MODELS = {**UVIT_PRESETS, **DIT_PRESETS, **DDPM_PRESETS, **SLIMMABLE_PRESETS}
-MOST_LAYERS, MOST_NUMBER = 256, 2**24  # limits of a configuration, against networks that could never be built
+MOST_LAYERS, MOST_NUMBER = 128, 2**24  # limits of a configuration, against networks that could never be built
 _KINDS = {
     "uvit": (UViTConfig, UViT),
     "dit": (DiTConfig, DiT),

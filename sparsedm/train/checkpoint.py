@@ -127,6 +127,9 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     options = (field for kind in classes for field in dataclasses.fields(kind))
     defaults = {option.name: option.default for option in options if option.default is not dataclasses.MISSING}
     there = {name: defaults[last] for name in here if (last := name.rpartition(".")[2]) in defaults} | there
+    if there.get("run", "none") != here.get("run", "none"):
+        own = f"its number is {there.get('run', 'none')}, not {here.get('run', 'none')}"
+        raise InputError(f"{folder} is of another run: {own}")
     names = [n for n in dict.fromkeys([*there, *here]) if there.get(n, "not set") != here.get(n, "not set")]
     different = [f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here" for name in names]
     grown = [name for name in may_grow or () if type(there.get(name)) in (int, float) and there[name] < here[name]]
@@ -227,7 +230,7 @@ def load(path, model, ema):
 
 def _state(path):
     state = read_json(Path(path) / "state.json")
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not state:
         raise InputError(f"{Path(path) / 'state.json'} is damaged: it must hold names and values")
     return state
 

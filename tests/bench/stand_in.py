@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from sparsedm.files import cache_folder
+from sparsedm.kernels.cpu import library
 from tests import emulated_gpu
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +104,18 @@ def plant(planted):
     dispatch.launch, providers.configured = not_executed, computed
 
 
+def own_cache(folder):
+    """A cache folder below `folder`, in which only the compiled C kernels are those of this machine: they take seconds.
+
+    Returns its path.
+    """
+    cache = folder / "cache"
+    cache.mkdir()
+    if library.library() is not None:
+        (cache / "cpu").symlink_to(cache_folder() / "cpu")
+    return cache
+
+
 def environment(folder, planted=None):
     """The environment variables of processes that take this machine so; see `start`."""
     site = folder / "site"
@@ -109,5 +123,5 @@ def environment(folder, planted=None):
     code = "import sys\nif any(a.startswith('bench.') for a in sys.orig_argv):\n"
     code += f"    from tests.bench import stand_in\n    stand_in.start({planted!r})\n"
     (site / "sitecustomize.py").write_text(code)
-    places = {"PYTHONPATH": f"{site}:{ROOT}", "SPARSEDM_CACHE": str(folder / "cache")}
+    places = {"PYTHONPATH": f"{site}:{ROOT}", "SPARSEDM_CACHE": str(own_cache(folder))}
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | places

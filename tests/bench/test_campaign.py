@@ -17,7 +17,9 @@ from bench.campaign import LOG_LIMIT, first_suites, publish, run_campaign, searc
 from bench.results import read, write
 from bench.suite import CUT, Suite
 from sparsedm.errors import InputError
+from sparsedm.files import cache_folder
 from sparsedm.kernels.tuning import read_table
+from tests.bench.stand_in import own_cache
 from tests.bench.test_plot import made_up
 
 
@@ -26,11 +28,11 @@ def script(code, *arguments):
 
 
 @pytest.fixture(autouse=True)
-def _quickly(monkeypatch, tmp_path):
+def _quickly(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(campaign, "RESERVE", 0)
     monkeypatch.setattr("bench.suite.GRACE", 1)
     monkeypatch.setattr(plot, "DPI", 20)
-    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPARSEDM_CACHE", str(own_cache(tmp_path_factory.mktemp("home"))))
 
 
 def states(index):
@@ -115,13 +117,17 @@ def test_a_folder_of_another_device_is_refused(tmp_path):
         run_campaign([Suite("a", script(""))], tmp_path, 60)
 
 
-def test_the_folder_is_small_and_holds_results_plots_and_tuned_tables(tmp_path):
+def test_every_suite_leaves_results_targets_and_plots_before_the_next_one_ends_in_a_small_folder(tmp_path):
     rows = str(tmp_path / "rows.csv")
     write(rows, made_up())
-    (tmp_path / "cache/tuned").mkdir(parents=True)
-    (tmp_path / "cache/tuned/some-gpu.json").write_text('{"operation": {}}')
+    (cache_folder() / "tuned").mkdir()
+    (cache_folder() / "tuned/some-gpu.json").write_text('{"operation": {}}')
+    waits = "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1])\n"
+    waits += "while not all((folder / name).exists() for name in sys.argv[2:]): time.sleep(0.05)"
+    names = ("index.json", "results.csv", "targets.md", "plots.zip")
     suites = [
         Suite("measures", script("import shutil, sys; shutil.copy(*sys.argv[1:])", rows, "{csv}")),
+        Suite("waits for them", script(waits, "{folder}", *names)),
         Suite("talks", script(f"print('x' * 200 + '\\n', end='') or [print(i) for i in range({LOG_LIMIT})]")),
     ]
     out = tmp_path / "out"
@@ -138,19 +144,6 @@ def test_the_folder_is_small_and_holds_results_plots_and_tuned_tables(tmp_path):
 def test_without_a_measurement_there_are_no_plots(tmp_path):
     run_campaign([Suite("measures nothing", script(""))], tmp_path, seconds=60)
     assert {p.name for p in tmp_path.iterdir()} == {"index.json", "log.txt"}
-
-
-def test_every_suite_leaves_results_targets_and_plots_before_the_next_one_ends(tmp_path):
-    rows, out = str(tmp_path / "rows.csv"), tmp_path / "out"
-    write(rows, made_up())
-    waits = "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1])\n"
-    waits += "while not all((folder / name).exists() for name in sys.argv[2:]): time.sleep(0.05)"
-    names = ("index.json", "results.csv", "targets.md", "plots.zip")
-    suites = [
-        Suite("measures", script("import shutil, sys; shutil.copy(*sys.argv[1:])", rows, "{csv}")),
-        Suite("waits for them", script(waits, "{folder}", *names)),
-    ]
-    assert set(states(run_campaign(suites, out, 120)).values()) == {"ran"}
 
 
 def test_a_real_suite_measures_into_the_folder(tmp_path):

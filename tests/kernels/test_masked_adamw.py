@@ -20,7 +20,7 @@ from sparsedm.kernels.masked_adamw import Rates, Work, launch, masked_adamw_ref,
 from sparsedm.kernels.pattern import Pattern, group_view, pack_bits, select_mask_ref, ungroup
 from tests.tolerance import assert_as_good_as_torch
 
-LINEAR, CONV = [(40, 64), (3, 32), (70, 96)], [(3, 8, 3, 3), (5, 16, 1, 1), (4, 48), (2, 32, 2, 2)]
+LINEAR, CONV = [(20, 64), (3, 32), (14, 96)], [(3, 8, 3, 3), (5, 16, 1, 1), (4, 48), (2, 32, 2, 2)]
 RATES = [
     Rates(1e-2, (0.9, 0.999), 1e-8, 0.03, 0.1, 1),
     Rates(1e-3, (0.3, 0.99), 1e-6, 0.0, 0.2, 7),

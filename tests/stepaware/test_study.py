@@ -46,10 +46,18 @@ def chain(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(study_module, "SHOWN", 2)
     monkeypatch.setattr(study_module, "load_images", lambda *a, limit=None: LOAD(*a, limit=min(limit or 40, 40)))
 
 
 LOAD = study_module.load_images
+
+
+@pytest.fixture
+def numbers_alone(monkeypatch):
+    """Studies without report and pictures, which take most of their time."""
+    for name in ("write_report", "_save_samples"):
+        monkeypatch.setattr(study_module, name, lambda *arguments: None)
 
 
 def plan(run, folder, **changes):
@@ -114,7 +122,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_distances_are_those_of_the_samples(chain, tmp_path, one_thread):
+def test_distances_are_those_of_the_samples(chain, tmp_path, one_thread, numbers_alone):
     report = study(plan(chain, tmp_path))
     family = family_of(chain)
     features = load_features()
@@ -127,7 +135,7 @@ def test_distances_are_those_of_the_samples(chain, tmp_path, one_thread):
         assert evaluate.frechet_distance(mine.mean, mine.covariance, real.mean, real.covariance) == value
 
 
-def test_the_report_measures_what_it_says(chain, tmp_path):
+def test_the_report_measures_what_it_says(chain, tmp_path, numbers_alone):
     report = study(plan(chain, tmp_path, quality="proxy"))
     logarithms = np.log(np.array(report["losses"]))
     for row in report["rows"]:
@@ -182,13 +190,12 @@ def test_measured_seconds_are_kept(chain, tmp_path):
     assert "by the clock" in (tmp_path / "report.md").read_text()
 
 
-def test_guidance_costs_every_network_twice(chain, tmp_path, monkeypatch):
+def test_guidance_costs_every_network_twice(chain, tmp_path, monkeypatch, numbers_alone):
     asked = []
     monkeypatch.setattr(study_module, "_distance_to", lambda images, plan: lambda drawn: float(len(asked)))
     monkeypatch.setattr(
         study_module, "sample", lambda *a, **s: asked.append(s["guidance"]) or torch.zeros(a[2], 3, 12, 12)
     )
-    monkeypatch.setattr(study_module, "write_report", lambda folder, report: None)
     guided, family = study(plan(chain, tmp_path, guidance=0.5)), family_of(chain)
     assert guided["dearest"] == 2 * family.cost("ddim", (0, 0, 0))
     assert {*asked} == {0.5}
@@ -252,6 +259,6 @@ def test_networks_run_in_the_precision_of_their_training(chain, monkeypatch):
         assert seen == [(False, dtype)] * 3
 
 
-def test_workers_change_no_bit_of_what_is_measured(chain, tmp_path):
+def test_workers_change_no_bit_of_what_is_measured(chain, tmp_path, numbers_alone):
     rows = [study(plan(chain, tmp_path / str(workers), workers=workers))["rows"] for workers in (1, 3)]
     assert rows[0] == rows[1]

@@ -277,7 +277,7 @@ def test_a_stage_or_checkpoint_of_another_run_is_refused(tmp_path):
         shutil.move(tmp_path / "own", tmp_path / "ours/01-b" / saved)
     shutil.copytree(tmp_path / "theirs", tmp_path / "copy")
     shutil.copytree(tmp_path / "ours/00-a", tmp_path / "copy/00-a", dirs_exist_ok=True)
-    with pytest.raises(InputError, match="00-a has other options, choose another folder: run is"):
+    with pytest.raises(InputError, match="00-a is of another run: its number is"):
         run(tmp_path / "copy", stages, tiny(1))
     (tmp_path / "ours/options.json").unlink()
     run(tmp_path / "ours", stages, tiny(1))  # the stages know the number

@@ -488,11 +488,13 @@ def test_other_things_beside_the_checkpoints_are_none(tmp_path):
     assert checkpoint.latest(tmp_path) == path
 
 
-def test_a_state_that_is_no_state_is_refused(tmp_path):
+@pytest.mark.parametrize("text", ["[]", "{}", "null"])
+def test_a_state_that_is_no_state_is_refused(tmp_path, text):
     path = saved(tmp_path)
-    (path / "state.json").write_text("[]")
-    with pytest.raises(InputError, match=r"state.json is damaged"):
-        checkpoint.load_optimizer(path, tiny(), adam(tiny()))
+    (path / "state.json").write_text(text)
+    for load in (checkpoint.load_optimizer, checkpoint.load):
+        with pytest.raises(InputError, match=r"state.json is damaged"):
+            load(path, sparsify(tiny(), "2:4"), sparsify(tiny(), "2:4"))
 
 
 def test_what_an_older_folder_does_not_know_had_its_default(tmp_path):

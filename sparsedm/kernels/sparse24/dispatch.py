@@ -108,7 +108,8 @@ class Measured(NamedTuple):
         for choice, microseconds in self.times.items():
             times[choice.backend] = min(microseconds, times.get(choice.backend, microseconds))
         text = ", ".join(f"{name} {microseconds:.1f} us" for name, microseconds in times.items())
-        failed = "".join(f"; {choice.backend} is passed over: {why}" for choice, why in self.failed.items())
+        reasons = dict.fromkeys((choice.backend, why) for choice, why in self.failed.items())  # many fail alike
+        failed = "".join(f"; {name} is passed over: {why}" for name, why in reasons)
         return f"measured: {text or 'see the tuned table of the GPU'}{failed}"
 
 

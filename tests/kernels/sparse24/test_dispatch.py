@@ -279,7 +279,7 @@ def test_kernels_that_do_not_compile_are_told_and_tried_again_by_the_next_proces
     broken.timer, cache = lambda run: 5.0, {}
     assert gpu(broken, cache) == Choice("dense")
     assert "RuntimeError: no such instruction" in caplog.text
-    assert "wgmma is passed over: RuntimeError: no such instruction" in str(dispatch.last_measured(cache))
+    assert str(dispatch.last_measured(cache)).count("wgmma is passed over: RuntimeError: no such instruction") == 1
     assert not list((tmp_path / "tuned").glob("*.json")), "dense is not remembered as the quickest"
     dispatch._tuner.cache_clear()
     assert gpu(Work(wgmma=1.0), {}) == WGMMA

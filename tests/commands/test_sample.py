@@ -1,0 +1,212 @@
+"""`sparsedm sample` and `sparsedm evaluate` on the smallest possible run."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsedm import errors
+from sparsedm.commands import evaluate, sample
+from sparsedm.model_files import save_model
+from sparsedm.models import build_model
+from sparsedm.stepaware.family import Strategy, family_of
+from sparsedm.train import data
+from tests.commands.command import TINY, run
+
+
+@pytest.mark.parametrize("extra", [[], ["--compress"], ["--sampler", "ddim", "--label", "1"]], ids=str)
+def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
+    out = tmp_path / "samples.png"
+    assert run("sample", trained, "--count", 4, "--sampling-steps", 2, "--out", out, *extra) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    said = capsys.readouterr().out
+    assert str(out) in said
+    assert bool(re.search(r"[\d.]+ images/s; the same network dense about [\d.]+", said)) == ("--compress" in extra)
+
+
+@pytest.mark.parametrize("bad", [("--count", -1), ("--count", 0), ("--batch-size", 0)], ids=str)
+def test_no_images_are_no_job(trained, bad, capsys):
+    assert run("sample", trained, *bad) == 2
+    assert "is not a whole number from 1" in capsys.readouterr().err
+
+
+def test_a_cuda_graph_off_a_gpu_is_refused(trained, tmp_path, capsys):
+    out = tmp_path / "samples.png"
+    assert run("sample", trained, "--count", 4, "--cuda-graph", "--device", "cpu", "--out", out) == 2
+    assert "a CUDA graph needs a CUDA device, and the network is on cpu" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_compressed_samples_are_those_of_the_masked_model(trained, tmp_path):
+    for name, extra in (("masked", []), ("compressed", ["--compress"])):
+        assert (
+            run("sample", trained, "--count", 4, "--sampling-steps", 2, "--out", tmp_path / f"{name}.png", *extra) == 0
+        )
+    assert (tmp_path / "masked.png").read_bytes() == (tmp_path / "compressed.png").read_bytes()
+
+
+def test_evaluate_writes_numbers(trained, tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    code = run(
+        *("evaluate", trained, "--data", "synthetic", "--count", 16, "--sampling-steps", 2),
+        *("--split", "test", "--dense", trained / "00-dense", "--out", out),
+    )
+    assert code == 0
+    numbers = json.loads(out.read_text())
+    assert numbers["frechet_distance"] > 0
+    assert -1 <= numbers["ssim"] <= 1
+    assert numbers["features"] in capsys.readouterr().out
+
+
+def test_samples_are_compared_with_the_dense_network_of_a_chain_not_with_themselves(trained, tmp_path):
+    out, found = tmp_path / "numbers.json", []
+    for dense in (trained, trained / "00-dense"):
+        command = ("evaluate", trained, "--data", "synthetic", "--split", "test", "--count", 16, "--out", out)
+        assert run(*command, "--sampling-steps", 2, "--dense", dense) == 0
+        found.append(json.loads(out.read_text())["ssim"])
+    assert found[0] == found[1] < 1
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_where_nothing_can_be_written_nothing_is_drawn(command, trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for module in (sample, evaluate):
+        monkeypatch.setattr(module, "draw", lambda *_: pytest.fail("drawn"))
+    data = ["--data", "synthetic"] if command == "evaluate" else []
+    assert run(command, trained, *data, "--out", tmp_path / "file" / "drawn.png") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_classes_stand_below_one_another(trained, tmp_path):
+    out = tmp_path / "drawn.png"
+    assert run("sample", trained, "--count", 24, "--sampling-steps", 1, "--out", out) == 0
+    tile = 64 + 2
+    assert Image.open(out).size == (12 * tile, 2 * tile)
+
+
+def test_labels_must_be_the_models_own(trained, tmp_path, capsys):
+    assert run("sample", trained, "--label", 6) == 2
+    assert "the classes 0 to 5" in capsys.readouterr().err
+    save_model(tmp_path / "plain.safetensors", build_model("uvit-tiny", image_size=8))
+    assert run("sample", tmp_path / "plain.safetensors", "--label", 1) == 2
+    assert "this one is unconditional" in capsys.readouterr().err
+
+
+def test_a_foreign_file_is_read_as_the_named_model(tmp_path, capsys):
+    file = tmp_path / "official.pth"
+    torch.save(build_model("uvit-tiny", image_size=8, dim=32, depth=2, heads=2).state_dict(), file)
+    named = ["--model", "uvit-tiny", *TINY[:-2]]
+    out = tmp_path / "drawn.png"
+    assert run("sample", file, *named, "--count", 2, "--sampling-steps", 2, "--out", out) == 0
+    assert out.exists()
+    assert run("sample", file, "--model", "uvit-tiny") == 2
+    error = capsys.readouterr().err
+    assert "missing" in error
+    assert "of another shape" in error or "for" in error
+
+
+def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsys):
+    family = family_of(trained)
+    names, file, out = family.names, tmp_path / "s.json", tmp_path / "drawn.npz"
+    draw = ["sample", trained, "--count", 3, "--out", out]
+    for index, stage in ((0, "00-dense"), (2, "02-2of4")):  # one network at every step is that network's own sampling
+        Strategy(family.name, names, "ddim", (index,) * 3, "", family.fingerprints).save(file)
+        assert run(*draw, "--strategy", file) == 0
+        mine = np.load(out)["images"]
+        assert run(*draw[:1], trained / stage, *draw[2:], "--sampler", "ddim", "--sampling-steps", 3) == 0
+        assert np.array_equal(np.load(out)["images"], mine)
+    mixed = Strategy(family.name, names, "heun", (2, 0, 1), "", family.fingerprints)
+    mixed.save(file)
+    assert run(*draw, "--strategy", file, "--compress") == 0
+    share = mixed_share(family, mixed)
+    assert f"{share:.0%} of the MACs of dense, compressed, heun in 3 steps" in capsys.readouterr().out
+    few = ("--data", "synthetic", "--split", "test", "--count", 16)
+    assert run("evaluate", trained, *few, "--strategy", file) == 0
+    written = json.loads((trained / "evaluation.json").read_text())
+    assert written["sampler"] == "heun"
+    assert written["strategy"] == str(file)
+    assert written["macs_per_image"] == family.cost("heun", (2, 0, 1))
+    assert written["share_of_macs"] == share
+    for extra, message in [
+        (["--sampler", "ddim"], "the strategy is for sampler heun, not ddim"),
+        (["--sampling-steps", 4], "the strategy is for steps 3, not 4"),
+        (["--which", "model"], "--strategy needs a run folder"),
+    ]:
+        assert run(*draw, "--strategy", file, *extra) == 2
+        assert message in capsys.readouterr().err
+    replace(mixed, fingerprints=("another",) * len(names)).save(tmp_path / "other.json")
+    assert run(*draw, "--strategy", tmp_path / "other.json") == 2
+    assert "the weights of dense" in capsys.readouterr().err
+    assert run(*draw, "--strategy", tmp_path / "other.json", "--other-weights") == 0
+    assert run(*draw, "--other-weights") == 2
+    assert "--other-weights goes with --strategy" in capsys.readouterr().err
+    assert run(*draw, "--strategy", tmp_path / "none.json") == 2
+    assert "none.json is missing or unreadable" in capsys.readouterr().err
+    assert run("sample", trained, "--sampling-steps", 0) == 2
+
+
+def mixed_share(family, strategy):
+    return family.cost(strategy.sampler, strategy.indices) / family.cost(strategy.sampler, (0,) * strategy.steps)
+
+
+def test_the_network_computes_in_the_dtype_that_is_asked_for(trained, tmp_path):
+    drawn = {}
+    for dtype in ("fp32", "auto", "bf16"):
+        out = tmp_path / f"{dtype}.npz"
+        assert run("sample", trained, "--count", 32, "--sampling-steps", 1, "--dtype", dtype, "--out", out) == 0
+        drawn[dtype] = np.load(out)["images"].astype(int)
+    assert np.array_equal(drawn["fp32"], drawn["auto"])
+    assert 0 < abs(drawn["bf16"] - drawn["fp32"]).mean() < 10
+
+
+def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
+    file, out = tmp_path / "dit.safetensors", tmp_path / "latents.npz"
+    config = {"kind": "dit", "image_size": 8, "dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
+    save_model(file, build_model(config))
+    assert run("sample", file, "--count", 3, "--sampling-steps", 2) == 2
+    assert (
+        "latents of 4 channels, not a picture: decode them with --vae DIR, or write the numbers"
+        in capsys.readouterr().err
+    )
+    assert run("sample", file, "--count", 3, "--sampling-steps", 2, "--guidance", 0.5, "--out", out) == 0
+    latents = data.load(out, "train")
+    assert latents.is_latent
+    assert latents.images.shape[1:] == (4, 8, 8)
+
+
+def test_a_picture_needs_a_picture_name(trained, tmp_path, capsys):
+    assert run("sample", trained, "--out", tmp_path / "x.foo") == 2
+    assert "must end in .png" in capsys.readouterr().err
+
+
+def test_a_drawn_batch_larger_than_the_machine_is_refused_before_it_is_drawn(trained, tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(sample, "live_per_image", lambda network: measured.append(network) or 1 << 20)
+    monkeypatch.setattr(errors, "_memory", lambda: 1 << 30)
+    options = [trained, "--sampling-steps", 1, "--out", tmp_path / "a.png", "--batch-size", 10_000, "--count"]
+    for command, takes in (
+        (["sample", *options, 10_000], 10),
+        (["sample", *options, 10_000, "--dtype", "bf16"], 5),
+        (["evaluate", *options, 10_000, "--data", "synthetic"], 10),
+    ):
+        assert run(*command) == 2
+        assert f"not enough memory: --batch-size 10000 takes {takes} GiB" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    measured.clear()
+    assert run("sample", *options, 9) == 0
+    assert not measured, "nine images surely fit: no seconds are spent on that"
+
+
+def test_a_scale_of_latents_needs_an_autoencoder(trained, capsys):
+    assert run("sample", trained, "--latent-scale", 2) == 2
+    assert "--latent-scale goes with --vae" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_behind_an_equals_sign(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("sample", trained, "--count", 1, "--sampling-steps", 1, "--out=~/a.png") == 0
+    assert (tmp_path / "a.png").exists()
