@@ -285,7 +285,7 @@ def onednn_products():
 
 
 def torchs_product():
-    """Masked training whose forward products are torch's: what choice and decay in C give alone."""
+    """Masked training whose products are torch's: what choice and decay in C give alone."""
     never = mock.Mock(return_value=False)
     return mock.patch.multiple(rules, training_serves=never, conv_training_serves=never)
 

@@ -12,8 +12,8 @@ On a GPU (sm_80 and later; bf16, fp16, fp32) each of the three products has thes
     masked   a kernel of masked_matmul_kernels.py on the masked weight, with bias and activation in its epilogue
     bits     the same on the dense weight and the packed mask; no masked copy is needed
 If `library` is best for all three products, and on other devices, plain torch computes.
-In fp32 on a CPU the forward product of masked training takes the C kernel of `cpu/` if a rule says that it is faster
-(`training_product`).
+In fp32 on a CPU the forward product of masked training and dx take the C kernels of `cpu/` if a rule says that they are
+faster (`training_product`). dx needs no pattern along N: its kernel takes any number of weights per row.
 """
 
 import functools

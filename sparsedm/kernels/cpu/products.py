@@ -1,11 +1,13 @@
 """N:M sparse products in fp32 on a CPU, attention and masks: launches of the C library. Nothing here has a gradient.
 
     y = act([x | skip] W^T + b) s + r        x (M, K), W (N, K) N:M along K, y (M, N)
+    dx = dy W                                dy (M, N), dx (M, K), W (N, K) with any zeros
     y = act(conv2d(x, W) + b) + r            x (B, C, H, W), NCHW or NHWC, without im2col
     y = softmax(q k^T / sqrt(D)) v           q, k, v (B, H, L, D), y (B, L, H D)
 
 A weight is prepacked once into (values, offsets) in the order in which the loops read them. There are four orders:
-`prepack_linear`, `prepack_few` (a few rows of x), `prepack_conv` and `prepack_halo` (3 x 3, for one width of x).
+"linear", "few" (a few rows of x), "conv" and "halo" (3 x 3, for one width of x). Masked training has a new weight in
+every step: `masked_linear` and `masked_gradient` prepack and multiply in one call.
 
 All tensors are fp32 on the CPU. Every function needs `library()`. `rules.py` says where they are worth calling.
 """
