@@ -279,8 +279,10 @@ class Masked:
         """
         asks, calls = sys._getframe(1), sys._getframe(2)
         if self.pattern is not None and asks.f_code.co_name == "get_base_layer":
-            tuner, init = type(asks.f_locals["self"]).__module__.split("."), calls.f_code.co_name
-            if tuner[0] == "peft" and (PAST_MASKS & set(tuner) or init in INITS_PAST_MASKS):
+            tuner, init = asks.f_locals["self"], calls.f_code.co_name
+            method = type(tuner).__module__.split(".")
+            past = PAST_MASKS & set(method) or init in INITS_PAST_MASKS or getattr(tuner, "miss_fn", None) == "bat"
+            if method[0] == "peft" and past:
                 self.dequantize()
         raise AttributeError(f"{type(self).__name__} has no attribute base_layer")
 

@@ -8,10 +8,11 @@ from torch import nn
 from sparsedm import inspection, layers
 from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError
-from sparsedm.inspection import inspect, time_layers, time_report
+from sparsedm.inspection import inspect, live_per_image, time_layers, time_report
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import Choice, Measured
+from sparsedm.models import build_model
 from sparsedm.sparsity import compress, sparsify
 
 
@@ -87,6 +88,13 @@ def test_a_batch_is_a_number_of_images(batch):
 def test_the_picture_is_written(tmp_path):
     inspect(sparsify(Model(), "2:4")).plot(tmp_path / "layers.png")
     assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_forward_needs_the_input_and_output_of_its_widest_layer():
+    network = build_model("uvit-tiny", image_size=8, patch_size=2, dim=16, depth=2, heads=2)
+    tokens, dim = 1 + 4 * 4, 16
+    for model in (network, compress(sparsify(network, "2:4"))):
+        assert live_per_image(model) == 4 * tokens * (dim + 4 * dim), "fp32 before and in the feed-forward"
 
 
 def test_the_picture_of_a_deep_network_shows_its_first_layers(tmp_path, monkeypatch):

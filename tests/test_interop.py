@@ -235,6 +235,7 @@ def test_lora_is_trained_on_a_masked_model_then_merged_and_compressed():
 READ_PAST_MASKS = {  # each multiplies by, or starts from, the weight of a layer that it does not call
     "HRA": lambda peft: peft.HRAConfig(r=4, target_modules=["0"]),
     "SHiRA": lambda peft: peft.ShiraConfig(r=4, target_modules=["0"]),
+    "MiSS": lambda peft: peft.MissConfig(r=4, target_modules=["0"], init_weights="bat"),
     "DoRA": lambda peft: peft.LoraConfig(r=4, target_modules=["0"], use_dora=True),
     "PiSSA": lambda peft: peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa"),
     "OLoRA": lambda peft: peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="olora"),
@@ -246,9 +247,13 @@ def test_what_reads_weights_past_their_masks_is_refused(method):
     peft = pytest.importorskip("peft")
     config = READ_PAST_MASKS[method](peft)
     with pytest.raises(InputError, match="reads a layer's weight past its mask: use plain LoRA instead"):
-        peft.get_peft_model(sparsify(nn.Sequential(nn.Linear(32, 32)), "2:4"), config)
+        peft.get_peft_model(sparsify(nn.Sequential(nn.Linear(32, 32)), "2:4"), config)(torch.zeros(1, 32))
     dense = peft.get_peft_model(sparsify(nn.Sequential(nn.Linear(32, 32)), None), config)
-    if "LoRA" in method or method == "PiSSA":  # what they have started from is the weight of the layer now
+    if method in (
+        "OLoRA",
+        "PiSSA",
+        "MiSS",
+    ):  # of the first two, what they have started from is the weight of the layer now
         return
     with pytest.raises(InputError, match="reads its weight without calling it"):
         sparsify(dense, "2:4", "0.base_layer$")

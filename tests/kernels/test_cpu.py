@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import errno
 import functools
 import hashlib
 import math
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -850,6 +852,29 @@ def test_a_compiler_that_fails_is_killed_or_writes_nonsense(compiler, caplog, tm
     assert reason in library.unavailable_because()
     assert len(caplog.records) == 1
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+
+
+def test_a_compiler_that_hangs_ends_with_what_it_has_started(compiler, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "TIMEOUT", 1)
+    compiler(f"sleep 30 & echo $! > {tmp_path / 'child'}; sleep 30")
+    start = time.monotonic()
+    assert library.library() is None
+    assert time.monotonic() - start < 20
+    assert "did not end within 1 seconds" in library.unavailable_because()
+    assert len(caplog.records) == 1
+    child = int((tmp_path / "child").read_text())
+    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split(")")[1]
+
+
+def test_without_a_place_to_compile_in_there_is_a_reason(compiler, caplog, monkeypatch):
+    def full(*arguments, **options):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    compiler("exit 1")
+    monkeypatch.setattr(library.tempfile, "TemporaryDirectory", full)
+    assert library.library() is None
+    assert "no place to compile in" in library.unavailable_because()
+    assert len(caplog.records) == 1
 
 
 def test_the_library_is_compiled_once_and_then_read_from_the_cache(compiler, built):

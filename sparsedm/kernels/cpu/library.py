@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,18 +105,26 @@ def _load(flags):
             return ctypes.CDLL(str(kept))
         except OSError:  # of another system: compiled anew
             pass
-    with tempfile.TemporaryDirectory() as folder:
-        built = _compile(flags, compiler, Path(folder))
-        try:
-            with atomic_file(kept) as partial:
-                shutil.copyfile(built, partial)
-            built = kept
-        except InputError as error:
-            log.warning("the compiled CPU kernels are not kept for the next process: %s", error)
-        try:
-            return ctypes.CDLL(str(built))  # a loaded file may be removed
-        except OSError as error:
-            raise _Unavailable(f"the compiled library cannot be loaded: {error}") from None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return _compiled_anew(flags, compiler, Path(folder), kept)
+    except OSError as error:  # no folder, or no space in it
+        raise _Unavailable(f"there is no place to compile in: {error}") from None
+
+
+def _compiled_anew(flags, compiler, folder, kept):
+    """The library of these flags, made in `folder` and kept at the path `kept` if possible."""
+    built = _compile(flags, compiler, folder)
+    try:
+        with atomic_file(kept) as partial:
+            shutil.copyfile(built, partial)
+        built = kept
+    except InputError as error:
+        log.warning("the compiled CPU kernels are not kept for the next process: %s", error)
+    try:
+        return ctypes.CDLL(str(built))  # a loaded file may be removed
+    except OSError as error:
+        raise _Unavailable(f"the compiled library cannot be loaded: {error}") from None
 
 
 def _name(flags, compiler):
@@ -152,23 +161,25 @@ def _compile(flags, compiler, folder):
 def _call_all(commands):
     """Run the commands side by side. Raises _Unavailable if one fails."""
     processes, failure = [], None
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         for command in commands:
-            processes.append(
-                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            )
+            processes.append(subprocess.Popen(command, **pipes, start_new_session=True))
         for process in processes:
             output = process.communicate(timeout=TIMEOUT)[0].decode(errors="replace").strip().splitlines()
             if process.returncode and not failure:
                 told = next((line for line in output if "error" in line), output[0] if output else "it said nothing")
                 failure = f"`cc` ended with {process.returncode}: {told.strip()}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        failure = f"`cc` did not end within {TIMEOUT} seconds"
+    except OSError as error:
         failure = f"`cc` did not run: {error}"
     finally:
         for process in processes:
             if process.poll() is None:
-                process.kill()
-                process.communicate()
+                os.killpg(process.pid, signal.SIGKILL)  # what `cc` has started holds the pipe open
+                process.wait()
+            process.stdout.close()
     if failure:
         raise _Unavailable(failure)
 
