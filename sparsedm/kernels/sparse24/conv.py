@@ -1,8 +1,9 @@
-"""y = act(conv2d(x, W) + b) + r with a 2:4 compressed W: reference, dispatch and the operator `sparse24_conv2d`.
+"""y = act(conv2d(x, W) + b) + r with a compressed W, 2:4 or any N:M: reference and operator `sparse24_conv2d`.
 
-W (N, C, kh, kw) is kept as rows (N, kh kw C), groups of four along C: values (N, kh kw C / 2) and metadata
-(N, kh kw C / 16) of `format.pack(group_view(W).reshape(N, -1))`. Images are (B, C, H, W) as in torch; the
-kernels read and write them in channels_last. They have no gradients: where one is asked for, the reference runs.
+W (N, C, kh, kw) is kept as rows (N, kh kw C), groups along C: values and metadata of
+`format.pack(group_view(W).reshape(N, -1))`, for 2:4 (N, kh kw C / 2) and (N, kh kw C / 16). Images are
+(B, C, H, W) as in torch; the kernels read and write them in channels_last. They have no gradients: where one is asked
+for, the reference runs.
 
 A 1 x 1 kernel is `sparse24_linear` over the pixels. For the others `dispatch.py` chooses the back end. "dense" and
 "torch" are computed here, for any geometry, by torch's conv2d with the decompressed weight: "dense" stores it, "torch"
@@ -66,7 +67,7 @@ def sparse24_conv2d(
     dilation=1,
     **options,
 ):
-    """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual. values and metadata hold the 2:4 weight W.
+    """y (B, N, H', W') = act(conv2d(x, W) + bias) + residual. values and metadata hold the weight W.
 
     x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair; padding also "same" or "valid".
     bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: like y. options: cache, backend and

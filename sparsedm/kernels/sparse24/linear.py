@@ -1,8 +1,8 @@
-"""y = act([x | skip] @ W^T + b) * s + r with a 2:4 compressed W: reference, dispatch, operator.
+"""y = act([x | skip] @ W^T + b) * s + r with a compressed W, 2:4 or any N:M: reference, dispatch, operator.
 
-Shapes: x (..., K), W (N, K) as values (N, 8c) and metadata (N, c) int16 of `format.py`, y (..., N). M below is
-the number of rows of x. `[x | skip]` is the concatenation along K in U-ViT's `skip_linear`; the kernels read the two
-tensors in turn and never concatenate them. The kernels have no gradients: where one is asked for, the reference runs.
+Shapes: x (..., K), W (N, K) as values and metadata of `format.py`, for 2:4 (N, 8c) and int16 (N, c), y (..., N). M
+below is the number of rows of x. `[x | skip]` is the concatenation along K in U-ViT's `skip_linear`; the kernels read
+the two tensors in turn and never concatenate them. They have no gradients: where one is asked for, the reference runs.
 
 `dispatch.py` chooses the back end. "dense" and "torch" are computed here, on any device and in any dtype, by torch's
 product with the decompressed weight: "dense" stores it, "torch" decompresses at every call.
@@ -67,10 +67,11 @@ def sparse24_linear(
     backend=None,
     pattern="2:4",
 ):
-    """y = act([x | skip] @ W^T + bias) * scale + residual. values and metadata hold the 2:4 weight W.
+    """y = act([x | skip] @ W^T + bias) * scale + residual. values and metadata hold the weight W.
 
-    x: (..., K) bf16 or fp16 for the kernels, any floating dtype for torch. skip: (..., K2) with the leading dimensions
-    of x, or None; then W is (N, K + K2). bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu".
+    x: (..., K) bf16 or fp16 for the kernels of a GPU, fp32 for those of a CPU, any floating dtype for torch. skip:
+    (..., K2) with the leading dimensions of x, or None; then W is (N, K + K2). bias: (N,). activation: None, "gelu"
+    (erf), "gelu_tanh" or "silu".
     scale: (N,), or (G, N) whose row g scales rows g M/G .. (g+1) M/G of y: the gate of each image in an adaLN block.
     residual: (..., N) like y. out_dtype: dtype of y; default: of x; fp32 keeps a kernel's accumulator.
     cache: a dict that the caller stores with the weight (start with {}). It holds the prepacked weight, until the

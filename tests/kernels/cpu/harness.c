@@ -1,9 +1,9 @@
 /* The CPU kernels against loops in double, on random problems, without Python: for sanitizers, and for processors that
- * are emulated. Every array has exactly its size. Usage: cpu_harness COUNT SEED; prints the worst errors; 1: too large. */
+ * are emulated. Every array has exactly its size. Usage: harness COUNT SEED; prints the worst errors; 1: too large. */
 #include <stdio.h>
-#include "../../sparsedm/kernels/cpu/product.c"
-#include "../../sparsedm/kernels/cpu/attention.c"
-#include "../../sparsedm/kernels/cpu/mask.c"
+#include "../../../sparsedm/kernels/cpu/product.c"
+#include "../../../sparsedm/kernels/cpu/attention.c"
+#include "../../../sparsedm/kernels/cpu/mask.c"
 
 static uint64_t state;
 static uint32_t bits32(void) {

@@ -1,0 +1,244 @@
+"""The C kernels as a back end, and the same call once more."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsedm.errors import InputError
+from sparsedm.kernels.attention import self_attention
+from sparsedm.kernels.cpu import library, products, rules
+from sparsedm.kernels.pattern import Pattern, group_view
+from sparsedm.kernels.sparse24 import dispatch
+from sparsedm.kernels.sparse24.conv import sparse24_conv2d
+from sparsedm.kernels.sparse24.format import pack
+from sparsedm.kernels.sparse24.linear import sparse24_linear
+from sparsedm.layers import Linear
+from sparsedm.sparsity import compress
+from tests.kernels.cpu.problems import close, compressed, mask_of, needs_library
+
+# ---- as a back end ---------------------------------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.parametrize("text", ["2:4", "1:4", "1:2", "3:8", "1:32"])
+@pytest.mark.parametrize("rows", [2, 300])
+def test_the_dispatcher_takes_the_kernel_for_every_pattern(text, rows):
+    pattern, cache, x = Pattern.parse(text), {}, torch.randn(2, rows // 2, 96)
+    weight, values, metadata = compressed(pattern)
+    skip, bias, residual, scale = x[..., 64:], torch.randn(128), torch.randn(2, rows // 2, 128), torch.randn(2, 128)
+    options = {"skip": skip, "scale": scale, "cache": cache, "pattern": text, "backend": "cpu"}
+    y = sparse24_linear(x[..., :64], values, metadata, bias, "gelu", residual, **options)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double())) * scale[:, None] + residual
+    close(y, exact, text, rows)
+    assert [name.split()[0] for name in cache if name != "choices"] == ["cpu"]
+
+
+@needs_library
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_dispatcher_takes_the_kernel_for_a_convolution(size, layout):
+    pattern, cache, x = Pattern(1, 4), {}, torch.randn(3, 32, size, size).contiguous(memory_format=layout)
+    weight, bias = torch.randn(64, 32, 3, 3), torch.randn(64)
+    weight = weight * mask_of(weight, pattern)
+    values, metadata = pack(group_view(weight).reshape(64, -1), pattern)
+    options = {"padding": 1, "cache": cache, "pattern": "1:4", "backend": "cpu"}
+    y = sparse24_conv2d(x, values, metadata, 3, bias, "silu", **options)
+    close(y, F.silu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)), size)
+    halo = size % products.lanes() == 0
+    assert [name.split()[:2] for name in cache if name != "choices"] == [["cpu", "halo" if halo else "conv"]]
+
+
+@pytest.mark.parametrize("why", ["forced", "double", "no library"])
+def test_where_the_kernel_cannot_run_torch_computes_the_same(why, monkeypatch):
+    if why == "forced":
+        monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    if why == "no library":
+        monkeypatch.setattr(library, "_loaded", lambda: (None, "no C compiler"))
+    pattern, cache, dtype = Pattern(1, 4), {}, torch.float64 if why == "double" else torch.float32
+    weight, values, metadata = compressed(pattern)
+    x = torch.randn(300, 96, dtype=dtype)
+    y = sparse24_linear(x, values.to(dtype), metadata, cache=cache, pattern="1:4")
+    torch.testing.assert_close(y, F.linear(x, weight.to(dtype)))
+    assert "dense" in cache
+
+
+@needs_library
+def test_a_compiled_and_an_exported_model():
+    x = torch.randn(300, 96)
+    weight, values, metadata = compressed(Pattern(2, 4))
+
+    class Product(torch.nn.Module):
+        def forward(self, x):
+            return sparse24_linear(x, values, metadata)
+
+    graphs = []
+    compiled = torch.compile(Product(), backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.linear(x, weight))
+    assert " cpu," not in str(graphs[0].graph)  # a graph serves every batch, and the kernels win for some
+    program = torch.export.export(Product(), (x,))
+    assert " cpu," not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), F.linear(x, weight))
+
+
+def test_attention_of_a_model_in_inference_and_in_training(monkeypatch):
+    monkeypatch.setattr(rules, "ATTENTION_TOKENS", dict.fromkeys(rules.ATTENTION_TOKENS, 1000))
+    qkv, called = torch.randn(2, 100, 3 * 4 * 32, requires_grad=True), []
+    real = products.attention
+    monkeypatch.setattr(products, "attention", lambda *tensors: called.append(1) or real(*tensors))
+    trained = self_attention(qkv, 4)
+    trained.sum().backward()
+    assert not called
+    with torch.no_grad():
+        y = self_attention(qkv, 4)
+    assert bool(called) == (library.library() is not None)
+    torch.testing.assert_close(y, trained.detach())
+    turned = qkv.detach().mT.contiguous().mT  # as a product leaves it that computes y^T
+    torch.testing.assert_close(self_attention(turned, 4), y)
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+    called.clear()
+    self_attention(qkv.detach(), 4)
+    assert not called
+
+
+# ---- the same call once more -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The requests that reach the dispatcher."""
+    requests, real = [], dispatch.serve
+    monkeypatch.setattr(dispatch, "serve", lambda request, *rest: requests.append(request) or real(request, *rest))
+    return requests
+
+
+def small_layer(text="1:4", N=128, K=96, activation=None):
+    return compress(torch.nn.Sequential(Linear(K, N, pattern=text, activation=activation)))[0]
+
+
+def check_layer(layer, x, exact=None, **options):
+    y = layer(x, **options)
+    exact = F.linear(x, layer.dense_weight(), layer.bias) if exact is None else exact
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["1:4", "7:8"])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_repeated_call_is_not_decided_again_and_sees_every_change(text, rows, asked):
+    layer, x = small_layer(text), torch.randn(rows, 96)
+    for count in (1, 1):
+        check_layer(layer, x)
+        assert len(asked) == count
+    other = small_layer(text)
+    layer.bias.add_(1)
+    check_layer(layer, x)
+    layer.bias.data = other.bias.clone()
+    check_layer(layer, x)
+    assert len(asked) == 1, "the bias is read at every call"
+    layer.values.mul_(2)
+    check_layer(layer, x)
+    layer.load_state_dict(other.state_dict())
+    check_layer(layer, x)
+    layer.values.data = layer.values * 3
+    check_layer(layer, x)
+    layer.values = layer.values / 5
+    check_layer(layer, x)
+    check_layer(layer, torch.randn(rows + 1, 96))
+    check_layer(layer, torch.randn(1, rows, 96))
+    check_layer(copy.deepcopy(layer), x)
+    assert len(asked) == 8
+    with torch.inference_mode():
+        check_layer(small_layer(text), x.clone())
+    layer.bias = torch.zeros(5)
+    with pytest.raises(InputError, match="bias"):
+        layer(x)
+    for wrong in (torch.randn(rows, 97), torch.randn(rows, 96).double()):
+        with pytest.raises(InputError):
+            layer(wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["1:4", "7:8"])
+def test_a_repeated_call_with_every_epilogue(text, asked):
+    layer, x, skip = small_layer(text, activation="gelu"), torch.randn(4, 75, 64), torch.randn(4, 75, 32)
+    for scale in (None, torch.randn(128), torch.randn(4, 128)):
+        for residual in (None, torch.randn(4, 75, 128)):
+            y = F.gelu(F.linear(torch.cat((x, skip), -1), layer.dense_weight(), layer.bias))
+            y = y if scale is None else y * (scale if scale.dim() == 1 else scale[:, None])
+            y = y if residual is None else y + residual
+            for _ in range(2):
+                check_layer(layer, x, y, residual=residual, skip=skip, scale=scale)
+    assert len(asked) == 6
+
+
+ODD = {
+    "rows apart": lambda x: torch.randn(300, 200)[:, :96].copy_(x),
+    "columns apart": lambda x: x.t().contiguous().t(),
+    "repeated by stride 0": lambda x: x[:1].expand(300, 96),
+    "negated lazily": torch._neg_view,
+    "a view from the middle": lambda x: torch.cat((x[:1, :1].flatten(), x.flatten()))[1:].view(300, 96),
+    "a parameter": torch.nn.Parameter,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("odd", ODD)
+def test_inputs_of_every_kind_after_a_plain_one(odd):
+    layer, x = small_layer("1:4"), torch.randn(300, 96)
+    layer(x)
+    check_layer(layer, ODD[odd](x))
+
+
+def test_calls_that_torch_watches_do_not_reach_the_kernel(monkeypatch):
+    layer, x = small_layer("1:4"), torch.randn(300, 96)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(products, "_Linear", None)  # any launch fails
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        monkeypatch.setenv("SPARSEDM_BACKEND", "rubbish")
+        with pytest.raises(InputError, match="rubbish"):
+            layer(x)
+    monkeypatch.undo()
+    with torch.no_grad():
+        mapped = torch.func.vmap(layer)(x.expand(3, 300, 96))
+        torch.testing.assert_close(mapped, expected.expand(3, 300, 128))
+        called = torch.func.functional_call(layer, {"values": layer.values * 2, "bias": layer.bias * 2}, (x,))
+        torch.testing.assert_close(called, 2 * expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x), expected)
+    with torch.device("meta"):
+        assert layer.to("meta")(torch.empty(300, 96)).is_meta
+
+
+@torch.no_grad()
+def test_another_default_dtype_and_many_threads(monkeypatch):
+    layers, inputs = [small_layer(text) for text in ("1:4", "7:8")], [torch.randn(60, 96) for _ in range(10)]
+    expected = [[layer(x) for x in inputs] for layer in layers]
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        check_layer(layers[0], inputs[0], expected[0][0])
+        masked = Linear(96, 128, pattern="1:4", dtype=torch.float32)
+        y = masked(inputs[0].repeat(10, 1))
+        torch.testing.assert_close(y, F.linear(inputs[0].repeat(10, 1), masked.effective_weight(), masked.bias))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wrong = []
+
+    def work(i):
+        for _ in range(50):
+            for layer, exact in zip(layers, expected):
+                if not torch.equal(layer(inputs[i]), exact[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,247 @@
+"""Masked training by the C kernels, and the dense layers of a compressed model."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsedm.kernels.cpu import library, products, rules
+from sparsedm.kernels.masked_matmul import GradientRule
+from sparsedm.kernels.pattern import Pattern
+from sparsedm.kernels.sparse24.linear import sparse24_linear
+from sparsedm.layers import Conv2d, Linear
+from sparsedm.sparsity import compress, decompress, sparsify
+from tests.kernels.cpu.problems import compressed, needs_library
+
+
+def trained(monkeypatch, layer, x, backend, steps=1):
+    """The layer after steps of SGD with decay, and the gradient of x in the last."""
+    layer, x = copy.deepcopy(layer), x.detach().clone().requires_grad_()
+    layer.rule = GradientRule(decay=2e-4)
+    layer.hook_decay()
+    with monkeypatch.context() as forced:
+        if backend:
+            forced.setenv("SPARSEDM_BACKEND", backend)
+        for _ in range(steps):
+            layer.zero_grad()
+            gx, *_ = torch.autograd.grad(layer(x).square().mean(), x, retain_graph=True)
+            layer(x).square().mean().backward()
+            for parameter in layer.parameters():
+                parameter.data -= 0.3 * parameter.grad
+    return layer, gx
+
+
+def never_in_training(monkeypatch):
+    for name in ("training_serves", "conv_training_serves"):
+        monkeypatch.setattr(rules, name, lambda *arguments: False)
+
+
+LAYERS = {  # name: (layer of a pattern, its input, the product that serves it, its memory format)
+    "linear": (lambda **p: Linear(64, 96, **p), (4, 100, 64), "masked_linear", None),
+    "conv": (lambda **p: Conv2d(64, 96, 3, padding=1, **p), (8, 64, 8, 16), "conv2d", torch.contiguous_format),
+    "channels_last": (lambda **p: Conv2d(64, 96, 3, padding=1, **p), (8, 64, 9, 15), "conv2d", torch.channels_last),
+    "stride 2": (lambda **p: Conv2d(64, 96, 3, 2, bias=False, **p), (3, 64, 33, 33), "conv2d", torch.channels_last),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("text", ["2:4", "1:4", "3:8"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_masked_training_by_the_kernel_is_that_of_torch(name, text, monkeypatch):
+    build, shape, product, layout = LAYERS[name]
+    x, layer, served = torch.randn(shape), build(pattern=text), []
+    if layout:
+        layer, x = layer.to(memory_format=layout), x.contiguous(memory_format=layout)
+    real = getattr(products, product)
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    monkeypatch.setattr(products, product, lambda *a, **options: served.append(1) or real(*a, **options))
+    gradients, gradient = [], products.masked_gradient
+    monkeypatch.setattr(products, "masked_gradient", lambda *a: gradients.append(1) or gradient(*a))
+    ours, gx = trained(monkeypatch, layer, x, None)
+    assert len(served) == 2
+    assert len(gradients) == (2 if name == "linear" else 0)
+    torchs, gx_of_torch = trained(monkeypatch, layer, x, "torch")
+    assert len(served) == 2
+    torch.testing.assert_close(gx, gx_of_torch, rtol=1e-5, atol=1e-8)
+    assert gx.stride() == gx_of_torch.stride()
+    for mine, other in zip(ours.parameters(), torchs.parameters()):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+    y = layer(x)
+    assert len(served) == 3
+    baked = (
+        F.conv2d(x, layer.effective_weight(), layer.bias, layer.stride, layer.padding)
+        if layout
+        else F.linear(x, layer.effective_weight(), layer.bias)
+    )
+    assert y.stride() == baked.stride()
+    assert torch.equal(layer.eval()(x), baked), "a masked network in eval mode computes the bits of the baked one"
+    assert len(served) == 3
+
+
+OTHER_CONVOLUTIONS = {
+    "groups": {"groups": 2},
+    "same": {"padding": "same"},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "dilation": {"dilation": 2},
+    "two strides": {"stride": (1, 2)},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("how", [*OTHER_CONVOLUTIONS, "one image", "autocast", "double", "compiled"])
+def test_a_convolution_that_the_kernel_does_not_serve_trains_by_torch(how, monkeypatch):
+    monkeypatch.setattr(products, "conv2d", lambda *a, **options: pytest.fail("the kernel was called"))
+    layer = Conv2d(64, 96, 3, **OTHER_CONVOLUTIONS.get(how, {}), pattern="2:4")
+    plain = nn.Conv2d(64, 96, 3, **OTHER_CONVOLUTIONS.get(how, {}))
+    plain.load_state_dict({"weight": layer.effective_weight(), "bias": layer.bias})
+    x = torch.randn(3, 64, 16, 16)
+    if how == "double":
+        layer, plain, x = layer.double(), plain.double(), x.double()
+    x = x[0] if how == "one image" else x
+    call = torch.compile(layer, backend="eager", fullgraph=True) if how == "compiled" else layer
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y, expected = call(x), plain(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert layer.weight.grad is not None
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [None, torch.contiguous_format, torch.channels_last])
+def test_masks_and_decay_are_those_of_torch_bit_for_bit(layout, monkeypatch):
+    never_in_training(monkeypatch)
+    layer, x = Linear(32, 40, pattern="2:4"), torch.randn(300, 32)
+    if layout:
+        layer, x = Conv2d(32, 40, 3, pattern="2:4").to(memory_format=layout), torch.randn(2, 32, 9, 9)
+    decays, real = [], products.decay
+    monkeypatch.setattr(products, "decay", lambda *arguments: decays.append(1) or real(*arguments))
+    ours, _ = trained(monkeypatch, layer, x, None, steps=20)
+    torchs, _ = trained(monkeypatch, layer, x, "torch", steps=20)
+    assert len(decays) == 20
+    assert torch.equal(ours.weight, torchs.weight)
+    assert not torch.equal(ours.current_mask(), layer.current_mask()), "no mask changed: the test shows nothing"
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(name, monkeypatch):
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    build, shape, product, _ = LAYERS[name]
+    layer, x, found, served = build(pattern="2:4"), torch.randn(shape, requires_grad=True), [], []
+    real = getattr(products, product)
+    monkeypatch.setattr(products, product, lambda *a, **options: served.append(1) or real(*a, **options))
+    for serves in (True, False):
+        if not serves:
+            never_in_training(monkeypatch)
+        (gx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(gx.square().sum(), layer.weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+    assert len(served) == 1
+    monkeypatch.undo()
+    layer.mask = torch.ones_like(layer.weight, dtype=torch.bool)
+    dense = F.linear if name == "linear" else functools.partial(F.conv2d, padding=1)
+    torch.testing.assert_close(layer(x), dense(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("wrong", ["narrow", "wide", "no axis", "bias of double", "longer bias", "conv's bias"])
+def test_shapes_and_dtypes_that_torch_refuses_never_reach_the_kernel(wrong):
+    layer, x = Linear(64, 96, pattern="2:4"), torch.randn(4000, {"narrow": 32, "wide": 128}.get(wrong, 64))
+    if wrong == "conv's bias":
+        layer, x = Conv2d(64, 96, 3, pattern="2:4"), torch.randn(8, 64, 16, 16)
+    if "bias" in wrong:
+        layer.bias = nn.Parameter(torch.zeros(96).double() if "double" in wrong else torch.zeros(97))
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(x[0, 0] if wrong == "no axis" else x)
+
+
+@needs_library
+def test_a_weight_of_any_strides_trains_under_a_mask_that_is_frozen_or_not(monkeypatch):
+    layer, x = Linear(64, 96, pattern="2:4"), torch.randn(300, 128)[:, ::2]
+    other = copy.deepcopy(layer)
+    other.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    other.bias = nn.Parameter(torch.stack((layer.bias.detach(), torch.zeros(96)), 1)[:, 0])
+    for frozen in (False, True):
+        outcomes = []
+        for one in (layer, other):
+            one.freeze_mask(frozen)
+            leaf = x.detach().requires_grad_()
+            y = one(leaf)
+            outcomes.append((y, *torch.autograd.grad(y, (leaf, one.weight), torch.ones(1, 1).expand(300, 96))))
+        for mine, others in zip(*outcomes):
+            assert torch.equal(mine, others)
+
+
+def test_the_rule_of_training_counts_the_prepacking():
+    weight, pattern = torch.empty(512, 512), Pattern(2, 4)
+    served = [rows for rows in range(1, 3000) if rules.training_serves(torch.empty(rows, 512), weight, None, pattern)]
+    assert bool(served) == (library.library() is not None)
+    if served:
+        assert min(served) > 50
+        assert 2048 in served
+    assert not rules.training_serves(torch.empty(2048, 512).double(), weight.double(), None, pattern)
+
+
+def test_the_rule_of_training_counts_the_prepacking_of_a_convolution_and_its_memory_format():
+    def serves(batch, size, layout=torch.contiguous_format, kernel=3, text="2:4", stride=1):
+        x = torch.empty(batch, 256, size, size).contiguous(memory_format=layout)
+        weight = torch.empty(256, 256, kernel, kernel).contiguous(memory_format=layout)
+        rest = (stride, stride), (kernel // 2, kernel // 2), (1, 1)
+        return rules.conv_training_serves(x, weight, None, Pattern.parse(text), *rest)
+
+    assert serves(8, 16) == serves(32, 8) == (library.library() is not None)
+    assert not serves(1, 4)  # one image of 4 x 4 pixels: prepacking costs more than the product
+    assert not serves(8, 16, text="7:8")
+    if library.library() is not None:
+        assert serves(64, 16, torch.channels_last, text="3:4", stride=2)
+        assert not serves(64, 16, text="3:4", stride=2)
+
+
+class Mixed(torch.nn.Sequential):
+    sparse_layers = r"^0$"
+
+
+def test_dense_layers_of_a_compressed_model_take_the_best_product_and_see_every_change(monkeypatch):
+    monkeypatch.setattr(rules, "_mkl_is_slow", lambda: True)
+    called, real = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: called.append(1) or real(*a))
+    model, x = sparsify(Mixed(Linear(64, 256), Linear(256, 100, activation="gelu")), "2:4"), torch.randn(2, 400, 64)
+    with torch.no_grad():
+        expected, small = model(x), compress(model)
+        assert not called
+        torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
+        assert len(called) == 1 + (library.library() is None)
+        assert set(small.state_dict()) - {"0.values", "0.metadata"} == {"0.bias", "1.weight", "1.bias"}
+        small[1].weight.data.mul_(-1)
+        small[1].weight.data[:50] = small[1].weight.data[:50].flip(0).clone()  # the sums of rows and columns stay
+        hidden = small[0](x)
+        torch.testing.assert_close(small(x), F.gelu(F.linear(hidden, small[1].weight, small[1].bias)))
+        small.load_state_dict({**small.state_dict(), "1.weight": torch.zeros(100, 256)})
+        torch.testing.assert_close(small(x), F.gelu(small[1].bias).expand(2, 400, 100))
+    called.clear()
+    back = decompress(small)
+    back(x).sum().backward()
+    assert not called
+    assert not back[1].beside_compressed
+
+
+@needs_library
+def test_a_pattern_that_stays_dense_takes_the_best_dense_product(monkeypatch):
+    called, real = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: called.append(1) or real(*a))
+    weight, values, bits = compressed(Pattern(7, 8))
+    x = torch.randn(300, 96)
+    for slow in (False, True):
+        monkeypatch.setattr(rules, "_mkl_is_slow", lambda slow=slow: slow)
+        torch.testing.assert_close(
+            sparse24_linear(x, values, bits, pattern="7:8", backend="dense"), F.linear(x, weight)
+        )
+        assert bool(called) == slow
+
+
+def test_without_onednn_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(library, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not rules._mkl_is_slow.__wrapped__()
