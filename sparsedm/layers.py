@@ -277,9 +277,9 @@ class Masked:
 
         Raises InputError if the layer is masked and the method multiplies by the weight itself, or starts from it.
         """
-        asks, calls = sys._getframe(1), sys._getframe(2)
-        if self.pattern is not None and asks.f_code.co_name == "get_base_layer":
-            tuner, init = asks.f_locals["self"], calls.f_code.co_name
+        asks = sys._getframe().f_back  # None if C asks
+        if self.pattern is not None and asks and asks.f_back and asks.f_code.co_name == "get_base_layer":
+            tuner, init = asks.f_locals["self"], asks.f_back.f_code.co_name
             method = type(tuner).__module__.split(".")
             past = PAST_MASKS & set(method) or init in INITS_PAST_MASKS or getattr(tuner, "miss_fn", None) == "bat"
             if method[0] == "peft" and past:

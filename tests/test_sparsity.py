@@ -1,7 +1,10 @@
 """Which layers `sparsify` takes, and when their masks are selected."""
 
+import _thread
+import collections
 import copy
 import io
+import queue
 
 import pytest
 import torch
@@ -412,6 +415,13 @@ def test_dora_on_a_masked_layer_is_refused_and_plain_lora_is_not():
     plain = sparsify(Net(), "2:4").eval()
     expected = plain(x)
     assert torch.equal(peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["fc"]))(x), expected)
+
+
+def test_code_without_a_frame_may_ask_a_layer_for_its_base_layer():
+    """The methods of peft that are refused are known by their frames; here is none."""
+    layer, answer = sparsify(nn.Linear(8, 8), "2:4"), queue.SimpleQueue()
+    _thread.start_new_thread(collections.deque, (map(answer.put, map(hasattr, [layer], ["base_layer"])),))
+    assert answer.get(timeout=10) is False
 
 
 def test_fusing_masked_projections_is_refused():
