@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -159,7 +160,7 @@ def inspect(
         example_inputs = model.example_inputs()
     if arch not in (None, *ARCHS):
         raise InputError(f"unknown arch {arch!r}: one of {', '.join(ARCHS)}")
-    if not isinstance(batch, int) or batch < 1:
+    if not isinstance(batch, Integral) or batch < 1:
         raise InputError(f"batch {batch!r}: must be a whole number, at least 1")
     try:
         calls, attention = _count(model, example_inputs, on_meta=True)

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -149,7 +150,7 @@ def evaluations(sampler, steps):
 
     sampler: a name in SAMPLERS. Raises InputError below 1 step.
     """
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, Integral) or steps < 1:
         raise InputError(f"steps is {steps!r}, it must be a whole number, at least 1")
     return [SAMPLERS[sampler].evaluations] * (steps - 1) + [1]
 
@@ -171,7 +172,7 @@ def time_grid(schedule, steps, spacing):
     (σ/α)^(1/7) (EDM, eq. 5). Raises InputError below 1 step, for more steps than a discrete schedule has times, and for
     an unknown spacing.
     """
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, Integral) or steps < 1:
         raise InputError(f"steps is {steps!r}, it must be a whole number, at least 1")
     ends = torch.tensor([schedule.last, schedule.first], dtype=torch.float64)
     if spacing == "time":

@@ -344,6 +344,11 @@ def test_progress_counts_every_step_of_every_batch(monkeypatch):
 # ---- refusals
 
 
+def test_the_number_of_steps_may_be_one_of_numpy():
+    assert samplers.evaluations("ddim", np.int64(2)) == samplers.evaluations("ddim", 2)
+    assert samplers.time_grid(VPSDE(), np.int64(2), "time").equal(samplers.time_grid(VPSDE(), 2, "time"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
