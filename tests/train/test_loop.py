@@ -418,10 +418,11 @@ def test_a_state_without_its_numbers_is_refused(tmp_path):
     file = result.checkpoint / "state.json"
     whole = json.loads(file.read_text())
     wrong = {"step": ["1", 1.0, True, None, 2, -1], "updates": [0, "1", 1.5, None], "seconds": [-1, "1", None]}
-    states = [{}, *({**whole, name: value} for name, values in wrong.items() for value in values)]
-    for state in [*states, {**whole, "loss": "1"}, {**whole, "validation_loss": [1]}]:
+    states = [{**whole, name: value} for name, values in wrong.items() for value in values]
+    numbers, nothing = "step, updates, seconds", "names and values"
+    for state in [{}, *states, {**whole, "loss": "1"}, {**whole, "validation_loss": [1]}]:
         file.write_text(json.dumps(state))
-        with pytest.raises(InputError, match=r"state.json is damaged: it must hold step, updates, seconds"):
+        with pytest.raises(InputError, match=f"state.json is damaged: it must hold {numbers if state else nothing}"):
             run(tmp_path, replace(OPTIONS, steps=1))
 
 
