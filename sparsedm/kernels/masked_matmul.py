@@ -169,9 +169,10 @@ def training_product(x, weight, selection, pattern, bias, rule=STE, used=None):
     The gradients are those of `F.linear`. The forward, and dx where a rule takes the C kernel, differ by rounding.
     """
     try:
-        return _TrainingProduct.apply(x, weight, bias, selection.masked, selection.mask, pattern, rule, used)
+        y = _TrainingProduct.apply(x, weight, bias, selection.masked, selection.mask, pattern, rule, used)
     except InputError:
         return None
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))  # no view inside, which refuses in-place changes
 
 
 class _TrainingProduct(torch.autograd.Function):
@@ -184,11 +185,11 @@ class _TrainingProduct(torch.autograd.Function):
         ctx.save_for_backward(x, masked, *(() if rule == STE else (weight, mask)))
         ctx.weight, ctx.rule, ctx.used = weight, rule, used  # not saved: the weight may change before the backward
         ctx.by_kernel = rules.gradient_pays(len(rows), *weight.shape, pattern)
-        return y.view(*x.shape[:-1], len(weight))
+        return y
 
     @staticmethod
-    def backward(ctx, dy):
-        (x, masked, *rest), rows = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
+    def backward(ctx, rows):
+        x, masked, *rest = ctx.saved_tensors
         weight, mask = rest or (ctx.weight, None)
         if ctx.used is not None:
             ctx.used()

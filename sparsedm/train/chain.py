@@ -12,7 +12,6 @@ import contextlib
 import copy
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,20 +113,25 @@ def run_chain(
 def _claim(folder, stages, facts, options):
     """Claim the folder of a chain. Returns what every stage records of its run.
 
-    While no stage has a checkpoint, the folder is free: what a run with other options left there is removed.
+    While no stage has a checkpoint, other options may replace the stored ones. Nothing is removed.
     """
-    begun = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / "options.json").exists())
-    started = any(map(checkpoint.latest, begun))
-    lost = begun and not (folder / "options.json").exists()
-    number = checkpoint.run_number(begun[0] if lost else folder)
+    inside = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / "options.json").exists() or _saved(path))
+    others = [path.name for path in inside if path not in _folders(stages, folder)]
+    lost = not (folder / "options.json").exists()
+    if others and (lost or not any(map(_saved, inside))):
+        raise InputError(f"{folder} holds {others[0]}, which is no stage of this run: choose another folder")
+    number = checkpoint.run_number(inside[0] if inside and lost else folder)
     record = {"run": number} if number else {}  # an older run has none
     *earlier, last = (f"stages.{place}.steps" for place in range(len(stages)))
     may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
     may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
+    started = checkpoint.has_started(folder)
     checkpoint.claim(folder, record | facts, MAY_CHANGE, [TrainOptions, Stage], may_grow, started)
-    for path in [] if started else begun:
-        shutil.rmtree(path)
     return record
+
+
+def _saved(folder):
+    return checkpoint.latest(folder) is not None
 
 
 def _train(start, stages, images, schedule, options, folder, where, settings):

@@ -116,10 +116,12 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
     if printable(folder) != str(folder):
         raise InputError(f"the name of the run folder {folder} is not UTF-8: safetensors cannot read files in it")
-    if not (started and file.exists()):
+    stored = _options(file) if file.exists() else {}
+    if stored and not started and not stored.keys() & record.keys():
+        raise InputError(f"{file} holds no options of such a run: choose another folder")
+    if not (started and stored):
         write_json(file, record)
         return
-    stored = _options(file)
     for name in stored.keys() & record.keys():
         if isinstance(record[name], dict | list) and type(stored[name]) is not type(record[name]):
             raise InputError(f"{file} is damaged: {name} must be of type {type(record[name]).__name__}")
@@ -142,6 +144,11 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     if different:
         more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
         raise InputError(f"{folder} has other options, choose another folder: {'; '.join(different[:8])}{more}")
+
+
+def has_started(folder):
+    """Whether a run folder, or a folder in it, has a checkpoint."""
+    return any(checkpoints(folder)) or any(map(checkpoints, Path(folder).glob("*/")))
 
 
 def holds_work(folder):

@@ -208,7 +208,7 @@ def train(
             config = getattr(student.model, "config", None)
             classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
             may_grow = dict.fromkeys(("options.steps", "stage.steps"), options.fixed_length)
-            number, started = checkpoint.run_number(folder), checkpoint.latest(folder) is not None
+            number, started = checkpoint.run_number(folder), checkpoint.has_started(folder)
             facts = ({"run": number} if number else {}) | facts
             checkpoint.claim(folder, facts, MAY_CHANGE, classes, may_grow, started)
         distributed.barrier()

@@ -249,11 +249,11 @@ def test_a_folder_without_a_checkpoint_is_free(tmp_path, monkeypatch):
         with pytest.raises(TrainingDiverged, match="try a lower learning rate here: nothing is saved yet"):
             run(tmp_path)
     assert [path.name for path in tmp_path.glob("0*")] == ["00-dense"]
-    stages = [Stage("other", 2), Stage("last", 2, "2:4")]
-    run(tmp_path, stages, options=replace(OPTIONS, lr=1e-3))
-    assert sorted(path.name for path in tmp_path.glob("0*")) == ["00-other", "01-last"]
-    with pytest.raises(InputError, match=r"has other options, choose another folder: options\.lr is 0\.001 there"):
-        run(tmp_path, stages)
+    with pytest.raises(InputError, match="holds 00-dense, which is no stage of this run: choose another folder"):
+        run(tmp_path, [Stage("other", 2)])
+    run(tmp_path, options=replace(OPTIONS, lr=2e-3))
+    with pytest.raises(InputError, match=r"has other options, choose another folder: options\.lr is 0\.002 there"):
+        run(tmp_path)
 
 
 def test_two_processes_in_one_folder_are_refused_before_either_claims_it(tmp_path):
@@ -281,6 +281,36 @@ def test_a_stage_or_checkpoint_of_another_run_is_refused(tmp_path):
         run(tmp_path / "copy", stages, tiny(1))
     (tmp_path / "ours/options.json").unlink()
     run(tmp_path / "ours", stages, tiny(1))  # the stages know the number
+
+
+def test_a_folder_of_other_runs_is_refused_and_nothing_in_it_is_touched(tmp_path):
+    run(tmp_path / "01-first", [Stage("a", 1, "2:4")])
+    (tmp_path / "02-begun").mkdir()
+    (tmp_path / "02-begun/options.json").write_text('{"options": {}}')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="holds 01-first, which is no stage of this run: choose another folder"):
+        run(tmp_path)
+    shutil.rmtree(tmp_path / "01-first")
+    with pytest.raises(InputError, match="holds 02-begun, which is no stage of this run: choose another folder"):
+        run(tmp_path)
+    assert set(before) > {path for path in tmp_path.rglob("*") if path.name != ".lock"}
+    (tmp_path / "of-npm").mkdir()
+    (tmp_path / "of-npm/options.json").write_text('{"scripts": {}}')
+    with pytest.raises(InputError, match="holds no options of such a run: choose another folder"):
+        run(tmp_path / "of-npm")
+    assert (tmp_path / "of-npm/options.json").read_text() == '{"scripts": {}}'
+
+
+@pytest.mark.parametrize("lost", ["00-a", "01-b", "0*", "**"])
+def test_lost_options_neither_free_a_folder_nor_end_a_run(tmp_path, lost):
+    stages = [Stage("a", 2, "2:4"), Stage("b", 2, "2:4")]
+    expected = bits(run(tmp_path, stages))
+    for file in [*tmp_path.glob(f"{lost}/options.json")]:
+        file.unlink()
+    if lost != "**":
+        with pytest.raises(InputError, match="has other options"):
+            run(tmp_path, stages, options=replace(OPTIONS, lr=1e-3))
+    assert bits(run(tmp_path, stages)) == expected
 
 
 def test_a_run_from_before_runs_had_numbers_goes_on(tmp_path):

@@ -48,6 +48,19 @@ LAYERS = {  # name: (layer of a pattern, its input, the product that serves it, 
 
 
 @needs_library
+@pytest.mark.parametrize("shape", [(256, 64), (4, 64, 64)])
+def test_the_product_may_be_changed_in_place(shape, monkeypatch):
+    layer, x, served, real = Linear(64, 96, pattern="2:4"), torch.randn(shape), [], products.masked_linear
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    monkeypatch.setattr(products, "masked_linear", lambda *a: served.append(1) or real(*a))
+    torch.relu_(layer(x)).square().mean().backward()
+    got, layer.weight.grad = layer.weight.grad, None
+    torch.relu(layer(x)).square().mean().backward()
+    assert served
+    assert torch.equal(got, layer.weight.grad)
+
+
+@needs_library
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:8"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_masked_training_by_the_kernel_is_that_of_torch(name, text, monkeypatch):
