@@ -421,16 +421,17 @@ def load_model(
 
 
 def _as_described(model, kind, patterns, tensors, rules, file):
+    for name, rule in rules.items() if isinstance(rules, dict) else [(str(rules), None)]:
+        three = name in patterns and isinstance(rule, list) and len(rule) == 3
+        if not three or not all(type(number) in (int, float) and 0 <= number < 1e308 for number in rule):
+            raise InputError(f"{file} has a damaged description in its header: the gradient rule of {name}")
     for pattern in dict.fromkeys(patterns.values()):  # makes every named layer one of ours
         sparsify(model, pattern, [name for name in patterns if patterns[name] == pattern])
     for name, pattern in patterns.items():
         layer = model.get_submodule(name)  # `sparsify` has found it
         layer.set_pattern(pattern)
         layer.freeze_mask(f"{name}.mask" in tensors)
-        try:
-            layer.rule = GradientRule(*map(float, rules.get(name, STE)))
-        except (AttributeError, TypeError, ValueError):
-            raise InputError(f"{file} has a damaged description in its header: the gradient rule of {name}") from None
+        layer.rule = GradientRule(*map(float, rules.get(name, STE)))
     return compress(model) if kind == "compressed" else model
 
 

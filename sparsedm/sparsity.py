@@ -274,11 +274,11 @@ def set_masking(
     dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
     frozen=True is ASP. frozen=True keeps the current masks from now on; they are then saved with the weights.
 
-    Each backward adds decay * (1 - m) * w to the weight's gradient exactly once. The term is not scaled by the loss. To
-    accumulate gradients over n parts of a batch, divide the gradients by n, not the losses. Under a GradScaler multiply
-    the decay by its scale. A `MaskedAdamW` adds the decay at its step instead, which needs no such correction.
-    `save_model` keeps the settings. Raises: InputError if no layer has a pattern: call `sparsify` first; for a negative
-    or infinite number.
+    Each backward adds decay * (1 - m) * w to the weight's gradient exactly once; a reentrant `checkpoint` is a backward
+    of its own. The term is not scaled by the loss. To accumulate gradients over n parts of a batch, divide the
+    gradients by n, not the losses. Under a GradScaler multiply the decay by its scale. A `MaskedAdamW` adds the decay
+    at its step instead, which needs no such correction. `save_model` keeps the settings. Raises: InputError if no layer
+    has a pattern: call `sparsify` first; for a negative or infinite number.
     """
     layers = masked_layers(model)
     if not layers:
@@ -317,6 +317,7 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
         raise InputError(f"optimizer={type(optimizer).__name__}: only a MaskedAdamW selects masks; give none instead")
     modules = {module: name for model in models for name, module in module_of(model).named_modules()}
     names = {m: name for m, name in modules.items() if isinstance(m, Masked) and m.pattern is not None}
+    names = {m: name for m, name in names.items() if "weight" in m._parameters}  # a computed weight is new at each use
     for layer, name in names.items():
         if is_sharded(layer.weight):
             raise InputError(f"the weight of {name} is sharded: its mask can be selected only inside a forward")
@@ -352,12 +353,14 @@ def compress(model: nn.Module) -> nn.Module:
     weight is torch's SparseSemiStructuredTensor. GPUs can multiply at most 2 of every 4 weights: on a GPU a denser
     layer, such as 3:4, becomes a dense layer whose pruned weights are zero. Forward hooks are copied. `model` is not
     changed.
-    Raises: InputError if no layer is masked, or a method was replaced by a function that cannot be copied.
+    Raises: InputError if no layer is masked, a method was replaced by a function that cannot be copied, or torch's
+    weight_norm, spectral_norm or prune computes the weight.
     """
     model = module_of(model)
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
     if not layers:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
+    _refuse_computed(model, parametrized=False)
     compressed = {layer: _compress_layer(layer) for layer in layers}
     small = _with_layers(model, compressed).eval()
     for layer in small.modules():
@@ -366,6 +369,15 @@ def compress(model: nn.Module) -> nn.Module:
     small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
     small._tied = [names for names in parameter_names(model) if len(names) > 1]
     return small.requires_grad_(False)
+
+
+def _refuse_computed(model, parametrized):
+    """Raise InputError for a masked layer whose weight torch computes from others. parametrized: also the newer way."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Masked) and m.pattern}
+    for name, layer in layers.items():
+        if "weight" not in layer._parameters and (parametrized or not hasattr(layer, "parametrizations")):
+            how = "remove_weight_norm, prune.remove or remove_parametrizations"
+            raise InputError(f"the weight of {name} is computed from others: make it a parameter again ({how})")
 
 
 def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
@@ -418,6 +430,7 @@ def bake(model: nn.Module) -> nn.Module:
     model = module_of(model)
     if any(isinstance(m, Compressed) for m in model.modules()):
         model = decompress(model)
+    _refuse_computed(model, parametrized=True)
     layers = dict(masked_layers(model))
     if not layers and not any(m._plain or m.beside_compressed for m in model.modules() if isinstance(m, Masked)):
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")

@@ -293,10 +293,11 @@ def test_gradient_rules_are_kept_in_the_file(tmp_path):
         network(x).sum().backward()
     assert torch.equal(model.head.weight.grad, loaded.head.weight.grad)
     tensors, header = read_tensors(file)
-    for rules in ("[1]", '{"head": [1, 2, 3, 4]}', '{"head": "a"}', "3"):
+    wrong = "[1, 2]", "[1, 2, 3, 4]", "[-1, 1, 1]", "[true, 1, 1]", '"a"', "3"
+    for rules in ("[1]", "3", '{"zz": [1, 1, 1]}', *(f'{{"head": {rule}}}' for rule in wrong)):
         header["sparsedm"] = header["sparsedm"].split('"rules": ')[0] + f'"rules": {rules}}}'
         write_tensors(file, tensors, header)
-        with pytest.raises(InputError, match="damaged"):
+        with pytest.raises(InputError, match=r"damaged .*gradient rule"):
             load_model(file, Net)
 
 

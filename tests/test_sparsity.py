@@ -8,6 +8,7 @@ import queue
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -415,6 +416,31 @@ def test_dora_on_a_masked_layer_is_refused_and_plain_lora_is_not():
     plain = sparsify(Net(), "2:4").eval()
     expected = plain(x)
     assert torch.equal(peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["fc"]))(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("compute", "compresses"),
+    [
+        (nn.utils.parametrizations.weight_norm, True),
+        (nn.utils.spectral_norm, False),
+        (lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.3), False),
+    ],
+    ids=["parametrization", "hook", "prune"],
+)
+def test_a_weight_that_is_computed_is_masked_anew_and_baked_as_a_parameter_only(compute, compresses):
+    model, x = sparsify(nn.Sequential(nn.Linear(32, 16)), "2:4").eval(), torch.randn(3, 32)
+    compute(model[0])
+    with torch.no_grad():
+        expected = model(x)
+        with hold_masks(model):
+            assert torch.equal(model(x), expected)
+    with pytest.raises(InputError, match="the weight of 0 is computed from others: make it a parameter again"):
+        bake(model)
+    if compresses:
+        torch.testing.assert_close(compress(model)(x), expected)
+    else:
+        with pytest.raises(InputError, match="the weight of 0 is computed from others"):
+            compress(model)
 
 
 def test_code_without_a_frame_may_ask_a_layer_for_its_base_layer():
