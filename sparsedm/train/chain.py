@@ -116,7 +116,8 @@ def _claim(folder, stages, facts, options):
     While no stage has a checkpoint, other options may replace the stored ones. Nothing is removed.
     """
     inside = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / "options.json").exists() or _saved(path))
-    others = [path.name for path in inside if path not in _folders(stages, folder)]
+    runs = [path for path in inside if checkpoint.has_started(path) and not _saved(path)]  # chains of their own
+    others = [path.name for path in inside if path in runs or path not in _folders(stages, folder)]
     lost = not (folder / "options.json").exists()
     if others and (lost or not any(map(_saved, inside))):
         raise InputError(f"{folder} holds {others[0]}, which is no stage of this run: choose another folder")

@@ -111,7 +111,7 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     options that an older folder did not store. may_grow: {name: None} of numbers that may increase on resume, such as
     "options.steps"; {name: reason} of those that may not, and the reason shown.
     Raises: InputError that lists the differences, so that a run never continues with other options; or if the file is
-    damaged.
+    damaged, or would be replaced and is not of such a run.
     """
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
     if printable(folder) != str(folder):

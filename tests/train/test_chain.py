@@ -290,6 +290,8 @@ def test_a_folder_of_other_runs_is_refused_and_nothing_in_it_is_touched(tmp_path
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match="holds 01-first, which is no stage of this run: choose another folder"):
         run(tmp_path)
+    with pytest.raises(InputError, match="holds 01-first, which is no stage of this run"):
+        run(tmp_path, [Stage("b", 1, "2:4"), Stage("first", 1, "2:4")])  # of the same name
     shutil.rmtree(tmp_path / "01-first")
     with pytest.raises(InputError, match="holds 02-begun, which is no stage of this run: choose another folder"):
         run(tmp_path)
