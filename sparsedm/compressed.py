@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.checksum import checksums, stamp
-from sparsedm.kernels.cpu.linear import repeated
+from sparsedm.kernels.cpu.calls import repeated
 from sparsedm.kernels.launch import refuse_export
 from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import kernels_serve
@@ -181,8 +181,8 @@ class CompressedLinear(Compressed):
         scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if not torch.compiler.is_compiling() and (values := self._buffers.get("values")) is not None:
-            weight, operands = (values, self._buffers[self._positions]), (input, self._buffers["bias"], self.activation)
-            if (y := repeated(self._prepacked, *weight, *operands, residual, skip, scale)) is not None:
+            known = self._prepacked, values, self.words(), (self.activation,)
+            if (y := repeated(*known, input, self._buffers["bias"], residual, skip, scale)) is not None:
                 return y
         width = (input.shape[-1] if input.dim() else 0) + (0 if skip is None else skip.shape[-1])
         self._check_width(width, "features")
@@ -222,6 +222,11 @@ class CompressedConv2d(Compressed):
         return Conv2d(*sizes, **geometry, activation=self.activation, **options)
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and (values := self._buffers.get("values")) is not None:
+            options = self.activation, self.kernel_size, self.stride, self.padding, self.dilation
+            known = self._prepacked, values, self.words(), options
+            if (y := repeated(*known, input, self._buffers["bias"], residual)) is not None:
+                return y
         self._check_width(input.shape[-3] if input.dim() > 2 else 0, "channels")
         values, bias, x = self._operands(self.bias, input)
         apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype

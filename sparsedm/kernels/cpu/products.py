@@ -170,7 +170,7 @@ def _linear_call(x, prepacked, pattern, y, bias=None, activation=None, residual=
 
 
 def linear_again(x, prepacked, pattern, y, activation, residual, skip, scale, few):
-    """run(x, bias, activation, residual, skip, scale) -> y, for tensors of the sizes of these, which are contiguous.
+    """run(x, bias, residual, skip, scale) -> y, for tensors of the sizes of these, which are contiguous.
 
     `linear` without the arithmetic on sizes. run returns None where a tensor is not contiguous.
     """
@@ -178,7 +178,7 @@ def linear_again(x, prepacked, pattern, y, activation, residual, skip, scale, fe
     call = _linear_call(rows[0], prepacked, pattern, rows[1], None, activation, *rows[2:])
     template, function = bytes(call), getattr(library(), LINEAR[few])
 
-    def run(x, bias, activation, residual, skip, scale):
+    def run(x, bias, residual, skip, scale):
         call = _Linear.from_buffer_copy(template)  # a new one: other threads may be in the kernel with theirs
         call.x, out, y = x.data_ptr(), call.out, x.new_empty(shape)
         whole, out.y = x.is_contiguous(), y.data_ptr()
@@ -232,22 +232,52 @@ def conv2d(x, prepacked, pattern, N, geometry, *, bias=None, activation=None, re
     geometry: (kernel_size, stride, padding), pairs; both strides are the same. prepacked: of "conv", or of "halo" where
     `halo`.
     """
-    kernel_size, stride, padding = geometry
-    (B, C, H, W), (OH, OW) = x.shape, output_size(x.shape[2:], *geometry)
     layout = memory_format(x if out is None else out)
     x = x.contiguous(memory_format=layout)
-    y = _empty(B, N, OH, OW, memory_format=layout) if out is None else out
+    size = output_size(x.shape[2:], *geometry)
+    y = _empty(x.shape[0], N, *size, memory_format=layout) if out is None else out
     if not y.numel():
         return y
     residual = residual if residual is None else residual.contiguous(memory_format=layout)
     bias = bias if bias is None else bias.contiguous()
-    values, offsets = prepacked
-    sizes = B, C, H, W, OH, OW, *kernel_size, stride[0], *padding
-    pattern_and_layout = pattern.keep, pattern.group, int(layout == torch.channels_last)
-    out = _out(y, N, bias, activation, residual)
-    call = _Conv(x.data_ptr(), values.data_ptr(), offsets.data_ptr(), *sizes, *pattern_and_layout, out)
-    _call("nm_conv_halo" if halo else "nm_conv", ctypes.byref(call))
+    call = _conv_call(x, prepacked, pattern, y, geometry, layout, bias, activation, residual)
+    _call(CONV[halo], ctypes.byref(call))
     return y
+
+
+CONV = ("nm_conv", "nm_conv_halo")
+
+
+def _conv_call(x, prepacked, pattern, y, geometry, layout, bias, activation, residual):
+    kernel_size, stride, padding = geometry
+    sizes = *x.shape, *y.shape[2:], *kernel_size, stride[0], *padding
+    pattern_and_layout = pattern.keep, pattern.group, int(layout == torch.channels_last)
+    out = _out(y, y.shape[1], bias, activation, residual)
+    return _Conv(x.data_ptr(), *map(_address, prepacked), *sizes, *pattern_and_layout, out)
+
+
+def conv_again(x, prepacked, pattern, y, geometry, activation, residual, halo):
+    """run(x, bias, residual) -> y in channels_last, for tensors of the sizes of these, as `linear_again`."""
+    layout = torch.channels_last
+    call = _conv_call(x, prepacked, pattern, y, geometry, layout, None, activation, residual)
+    template, function, shape = bytes(call), getattr(library(), CONV[halo]), y.shape
+
+    def run(x, bias, residual):
+        x, y = x.contiguous(memory_format=layout), _empty(shape, memory_format=layout)
+        call = _Conv.from_buffer_copy(template)
+        call.x, call.out.y = x.data_ptr(), y.data_ptr()
+        if bias is not None:
+            bias = bias.contiguous()
+            call.out.bias = bias.data_ptr()
+        if residual is not None:
+            residual = residual.contiguous(memory_format=layout)
+            call.out.residual = residual.data_ptr()
+        if function(ctypes.byref(call)):
+            raise MemoryError(f"{CONV[halo]}: no memory for its tiles")
+        return y
+
+    run.prepacked = prepacked  # whose addresses the template holds
+    return run
 
 
 def attention(q, k, v):

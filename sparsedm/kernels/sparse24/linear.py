@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.cpu import dense, products
+from sparsedm.kernels.cpu import calls, dense, products
 from sparsedm.kernels.cpu import linear as cpu
 from sparsedm.kernels.launch import broken, differentiated, direct, refuse_export
 from sparsedm.kernels.pattern import Pattern
@@ -83,9 +83,9 @@ def sparse24_linear(
     torch.func maps over any, torch multiplies by the decompressed weight; in a compiled graph there is no gradient.
     Raises: InputError for shapes or dtypes that do not fit together.
     """
-    operands = x, bias, activation, residual, skip, scale
+    known, operands = (cache, values, metadata, (activation,)), (x, bias, residual, skip, scale)
     again = cache is not None and backend is None and out_dtype in (None, x.dtype)
-    if again and (y := cpu.repeated(cache, values, metadata, *operands)) is not None:
+    if again and (y := calls.repeated(*known, *operands)) is not None:
         return y
     _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
     K2 = 0 if skip is None else skip.shape[-1]
@@ -107,28 +107,22 @@ def sparse24_linear(
             x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict, pattern
         )
         if again and request.capability is None and not torch.compiler.is_compiling():
-            _remember(cache, values, metadata, choice, tensors, pattern, y, operands)
+            calls.remember(*known, _once_more(choice, tensors, pattern, y, activation, *operands), *operands)
         return y
 
     return dispatch.serve(request, run, cache)
 
 
-def _remember(cache, values, metadata, choice, tensors, pattern, y, operands):
-    """Let `cpu.repeated` compute the next call with these sizes by this choice."""
-    x, _, activation, residual, skip, scale = operands
+def _once_more(choice, tensors, pattern, y, activation, x, bias, residual, skip, scale):
+    """A function of the tensors (x, bias, residual, skip, scale) that computes y by this choice on a CPU, or None."""
     if choice.backend == "dense":
-
-        def run(x, bias, activation, residual, skip, scale):
-            return _linear_dense(x, tensors[0], bias, activation, residual, skip, scale, x.dtype)
-
-    elif choice.backend == "cpu" and (LINEAR, "cpu", x.device) not in broken:
-        if not all(t is None or t.is_contiguous() for t in (x, residual, skip, scale)):
-            return
-        few = cpu.CONFIGS[choice.config] == "few"
-        run = products.linear_again(x, tensors, Pattern.parse(pattern), y, activation, residual, skip, scale, few)
-    else:
-        return
-    cpu.remember(cache, values, metadata, run, *operands)
+        return lambda x, bias, *rest: _linear_dense(x, tensors[0], bias, activation, *rest, x.dtype)
+    if choice.backend != "cpu" or (LINEAR, "cpu", x.device) in broken:
+        return None
+    if not all(t is None or t.is_contiguous() for t in (x, residual, skip, scale)):
+        return None
+    few = cpu.CONFIGS[choice.config] == "few"
+    return products.linear_again(x, tensors, Pattern.parse(pattern), y, activation, residual, skip, scale, few)
 
 
 @torch.library.custom_op("sparsedm::sparse24_linear", mutates_args=())

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sparsedm.compressed
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.kernels.cpu import library, products, rules
@@ -15,7 +16,7 @@ from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
-from sparsedm.layers import Linear
+from sparsedm.layers import Conv2d, Linear
 from sparsedm.sparsity import compress
 from tests.kernels.cpu.problems import close, compressed, mask_of, needs_library
 
@@ -172,6 +173,63 @@ def test_a_repeated_call_with_every_epilogue(text, asked):
             for _ in range(2):
                 check_layer(layer, x, y, residual=residual, skip=skip, scale=scale)
     assert len(asked) == 6
+
+
+def small_conv(text="1:4", kernel_size=3, stride=1, activation="silu"):
+    options = {"stride": stride, "padding": kernel_size // 2, "pattern": text, "activation": activation}
+    return compress(torch.nn.Sequential(Conv2d(32, 48, kernel_size, **options)))[0]
+
+
+def check_conv(layer, x, residual=None):
+    y = F.conv2d(x.double(), layer.dense_weight().double(), layer.bias.double(), layer.stride, layer.padding)
+    y = {"silu": F.silu, "gelu": F.gelu, None: lambda y: y}[layer.activation](y)
+    found = layer(x, residual)
+    torch.testing.assert_close(found.double(), y if residual is None else y + residual, rtol=1e-4, atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["2:4", "1:8", "7:8"])
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (3, 2), (1, 1), (5, 1)])
+def test_a_repeated_convolution_is_not_decided_again_and_sees_every_change(text, kernel_size, stride, asked):
+    layer, other = small_conv(text, kernel_size, stride), small_conv(text, kernel_size, stride)
+    x, residual = torch.randn(3, 32, 16, 16), torch.randn(3, 48, 16 // stride, 16 // stride)
+    for image in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(3, 32, 16, 32)[..., ::2], x * 2):
+        check_conv(layer, image)
+    assert len(asked) == 1 or (kernel_size == 1 and len(asked) <= 4), "a 1 x 1 kernel needs channels_last"
+    for added in (residual, residual.contiguous(memory_format=torch.channels_last), residual[:, :, ::1] * 2):
+        check_conv(layer, x, added)
+    layer.bias.add_(1)
+    check_conv(layer, x)
+    layer.values.mul_(2)
+    check_conv(layer, x)
+    layer.values.data.mul_(3)
+    check_conv(layer, x)
+    layer.values.data = layer.values / 5
+    check_conv(layer, x)
+    layer.load_state_dict(other.state_dict())
+    check_conv(layer, x)
+    check_conv(copy.deepcopy(layer), x)
+    check_conv(layer, x[:2])
+    layer.activation = "gelu"
+    check_conv(layer, x)
+    if kernel_size == 3:
+        layer.padding = (0, 0)
+        check_conv(layer, x)
+    for wrong in (torch.randn(3, 31, 16, 16), x.double()):
+        with pytest.raises(InputError):
+            layer(wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["2:4", "1:4", "7:8"])
+def test_a_layer_answers_a_repeated_call_itself(text, monkeypatch):
+    linear, conv, rows, image = small_layer(text), small_conv(text), torch.randn(300, 96), torch.randn(3, 32, 16, 16)
+    expected = linear(rows), conv(image)
+    for name in ("sparse24_linear", "sparse24_conv2d"):
+        monkeypatch.setattr(sparsedm.compressed, name, None)
+    for layer, x, y in zip((linear, conv), (rows, image), expected):
+        assert torch.equal(layer(x), y)
 
 
 ODD = {
