@@ -406,7 +406,9 @@ def load_model(
             )
         config = description["config"] if description.get("config") is not None else config
     if config is None:
-        raise InputError(f"{file} does not say what model it holds: name one (--model; in Python config=, for build)")
+        why = ", because the saved model had no .config" if description else ""
+        advice = "name one (--model; in Python config=, which build gets)"
+        raise InputError(f"{file} does not say what model it holds{why}: {advice}")
     model = build(config)
     if not description and tensors.keys() != (names := model.state_dict().keys()):
         found = one_network(tensors)[0]
@@ -446,29 +448,45 @@ def _find(path, which):
     found = path if (path / "state.json").exists() else next(filter(None, map(checkpoints, runs)), [None])[-1]
     if found is None:
         raise InputError(f"{path} holds no checkpoint")
-    state = read_json(found / "state.json")
-    if not isinstance(state, dict):
-        raise InputError(f"{found / 'state.json'} is damaged: it must hold names and values")
-    return found / f"{which}.safetensors", state
+    return found / f"{which}.safetensors", read_state(found)
 
 
-def digests(folder):
-    """{name: SHA-256} of the files in a folder, for its state.json: tensors have no checksum of their own."""
+def write_state(folder, state):
+    """Write a checkpoint's state.json, with a SHA-256 of every file in the folder and of the state itself."""
     found = {}
     for file in sorted(Path(folder).iterdir()):
         with open(file, "rb") as opened:
             found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
+    state = {**state, "sha256": found}
+    found["state.json"] = _state_digest(state)
+    write_json(Path(folder) / "state.json", state)
+
+
+def read_state(folder, **kinds):
+    """The state.json of a checkpoint, a dict. kinds: as in `read_json`. Raises: InputError if it is damaged."""
+    file = Path(folder) / "state.json"
+    state = read_json(file, **kinds)
+    if not isinstance(state, dict) or not state:
+        raise InputError(f"{file} is damaged: it must hold names and values")
+    known = state.setdefault("sha256", {})  # older ones know none, or not their own
+    if not isinstance(known, dict):
+        raise InputError(f"{file} is damaged: sha256 must name files")
+    if known.get(file.name, found := _state_digest(state)) != found:
+        raise InputError(f"{file} is damaged: it is not what was written there")
+    return state
+
+
+def _state_digest(state):
+    known = {name: digest for name, digest in state["sha256"].items() if name != "state.json"}
+    return hashlib.sha256(json.dumps({**state, "sha256": known}).encode()).hexdigest()
 
 
 def check_digest(file, state):
-    """Raise InputError if a checkpoint's file is not the one that its state.json, read as `state`, knows."""
-    known = state.get("sha256", {})  # older ones know none
-    if not isinstance(known, dict):
-        raise InputError(f"{file.with_name('state.json')} is damaged: sha256 must name files")
-    if file.name in known:
+    """Raise InputError if a checkpoint's file is not the one that its state, of `read_state`, knows."""
+    known = state.get("sha256", {}).get(file.name)
+    if known is not None:
         with open(file, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != known[file.name]:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != known:
                 raise InputError(f"{file} is damaged: it is not what was written there")
 
 

@@ -17,6 +17,7 @@ from sparsedm import evaluate, samplers
 from sparsedm.errors import InputError, check_memory
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, read_json, write_json
+from sparsedm.model_files import read_state
 from sparsedm.plots import save_grid
 from sparsedm.stepaware.family import Family, Strategy, family_of, interleaved_seconds, loss_table, sample
 from sparsedm.stepaware.report import write_report
@@ -248,7 +249,7 @@ def _report(setting, tried, final, rows):
 def _training_seconds(run):
     """Training seconds of all stages below a run folder, from their latest checkpoints."""
     files = sorted(Path(run).glob("**/checkpoints/step-*/state.json"))
-    latest = {file.parents[2]: read_json(file, seconds=float)["seconds"] for file in files}
+    latest = {file.parents[2]: read_state(file.parent, seconds=float)["seconds"] for file in files}
     return sum(latest.values())
 
 

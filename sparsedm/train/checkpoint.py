@@ -23,17 +23,18 @@ try:
 except ImportError:  # Windows: folders are not locked there
     fcntl = None
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, TooLittleMemory
 from sparsedm.files import atomic_folder, read_json, write_json, writing
 from sparsedm.kernels.cpu import rules
 from sparsedm.model_files import (
     check_digest,
     checkpoints,
     describe,
-    digests,
     fill,
+    read_state,
     read_tensors,
     write_model,
+    write_state,
     write_tensors,
 )
 from sparsedm.plots import printable
@@ -46,34 +47,52 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of every optimizer that `step.py`
 @contextlib.contextmanager
 def run_lock(folder):
     """`folder_lock` of a run folder. Also deletes half-written checkpoints of a killed run."""
-    folder = Path(folder)
-    with writing(folder):
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
-        for partial in (folder / "checkpoints").glob(".step-*.partial"):
+    with folder_lock(folder, "checkpoints"):
+        for partial in (Path(folder) / "checkpoints").glob(".step-*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         yield
 
 
 @contextlib.contextmanager
-def folder_lock(folder):
-    """Lock a folder for this process.
+def folder_lock(folder, *inside):
+    """Lock a folder for this process; the folder, and folders of the names `inside` in it, are made if need be.
 
+    If the block ends in an InputError, the lock and empty folders that were made are removed again.
     Raises: InputError if another process has locked it, or if nothing can be written there.
     """
     folder = Path(folder)
+    lock, folders = folder / ".lock", [folder / name for name in inside]
+    made = [path for path in (lock, *folders, folder, *folder.parents) if not path.exists()]
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"cannot write {folder}: it is no folder")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
     try:
+        if not _locked(handle, lock):
+            raise InputError(f"another process is training in {folder}: wait for it or choose another folder")
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is training in {folder}: wait for it or choose another folder") from None
-        yield
+            with writing(folder):
+                for path in folders:
+                    path.mkdir(exist_ok=True)
+            yield
+        except InputError:
+            for path in made:
+                with contextlib.suppress(OSError):  # the folder holds something
+                    path.unlink() if path == lock else path.rmdir()
+            raise
     finally:
         os.close(handle)
+
+
+def _locked(handle, file):
+    """Lock an open file for this process; whether that succeeded, and the file still has its name."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(handle), file.stat())  # else its last holder has removed it
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def run_number(folder):
@@ -85,7 +104,7 @@ def run_number(folder):
     if file.exists():
         return _options(file).get("run")
     saved = latest(folder)
-    found = _state(saved).get("run") if saved else secrets.token_hex(8)
+    found = read_state(saved).get("run") if saved else secrets.token_hex(8)
     return found and str(found).partition(".")[0]
 
 
@@ -190,9 +209,8 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         versions = {"torch": torch.__version__}
         if all(parameter.device.type == "cpu" for parameter in names):  # else nothing of it runs, or is compiled
             versions["cpu_kernels"] = rules.version()
-        about = {"versions": versions, "sha256": digests(partial)}
-        about["run"] = _identity(folder)
-        write_json(partial / "state.json", {"step": step, **state, "model": describe(model), **about})
+        about = {"model": describe(model), "versions": versions, "run": _identity(folder)}
+        write_state(partial, {"step": step, **state, **about})
     for old in checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.partial")  # hidden at once, even if the removal is interrupted
         old.rename(hidden)
@@ -217,29 +235,27 @@ def differing_kernels(state):
 
 def load(path, model, ema):
     """Load the two networks of a checkpoint in place. Raises: InputError naming a file that is damaged or unfit."""
-    networks = {Path(path) / f"{name}.safetensors": network for name, network in (("model", model), ("ema", ema))}
-    for file, network in networks.items():
+    with _or_the_one_before(path):
+        state = read_state(path)
+    _check_own(Path(path), state, describe(model))
+    for name, network in (("model", model), ("ema", ema)):
+        file = Path(path) / f"{name}.safetensors"
         with _or_the_one_before(path):
             tensors = read_tensors(file)[0]
-        fill(network, tensors, file)
-    with _or_the_one_before(path):
-        state = _state(path)
-        for file in networks:
             check_digest(file, state)
-        own = _identity(Path(path).parents[1])
-        if state.get("run") != own:
-            raise InputError(f"{path} is of another run or stage: its number is {state.get('run')}, not {own}")
-        there, here = state.get("model"), describe(model)
-        for fact in ("kind", "patterns") if isinstance(there, dict) else ():  # older ones may not say
-            if there.get(fact, here[fact]) != here[fact]:
-                raise InputError(f"{path} is of another stage or run: {fact} {there[fact]}, not {here[fact]}")
+        fill(network, tensors, file)
 
 
-def _state(path):
-    state = read_json(Path(path) / "state.json")
-    if not isinstance(state, dict) or not state:
-        raise InputError(f"{Path(path) / 'state.json'} is damaged: it must hold names and values")
-    return state
+def _check_own(path, state, here):
+    """Raise InputError if a checkpoint is of another run or stage than its folder and the network, `describe`d."""
+    own, there = _identity(path.parents[1]), state.get("model")
+    facts = {"number": (state.get("run"), own)}
+    for fact in ("kind", "patterns") if isinstance(there, dict) else ():  # older ones may not say
+        facts[fact] = there.get(fact, here[fact]), here[fact]
+    for fact, (found, expected) in facts.items():
+        if found != expected:
+            advice = "move it back to its own folder, or choose another folder for this run"
+            raise InputError(f"{path} is of another run or stage: its {fact} is {found}, not {expected}; {advice}")
 
 
 def load_optimizer(path, model, optimizer):
@@ -251,7 +267,7 @@ def load_optimizer(path, model, optimizer):
     places = {name: (place, value) for place, (name, value) in enumerate(model.named_parameters())}
     slots = {}
     with _or_the_one_before(path):
-        state, (moments, header) = _state(path), read_tensors(file)
+        state, (moments, header) = read_state(path), read_tensors(file)
         if header.get("tensors", str(len(moments))) != str(len(moments)) or (not moments and state.get("updates")):
             raise InputError(f"{file} is damaged: it lacks tensors")
         for key, value in moments.items():
@@ -279,6 +295,8 @@ def _or_the_one_before(path):
     """Add to the error of a damaged checkpoint how to continue from an older one. The user decides: it repeats work."""
     try:
         yield
+    except TooLittleMemory:
+        raise
     except InputError as error:
         older = [other for other in checkpoints(Path(path).parents[1]) if other.name < Path(path).name]
         if not older:

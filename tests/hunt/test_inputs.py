@@ -266,7 +266,7 @@ class World:
             made.bind("socket")
 
     def listing(self):
-        paths = [path for path in self.folder.rglob("*") if self["cache"] not in path.parents and path.name != ".lock"]
+        paths = [path for path in self.folder.rglob("*") if self["cache"] not in path.parents]
         return {path for path in paths if path.is_file() and not path.is_symlink()}
 
 

@@ -322,6 +322,7 @@ def test_a_run_from_before_runs_had_numbers_goes_on(tmp_path):
     for file in [*tmp_path.rglob("options.json"), *tmp_path.rglob("state.json")]:
         held = json.loads(file.read_text())
         assert held.pop("run")
+        held.get("sha256", {}).pop("state.json", None)  # nor did a state know its own checksum
         file.write_text(json.dumps(held))
     for _ in range(2):
         assert bits(run(tmp_path, stages)) == expected

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import warnings
@@ -136,11 +137,11 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
     saved(tmp_path, 1)
     path = saved(tmp_path, 2)
     (path / "ema.safetensors").unlink()
-    (path / "state.json").write_text("{")
     model = sparsify(tiny(), "2:4")
     hint = r"; to continue from step-00000001 instead, delete .*step-00000002"
     with pytest.raises(InputError, match=r"ema.safetensors is missing.*" + hint):
         checkpoint.load(path, model, sparsify(tiny(), "2:4"))
+    (path / "state.json").write_text("{")
     with pytest.raises(InputError, match=r"state.json is (missing|damaged).*" + hint):
         checkpoint.load_optimizer(path, model, torch.optim.AdamW(model.parameters()))
 
@@ -219,10 +220,41 @@ def test_lock_sweeps_and_excludes(tmp_path):
         pass
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(InputError, match=r"cannot write .*file: Not a directory"),
+        pytest.raises(InputError, match=r"cannot write .*file: it is no folder"),
         checkpoint.run_lock(tmp_path / "file"),
     ):
         pass
+
+
+def test_a_refused_run_leaves_nothing(tmp_path):
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped" / "options.json")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "options.json").write_text("[]")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("piped", "damaged"):
+        with pytest.raises(InputError, match=r"options.json is "), checkpoint.run_lock(tmp_path / name):
+            checkpoint.claim(tmp_path / name, {"lr": 1})
+    with pytest.raises(InputError, match="no"), checkpoint.run_lock(tmp_path / "a" / "b"):
+        raise InputError("no")
+    assert sorted(tmp_path.rglob("*")) == before
+    kept = saved(tmp_path / "a")
+    with pytest.raises(InputError, match="no"), checkpoint.run_lock(tmp_path / "a"):
+        raise InputError("no")
+    assert kept.exists()
+
+
+def test_a_lock_that_its_holder_removed_is_none(tmp_path, monkeypatch):
+    """Opened before the holder, whose run was refused, removed it; locked after."""
+
+    def replaced(handle, operation):
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").touch()
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", replaced)
+    with pytest.raises(InputError, match="another process"), checkpoint.folder_lock(tmp_path):
+        pass
+    assert (tmp_path / ".lock").exists()
 
 
 # ---- model files -----------------------------------------------------------------------------------------------------
@@ -296,6 +328,12 @@ def test_finds_the_checkpoint_in_a_folder(tmp_path):
         load_model(last, tiny_from, which="best")
     with pytest.raises(InputError, match="nowhere does not exist"):
         load_model(tmp_path / "nowhere", tiny_from)
+
+
+def test_a_model_without_a_config_is_named_as_the_cause(tmp_path):
+    save_model(tmp_path / "a.safetensors", nn.Linear(3, 3))
+    with pytest.raises(InputError, match=r"because the saved model had no \.config: name one .* config="):
+        load_model(tmp_path / "a.safetensors", lambda config: nn.Linear(3, 3))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
@@ -472,13 +510,46 @@ def test_tensors_that_were_changed_since_are_refused(tmp_path, name):
     checkpoint.load(path, *networks)  # an older checkpoint has no digests
 
 
+CHANGES = {  # of a state.json: an expression, what stands in its place
+    '"updates": 4': '"updates": 5',
+    '"loss": 0.5': '"loss": 0.7',
+    '"run": null': '"run": "a.0"',
+    '"kind": "masked"': '"kind": "dense"',
+    '"torch": "[0-9]': '"torch": "0',
+    '"model.safetensors": "..': '"model.safetensors": "xx',
+    '"state.json": "..': '"state.json": "xx',
+}
+
+
+def test_a_state_that_was_changed_since_is_refused(tmp_path):
+    model = sparsify(tiny(), "2:4")
+    state = {"updates": 4, "loss": 0.5, "seconds": 1 / 3}
+    path = checkpoint.save(tmp_path, 4, model=model, ema=model, optimizer=adam(model), state=state)
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(json.dumps(json.loads(text), indent=7))  # the same values
+    checkpoint.load(path, model, model)
+    for old, new in CHANGES.items():
+        (path / "state.json").write_text(changed := re.sub(old, new, text))
+        assert changed != text
+        for load, other in ((checkpoint.load, model), (checkpoint.load_optimizer, adam(model))):
+            with pytest.raises(InputError, match=r"state\.json is damaged: it is not what was written there"):
+                load(path, model, other)
+        with pytest.raises(InputError, match=r"state\.json is damaged: it is not what was written there"):
+            load_model(tmp_path, tiny_from)
+    older = json.loads(text) | {"updates": 5}
+    del older["sha256"]["state.json"]  # which did not know its own
+    (path / "state.json").write_text(json.dumps(older))
+    assert checkpoint.load_optimizer(path, model, adam(model))["updates"] == 5
+
+
 def test_the_checkpoint_of_another_stage_is_refused(tmp_path):
     path = saved(tmp_path, model=tiny(1), ema=tiny(2))
-    with pytest.raises(InputError, match="of another stage or run: kind dense, not masked"):
+    with pytest.raises(InputError, match="of another run or stage: its kind is dense, not masked; move it back"):
         checkpoint.load(path, sparsify(tiny(), "2:4"), sparsify(tiny(), "2:4"))
     path = saved(tmp_path, 5)
-    with pytest.raises(InputError, match="of another stage or run: patterns "):
+    with pytest.raises(InputError, match="of another run or stage: its patterns is ") as caught:
         checkpoint.load(path, sparsify(tiny(), "1:4"), sparsify(tiny(), "1:4"))
+    assert "delete" not in str(caught.value)  # it is whole, and somebody's
 
 
 def test_other_things_beside_the_checkpoints_are_none(tmp_path):

@@ -1,6 +1,5 @@
 import contextlib
 import copy
-import json
 import math
 import os
 import resource
@@ -22,6 +21,7 @@ from sparsedm.diffusion import VPSDE
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import rules
 from sparsedm.kernels.pattern import Pattern, select_mask_ref
+from sparsedm.model_files import read_state, write_state
 from sparsedm.sparsity import masked_layers, masks, set_masking, sparsify
 from sparsedm.train import checkpoint, loop, step
 from sparsedm.train.data import batch, batch_indices
@@ -404,10 +404,10 @@ def test_a_run_that_goes_on_with_other_cpu_kernels_says_so(tmp_path, unbroken, c
     shutil.copytree(unbroken[0], tmp_path / "run")
     run(tmp_path / "run")
     assert "kernels" not in caplog.text
-    file = checkpoint.latest(tmp_path / "run") / "state.json"
-    state = json.loads(file.read_text())
+    saved = checkpoint.latest(tmp_path / "run")
+    state = read_state(saved)
     assert state["versions"]["cpu_kernels"] == rules.version()
-    file.write_text(json.dumps(state | {"versions": {"cpu_kernels": "rules 0, avx1024"}}))
+    write_state(saved, state | {"versions": {"cpu_kernels": "rules 0, avx1024"}})
     run(tmp_path / "run")
     (record,) = [record for record in caplog.records if "kernels" in record.message]
     assert f"rules 0, avx1024 there, {rules.version()} here" in record.message
@@ -415,14 +415,12 @@ def test_a_run_that_goes_on_with_other_cpu_kernels_says_so(tmp_path, unbroken, c
 
 def test_a_state_without_its_numbers_is_refused(tmp_path):
     result = run(tmp_path, replace(OPTIONS, steps=1))
-    file = result.checkpoint / "state.json"
-    whole = json.loads(file.read_text())
+    whole = read_state(result.checkpoint)
     wrong = {"step": ["1", 1.0, True, None, 2, -1], "updates": [0, "1", 1.5, None], "seconds": [-1, "1", None]}
     states = [{**whole, name: value} for name, values in wrong.items() for value in values]
-    numbers, nothing = "step, updates, seconds", "names and values"
-    for state in [{}, *states, {**whole, "loss": "1"}, {**whole, "validation_loss": [1]}]:
-        file.write_text(json.dumps(state))
-        with pytest.raises(InputError, match=f"state.json is damaged: it must hold {numbers if state else nothing}"):
+    for state in [*states, {**whole, "loss": "1"}, {**whole, "validation_loss": [1]}]:
+        write_state(result.checkpoint, state)
+        with pytest.raises(InputError, match=r"state\.json is damaged: it must hold step, updates, seconds"):
             run(tmp_path, replace(OPTIONS, steps=1))
 
 
