@@ -38,7 +38,8 @@ test: lint
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 
-# one environment, and each Triton in a folder that is found before the environment's own
+# one environment, and each Triton in a folder that is found before the environment's own; the disassembler
+# is the environment's, because Triton 3.6.0's cannot decode sm_103
 test-versions: export OMP_NUM_THREADS = 1
 test-versions: $(TRITONS:%=.venvs/triton-%/.tested)
 
@@ -49,6 +50,7 @@ test-versions: $(TRITONS:%=.venvs/triton-%/.tested)
 .venvs/triton-%/.tested: .venvs/triton-%/.installed FORCE
 	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -c "import triton; assert triton.__version__ == '$*', triton.__version__"
 	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal emulator/tests tests/kernels tests/bench/test_instruction_rates.py
+	TRITON_CUOBJDUMP_PATH="$$($(BIN)/python -c 'from triton import knobs; print(knobs.nvidia.cuobjdump.path)')" \
 	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m tests.kernels.compile_table > $@ && cat $@
 
 .PHONY: FORCE

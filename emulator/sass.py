@@ -110,18 +110,17 @@ def inspected(kernel):
 
 
 def _assemble(ptx, shared):
-    """-> (SASS, registers, spilled bytes, shared, warnings) by the ptxas and cuobjdump that come with Triton."""
-    import triton
+    """-> (SASS, registers, spilled bytes, shared, warnings) by the ptxas and cuobjdump that Triton would take."""
+    from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         architecture = re.search(r"^\.target (sm_\w+)", ptx, re.M)[1]
         ptxas = get_ptxas(int(re.sub(r"\D", "", architecture))).path  # each version of Triton has its own choice
         log = _run(Path(ptxas), "-v", f"-arch={architecture}", source, "-o", binary)
-        sass = _run(tools / "cuobjdump", "-sass", binary)
+        sass = _run(Path(knobs.nvidia.cuobjdump.path), "-sass", binary)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     warnings = [line for line in log.splitlines() if "warning" in line.lower() or re.search(r"\bC7\d\d\d\b", line)]
     return sass, int(re.search(r"Used (\d+) registers", log)[1]), spills, shared, tuple(warnings)

@@ -82,14 +82,23 @@ def built(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_sdist_holds_the_package_and_every_picture_of_the_readme(built):
+def test_the_sdist_holds_the_package_and_what_its_pages_link_to(built):
     with tarfile.open(built["sdist"]) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    python = {name for name in names if name.endswith(".py")}
+        texts = {
+            member.name.partition("/")[2]: archive.extractfile(member).read() if member.name.endswith(".md") else None
+            for member in archive.getmembers()
+        }
+    python = {name for name in texts if name.endswith(".py")}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sparsedm").rglob("*.py")}
     assert python == package
-    for picture in re.findall(r"!\[[^]]*\]\((?!http)([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
-        assert picture in names
+    assert texts.keys() >= {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"}
+    links = [
+        (page, os.path.normpath(Path(page).parent / link))
+        for page, text in texts.items()
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", (text or b"").decode())
+    ]
+    assert len(links) >= 6
+    assert [(page, link) for page, link in links if link not in texts] == []
 
 
 @pytest.mark.slow

@@ -148,7 +148,13 @@ def reason_of(error):
     first, *_ = lines = _lines(error)
     below = (_lines(root) if root is not error else lines)[1:] or _lines(root)
     cause = next((line for line in below if re.search(r"\b(error|fatal)\b", line)), below[-1])
-    return (first if cause in first else f"{first} ... {cause}")[:400]
+    return _shortened(first if cause in first else f"{first} ... {cause}")
+
+
+def _shortened(line, most=400):
+    """Without its middle: of a failed command, how it ended stands behind all its arguments."""
+    half = (most - 5) // 2
+    return line if len(line) <= most else f"{line[:half]} ... {line[-half:]}"
 
 
 def _lines(error):

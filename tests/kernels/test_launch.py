@@ -4,9 +4,11 @@ import os
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import launch
@@ -64,8 +66,8 @@ def test_an_amd_gpu_gets_no_kernels_in_nvidias_instructions(monkeypatch):
 
 WITHOUT_COMPILER = """
 import os
-from emulator.driver import pretend
-pretend((9, 0))
+from emulator.driver import pretend, start
+START
 import contextlib
 import torch, sparsedm
 from sparsedm.kernels import launch, mask, masked_adamw
@@ -92,26 +94,43 @@ small, x = sparsedm.compress(torch.nn.Sequential(layer).bfloat16()), torch.randn
 for _ in range(2):
     y = small(x)
 (row,) = sparsedm.inspect(small, (x,)).rows
-assert row.backend == "dense" and "wgmma does not run here: FileNotFoundError" in row.why, row
+assert row.backend == "dense" and "wgmma does not run here: CAUSE" in row.why, row
 os.environ["SPARSEDM_BACKEND"] = "torch"
 assert torch.equal(small(x), y)
 assert torch.equal(train().weight, weight)
 """
 
 
+CRASH = '#!/bin/sh\n[ "$1" = --version ] && exec {real} --version\nkill -SEGV $$\n'
+WITHOUT_DRIVER, WITH_DRIVER = "pretend((9, 0))", "start(execute=False)"
+FAILURES = {  # variables of the compiler that fails: how the test starts, the exception, the end of the message
+    ("CC",): (WITHOUT_DRIVER, "FileNotFoundError", "No such file or directory: '{file}'"),
+    ("CC", "crash"): (WITHOUT_DRIVER, "CalledProcessError", "died with <Signals.SIGSEGV: 11>."),
+    ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "crash"): (WITH_DRIVER, "PTXASError", "`ptxas` failed"),
+}
+
+
 @pytest.mark.slow
-def test_masked_training_on_a_gpu_without_a_c_compiler_runs_in_torch(tmp_path):
-    """Triton builds its launcher with it. A warning says why, and weights and images are those of plain torch."""
-    (tmp_path / "libcuda.so.1").write_bytes(b"")
-    folders = dict.fromkeys(("TRITON_CACHE_DIR", "TRITON_LIBCUDA_PATH", "SPARSEDM_CACHE"), str(tmp_path))
-    env = {**os.environ, **folders, "CC": str(tmp_path / "cc")}
+@pytest.mark.parametrize("failure", FAILURES, ids=" ".join)
+def test_masked_training_on_a_gpu_whose_compiler_fails_runs_in_torch(failure, tmp_path):
+    """Triton builds its launcher with cc. A warning says why, and weights and images are those of plain torch."""
+    begin, cause, words = FAILURES[failure]
+    compiler = tmp_path / "compiler"
+    if "crash" in failure:
+        compiler.write_text(CRASH.format(real=Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"))
+        compiler.chmod(0o755)
+    env = {**os.environ, **dict.fromkeys(("TRITON_CACHE_DIR", "SPARSEDM_CACHE"), str(tmp_path))}
+    if begin == WITHOUT_DRIVER:
+        (tmp_path / "libcuda.so.1").write_bytes(b"")
+        env["TRITON_LIBCUDA_PATH"] = str(tmp_path)
+    env |= {name: str(compiler) for name in failure if name.isupper()}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True, timeout=120
-    )
+    code = WITHOUT_COMPILER.replace("START", begin).replace("CAUSE", cause)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("triton does not run here: FileNotFoundError") == 2, done.stderr
-    assert done.stderr.count("does not run here") == 3, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "does not run here" in line]
+    assert [f"triton does not run here: {cause}" in line for line in lines] == [True, True, False], lines
+    assert all(words.format(file=compiler) in line for line in lines), lines
 
 
 CAUSES = [
@@ -127,6 +146,14 @@ CAUSES = [
 @pytest.mark.parametrize(("error", "line"), CAUSES, ids=str)
 def test_the_line_of_an_exception_holds_its_cause(error, line):
     assert launch.reason_of(error) == line
+
+
+def test_a_long_line_of_an_exception_has_its_beginning_and_its_end():
+    crashed = subprocess.CalledProcessError(-11, ["cc", *(f"-I/usr/include/{i}" for i in range(100))])
+    line = launch.reason_of(crashed)
+    assert len(line) <= 400
+    assert line.startswith("CalledProcessError: Command '['cc', ")
+    assert line.endswith("died with <Signals.SIGSEGV: 11>.")
 
 
 def test_the_line_of_a_compilers_exception_holds_the_cause_beneath_the_place():
