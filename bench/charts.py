@@ -141,7 +141,8 @@ def roofline(figure, rows):
     """Dense-equivalent TFLOP/s against arithmetic intensity, under the ceilings measured on the same device."""
     linear = [r for r in timed(rows, {"gemm"}) if r["dense_equivalent_tflops"] and r["gbps"]]
     linear = [r for r in linear if r["provider"] not in FORCED]
-    if not linear:
+    ceilings = [r for r in rows if r["suite"] == "ceiling" and r["status"] == "ok"]
+    if not linear or not ceilings:
         return False
     axes = figure.subplots()
     intensity = {id(r): 1e3 * r["dense_equivalent_tflops"] / r["gbps"] for r in linear}
@@ -154,9 +155,7 @@ def roofline(figure, rows):
     axes.set_yscale("log")
     left, right = min(intensity.values()) / 1.5, max(intensity.values()) * 1.5
     grey, flat = dict(color=GREY, linewidth=1.2, zorder=0), {}
-    for row in rows:
-        if row["suite"] != "ceiling" or row["status"] != "ok":
-            continue
+    for row in ceilings:
         if row["kernel"] == "copy":
             axes.plot([left, right], [row["gbps"] * x / 1e3 for x in (left, right)], **grey)
             axes.annotate(f" copy {row['gbps']:.0f} GB/s", (left, row["gbps"] * left / 1e3), color=GREY, fontsize=8)

@@ -205,7 +205,7 @@ class CompressedLinear(Compressed):
 class CompressedConv2d(Compressed):
     """y = act(conv2d(x, w) + b) + r from values and positions of the rows (out, kh * kw * in); inference only.
 
-    y is always in channels_last, the order that the kernels write.
+    x: images (B, C, H, W), or one image (C, H, W). y is always in channels_last, the order that the kernels write.
     """
 
     def __init__(self, layer: Conv2d) -> None:
@@ -228,6 +228,9 @@ class CompressedConv2d(Compressed):
             if (y := repeated(*known, input, self._buffers["bias"], residual)) is not None:
                 return y
         self._check_width(input.shape[-3] if input.dim() > 2 else 0, "channels")
+        if input.dim() == 3:  # one image, as in torch
+            batch = input[None], None if residual is None else residual[None]
+            return CompressedConv2d.forward(self, *batch)[0]
         values, bias, x = self._operands(self.bias, input)
         apart = residual is not None and residual.dtype != x.dtype  # under autocast: added in the wider dtype
         y = sparse24_conv2d(

@@ -66,6 +66,36 @@ def test_what_looks_through_a_compressed_layer_sees_the_masked_one(look, pattern
             small(x)
 
 
+@pytest.mark.parametrize(
+    ("look", "layer", "shape"),
+    [
+        ("backward", Linear(32, 24, pattern="2:4"), (3, 32)),
+        ("jvp", Linear(32, 24, pattern="1:8"), (3, 32)),
+        ("backward", Conv2d(32, 8, 3, pattern="1:8"), (2, 32, 5, 5)),
+    ],
+)
+def test_a_compiled_graph_has_the_derivatives_too(look, layer, shape):
+    """A backward ended in torch's BackendCompilerFailed, and forward mode lost its tangent without a word."""
+    small, x, derivative = compress(nn.Sequential(layer)), torch.randn(shape), LOOKED_THROUGH[look]
+    torch._dynamo.reset()
+    compiled = torch.compile(small if look == "backward" else lambda x: derivative(small, x), backend="aot_eager")
+    found = derivative(compiled, x.clone()) if look == "backward" else compiled(x)
+    torch.testing.assert_close(found, derivative(layer, x.clone()))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_one_image_and_images_that_are_mapped_over_have_no_batch(kernel):
+    masked, x = Conv2d(32, 8, kernel, padding=kernel // 2, pattern="2:4").eval(), torch.randn(3, 32, 5, 5)
+    small, residual = compress(masked), torch.randn(8, 5, 5)
+    squares = [func.grad(lambda x, layer=layer: layer(x).square().sum()) for layer in (small, masked)]
+    for _ in range(2):  # a repeated call takes a shorter way
+        torch.testing.assert_close(small(x[0], residual), masked(x[0], residual))
+        torch.testing.assert_close(func.vmap(small)(x), masked(x))
+        torch.testing.assert_close(func.vmap(squares[0])(x), func.vmap(squares[1])(x))
+    with pytest.raises(InputError, match=r"images are \(B, C, H, W\)"):
+        small(x[None])
+
+
 def test_the_weights_of_several_compressed_layers_are_mapped_over():
     small, x = compress(sparsify(nn.Sequential(nn.Linear(32, 24)), "2:4")), torch.randn(3, 32)
     weights = {"0.values": torch.stack((small[0].values, 2 * small[0].values))}

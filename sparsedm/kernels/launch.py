@@ -200,10 +200,8 @@ def watched():
 def differentiated(*tensors):
     """Whether torch.func, forward mode or a backward needs the derivative of a call with these tensors, or None.
 
-    A graph that is being compiled is not looked into.
+    Dynamo traces this function, and guards what it read.
     """
-    if torch.compiler.is_compiling():
-        return False
     if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -145,7 +145,7 @@ def check_metadata(metadata, pattern=TWO_FOUR, columns=None):
 
     If the pattern is not 2:4: bits of `columns` columns; every group must keep the pattern's number of weights.
     """
-    if metadata.is_meta:  # no data: the model is only inspected
+    if metadata.is_meta or torch.compiler.is_compiling():  # no data: the model is inspected, or a graph is made
         return
     if pattern != TWO_FOUR:
         counts = unpack_bits(metadata, columns).unflatten(1, (-1, pattern.group)).sum(-1)

@@ -80,7 +80,7 @@ def sparse24_linear(
     a GPU each new size is timed once). pattern: as text; if it is not 2:4, metadata are the bits of `format.py`.
 
     Accumulates in fp32. Works under torch.compile and torch.export. Where x or another operand is differentiated, or
-    torch.func maps over any, torch multiplies by the decompressed weight; in a compiled graph there is no gradient.
+    torch.func maps over any, torch multiplies by the decompressed weight.
     Raises: InputError for shapes or dtypes that do not fit together.
     """
     known, operands = (cache, values, metadata, (activation,)), (x, bias, residual, skip, scale)
