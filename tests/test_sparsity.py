@@ -337,7 +337,7 @@ def test_a_generator_that_is_closed_in_a_block_lets_go_and_tells(form):
         next(running)
         if changed:
             weight.neg_()
-            with pytest.raises(InputError, match="the (compressed )?weight of 0 was changed while"):
+            with pytest.raises(InputError, match=r"the (compressed )?weight of 0 was changed while"):
                 running.close()
         running.close()
         assert not vars(model[0]).get("_held")
