@@ -33,7 +33,7 @@ COMMANDS = {  # name: (module, what it does)
     "inspect": ("sparsedm.commands.inspect", "show parameters, MACs and back end of each layer, dense and sparse"),
     "import": (
         "sparsedm.commands.convert",
-        "convert an official U-ViT or DiT checkpoint, or a diffusers folder, to a model file of this package",
+        "convert an original U-ViT, DiT, DDPM or DDSM checkpoint, or a diffusers folder, to this package's model file",
     ),
     "encode": ("sparsedm.commands.encode", "make images latents of a diffusers autoencoder, in a file to train on"),
     "search": (

@@ -123,7 +123,7 @@ def test_a_model_without_example_inputs_needs_them():
         ("sm_86", 512, "mma", "mma.sp"),
         ("sm_89", 512, "mma", "mma.sp"),
         ("sm_90a", 512, "wgmma", "wgmma.sp"),
-        ("sm_90a", 16, "dense", "leave most of the GPU idle"),
+        ("sm_90a", 16, "dense", "to fill the GPU"),
         ("sm_100", 512, "dense", "mma.sp is a slow legacy path of sm_100"),
         ("sm_103", 512, "dense", "mma.sp is a slow legacy path of sm_103"),
         ("sm_120", 512, "mma", "mma.sp"),

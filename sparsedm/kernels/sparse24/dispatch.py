@@ -223,7 +223,7 @@ def _small(request):
         return f"{request.N} features leave most of a tile of 128 x 128 empty"
     tiles = -(-request.M // 128) * -(-request.N // 128)
     if tiles < SMALLEST_GRID:
-        return f"{tiles} tiles of 128 x 128 leave most of the GPU idle: the launch decides, not the arithmetic"
+        return f"too few tiles of 128 x 128 to fill the GPU ({tiles}): the launch decides, not the arithmetic"
     return None
 
 
