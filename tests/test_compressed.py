@@ -43,6 +43,7 @@ LOOKED_THROUGH = {
     "functionalized": lambda f, x: func.functionalize(torch.no_grad()(f))(x),  # masked ones cannot train under it
     "backward": lambda f, x: torch.autograd.grad(f(x.requires_grad_()).square().sum(), x)[0],
     "forward mode": lambda f, x: tangent(f, x),
+    "linearized": lambda f, x: func.linearize(torch.no_grad()(f), x)[1](x),
 }
 
 
