@@ -61,6 +61,13 @@ class Compressed(nn.Module):
             self._cast = key, self.values.to(dtype), self.values.detach()  # held: nothing else gets its address
         return self._cast[1], *tensors
 
+    def _repeated(self, options, x, *others):
+        """y if a call on a CPU like this one was answered before, else None."""
+        buffers = self._buffers  # without a weight or bias that is a parameter, or computed
+        if torch.compiler.is_compiling() or buffers.get("values") is None or "bias" not in buffers:
+            return None
+        return repeated(self._prepacked, buffers["values"], self.words(), options, x, buffers["bias"], *others)
+
     @contextlib.contextmanager
     def held(self, name):
         """A context whose calls on a CPU take the weight for unchanged. Raises: InputError at its end if that is wrong.
@@ -180,10 +187,8 @@ class CompressedLinear(Compressed):
         skip: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and (values := self._buffers.get("values")) is not None:
-            known = self._prepacked, values, self.words(), (self.activation,)
-            if (y := repeated(*known, input, self._buffers["bias"], residual, skip, scale)) is not None:
-                return y
+        if (y := self._repeated((self.activation,), input, residual, skip, scale)) is not None:
+            return y
         width = (input.shape[-1] if input.dim() else 0) + (0 if skip is None else skip.shape[-1])
         self._check_width(width, "features")
         values, bias, x, skip, scale = self._operands(self.bias, input, skip, scale)
@@ -222,11 +227,9 @@ class CompressedConv2d(Compressed):
         return Conv2d(*sizes, **geometry, activation=self.activation, **options)
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and (values := self._buffers.get("values")) is not None:
-            options = self.activation, self.kernel_size, self.stride, self.padding, self.dilation
-            known = self._prepacked, values, self.words(), options
-            if (y := repeated(*known, input, self._buffers["bias"], residual)) is not None:
-                return y
+        options = self.activation, self.kernel_size, self.stride, self.padding, self.dilation
+        if (y := self._repeated(options, input, residual)) is not None:
+            return y
         self._check_width(input.shape[-3] if input.dim() > 2 else 0, "channels")
         if input.dim() == 3:  # one image, as in torch
             batch = input[None], None if residual is None else residual[None]

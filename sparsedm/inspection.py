@@ -391,7 +391,7 @@ def live_per_image(model):
 
 
 def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
-    """Times one call of each sparse layer. Returns {name: (microseconds dense, microseconds compressed)}.
+    """Times one call of each sparse layer. Returns {name: (microseconds dense, microseconds compressed, back end)}.
 
     A call has the shapes and the epilogue of a forward of `model` at this batch size. Layers with equal shapes and
     epilogue are timed once. Weights and inputs are random; `model` is not changed. Layers that cannot be compressed, or

@@ -124,6 +124,8 @@ class Masked:
 
         A cast to fewer bits, such as `model.half()`, first freezes the mask. A weight that is replaced by a rounded
         one, as by `p.data = p.data.half()` or by FSDP2 in mixed precision, has the mask of the rounded weight.
+        A frozen mask is a buffer. An average of buffers (`AveragedModel(use_buffers=True)` with an EMA function) unites
+        masks that differ and keeps too many weights: copy the buffers instead (`use_buffers=False`).
         """
         self.mask = self.current_mask().clone() if frozen else None
         self._held = None

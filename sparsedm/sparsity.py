@@ -307,6 +307,8 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
     On a GPU one launch selects the masks of all layers of one kind. On a CPU compressed layers compare their weights
     with what their kernels hold only once for the block, instead of in every call.
     optimizer: its last step has selected masks already; the block uses them.
+    A block inside another one may use the outer masks; the outer block then reports what changed. If a generator
+    yields inside a block, code outside reads the held masks, too, until the generator ends or is closed.
 
     Raises InputError, naming the layer, in two cases. (1) A weight, masked or compressed, changed inside the block, or,
     with an optimizer, since its last step. On a CPU this is reported when the block ends, on a GPU when a later block
@@ -329,11 +331,15 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
     held = {layer: (choice.weight, choice.selection) for layer, choice in choices.items()}
     for layer, mine in held.items():
         layer._held = mine
+    closed = None
     try:
         with contextlib.ExitStack() as stack:
             for layer, name in compressed.items():
                 stack.enter_context(layer.held(name))
-            yield
+            try:
+                yield
+            except GeneratorExit as error:  # the block is in a generator, which ends early and not by an error
+                closed = error
     finally:
         for layer, mine in held.items():
             layer._held = outer[layer] if layer._held is mine else None  # else a new pattern made outer stale
@@ -341,6 +347,8 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
         check(choices, names)
     else:
         optimizer.settle(choices, names)
+    if closed:
+        raise closed
 
 
 # ---- compressed models -----------------------------------------------------------------------------------------------

@@ -322,6 +322,33 @@ def test_a_weight_that_changes_while_its_mask_is_held_is_refused(change, way, mo
         pass  # and it can be held again
 
 
+@pytest.mark.parametrize("form", ["masked", "compressed"])
+def test_a_generator_that_is_closed_in_a_block_lets_go_and_tells(form):
+    def steps(model):
+        with hold_masks(model):
+            while True:
+                yield model(torch.ones(1, 16))
+
+    model = sparsify(nn.Sequential(nn.Linear(16, 8)), "2:4")
+    model = compress(model) if form == "compressed" else model
+    weight = model[0].values if form == "compressed" else model[0].weight.data
+    for changed in (False, True):
+        running = steps(model)
+        next(running)
+        if changed:
+            weight.neg_()
+            with pytest.raises(InputError, match=r"the (compressed )?weight of 0 was changed while"):
+                running.close()
+        running.close()
+        assert not vars(model[0]).get("_held")
+        assert "held" not in vars(model[0]).get("_prepacked", {})
+    running = steps(model)
+    next(running)
+    with pytest.raises(KeyError, match="mine"):  # an error of the block itself is not hidden
+        running.throw(KeyError("mine"))
+    assert not vars(model[0]).get("_held")
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("change", [lambda model: model.double(), lambda model: model[0].weight.data.neg_()])
 def test_on_a_gpu_one_launch_sums_up_all_weights(change, frozen, monkeypatch):

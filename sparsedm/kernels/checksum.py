@@ -33,7 +33,7 @@ def checksums(*tensors):
     """One int for each tensor on the CPU: by the C library, or without it a CRC-32."""
     if library.library() is not None:
         return products.checksum(*tensors)
-    return [int(files.checksum(t.detach())) for t in tensors]
+    return [int(files.checksum(t.detach().resolve_neg())) for t in tensors]
 
 
 def stamp(*tensors, held=None):

@@ -197,14 +197,17 @@ def watched():
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def differentiated(*tensors):
-    """Whether torch.func, forward mode or a backward needs the derivative of a call with these tensors, or None.
+def left_to_torch(*tensors):
+    """Whether torch.func, forward mode or a backward needs the derivative of a call with these tensors, or None; or one
+    of them has no strides, such as a sparse or oneDNN's own tensor.
 
     Dynamo traces this function, and guards what it read.
     """
     if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    given = [t for t in tensors if t is not None]
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return graded or any(t.layout != torch.strided for t in given)
 
 
 def plain(*tensors):
@@ -215,7 +218,11 @@ def plain(*tensors):
     graded = torch.is_grad_enabled()
     for t in tensors:
         if t is not None and (
-            type(t) is not torch.Tensor or not t.is_cpu or (graded and t.requires_grad) or t.is_neg()
+            type(t) is not torch.Tensor
+            or not t.is_cpu
+            or t.layout is not torch.strided
+            or (graded and t.requires_grad)
+            or t.is_neg()
         ):
             return False
     return True

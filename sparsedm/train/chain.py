@@ -10,6 +10,7 @@ and the same number of steps see the same images.
 
 import contextlib
 import copy
+import hashlib
 import logging
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch import nn
 
 from sparsedm.copying import copied
 from sparsedm.errors import InputError, TooLittleMemory, check_memory
+from sparsedm.files import checksum
 from sparsedm.inspection import kept_per_image, most_kept_per_image
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models.slimmable import WidestTeacher, check_supernet
@@ -105,7 +107,7 @@ def run_chain(
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
             stack.enter_context(checkpoint.folder_lock(folder))
-            settings["record"] = _claim(folder, stages, facts | (record or {}), options)
+            settings["record"] = _claim(folder, stages, facts | _weights_of(start) | (record or {}), options)
         distributed.barrier()
         return _train(start, stages, images, schedule, options, folder, where, settings)
 
@@ -127,8 +129,22 @@ def _claim(folder, stages, facts, options):
     may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
     may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
     started = checkpoint.has_started(folder)
-    checkpoint.claim(folder, record | facts, MAY_CHANGE, [TrainOptions, Stage], may_grow, started)
+    if started and not lost:
+        stored = checkpoint.stored_options(folder)
+        changed = stored.get("start", facts.get("start")) != facts.get("start")  # older ones do not say
+        if changed and stored.get("init") == facts.get("init"):
+            advice = "start from the network as it was, or choose another folder"
+            raise InputError(f"the dense network that {folder} starts and learns from was changed since: {advice}")
+    checkpoint.claim(folder, record | facts, (*MAY_CHANGE, "start"), [TrainOptions, Stage], may_grow, started)
     return record
+
+
+def _weights_of(start):
+    """{"start": checksum} of the EMA weights that a run starts with, its first teacher; {} if it has none."""
+    if start.ema is None:
+        return {}
+    sums = [f"{name} {checksum(value.detach().cpu())}" for name, value in start.ema.state_dict().items()]
+    return {"start": hashlib.sha256("\n".join(sums).encode()).hexdigest()}
 
 
 def _saved(folder):

@@ -100,9 +100,8 @@ def run_number(folder):
 
     A new run draws one. None: the run began before runs had numbers.
     """
-    file = Path(folder) / "options.json"
-    if file.exists():
-        return _options(file).get("run")
+    if (Path(folder) / "options.json").exists():
+        return stored_options(folder).get("run")
     saved = latest(folder)
     found = read_state(saved).get("run") if saved else secrets.token_hex(8)
     return found and str(found).partition(".")[0]
@@ -110,12 +109,13 @@ def run_number(folder):
 
 def _identity(folder):
     """What a checkpoint says of its run: the number, and the step at which this stage begins; None as above."""
-    file = Path(folder) / "options.json"
-    stored = _options(file) if file.exists() else {}
+    stored = stored_options(folder) if (Path(folder) / "options.json").exists() else {}
     return f"{stored['run']}.{stored.get('first_step')}" if stored.get("run") else None
 
 
-def _options(file):
+def stored_options(folder):
+    """The stored options of a run folder. Raises: InputError if there are none or they are damaged."""
+    file = Path(folder) / "options.json"
     stored = read_json(file)
     if not isinstance(stored, dict) or not stored:
         raise InputError(f"{file} is damaged: it must hold the options of the run")
@@ -135,7 +135,7 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     file, record = Path(folder) / "options.json", json.loads(json.dumps(record))
     if printable(folder) != str(folder):
         raise InputError(f"the name of the run folder {folder} is not UTF-8: safetensors cannot read files in it")
-    stored = _options(file) if file.exists() else {}
+    stored = stored_options(folder) if file.exists() else {}
     if stored and not started and not stored.keys() & record.keys():
         raise InputError(f"{file} holds no options of such a run: choose another folder")
     if not (started and stored):

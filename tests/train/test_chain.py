@@ -262,6 +262,21 @@ def test_two_processes_in_one_folder_are_refused_before_either_claims_it(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_teacher_that_was_changed_since_is_refused(tmp_path):
+    """The run of --init may have gone on: what is resumed learned from another network, without a word."""
+    stages = [Stage("a", 2, "2:4", teacher="dense", w_kd=0.5)]
+    run(tmp_path, stages, ema=tiny(3))
+    run(tmp_path, stages, ema=tiny(3))
+    changed = tiny(3)
+    changed.last.bias.data[0] += 1e-6
+    with pytest.raises(InputError, match=r"the dense network that .* starts and learns from was changed since: start"):
+        run(tmp_path, stages, ema=changed)
+    held = json.loads((tmp_path / "options.json").read_text())
+    del held["start"]  # of an older run
+    (tmp_path / "options.json").write_text(json.dumps(held))
+    run(tmp_path, stages, ema=changed)
+
+
 def test_a_stage_or_checkpoint_of_another_run_is_refused(tmp_path):
     """The same options and shapes, so that nothing else tells them apart."""
     stages = [Stage("a", 2, "2:4"), Stage("b", 2, "2:4")]

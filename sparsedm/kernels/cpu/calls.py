@@ -21,17 +21,25 @@ def repeated(cache, values, positions, options, x, *others):
     calls = None if torch.compiler.is_compiling() else cache.get("calls")
     if calls is None or not _served(values, x, *others):
         return None
-    run = calls[1].get(_sizes(options, x, *others))
+    try:
+        run = calls[1].get(_sizes(options, x, *others))
+    except TypeError:  # a list among the options of a layer, which the operation makes a tuple
+        return None
     if run is None or calls[0] != stamp(values, positions, held=cache.get("held")):
         return None
     return run(x, *others)
 
 
-def remember(cache, values, positions, options, run, *tensors):
-    """Let `repeated` compute calls like this one by run(*tensors), which may return None to decline. run: or None."""
-    if run is None or not _served(values, *tensors):
+def remember(cache, values, layout, prepacked, options, run, *tensors):
+    """Let `repeated` compute calls like this one by run(*tensors), which may return None to decline. run: or None.
+
+    prepacked: the weight in `layout` that run holds, as `prepack_once` has left it in the cache with its stamp. A new
+    stamp would be wrong if another thread has written to the weight since.
+    """
+    current, kept, _ = cache[layout]
+    if run is None or not _served(values, *tensors) or kept[0] is not prepacked[0]:
         return
-    calls, current = cache.get("calls"), stamp(values, positions, held=cache.get("held"))
+    calls = cache.get("calls")
     if calls is None or calls[0] != current or len(calls[1]) >= MOST:
         calls = cache["calls"] = current, {}
     calls[1][_sizes(options, *tensors)] = run

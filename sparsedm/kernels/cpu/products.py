@@ -172,7 +172,7 @@ def _linear_call(x, prepacked, pattern, y, bias=None, activation=None, residual=
 def linear_again(x, prepacked, pattern, y, activation, residual, skip, scale, few):
     """run(x, bias, residual, skip, scale) -> y, for tensors of the sizes of these, which are contiguous.
 
-    `linear` without the arithmetic on sizes. run returns None where a tensor is not contiguous.
+    `linear` without the arithmetic on sizes. run returns None where a tensor is not contiguous, or C gets no memory.
     """
     shape, rows = y.shape, [t if t is None else t.reshape(-1, t.shape[-1]) for t in (x, y, residual, skip, scale)]
     call = _linear_call(rows[0], prepacked, pattern, rows[1], None, activation, *rows[2:])
@@ -190,11 +190,7 @@ def linear_again(x, prepacked, pattern, y, activation, residual, skip, scale, fe
             whole, call.skip = whole and skip.is_contiguous(), skip.data_ptr()
         if scale is not None:
             whole, out.scale = whole and scale.is_contiguous(), scale.data_ptr()
-        if not whole:
-            return None
-        if function(ctypes.byref(call)):
-            raise MemoryError(f"{LINEAR[few]}: no memory for its tiles")
-        return y
+        return None if not whole or function(ctypes.byref(call)) else y
 
     run.prepacked = prepacked  # whose addresses the template holds
     return run
@@ -272,9 +268,7 @@ def conv_again(x, prepacked, pattern, y, geometry, activation, residual, halo):
         if residual is not None:
             residual = residual.contiguous(memory_format=layout)
             call.out.residual = residual.data_ptr()
-        if function(ctypes.byref(call)):
-            raise MemoryError(f"{CONV[halo]}: no memory for its tiles")
-        return y
+        return None if function(ctypes.byref(call)) else y
 
     run.prepacked = prepacked  # whose addresses the template holds
     return run
@@ -323,7 +317,7 @@ def select_masks(weights, patterns, sum_up=True):
 
 def checksum(*tensors):
     """A number of 64 bits per tensor, of any dtype on the CPU: another one, in all likelihood, if any bit changes."""
-    whole = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    whole = [t if t.is_contiguous() and not t.is_neg() else t.resolve_neg().contiguous() for t in tensors]
     return [_function("nm_checksum", LONG, POINTER, LONG)(t.data_ptr(), t.nbytes) for t in whole]
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import calls, products
 from sparsedm.kernels.cpu import conv as cpu
-from sparsedm.kernels.launch import broken, differentiated, direct, refuse_export
+from sparsedm.kernels.launch import broken, direct, left_to_torch, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
@@ -82,11 +82,11 @@ def sparse24_conv2d(
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
     padding = _padding(padding, kernel_size, dilation)
     geometry = kernel_size, stride, padding, dilation
-    known, again = (cache, values, metadata, (activation, *geometry)), cache is not None and backend is None
-    if again and (y := calls.repeated(*known, x, bias, residual)) is not None:
+    options_known, again = (activation, *geometry), cache is not None and backend is None
+    if again and (y := calls.repeated(cache, values, metadata, options_known, x, bias, residual)) is not None:
         return y
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern)
-    if differentiated(x, bias, residual):
+    if left_to_torch(x, bias, residual):
         named = {"stride": stride, "padding": padding, "dilation": dilation, "pattern": pattern}
         return sparse24_conv2d_ref(x, values, metadata, kernel_size, bias, activation, residual, **named)
     request = conv_request(
@@ -109,7 +109,7 @@ def sparse24_conv2d(
         )  # fmt: skip
         if again and request.capability is None and not torch.compiler.is_compiling() and y.numel():
             once_more = _once_more(choice, tensors, pattern, y, geometry, activation, x, residual)
-            calls.remember(*known, once_more, x, bias, residual)
+            calls.remember(cache, values, layout, tensors, options_known, once_more, x, bias, residual)
         return y
 
     return dispatch.serve(request, run, cache)
@@ -119,6 +119,7 @@ def _once_more(choice, tensors, pattern, y, geometry, activation, x, residual):
     """A function of the tensors (x, bias, residual) that computes y by this choice on a CPU, or None."""
     if choice.backend == "dense":
         weight = tensors[0].view(-1, *geometry[0], x.shape[1]).permute(0, 3, 1, 2)
+        weight = weight.contiguous(memory_format=_memory_format(x))
 
         def run(x, bias, residual):
             y = ACTIVATIONS[activation](F.conv2d(x, weight, bias, *geometry[1:]))

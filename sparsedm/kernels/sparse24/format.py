@@ -27,6 +27,7 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from sparsedm.errors import InputError
+from sparsedm.kernels.launch import watched
 from sparsedm.kernels.pattern import Pattern, pack_bits, unpack_bits
 
 TORCH_TENSORS = {"cutlass": SparseSemiStructuredTensorCUTLASS, "cusparselt": SparseSemiStructuredTensorCUSPARSELT}
@@ -145,7 +146,7 @@ def check_metadata(metadata, pattern=TWO_FOUR, columns=None):
 
     If the pattern is not 2:4: bits of `columns` columns; every group must keep the pattern's number of weights.
     """
-    if metadata.is_meta or torch.compiler.is_compiling():  # no data: the model is inspected, or a graph is made
+    if metadata.is_meta or watched():  # no data: the model is inspected, or a graph is made
         return
     if pattern != TWO_FOUR:
         counts = unpack_bits(metadata, columns).unflatten(1, (-1, pattern.group)).sum(-1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import calls, dense, products
 from sparsedm.kernels.cpu import linear as cpu
-from sparsedm.kernels.launch import broken, differentiated, direct, refuse_export
+from sparsedm.kernels.launch import broken, direct, left_to_torch, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
@@ -90,7 +90,7 @@ def sparse24_linear(
     _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
-    if differentiated(x, bias, residual, skip, scale):
+    if left_to_torch(x, bias, residual, skip, scale):
         options = {"skip": skip, "scale": scale, "out_dtype": out_dtype, "pattern": pattern}
         return sparse24_linear_ref(x, values, metadata, bias, activation, residual, **options)
     request = request_on(
@@ -107,7 +107,8 @@ def sparse24_linear(
             x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict, pattern
         )
         if again and request.capability is None and not torch.compiler.is_compiling():
-            calls.remember(*known, _once_more(choice, tensors, pattern, y, activation, *operands), *operands)
+            once_more = _once_more(choice, tensors, pattern, y, activation, *operands)
+            calls.remember(cache, values, layout, tensors, (activation,), once_more, *operands)
         return y
 
     return dispatch.serve(request, run, cache)

@@ -11,6 +11,7 @@ import sparsedm.compressed
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.kernels.cpu import library, products, rules
+from sparsedm.kernels.launch import broken, direct
 from sparsedm.kernels.pattern import Pattern, group_view
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
@@ -248,6 +249,80 @@ def test_inputs_of_every_kind_after_a_plain_one(odd):
     layer, x = small_layer("1:4"), torch.randn(300, 96)
     layer(x)
     check_layer(layer, ODD[odd](x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
+def test_inputs_without_strides_are_left_to_torch(convert):
+    """One of them ended the kernel's use in this process, and repeated calls in torch's RuntimeError."""
+    linear, conv, rows, image = small_layer(), small_conv(), torch.randn(300, 96), torch.randn(3, 32, 16, 16)
+    for _ in range(2):
+        found = linear(convert(rows)).to_dense()
+        torch.testing.assert_close(found, linear(rows), rtol=1e-4, atol=1e-5)
+    if convert is torch.Tensor.to_mkldnn:
+        plain = small_conv(activation=None)
+        for _ in range(2):
+            torch.testing.assert_close(plain(convert(image)).to_dense(), plain(image), rtol=1e-4, atol=1e-5)
+    assert not broken
+    check_conv(conv, image)
+
+
+@torch.no_grad()
+def test_attributes_of_another_kind_between_calls():
+    linear, conv, x, image = small_layer(), small_conv(), torch.randn(300, 96), torch.randn(3, 32, 16, 16)
+    check_layer(linear, x)
+    linear.bias = torch.nn.Parameter(torch.randn(128))
+    check_layer(linear, x)
+    linear.values = torch._neg_view(linear.values)
+    check_layer(linear, x)
+    expected = conv(image)
+    conv.stride, conv.padding, conv.dilation = [1, 1], [1, 1], 1
+    for _ in range(2):
+        assert torch.equal(conv(image), expected)
+    conv.bias = torch.nn.Parameter(conv.bias)
+    assert torch.equal(conv(image), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [small_layer, small_conv])
+def test_what_is_written_during_a_call_counts_in_the_next(layer, monkeypatch):
+    layer, x = layer(), torch.randn(300, 96) if layer is small_layer else torch.randn(3, 32, 16, 16)
+
+    def written(operator, *tensors):
+        def run(*arguments):
+            y = direct(operator, *tensors)(*arguments)
+            layer.values.mul_(2)  # by another thread
+            return y
+
+        return run
+
+    for operation in ("linear", "conv"):
+        monkeypatch.setattr(f"sparsedm.kernels.sparse24.{operation}.direct", written)
+    layer(x)
+    monkeypatch.undo()
+    torch.testing.assert_close(layer(x), copy.deepcopy(layer)(x))
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [small_layer, small_conv])
+def test_a_repeated_call_that_gets_no_memory_is_computed_by_torch_as_the_first_one_is(layer, monkeypatch, caplog):
+    layer, x = layer(), torch.randn(300, 96) if layer is small_layer else torch.randn(3, 32, 16, 16)
+    real, full, kernels = library.library(), [], (*products.LINEAR, *products.CONV)
+
+    class Library:
+        def __getattr__(self, name):
+            return lambda *call: 1 if full and name in kernels else getattr(real, name)(*call)
+
+    monkeypatch.setattr(products, "library", Library)
+    products._function.cache_clear()
+    expected = layer(x)
+    full.append("memory")
+    try:
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        assert "no memory for its tiles; torch computes it" in caplog.text
+    finally:
+        broken.clear()
 
 
 def test_calls_that_torch_watches_do_not_reach_the_kernel(monkeypatch):
