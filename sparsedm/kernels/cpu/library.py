@@ -152,6 +152,8 @@ def _compile(flags, compiler, folder):
     _call_all([[compiler, *flags, "-c", FOLDER / name, "-o", out] for name, out in zip(SOURCES, objects)])
     built = folder / "library.so"
     _call_all([[compiler, "-shared", *objects, "-o", built, "-lm"]])
+    if not built.exists():
+        raise _Unavailable("`cc` ended with 0 and wrote no library")
     with open(built, "r+b") as file:
         digest = hashlib.sha256(file.read()).digest()
         file.write(digest)

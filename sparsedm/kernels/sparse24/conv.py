@@ -96,7 +96,8 @@ def sparse24_conv2d(
         image=tuple(size), backend=backend, pattern=pattern,
     )  # fmt: skip
     if request.operation == LINEAR:
-        rows, added = (None if image is None else image.permute(0, 2, 3, 1) for image in (x, residual))
+        # contiguous, as every back end reads them: a repeated call on a CPU asks for it
+        rows, added = (None if t is None else t.permute(0, 2, 3, 1).contiguous() for t in (x, residual))
         y = sparse24_linear(rows, values, metadata, bias, activation, added, **options)
         return y.permute(0, 3, 1, 2)
 

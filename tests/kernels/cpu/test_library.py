@@ -64,7 +64,7 @@ def test_without_a_compiler_there_is_a_reason_and_one_line_of_log(compiler, capl
 @pytest.mark.parametrize(
     ("command", "reason"),
     [("echo product.c:1: error: no such thing; exit 1", "no such thing"), ("kill -9 $$", "ended with -9"),
-     ("echo not a library > $2", "cannot be loaded")],
+     ("echo not a library > $2", "cannot be loaded"), ("exit 0", "wrote no library")],
 )  # fmt: skip
 def test_a_compiler_that_fails_is_killed_or_writes_nonsense(compiler, caplog, tmp_path, command, reason):
     compiler(command)
