@@ -66,7 +66,8 @@ class Compressed(nn.Module):
         buffers = self._buffers  # without a weight or bias that is a parameter, or computed
         if torch.compiler.is_compiling() or buffers.get("values") is None or "bias" not in buffers:
             return None
-        return repeated(self._prepacked, buffers["values"], self.words(), options, x, buffers["bias"], *others)
+        known = self._prepacked, buffers["values"], self.words(), (*options, str(self.pattern))
+        return repeated(*known, x, buffers["bias"], *others)
 
     @contextlib.contextmanager
     def held(self, name):

@@ -82,7 +82,7 @@ def sparse24_conv2d(
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
     padding = _padding(padding, kernel_size, dilation)
     geometry = kernel_size, stride, padding, dilation
-    options_known, again = (activation, *geometry), cache is not None and backend is None
+    options_known, again = (activation, *geometry, pattern), cache is not None and backend is None
     if again and (y := calls.repeated(cache, values, metadata, options_known, x, bias, residual)) is not None:
         return y
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern)

@@ -83,16 +83,16 @@ def sparse24_linear(
     torch.func maps over any, torch multiplies by the decompressed weight.
     Raises: InputError for shapes or dtypes that do not fit together.
     """
-    known, operands = (cache, values, metadata, (activation,)), (x, bias, residual, skip, scale)
+    options, operands = (activation, pattern), (x, bias, residual, skip, scale)
     again = cache is not None and backend is None and out_dtype in (None, x.dtype)
-    if again and (y := calls.repeated(*known, *operands)) is not None:
+    if again and (y := calls.repeated(cache, values, metadata, options, *operands)) is not None:
         return y
     _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
     if left_to_torch(x, bias, residual, skip, scale):
-        options = {"skip": skip, "scale": scale, "out_dtype": out_dtype, "pattern": pattern}
-        return sparse24_linear_ref(x, values, metadata, bias, activation, residual, **options)
+        named = {"skip": skip, "scale": scale, "out_dtype": out_dtype, "pattern": pattern}
+        return sparse24_linear_ref(x, values, metadata, bias, activation, residual, **named)
     request = request_on(
         x.device, LINEAR, x.dtype, math.prod(x.shape[:-1]), values.shape[0], x.shape[-1] + K2, backend,
         device=x.device if type(x) is torch.Tensor else None,  # a fake tensor cannot be timed
@@ -108,7 +108,7 @@ def sparse24_linear(
         )
         if again and request.capability is None and not torch.compiler.is_compiling():
             once_more = _once_more(choice, tensors, pattern, y, activation, *operands)
-            calls.remember(cache, values, layout, tensors, (activation,), once_more, *operands)
+            calls.remember(cache, values, layout, tensors, options, once_more, *operands)
         return y
 
     return dispatch.serve(request, run, cache)

@@ -281,6 +281,12 @@ def test_attributes_of_another_kind_between_calls():
         assert torch.equal(conv(image), expected)
     conv.bias = torch.nn.Parameter(conv.bias)
     assert torch.equal(conv(image), expected)
+    linear, conv = small_layer(), small_conv()
+    for layer, given in ((linear, x), (conv, image)):
+        layer(given)
+        layer.pattern = Pattern(1, 8)
+        with pytest.raises(InputError, match="1:8"):
+            layer(given)
 
 
 @torch.no_grad()
