@@ -69,6 +69,8 @@ def _chosen_on_cpu(layers):
     """{layer: Choice} by one call of the C library; without the layers whose weights are NaN somewhere."""
     for layer in layers:
         check_weight(layer.weight, layer.pattern)
+    if not layers:  # there may be no library
+        return {}
     selected = products.select_masks([layer.weight for layer in layers], [layer.pattern for layer in layers])
     return {
         layer: Choice(layer.weight, layer.pattern, Selection(masked, mask), checksum)

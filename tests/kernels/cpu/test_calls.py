@@ -18,7 +18,7 @@ from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import compress
+from sparsedm.sparsity import compress, hold_masks
 from tests.kernels.cpu.problems import close, compressed, mask_of, needs_library
 
 # ---- as a back end ---------------------------------------------------------------------------------------------------
@@ -51,6 +51,15 @@ def test_the_dispatcher_takes_the_kernel_for_a_convolution(size, layout):
     close(y, F.silu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)), size)
     halo = size % products.lanes() == 0
     assert [name.split()[:2] for name in cache if name != "choices"] == [["cpu", "halo" if halo else "conv"]]
+
+
+@pytest.mark.parametrize("layer", [lambda: small_layer(), lambda: torch.nn.Linear(96, 8)])
+def test_without_a_library_models_without_a_mask_are_held(layer, monkeypatch):
+    monkeypatch.setattr(library, "_loaded", lambda: (None, "no C compiler"))
+    model, x = torch.nn.Sequential(layer()), torch.randn(5, 96)
+    with hold_masks(model):
+        held = model(x)
+    assert torch.equal(model(x), held)
 
 
 @pytest.mark.parametrize("why", ["forced", "double", "no library"])
