@@ -1,13 +1,14 @@
 """The C library of this folder: compiled by the system's `cc` at first use, cached, and loaded by ctypes.
 
-Its name is a hash of the sources, the flags and the compiler. The flags depend on the CPU features that torch reports,
-not on -march=native, so that different machines may share a home folder. A cached file is loaded only if it is complete
-(its last 32 bytes are the SHA-256 of the rest) and this user owns it.
+Its name has a hash of the sources and flags, and one of the compiler. Without a compiler a library that any other has
+made serves, so an image may be built with `cc` and run without it. The flags depend on the CPU features that torch
+reports, not on -march=native, so that different machines may share a home folder. A cached file is loaded only if it is
+complete (its last 32 bytes are the SHA-256 of the rest) and this user owns it.
 
 OpenMP: the sources are compiled with -fopenmp and linked without it. Their calls then reach the libgomp that torch
 loaded, under any file name. So there is one pool of threads, and `torch.set_num_threads` applies.
 
-Without a compiler, or on a CPU that is neither x86 with AVX2 nor aarch64, `library()` is None. The reason is logged
+Without either, or on a CPU that is neither x86 with AVX2 nor aarch64, `library()` is None. The reason is logged
 once and returned by `unavailable_because()`; callers then compute in torch.
 """
 
@@ -96,18 +97,19 @@ def _loaded():
 
 def _load(flags):
     """The library of these flags, from the cache or compiled. Raises _Unavailable."""
-    compiler = shutil.which("cc")
+    compiler, folder, sources = shutil.which("cc"), cache_folder() / "cpu", _digest_of_sources(flags)
+    own = compiler and folder / f"{sources}-{_digest_of(compiler)}.so"
+    for kept in [own] if own else sorted(folder.glob(f"{sources}-*.so")):
+        if _is_whole(kept):
+            try:
+                return ctypes.CDLL(str(kept))
+            except OSError:  # of another system: compiled anew
+                pass
     if compiler is None:
         raise _Unavailable("there is no C compiler `cc`")
-    kept = cache_folder() / "cpu" / f"{_name(flags, compiler)}.so"
-    if _is_whole(kept):
-        try:
-            return ctypes.CDLL(str(kept))
-        except OSError:  # of another system: compiled anew
-            pass
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            return _compiled_anew(flags, compiler, Path(folder), kept)
+        with tempfile.TemporaryDirectory() as place:
+            return _compiled_anew(flags, compiler, Path(place), own)
     except OSError as error:  # no folder, or no space in it
         raise _Unavailable(f"there is no place to compile in: {error}") from None
 
@@ -127,13 +129,17 @@ def _compiled_anew(flags, compiler, folder, kept):
         raise _Unavailable(f"the compiled library cannot be loaded: {error}") from None
 
 
-def _name(flags, compiler):
-    status = os.stat(os.path.realpath(compiler))
-    parts = [platform.machine(), *flags, os.path.realpath(compiler), status.st_size, status.st_mtime_ns]
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode())
+def _digest_of_sources(flags):
+    digest = hashlib.sha256("\0".join([platform.machine(), *flags]).encode())
     for name in ("vectors.h", *SOURCES):
         digest.update((FOLDER / name).read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _digest_of(compiler):
+    path = os.path.realpath(compiler)
+    status = os.stat(path)
+    return hashlib.sha256("\0".join(map(str, (path, status.st_size, status.st_mtime_ns))).encode()).hexdigest()[:16]
 
 
 def _is_whole(path):

@@ -82,8 +82,8 @@ def sparse24_conv2d(
     kernel_size, stride, dilation = map(_pair, (kernel_size, stride, dilation))
     padding = _padding(padding, kernel_size, dilation)
     geometry = kernel_size, stride, padding, dilation
-    options_known, again = (activation, *geometry, pattern), cache is not None and backend is None
-    if again and (y := calls.repeated(cache, values, metadata, options_known, x, bias, residual)) is not None:
+    key, again = (activation, *geometry, pattern), cache is not None and backend is None
+    if again and (y := calls.repeated(cache, values, metadata, key, x, bias, residual)) is not None:
         return y
     size = _check(x, values, metadata, kernel_size, bias, activation, residual, stride, padding, dilation, pattern)
     if left_to_torch(x, bias, residual):
@@ -110,7 +110,7 @@ def sparse24_conv2d(
         )  # fmt: skip
         if again and request.capability is None and not torch.compiler.is_compiling() and y.numel():
             once_more = _once_more(choice, tensors, pattern, y, geometry, activation, x, residual)
-            calls.remember(cache, values, layout, tensors, options_known, once_more, x, bias, residual)
+            calls.remember(cache, values, layout, tensors, key, once_more, x, bias, residual)
         return y
 
     return dispatch.serve(request, run, cache)

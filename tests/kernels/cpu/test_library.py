@@ -106,6 +106,20 @@ def test_the_library_is_compiled_once_and_then_read_from_the_cache(compiler, bui
     assert compiler.calls() == calls
 
 
+def test_a_kept_library_serves_where_the_compiler_is_gone(compiler, built, tmp_path, caplog):
+    compiler(f"cp {built} $2")
+    assert library.library() is not None
+    (tmp_path / "bin/cc").unlink()
+    library._loaded.cache_clear()
+    assert library.library() is not None
+    assert not caplog.records
+    for kept in (tmp_path / "cache/cpu").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-1])
+    library._loaded.cache_clear()
+    assert library.library() is None, "damaged"
+    assert "no C compiler" in library.unavailable_because()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "another system's", "another user's"])
 def test_a_cached_file_that_is_not_ours_or_not_whole_is_made_anew(compiler, built, tmp_path, monkeypatch, damage):
     compiler(f"cp {built} $2")
