@@ -32,6 +32,7 @@ from bench.providers import Bound, Dense, DenseConv, Provider
 from bench.results import ONEDNN
 from bench.shapes import ConvShape, LinearShape, of_model
 from sparsedm.compressed import CompressedConv2d
+from sparsedm.compression import compress
 from sparsedm.kernels.checksum import checksums
 from sparsedm.kernels.cpu import rules
 from sparsedm.kernels.pattern import Pattern
@@ -39,7 +40,7 @@ from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on, rule_of_thumb
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import compress, hold_masks, set_masking, sparsify
+from sparsedm.sparsity import hold_masks, set_masking, sparsify
 
 POINTWISE = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 

@@ -23,11 +23,12 @@ from bench.providers import OURS, Bound, Provider, max_autotune
 from bench.results import stamp
 from bench.timing import Timed, interleaved
 from sparsedm import diffusion, samplers
+from sparsedm.compression import compress
 from sparsedm.cuda_graph import Graphs
 from sparsedm.inspection import inspect
 from sparsedm.kernels.attention import self_attention
 from sparsedm.models import build_model, uvit
-from sparsedm.sparsity import compress, masked_layers, set_masking, sparsify
+from sparsedm.sparsity import masked_layers, set_masking, sparsify
 
 
 @dataclass(frozen=True)

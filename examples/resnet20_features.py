@@ -18,7 +18,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import atomic_file
-from sparsedm.model_files import fill, read_tensors
+from sparsedm.tensor_files import fill, read_tensors
 from sparsedm.train.data import SPLITS, load
 
 

@@ -5,6 +5,7 @@ import importlib
 TYPE_CHECKING = False  # type checkers read it as True
 if TYPE_CHECKING:
     from sparsedm.compressed import CompressedConv2d, CompressedLinear, Conv2d24, Linear24
+    from sparsedm.compression import bake, compress, decompress
     from sparsedm.errors import InputError
     from sparsedm.inspection import inspect
     from sparsedm.kernels.pattern import Pattern
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from sparsedm.models import build_model
     from sparsedm.optim import MaskedAdamW
     from sparsedm.permutation import permute_channels
-    from sparsedm.sparsity import bake, compress, decompress, hold_masks, set_masking, sparsify
+    from sparsedm.sparsity import hold_masks, set_masking, sparsify
 
 __version__ = "0.2.0"
 
@@ -29,9 +30,9 @@ _HOME = {
     "set_masking": "sparsedm.sparsity",
     "hold_masks": "sparsedm.sparsity",
     "MaskedAdamW": "sparsedm.optim",
-    "compress": "sparsedm.sparsity",
-    "decompress": "sparsedm.sparsity",
-    "bake": "sparsedm.sparsity",
+    "compress": "sparsedm.compression",
+    "decompress": "sparsedm.compression",
+    "bake": "sparsedm.compression",
     "permute_channels": "sparsedm.permutation",
     "inspect": "sparsedm.inspection",
     "build_model": "sparsedm.models",

@@ -1,4 +1,4 @@
-"""The compressed form of a masked layer: values and positions, for fast inference. Models: `sparsity.compress`."""
+"""The compressed form of a masked layer: values and positions, for fast inference. Models: `compression.py`."""
 
 import contextlib
 import math

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sparsedm.errors import InputError
-from sparsedm.sparsity import hold_masks, is_sharded
+from sparsedm.layers import is_sharded
+from sparsedm.sparsity import hold_masks
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.compressed import Compressed, CompressedLinear
+from sparsedm.compression import compress, uncompressed_because
 from sparsedm.copying import uncopied
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
@@ -23,7 +24,7 @@ from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on, rule_of
 from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Linear, product_dtype
 from sparsedm.plots import COLOURS, GREY, picture, table
-from sparsedm.sparsity import compress, masked_layers, uncompressed_because
+from sparsedm.sparsity import masked_layers
 
 ARCHS = {
     **{"cpu": torch.device("cpu"), "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9)},

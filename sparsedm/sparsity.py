@@ -1,7 +1,9 @@
-"""Whole models: `sparsify` gives layers a pattern, `compress` makes the fast form, `decompress` goes back."""
+"""Whole models: `sparsify` gives layers a pattern, `hold_masks` selects the masks of all layers at once.
+
+For inference: `compression.py`.
+"""
 
 import contextlib
-import copy
 import inspect
 import math
 import re
@@ -10,21 +12,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import torch
 from torch import nn
 
-from sparsedm.compressed import Compressed, CompressedConv2d, CompressedLinear
-from sparsedm.copying import copied
+from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError
 from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import GradientRule
-from sparsedm.kernels.pattern import Pattern, group_view, holds
-from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
+from sparsedm.kernels.pattern import Pattern
 from sparsedm.layers import PAST_MASKS, Conv2d, Linear, Masked, invalid_because, is_sharded, product_dtype
 from sparsedm.optim import MaskedAdamW, check, choose
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-_HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-# what a layer of ours has and torch's has not
-_OWN = ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_decayed", "_known", "_plain")
 
 # ---- which layers ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +171,7 @@ def sparsify(
     norms = {} if calibrate is None else _input_norms(model, {m: n for n, m in found if not reasons[n]}, calibrate)
     for name, module in found:
         if not reasons[name] and not isinstance(module, Masked):
-            _adopt(module)
+            adopt(module)
         if isinstance(module, Masked):
             module.set_pattern(None if reasons[name] else pattern)
         if reasons[name]:
@@ -240,7 +236,7 @@ def _as_weight(layer, norms):
     return groups.flatten(0, 1)[:, :, None, None]
 
 
-def _adopt(module):
+def adopt(module):
     """Make a plain layer ours, in place, so that every reference to it sees our layer."""
     module.__class__ = Linear if type(module) is nn.Linear else Conv2d
     module._start_masking()
@@ -349,197 +345,3 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
         optimizer.settle(choices, names)
     if closed:
         raise closed
-
-
-# ---- compressed models -----------------------------------------------------------------------------------------------
-
-
-def compress(model: nn.Module) -> nn.Module:
-    """Returns a new model whose layers store only the kept weights and their positions, in eval mode.
-
-    Every masked layer becomes a CompressedLinear or CompressedConv2d of its pattern, and so does a linear layer whose
-    weight is torch's SparseSemiStructuredTensor. GPUs can multiply at most 2 of every 4 weights: on a GPU a denser
-    layer, such as 3:4, becomes a dense layer whose pruned weights are zero. Forward hooks are copied. `model` is not
-    changed.
-    Raises: InputError if no layer is masked, a method was replaced by a function that cannot be copied, or torch's
-    weight_norm, spectral_norm or prune computes the weight.
-    """
-    model = module_of(model)
-    layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
-    if not layers:
-        raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
-    _refuse_computed(model, parametrized=False)
-    compressed = {layer: _compress_layer(layer) for layer in layers}
-    small = _with_layers(model, compressed).eval()
-    for layer in small.modules():
-        if isinstance(layer, Masked):
-            layer.beside_compressed = True
-    small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
-    small._tied = [names for names in parameter_names(model) if len(names) > 1]
-    return small.requires_grad_(False)
-
-
-def _refuse_computed(model, parametrized):
-    """Raise InputError for a masked layer whose weight torch computes from others. parametrized: also the newer way."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Masked) and m.pattern}
-    for name, layer in layers.items():
-        if "weight" not in layer._parameters and (parametrized or not hasattr(layer, "parametrizations")):
-            how = "remove_weight_norm, prune.remove or remove_parametrizations"
-            raise InputError(f"the weight of {name} is computed from others: make it a parameter again ({how})")
-
-
-def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
-    """Returns a new model in which every compressed layer is dense again, with the same values.
-
-    Its train or eval mode is the same as in `model`. Parameters can be trained unless they were frozen when `model` was
-    compressed. Tied weights are tied again.
-
-    form: "masked": masked layers, ready for training. "cutlass" or "cusparselt": the linear layers hold torch's
-    SparseSemiStructuredTensor for that library and run only on a GPU; the convolutions are dense.
-    Raises: InputError if no layer is compressed, the library cannot hold a layer (for example 3:4), or weights that
-    shared one tensor before `compress` now differ.
-    """
-    model = module_of(model)
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Compressed)}
-    if form not in ("masked", *TORCH_TENSORS):
-        raise InputError(f"form={form!r}: one of masked, {', '.join(TORCH_TENSORS)}")
-    if not layers:
-        raise InputError("the model holds no compressed layer")
-    dense = _with_layers(model, {layer: layer.masked() for layer in layers.values()})
-    for name, layer in layers.items():
-        if "forward" in vars(layer):
-            raise InputError(f"{name}.forward was replaced, and the layer with a dense weight has its own")
-    dense.train(model.training)
-    for layer in dense.modules():
-        vars(layer).pop("beside_compressed", None)
-    for names in getattr(model, "_tied", ()):
-        _tie(dense, names, layers)
-    if form == "masked":
-        for name, parameter in dense.named_parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and name not in getattr(model, "_frozen", ()))
-        return dense
-    for name in layers:
-        layer = dense.get_submodule(name)
-        layer.set_pattern(None)
-        if isinstance(layer, Linear):
-            if layers[name].pattern.keep > 2:
-                raise InputError(f"{form} holds 2:4 weights, and {name} is {layers[name].pattern}")
-            layer.weight = nn.Parameter(to_torch(layer.weight.detach(), form), requires_grad=False)
-    return dense
-
-
-def bake(model: nn.Module) -> nn.Module:
-    """Returns a new, dense model of the same class whose pruned weights are zeros, for any N:M.
-
-    Layers that `sparsify` made ours are torch's again. A compressed model is decompressed first. The result computes
-    the same outputs as `model`, bit for bit. Tied weights stay tied. Hooks are copied.
-    Raises: InputError if no layer is masked, or a masked weight is also used without the same mask.
-    """
-    model = module_of(model)
-    if any(isinstance(m, Compressed) for m in model.modules()):
-        model = decompress(model)
-    _refuse_computed(model, parametrized=True)
-    layers = dict(masked_layers(model))
-    if not layers and not any(m._plain or m.beside_compressed for m in model.modules() if isinstance(m, Masked)):
-        raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
-    baked = {}  # id of a weight: its replacements
-    for layer in layers.values():
-        zeros = layer.masked_weight()
-        baked.setdefault(id(layer.weight), []).append(nn.Parameter(zeros, layer.weight.requires_grad))
-    for names in parameter_names(model):
-        weight = model.get_parameter(names[0])
-        found = baked.get(id(weight), [])
-        plain = [weight] if found and any(name.rpartition(".")[0] not in layers for name in names) else []
-        if not all(torch.equal(found[0], other) for other in found[1:] + plain):
-            raise InputError(f"{' and '.join(names)} share one weight under different masks: it cannot be baked")
-    plain = copied(model, changed=[module for module in model.modules() if _becomes_plain(module)])
-    for names in parameter_names(model):  # after the copy: what else refers to a weight reads the dense one
-        for path, _, last in (name.rpartition(".") for name in names):
-            if found := baked.get(id(model.get_parameter(names[0]))):
-                setattr(plain.get_submodule(path), last, found[0])
-    for module in plain.modules():
-        vars(module).pop("beside_compressed", None)
-        if isinstance(module, Masked):
-            module.unhook_decay()
-        if _becomes_plain(module):
-            module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
-            for name in _OWN:
-                delattr(module, name)
-            del module._buffers["mask"]
-        elif isinstance(module, Masked) and module.pattern is not None:
-            module.set_pattern(None)
-        vars(module).pop("fuse_projections", None)
-    return plain
-
-
-def _becomes_plain(module):
-    """Whether a layer of a baked model is torch's own again."""
-    return isinstance(module, Masked) and module._plain and "forward" not in vars(module)
-
-
-def _tie(dense, names, compressed):
-    """Make the parameters `names` of `dense` one tensor. Raises InputError if that changes a compressed layer."""
-    names = sorted(names, key=lambda name: name.rpartition(".")[0] in compressed)  # first one that has all entries
-    shared = dense.get_parameter(names[0])
-    for name in names[1:]:
-        path, _, last = name.rpartition(".")
-        layer = dense.get_submodule(path)
-        own = getattr(layer, last)
-        if own is shared:
-            continue
-        setattr(layer, last, shared)
-        value = layer.masked_weight() if last == "weight" and path in compressed else shared
-        if own.shape != shared.shape or not torch.equal(value, own):
-            raise InputError(f"{name} was tied to {names[0]}, but their values now differ")
-
-
-def parameter_names(model):
-    """One list of names for each parameter; a tied parameter has several names."""
-    names = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
-
-
-def _with_layers(model, replacements):
-    memo = {id(old): new for old, new in replacements.items()}
-    small = copied(model, memo)
-    for old, new in replacements.items():
-        for hooks in _HOOKS:  # a bound method among them moves along with its module
-            setattr(new, hooks, copy.deepcopy(getattr(old, hooks), memo))
-    return small
-
-
-def _is_torch_sparse(module):
-    return isinstance(module, nn.Linear) and isinstance(module.weight, tuple(TORCH_TENSORS.values()))
-
-
-def _compress_layer(layer):
-    with torch.no_grad():
-        if _is_torch_sparse(layer):
-            twin = copy.copy(layer)
-            twin._buffers = dict(layer._buffers)
-            return CompressedLinear(_adopt(twin), layer.weight.to_dense())
-        reason = uncompressed_because(layer)
-        if not reason:
-            return CompressedLinear(layer) if isinstance(layer, Linear) else CompressedConv2d(layer)
-        dense = copy.deepcopy(layer)
-        dense.weight.copy_(layer.masked_weight())
-        dense.set_pattern(None)
-        dense.dense_reason = reason
-        return dense
-
-
-def uncompressed_because(layer):
-    """None if a masked layer can be compressed, else the reason as a short phrase."""
-    if "forward" in vars(layer) or type(layer).forward not in (Linear.forward, Conv2d.forward):
-        return "its forward is not the one that a compressed layer computes"
-    if isinstance(layer, Conv2d) and (
-        layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-    ):
-        return "a convolution with groups, or with padding that is not a number of zeros, has no compressed form"
-    if layer.weight.device.type not in ("cpu", "meta") and layer.pattern.keep > 2:
-        return f"{layer.pattern} may keep more than 2 of every 4 weights: a GPU runs it dense"
-    if layer.mask is None or layer.mask.is_meta or holds(group_view(layer.effective_weight()), layer.pattern):
-        return None
-    return f"its frozen mask is not {layer.pattern}"

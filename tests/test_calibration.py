@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.layers import Linear
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, masks, sparsify
+from sparsedm.sparsity import masks, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2}

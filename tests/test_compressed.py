@@ -1,4 +1,4 @@
-"""What becomes of whole models is tested in test_compress_and_bake.py, the products in kernels/sparse24/."""
+"""What becomes of whole models is tested in test_compression.py, the products in kernels/sparse24/."""
 
 import copy
 import json
@@ -11,13 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from sparsedm import compressed
+from sparsedm.compression import compress, decompress, uncompressed_because
 from sparsedm.errors import InputError
 from sparsedm.kernels import checksum
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.pattern import Pattern, pack_bits
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.model_files import FORMAT, describe, load_model, read_tensors, save_model, write_tensors
-from sparsedm.sparsity import compress, decompress, hold_masks, masked_layers, sparsify, uncompressed_because
+from sparsedm.model_files import FORMAT, describe, load_model, save_model
+from sparsedm.sparsity import hold_masks, masked_layers, sparsify
+from sparsedm.tensor_files import read_tensors, write_tensors
 from tests.tolerance import assert_as_good_as_torch
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from sparsedm.compressed import CompressedLinear
+from sparsedm.compression import bake, compress, decompress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
-from sparsedm.sparsity import bake, compress, decompress, sparsify
+from sparsedm.sparsity import sparsify
 from tests.tiny import Small
 
 

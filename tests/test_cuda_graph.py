@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsedm import samplers
+from sparsedm.compression import compress
 from sparsedm.cuda_graph import CudaRecorder, Graphs
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.samplers import SAMPLERS, sample
-from sparsedm.sparsity import compress, sparsify
+from sparsedm.sparsity import sparsify
 
 
 class Tape(TorchDispatchMode):

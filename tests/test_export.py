@@ -9,11 +9,12 @@ from torch._dynamo.testing import CompileCounter
 
 from sparsedm import samplers
 from sparsedm.compressed import CompressedLinear
+from sparsedm.compression import bake, compress, decompress
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.recipes import QUICKSTART
-from sparsedm.sparsity import bake, compress, decompress, masked_layers, sparsify
+from sparsedm.sparsity import masked_layers, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 NETWORKS = {

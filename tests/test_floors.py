@@ -18,8 +18,9 @@ FLOORS = (  # the room that names a module most closely counts
     (5, "sparsedm.stepaware", "sparsedm.recipes"),
     (4, "sparsedm.train", "sparsedm.evaluate"),
     (3, "sparsedm.models", "sparsedm.diffusion", "sparsedm.samplers"),
-    (2, "sparsedm.layers", "sparsedm.compressed", "sparsedm.sparsity", "sparsedm.optim", "sparsedm.copying"),
-    (2, "sparsedm.inspection", "sparsedm.model_files", "sparsedm.permutation"),
+    (2, "sparsedm.layers", "sparsedm.compressed", "sparsedm.sparsity", "sparsedm.compression", "sparsedm.optim"),
+    (2, "sparsedm.copying", "sparsedm.inspection", "sparsedm.permutation"),
+    (2, "sparsedm.model_files", "sparsedm.tensor_files"),
     (1, "sparsedm.kernels"),
     (0, "sparsedm.files", "sparsedm.errors", "sparsedm.plots", "sparsedm.features", "sparsedm.cuda_graph"),
 )

@@ -7,13 +7,14 @@ from torch import nn
 
 from sparsedm import inspection, layers
 from sparsedm.compressed import Compressed
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect, live_per_image, time_layers, time_report
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import Choice, Measured
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, sparsify
+from sparsedm.sparsity import sparsify
 
 
 class Model(nn.Module):

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from sparsedm.compressed import Compressed
+from sparsedm.compression import bake, compress, decompress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.model_files import load_model, save_model
 from sparsedm.permutation import permute_channels
-from sparsedm.sparsity import FAMILIES, bake, compress, decompress, masked_layers, sparsify
+from sparsedm.sparsity import FAMILIES, masked_layers, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 pytestmark = pytest.mark.interop

@@ -8,10 +8,11 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import compress, hold_masks, set_masking
+from sparsedm.sparsity import hold_masks, set_masking
 from tests.tolerance import assert_as_good_as_torch
 
 PATTERNS = ["1:2", "2:4", "3:4", "1:8", "4:16", "31:32"]

@@ -1,33 +1,156 @@
-"""What the other files of this kind hold, whole, foreign and hostile, is tested in test_checkpoint.py."""
+"""Model files, whole, foreign and damaged; what could not be loaded is not written."""
 
 import dataclasses
 import functools
 import json
-import zipfile
+import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparsedm import model_files
+from sparsedm.compressed import CompressedLinear
+from sparsedm.compression import bake, compress
 from sparsedm.errors import InputError
-from sparsedm.model_files import fill, load_model, read_tensors, save_model, write_shards, write_tensors
+from sparsedm.model_files import describe, load_model, save_model
 from sparsedm.models import build_model
-from sparsedm.sparsity import bake, compress, hold_masks, masked_layers, set_masking, sparsify
+from sparsedm.sparsity import hold_masks, masked_layers, masks, set_masking, sparsify
+from sparsedm.tensor_files import read_tensors, write_tensors
+from tests.tiny import TinyConfig, same_state, tiny, tiny_from
 
-TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
+
+def network(kind):
+    model = tiny(1)
+    if kind != "dense":
+        sparsify(model, "2:4")
+    if kind == "mixed":
+        model.second.set_pattern("1:8")
+    if kind == "sparse with plain layers":  # swapped for ours by sparsify
+        model.last = nn.Linear(64, 32)
+        sparsify(model, "7:8", "all")
+    if kind == "frozen":
+        set_masking(model, frozen=True)
+        with torch.no_grad():
+            model.first.weight.copy_(model.first.weight.flip(1))
+    if kind == "compressed":
+        return compress(model)
+    return model.eval()
 
 
-def test_shards_are_no_larger_than_asked_and_come_back_in_order(tmp_path):
-    index = write_shards(tmp_path / "m.safetensors", TENSORS, {"sparsedm": "{}"}, 50)
-    assert index == tmp_path / "m.safetensors.index.json"
-    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert files == [f"m-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert json.loads(index.read_text())["metadata"]["total_size"] == 24 + 12 + 400 + 4
-    tensors, header = read_tensors(index)
-    assert list(tensors) == list(TENSORS)
-    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
-    assert header == {"sparsedm": "{}"}
+def plain_from(config):
+    model = tiny_from(config)
+    model.last = nn.Linear(64, 32)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["dense", "masked", "mixed", "sparse with plain layers", "frozen", "compressed"])
+def test_a_model_file_is_enough_to_build_the_model(tmp_path, kind):
+    model = network(kind)
+    save_model(tmp_path / "model.safetensors", model)
+    build = plain_from if "plain" in kind else tiny_from
+    loaded = load_model(tmp_path / "model.safetensors", build)
+    assert loaded.kind == (kind if kind in ("dense", "compressed") else "masked")
+    assert loaded.file == tmp_path / "model.safetensors"
+    assert loaded.state == {}
+    assert not loaded.model.training
+    assert same_state(loaded.model.state_dict(), model.state_dict())
+    assert same_state(masks(loaded.model), masks(model))
+    assert describe(loaded.model) == describe(model)
+    assert isinstance(loaded.model.first, CompressedLinear) == (kind == "compressed")
+    x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([3.0, 700.0]), torch.tensor([0, 3])
+    assert torch.equal(loaded.model(x, t, y), model(x, t, y))
+
+
+def test_strides_do_not_matter(tmp_path):
+    model = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    save_model(tmp_path / "model.safetensors", model)
+    loaded = load_model(tmp_path / "model.safetensors", lambda config: nn.Conv2d(4, 4, 3), config="any")
+    assert torch.equal(loaded.model.weight, model.weight)
+
+
+def test_a_model_without_a_config_is_named_as_the_cause(tmp_path):
+    save_model(tmp_path / "a.safetensors", nn.Linear(3, 3))
+    with pytest.raises(InputError, match=r"because the saved model had no \.config: name one .* config="):
+        load_model(tmp_path / "a.safetensors", lambda config: nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
+def test_foreign_files(tmp_path, suffix):
+    file, state = tmp_path / f"foreign{suffix}", tiny(4).state_dict()
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    with pytest.raises(InputError, match="does not say what model it holds: name one"):
+        load_model(file, tiny_from)
+    config = {"num_classes": 3}
+    loaded = load_model(file, tiny_from, config=config)
+    assert loaded.kind == "dense"
+    assert same_state(loaded.model.state_dict(), state)
+
+    def convert(tensors):
+        return {name: -value for name, value in tensors.items()}
+
+    converted = load_model(file, tiny_from, config=config, convert=convert)
+    assert torch.equal(converted.model.last.weight, -state["last.weight"])
+
+
+def test_foreign_file_with_the_usual_wrapping(tmp_path):
+    torch.save({"state_dict": tiny(4).state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth", tiny_from, config={})
+    assert same_state(loaded.model.state_dict(), tiny(4).state_dict())
+    torch.save({"epoch": 3}, tmp_path / "b.pth")
+    with pytest.raises(InputError, match=r"b.pth is not a state dict: it must map names to tensors"):
+        load_model(tmp_path / "b.pth", tiny_from, config={})
+
+
+def test_unfit_keys_and_shapes_are_listed(tmp_path):
+    state, expected = tiny(width=32).state_dict(), tiny().state_dict()
+    del state["label.weight"]
+    others = sum(value.shape != expected[name].shape for name, value in state.items())
+    save_file({**state, "extra": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path / "a.safetensors", tiny_from, config={})
+    message = str(caught.value)
+    assert (
+        f"does not fit the model: 1 missing (label.weight); 1 unexpected (extra); {others} of another shape ("
+        in message
+    )
+    assert "first.weight (32, 32) for (64, 32)" in message
+    assert message.endswith(", ...)")
+
+
+@pytest.mark.parametrize(
+    "description", ["[]", "{", "{}", '{"patterns": {}}', '{"patterns": {"a": "2:4"}, "config": null}']
+)
+def test_a_damaged_description_is_refused(tmp_path, description):
+    save_file(tiny().state_dict(), tmp_path / "a.safetensors", metadata={"sparsedm": description})
+    with pytest.raises(InputError, match=r"a.safetensors (is damaged|does not say what model it holds)"):
+        load_model(tmp_path / "a.safetensors", tiny_from)
+
+
+def test_a_pattern_that_does_not_fit_is_refused(tmp_path):
+    model = network("masked")
+    save_model(tmp_path / "a.safetensors", model)
+    text = (tmp_path / "a.safetensors").read_bytes()
+    size = struct.unpack("<Q", text[:8])[0]
+    header = text[8 : 8 + size].replace(b"2:4", b"5:4")
+    (tmp_path / "b.safetensors").write_bytes(text[:8] + header + text[8 + size :])
+    with pytest.raises(InputError, match="pattern 5:4"):
+        load_model(tmp_path / "b.safetensors", tiny_from)
+    renamed = header.replace(b"5:4", b"2:4").replace(b'second\\": \\"2', b'nobody\\": \\"2')
+    (tmp_path / "c.safetensors").write_bytes(text[:8] + renamed + text[8 + size :])
+    with pytest.raises(InputError, match="layers the model does not have: nobody"):
+        load_model(tmp_path / "c.safetensors", tiny_from)
+
+
+def test_header_of_a_model_file_is_plain_json(tmp_path):
+    save_model(tmp_path / "a.safetensors", network("masked"))
+    assert load_file(tmp_path / "a.safetensors").keys() == tiny().state_dict().keys()
+    described = describe(network("masked"))
+    assert described == {
+        "kind": "masked",
+        "config": {**TinyConfig().__dict__},
+        "patterns": {"first": "2:4", "second": "2:4"},
+    }
 
 
 @pytest.mark.parametrize("form", ["masked", "compressed"])
@@ -39,88 +162,6 @@ def test_a_model_in_shards_is_built_again(form, tmp_path):
     loaded = load_model(index, build_model)
     assert loaded.kind == form
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.state_dict().values(), model.state_dict().values()))
-
-
-def test_a_writing_cut_short_leaves_no_index(tmp_path, monkeypatch):
-    index = write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
-    calls = []
-
-    def full_disk(file, *arguments):
-        calls.append(file)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        write_tensors(file, *arguments)
-
-    monkeypatch.setattr(model_files, "write_tensors", full_disk)
-    with pytest.raises((OSError, InputError), match="No space left"):
-        write_shards(tmp_path / "m.safetensors", {name: value + 1 for name, value in TENSORS.items()}, {}, 50)
-    assert not index.exists()
-
-
-def test_an_index_that_cannot_be_replaced_is_one_sentence(tmp_path):
-    (tmp_path / "m.safetensors.index.json").mkdir()
-    with pytest.raises(InputError, match=r"cannot write .*m\.safetensors\.index\.json: "):
-        write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
-
-
-def test_tied_weights_are_written_under_both_names(tmp_path):
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    model[1].weight = model[0].weight
-    write_tensors(tmp_path / "a.safetensors", model.state_dict(), {})
-    tensors, _ = read_tensors(tmp_path / "a.safetensors")
-    assert torch.equal(tensors["0.weight"], model[0].weight)
-    assert torch.equal(tensors["1.weight"], model[0].weight)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda index: index.write_text("{"), "is damaged: it holds no readable JSON"),
-        (lambda index: index.write_text('{"weight_map": ["a"]}'), "is damaged"),
-        (
-            lambda index: index.write_text('{"weight_map": {"a": "../else.safetensors"}}'),
-            r"else.safetensors is missing",
-        ),
-        (
-            lambda index: index.with_name("m-00002-of-00003.safetensors").unlink(),
-            "00003.safetensors is missing",
-        ),
-        (lambda index: index.write_text(index.read_text().replace('"d"', '"e"')), r"lack 1 tensors \(e\)"),
-    ],
-    ids=["json", "list", "elsewhere", "shard", "tensor"],
-)
-def test_damaged_shards_are_refused(damage, message, tmp_path):
-    index = write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
-    damage(index)
-    with pytest.raises(InputError, match=message):
-        read_tensors(index)
-
-
-@pytest.mark.parametrize("content", [{1: torch.ones(1)}, {"a": 1}, [torch.ones(1)]], ids=["number", "value", "list"])
-def test_only_names_of_tensors_are_a_state_dict(content, tmp_path):
-    torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"a\.pth is not a state dict: it must map names to tensors"):
-        read_tensors(tmp_path / "a.pth")
-
-
-@pytest.mark.parametrize(("count", "end"), [(6, r"5\)"), (7, r"5, \.\.\.\)")])
-def test_at_most_six_of_what_does_not_fit_are_named(count, end):
-    with pytest.raises(InputError, match=rf"{count} missing \(0, 1, 2, 3, 4, {end}"):
-        fill(nn.ParameterDict({str(i): torch.ones(1) for i in range(count)}), {}, "a.pth")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"hi\n", b"PK\x03\x04 no archive", bytes(range(256))], ids=["empty", "text", "zip", "bytes"]
-)
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
-def test_whatever_is_in_a_file_it_is_refused_in_one_sentence(content, suffix, tmp_path):
-    file = tmp_path / f"a{suffix}"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=rf"a{suffix} is (missing, truncated or of another format|refused)"):
-        read_tensors(file)
-
-
-# ---- what could not be loaded is not written -------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -251,32 +292,6 @@ def test_views_of_one_memory_are_written_apart(tmp_path):
     model.register_buffer("part", model.head.weight.detach()[1:])
     tensors = read_tensors(save_model(tmp_path / "x.safetensors", model))[0]
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (torch.eye(2).to_sparse(), "holds a, which is sparse or quantised"),
-        (torch.ones(2, device="meta"), "holds a, which is on the meta device|might run code"),
-        (torch.ones(1).expand(1 << 50), "not enough memory: holding"),
-    ],
-    ids=["sparse", "meta", "expanded"],
-)
-def test_tensors_that_hold_no_plain_values_are_refused(tmp_path, value, message):
-    torch.save({"a": value}, tmp_path / "a.pt")
-    with pytest.raises(InputError, match=message):
-        read_tensors(tmp_path / "a.pt")
-
-
-def test_a_file_that_unpacks_to_more_than_memory_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"x")
-    content = bytearray((tmp_path / "a.pt").read_bytes())
-    place = content.rindex(b"PK\x01\x02") + 24  # its size, unpacked
-    content[place : place + 4] = b"\xff\xff\xff\xfe"
-    (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(InputError, match=r"a.pt is missing, truncated or of another format|not enough memory"):
-        read_tensors(tmp_path / "a.pt")
 
 
 def test_gradient_rules_are_kept_in_the_file(tmp_path):

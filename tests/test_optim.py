@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsedm import MaskedAdamW
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_adamw as kernel
 from sparsedm.kernels.pattern import group_view, select_mask_ref, ungroup
-from sparsedm.sparsity import compress, hold_masks, masked_layers, set_masking, sparsify
+from sparsedm.sparsity import hold_masks, masked_layers, set_masking, sparsify
 
 DECAY = 0.05
 

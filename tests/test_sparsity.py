@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsedm import optim
+from sparsedm.compression import bake, compress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels import mask as mask_file
@@ -21,7 +22,7 @@ from sparsedm.kernels.cpu import library
 from sparsedm.kernels.launch import broken
 from sparsedm.layers import Linear
 from sparsedm.models import build_model
-from sparsedm.sparsity import bake, compress, hold_masks, masks, set_masking, sparsify
+from sparsedm.sparsity import hold_masks, masks, set_masking, sparsify
 from tests.tiny import Small
 from tests.tolerance import assert_as_good_as_torch
 

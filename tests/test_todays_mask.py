@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, select_mask_ref, ungroup
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import compress, hold_masks, set_masking
+from sparsedm.sparsity import hold_masks, set_masking
 
 
 def reference_mask(weight, pattern):

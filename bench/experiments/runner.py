@@ -28,7 +28,7 @@ from sparsedm.files import check_writable, read_json
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model, model_config, parse_overrides
 from sparsedm.sparsity import masked_layers
-from sparsedm.train import checkpoint
+from sparsedm.train import run_folder
 from sparsedm.train.data import check_source
 from sparsedm.train.loop import Interrupted
 from sparsedm.train.published import published
@@ -95,7 +95,7 @@ def experiment(options):
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
     if options.device.type == "cuda":  # tuning every size for every pattern would take longer than these runs
         os.environ.setdefault("SPARSEDM_AUTOTUNE", "off")
-    with checkpoint.folder_lock(folder):  # two at once would lose each other's rows
+    with run_folder.folder_lock(folder):  # two at once would lose each other's rows
         if options.time:
             _time(options, scale, runs, folder)
         else:

@@ -13,7 +13,8 @@ import torch
 
 from bench.cpu import packed_network
 from sparsedm import diffusion, samplers
-from sparsedm.sparsity import compress, masked_layers
+from sparsedm.compression import compress
+from sparsedm.sparsity import masked_layers
 from sparsedm.stepaware.family import interleaved_seconds
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from sparsedm.models import build_model, model_config
 from sparsedm.models.ddpm import DDPMConfig
 from sparsedm.plots import save_grid
 from sparsedm.sparsity import masked_layers, sparsify
-from sparsedm.train import checkpoint
+from sparsedm.train import run_folder
 from sparsedm.train.chain import StageResult, Start, run_chain
 from sparsedm.train.data import batch, batch_indices, load_images
 from sparsedm.train.image_files import CROPS
@@ -119,7 +119,7 @@ class Work:
             self.judges.append((features, summary))
         facts = {**self.labels, "settings": asdict(scale), "amp": self.amp, "init": self.init}
         free = ("seeds", "threads", "summary")
-        checkpoint.claim(folder, facts, free=free, started=checkpoint.holds_work(folder))
+        run_folder.claim(folder, facts, free=free, started=run_folder.holds_work(folder))
         self.bases = {}
 
     def do(self, seed, run):

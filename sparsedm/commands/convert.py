@@ -6,9 +6,10 @@ from pathlib import Path
 
 from sparsedm.errors import InputError
 from sparsedm.files import check_writable
-from sparsedm.model_files import INDEX, save_model
+from sparsedm.model_files import save_model
 from sparsedm.models import parse_overrides
 from sparsedm.models.convert import read_foreign
+from sparsedm.tensor_files import INDEX
 
 EXAMPLES = ("cifar10_uvit_small.pth", "DiT-XL-2-256x256.pt", "ddpm-cifar10-32 --out ddpm.safetensors")
 

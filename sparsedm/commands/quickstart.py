@@ -13,6 +13,7 @@ import torch
 from sparsedm import diffusion, evaluate, samplers
 from sparsedm.commands.options import add_seed_and_device
 from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import check_writable, write_json, write_text
@@ -20,7 +21,7 @@ from sparsedm.inspection import inspect
 from sparsedm.model_files import save_model
 from sparsedm.plots import plot_losses, save_grid, table
 from sparsedm.recipes import QUICKSTART
-from sparsedm.sparsity import compress, sparsify
+from sparsedm.sparsity import sparsify
 from sparsedm.train import data
 from sparsedm.train.data import check_source
 from sparsedm.train.synthetic import CLASSES

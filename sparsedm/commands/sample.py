@@ -20,6 +20,7 @@ from sparsedm.commands.options import (
     sampling_steps,
     whole,
 )
+from sparsedm.compression import bake, compress
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError, TooLittleMemory, check_memory
 from sparsedm.features import to_uint8
@@ -27,7 +28,7 @@ from sparsedm.files import atomic_file, check_writable
 from sparsedm.inspection import live_per_image, most_kept_per_image
 from sparsedm.models.autoencoder import load_autoencoder
 from sparsedm.plots import save_grid
-from sparsedm.sparsity import bake, compress, masked_layers
+from sparsedm.sparsity import masked_layers
 from sparsedm.stepaware.family import family_of, load_strategy
 from sparsedm.train import distributed
 from sparsedm.train.array_files import read_context

@@ -21,9 +21,9 @@ import torch
 
 from sparsedm.errors import InputError
 from sparsedm.files import read_json
-from sparsedm.model_files import AVERAGE, INDEX, fill, one_network, read_tensors
 from sparsedm.models import MODELS, build_model, model_config, schedule_note
 from sparsedm.models.diffusers import config_from_diffusers, from_diffusers, rename_state
+from sparsedm.tensor_files import AVERAGE, INDEX, fill, one_network, read_tensors
 
 
 @dataclasses.dataclass(frozen=True)

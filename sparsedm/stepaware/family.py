@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from sparsedm import samplers
+from sparsedm.compression import compress
 from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.files import parse_json, read_json, read_text, write_json
 from sparsedm.inspection import inspect
 from sparsedm.model_files import describe, load_model
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, masked_layers
+from sparsedm.sparsity import masked_layers
 
 UNITS = ("MACs", "seconds")
 # options newer than some strategies: left out of a fingerprint if default

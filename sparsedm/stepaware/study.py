@@ -30,7 +30,7 @@ from sparsedm.stepaware.search import (
     rank_correlation,
     search,
 )
-from sparsedm.train import checkpoint
+from sparsedm.train import run_folder
 from sparsedm.train.data import ImageSet, batch, load_images
 from sparsedm.train.loop import OutOfTime, amp_of
 
@@ -171,7 +171,7 @@ def _prepare(plan):
     first_generation(len(family.names), plan.steps, plan.search)
     most = max(plan.count * plan.workers, plan.final_count)
     check_memory(8 * most * math.prod(family.shape), f"drawing {most} images")
-    checkpoint.claim(plan.folder, plan.facts(family), started=checkpoint.holds_work(plan.folder))
+    run_folder.claim(plan.folder, plan.facts(family), started=run_folder.holds_work(plan.folder))
     family, losses, seconds = _table(plan, family)
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)
     return _Setting(plan, family, images, losses, seconds, distance)

@@ -27,7 +27,7 @@ from sparsedm.inspection import kept_per_image, most_kept_per_image
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models.slimmable import WidestTeacher, check_supernet
 from sparsedm.sparsity import masked_layers, set_masking, sparsify
-from sparsedm.train import checkpoint, distributed
+from sparsedm.train import distributed, run_folder
 from sparsedm.train.loop import MAY_CHANGE, TrainOptions, TrainResult, check_data, train
 from sparsedm.train.metrics import Reference, read_metrics, usual_speed
 from sparsedm.train.stages import Stage
@@ -106,7 +106,7 @@ def run_chain(
     settings = {"validation": validation, "deadline": deadline, "device": device, "progress": progress}
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
-            stack.enter_context(checkpoint.folder_lock(folder))
+            stack.enter_context(run_folder.folder_lock(folder))
             settings["record"] = _claim(folder, stages, facts | _weights_of(start) | (record or {}), options)
         distributed.barrier()
         return _train(start, stages, images, schedule, options, folder, where, settings)
@@ -118,24 +118,24 @@ def _claim(folder, stages, facts, options):
     While no stage has a checkpoint, other options may replace the stored ones. Nothing is removed.
     """
     inside = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / "options.json").exists() or _saved(path))
-    runs = [path for path in inside if checkpoint.has_started(path) and not _saved(path)]  # chains of their own
+    runs = [path for path in inside if run_folder.has_started(path) and not _saved(path)]  # chains of their own
     others = [path.name for path in inside if path in runs or path not in _folders(stages, folder)]
     lost = not (folder / "options.json").exists()
     if others and (lost or not any(map(_saved, inside))):
         raise InputError(f"{folder} holds {others[0]}, which is no stage of this run: choose another folder")
-    number = checkpoint.run_number(inside[0] if inside and lost else folder)
+    number = run_folder.number(inside[0] if inside and lost else folder)
     record = {"run": number} if number else {}  # an older run has none
     *earlier, last = (f"stages.{place}.steps" for place in range(len(stages)))
     may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
     may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
-    started = checkpoint.has_started(folder)
+    started = run_folder.has_started(folder)
     if started and not lost:
-        stored = checkpoint.stored_options(folder)
+        stored = run_folder.stored_options(folder)
         changed = stored.get("start", facts.get("start")) != facts.get("start")  # older ones do not say
         if changed and stored.get("init") == facts.get("init"):
             advice = "start from the network as it was, or choose another folder"
             raise InputError(f"the dense network that {folder} starts and learns from was changed since: {advice}")
-    checkpoint.claim(folder, record | facts, (*MAY_CHANGE, "start"), [TrainOptions, Stage], may_grow, started)
+    run_folder.claim(folder, record | facts, (*MAY_CHANGE, "start"), [TrainOptions, Stage], may_grow, started)
     return record
 
 
@@ -148,7 +148,7 @@ def _weights_of(start):
 
 
 def _saved(folder):
-    return checkpoint.latest(folder) is not None
+    return run_folder.latest(folder) is not None
 
 
 def _train(start, stages, images, schedule, options, folder, where, settings):
@@ -246,7 +246,7 @@ def plan(stages, options, model, folder, where=None):
     for path, stage in zip(_folders(stages, folder), stages):
         student = sparsify(copy.deepcopy(model), stage.pattern, where)
         dropped = sum(layer.weight.numel() * (1 - layer.pattern.density) for _, layer in masked_layers(student))
-        reached = checkpoint.latest(path)
+        reached = run_folder.latest(path)
         rows.append(
             {
                 **asdict(stage),

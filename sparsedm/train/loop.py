@@ -22,7 +22,7 @@ from sparsedm import diffusion
 from sparsedm.errors import InputError, Stopped
 from sparsedm.model_files import describe
 from sparsedm.sparsity import hold_masks
-from sparsedm.train import checkpoint, distributed
+from sparsedm.train import checkpoint, distributed, run_folder
 from sparsedm.train.data import batch, check_context
 from sparsedm.train.metrics import MetricsLog, Reference
 from sparsedm.train.step import OPTIMIZERS, Step, classes_of, takes_text
@@ -204,13 +204,13 @@ def train(
     facts |= {"first_step": first_step, "images": len(images), **(record or {})}
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
-            stack.enter_context(checkpoint.run_lock(folder))
+            stack.enter_context(run_folder.lock(folder))
             config = getattr(student.model, "config", None)
             classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
             may_grow = dict.fromkeys(("options.steps", "stage.steps"), options.fixed_length)
-            number, started = checkpoint.run_number(folder), checkpoint.has_started(folder)
+            number, started = run_folder.number(folder), run_folder.has_started(folder)
             facts = ({"run": number} if number else {}) | facts
-            checkpoint.claim(folder, facts, MAY_CHANGE, classes, may_grow, started)
+            run_folder.claim(folder, facts, MAY_CHANGE, classes, may_grow, started)
         distributed.barrier()
         step = Step(student, images.to(device), loss, options, device)
         run = _Run(
@@ -272,7 +272,7 @@ class _Run:
         if continue_from is not None:
             saved = checkpoint.load_optimizer(continue_from, step.model, step.optimizer)
             self.state.updates = RunState.read(saved, continue_from).updates
-        self.saved = checkpoint.latest(folder)
+        self.saved = run_folder.latest(folder)
         if self.saved:
             checkpoint.load(self.saved, step.model, step.ema)
             saved = checkpoint.load_optimizer(self.saved, step.model, step.optimizer)
@@ -334,7 +334,7 @@ class _Run:
             networks = {"model": step.model, "ema": step.ema, "optimizer": step.optimizer}
             checkpoint.save(self.folder, state.step, **networks, state=asdict(state))
         distributed.barrier()
-        self.saved = checkpoint.latest(self.folder)
+        self.saved = run_folder.latest(self.folder)
         if self.bar.disable and self.progress and state.step:  # in the log of a job: a sign of life
             words = ", ".join(f"{what} {value}" for what, value in self.shown.items())
             logger.info("%s: step %s of %s, %s", self.folder.name, f"{state.step:,}", f"{step.options.steps:,}", words)

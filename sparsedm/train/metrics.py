@@ -21,7 +21,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.files import append_json_line, read_json_lines, write_text
 from sparsedm.sparsity import masked_layers, masks
-from sparsedm.train import checkpoint, distributed
+from sparsedm.train import distributed, run_folder
 
 
 class TrainingDiverged(InputError):
@@ -99,7 +99,7 @@ class MetricsLog:
         what = f"loss {loss}, gradient norm {norm}"
         self.write({"step": step, "diverged": what})
         since = "at step" if self.looks_each_step else f"in the {self.count} steps up to"
-        saved = checkpoint.latest(self.folder)
+        saved = run_folder.latest(self.folder)
         kept = f"in another folder (the last good checkpoint is {saved})" if saved else "here: nothing is saved yet"
         raise TrainingDiverged(f"training diverged {since} {step} ({what}): try a lower learning rate {kept}")
 

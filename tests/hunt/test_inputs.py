@@ -38,11 +38,12 @@ from safetensors.torch import save_file
 from bench import campaign, plot, program, results, targets
 from bench.experiments import __main__ as experiments
 from sparsedm import cli
+from sparsedm.compression import compress
 from sparsedm.kernels import tuning
 from sparsedm.model_files import save_model
 from sparsedm.models import build_model
 from sparsedm.models.diffusers import config_to_diffusers, to_diffusers
-from sparsedm.sparsity import compress, sparsify
+from sparsedm.sparsity import sparsify
 from tests.hunt.damage import FORMATS, RAN, change
 from tests.hunt.forked import forked
 

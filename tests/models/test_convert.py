@@ -8,10 +8,11 @@ from safetensors.torch import save_file
 
 from sparsedm import cli
 from sparsedm.errors import InputError
-from sparsedm.model_files import load_model, read_tensors, save_model, write_shards
+from sparsedm.model_files import load_model, save_model
 from sparsedm.models import MODELS, build_model, convert, model_config, schedule_note
 from sparsedm.models.convert import read_foreign, recognise
 from sparsedm.models.diffusers import config_to_diffusers, to_diffusers
+from sparsedm.tensor_files import read_tensors, write_shards
 from tests.tolerance import assert_as_good_as_torch
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 64, "depth": 2, "heads": 1, "num_classes": 10}

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.compression import compress
 from sparsedm.diffusion import VPSDE, DDPMSchedule, diffuse, draw_noise, loss, noise_streams, variational_bound
 from sparsedm.errors import InputError
 from sparsedm.models import build_model
 from sparsedm.samplers import guided, sample
-from sparsedm.sparsity import compress, masks, sparsify
+from sparsedm.sparsity import masks, sparsify
 from tests.models.references import dit
 from tests.tolerance import assert_as_good_as_torch
 

@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from sparsedm import diffusion, samplers
 from sparsedm.compressed import CompressedLinear
+from sparsedm.compression import compress
 from sparsedm.cuda_graph import Graphs
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.models import build_model
-from sparsedm.sparsity import compress, masked_layers, sparsify
+from sparsedm.sparsity import masked_layers, sparsify
 from sparsedm.stepaware import family as stepaware
 from sparsedm.stepaware.family import Family, Strategy, load_strategy, sample
 from tests.test_cuda_graph import Tape

@@ -18,7 +18,7 @@ from sparsedm.inspection import kept_per_image, most_kept_per_image
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers, masks, sparsify
-from sparsedm.train import checkpoint, step
+from sparsedm.train import run_folder, step
 from sparsedm.train.chain import Start, check_batch, check_stages, plan, run_chain
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
@@ -257,7 +257,7 @@ def test_a_folder_without_a_checkpoint_is_free(tmp_path, monkeypatch):
 
 
 def test_two_processes_in_one_folder_are_refused_before_either_claims_it(tmp_path):
-    with checkpoint.folder_lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.folder_lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 

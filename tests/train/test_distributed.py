@@ -21,10 +21,10 @@ from sparsedm.model_files import save_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import set_masking, sparsify
 from sparsedm.train import distributed, step
-from sparsedm.train.checkpoint import latest
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
 from sparsedm.train.metrics import read_metrics
+from sparsedm.train.run_folder import latest
 from sparsedm.train.step import Loss, Student
 from tests.tiny import OPTIONS, tiny_images
 from tests.tolerance import assert_as_good_as_torch

@@ -23,7 +23,7 @@ from sparsedm.kernels.cpu import rules
 from sparsedm.kernels.pattern import Pattern, select_mask_ref
 from sparsedm.model_files import read_state, write_state
 from sparsedm.sparsity import masked_layers, masks, set_masking, sparsify
-from sparsedm.train import checkpoint, loop, step
+from sparsedm.train import loop, run_folder, step
 from sparsedm.train.data import batch, batch_indices
 from sparsedm.train.loop import Interrupted, OutOfTime, TrainOptions, amp_of, train
 from sparsedm.train.metrics import TrainingDiverged, read_metrics
@@ -180,7 +180,7 @@ def test_stopped_and_resumed_is_unbroken(tmp_path, unbroken, monkeypatch, positi
         with pytest.raises(Interrupted, match=f"stopped at step {position + 1} and saved"):
             run(tmp_path)
     assert signal.getsignal(signum) is handler
-    assert checkpoint.latest(tmp_path).name == f"step-{position + 1:08d}"
+    assert run_folder.latest(tmp_path).name == f"step-{position + 1:08d}"
 
     result = run(tmp_path, model=masked(9))  # whatever network it is given: the weights come from the folder
     assert final_bits(tmp_path) == final_bits(unbroken[0])
@@ -200,7 +200,7 @@ def test_out_of_time_and_resumed_is_unbroken(tmp_path, unbroken, monkeypatch, po
         record = next(step for step in (3, 5, 6, 9, 10, 12) if step > position)
         with contextlib.nullcontext() if position == 11 else pytest.raises(OutOfTime, match=f"after step {record}, "):
             run(tmp_path, deadline=10)
-    assert checkpoint.latest(tmp_path).name == f"step-{record:08d}"
+    assert run_folder.latest(tmp_path).name == f"step-{record:08d}"
     if record < 12:
         with pytest.raises(OutOfTime, match=f"before step {record + 1} in") as caught:
             run(tmp_path, deadline=10)
@@ -228,7 +228,7 @@ def test_second_interrupt_acts_at_once(tmp_path, monkeypatch, unbroken):
     at_position(monkeypatch, 7, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    assert checkpoint.latest(tmp_path).name == "step-00000005"
+    assert run_folder.latest(tmp_path).name == "step-00000005"
     monkeypatch.undo()
     run(tmp_path)
     assert final_bits(tmp_path) == final_bits(unbroken[0])
@@ -266,7 +266,7 @@ torch.set_num_threads(1)
 from dataclasses import replace
 from pathlib import Path
 from tests.train.test_loop import OPTIONS, final_bits, masked, run
-from sparsedm.train import checkpoint
+from sparsedm.train import checkpoint, run_folder
 
 base, first, stride = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 options = replace(OPTIONS, steps=6, save_every=2)
@@ -346,7 +346,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, poison
     monkeypatch.setattr(loop, "MetricsLog", log)
     with pytest.raises(TrainingDiverged, match=r"diverged (at step 7|in the \d steps up to 7).*step-00000005"):
         run(tmp_path)
-    assert checkpoint.latest(tmp_path).name == "step-00000005"
+    assert run_folder.latest(tmp_path).name == "step-00000005"
     last = read_metrics(tmp_path)[-1]
     assert last["step"] == 7
     assert "nan" in last["diverged"]
@@ -404,7 +404,7 @@ def test_a_run_that_goes_on_with_other_cpu_kernels_says_so(tmp_path, unbroken, c
     shutil.copytree(unbroken[0], tmp_path / "run")
     run(tmp_path / "run")
     assert "kernels" not in caplog.text
-    saved = checkpoint.latest(tmp_path / "run")
+    saved = run_folder.latest(tmp_path / "run")
     state = read_state(saved)
     assert state["versions"]["cpu_kernels"] == rules.version()
     write_state(saved, state | {"versions": {"cpu_kernels": "rules 0, avx1024"}})
@@ -485,7 +485,7 @@ def test_refuses_what_does_not_fit(tmp_path):
 
 
 def test_one_folder_has_one_run(tmp_path):
-    with checkpoint.run_lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
         run(tmp_path)
 
 

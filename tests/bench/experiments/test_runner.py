@@ -18,7 +18,7 @@ from sparsedm.commands import options as command_options
 from sparsedm.compressed import CompressedLinear
 from sparsedm.errors import InputError
 from sparsedm.models import model_config
-from sparsedm.train import checkpoint, loop
+from sparsedm.train import loop, run_folder
 from sparsedm.train.stages import METHODS
 from tests.bench.experiments.tiny_plan import RUNS, command, numbers, parsed
 
@@ -181,7 +181,7 @@ def test_a_mistyped_option_leaves_the_folder_free_for_the_right_one(tiny, tmp_pa
 
 def test_two_processes_do_not_share_a_folder(done, tiny, capsys):
     before = (done / "results.csv").read_bytes()
-    with checkpoint.folder_lock(done):
+    with run_folder.folder_lock(done):
         assert command(done) == 2
     assert f"another process is training in {done}" in capsys.readouterr().err
     assert (done / "results.csv").read_bytes() == before

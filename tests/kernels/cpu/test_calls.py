@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import sparsedm.compressed
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.kernels.cpu import library, products, rules
@@ -18,7 +19,7 @@ from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import compress, hold_masks
+from sparsedm.sparsity import hold_masks
 from tests.kernels.cpu.problems import close, compressed, mask_of, needs_library
 
 # ---- as a back end ---------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsedm.compression import compress, decompress
 from sparsedm.kernels.cpu import library, products, rules
 from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24.linear import sparse24_linear
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import compress, decompress, sparsify
+from sparsedm.sparsity import sparsify
 from tests.kernels.cpu.problems import compressed, needs_library
 
 

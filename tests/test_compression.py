@@ -10,6 +10,7 @@ from torch import nn
 
 import sparsedm
 from sparsedm.compressed import CompressedConv2d, CompressedLinear
+from sparsedm.compression import bake, compress, decompress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import Pattern, holds
@@ -17,7 +18,7 @@ from sparsedm.kernels.sparse24.format import TORCH_TENSORS
 from sparsedm.layers import Linear
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model
-from sparsedm.sparsity import bake, compress, decompress, masked_layers, masks, set_masking, sparsify
+from sparsedm.sparsity import masked_layers, masks, set_masking, sparsify
 from tests.tiny import Small
 from tests.tolerance import assert_as_good_as_torch
 
