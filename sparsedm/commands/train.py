@@ -30,7 +30,7 @@ from sparsedm.train import distributed
 from sparsedm.train.chain import Start, check_chain, plan, run_chain
 from sparsedm.train.data import check_source, load_images
 from sparsedm.train.loop import TrainOptions, amp_of
-from sparsedm.train.published import published
+from sparsedm.train.published import original_crop, published
 from sparsedm.train.stages import METHODS, distilled, method_stages, parse_chain
 from sparsedm.train.step import OPTIMIZERS, takes_text
 
@@ -168,6 +168,7 @@ def run(options):
         return
     size = model.config.image_size
     crop = crop_of(options, model.config)
+    cropped = {} if crop == original_crop(model.config) else {"crop": crop}  # older folders have none
     images = load_images(options.data, "train", size, limit=options.limit, crop=crop)
     validation = load_images(options.data, "test", size, limit=2048, crop=crop)
     if takes_text(model) and images.null_context is None and training.label_dropout:
@@ -182,7 +183,7 @@ def run(options):
             folder,
             where=options.where,
             validation=validation,
-            record={"data": options.data, "init": options.init},
+            record={"data": options.data, "init": options.init} | cropped,
             device=options.device,
         )
         if not distributed.is_main_process():

@@ -33,6 +33,7 @@ from sparsedm.stepaware.search import (
 from sparsedm.train import run_folder
 from sparsedm.train.data import ImageSet, batch, load_images
 from sparsedm.train.loop import OutOfTime, amp_of
+from sparsedm.train.published import original_crop
 
 QUALITIES = ("frechet", "proxy")
 SHOWN = 16  # images of each strategy in the picture
@@ -78,8 +79,14 @@ class Plan:
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
         networks = dict(zip(family.names, family.fingerprints))
         facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
-        younger = {"clip": (self.clip, "every"), "guidance": (self.guidance, None)}  # older folders have neither
+        # with their values in older folders, which have none of these
+        younger = {"clip": (self.clip, "every"), "guidance": (self.guidance, None), "crop": (self.crop(family), "square")}
         return facts | {name: value for name, (value, default) in younger.items() if value != default}
+
+    def crop(self, family):
+        """How images are cropped: as the run folder says, else as in the original of the networks."""
+        recorded = run_folder.stored_options(self.run) if (self.run / "options.json").exists() else {}
+        return recorded.get("crop") or original_crop(family.networks[0].config)
 
     def family(self):
         """The Family to search in. Raises InputError for an unknown name, or if no network is left."""
@@ -165,11 +172,11 @@ class _Setting:
 def _prepare(plan):
     """The _Setting of a plan. Its folder is claimed only after all checks of the plan."""
     family = plan.family()
-    images = load_images(plan.data, "train", family.shape[1])
+    images = load_images(plan.data, "train", family.shape[1], crop=plan.crop(family))
     if images.is_latent and plan.quality != "proxy":
         raise InputError(f"data {plan.data} holds latents, not images for a Fréchet distance: use --quality proxy")
     first_generation(len(family.names), plan.steps, plan.search)
-    most = max(plan.count * plan.workers, plan.final_count)
+    most = plan.workers * max(plan.count, plan.final_count)
     check_memory(8 * most * math.prod(family.shape), f"drawing {most} images")
     run_folder.claim(plan.folder, plan.facts(family), started=run_folder.holds_work(plan.folder))
     family, losses, seconds = _table(plan, family)
@@ -258,25 +265,27 @@ def _times(plan, family):
 
 
 def _table(plan, family):
-    """(the family with the stored costs, losses (networks, steps), seconds), measured once."""
+    """(the family with the stored costs, in their order; losses (networks, steps); seconds), measured once."""
     file = plan.folder / "table.json"
     if not file.exists():
         start = time.perf_counter()
-        held_out = load_images(plan.data, "test", family.shape[1], limit=plan.validation).to(plan.device)
+        crop = plan.crop(family)
+        held_out = load_images(plan.data, "test", family.shape[1], limit=plan.validation, crop=crop).to(plan.device)
         x, y = batch(held_out, torch.arange(len(held_out)))
         y = y if family.networks[0].config.num_classes else None
         with _autocast(family):
             losses = loss_table(family, x, plan.sampler, plan.steps, y=y, seed=plan.search.seed, progress=True)
         seconds = time.perf_counter() - start
         write_json(file, {"names": family.names, "costs": family.costs, "losses": losses.tolist(), "seconds": seconds})
-    known = read_json(file, costs=list, losses=list, seconds=float)
+    known, shape = read_json(file, names=list, costs=list, losses=list, seconds=float), (len(family.names), plan.steps)
     try:
         losses, costs = np.array(known["losses"], dtype=float), tuple(map(float, known["costs"]))
+        family = replace(family.only(known["names"]), costs=costs)  # costs in seconds may give another order now
     except (TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged: {error}") from error
-    if losses.shape != (len(family.names), plan.steps) or not (losses > 0).all() or not np.isfinite(losses).all():
+    if losses.shape != shape or not (losses > 0).all() or not np.isfinite(losses).all():
         raise InputError(f"{file} is damaged: it must hold a loss for each network and step")
-    return replace(family, costs=costs), losses, known["seconds"]
+    return family, losses, known["seconds"]
 
 
 def _distance_to(images, plan):

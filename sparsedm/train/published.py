@@ -60,3 +60,8 @@ PUBLISHED |= {
 def published(config):
     """The Published row of a network that has the shape of one of the presets, None for any other."""
     return next((row for name, row in PUBLISHED.items() if MODELS[name] == config), None)
+
+
+def original_crop(config):
+    """How the images of a network are cropped if nothing else is asked for, see `data.load`."""
+    return (published(config) or Published({}, 0)).crop
