@@ -29,12 +29,12 @@ def add_model_arguments(parser, note=""):
     )
 
 
-def add_crop(parser):
+def add_crop(parser, default="as in the original of the model"):
     parser.add_argument(
         "--crop",
         choices=CROPS,
         help="square: the largest centred square; celeba: images of 178x218 to 128x128 at (25, 57), like U-ViT and "
-        "DDIM (default: as in the original of the model)",
+        f"DDIM (default: {default})",
     )
 
 

@@ -132,7 +132,8 @@ def _training(options, config):
     asked = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
     recipe = published(config)
     if recipe:
-        print(f"recipe of the original: {', '.join(f'{k}={v}' for k, v in (recipe.training | asked).items())}")
+        taken = ", ".join(f"{name}={value}" for name, value in (recipe.training | asked).items())
+        print(f"recipe of the original: {taken}; it trained {recipe.steps_trained:,} steps")
     asked |= {name: getattr(options, name) for name in TRAINING if name != "warmup" or options.warmup is not None}
     if note := schedule_note(config):
         print(note)
@@ -227,11 +228,16 @@ def recipe_images(recipe, source):
     return load_images(source, "train", size), load_images(source, "test", size, limit=1024)
 
 
+def recipe_config(recipe, images):
+    """The configuration of the recipe's network for these images."""
+    shape = {"channels": images.shape[0], "num_classes": len(images.class_names)}
+    return model_config(recipe.model, **recipe.overrides, **shape)
+
+
 def train_recipe(recipe, images, validation, folder, options, deadline=math.inf):
     """Train a `recipes.Scale`. Returns [StageResult]. options: the command line's, of which seed and device count."""
     torch.manual_seed(options.seed)
-    channels, classes = images.images.shape[1], len(images.class_names)
-    model = build_model(recipe.model, **recipe.overrides, channels=channels, num_classes=classes)
+    model = build_model(recipe_config(recipe, images))
     patterns = " -> ".join(stage.pattern for stage in recipe.stages)
     print(f"training {patterns} of {recipe.model} on {len(images):,} images of {images.source}")
     return run_chain(

@@ -79,9 +79,9 @@ class Plan:
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
         networks = dict(zip(family.names, family.fingerprints))
         facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
-        # with their values in older folders, which have none of these
-        younger = {"clip": (self.clip, "every"), "guidance": (self.guidance, None), "crop": (self.crop(family), "square")}
-        return facts | {name: value for name, (value, default) in younger.items() if value != default}
+        younger = {"clip": self.clip, "guidance": self.guidance, "crop": self.crop(family)}
+        older = {"clip": "every", "guidance": None, "crop": "square"}  # in folders that have none of these
+        return facts | {name: value for name, value in younger.items() if value != older[name]}
 
     def crop(self, family):
         """How images are cropped: as the run folder says, else as in the original of the networks."""
@@ -93,10 +93,19 @@ class Plan:
         found = family_of(self.run, self.unit, self.device)
         found = found.only(self.networks) if self.networks else found
         found = found.only(without(found.names, self.exclude))
-        config = found.networks[0].config
+        self.check(found.networks[0].config)
+        return found
+
+    def check(self, config, images=None):
+        """Raise InputError if networks of `config` cannot be searched, with an ImageSet: or not on these images."""
         if self.guidance and not (config.num_classes and getattr(config, "null_label", True)):
             raise InputError(f"guidance {self.guidance:g} needs networks with classes and a null label")
-        return found
+        if images is None:
+            return
+        if images.is_latent and self.quality != "proxy":
+            raise InputError(f"data {self.data} holds latents, not images for a Fréchet distance: use --quality proxy")
+        most = self.workers * max(self.count, self.final_count)
+        check_memory(8 * most * config.channels * config.image_size**2, f"drawing {most} images")
 
 
 def without(names, exclude):
@@ -173,11 +182,8 @@ def _prepare(plan):
     """The _Setting of a plan. Its folder is claimed only after all checks of the plan."""
     family = plan.family()
     images = load_images(plan.data, "train", family.shape[1], crop=plan.crop(family))
-    if images.is_latent and plan.quality != "proxy":
-        raise InputError(f"data {plan.data} holds latents, not images for a Fréchet distance: use --quality proxy")
     first_generation(len(family.names), plan.steps, plan.search)
-    most = plan.workers * max(plan.count, plan.final_count)
-    check_memory(8 * most * math.prod(family.shape), f"drawing {most} images")
+    plan.check(family.networks[0].config, images)
     run_folder.claim(plan.folder, plan.facts(family), started=run_folder.holds_work(plan.folder))
     family, losses, seconds = _table(plan, family)
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)

@@ -11,8 +11,8 @@ from sparsedm.models import MODELS
 
 
 class Published(NamedTuple):
-    """training: options of `TrainOptions` that differ from its defaults, and steps, the length of the original's run.
-    steps: steps of the sampler; each is one evaluation of the network. crop: see `data.load`. latent_scale: None: the
+    """training: options of `TrainOptions` that differ from its defaults. steps_trained: length of the original's run.
+    steps: of the sampler; each is one evaluation of the network. crop: see `data.load`. latent_scale: None: the
     autoencoder's. guidance: see `samplers.guided`. Where U-ViT's code has DPM-Solver (singlestep, up to order 3), these
     rows have dpm++2m with as many evaluations."""
 

@@ -13,7 +13,7 @@ from sparsedm.cli import main
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.model_files import save_model
-from sparsedm.models import build_model
+from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import sparsify
 from sparsedm.stepaware import family as family_module
 from sparsedm.stepaware import study as study_module
@@ -270,6 +270,15 @@ def test_refusals(chain, tmp_path):
         plan(chain, tmp_path, steps=0)
     with pytest.raises(InputError, match="workers is 2: a GPU measures one strategy at a time"):
         plan(chain, tmp_path, workers=2, device="cuda")
+
+
+def test_the_memory_of_all_workers_counts(chain, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study_module, "check_memory", lambda needed, what: asked.append(needed))
+    wanted = plan(chain, tmp_path, workers=3, count=7)
+    for final_count, most in ((5, 7), (9, 9)):
+        replace(wanted, final_count=final_count).check(model_config("uvit-tiny", **UVIT), LOAD("synthetic", "test", 12))
+        assert asked.pop() == 8 * 3 * most * 3 * 12 * 12
 
 
 def test_networks_run_in_the_precision_of_their_training(chain, monkeypatch):

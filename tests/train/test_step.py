@@ -94,7 +94,7 @@ def test_a_slimmable_network_sees_the_same_images_at_every_width_if_asked(same):
 
 
 def test_the_same_images_at_every_width_in_parts_are_the_whole_batch():
-    """A part of the batch, too, is shown to all widths: with the times and the noise that the whole batch would have."""
+    """Each part is shown to all widths, with the times and the noise that its images have in the whole batch."""
     gradients = []
     for accumulate in (1, 3):
         made, seen = slimmable_step(True, accumulate, passes=2), []
