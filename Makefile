@@ -58,7 +58,7 @@ test-versions: $(TRITONS:%=.venvs/triton-%/.tested)
 
 bench: $(STAMP)
 	rm -rf runs/bench
-	$(BIN)/python -m bench.run --quick --suite $(SUITES) --out runs/bench/results.csv
+	$(BIN)/python -m bench.run --quick --device cpu --suite $(SUITES) --out runs/bench/results.csv
 	$(BIN)/python -m bench.plot runs/bench/results.csv --out runs/bench/plots
 
 # no network and no pip: under the Python that has torch and Triton

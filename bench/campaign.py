@@ -14,12 +14,12 @@ cut or skipped), first.json (which configurations are right), results.csv, log.t
 (targets and measured values), tuned.json (configurations found), counters.txt, plots.zip, quality.zip.
 """
 
-import contextlib
 import importlib.util
 import itertools
 import os
 import sys
 import time
+import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,8 +203,12 @@ class _Drawing:
         self.pool.shutdown()
 
     def _draw(self):
-        with contextlib.suppress(InputError):  # nothing was measured yet
+        try:
             plot.draw_archive([self.results], self.archive)
+        except InputError:
+            pass  # nothing was measured yet
+        except Exception:  # a picture is not worth the rest of the measurements
+            traceback.print_exc()
 
 
 def _log(folder, name, output):

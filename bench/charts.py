@@ -65,7 +65,7 @@ def published(name, dtype):
 
 def sweep(figure, rows, name):
     """Speed-up over dense against the size of a sweep ("square": M = N = K, "m-sweep": M), with its p20-p80 band."""
-    found = [s for s in speedups(rows, {"gemm"}) if s.row["model"] == name]
+    found = [s for s in speedups(rows, {"gemm"}) if s.row["model"] == name and not _of_suite_cpu(s.row)]
     modes = list(dict.fromkeys(s.row["mode"] for s in found))
     if not found:
         return False
@@ -102,6 +102,11 @@ def _rows(speedup):
     return speedup.row["M"]
 
 
+def _of_suite_cpu(row):
+    """Whether suite `cpu` measured a product. Its rows are of suite `gemm`, too, but their shapes have an arrow."""
+    return "->" in row["shape"]
+
+
 def first(figure, rows):
     """Bars: TFLOP/s of each configuration of our kernels and of each library, in single calls and over a second."""
     found = [r for r in rows if r["suite"] == "first" and r["metric"] in ("time", "held")]
@@ -115,16 +120,22 @@ def first(figure, rows):
         here = {(r["provider"], r["metric"]): r for r in found if r["shape"] == shape}
         dense = {}
         for (name, metric), row in here.items():
-            dense[metric] = max(dense.get(metric, 0), row["dense_equivalent_tflops"] if name in DENSE else 0)
+            if name in DENSE:
+                dense[metric] = max(dense.get(metric, 0), row["dense_equivalent_tflops"])
         right = 1.5 * max(r["dense_equivalent_tflops"] for r in here.values())
         for metric, offset, colour in (("time", -0.2, COLOURS[0]), ("held", 0.2, COLOURS[4])):
             for name, row in ((n, r) for (n, m), r in here.items() if m == metric):
                 at, rate = names.index(name) + offset, row["dense_equivalent_tflops"]
                 axes.barh(at, rate, 0.38, color=colour, zorder=2)
-                state = f", {float(row['power_w']):.0f} W, {row['sm_mhz']} MHz" if metric == "held" else ""
-                axes.text(rate, at, f" {rate:.0f} ({rate / dense[metric]:.2f}x{state})", va="center", fontsize=7)
-            axes.axvline(dense[metric], color=colour, linewidth=1.2, linestyle="--", zorder=1)
-        axes.axvspan(0, min(dense.values()), color=COLOURS[1], alpha=0.12, linewidth=0, zorder=0)
+                notes = [f"{rate / dense[metric]:.2f}x"] if metric in dense else []
+                if metric == "held" and row["power_w"]:
+                    notes += [f"{float(row['power_w']):.0f} W", f"{row['sm_mhz']} MHz"]
+                said = f" ({', '.join(notes)})" if notes else ""
+                axes.text(rate, at, f" {rate:.0f}{said}", va="center", fontsize=7)
+            if metric in dense:
+                axes.axvline(dense[metric], color=colour, linewidth=1.2, linestyle="--", zorder=1)
+        if dense:
+            axes.axvspan(0, min(dense.values()), color=COLOURS[1], alpha=0.12, linewidth=0, zorder=0)
         axes.set_xlim(0, right)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), labels, fontsize=7)
@@ -307,7 +318,7 @@ def patterns(figure, rows):
     """On a CPU: speed-up of every pattern over the best dense product against size; and over the layers of models, its
     geometric mean over the best dense product and over `F.linear`."""
     rows = [r for r in timed(rows, {"gemm"}) if r["mode"] == "plain" and r["model"] in ("square", LAYERS)]
-    rows = [r for r in rows if r["method"] == "thread_time"]  # suite `gemm` times by the wall clock
+    rows = [r for r in rows if _of_suite_cpu(r)]
     best, eager = times_of(rows)
     names = [p for p in dict.fromkeys(r["provider"] for r in rows) if ":" in p.split()[-1]]
     if not names or ONEDNN not in {r["provider"] for r in rows}:

@@ -368,5 +368,5 @@ PLAN = (  # the cheapest first, of what tells as much
         network("ddpm-cifar10", 8), network("uvit-cifar10-small", 8)], NETWORK_PROVIDERS, "step", limits=CALL),
     Part("conv", Convolution, lambda: conv_shapes(32, 16)[:4], CONV_PROVIDERS, "plain", limits=LAYER, quick=0),
     Part("end-to-end", Network, lambda: [network("dit-imagenet256-base", 8)], NETWORK_PROVIDERS, "step",
-         limits=CALL | {"rounds": 2}, quick=0),
+         limits=CALL | {"rounds": 3, "seconds": 110.0}, quick=0),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from torch import nn
 from bench.problems import TWO_FOUR
 from sparsedm.compressed import CompressedConv2d
 from sparsedm.kernels.mask import select_mask
+from sparsedm.kernels.pattern import pack_bits
 from sparsedm.kernels.sparse24.dispatch import (
     LINEAR,
     SPLITK_ROWS,
@@ -329,9 +330,13 @@ class ChoosePacked(Provider):
     def bind(self, problem, prepared):
         def run():
             wanted = {"mask": False, "bits": True, "compressed": True}
-            return select_mask(problem.weight, TWO_FOUR, problem.dtype, **wanted).masked
+            return select_mask(problem.weight, TWO_FOUR, problem.dtype, **wanted)
 
-        return Bound(run, "masked weight, bits, values, metadata")
+        made, rows = run(), problem.masked.to(problem.dtype)
+        for name, expected in zip(("values", "metadata", "bits"), (*pack(rows), pack_bits(rows != 0))):
+            if not torch.equal(getattr(made, name), expected):
+                raise ValueError(f"its {name} are wrong")  # `measure` itself looks at the masked weight alone
+        return Bound(lambda: run().masked, "masked weight, bits, values, metadata")
 
 
 # ---- one linear layer in training

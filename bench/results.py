@@ -215,7 +215,8 @@ def _nvidia_smi(device, *fields):
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return [""] * len(fields)
-    return [value.strip() for value in answer.strip().split(",")]
+    values = [value.strip() for value in answer.strip().split(",")]
+    return ["" if value.startswith("[") else value for value in values]  # such as [N/A]
 
 
 def cpu_name():

@@ -45,7 +45,7 @@ from bench.networks import (
     sampling_rows,
     table3_shapes,
 )
-from bench.results import DENSE, ENDED, IDENTITY, Results
+from bench.results import DENSE, ENDED, IDENTITY, Results, stamp
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from bench.timing import clock_for
 from sparsedm.commands import options as types
@@ -322,6 +322,10 @@ def run(options, arguments):
         on_timeout=again if device.type == "cuda" else None,
         dry_run=options.dry_run,
     )
+    here = stamp(device)["device"]
+    if others := {row["device"] for row in session.results.rows} - {here, ""}:
+        held = ", ".join(sorted(others))
+        raise InputError(f"{options.out} holds rows of {held}, and this is {here}: choose another --out")
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
     known |= {p.name for part in cpu.PLAN for p in part.providers}
     known |= {p.name for p in (*STEP_PROVIDERS, *TRAINING_PROVIDERS, *first_providers(device, session.dtype))}

@@ -107,8 +107,22 @@ class Compressed(nn.Module):
                 except InputError as error:
                     raise InputError(f"{prefix[:-1]}: {error}") from None
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        # tensors made in inference mode have no version that would tell
+        self._forget()  # tensors made in inference mode have no version that would tell
+
+    def _forget(self):
         self._cast, self._prepacked = None, {k: v for k, v in self._prepacked.items() if k == "choices"}
+
+    def _apply(self, fn, recurse=True):
+        """Every cast and move of every parent comes here."""
+        values, positions = self.values, getattr(self, self._positions)
+        super()._apply(fn, recurse)
+        moved = getattr(self, self._positions)
+        if moved.dtype != positions.dtype:  # `module.type(dtype)` casts all tensors
+            moved = positions.to(moved.device)
+            setattr(self, self._positions, moved)
+        if self.values is not values or moved is not positions:  # else a CUDA graph may go on reading it
+            self._forget()
+        return self
 
     def _check_width(self, width, name):
         expected = self.weight_shape[1]

@@ -13,6 +13,7 @@ from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
 from sparsedm.layers import Conv2d, Linear, Masked
 from sparsedm.sparsity import adopt, masked_layers, module_of
 
+_TORCH_SPARSE = tuple(TORCH_TENSORS.values())  # never require a gradient
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 # what a layer of ours has and torch's has not
@@ -39,7 +40,8 @@ def compress(model: nn.Module) -> nn.Module:
     for layer in small.modules():
         if isinstance(layer, Masked):
             layer.beside_compressed = True
-    small._frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    parameters = model.named_parameters(remove_duplicate=False)
+    small._frozen = {name for name, p in parameters if not p.requires_grad and not isinstance(p, _TORCH_SPARSE)}
     small._tied = [names for names in parameter_names(model) if len(names) > 1]
     return small.requires_grad_(False)
 
@@ -83,8 +85,7 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
         for name, parameter in dense.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and name not in getattr(model, "_frozen", ()))
         return dense
-    for name in layers:
-        layer = dense.get_submodule(name)
+    for layer, name in {dense.get_submodule(name): name for name in layers}.items():  # once, if it has two names
         layer.set_pattern(None)
         if isinstance(layer, Linear):
             if layers[name].pattern.keep > 2:
@@ -176,7 +177,7 @@ def _with_layers(model, replacements):
 
 
 def _is_torch_sparse(module):
-    return isinstance(module, nn.Linear) and isinstance(module.weight, tuple(TORCH_TENSORS.values()))
+    return isinstance(module, nn.Linear) and isinstance(module.weight, _TORCH_SPARSE)
 
 
 def _compress_layer(layer):

@@ -208,15 +208,18 @@ class Masked:
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Decay)]:
             del hooks[key]
 
-    def selection(self, dtype):
-        """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them."""
+    def selection(self, dtype, name="weight"):
+        """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them.
+
+        name: what errors call the layer.
+        """
         refuse_export()
         if self._held and self._held[0] is self.weight and self._held[1].masked.dtype == dtype and not exporting():
             return self._held[1]
-        return self._select(dtype)
+        return self._select(dtype, name)
 
     @torch.no_grad()
-    def _select(self, dtype):
+    def _select(self, dtype, name):
         weight, mask = self.weight.detach(), self.mask
         if type(weight) is not torch.Tensor and is_sharded(weight):
             raise InputError(f"a sharded weight {tuple(weight.shape)} has no mask here: gather it first")
@@ -224,7 +227,7 @@ class Masked:
             mask = self._mask_of(self._held[1])
         bits = isinstance(self, nn.Linear) and kernels_serve(weight)
         if mask is None:
-            return select_mask(weight, self.pattern, dtype, bits=bits)
+            return select_mask(weight, self.pattern, dtype, name, bits=bits)
         return Selection(torch.where(mask, weight, 0).to(dtype), mask, pack_bits(mask) if bits else None)
 
     def _apply(self, fn, recurse=True):

@@ -52,10 +52,12 @@ def choose(dtypes, names):
             selection = work.selection or layer.selection(dtypes[layer])  # a frozen mask is not selected
             found[layer] = Choice(layer.weight, layer.pattern, selection, checksum)
         report(totals[2] != 0, [names[layer] for layer in layers], NAN)
-    found |= _chosen_on_cpu([la for la, dtype in dtypes.items() if la not in found and _served_on_cpu(la, dtype)])
+    on_cpu = [la for la, dtype in dtypes.items() if la not in found and _served_on_cpu(la, dtype)]
+    found |= _chosen_on_cpu(on_cpu, names)
     for layer, dtype in dtypes.items():
         if layer not in found:
-            found[layer] = Choice(layer.weight, layer.pattern, layer.selection(dtype), _checksum(layer.weight))
+            selection = layer.selection(dtype, names[layer])
+            found[layer] = Choice(layer.weight, layer.pattern, selection, _checksum(layer.weight))
     return found
 
 
@@ -65,10 +67,10 @@ def _served_on_cpu(layer, dtype):
     return plain and dtype == torch.float32 and forced_backend() not in ("torch", "dense") and rules.serves(weight)
 
 
-def _chosen_on_cpu(layers):
+def _chosen_on_cpu(layers, names):
     """{layer: Choice} by one call of the C library; without the layers whose weights are NaN somewhere."""
     for layer in layers:
-        check_weight(layer.weight, layer.pattern)
+        check_weight(layer.weight, layer.pattern, names[layer])
     if not layers:  # there may be no library
         return {}
     selected = products.select_masks([layer.weight for layer in layers], [layer.pattern for layer in layers])
@@ -247,8 +249,8 @@ class MaskedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> object:
         """One step; closure: computes the loss again, which is returned. Raises: InputError, before anything changes,
-        for sparse gradients and what `add_param_group` refuses; naming the layer, for NaN and a weight that was changed
-        while its mask was held, on a GPU at a later step."""
+        for sparse gradients and what `add_param_group` refuses; naming the layer, for a weight that was changed while
+        its mask was held, and for NaN: on a GPU at a later step, on a CPU NaN at the next block."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -306,14 +306,15 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
     A block inside another one may use the outer masks; the outer block then reports what changed. If a generator
     yields inside a block, code outside reads the held masks, too, until the generator ends or is closed.
 
-    Raises InputError, naming the layer, in two cases. (1) A weight, masked or compressed, changed inside the block, or,
-    with an optimizer, since its last step. On a CPU this is reported when the block ends, on a GPU when a later block
-    ends or at the optimizer's next step, so that nothing waits for the GPU. The next block selects again. (2) A weight
-    is sharded (a DTensor): reported on entry.
+    Raises InputError, naming the layer, in three cases. (1) A weight, masked or compressed, changed inside the block,
+    or, with an optimizer, since its last step. On a CPU this is reported when the block ends, on a GPU when a later
+    block ends or at the optimizer's next step, so that nothing waits for the GPU. The next block selects again. (2) A
+    weight is NaN: reported on entry, on a GPU later, as above. (3) A weight is sharded (a DTensor): reported on entry.
     """
     if not isinstance(optimizer, MaskedAdamW | None):
         raise InputError(f"optimizer={type(optimizer).__name__}: only a MaskedAdamW selects masks; give none instead")
-    modules = {module: name for model in models for name, module in module_of(model).named_modules()}
+    found = [pair for model in models for pair in module_of(model).named_modules()]
+    modules = {module: name or type(module).__name__ for name, module in found}
     names = {m: name for m, name in modules.items() if isinstance(m, Masked) and m.pattern is not None}
     names = {m: name for m, name in names.items() if "weight" in m._parameters}  # a computed weight is new at each use
     for layer, name in names.items():

@@ -347,6 +347,24 @@ def test_a_held_compressed_weight_is_compared_once_and_a_change_is_an_error(monk
     torch.testing.assert_close(small(x), small[0].bias + 2 * (expected - small[0].bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("pattern", ["2:4", "1:8"])
+def test_a_cast_of_all_tensors_leaves_the_positions_and_drops_the_kernels_form(dtype, pattern):
+    layer, x = compress(sparsify(nn.Linear(64, 64), pattern)), torch.randn(16, 64)
+    y, positions, known = layer(x), layer.words().clone(), dict(layer._prepacked)
+    layer.float().to("cpu")
+    assert layer._prepacked == known, "what changes nothing drops nothing: a CUDA graph may read it"
+    with hold_masks(layer):
+        layer.type(torch.float32)
+    assert torch.equal(layer(x), y)
+    layer.type(dtype)
+    assert torch.equal(layer.words(), positions)
+    assert layer.values.dtype == dtype
+    assert layer._prepacked.keys() <= {"choices"}
+    if dtype != torch.float8_e4m3fn:  # of which there are no products
+        torch.testing.assert_close(layer(x.to(dtype)).float(), y, rtol=0, atol=0.05)
+
+
 def test_files_of_int16_metadata_are_read(tmp_path):
     def build(config=None):
         return nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 8))

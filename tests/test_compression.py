@@ -111,6 +111,8 @@ def test_layers_move_to_torchs_sparse_tensors_and_back():
     held = decompress(small, "cutlass")
     assert isinstance(held[0].weight, TORCH_TENSORS["cutlass"])
     assert torch.equal(held[0].weight.to_dense(), model[0].effective_weight())
+    shared = nn.Sequential(*[model[0]] * 2)
+    assert isinstance(decompress(compress(shared), "cutlass")[1].weight, TORCH_TENSORS["cutlass"])
     back = compress(held)
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), small.state_dict().values()))
 
@@ -208,6 +210,17 @@ def test_what_was_frozen_stays_frozen_and_the_mode_is_the_same_everywhere():
     model[1].bias.requires_grad_(False)
     again = decompress(compress(model))
     assert {n for n, p in again.named_parameters() if not p.requires_grad} == {"1.bias"}
+    model[0].weight.requires_grad_(False)
+    again = decompress(compress(model))
+    assert {n for n, p in again.named_parameters() if not p.requires_grad} == {"0.weight", "1.bias"}
+    held = decompress(compress(sparsify(nn.Linear(64, 32), "2:4").half()), "cutlass")
+    held.bias.requires_grad_(False)
+    again = decompress(compress(held))
+    assert {n: p.requires_grad for n, p in again.named_parameters()} == {"weight": True, "bias": False}
+    tied = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).requires_grad_(False)
+    tied[1].weight = tied[0].weight
+    again = decompress(compress(sparsify(tied, "2:4", ["1"])))
+    assert not any(p.requires_grad for p in again.parameters())
     assert not any(module.training for module in again.modules())
     assert all(module.training for module in decompress(compress(model).train()).modules())
 

@@ -360,6 +360,16 @@ def test_a_compiled_model_takes_the_masks_of_the_block(monkeypatch):
     assert_same("kernel", network, expected)
 
 
+def test_weights_in_channels_last_are_held_and_stepped(way):
+    network, expected = (model().to(memory_format=torch.channels_last) for _ in range(2))
+    mine, theirs = optimizer_of(network), adamw(expected)
+    train(network, mine, batches())
+    reference(expected, theirs, batches())
+    assert_same(way, network, expected, mine, theirs)
+    with pytest.raises(InputError, match="the weight of conv was changed"), hold_masks(network):
+        network.conv.weight.data.neg_()
+
+
 def test_nan_is_said_by_the_next_block(way):
     network, x = model(), batches(1)[0]
     optimizer = optimizer_of(network)
@@ -372,7 +382,7 @@ def test_nan_is_said_by_the_next_block(way):
         with hold_masks(network, optimizer=optimizer):
             pass
 
-    with pytest.raises(InputError, match=r": .*of its weights are NaN"):
+    with pytest.raises(InputError, match=r"(conv|first|second): .*of its weights are NaN"):
         step_and_hold()
 
 

@@ -240,7 +240,9 @@ def test_a_block_selects_all_masks_in_one_call_and_each_is_that_of_its_layer(mon
     assert calls == [len(layers) - 1]
     with torch.no_grad():
         layers[-1].weight.view(-1)[5] = torch.nan
-    with pytest.raises(InputError, match="1 of its weights are NaN"), hold_masks(model):
+    with pytest.raises(InputError, match="head: 1 of its weights are NaN"), hold_masks(model):
+        pass
+    with pytest.raises(InputError, match=r"^Linear: 1 of its weights are NaN"), hold_masks(layers[-1]):
         pass
 
 
@@ -321,6 +323,20 @@ def test_a_weight_that_changes_while_its_mask_is_held_is_refused(change, way, mo
         change(model)
     with hold_masks(model):
         pass  # and it can be held again
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (2, 3, 0, 1)])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_a_weight_is_held_in_whatever_order_it_lies(order, kernel_size):
+    model, x = sparsify(nn.Sequential(nn.Conv2d(16, 8, kernel_size)), "2:4"), torch.randn(2, 16, 5, 5)
+    back = [order.index(axis) for axis in range(4)]
+    weight = model[0].weight.detach().permute(order).contiguous().permute(back)
+    model[0].weight = nn.Parameter(weight)
+    with hold_masks(model):
+        held = model(x)
+    assert torch.equal(held, model(x))
+    with pytest.raises(InputError, match="the weight of 0 was changed"), hold_masks(model):
+        weight.copy_(weight.flip(0))
 
 
 @pytest.mark.parametrize("form", ["masked", "compressed"])

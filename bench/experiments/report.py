@@ -10,6 +10,7 @@ flips.png         flip rate of each layer over training
 """
 
 import itertools
+import re
 import statistics
 
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -99,7 +100,7 @@ def _against(values, runs, control):
     head = f"| against {control} | Fréchet distance | validation loss | within {CLOSE:.0%} |"
     note = f"""Ratios to {control} of the same seed: the same start, batches, noise and features; 1.05 is 5% worse.
 Within {CLOSE:.0%}: whether the Fréchet distance is at most {1 + CLOSE:g} times that of {control}, in every seed."""
-    if any(line.startswith("| oneshot ") and line.endswith(" yes |") for line in lines):
+    if any(re.match(r"\| (\S+ )?one-?shot \|", line) and line.endswith(" yes |") for line in lines):
         note += "\nEven pruning without training is within it: so short a training says nothing about the others."
     return "\n".join(["", "", head, "|---|---|---|---|", *lines, "", note])
 
@@ -216,16 +217,15 @@ def _speed(figure, values, runs, plan):
     return True
 
 
-def _curves(axes, values, runs, measure, against=None):
+def _curves(axes, values, runs, measure):
     """One line per run: the mean over seeds, with a band from least to greatest. Returns whether there was any."""
     drawn = False
     for run, (style, colour) in runs.items():
         seeds = [dict(points) for points in values.get((run, measure), {}).values()]
-        known = [set(points) for points in seeds] + ([] if against is None else [set(against)])
-        xs = sorted(set.intersection(*known)) if seeds else []
+        xs = sorted(set.intersection(*map(set, seeds))) if seeds else []
         if not xs:
             continue
-        columns = [[points[x] / (against[x] if against else 1) for points in seeds] for x in xs]
+        columns = [[points[x] for points in seeds] for x in xs]
         axes.plot(xs, [statistics.fmean(c) for c in columns], style, color=colour, label=run)
         axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
         drawn = True
@@ -249,12 +249,18 @@ def _training(figure, values, runs, plan):
 def _levels(figure, values, runs, plan):
     figure.set_size_inches(9, 4.5)
     axes, measure = figure.subplots(), "loss at noise level"
-    control = [dict(points) for points in values.get((plan.control, measure), {}).values()]
-    levels = set.intersection(*map(set, control)) if control else ()
-    means = {x: statistics.fmean(points[x] for points in control) for x in levels}
-    against = {x: mean for x, mean in means.items() if mean} if control else None
+    control = {seed: dict(points) for seed, points in values.get((plan.control, measure), {}).items()}
     others = {run: style for run, style in runs.items() if run != plan.control or not control}
-    drawn = _curves(axes, values, others, measure, against)
+    if control:  # seed by seed: two dense networks differ by more than a run and its own
+        values = {
+            (run, measure): {
+                seed: [(x, loss / control[seed][x]) for x, loss in points if control[seed].get(x)]
+                for seed, points in values.get((run, measure), {}).items()
+                if seed in control
+            }
+            for run in others
+        }
+    drawn = _curves(axes, values, others, measure)
     if control:
         axes.axhline(1, color=COLOURS[1], linewidth=1, linestyle="--")
     axes.set(xlabel="t: 0 image, 1 noise")

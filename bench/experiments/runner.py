@@ -189,9 +189,7 @@ def _show(options, scale, runs, seeds, folder):
 def _time(options, scale, runs, folder):
     """Add the sampling times of the finished runs to results.csv, measured in turns with the fastest dense form."""
     file = folder / "results.csv"
-    rows = [
-        row for row in read_experiment(file, options.name, options.scale) if row["measure"] not in (SPEED, SAMPLING)
-    ]
+    rows = read_experiment(file, options.name, options.scale)
     done = {row["run"] for row in rows if row["seed"] == options.seed}
     kinds = (SMALL, PRUNED, "")
     networks = {
@@ -203,9 +201,11 @@ def _time(options, scale, runs, folder):
     if control not in networks or masked_layers(networks[control]):
         raise InputError(f"{folder} holds no dense run of seed {options.seed} to time the others against")
     seconds = speed.sampling_seconds(networks, control, scale.sampling_steps, options.device)
-    now = stamp(options.device)
+    now, seed = stamp(options.device), options.seed
+    again = {(name, seed, measure) for name in networks for measure in (SPEED, SAMPLING)}
+    rows = [row for row in rows if (row["run"], row["seed"], row["measure"]) not in again]
     for name in networks:
-        like = next(row for row in rows if (row["run"], row["seed"]) == (name, options.seed))
+        like = next(row for row in rows if (row["run"], row["seed"]) == (name, seed))
         values = {SPEED: seconds[control] / seconds[name], SAMPLING: seconds[name]}
         rows += [
             like | {n: str(now[n]) for n in STAMPED} | {"measure": measure, "x": None, "value": value}

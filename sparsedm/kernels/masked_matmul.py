@@ -162,7 +162,7 @@ def straight_through(weight, masked, mask, rule=STE, used=None):
 
 
 def training_product(x, weight, selection, pattern, bias, rule=STE, used=None):
-    """x @ (w*m)^T + bias of masked training by the C kernel; None if the mask, a frozen one, does not hold the pattern.
+    """x @ (w*m)^T + bias of masked training by the C kernel; None if a frozen mask keeps too much, see `prepack`.
 
     Call it where `rules.training_serves` says so. x: (..., K). weight: (N, K), the dense one, which gets the gradient
     of `straight_through`; rule and used are as there. selection: the mask and the masked weight. bias: (N,) or None.

@@ -141,6 +141,18 @@ def test_every_suite_leaves_results_targets_and_plots_before_the_next_one_ends_i
     assert len((out / "log.txt").read_text()) < 1.1 * LOG_LIMIT
 
 
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, monkeypatch, capfd):
+    def broken(*arguments):
+        raise ZeroDivisionError("drawn wrong")
+
+    monkeypatch.setattr(campaign.plot, "draw_archive", broken)
+    (tmp_path / "results.csv").write_text("")
+    drawing = campaign._Drawing(tmp_path)
+    drawing.begin()
+    drawing.finish()
+    assert "drawn wrong" in capfd.readouterr().err
+
+
 def test_without_a_measurement_there_are_no_plots(tmp_path):
     run_campaign([Suite("measures nothing", script(""))], tmp_path, seconds=60)
     assert {p.name for p in tmp_path.iterdir()} == {"index.json", "log.txt"}

@@ -124,6 +124,16 @@ def test_ceilings_that_lie_close_together_are_labelled_apart():
     assert labels[" mma 710"] > 1.05 * 700
 
 
+def test_a_cpu_s_two_measurements_of_one_square_are_two_charts():
+    """Suite `cpu` measures squares of the same size as suite `gemm`, by another clock and other threads."""
+    squares = [row(p, t, shape="square 128x128->128", M=128, N=128, K=128) for p, t in (("dense", 4), (charts.OURS, 1))]
+    figure, alone = Figure(), Figure()
+    charts.sweep(figure, [*made_up(), *squares], "square")
+    charts.sweep(alone, made_up(), "square")
+    lines, before = ([line.get_xydata().tolist() for line in f.axes[0].lines] for f in (figure, alone))
+    assert lines == before
+
+
 def test_the_losing_region_is_shaded_up_to_one():
     figure = Figure()
     axes = figure.subplots()
@@ -166,6 +176,21 @@ def test_first_contact_says_rate_ratio_and_power():
     said = [t.get_text().strip() for t in figure.axes[0].texts]
     assert "1100 (1.57x)" in said
     assert "1100 (1.57x, 700 W, 1500 MHz)" in said
+
+
+def test_first_contact_is_drawn_as_far_as_it_was_measured():
+    """A CPU holds no second; a process may have ended before; dense may have failed; a driver may know no power."""
+    for gone, said in (
+        (lambda r: r["metric"] == "held", "1100 (1.57x)"),
+        (lambda r: r["metric"] == "time", "1100 (1.57x, 700 W, 1500 MHz)"),
+        (lambda r: r["provider"] == "dense", "1100 (700 W, 1500 MHz)"),
+    ):
+        figure = Figure()
+        assert charts.first(figure, [r for r in made_up() if not (r["suite"] == "first" and gone(r))])
+        assert said in [t.get_text().strip() for t in figure.axes[0].texts]
+    figure = Figure()
+    assert charts.first(figure, [r | {"power_w": "", "sm_mhz": ""} for r in made_up()])
+    assert [t.get_text().strip() for t in figure.axes[0].texts].count("1100 (1.57x)") == 2
 
 
 def test_heat_shows_each_ratio_in_its_cell():

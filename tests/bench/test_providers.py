@@ -17,7 +17,7 @@ from bench.baselines import (
     TileLang,
     TrainTile,
 )
-from bench.problems import TWO_FOUR, ConvProblem, LinearProblem, TrainingProblem
+from bench.problems import TWO_FOUR, ConvProblem, LinearProblem, MaskProblem, TrainingProblem
 from bench.providers import MOST_SPLITK_ROWS, Baseline, DenseCompiled, DenseFused, Sparse24
 from bench.results import DENSE
 from bench.shapes import ConvShape, LinearShape
@@ -181,6 +181,21 @@ def test_a_baseline_with_masks_of_its_own_is_checked_against_them(monkeypatch):
     assert not problem.check(bound.run(), True).right
     assert holds(bound.weight, TWO_FOUR)
     assert holds(bound.weight.t(), TWO_FOUR)
+
+
+@pytest.mark.parametrize("name", ["values", "metadata", "bits"])
+def test_all_that_a_mask_writes_is_checked(monkeypatch, name):
+    problem, right = MaskProblem(SHAPE, "choose", torch.float32, "cpu"), providers.select_mask
+    provider = providers.ChoosePacked()
+    provider.bind(problem, None)
+
+    def wrong(*arguments, **wanted):
+        made = right(*arguments, **wanted)
+        return made._replace(**{name: getattr(made, name).roll(1, 1)})
+
+    monkeypatch.setattr(providers, "select_mask", wrong)
+    with pytest.raises(ValueError, match=f"its {name} are wrong"):
+        provider.bind(problem, None)
 
 
 def test_a_baseline_that_is_not_installed_says_so():

@@ -142,6 +142,9 @@ def test_nvidia_smi_is_asked_for_this_device(monkeypatch):
     monkeypatch.setattr(subprocess, "run", smi)
     assert results.sensors("cuda:1") == {"sm_mhz": "1980", "memory_mhz": "3201", "power_w": "655.1"}
     assert "--id=GPU-ab-12" in asked[0]
+    answer = "1980, [N/A], [Unknown Error]\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, answer))
+    assert results.sensors("cuda") == {"sm_mhz": "1980", "memory_mhz": "", "power_w": ""}
 
 
 def test_the_commit_may_be_told(monkeypatch):

@@ -302,6 +302,17 @@ def test_an_existing_file_is_refused(tmp_path):
         session(tmp_path / "r.csv")
 
 
+def test_rows_of_another_device_are_not_continued(tmp_path, capsys):
+    arguments = ["--suite", "mask", "--quick", "--shapes", "square@128", "--out", str(tmp_path / "r.csv"), "--resume"]
+    assert main([*arguments, "--providers", "dense"]) == 0
+    before = (tmp_path / "r.csv").read_text()
+    name = read(tmp_path / "r.csv")[0]["device"]
+    (tmp_path / "r.csv").write_text(other := before.replace(name, "Another GPU"))
+    assert main(arguments) == 2
+    assert "holds rows of Another GPU, and this is CPU: " in capsys.readouterr().err
+    assert (tmp_path / "r.csv").read_text() == other
+
+
 HANGS = """
 import time
 from bench.run import Watch, start_again

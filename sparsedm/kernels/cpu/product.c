@@ -570,9 +570,10 @@ INLINE int append(const float *w, int have, uint32_t bits, int offset, int step,
   return __builtin_popcount(bits);
 }
 
-/* Writes the kept weights of `cols` <= 64 columns, nz of them. Where the mask keeps fewer, zeros at a pruned column fill up:
- * there an infinite x makes NaN of a dense product, too. Returns 1 where it keeps more. */
-static int append_kept(const float *w, const uint8_t *mask, int cols, int nz, int offset, int step, float *v, uint16_t *o) {
+/* Writes the kept weights of `cols` <= 64 columns, nz of them. Where the mask keeps fewer, zeros at a pruned column fill
+ * up: there an infinite x makes NaN of a dense product, too. Returns 1 where it keeps more. A single group may. */
+static int append_kept(const float *w, const uint8_t *mask, int cols, int nz, int offset, int step, float *v,
+                       uint16_t *o) {
   float values[KB + 8];
   uint16_t offsets[KB + 8];
   int used = 0, pruned = 0;
@@ -582,7 +583,8 @@ static int append_kept(const float *w, const uint8_t *mask, int cols, int nz, in
     else memcpy(&bytes, mask + k, cols - k);
     uint32_t bits = bytes * 0x0102040810204080 >> 56; /* one bit of each byte */
     used += append(w + k, cols - k, bits, offset + k * step, step, values + used, offsets + used);
-    if (bits != 0xff) pruned = k + __builtin_ctz(~bits);
+    uint32_t open = ~bits & (cols - k < 8 ? (1u << (cols - k)) - 1 : 0xff);
+    if (open) pruned = k + __builtin_ctz(open);
   }
   if (used > nz) return 1;
   for (; used < nz; used++) values[used] = 0, offsets[used] = offset + pruned * step;
@@ -642,8 +644,8 @@ static int prepack_few(const float *w, const uint8_t *mask, long N, long K, int 
   return 0;
 }
 
-/* v, o: N * taps * C * keep / group of them; with FEW_ROWS, N rounded up to a multiple of LANES, and o are bytes. W: width
- * of x, with HALO. Returns 1 where the mask is not of the pattern. */
+/* v, o: N * taps * C * keep / group of them; with FEW_ROWS, N rounded up to a multiple of LANES, and o are bytes. W:
+ * width of x, with HALO. Returns 1 where the columns of one `append_kept` keep more than the pattern allows. */
 int nm_prepack(int order, const float *w, const uint8_t *mask, long N, long taps, long C, int keep, int group, long W,
                float *v, void *o) {
   if (order == HALO) return prepack_halo(w, mask, N, C, keep, group, W, v, o);
@@ -696,7 +698,7 @@ static void prepack_transposed(const float *w, long N, long K, float *v0, uint16
   }
 }
 
-/* y = x W^T + b of a masked w (N, K). Returns 2 where the mask is not of the pattern. */
+/* y = x W^T + b of a masked w (N, K). Returns 2 where 64 columns keep more than the pattern allows. */
 int nm_linear_masked(const linear_t *p, const float *w, const uint8_t *mask) {
   long N = p->out.N, kept = N * p->K1 * p->keep / p->group;
   float *v = scratch(WEIGHTS, kept + (kept + 1) / 2);

@@ -21,7 +21,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.cpu.library import library
 from sparsedm.kernels.pattern import Pattern, group_view, memory_format
 
-KEEPS_MORE = "the mask keeps more than {0.keep} of {0.group} weights of a group"
+KEEPS_MORE = "the mask keeps more than {0.keep} of {0.group} weights"
 ANY = Pattern(1, 2)  # where C does not look at it
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
@@ -98,8 +98,8 @@ def prepack(order, weight, mask, pattern, width=0):
     """values fp32 and offsets (int16; of "few" uint8) of a weight, in the order in which a kernel reads them.
 
     order: one of ORDERS. weight: (N, K) or (N, C, kh, kw) fp32, masked or not. mask: bool, of its shape. width: of x,
-    for "halo". If a group keeps fewer weights than the pattern, zeros are added. Raises: InputError if a group keeps
-    more.
+    for "halo". Where fewer weights are kept than the pattern allows, zeros are added. Raises: InputError if more are
+    kept among columns that the kernel reads together, 64 at most. A single group may keep more.
     """
     weight, mask = weight.detach(), mask.detach()
     if weight.dim() == 4:
@@ -199,7 +199,7 @@ def linear_again(x, prepacked, pattern, y, activation, residual, skip, scale, fe
 def masked_linear(x, masked, mask, pattern, bias=None):
     """`linear` of a weight (N, K), masked, that is prepacked for this call; x (M, K) -> y (M, N).
 
-    Raises: InputError if the mask keeps more than the pattern.
+    Raises: InputError as `prepack`.
     """
     x, y, masked, mask = _rows(x), _empty(x.shape[0], masked.shape[0]), masked.contiguous(), mask.contiguous()
     bias = bias if bias is None else bias.contiguous()
@@ -316,8 +316,14 @@ def select_masks(weights, patterns, sum_up=True):
 
 
 def checksum(*tensors):
-    """A number of 64 bits per tensor, of any dtype on the CPU: another one, in all likelihood, if any bit changes."""
-    whole = [t if t.is_contiguous() and not t.is_neg() else t.resolve_neg().contiguous() for t in tensors]
+    """A number of 64 bits per tensor, of any dtype on the CPU: another one, in all likelihood, if any bit changes.
+
+    It reads the bytes in the order of the tensor's memory format, as `select_masks` does.
+    """
+    whole = [
+        t if t.is_contiguous() and not t.is_neg() else t.resolve_neg().contiguous(memory_format=memory_format(t))
+        for t in tensors
+    ]
     return [_function("nm_checksum", LONG, POINTER, LONG)(t.data_ptr(), t.nbytes) for t in whole]
 
 

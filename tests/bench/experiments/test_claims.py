@@ -12,7 +12,7 @@ def verdict(number, runs):
     """(verdict, what was said) of claim `number`. runs: {name: (losses, distances)}, one number per seed."""
     values = {}
     for run, measures in runs.items():
-        for measure, numbers in zip((claims.LOSS, claims.DISTANCE, "seconds"), measures):
+        for measure, numbers in zip((claims.LOSS, claims.DISTANCE, claims.SPEED), measures):
             values[run, measure] = dict(enumerate([(None, n)] for n in numbers))
     return claims.verdicts(values)[number][1:]
 
@@ -43,6 +43,19 @@ def test_verdicts(number, runs, expected):
     assert verdict(number, runs)[0] == expected
 
 
+def test_a_seed_without_its_runs_decides_nothing():
+    runs = {"2:4 straight": ((1.0,), (1.0,)), "dense": ((1, 1), (1, 1))}
+    assert verdict(3, runs)[0] == "undecided"
+    assert verdict(3, runs | {"2:4 straight": ((1.0, 1.0), (1, 1))})[0] == "confirmed"
+
+
+def test_fewer_samples_than_the_thresholds_are_of_are_said():
+    values = {("dense", "samples"): {0: [(None, 2000.0)], 1: [(None, 2000.0)]}}
+    assert claims.table(values).endswith("fixed for distances of 5,000 samples; these have 2,000.")
+    values["dense", "samples"] = {0: [(None, 5000.0)]}
+    assert "fixed" not in claims.table(values)
+
+
 @pytest.mark.parametrize(("short", "said"), [(1.03, True), (1.015, False)])
 def test_a_chain_that_lacks_images_is_said_to(short, said):
     runs = both((1.01,)) | {f"1:8 chain{THIRD}": ((short,), (1,)), f"1:8 straight{THIRD}": ((1,), (1,))}
@@ -57,8 +70,10 @@ def test_a_teacher_must_be_worth_its_time(gain, slope, expected):
     """A third of the images costs `slope` in loss; the teacher takes 1.3 times the time, which buys ln 1.3 / ln 3."""
     runs = {f"1:8 straight{THIRD}": ((slope * (1 - gain),), (1,), (1,))}
     for p in ("2:4", "1:8"):
-        runs |= {f"{p} straight": ((1 - gain,), (1,), (130,)), f"{p} straight, no teacher": ((1,), (1,), (100,))}
+        runs |= {f"{p} straight": ((1 - gain,), (1,), (100,)), f"{p} straight, no teacher": ((1,), (1,), (130,))}
     assert verdict(1, runs)[0] == expected
+    del runs[f"1:8 straight{THIRD}"]  # without it the teacher's time has no price
+    assert verdict(1, runs)[0] == "undecided"
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(0.99, "confirmed"), (1.01, "refuted"), (1.001, "undecided")])
@@ -73,7 +88,7 @@ def test_the_plan_holds_every_run_that_a_verdict_asks_for():
     class Asks(dict):
         def get(self, key, default=None):
             asked.append(key[0])
-            return {0: [(None, 1.0)]}
+            return {0: [(None, 5000.0)]}
 
     text = claims.table(Asks())
     assert len(text.splitlines()) == 7

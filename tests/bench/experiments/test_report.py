@@ -50,6 +50,12 @@ def test_the_report_says_whether_a_run_is_as_good_as_dense(done, text_alone, tmp
     assert "Even pruning without training" not in text
     text = report.write(tmp_path, rows(distances | {"oneshot": (10, 20)}), EXPERIMENTS["arms"])
     assert "Even pruning without training is within it" in text
+    as_in_claims = [row | {"run": row["run"].replace("oneshot", "2:4 one-shot")} for row in rows(distances)]
+    assert "Even pruning" not in report.write(tmp_path, as_in_claims, EXPERIMENTS["claims"])
+    close = [
+        row | {"run": row["run"].replace("oneshot", "2:4 one-shot")} for row in rows(distances | {"oneshot": (10, 20)})
+    ]
+    assert "Even pruning without training is within it" in report.write(tmp_path, close, EXPERIMENTS["claims"])
     alone = [row for row in rows(distances) if row["run"] != "dense"]
     assert "against dense" not in report.write(tmp_path, alone, EXPERIMENTS["arms"])
 
@@ -62,6 +68,20 @@ def test_a_noise_level_without_a_loss_of_the_control_is_left_out():
     assert report._levels(figure, values, report._styles(["dense", "chain"], plan.control), plan)
     (line,) = (line for line in figure.axes[0].lines if line.get_label() == "chain")
     assert line.get_xydata().tolist() == [[0.5, 1.5]]
+
+
+def test_noise_levels_are_compared_within_a_seed():
+    """Dense networks of two seeds may differ more than a run and its own dense network."""
+    measure = "loss at noise level"
+    values = {
+        ("dense", measure): {0: [(0.5, 1.0)], 1: [(0.5, 4.0)]},
+        ("chain", measure): {0: [(0.5, 2.0)], 1: [(0.5, 8.0)]},
+    }
+    figure, plan = Figure(), EXPERIMENTS["arms"]
+    report._levels(figure, values, report._styles(["dense", "chain"], plan.control), plan)
+    (line,) = (line for line in figure.axes[0].lines if line.get_label() == "chain")
+    assert line.get_xydata().tolist() == [[0.5, 2.0]]
+    assert len({y for path in figure.axes[0].collections[0].get_paths() for _, y in path.vertices}) == 1
 
 
 def test_a_plan_with_an_axis_is_drawn_over_it(done, tmp_path):

@@ -136,6 +136,8 @@ def test_speed_is_measured_of_the_finished_networks(done, tiny, tmp_path, monkey
     monkeypatch.setattr(runner, "_report", lambda *_: None)
     assert command(tmp_path / "timed", "--time") == 0, "again: measured anew, once in the file"
     assert len(numbers(tmp_path / "timed", "chain", report.SPEED)) == 1
+    assert command(tmp_path / "timed", "--time", "--seed", "1") == 0
+    assert [len(numbers(tmp_path / "timed", "chain", report.SPEED, seed)) for seed in (0, 1)] == [1, 1]
 
 
 @pytest.mark.gpu

@@ -280,6 +280,18 @@ def test_a_group_that_keeps_fewer_weights_is_filled_up_and_one_that_keeps_more_i
 
 
 @needs_library
+@pytest.mark.parametrize("order", ["linear", "conv"])
+def test_a_group_may_keep_more_than_its_share_of_64_columns_and_zeros_fill_up_at_columns_that_exist(order):
+    pattern, mask = Pattern(2, 4), torch.zeros(1, 12, dtype=torch.bool)
+    mask[0, [0, 8, 9, 10, 11]] = True
+    values, offsets = products.prepack(order, torch.ones(1, 12), mask, pattern)
+    assert values.tolist() == [[1, 1, 1, 1, 1, 0]]
+    columns = (offsets[0] // (offsets[0, 1] // 8)).tolist()
+    assert columns[:5] == [0, 8, 9, 10, 11]
+    assert 0 < columns[5] < 8
+
+
+@needs_library
 def test_a_weight_that_is_nan_is_reported():
     for shape in ((5, 8), (5, 8, 3, 3)):
         weight = torch.randn(shape)

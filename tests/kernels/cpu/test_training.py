@@ -160,6 +160,18 @@ def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(name, monkeypa
     torch.testing.assert_close(layer(x), dense(x, layer.weight, layer.bias))
 
 
+@needs_library
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_a_frozen_mask_that_breaks_the_pattern_multiplies_as_it_is(kernel_size):
+    before = Conv2d(64, 64, kernel_size, padding=kernel_size // 2, pattern="2:4")
+    before(torch.full((8, 64, 16, 16), torch.nan))  # what a tile holds from before must not count
+    layer = Conv2d(12, 64, kernel_size, padding=kernel_size // 2, pattern="2:4")
+    x = torch.randn(8, 12, 16, 16)
+    layer.mask = torch.zeros_like(layer.weight, dtype=torch.bool)
+    layer.mask[:, 0] = layer.mask[:, -4:] = True
+    torch.testing.assert_close(layer(x), layer.eval()(x))
+
+
 @pytest.mark.parametrize("wrong", ["narrow", "wide", "no axis", "bias of double", "longer bias", "conv's bias"])
 def test_shapes_and_dtypes_that_torch_refuses_never_reach_the_kernel(wrong):
     layer, x = Linear(64, 96, pattern="2:4"), torch.randn(4000, {"narrow": 32, "wide": 128}.get(wrong, 64))
