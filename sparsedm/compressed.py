@@ -137,9 +137,11 @@ class Compressed(nn.Module):
         return last_measured(self._prepacked, rows)
 
     def backend_used(self) -> str | None:
-        """The back end that computed the latest new size without measuring; None before."""
-        layouts = [layout for layout in self._prepacked if layout not in ("choices", "calls", "held")]
-        return layouts[-1].split()[0] if layouts else None
+        """The back end of the latest call of a new size on a CPU, of the latest call on a GPU; None before.
+
+        Compiled graphs do not count.
+        """
+        return self._prepacked.get("latest")
 
     def __prepare_scriptable__(self):
         refuse_export(scripted=True)
@@ -225,7 +227,8 @@ class CompressedLinear(Compressed):
 class CompressedConv2d(Compressed):
     """y = act(conv2d(x, w) + b) + r from values and positions of the rows (out, kh * kw * in); inference only.
 
-    x: images (B, C, H, W), or one image (C, H, W). y is always in channels_last, the order that the kernels write.
+    x: images (B, C, H, W), or one image (C, H, W). y is in channels_last, the order that the kernels write; exceptions:
+    see `sparse24_conv2d`.
     """
 
     def __init__(self, layer: Conv2d) -> None:

@@ -52,7 +52,7 @@ def product_dtype(weight):
 def _epilogue(y, activation, residual, scale=None):
     y = ACTIVATIONS[activation](y)
     if scale is not None:
-        y = y * (scale if scale.dim() == 1 else scale.view(scale.shape[0], *[1] * (y.dim() - 2), -1))
+        y = y * (scale if scale.dim() == 1 else scale.view(scale.shape[0], *[1] * (y.dim() - 2), scale.shape[1]))
     return y if residual is None else y + residual
 
 
@@ -143,7 +143,10 @@ class Masked:
         return torch.where(self.current_mask(), self.weight.detach(), 0)
 
     def effective_weight(self) -> torch.Tensor:
-        """The weight that multiplies x, in the dtype of the product. Its gradient is straight-through."""
+        """The weight that multiplies x: masked, in the dtype of the product; of a dense layer the parameter itself.
+
+        The gradient of a masked weight is straight-through.
+        """
         return self._weight_and_mask()[0]
 
     def _weight_and_mask(self):

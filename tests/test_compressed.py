@@ -16,6 +16,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels import checksum
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.pattern import Pattern, pack_bits
+from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.model_files import FORMAT, describe, load_model, save_model
 from sparsedm.sparsity import hold_masks, masked_layers, sparsify
@@ -363,6 +364,16 @@ def test_a_cast_of_all_tensors_leaves_the_positions_and_drops_the_kernels_form(d
     assert layer._prepacked.keys() <= {"choices"}
     if dtype != torch.float8_e4m3fn:  # of which there are no products
         torch.testing.assert_close(layer(x.to(dtype)).float(), y, rtol=0, atol=0.05)
+
+
+def test_the_back_end_of_the_newest_size_is_told(monkeypatch):
+    layer, x = compress(sparsify(nn.Linear(64, 64), "2:4")), torch.randn(7, 64)
+    given = iter(["torch", "dense", "torch"])
+    monkeypatch.setattr(dispatch, "rule_of_thumb", lambda request: (dispatch.Choice(next(given)), ""))
+    assert layer.backend_used() is None
+    assert [layer(x[:rows]) is not None and layer.backend_used() for rows in (3, 5, 7)] == ["torch", "dense", "torch"]
+    assert layer(x[:5]) is not None
+    assert layer.backend_used() == "torch", "not of a size met before"
 
 
 def test_files_of_int16_metadata_are_read(tmp_path):

@@ -325,6 +325,8 @@ def test_a_scale_gates_each_image_between_activation_and_residual():
         plain = form(x)
         assert torch.equal(form(x, residual, scale=gate), plain * gate[:, None] + residual)
         assert torch.equal(form(x, scale=gate[0]), plain * gate[0])
+        assert form(x[:0], residual[:0], scale=gate[:0]).shape == (0, 5, 8)
         if form.pattern:
             with torch.no_grad():
+                assert compress(form)(x[:0], residual[:0], scale=gate[:0]).shape == (0, 5, 8)
                 assert torch.equal(compress(form)(x, residual, scale=gate), form(x, residual, scale=gate))

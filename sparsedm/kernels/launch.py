@@ -1,4 +1,6 @@
-"""Where an operation runs: GPU, interpreter or plain torch. Only this module decides it. Tuning: `tuning.py`.
+"""Whether Triton serves a tensor, what is broken here, and how torch is being watched.
+
+Which kernel serves: `sparse24/dispatch.py` and `cpu/rules.py`. Tuning: `tuning.py`.
 
 Kernel files import `tl` and `jit` from here, so that they load without Triton. Without Triton, on a CPU, and on a GPU
 without sparse tensor cores, plain torch computes.

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
-from sparsedm.kernels.cpu import products, rules
+from sparsedm.kernels.cpu import library, products, rules
 from sparsedm.kernels.launch import autocast_dtype, forced_backend, uses_triton
 from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.pattern import check_weight, memory_format, pack_bits, select_mask_ref, unpack_bits
@@ -214,7 +214,7 @@ def training_conv2d(x, weight, mask, pattern, bias, stride, padding, dilation):
     if not rules.conv_training_serves(x, weight, bias, pattern, stride, padding, dilation):
         return F.conv2d(x, weight, bias, stride, padding, dilation)
     geometry, width = (tuple(weight.shape[2:]), stride, padding), x.shape[3]
-    halo = rules.halo_serves(*geometry, width, pattern.group, rules.library.instruction_set())
+    halo = rules.halo_serves(*geometry, width, pattern.group, library.instruction_set())
     try:
         prepacked = products.prepack("halo" if halo else "conv", weight, mask, pattern, width)
     except InputError:  # as above

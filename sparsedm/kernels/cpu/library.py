@@ -3,13 +3,13 @@
 Its name has a hash of the sources and flags, and one of the compiler. Without a compiler a library that any other has
 made serves, so an image may be built with `cc` and run without it. The flags depend on the CPU features that torch
 reports, not on -march=native, so that different machines may share a home folder. A cached file is loaded only if it is
-complete (its last 32 bytes are the SHA-256 of the rest) and this user owns it.
+complete (its last 32 bytes are the SHA-256 of the rest) and this user or root owns it.
 
 OpenMP: the sources are compiled with -fopenmp and linked without it. Their calls then reach the libgomp that torch
 loaded, under any file name. So there is one pool of threads, and `torch.set_num_threads` applies.
 
-Without either, or on a CPU that is neither x86 with AVX2 nor aarch64, `library()` is None. The reason is logged
-once and returned by `unavailable_because()`; callers then compute in torch.
+Without compiler and cached file, or on a CPU that is neither x86 with AVX2 nor aarch64, `library()` is None. The reason
+is logged once and returned by `unavailable_because()`; callers then compute in torch.
 """
 
 import ctypes

@@ -227,7 +227,7 @@ static void linear_tile(const linear_t *p, long row, int have, int R, float *til
   }
 }
 
-/* All functions that the library exports return 0, or 1 where there is no memory. */
+/* The exported products (nm_linear..., nm_conv..., nm_attention) return 0, or 1 where there is no memory. */
 int nm_linear(const linear_t *p) {
   long vectors = (p->M + LANES - 1) / LANES, tiles = count_tiles(vectors, VECTORS);
   int failed = 0;

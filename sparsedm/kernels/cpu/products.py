@@ -134,7 +134,7 @@ def _rows(tensor):
 
 
 def _out(y, N, bias, activation, residual, scale=None):
-    per = 1 if scale is None else y.numel() // scale.numel()
+    per = 1 if scale is None else y.numel() // max(scale.numel(), 1)
     leading = N if residual is None or residual.dim() != 2 else residual.stride(0)
     pointers = _address(bias), _address(scale), _address(residual), y.data_ptr()
     return _Out(*pointers, leading, N, per, N, ACTIVATIONS[activation])

@@ -130,7 +130,7 @@ def conv_cost(pixels, N, K, keep, group, instructions):
 def halo_serves(kernel_size, stride, padding, width, group, instructions):
     """Whether a convolution can use the faster halo kernel: 3 x 3, stride 1, y as large as x.
 
-    The same arithmetic as `nm_halo_channels` in C, because torch.compile cannot trace C.
+    The same arithmetic as `nm_halo_channels` in C, so that a request can be decided for another CPU's instructions.
     """
     if (*kernel_size, *stride, *padding) != (3, 3, 1, 1, 1, 1):
         return False

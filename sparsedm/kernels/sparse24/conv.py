@@ -32,7 +32,7 @@ def sparse24_conv2d_ref(
     """The specification: decompress, then torch. Arguments as in `sparse24_conv2d`."""
     weight = _weight(values, metadata, x.shape[1], kernel_size, pattern)
     y = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
-    return y if residual is None else y + residual
+    return (y if residual is None else y + residual).to(x.dtype)
 
 
 def _weight(values, metadata, channels, kernel_size, pattern):
@@ -73,7 +73,8 @@ def sparse24_conv2d(
 
     x: (B, C, H, W). kernel_size, stride, padding, dilation: an integer or a pair; padding also "same" or "valid".
     bias: (N,). activation: None, "gelu" (erf), "gelu_tanh" or "silu". residual: like y. options: cache, backend and
-    pattern, as in `sparse24_linear`. y has the dtype of x, in channels_last (contiguous in 16 bits on a CPU).
+    pattern, as in `sparse24_linear`. y has the dtype of x. It is in channels_last, except in 16 bits on a CPU where the
+    kernel is larger than 1 x 1 (contiguous), and where torch differentiates (torch's choice).
 
     Accumulates in fp32. Works under torch.compile and torch.export. Derivatives: as of `sparse24_linear`. Raises:
     InputError for shapes or dtypes that do not fit together.

@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 import torch
 
+from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library, rules
+from sparsedm.kernels.launch import BACKENDS as NAMES
 from sparsedm.kernels.launch import NO_TRITON, broken, capability, exporting, forced_backend, runs
 from sparsedm.kernels.sparse24.layouts import cpu_layout
 from sparsedm.kernels.tuning import FOR_NOW, MEASURED, RULE, Autotuner, bucket
@@ -120,8 +122,10 @@ def request_on(where, operation, dtype, M, N, K, backend=None, **others):
     """The `Request` of a product, for a call or to ask what a call would do.
 
     where: the torch.device, or the capability of an absent NVIDIA GPU. backend: default: the one that SPARSEDM_BACKEND
-    names. others: more fields.
+    names. others: more fields. Raises: InputError if `backend` is not in `launch.BACKENDS`.
     """
+    if backend not in (None, *NAMES):
+        raise InputError(f"unknown backend {backend!r}: one of {', '.join(NAMES)}")
     gpu = capability(where) if isinstance(where, torch.device) else where
     on_cpu = isinstance(where, torch.device) and where.type == "cpu" and not exporting()
     instructions = library.serving()[0] if on_cpu else None
@@ -298,7 +302,10 @@ def row_of(operation, backend):
 
 
 def rule_of_thumb(request):
-    """-> (Choice, why): the back end that the request names, if it can run; else the choice of the rule of thumb."""
+    """-> (Choice, why): the back end that the request names; "dense" (exported: "torch") if it cannot run.
+
+    The rule of thumb chooses if the request names none, or one that has no row for the operation.
+    """
     rows = [row for row in BACKENDS if row.operation == request.operation]
     why = ""
     for row in rows:
@@ -345,10 +352,13 @@ def serve(request, run, cache):
 
     run(choice, cache, strict) computes it, any number of times. strict: a kernel that does not run is an error;
     otherwise the operator computes in torch. cache: a dict stored with the layer. It holds the prepacked weight (put
-    there by `run`) and the choices made so far. None: nothing is stored.
+    there by `run`), the choices made so far, and the back end of the latest. None: nothing is stored.
     """
     cache = {} if cache is None else cache
-    return run(_decide(request, run, cache.setdefault("choices", {})), cache, request.backend is not None)
+    choice = _decide(request, run, cache.setdefault("choices", {}))
+    if not torch.compiler.is_compiling():
+        cache["latest"] = choice.backend
+    return run(choice, cache, request.backend is not None)
 
 
 def _decide(request, run, choices):

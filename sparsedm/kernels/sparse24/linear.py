@@ -45,8 +45,8 @@ def _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype)
     source = x if skip is None else torch.cat((x, skip), -1)
     y = ACTIVATIONS[activation](dense.linear(source, weight, bias))
     if scale is not None:
-        groups = scale.reshape(-1, 1, y.shape[-1])
-        y = (y.reshape(groups.shape[0], -1, y.shape[-1]) * groups).view(y.shape)
+        groups, N = scale.shape[:-1].numel(), scale.shape[-1]  # -1 would not do for an empty batch
+        y = (y.reshape(groups, y.shape[:-1].numel() // max(groups, 1), N) * scale.reshape(groups, 1, N)).view(y.shape)
     if residual is not None:
         y = y + residual
     return y if y.dtype == out_dtype else y.to(out_dtype)
@@ -187,7 +187,7 @@ def _check(x, values, metadata, bias, activation, residual, skip, scale, pattern
         raise InputError(f"skip {_describe(skip)} must have the leading dimensions and the dtype of x {_describe(x)}")
     if scale is not None:
         M, groups = math.prod(x.shape[:-1]), math.prod(scale.shape[:-1])
-        if scale.shape[-1] != N or scale.dim() > 2 or M % max(groups, 1):
+        if scale.shape[-1] != N or scale.dim() > 2 or (M % groups if groups else M):
             raise InputError(f"scale {_describe(scale)} must be ({N},) or (G, {N}) with G a divisor of the {M} rows")
     check_operands(x, values, metadata, bias, activation, residual, (*x.shape[:-1], N), skip, scale)
 

@@ -82,6 +82,13 @@ def test_a_kernel_that_does_not_run_is_computed_in_torch(monkeypatch):
     assert torch.equal(call(), expected)
 
 
+def test_y_has_the_dtype_of_x_whatever_is_added():
+    c = Convolution(1, 16, 4, 4, 8, dtype=BF16)
+    for grad in (False, True):
+        y = sparse24_conv2d(c.x.requires_grad_(grad), c.values, c.metadata, 3, None, None, torch.ones(1, 8, 2, 2))
+        assert y.dtype == BF16
+
+
 REFUSED = {
     "channels": (dict(x=torch.ones(1, 16, 8, 8)), "16 channels and a 3 x 3 kernel make 144 columns"),
     "dtype": (dict(x=torch.ones(1, 32, 8, 8, dtype=BF16)), "x is bfloat16 and the weight float32"),
@@ -94,6 +101,7 @@ REFUSED = {
     "residual": (dict(residual=torch.ones(1, 8, 8, 8)), r"must have the shape of y, \(1, 8, 6, 6\)"),
     "device": (dict(bias=torch.ones(8, device="meta")), "one device, not on cpu and meta"),
     "activation": (dict(activation="relu"), "unknown activation 'relu'"),
+    "backend": (dict(backend="wgma"), "unknown backend 'wgma'"),
     "too-small": (dict(x=torch.ones(1, 32, 2, 8)), "smaller than the kernel"),
 }
 

@@ -45,9 +45,12 @@ def test_a_scale_of_one_row_serves_all_rows():
     assert torch.equal(linear(p, scale=gate), linear(p) * gate)
 
 
-def test_no_rows():
-    p = Problem(M=3, N=16, K=32)
-    assert sparse24_linear(p.x[:0], p.values, p.metadata).shape == (0, 16)
+@pytest.mark.parametrize("backend", ["", "cpu", "torch"])
+def test_no_rows(backend, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_BACKEND", backend)
+    p = Problem(M=3, N=16, K=32, dtype=torch.float32)
+    for scale in (None, torch.ones(16), torch.ones(0, 16), torch.ones(2, 16)):
+        assert sparse24_linear(p.x[:0], p.values, p.metadata, scale=scale, cache={}).shape == (0, 16)
 
 
 def test_out_dtype():
@@ -116,7 +119,9 @@ REFUSED = {
     "residual": (dict(residual=torch.ones(3, 17)), r"residual \(3, 17\) float32 must have the shape of y, \(3, 16\)"),
     "skip-rows": (dict(x=torch.ones(3, 16), skip=torch.ones(4, 16)), r"skip \(4, 16\) float32 must have the leading"),
     "scale": (dict(scale=torch.ones(2, 16)), r"scale \(2, 16\) float32 must be .* G a divisor of the 3 rows"),
+    "no scale": (dict(scale=torch.ones(0, 16)), r"scale \(0, 16\) float32 must be .* G a divisor of the 3 rows"),
     "activation": (dict(activation="relu"), "unknown activation 'relu'"),
+    "backend": (dict(backend="wgma"), "unknown backend 'wgma': one of torch, dense, cpu, mma, splitk, wgmma"),
     "metadata": (dict(metadata=torch.full((16, 2), ZERO_WORD, dtype=torch.int32)), r"\(16, 2\) int32"),
     "illegal-pair": (dict(metadata=torch.zeros(16, 2, dtype=torch.int16)), "row 0, group 0 keeps positions 0 and 0"),
 }
