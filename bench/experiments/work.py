@@ -36,7 +36,7 @@ from sparsedm.train.data import batch, batch_indices, load_images
 from sparsedm.train.image_files import CROPS
 from sparsedm.train.loop import amp_of, check_data, train
 from sparsedm.train.metrics import read_metrics, usual_speed
-from sparsedm.train.published import Published, published
+from sparsedm.train.published import original_crop
 from sparsedm.train.stages import Stage
 from sparsedm.train.step import Loss, Student
 
@@ -61,7 +61,7 @@ def images_for(scale, crop, resize):
     Raises: InputError for images of another size, unless the scale or the command line allows resizing.
     """
     config = model_config(scale.model, **scale.overrides)
-    crop = crop or (published(config) or Published({}, 0)).crop
+    crop = crop or original_crop(config)
     parts = []
     for split, limit in (("train", None), ("test", scale.validation)):
         found = load_images(scale.data, split, config.image_size, limit=limit, crop=crop)
