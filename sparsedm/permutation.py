@@ -117,7 +117,7 @@ def _ways(M):
 
 
 def _top(group, keep):
-    """The sum of the `keep` largest of 2 or 4 tensors, element by element, without sorting."""
+    """The sum of the `keep` largest of 2 to 4 tensors, element by element, without sorting."""
     if keep == 1:
         return torch.stack(group).amax(0)
     if keep == len(group) - 1:

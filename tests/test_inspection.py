@@ -362,6 +362,7 @@ def test_layers_are_timed_dense_and_compressed_as_they_are_called(monkeypatch):
     assert not any(m._forward_hooks for m in model.modules())
     assert len(time_layers(sparsify(nn.Sequential(Twice()), "2:4")[0])) == 2
     assert len(timed) == 10, "layers of one shape are timed once"
+    assert time_layers(compress(model), batch=3).keys() == times.keys()
 
 
 class Twice(nn.Sequential):

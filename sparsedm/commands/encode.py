@@ -20,7 +20,7 @@ def add_arguments(parser):
     parser.add_argument("--size", type=count, default=256, help="side of the images in pixels (default: 256)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="part of --data (default: train)")
     parser.add_argument("--limit", type=count, help="encode only so many images")
-    add_crop(parser)
+    add_crop(parser, "square")
     parser.add_argument("--mirror", action="store_true", help="encode every image mirrored, too: latents cannot be")
     parser.add_argument(
         "--store",

@@ -67,7 +67,8 @@ def run(options):
             name = f"{reference.source} {options.split}"
             summary = evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)
         if dense is not None:
-            paired = draw(source._replace(networks=[dense] * source.steps), conditions, options)
+            twin = source._replace(networks=[dense] * source.steps, compressed=False)
+            paired = draw(twin, conditions, options)
         images = draw(source, conditions, options)
     if images is None:
         return

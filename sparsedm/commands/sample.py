@@ -145,7 +145,8 @@ def source_of(options):
         networks = [loaded.model] * (_steps(options, sampler) or row.steps)
         words = f"the {loaded.kind} model in {loaded.file}"
         guidance = row.guidance if options.guidance is None else options.guidance
-        return Source(words, networks, sampler, len(networks), options.clip or row.clip, guidance)
+        compressed = loaded.kind == "compressed"
+        return Source(words, networks, sampler, len(networks), options.clip or row.clip, guidance, compressed)
     if options.model or options.set or options.which != "ema":
         raise InputError("--strategy needs a run folder: leave out --model, --set and --which")
     if options.sampler == "published":
@@ -189,6 +190,8 @@ def run(options):
     autoencoder = autoencoder_of(source.config, options)
     masked = source.networks[0]
     if options.compress:
+        if source.compressed:
+            raise InputError(f"--compress: {source.words} is compressed already: leave the option out")
         source = _compressed(source, options.strategy is None)
     check_writable(out)
     with distributed.process_group(options.device):
@@ -342,7 +345,7 @@ def draw(source, conditions, options):
             y=None if y is None else y[start:stop].to(options.device),
             guidance=source.guidance,
             null_label=null,
-            clip=source.clip or ("never" if config.channels > 3 else "every"),
+            clip=source.clip or ("never" if options.vae or config.channels > 3 else "every"),
             batch_size=batch_size,
             device=options.device,
             network_dtype=dtype,

@@ -13,7 +13,7 @@ import torch
 
 from sparsedm import samplers
 from sparsedm.commands.options import add_seed_and_device, count, deadline_of, finite, positive, sampling_steps
-from sparsedm.commands.train import recipe_images, show_recipe, train_recipe
+from sparsedm.commands.train import recipe_config, recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import check_writable, read_json
@@ -93,7 +93,9 @@ def run(options):
     if options.device.type == "cuda" and options.unit == "MACs":  # tuning all sizes takes longer than the search
         os.environ.setdefault("SPARSEDM_AUTOTUNE", "off")
     if not options.run:
-        train_recipe(scale, *recipe_images(scale, plan.data), plan.run, options, plan.deadline)
+        images, validation = recipe_images(scale, plan.data)
+        plan.check(recipe_config(scale, images), images)
+        train_recipe(scale, images, validation, plan.run, options, plan.deadline)
     report = study(plan)
     print(f"\n{summary(report)}\n\n{NOTE}\n")
     print(f"look at {plan.folder / 'front.png'}, then strategies.png, samples.png and proxy.png beside it")

@@ -30,7 +30,7 @@ from sparsedm.train import distributed
 from sparsedm.train.chain import Start, check_chain, plan, run_chain
 from sparsedm.train.data import check_source, load_images
 from sparsedm.train.loop import TrainOptions, amp_of
-from sparsedm.train.published import published
+from sparsedm.train.published import original_crop, published
 from sparsedm.train.stages import METHODS, distilled, method_stages, parse_chain
 from sparsedm.train.step import OPTIMIZERS, takes_text
 
@@ -132,7 +132,8 @@ def _training(options, config):
     asked = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
     recipe = published(config)
     if recipe:
-        print(f"recipe of the original: {', '.join(f'{k}={v}' for k, v in (recipe.training | asked).items())}")
+        taken = ", ".join(f"{name}={value}" for name, value in (recipe.training | asked).items())
+        print(f"recipe of the original: {taken}; it trained {recipe.steps_trained:,} steps")
     asked |= {name: getattr(options, name) for name in TRAINING if name != "warmup" or options.warmup is not None}
     if note := schedule_note(config):
         print(note)
@@ -168,6 +169,7 @@ def run(options):
         return
     size = model.config.image_size
     crop = crop_of(options, model.config)
+    cropped = {} if crop == original_crop(model.config) else {"crop": crop}  # older folders have none
     images = load_images(options.data, "train", size, limit=options.limit, crop=crop)
     validation = load_images(options.data, "test", size, limit=2048, crop=crop)
     if takes_text(model) and images.null_context is None and training.label_dropout:
@@ -182,7 +184,7 @@ def run(options):
             folder,
             where=options.where,
             validation=validation,
-            record={"data": options.data, "init": options.init},
+            record={"data": options.data, "init": options.init} | cropped,
             device=options.device,
         )
         if not distributed.is_main_process():
@@ -226,11 +228,16 @@ def recipe_images(recipe, source):
     return load_images(source, "train", size), load_images(source, "test", size, limit=1024)
 
 
+def recipe_config(recipe, images):
+    """The configuration of the recipe's network for these images."""
+    shape = {"channels": images.shape[0], "num_classes": len(images.class_names)}
+    return model_config(recipe.model, **recipe.overrides, **shape)
+
+
 def train_recipe(recipe, images, validation, folder, options, deadline=math.inf):
     """Train a `recipes.Scale`. Returns [StageResult]. options: the command line's, of which seed and device count."""
     torch.manual_seed(options.seed)
-    channels, classes = images.images.shape[1], len(images.class_names)
-    model = build_model(recipe.model, **recipe.overrides, channels=channels, num_classes=classes)
+    model = build_model(recipe_config(recipe, images))
     patterns = " -> ".join(stage.pattern for stage in recipe.stages)
     print(f"training {patterns} of {recipe.model} on {len(images):,} images of {images.source}")
     return run_chain(

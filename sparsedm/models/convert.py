@@ -116,7 +116,10 @@ def _diffusers_folder(folder, weights):
         kind = options.get("_class_name", "model")
     except (InputError, AttributeError) as error:
         raise InputError(f"{inner} is no diffusers folder: {error}") from error
-    config = config_from_diffusers(options)
+    try:
+        config = config_from_diffusers(options)
+    except InputError as error:
+        raise InputError(f"{inner / 'config.json'}: {error}") from error
     stem = "diffusion_pytorch_model"
     names = [f"{stem}{kind}.safetensors{index}" for kind in ("", ".fp16") for index in ("", INDEX)] + [f"{stem}.bin"]
     file = next((inner / name for name in names if (inner / name).exists()), None)

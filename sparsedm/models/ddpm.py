@@ -86,9 +86,8 @@ def timestep_embedding(t, dim, ddsm=False):
     angles = t[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    # DDPM starts every residual branch at (nearly) zero; its q, k and v are three square layers, ours are one
 
-
+# DDPM starts every residual branch at (nearly) zero; its q, k and v are three square layers, ours are one
 _INIT_GAIN = {"conv2": 1e-5, "proj": 1e-5, "conv_out": 1e-5, "qkv": math.sqrt(2)}
 
 

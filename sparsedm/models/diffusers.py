@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 
 from sparsedm.errors import InputError
-from sparsedm.models.ddpm import DDPMConfig
-from sparsedm.models.dit import DiTConfig, position_embedding
+from sparsedm.models import model_config
+from sparsedm.models.dit import position_embedding
 
 
 class Format(NamedTuple):
@@ -28,8 +28,8 @@ class Format(NamedTuple):
     names: our names -> diffusers' names, for parts of dotted names. N is the number of any block; if only diffusers'
     name has an N, each block holds a copy. old_names: diffusers' -> our names, in older checkpoints. fixed: options
     with only one value in our network. left_out: the meaning of a missing option, if it is not the value in `fixed`.
-    types: the types of the options in our configuration. ignored: options without effect. computed: {name: function of
-    the configuration}, our tensors that diffusers does not have.
+    rules: of `_RULES`, for options that to_config computes with. ignored: options without effect. computed: {name:
+    function of the configuration}, our tensors that diffusers does not have.
     """
 
     to_options: Callable
@@ -38,7 +38,7 @@ class Format(NamedTuple):
     old_names: dict
     fixed: dict
     left_out: dict
-    types: dict
+    rules: dict  # {option: name}
     ignored: frozenset = frozenset()
     computed: dict = {}
 
@@ -61,7 +61,8 @@ def _ddpm_options(config):
 
 def _ddpm_config(options):
     size, channels = options["sample_size"], options["block_out_channels"]
-    return DDPMConfig(
+    return dict(
+        kind="ddpm",
         image_size=size,
         channels=options["in_channels"],
         width=channels[0],
@@ -98,7 +99,8 @@ def _dit_config(options):
     if outputs not in (channels, 2 * channels):
         raise InputError(f"diffusers option out_channels={outputs!r}: DiT has in_channels={channels} or twice as many")
     options["out_channels"] = outputs
-    return DiTConfig(
+    return dict(
+        kind="dit",
         image_size=options["sample_size"],
         channels=channels,
         patch_size=options["patch_size"],
@@ -108,6 +110,18 @@ def _dit_config(options):
         num_classes=options["num_embeds_ada_norm"],
         learn_sigma=outputs == 2 * channels,
     )
+
+
+def _positive(value):
+    return type(value) is int and value > 0
+
+
+_POSITIVE = "a positive integer"
+_RULES = {
+    _POSITIVE: _positive,
+    "a list of positive integers": lambda value: type(value) is list and value and all(map(_positive, value)),
+    "a list": lambda value: type(value) is list,
+}
 
 
 def _pairs(text):
@@ -166,8 +180,9 @@ FORMATS = {  # by our kind
             "dropout": 0.0,
             "num_class_embeds": None,
         },
-        types=dict.fromkeys(("sample_size", "in_channels", "layers_per_block", "norm_num_groups"), int)
-        | dict.fromkeys(("block_out_channels", "down_block_types", "up_block_types"), list),
+        rules=dict.fromkeys(("sample_size", "in_channels", "layers_per_block", "norm_num_groups"), _POSITIVE)
+        | dict.fromkeys(("down_block_types", "up_block_types"), "a list")
+        | {"block_out_channels": "a list of positive integers"},
     ),
     "dit": Format(
         _dit_options,
@@ -190,7 +205,7 @@ FORMATS = {  # by our kind
             "norm_type": "ada_norm_zero",
         },
         left_out=_DIT_SIZES | {"out_channels": None},
-        types=dict.fromkeys(_DIT_SIZES, int),
+        rules=dict.fromkeys(_DIT_SIZES, _POSITIVE),
         ignored=frozenset({"norm_num_groups", "norm_eps", "upcast_attention"}),  # norm_eps: see the top of this file
         computed={"pos_embed": lambda config: position_embedding(config.dim, config.image_size // config.patch_size)},
     ),
@@ -223,12 +238,10 @@ def config_from_diffusers(options):
     left_out = form.left_out | ({"norm_type": "layer_norm"} if name == "Transformer2DModel" else {})
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     options = left_out | {key: value for key, value in options.items() if not key.startswith("_")}
-    for key, wanted in form.types.items():
-        value = options.get(key)
-        if type(value) is not wanted or not value or (wanted is int and value < 1):
-            rule = "a positive integer" if wanted is int else "a list that is not empty"
-            raise InputError(f"diffusers option {key}={value!r}: must be {rule}")
-    config = form.to_config(options)
+    for key, rule in form.rules.items():
+        if not _RULES[rule](options.get(key)):
+            raise InputError(f"diffusers option {key}={options.get(key)!r}: must be {rule}")
+    config = model_config(form.to_config(options))
     expected = form.fixed | form.to_options(config)
     for key, value in options.items():
         # Transformer2DModel also stores all options that it does not use

@@ -218,10 +218,10 @@ class Strategy:
     def models(self, family, *, sampler=None, steps=None, other_weights=False):
         """[network] per step, for `samplers.sample`. Raises InputError if the strategy was found for another case.
 
-        The family may hold more networks than the strategy names. sampler, steps: what the caller uses; None if it
-        takes the strategy's. other_weights: accept networks of the same names with any weights.
+        The family may hold more networks than the strategy names, in any order. sampler, steps: what the caller uses;
+        None if it takes the strategy's. other_weights: accept networks of the same names with any weights.
         """
-        if set(self.networks) < set(family.names):
+        if set(self.networks) <= set(family.names):
             family = family.only(self.networks)
         # with fingerprints the folder may have another name
         marked = other_weights or not self.family or (self.fingerprints and family.fingerprints)

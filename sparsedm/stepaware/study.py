@@ -33,6 +33,7 @@ from sparsedm.stepaware.search import (
 from sparsedm.train import run_folder
 from sparsedm.train.data import ImageSet, batch, load_images
 from sparsedm.train.loop import OutOfTime, amp_of
+from sparsedm.train.published import original_crop
 
 QUALITIES = ("frechet", "proxy")
 SHOWN = 16  # images of each strategy in the picture
@@ -78,18 +79,33 @@ class Plan:
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
         networks = dict(zip(family.names, family.fingerprints))
         facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
-        younger = {"clip": (self.clip, "every"), "guidance": (self.guidance, None)}  # older folders have neither
-        return facts | {name: value for name, (value, default) in younger.items() if value != default}
+        younger = {"clip": self.clip, "guidance": self.guidance, "crop": self.crop(family)}
+        older = {"clip": "every", "guidance": None, "crop": "square"}  # in folders that have none of these
+        return facts | {name: value for name, value in younger.items() if value != older[name]}
+
+    def crop(self, family):
+        """How images are cropped: as the run folder says, else as in the original of the networks."""
+        recorded = run_folder.stored_options(self.run) if (self.run / "options.json").exists() else {}
+        return recorded.get("crop") or original_crop(family.networks[0].config)
 
     def family(self):
         """The Family to search in. Raises InputError for an unknown name, or if no network is left."""
         found = family_of(self.run, self.unit, self.device)
         found = found.only(self.networks) if self.networks else found
         found = found.only(without(found.names, self.exclude))
-        config = found.networks[0].config
+        self.check(found.networks[0].config)
+        return found
+
+    def check(self, config, images=None):
+        """Raise InputError if networks of `config` cannot be searched, with an ImageSet: or not on these images."""
         if self.guidance and not (config.num_classes and getattr(config, "null_label", True)):
             raise InputError(f"guidance {self.guidance:g} needs networks with classes and a null label")
-        return found
+        if images is None:
+            return
+        if images.is_latent and self.quality != "proxy":
+            raise InputError(f"data {self.data} holds latents, not images for a Fréchet distance: use --quality proxy")
+        most = self.workers * max(self.count, self.final_count)
+        check_memory(8 * most * config.channels * config.image_size**2, f"drawing {most} images")
 
 
 def without(names, exclude):
@@ -165,12 +181,9 @@ class _Setting:
 def _prepare(plan):
     """The _Setting of a plan. Its folder is claimed only after all checks of the plan."""
     family = plan.family()
-    images = load_images(plan.data, "train", family.shape[1])
-    if images.is_latent and plan.quality != "proxy":
-        raise InputError(f"data {plan.data} holds latents, not images for a Fréchet distance: use --quality proxy")
+    images = load_images(plan.data, "train", family.shape[1], crop=plan.crop(family))
     first_generation(len(family.names), plan.steps, plan.search)
-    most = max(plan.count * plan.workers, plan.final_count)
-    check_memory(8 * most * math.prod(family.shape), f"drawing {most} images")
+    plan.check(family.networks[0].config, images)
     run_folder.claim(plan.folder, plan.facts(family), started=run_folder.holds_work(plan.folder))
     family, losses, seconds = _table(plan, family)
     distance = None if plan.quality == "proxy" else _distance_to(images, plan)
@@ -258,25 +271,27 @@ def _times(plan, family):
 
 
 def _table(plan, family):
-    """(the family with the stored costs, losses (networks, steps), seconds), measured once."""
+    """(the family with the stored costs, in their order; losses (networks, steps); seconds), measured once."""
     file = plan.folder / "table.json"
     if not file.exists():
         start = time.perf_counter()
-        held_out = load_images(plan.data, "test", family.shape[1], limit=plan.validation).to(plan.device)
+        crop = plan.crop(family)
+        held_out = load_images(plan.data, "test", family.shape[1], limit=plan.validation, crop=crop).to(plan.device)
         x, y = batch(held_out, torch.arange(len(held_out)))
         y = y if family.networks[0].config.num_classes else None
         with _autocast(family):
             losses = loss_table(family, x, plan.sampler, plan.steps, y=y, seed=plan.search.seed, progress=True)
         seconds = time.perf_counter() - start
         write_json(file, {"names": family.names, "costs": family.costs, "losses": losses.tolist(), "seconds": seconds})
-    known = read_json(file, costs=list, losses=list, seconds=float)
+    known, shape = read_json(file, names=list, costs=list, losses=list, seconds=float), (len(family.names), plan.steps)
     try:
         losses, costs = np.array(known["losses"], dtype=float), tuple(map(float, known["costs"]))
+        family = replace(family.only(known["names"]), costs=costs)  # costs in seconds may give another order now
     except (TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged: {error}") from error
-    if losses.shape != (len(family.names), plan.steps) or not (losses > 0).all() or not np.isfinite(losses).all():
+    if losses.shape != shape or not (losses > 0).all() or not np.isfinite(losses).all():
         raise InputError(f"{file} is damaged: it must hold a loss for each network and step")
-    return replace(family, costs=costs), losses, known["seconds"]
+    return family, losses, known["seconds"]
 
 
 def _distance_to(images, plan):

@@ -154,10 +154,11 @@ def _saved(folder):
 def _train(start, stages, images, schedule, options, folder, where, settings):
     """Train or load the stages one after another. settings: of `train`."""
     record = settings.pop("record", {})
-    results, dense, first_step = [], Reference(start.ema, start.speed), 0
+    ema = None if start.ema is None else copied(start.ema)  # teachers are frozen, and moved to the device
+    results, dense, first_step = [], Reference(ema, start.speed), 0
     for path, stage in zip(_folders(stages, folder), stages):
         student = _student(start, stage, results, options.seed)
-        previous = results[-1].ema if results else start.ema
+        previous = results[-1].ema if results else ema
         teachers = {"dense": dense.model, "previous": previous, "widest": WidestTeacher(student.model)}
         _set_pattern(student, stage, where)
         result = train(

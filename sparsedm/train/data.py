@@ -104,7 +104,7 @@ def load(source, split="train", *, size=None, crop="square", limit=None, progres
     for name, value in (("size", size), ("limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
-    if crop not in CROPS:
+    if crop not in list(CROPS):
         raise InputError(f"the crop {crop!r} must be one of {', '.join(CROPS)}")
     if source.partition(":")[0] == "synthetic":
         *tensors, class_names = synthetic(size=_synthetic_size(source, size), **SYNTHETIC[split])
@@ -222,8 +222,10 @@ def _held_out(source, tensors, split):
 
 def _synthetic_size(source, size):
     given = source.partition(":")[2] or str(size or 12)
-    if not (given.isascii() and given.isdecimal()) or size not in (None, int(given[:9])):
-        raise InputError(f"{source!r} with size {size}: write synthetic or synthetic:SIZE")
+    if not (given.isascii() and given.isdecimal() and len(given) < 10):
+        raise InputError(f"data {source!r}: write synthetic or synthetic:SIZE")
+    if size not in (None, int(given)):
+        raise InputError(f"data {source!r}: drawn images are not resized, and {size}x{size} is needed: write synthetic")
     return int(given)
 
 

@@ -11,8 +11,8 @@ from sparsedm.models import MODELS
 
 
 class Published(NamedTuple):
-    """training: options of `TrainOptions` that differ from its defaults, and steps, the length of the original's run.
-    steps: steps of the sampler; each is one evaluation of the network. crop: see `data.load`. latent_scale: None: the
+    """training: options of `TrainOptions` that differ from its defaults. steps_trained: length of the original's run.
+    steps: of the sampler; each is one evaluation of the network. crop: see `data.load`. latent_scale: None: the
     autoencoder's. guidance: see `samplers.guided`. Where U-ViT's code has DPM-Solver (singlestep, up to order 3), these
     rows have dpm++2m with as many evaluations."""
 
@@ -60,3 +60,8 @@ PUBLISHED |= {
 def published(config):
     """The Published row of a network that has the shape of one of the presets, None for any other."""
     return next((row for name, row in PUBLISHED.items() if MODELS[name] == config), None)
+
+
+def original_crop(config):
+    """How the images of a network are cropped if nothing else is asked for, see `data.load`."""
+    return (published(config) or Published({}, 0)).crop

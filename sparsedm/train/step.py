@@ -67,7 +67,10 @@ class Step:
         # a slimmable network may be shown every image once for each width, see SlimmableConfig
         config = getattr(self.model, "config", None)
         self.copies = getattr(config, "passes", 1) if getattr(config, "same_images", False) else 1
-        self.shares = distributed.shares(self.copies * options.batch_size, options.accumulate)
+        self.shares = distributed.shares(options.batch_size, options.accumulate)
+        if self.copies > 1:  # a part holds every copy of its images, so that all widths see them
+            rows = torch.arange(self.copies * options.batch_size, device=device).view(self.copies, -1)
+            self.shares = [(number, rows[:, part].flatten()) for number, part in self.shares]
         self.network = distributed.parallel(torch.compile(self.model) if options.compile else self.model)
         teacher = torch.compile(teacher) if options.compile and teacher is not None else teacher
         self.loss = {"teacher": teacher, "w_kd": loss.w_kd, "w_noise": loss.w_noise, "weighting": options.weighting}

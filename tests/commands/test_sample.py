@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 
 from sparsedm import errors
 from sparsedm.commands import evaluate, sample
-from sparsedm.model_files import save_model
+from sparsedm.compression import compress
+from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model
 from sparsedm.stepaware.family import Strategy, family_of
 from sparsedm.train import data
@@ -47,6 +49,28 @@ def test_compressed_samples_are_those_of_the_masked_model(trained, tmp_path):
             run("sample", trained, "--count", 4, "--sampling-steps", 2, "--out", tmp_path / f"{name}.png", *extra) == 0
         )
     assert (tmp_path / "masked.png").read_bytes() == (tmp_path / "compressed.png").read_bytes()
+
+
+def test_a_compressed_file_is_drawn_as_what_compress_makes(trained, tmp_path, monkeypatch, capsys):
+    seen, dtype = set(), sample.network_dtype
+    monkeypatch.setattr(sample, "network_dtype", lambda o, compressed: seen.add(compressed) or dtype(o, compressed))
+    save_model(tmp_path / "small.safetensors", compress(load_model(trained, build_model).model))
+    command = ["sample", tmp_path / "small.safetensors", "--count", 4, "--sampling-steps", 2, "--out"]
+    assert run(*command, tmp_path / "small.png") == 0
+    assert seen == {True}, "on a GPU in bf16"
+    assert run(*command, tmp_path / "again.png", "--compress") == 2
+    assert "is compressed already: leave the option out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("channels", "vae", "clip"), [(3, None, "every"), (3, "a", "never"), (4, None, "never")])
+def test_latents_are_never_clipped(channels, vae, clip, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample.samplers, "sample", lambda *a, **more: asked.append(more["clip"]) or torch.zeros(a[2]))
+    network = build_model("uvit-tiny", image_size=8, dim=32, depth=2, heads=2, channels=channels)
+    options = SimpleNamespace(vae=vae, count=2, device=torch.device("cpu"), dtype="fp32", batch_size=2, seed=0)
+    options.cuda_graph = False
+    sample.draw(sample.Source("", [network], "ddim", 1), sample.Conditions(), options)
+    assert asked == [clip]
 
 
 def test_evaluate_writes_numbers(trained, tmp_path, capsys):

@@ -7,12 +7,14 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from sparsedm.cli import main
 from sparsedm.commands import options as command_options
 from sparsedm.commands import train
+from sparsedm.errors import InputError
 from sparsedm.models import model_config
 from sparsedm.recipes import SEARCHES
 from sparsedm.stepaware import study
@@ -88,6 +90,27 @@ def test_without_pymoo_nothing_is_trained(tiny_scale, tmp_path, capsys, monkeypa
 def test_features_that_cannot_be_had_are_refused_before_anything_is_trained(tiny_scale, tmp_path, capsys):
     assert main(["search", "--out", str(tmp_path / "out"), "--features", "random-cnov"]) == 2
     assert "unknown features 'random-cnov'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("held", "option", "message"),
+    [
+        ("moments", ("--quality", "frechet"), "holds latents, not images for a Fréchet distance"),
+        ("moments", ("--quality", "proxy"), "trained"),
+        ("images", ("--guidance", "0.5"), "guidance 0.5 needs networks with classes"),
+    ],
+)
+def test_only_what_can_be_searched_is_trained(tiny_scale, held, option, message, tmp_path, capsys, monkeypatch):
+    def trained(start, stages, images, *others, **more):
+        loop.check_data(start.model, images, more["validation"])
+        raise InputError("trained")
+
+    monkeypatch.setattr(train, "run_chain", trained)
+    arrays = {"moments": torch.zeros(40, 8, 12, 12), "images": torch.zeros(40, 12, 12, 3, dtype=torch.uint8)}
+    np.savez(tmp_path / "set.npz", **{held: arrays[held].numpy()})
+    assert main(["search", "--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "out"), *option]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

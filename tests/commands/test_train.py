@@ -25,8 +25,10 @@ def test_train_again_has_nothing_to_do_and_other_options_are_refused(trained, ca
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
     assert run(*same) == 0
     assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
-    assert run(*same, "--lr", 1e-3) == 2
-    assert "lr" in capsys.readouterr().err
+    for option, value in (("lr", 1e-3), ("crop", "celeba")):
+        assert run(*same, f"--{option}", value) == 2
+        assert f"{option} is " in capsys.readouterr().err
+    assert run(*same, "--crop", "square") == 0, "which is its own"
 
 
 def test_methods_start_from_a_dense_run(trained, tmp_path, capsys):

@@ -336,9 +336,13 @@ def test_strategies_travel_to_other_weights_if_that_is_said(chain):
         replace(found, networks=("dense", "3:4", "1:4")).models(chain, other_weights=True)
 
 
-def test_a_family_may_hold_more_than_a_strategy_asks_for(chain):
+def test_a_family_may_hold_more_than_a_strategy_asks_for_in_any_order(chain):
     found = Strategy("chain", ("dense", "1:4"), "ddim", (1, 0), fingerprints=chain.fingerprints[::2])
     assert found.models(chain) == [chain.networks[2], chain.networks[0]]
+    order = (2, 0, 1)
+    marks = tuple(chain.fingerprints[i] for i in order)
+    turned = Strategy("chain", tuple(chain.names[i] for i in order), "ddim", (0, 1), fingerprints=marks)
+    assert turned.models(chain) == [chain.networks[2], chain.networks[0]]
     assert chain.only(("1:4", "dense")).costs == chain.costs[::-2]
     assert replace(chain, fingerprints=()).only(("2:4",)).fingerprints == ()
     with pytest.raises(InputError, match="chain holds no network 3:4: they are dense, 2:4, 1:4"):

@@ -13,8 +13,9 @@ from sparsedm.cli import main
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.model_files import save_model
-from sparsedm.models import build_model
+from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import sparsify
+from sparsedm.stepaware import family as family_module
 from sparsedm.stepaware import study as study_module
 from sparsedm.stepaware.family import Strategy, family_of, load_strategy, sample
 from sparsedm.stepaware.search import SearchOptions
@@ -47,7 +48,9 @@ def chain(tmp_path_factory):
 def _few_images(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(study_module, "SHOWN", 2)
-    monkeypatch.setattr(study_module, "load_images", lambda *a, limit=None: LOAD(*a, limit=min(limit or 40, 40)))
+    monkeypatch.setattr(
+        study_module, "load_images", lambda *a, limit=None, **more: LOAD(*a, limit=min(limit or 40, 40), **more)
+    )
 
 
 LOAD = study_module.load_images
@@ -179,15 +182,39 @@ def test_latents_are_searched_by_the_proxy(tmp_path):
     assert np.isfinite(latents).all()
 
 
-def test_measured_seconds_are_kept(chain, tmp_path):
+def test_measured_seconds_are_kept(chain, tmp_path, monkeypatch):
+    """And with them the order of the networks, although another measurement would give another."""
+    seconds = [1.0, 2.0, 3.0]  # of dense, 2:4, 1:4
+    monkeypatch.setattr(family_module, "seconds_per_image", lambda networks, batch: seconds)
     wanted = plan(chain, tmp_path, quality="proxy", unit="seconds")
     first = study(wanted)
     assert first["unit"] == "seconds"
+    assert first["names"] == ("1:4", "2:4", "dense")
+    seconds.reverse()
     again = study(wanted)
-    assert again["costs"] == first["costs"]
+    for name in ("names", "costs", "losses"):
+        assert again[name] == first[name]
+    for file in (tmp_path / "strategies").iterdir():
+        assert load_strategy(file).models(family_of(chain)), "sorted by MACs, the family is the same"
     assert all(row["clock"] > 0 for row in first["rows"]), "and whole sampling, by the clock"
     assert [row["clock"] for row in again["rows"]] == [row["clock"] for row in first["rows"]]
     assert "by the clock" in (tmp_path / "report.md").read_text()
+
+
+def test_images_are_cropped_as_in_training(chain, tmp_path, monkeypatch, numbers_alone):
+    crops, load = [], study_module.load_images
+    monkeypatch.setattr(study_module, "original_crop", lambda config: "celeba")
+    monkeypatch.setattr(
+        study_module, "load_images", lambda *a, crop, **more: crops.append((a[1], crop)) or load(*a, crop=crop, **more)
+    )
+    run = shutil.copytree(chain, tmp_path / "run")
+    study(plan(run, tmp_path / "own", quality="proxy"))
+    assert crops == [("train", "celeba"), ("test", "celeba")]
+    (run / "options.json").write_text('{"crop": "square"}')
+    study(plan(run, tmp_path / "asked", quality="proxy"))
+    assert crops[2:] == [("train", "square"), ("test", "square")]
+    with pytest.raises(InputError, match="crop is celeba there and not set here"):
+        study(plan(run, tmp_path / "own", quality="proxy"))
 
 
 def test_guidance_costs_every_network_twice(chain, tmp_path, monkeypatch, numbers_alone):
@@ -243,6 +270,15 @@ def test_refusals(chain, tmp_path):
         plan(chain, tmp_path, steps=0)
     with pytest.raises(InputError, match="workers is 2: a GPU measures one strategy at a time"):
         plan(chain, tmp_path, workers=2, device="cuda")
+
+
+def test_the_memory_of_all_workers_counts(chain, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study_module, "check_memory", lambda needed, what: asked.append(needed))
+    wanted = plan(chain, tmp_path, workers=3, count=7)
+    for final_count, most in ((5, 7), (9, 9)):
+        replace(wanted, final_count=final_count).check(model_config("uvit-tiny", **UVIT), LOAD("synthetic", "test", 12))
+        assert asked.pop() == 8 * 3 * most * 3 * 12 * 12
 
 
 def test_networks_run_in_the_precision_of_their_training(chain, monkeypatch):

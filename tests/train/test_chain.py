@@ -101,8 +101,10 @@ def test_neither_start_is_changed(tmp_path):
     run(tmp_path, STAGES[1:], model, ema=ema)
     assert same_state(model.state_dict(), before[0])
     assert same_state(ema.state_dict(), before[1])
-    assert not masked_layers(model)
-    assert not masked_layers(ema)
+    for network in (model, ema):
+        assert not masked_layers(network)
+        assert network.training
+        assert all(parameter.requires_grad for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("policy", ["dense", "previous"])

@@ -246,8 +246,8 @@ def test_latents_cannot_be_resized(tmp_path):
         ("synthetic", {"split": "val"}, "the split 'val' must be one of train, test"),
         ("synthetic", {"size": 0}, "size must be at least 1, not 0"),
         ("synthetic", {"limit": -1}, "limit must be at least 1, not -1"),
-        ("synthetic:big", {}, "'synthetic:big' with size None: write synthetic or synthetic:SIZE"),
-        ("synthetic:32", {"size": 16}, "'synthetic:32' with size 16"),
+        ("synthetic:big", {}, "data 'synthetic:big': write synthetic or synthetic:SIZE"),
+        ("synthetic:32", {"size": 16}, "drawn images are not resized, and 16x16 is needed: write synthetic"),
         ("synthetic:4", {}, "need size >= 8"),
     ],
 )

@@ -54,15 +54,20 @@ def test_is_the_plain_loop(tmp_path, amp, flip, clip):
     assert same_state(result.ema.state_dict(), average.state_dict())
 
 
+def slimmable_step(same, accumulate=1, passes=3):
+    torch.manual_seed(0)
+    shape = {"multipliers": (1, 1), "attention": (), "passes": passes, "same_images": same}
+    model = build_model("slimmable-tiny", image_size=4, channels=2, **shape)
+    options = replace(OPTIONS, batch_size=6, clip=0.0, flip=False, accumulate=accumulate)
+    student, images = step.Student(model).to("cpu"), tiny_images(12, labels=False)
+    return step.Step(student, images, step.Loss(SCHEDULE), options, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_slimmable_network_sees_the_same_images_at_every_width_if_asked(same):
     """DDSM's sandwich rule as released: three passes of one batch, times and noise of their own, losses summed."""
-    torch.manual_seed(0)
-    shape = {"image_size": 4, "channels": 2, "multipliers": (1, 1), "attention": (), "passes": 3, "same_images": same}
-    model, images = build_model("slimmable-tiny", **shape), tiny_images(12, labels=False)
-    options = replace(OPTIONS, batch_size=6, clip=0.0, flip=False)
-    made = step.Step(step.Student(model).to("cpu"), images, step.Loss(SCHEDULE), options, torch.device("cpu"))
-    seen = []
+    made, seen = slimmable_step(same), []
+    model, images = made.model, made.images
     model._run = functools.partial(
         lambda run, k, *inputs: seen.append((k, len(inputs[0]))) or run(k, *inputs), model._run
     )
@@ -86,6 +91,20 @@ def test_a_slimmable_network_sees_the_same_images_at_every_width_if_asked(same):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_the_same_images_at_every_width_in_parts_are_the_whole_batch():
+    """Each part is shown to all widths, with the times and the noise that its images have in the whole batch."""
+    gradients = []
+    for accumulate in (1, 3):
+        made, seen = slimmable_step(True, accumulate, passes=2), []
+        run = made.model._run
+        made.model._run = lambda k, *inputs, run=run, seen=seen: seen.append((k, len(inputs[0]))) or run(k, *inputs)
+        made(0, 0.0, 0.9)
+        assert seen == [(8, 6 // accumulate), (2, 6 // accumulate)] * accumulate
+        gradients.append([parameter.grad for parameter in made.parameters if parameter.grad is not None])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)
 
 
 def test_both_branches_of_guidance_are_supervised(tmp_path):
