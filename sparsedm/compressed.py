@@ -31,7 +31,8 @@ class Compressed(nn.Module):
     write to them counts, whoever makes it. Inside `sparsity.hold_masks` it is compared at the end only: for a few rows
     it takes as long as the product. On a GPU the checksum would cost a launch: there a call sees what
     `load_state_dict`, an operation in place or another tensor changes. It does not see what is written into the same
-    memory through `.data`, by a collective, or while a compiled graph holds the kernel's form.
+    memory through `.data` or by a collective. A compiled graph there takes the form that the latest eager call left,
+    so call the layer once after a write.
     """
 
     def __init__(self, layer, values, words, pattern):

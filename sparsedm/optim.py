@@ -338,7 +338,7 @@ class MaskedAdamW(torch.optim.AdamW):
     # ---- with `hold_masks`
 
     def choices(self, dtypes, names):
-        """{layer: Choice}: of the last step, if pattern and dtype are still the same, else of the current weight."""
+        """{layer: Choice}: of the last step, if pattern, dtype and memory format are still the same, else a new one."""
         mine = {layer: d for layer, d in dtypes.items() if layer in self._names and layer.mask is None}
         ready = {}
         for layer, dtype in mine.items():
@@ -346,6 +346,7 @@ class MaskedAdamW(torch.optim.AdamW):
             if choice and choice.weight is layer.weight and choice.pattern == layer.pattern:
                 masked, mask, *_ = choice.selection
                 fits = masked.dtype == dtype and masked.device == layer.weight.device
+                fits = fits and memory_format(masked) == memory_format(layer.weight)  # in which its checksum was taken
                 if fits and (mask is not None or not layer.needs_mask()):
                     ready[layer] = choice
         self._wanted |= mine

@@ -168,7 +168,11 @@ def sparsify(
         raise InputError("calibrate chooses masks, and without a pattern there are none")
     if pattern and all(reasons.values()):
         raise InputError(f"no selected layer can hold {pattern}: {reasons[chosen[0]]}")
-    norms = {} if calibrate is None else _input_norms(model, {m: n for n, m in found if not reasons[n]}, calibrate)
+    calibrated = {}
+    if calibrate is not None:
+        layers = {m: n for n, m in found if not reasons[n]}
+        for layer, norms in _input_norms(model, layers, calibrate).items():
+            calibrated[layer] = select_mask(layer.weight.detach() * norms, pattern, name=layers[layer]).mask
     for name, module in found:
         if not reasons[name] and not isinstance(module, Masked):
             adopt(module)
@@ -177,7 +181,7 @@ def sparsify(
         if reasons[name]:
             module.dense_reason = reasons[name]
         elif calibrate is not None:
-            module.mask = select_mask(module.weight.detach() * norms[module], pattern).mask
+            module.mask = calibrated[module]
     for module in model.modules():
         if hasattr(type(module), "fuse_projections"):  # diffusers: copies the weights of q, k and v into a plain layer
             vars(module).pop("fuse_projections", None)

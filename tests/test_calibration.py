@@ -118,3 +118,11 @@ def test_calibration_that_says_nothing_is_refused_and_changes_nothing(batches, r
     assert not model.conv._forward_pre_hooks
     with pytest.raises(InputError, match="without a pattern there are none"):
         sparsify(model, None, calibrate=[torch.randn(1, 8, 6, 6)])
+
+
+def test_calibration_of_weights_that_are_nan_names_the_layer_and_changes_nothing():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="1: 1 of its weights are NaN"):
+        sparsify(model, "2:4", calibrate=[torch.randn(3, 8)])
+    assert type(model[0]) is nn.Linear

@@ -366,6 +366,12 @@ def test_weights_in_channels_last_are_held_and_stepped(way):
     train(network, mine, batches())
     reference(expected, theirs, batches())
     assert_same(way, network, expected, mine, theirs)
+    for one in (network, expected):
+        one.to(memory_format=torch.contiguous_format)
+    set_masking(expected, decay=DECAY)
+    train(network, mine, batches(1))
+    reference(expected, theirs, batches(1))
+    assert_same(way, network, expected, mine, theirs)
     with pytest.raises(InputError, match="the weight of conv was changed"), hold_masks(network):
         network.conv.weight.data.neg_()
 

@@ -148,7 +148,8 @@ def kernel_tensors(values, prepacked):
 def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
     """`prepack`, or its stored result in `cache` (the caller's dict) if values and metadata are unchanged, see `stamp`.
 
-    While tracing there are no addresses. The result of "dense" then takes its checksum along, for `dense_weight`.
+    While tracing there are no addresses: what the latest eager call stored is taken as it is. The result of "dense" on
+    a CPU then takes its checksum along, for `dense_weight`.
     """
     current = None if torch.compiler.is_compiling() else stamp(values, metadata, held=cache.get("held"))
     if layout not in cache or (current is not None and cache[layout][0] != current):
