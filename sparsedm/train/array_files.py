@@ -52,6 +52,9 @@ def read_npz(path):
     context, null_context = _context(path, arrays)
     rest = {"null_context": null_context, "moments": images == ["moments"]}
     images, labels = _as_images(path, arrays[images[0]]), arrays[labels[0]] if labels else None
+    if not rest["moments"] and images.is_floating_point() and {1, 3} & {*images.shape[1::2]} and images.min() >= 0:
+        held = f"these lie from {images.min():g} to {images.max():g}, like pixels"
+        raise InputError(f"{path}: floating-point images are latents, and {held}: store pixels as uint8")
     if rest["moments"] and not (images.is_floating_point() and images.shape[1] % 2 == 0):
         raise InputError(
             f"{path}: moments must be floating point with an even number of channels, not {images.shape[1]}"
@@ -140,9 +143,6 @@ def _as_images(path, array):
             array = np.ascontiguousarray(array, np.float32)
         if not np.isfinite(array).all():
             raise InputError(f"{path}: the latents hold NaN or infinity")
-        if {1, 3} & {array.shape[1], array.shape[3]} and array.min() >= 0:
-            held = f"these lie from {array.min():g} to {array.max():g}, like pixels"
-            raise InputError(f"{path}: floating-point images are latents, and {held}: store pixels as uint8")
         return torch.from_numpy(array)
     last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
     if array.dtype != np.uint8 or last == first:
