@@ -114,14 +114,15 @@ def test_a_zip_with_splits_is_not_split_again(tmp_path):
 def test_what_is_held_out_is_a_fixed_part_and_never_trained_on(tmp_path, count, held_out):
     """64 at least, then 2%; of fewer than 128 images half."""
     array = np.arange(count, dtype=np.float32).reshape(-1, 1, 1, 1)
-    path = npz_of(tmp_path / "a.npz", x=array, y=np.arange(count) % 7)
+    path = npz_of(tmp_path / "a.npz", x=-array, y=np.arange(count) % 7)
     train, test = load(path), load(path, "test")
     assert len(test) == held_out
-    together = torch.cat([train.images, test.images]).flatten()
+    together = -torch.cat([train.images, test.images]).flatten()
     assert torch.equal(together.sort().values, torch.arange(count, dtype=torch.float32))
     for images in (train, test):
-        assert torch.equal(images.labels, images.images.flatten().long() % 7)
-        assert torch.equal(images.images, images.images.sort(0).values)
+        numbers = -images.images.flatten()
+        assert torch.equal(images.labels, numbers.long() % 7)
+        assert torch.equal(numbers, numbers.sort().values)
     assert torch.equal(load(path, "test").images, test.images)
 
 
