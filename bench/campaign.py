@@ -1,8 +1,8 @@
 """All measurements that need a GPU, for a GPU lent for fifteen minutes: `python -m bench.campaign PART --out DIR`.
 
-first     about 150 s: is every configuration of the kernels right, and how fast beside cuBLAS and cuSPARSELt; one
+first     about 185 s: is every configuration of the kernels right, and how fast beside cuBLAS and cuSPARSELt; one
           sampler step, one training step, the bandwidth of masks
-second    about 430 s, by value, of what `first` found right: the layers of the models, whole networks, tests, counters,
+second    about 385 s, by value, of what `first` found right: the layers of the models, whole networks, tests, counters,
           curves. If nothing was right, it looks for the reason instead
 quality   with --data: which method trains best, and the search for step-aware networks
 publish   the folder's results and pictures to --to, its tuned tables into the package
@@ -15,6 +15,7 @@ cut or skipped), first.json (which configurations are right), results.csv, log.t
 """
 
 import importlib.util
+import functools
 import itertools
 import os
 import sys
@@ -36,10 +37,11 @@ from sparsedm.files import atomic_file, cache_folder, read_json, read_text, writ
 from sparsedm.kernels import tuning
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
-SECONDS = {"first": 150, "second": 430, "quality": 540}
+SECONDS = {"first": 185, "second": 385, "quality": 540}  # the first two fit into one command of 600 s
 SAID = ("name", "status", "reason")  # of every suite in index.json, as text
 RESERVE = 10  # of these seconds, for the last pictures
 TESTS = Path(__file__).parents[1] / "tests"
+UNTUNED = ("env", "SPARSEDM_AUTOTUNE=off")  # masked products in torch: compiling all ours takes longer than this suite
 LARGE, HUGE, SMALL = (f"uvit-{name}" for name in ("imagenet256-large@64", "imagenet256-huge@64", "cifar10-small@64"))
 
 
@@ -48,7 +50,7 @@ def python(module, *arguments):
 
 
 def bench(suites, *arguments):
-    """The command line that measures these suites. A hang costs 20 s: everything was compiled before."""
+    """The command line that measures these suites. A hang of a product costs 20 s: it was compiled before."""
     fixed = ("--resume", "--out", "{csv}", "--seconds", "{seconds}", "--timeout", "20", "--suite", suites)
     return python("bench.run", *fixed, *arguments)
 
@@ -64,14 +66,18 @@ def sanitizer(tool, *command):
     return Suite(tool, ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched), 120, "checks", "compute-sanitizer")
 
 
+Measures = functools.partial(Suite, least=15)  # in less it would import torch and be ended
+
+
 def first_suites():
     eager = ("--no-compile", "--no-sampling")
+    training = bench("train", "--shapes", "uvit-cifar10-small@128", *eager)
     return (
         Suite("environment", ("nvidia-smi",), 10, needs="nvidia-smi"),
         Suite("first contact", python("bench.first_contact", "--out", "{folder}", "--seconds", "{seconds}"), 90),
-        Suite("step", bench("end-to-end", "--shapes", LARGE, "--providers", "dense,sparsedm 2:4", *eager), 40),
-        Suite("training step", bench("train", "--shapes", "uvit-cifar10-small@128", *eager), 25),
-        Suite("mask: 8192", bench("ceiling,mask", "--shapes", "square@8192"), 25),
+        Measures("step", bench("end-to-end", "--shapes", LARGE, "--providers", "dense,sparsedm 2:4", *eager), 60),
+        Measures("training step", (*UNTUNED, *training), 40),
+        Measures("mask: 8192", bench("ceiling,mask", "--shapes", "square@8192"), 25),
     )
 
 
@@ -88,21 +94,21 @@ def second_suites():
     watched = pytest("--verbose", "-k", "random", *watched)
     quick = "--no-compile"
     return (
-        Suite("gemm: models", bench("gemm", "--shapes", layers, quick), 120),
-        Suite("steps", bench("end-to-end", "--shapes", f"{HUGE},{SMALL}", quick, *compared), 50),
-        Suite("steps, compiled", bench("end-to-end", "--shapes", LARGE, *compared), 120),
+        Measures("gemm: models", bench("gemm", "--shapes", layers, quick), 120),
+        Measures("steps", bench("end-to-end", "--shapes", f"{HUGE},{SMALL}", quick, *compared), 50),
+        Measures("steps, compiled", bench("end-to-end", "--shapes", LARGE, *compared), 120),
         Suite("tests", pytest(*workers, str(TESTS)), 80),
         Suite("counters", counters, 30, needs="ncu"),
-        Suite("train", bench("train", "--shapes", "uvit-cifar10-small@128"), 120),
-        Suite("gemm: square", bench("gemm", "--shapes", "square", quick), 120),
-        Suite("mask", bench("ceiling,mask"), 60),
-        Suite("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16", quick), 120),
-        Suite("steps, compiled: all", bench("end-to-end", "--shapes", f"{HUGE},{SMALL}", *compared), 240),
-        Suite("gemm: compiled", bench("gemm", "--shapes", f"square,{layers}"), 240),
-        Suite("masked-train", bench("masked-train", "--shapes", layers), 120),
-        Suite("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 240),
-        Suite("table3", bench("table3", quick), 240),
-        Suite("gemm: all", bench("gemm", quick)),
+        Measures("train", (*UNTUNED, *bench("train", "--shapes", "uvit-cifar10-small@128")), 120),
+        Measures("gemm: square", bench("gemm", "--shapes", "square", quick), 120),
+        Measures("mask", bench("ceiling,mask"), 60),
+        Measures("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16", quick), 120),
+        Measures("steps, compiled: all", bench("end-to-end", "--shapes", f"{HUGE},{SMALL}", *compared), 240),
+        Measures("gemm: compiled", bench("gemm", "--shapes", f"square,{layers}"), 240),
+        Measures("masked-train", bench("masked-train", "--shapes", layers), 120),
+        Measures("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 240),
+        Measures("table3", bench("table3", quick), 240),
+        Measures("gemm: all", bench("gemm", quick)),
         sanitizer("memcheck", *watched),
         sanitizer("racecheck", *watched),
     )
@@ -137,6 +143,9 @@ def suites_of(part, folder, data=None):
         if not data:
             raise InputError("the part quality trains: give it images with --data")
         return quality_suites(data)
+    if not (folder / "first.json").exists():
+        print("there is no first.json: `second` does not know which configurations are right", file=sys.stderr)
+        return second_suites()
     verdicts = read_json(folder / "first.json", configurations=dict)["configurations"]
     return second_suites() if "right" in verdicts.values() else search_for_the_fault()
 

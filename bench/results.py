@@ -198,8 +198,14 @@ def _fixed(device):
         "cusparselt": str(torch.backends.cusparselt.version() or "") if cuda else "",
         "sparsedm": __version__,
         "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*settings(), Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def settings():
+    """The environment variables that choose kernels, as before a command."""
+    names = ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND")
+    return [f"{name}={os.environ[name]}" for name in names if name in os.environ]
 
 
 def sensors(device):

@@ -47,6 +47,7 @@ from bench.networks import (
 )
 from bench.results import DENSE, ENDED, IDENTITY, Results, stamp
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
+from bench.suite import deadline
 from bench.timing import clock_for
 from sparsedm.commands import options as types
 from sparsedm.errors import InputError
@@ -62,6 +63,7 @@ LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by
     "conv": (problems.ConvProblem, ConvShape, "models", "ddpm-tiny@4"),
 }
 NETWORK_SUITES = ("end-to-end", "train", "table3")
+TUNED_FOR_LONG = ("masked-train", *NETWORK_SUITES)  # a provider compiles and tunes several kernels, one after another
 SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
 
 
@@ -73,7 +75,8 @@ COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network t
 @dataclass
 class Session:
     """The arguments of every suite. deadline: a value of time.monotonic() after which nothing new is started.
-    timeout: seconds for a provider to be ready; on_timeout: called if it is not."""
+    timeout: seconds for a provider to be ready, four times as many where it tunes several kernels; on_timeout: called if
+    it is not."""
 
     results: Results
     device: torch.device
@@ -142,7 +145,8 @@ class Session:
                 return False
             self.results.begin(identity | {"provider": name} | other)
             if self.on_timeout:  # all of them together have longer to be timed
-                self.watch.expect(COMPILES_AT_MOST if compiled else self.timeout if name else 4 * self.timeout)
+                long = not name or suite in TUNED_FOR_LONG
+                self.watch.expect(COMPILES_AT_MOST if compiled else 4 * self.timeout if long else self.timeout)
             return True
 
         try:
@@ -300,10 +304,10 @@ def run(options, arguments):
     if options.seconds < 0:
         raise InputError(f"--seconds {options.seconds:g}: must be at least 0")
     torch.manual_seed(0)
-    deadline = time.monotonic() + options.seconds
+    end = deadline(options.seconds)
 
     def again():
-        left = max(0.0, deadline - time.monotonic())
+        left = max(0.0, end - time.monotonic())
         start_again([*arguments, "--resume", "--seconds", f"{left:.0f}"])
 
     session = Session(
@@ -317,7 +321,7 @@ def run(options, arguments):
         sampling=not options.no_sampling,
         modes=tuple(options.modes.split(",")) if options.modes else None,
         batches=tuple(options.batch or BATCHES),
-        deadline=deadline,
+        deadline=end,
         timeout=options.timeout,
         on_timeout=again if device.type == "cuda" else None,
         dry_run=options.dry_run,
