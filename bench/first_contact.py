@@ -5,10 +5,11 @@
 Each configuration has its own process; all run in parallel. It compiles its kernels, also with the epilogues of the
 models, into Triton's cache, and prints `compiled`. Then it has --timeout seconds to check that every weight is in its
 place, a ragged product with an epilogue, and a product with many tiles per block. If it hangs or faults, a note keeps
-the autotuner from trying it. DIR/first.json is written after every verdict. Whoever ends this process ends all. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in
-single calls, and over a second without a pause, while power and clock are read.
+the autotuner from trying it. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in
+single calls, and the best over a second without a pause, while power and clock are read.
 
-DIR/first.json: {"configurations": {name: "right", or what is wrong}}; DIR/results.csv: the times.
+DIR/first.json: {"configurations": {name: "right", or what is wrong}}, from the first verdict on; DIR/results.csv: the
+times.
 """
 
 import contextlib
@@ -119,8 +120,8 @@ def contact(choice, device, small):
 
 
 def verdict_of(command, timeout, processes):
-    """ "right", or what is wrong. The process, which is added to `processes`, is killed if it does not end so long after
-    it has said `compiled`."""
+    """ "right", or what is wrong. The process is added to `processes`, and killed if it does not end so long after it
+    has said `compiled`."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )

@@ -75,8 +75,8 @@ COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network t
 @dataclass
 class Session:
     """The arguments of every suite. deadline: a value of time.monotonic() after which nothing new is started.
-    timeout: seconds for a provider to be ready, four times as many where it tunes several kernels; on_timeout: called if
-    it is not."""
+    timeout: seconds for a provider to be ready, a fourth of what one may take that tunes several kernels; on_timeout:
+    called if it is not."""
 
     results: Results
     device: torch.device
