@@ -149,8 +149,13 @@ class Compressed(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """`dense_weight()`, computed at every access: for code that reads a layer's weight, or its dtype."""
+        """`dense_weight()`, computed at every access, for code that reads it. Writes into it are lost."""
         return self.dense_weight()
+
+    def register_parameter(self, name, param):
+        if name == "weight":
+            raise InputError("a compressed weight is not assigned: decompress(model), change it, compress again")
+        super().register_parameter(name, param)
 
     def masked(self) -> Linear | Conv2d:
         """The masked layer of the same weight and pattern, for further training."""

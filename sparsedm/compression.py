@@ -31,6 +31,8 @@ def compress(model: nn.Module) -> nn.Module:
     weight_norm, spectral_norm or prune computes the weight.
     """
     model = module_of(model)
+    while isinstance(model, nn.parallel.DistributedDataParallel):  # which holds nothing without gradients
+        model = model.module
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
     if not layers:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
@@ -127,6 +129,7 @@ def bake(model: nn.Module) -> nn.Module:
         vars(module).pop("beside_compressed", None)
         if isinstance(module, Masked):
             module.unhook_decay()
+            vars(module).pop("_cast_froze", None)
         if _becomes_plain(module):
             module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d
             for name in _OWN:

@@ -217,17 +217,19 @@ def loss(
     if w_kd and teacher is None:
         raise InputError(f"w_kd is {w_kd}, which needs a teacher, but none was given")
     where = generator.device if generator is not None else x0.device
-    u = torch.rand(len(x0), generator=generator, device=where).to(x0)
-    noise = torch.randn(x0.shape, generator=generator, device=where).to(x0)
+    wide = torch.promote_types(x0.dtype, torch.float32)  # bfloat16 has 256 times, and one of them does not exist
+    u = torch.rand(len(x0), generator=generator, device=where).to(x0.device, wide)
+    noise = torch.randn(x0.shape, generator=generator, device=where).to(x0.device, wide)
     x0, u, noise, y = x0[rows], u[rows], noise[rows], None if y is None else y[rows]
     t = schedule.training_time(u)
-    inputs = (diffuse(x0, t, noise, schedule), schedule.model_time(t), *_optional(y))
+    noisy = diffuse(x0, t, noise, schedule)
+    inputs = (noisy.to(x0.dtype), schedule.model_time(t), *_optional(y))
 
     predicted = model(*inputs, **({"variance": True} if variance else {})).to(noise.dtype)
     bound = 0.0
     if variance:
         predicted, v = predicted.chunk(2, dim=1)
-        bound = variational_bound(schedule, x0, inputs[0], t, predicted.detach(), v).mean()
+        bound = variational_bound(schedule, x0, noisy, t, predicted.detach(), v).mean()
     noise_errors = _squared_errors(predicted, noise)
     transfer_errors = torch.zeros_like(noise_errors)
     if w_kd:
@@ -297,7 +299,7 @@ def validation_loss(model, x0, schedule, *, y=None, times=None, seed=0, batch_si
     the golden ratio); returns a scalar. times (L,), in the schedule's units: all images at each time; returns (L,).
     The result is float64 on the CPU. Dropout is off; there are no gradients.
     """
-    count = len(x0)
+    count, wide = len(x0), torch.promote_types(x0.dtype, torch.float32)
     if times is None:
         rows = schedule.training_time(GOLDEN_RATIO * torch.arange(1, count + 1, dtype=torch.float64) % 1)[None]
     else:
@@ -308,9 +310,9 @@ def validation_loss(model, x0, schedule, *, y=None, times=None, seed=0, batch_si
     with evaluating(model), tqdm(total=len(rows) * len(starts), disable=hidden, desc="validate") as bar:
         for start in starts:
             here = slice(start, start + batch_size)
-            noise = initial_noise(len(x0[here]), x0.shape[1:], seed, start).to(x0)
-            for row, row_errors in zip(rows[:, here].to(x0), errors[:, here]):
-                x = diffuse(x0[here], row, noise, schedule)
+            noise = initial_noise(len(x0[here]), x0.shape[1:], seed, start).to(x0.device, wide)
+            for row, row_errors in zip(rows[:, here].to(x0.device, wide), errors[:, here]):
+                x = diffuse(x0[here], row, noise, schedule).to(x0.dtype)
                 predicted = model(x, schedule.model_time(row), *_optional(None if y is None else y[here]))
                 row_errors.copy_(_squared_errors(predicted.double(), noise))
                 bar.update()

@@ -11,6 +11,7 @@ import shutil
 import socket
 import stat
 import sys
+import tempfile
 import urllib.error
 import zlib
 from pathlib import Path
@@ -250,7 +251,11 @@ def checksum(tensor):
 
 def cache_folder():
     """Where downloads and decoded data go: $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm, else ~/.cache/sparsedm."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedm"
+    try:
+        home = Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user without an entry
+        home = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or home) / "sparsedm"
     return Path(os.environ.get("SPARSEDM_CACHE") or default)
 
 

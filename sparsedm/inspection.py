@@ -313,6 +313,7 @@ def _count(model, example_inputs, on_meta):
     if on_meta:
         state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
         inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, inputs)
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     arguments = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     layers = [m for m in model.modules() if _is_layer(m)]
     hooks = [h for m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]

@@ -70,6 +70,7 @@ def invalid_because(weight, pattern):
 
 
 # methods of peft, and functions in it that start an adapter, which read the weight without calling its layer
+FROZEN = "froze the masks: freeze_mask(False) lets them change again"
 PAST_MASKS = {"hra", "shira", "frod", "deft", "supertuning", "glora", "boft"}
 INITS_PAST_MASKS = {"pissa_init", "olora_init", "corda_init", "loftq_init"}
 
@@ -80,10 +81,10 @@ class Masked:
     pattern: Pattern or None (dense). dense_reason: why the layer is dense, for `inspect`.
     rule: see `sparsity.set_masking`. mask: None, or the frozen mask, a buffer, saved with the weights.
     beside_compressed: whether it is a dense layer of a compressed model, which takes the best dense product of a CPU.
-    _plain: whether it was torch's layer; `bake` makes it that again.
+    _plain: whether it was torch's layer; `bake` makes it that again. _cast_froze: whether a cast froze the mask.
     """
 
-    beside_compressed = _plain = False
+    beside_compressed = _plain = _cast_froze = False
 
     def _start_masking(self, pattern=None, activation=None):
         self.activation = _check_activation(activation)
@@ -128,7 +129,7 @@ class Masked:
         masks that differ and keeps too many weights: copy the buffers instead (`use_buffers=False`).
         """
         self.mask = self.current_mask().clone() if frozen else None
-        self._held = None
+        self._held, self._cast_froze = None, False
 
     def current_mask(self) -> torch.Tensor:
         """The mask: bool, with the weight's shape. All true if the layer is dense."""
@@ -242,14 +243,20 @@ class Masked:
             elif _narrows(before, after):
                 self.freeze_mask()
                 _frozen_by_cast[id(self.weight)] = self
+            self._cast_froze = self.mask is not None
             if self.mask is not None and self.training:
-                text = f"the cast to {after} froze the masks: freeze_mask(False) lets them change again"
-                warnings.warn(f"{text} (or sparsify after the cast)", stacklevel=3)
+                warnings.warn(f"the cast to {after} {FROZEN} (or sparsify after the cast)", stacklevel=3)
         super()._apply(fn, recurse)
         self._held, self._known = None, (id(self.weight), self.weight.dtype)
         if self.mask is not None:
             self.mask = self.mask.bool()  # `module.type(dtype)` also casts masks
         return self
+
+    def train(self, mode: bool = True):
+        """As every module's. Warns where a cast has frozen the mask that is to train."""
+        if mode and not self.training and self._cast_froze and self.mask is not None:
+            warnings.warn(f"a cast in eval mode {FROZEN}", stacklevel=2)
+        return super().train(mode)
 
     def _take_mask(self):
         """Take the mask of the layer whose part of a cast has reached the shared weight first."""

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from os import PathLike
@@ -95,7 +96,7 @@ def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None =
     and write FILE.index.json; returns the path of the index.
     Raises: InputError, before anything is written, for another suffix, a config that is not JSON, or sharded weights.
     """
-    file = Path(file)
+    file = Path(os.path.expanduser(file))
     if file.suffix != ".safetensors":
         raise InputError(f"{file}: a model file must be named .safetensors")
     tensors, header = _contents(model)
@@ -124,7 +125,7 @@ def load_model(
     Raises: InputError if the file is unreadable or truncated, holds code, or does not fit the model (keys and shapes
     are listed).
     """
-    file, state = _find(Path(path), which)
+    file, state = _find(Path(os.path.expanduser(path)), which)
     tensors, header = read_tensors(file)
     description = patterns = None
     if "sparsedm" in header:

@@ -72,7 +72,7 @@ def permute_channels(
         gains[name] = Gain(kept(weight, pattern), kept(weight[:, order], pattern))
         weight.copy_(weight[:, order])
         for rows in link.rows:
-            for parameter in (link.maker.weight, link.maker.bias):
+            for parameter in (link.maker.weight, link.maker.bias, getattr(link.maker, "mask", None)):
                 if parameter is not None:
                     parameter[rows] = parameter[rows[order]]
     return gains

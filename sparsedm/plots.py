@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import math
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +12,8 @@ from sparsedm.files import atomic_file
 
 INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), "#c8c8c8"
 # Okabe and Ito: safe for the colour-blind
+GAP = 2  # white pixels between images
+MOST_PIXELS = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}  # of a side
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLE = {
     "text.parse_math": False,  # names of files and folders may hold a $
@@ -59,6 +63,16 @@ def table(head, rows, left=(0,), rule=False):
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
+def check_grid(path, rows, columns, shape):
+    """Raise InputError if a picture of rows x columns images of `shape`, (h, w), has more pixels than its format."""
+    sides = (count * (side * _enlarged(shape) + GAP) for count, side in zip((rows, columns), shape))
+    most = MOST_PIXELS.get(Path(path).suffix.lower(), math.inf)
+    if (side := max(sides)) > most:
+        raise InputError(
+            f"{path}: {side} pixels on a side, and such a file holds {most}: write .png, or numbers as .npz"
+        )
+
+
 def save_grid(path, rows):
     """Write images as one PNG, a row of tiles per entry of `rows`. Small images are enlarged by a whole factor.
 
@@ -71,7 +85,7 @@ def save_grid(path, rows):
     empty = [label for label, images in rows if not len(images)]
     if empty or not rows:
         raise InputError(f"a grid needs at least one image in each row, but there is none in: {', '.join(empty)}")
-    scale = max(1, round(64 / max(rows[0][1].shape[-2:])))
+    scale = _enlarged(rows[0][1].shape[-2:])
     strips = [np.concatenate([_tile(image, scale) for image in images.cpu().numpy()], axis=1) for _, images in rows]
     font = ImageFont.load_default(size=15)
     margin = max(12 + int(font.getlength(label)) if label else 0 for label, _ in rows)
@@ -85,11 +99,15 @@ def save_grid(path, rows):
         canvas.save(partial)
 
 
-def _tile(image, scale, gap=2):
-    """uint8 (c, h, w) -> uint8 (h * scale + gap, w * scale + gap, 3), with a white right and bottom edge."""
+def _enlarged(shape):
+    return max(1, round(64 / max(shape)))
+
+
+def _tile(image, scale):
+    """uint8 (c, h, w) -> uint8 (h * scale + GAP, w * scale + GAP, 3), with a white right and bottom edge."""
     image = np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)
     image = image.repeat(scale, 0).repeat(scale, 1)
-    return np.pad(image, ((0, gap), (0, gap), (0, 0)), constant_values=255)
+    return np.pad(image, ((0, GAP), (0, GAP), (0, 0)), constant_values=255)
 
 
 def plot_losses(path, stages, batch_size, title=""):

@@ -60,7 +60,10 @@ def euler_maruyama_uvit(predict, x, noise, before, t, s=None):
     For very narrow data `euler_maruyama` is better.
     """
     _, eps, _ = predict(x, t)
-    beta = t.beta * (t.time if s is None else t.time - s.time)
+    if s is None:  # from a discrete schedule's first time, 0, there is a step of its β, too
+        beta = torch.where(t.time > 0, t.beta * t.time, -2 * t.log_alpha)
+    else:
+        beta = t.beta * (t.time - s.time)
     mean = x + beta * (x / 2 - eps / t.sigma)
     return (mean if s is None else mean + beta.sqrt() * noise), ()
 

@@ -50,6 +50,24 @@ def test_compressed_model_is_the_masked_model():
     assert state["head.metadata"].dtype == torch.uint8, "collectives have no int16"
 
 
+def test_a_compressed_weight_is_not_assigned():
+    small = compress(sparsify(nn.Sequential(nn.Linear(16, 16)), "2:4"))
+    with pytest.raises(InputError, match="a compressed weight is not assigned: decompress"):
+        small[0].weight = nn.Parameter(torch.zeros(16, 16))
+
+
+def test_the_model_in_a_data_parallel_one_is_compressed(tmp_path):
+    """With all its weights compressed it has no gradients, and DDP takes no such model."""
+    model = sparsify(nn.Sequential(nn.Linear(16, 16)), "2:4")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        small = compress(nn.parallel.DistributedDataParallel(model))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert type(small) is nn.Sequential
+    assert isinstance(small[0], CompressedLinear)
+
+
 @pytest.mark.parametrize("pattern", ["1:2", "1:4", "1:16", "3:4"])
 def test_compress_holds_every_pattern(pattern):
     model, x = sparsify(Small(), pattern, "head|conv"), torch.randn(2, 3, 8, 8)

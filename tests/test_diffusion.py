@@ -220,6 +220,26 @@ def test_loss_covers_all_times():
     assert ((counts - n / 1000).abs() < 5 * math.sqrt(n / 1000)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_images_of_16_bits_see_all_times_and_lose_nothing_but_their_own_bits(dtype):
+    seen = []
+
+    def network(x, t):
+        seen.append((x.dtype, t))
+        return torch.zeros_like(x)
+
+    x0 = torch.zeros(50_000, 1, 1, 1, dtype=dtype)
+    terms = diffusion.loss(network, x0, DDPMSchedule(), generator=torch.Generator().manual_seed(0))
+    wide = diffusion.loss(network, x0.float(), DDPMSchedule(), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(terms.total, wide.total)
+    assert seen[0][0] == dtype
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert len(seen[0][1].unique()) == 1000
+    losses = [diffusion.validation_loss(network, x[:512], DDPMSchedule()) for x in (x0, x0.float())]
+    assert losses[0] == losses[1]
+    assert torch.equal(seen[-1][1], seen[-3][1])
+
+
 def test_velocity_weighting_is_the_error_of_the_velocity():
     schedule, x0 = VPSDE(), torch.randn(4, 3, 2, 2, dtype=torch.float64)
 

@@ -6,6 +6,7 @@ import http.server
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -117,6 +118,10 @@ def test_cache_folder_is_the_users_choice(monkeypatch):
     for name in ("SPARSEDM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")
     assert str(cache_folder()) == "/home/ada/.cache/sparsedm"
+    with monkeypatch.context() as homeless:
+        homeless.delenv("HOME")
+        homeless.setattr(os.path, "expanduser", lambda path: path)  # as for a user without an entry
+        assert str(cache_folder()) == f"{tempfile.gettempdir()}/cache-{os.getuid()}/sparsedm"
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert str(cache_folder()) == "/xdg/sparsedm"
     monkeypatch.setenv("SPARSEDM_CACHE", "/mine")

@@ -272,6 +272,14 @@ def test_what_load_model_would_refuse_is_refused_before_it_is_written(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_home_folder_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert save_model("~/models/x.safetensors", Net()) == tmp_path / "models" / "x.safetensors"
+    assert load_model("~/models/x.safetensors", Net).kind == "dense"
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
 @pytest.mark.parametrize("size", [0, -1, float("nan"), "1"])
 def test_shards_of_no_size_are_refused(tmp_path, size):
     with pytest.raises(InputError, match="must be a whole number, at least 1"):

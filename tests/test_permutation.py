@@ -48,6 +48,17 @@ def test_the_network_computes_the_same_and_every_reader_keeps_more(name):
         assert part.item() == pytest.approx(gain.after, rel=1e-5)
 
 
+@pytest.mark.parametrize("where", [r"fc1$", r"attn\.qkv$"])
+def test_a_frozen_mask_moves_with_the_rows_of_its_layer(where):
+    model = sparsify(network("uvit"), "2:4", where)
+    set_masking(model, frozen=True)
+    inputs = model.example_inputs(2)
+    with torch.no_grad():
+        before = model(*inputs)
+        permute_channels(model, rounds=5)
+        torch.testing.assert_close(model(*inputs), before)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_two_groups_are_shared_out_in_the_best_of_all_ways(pattern):
     pattern = Pattern.parse(pattern)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
-from sparsedm.plots import plot_losses, save_grid
+from sparsedm.plots import check_grid, plot_losses, save_grid
 
 
 def test_grid_shows_every_pixel_enlarged(tmp_path):
@@ -26,6 +26,20 @@ def test_rows_stand_below_each_other_with_room_for_their_labels(tmp_path):
     assert tiles[:64, 2 * 66 : 2 * 66 + 64].max() == 0
     assert tiles[66:130].min() == 255, "the third place of the shorter row stays white"
     assert shown[:, : -3 * 66].min() < 128, "the labels are written in ink"
+
+
+@pytest.mark.parametrize(("name", "most"), [("a.webp", 16_383), ("a.jpg", 65_500), ("a.png", None)])
+def test_a_picture_that_its_format_cannot_hold_is_refused_before(name, most):
+    """A tile of 8 x 8 is 66 pixels wide with its edge."""
+    rows = (most or 10**6) // 66
+    check_grid(name, rows, 16, (8, 8))
+    if most:
+        with pytest.raises(
+            InputError, match=f"{name}: {66 * (rows + 1)} pixels on a side, .* holds {most}: write .png"
+        ):
+            check_grid(name, rows + 1, 16, (8, 8))
+        with pytest.raises(InputError, match="pixels on a side"):
+            check_grid(name, 1, rows + 1, (8, 8))
 
 
 def test_an_empty_row_is_refused(tmp_path):

@@ -418,6 +418,15 @@ def test_uvits_own_euler_maruyama_rule():
     assert_as_good_as_torch(out.float(), expected, expected.float())
 
 
+@pytest.mark.parametrize("schedule", [DDPMSchedule(), VPSDE()], ids=["ddpm", "vp-sde"])
+def test_the_last_step_of_unets_sampler_removes_the_last_noise(schedule):
+    """A network that knows the only image, 0: what stays is the noise of the last time, which has to go."""
+    last = samplers.Time(*samplers.time_table(schedule, samplers.time_grid(schedule, 1000, "time"))[-1])
+    x = torch.ones((), dtype=torch.float64) * last.sigma
+    out, _ = samplers.euler_maruyama_uvit(lambda x, t: (x * 0, x / t.sigma, None), x, None, (), last)
+    assert abs(out) < 0.1 * last.sigma
+
+
 @pytest.mark.parametrize(("sampler", "off"), [("euler-maruyama-uvit", 0.028), ("euler-maruyama", 0.106)])
 def test_how_far_off_the_spread_of_narrow_data_is(sampler, off):
     """The samplers are linear for Gaussian data: of a variance v0 the exact one after 50 steps, by propagation."""

@@ -1,6 +1,7 @@
 """The mask of a layer is that of today's weight, whoever wrote it; a cast to fewer bits freezes it."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -147,6 +148,18 @@ def cast_of(weight, cast):
     plain = nn.Linear(1, 1)
     plain.weight.data = weight
     return cast(plain).weight.detach()
+
+
+def test_a_mask_that_a_cast_froze_in_eval_mode_is_said_to_be_when_it_trains():
+    model = nn.Sequential(Linear(16, 16, pattern="2:4")).eval().half().float()
+    with pytest.warns(UserWarning, match="a cast in eval mode froze the masks"):
+        model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[0].freeze_mask(False)
+        model.eval().train()
+        model[0].freeze_mask()  # by the user
+        model.eval().half().train()
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)

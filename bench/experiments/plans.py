@@ -132,6 +132,9 @@ def _ablate(scale):
     rungs = [stage.pattern for stage in method_stages("chain", scale.steps, "2:4", scale.ladder)[:-1]]
     lengths = sorted({len(rungs) // 2, len(rungs)} - {0})
     chains = {n: _stages("chain", scale, ladder=tuple(rungs[len(rungs) - n :])) for n in lengths}
+    layers = {"all": "all", "MLPs": r"mlp\.fc", "attention": r"attn"}
+    if model_config(scale.model, **scale.overrides).kind in ("ddpm", "slimmable"):
+        del layers["MLPs"]
     return [
         Run(DEFAULT, _stages("sr-ste+kd", scale)),
         *(Run(f"w_kd={w:g}", _stages("sr-ste+kd", scale, w_kd=w), "transfer weight") for w in (0, 0.01, 1)),
@@ -142,7 +145,7 @@ def _ablate(scale):
         Run(f"{len(rungs) + 1} students, no teacher", _stages("chain", scale, teacher="none", w_kd=0.0), "teacher"),
         *(
             Run(f"masked: {name}", _stages("sr-ste+kd", scale), "masked layers", where=where)
-            for name, where in (("all", "all"), ("MLPs", r"mlp"), ("attention", r"attn"))
+            for name, where in layers.items()
         ),
     ]
 

@@ -302,7 +302,8 @@ def small_config(config):
 
     The number of heads of a transformer and of groups of a U-Net does not change.
     """
-    axis, step = ("dim", config.get("heads")) if "dim" in config else ("width", math.lcm(config.get("groups"), 2))
+    axis, least = ("dim", (config["heads"], 4)) if "dim" in config else ("width", (config["groups"], 2))
+    step = math.lcm(*least)
     plain = config
     if config["kind"] == "slimmable":
         plain = {field.name: config[field.name] for field in fields(DDPMConfig)} | {"kind": "ddpm"}

@@ -9,6 +9,7 @@ from sparsedm.commands.options import add_crop, add_seed_and_device, add_vae, co
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, check_writable
 from sparsedm.models.autoencoder import load_autoencoder
+from sparsedm.train.array_files import MIRRORED
 from sparsedm.train.data import SPLITS, check_source, load_images
 
 EXAMPLES = ("--data imagenet-train --vae stable-diffusion/vae --size 256 --out latents.npz",)
@@ -55,8 +56,9 @@ def run(options):
         arrays["images"] = mean + (log_variance / 2).exp() * noise
     told["null_context"] = found.null_context
     arrays |= {name: tensor for name, tensor in told.items() if tensor is not None}
+    arrays = {name: tensor.numpy() for name, tensor in arrays.items()} | ({MIRRORED: True} if options.mirror else {})
     with atomic_file(out) as partial:
-        np.savez(partial, **{name: tensor.numpy() for name, tensor in arrays.items()})
+        np.savez(partial, **arrays)
     side = options.size // autoencoder.factor
     print(f"{options.store} of {len(images):,} images, {autoencoder.channels} x {side} x {side}, written to {out}")
     print(f"next: sparsedm train --data {out} with a model of image_size={side}, channels={autoencoder.channels}")

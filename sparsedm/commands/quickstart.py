@@ -198,8 +198,7 @@ pruning in one shot. (The chain's students continued training after the dense ne
   `{dense["features"]}` features: a fixed random convolution network. It ranks networks here and is not an FID.
 * parameters and MACs count kept weights; MACs count the linear and convolution layers for one image. density is the
   share of the dense MACs.
-* training: seconds for that network alone, on {report["device"]} (torch {report["torch"]}). Here plain torch applies
-  the masks: a CPU gains no speed from them.
+* training: seconds for that network alone, on {report["device"]} (torch {report["torch"]}).
 
 {note}
 

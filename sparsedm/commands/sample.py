@@ -27,7 +27,7 @@ from sparsedm.features import to_uint8
 from sparsedm.files import atomic_file, check_writable
 from sparsedm.inspection import live_per_image, most_kept_per_image
 from sparsedm.models.autoencoder import load_autoencoder
-from sparsedm.plots import save_grid
+from sparsedm.plots import check_grid, save_grid
 from sparsedm.sparsity import masked_layers
 from sparsedm.stepaware.family import family_of, load_strategy
 from sparsedm.train import distributed
@@ -188,6 +188,11 @@ def run(options):
                 "decode them with --vae DIR, or write the numbers with --out FILE.npz"
             )
     autoencoder = autoencoder_of(source.config, options)
+    classes = 1 if options.label is not None else source.config.num_classes or 1
+    width = 16 // classes * classes or 16  # each column shows one class
+    if out.suffix != ".npz":
+        side = source.config.image_size * (autoencoder.factor if autoencoder else 1)
+        check_grid(out, -(-options.count // width), min(width, options.count), (side, side))
     masked = source.networks[0]
     if options.compress:
         if source.compressed:
@@ -207,8 +212,6 @@ def run(options):
         with atomic_file(out) as partial:
             np.savez(partial, images=images.numpy())
     else:
-        classes = 1 if options.label is not None else source.config.num_classes or 1
-        width = 16 // classes * classes or 16  # each column shows one class
         save_grid(out, [("", row) for row in images.split(width)])
     how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
     guidance = f", guidance {source.guidance:g}" if source.guidance else ""

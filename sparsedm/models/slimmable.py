@@ -112,8 +112,9 @@ class SlimmableDDPM(DDPM):
 
     def _sandwich(self):
         widths = self.config.eighths
-        middle = torch.randint(len(widths), (self.config.passes - 2,)).tolist()
-        return [widths[-1], widths[0], *(widths[i] for i in middle)]
+        between = widths[1:-1] or widths
+        drawn = torch.randint(len(between), (self.config.passes - 2,)).tolist()
+        return [widths[-1], widths[0], *(between[i] for i in drawn)]
 
     def _run(self, k, x, t, y=None):
         if k == 8:
@@ -189,7 +190,7 @@ def _nearest_waves(run, axis, kept):
 class WidestTeacher(nn.Module):
     """A slimmable network at full width, with its current weights, as a teacher (arXiv 1903.05134, section 3.3).
 
-    For images that the student also computes at full width, the target is its own prediction and the loss is 0.
+    For images that the student also computes at full width, the target is its own prediction without dropout.
     """
 
     def __init__(self, model):

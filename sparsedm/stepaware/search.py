@@ -31,7 +31,7 @@ class SearchOptions:
 
     population: int = 50
     generations: int = 10  # including the first
-    mutation: float | None = None  # probability per step; None: one step of each strategy on average
+    mutation: float | None = None  # probability per step; None: one step of each strategy is drawn anew
     weight: float | None = None  # weight of the cost, for DDSM; None: NSGA-II
     seed: int = 0
 

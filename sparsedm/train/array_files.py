@@ -29,6 +29,7 @@ from sparsedm.train.image_files import Parts
 # in an .npz file
 IMAGE_KEYS, LABEL_KEYS = ("images", "x", "arr_0", "moments"), ("labels", "y", "arr_1")
 TEXT_KEYS = ("context", "null_context")
+MIRRORED = "mirrored"  # in a file that `sparsedm encode --mirror` wrote
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -41,6 +42,7 @@ MOST_LOG_VARIANCE = 60  # diffusers clips them at 20
 def read_npz(path):
     """Read an .npz file of plain arrays, see the top of this file. Returns Parts; InputError names the rule."""
     arrays = _arrays(path)
+    twins = arrays.pop(MIRRORED, None) is not None
     images, labels, texts = ([key for key in arrays if key in names] for names in (IMAGE_KEYS, LABEL_KEYS, TEXT_KEYS))
     if len(images) != 1 or len(labels) > 1 or len(images + labels + texts) < len(arrays):
         rule = f"one of {', '.join(IMAGE_KEYS)} is needed, one of {', '.join(LABEL_KEYS)} may be there"
@@ -50,6 +52,9 @@ def read_npz(path):
     context, null_context = _context(path, arrays)
     rest = {"null_context": null_context, "moments": images == ["moments"]}
     images, labels = _as_images(path, arrays[images[0]]), arrays[labels[0]] if labels else None
+    if not rest["moments"] and images.is_floating_point() and {1, 3} & {*images.shape[1::2]} and images.min() >= 0:
+        held = f"these lie from {images.min():g} to {images.max():g}, like pixels"
+        raise InputError(f"{path}: floating-point images are latents, and {held}: store pixels as uint8")
     if rest["moments"] and not (images.is_floating_point() and images.shape[1] % 2 == 0):
         raise InputError(
             f"{path}: moments must be floating point with an even number of channels, not {images.shape[1]}"
@@ -59,13 +64,15 @@ def read_npz(path):
         raise InputError(f"{path}: the second half of the channels of moments {rule}, not {most:g}")
     if context is not None and len(context) != len(images):
         raise InputError(f"{path}: context must be one for each of the {len(images)} images, not {len(context)}")
+    if twins and len(images) % 2:
+        raise InputError(f"{path}: {MIRRORED} needs images and as many mirrored ones, not {len(images)} in all")
     if labels is None:
-        return Parts({"all": (images, None, context)}, rest=rest)
+        return Parts({"all": (images, None, context)}, rest=rest, twins=twins)
     one_each = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
     if not one_each or labels.min() < 0 or labels.max() > 65535:
         raise InputError(f"{path}: labels must be {len(images)} integers from 0 to 65535, one for each image")
     labels = torch.from_numpy(labels.astype(np.int64))
-    return Parts({"all": (images, labels, context)}, tuple(map(str, range(labels.max() + 1))), rest=rest)
+    return Parts({"all": (images, labels, context)}, tuple(map(str, range(labels.max() + 1))), rest=rest, twins=twins)
 
 
 def read_context(path):

@@ -129,13 +129,16 @@ def _claim(folder, stages, facts, options):
     may_grow = dict.fromkeys(("options.steps", last), options.fixed_length)
     may_grow |= dict.fromkeys(earlier, "only the last stage may become longer: --split says how the steps divide")
     started = run_folder.has_started(folder)
+    same = False  # the network, wherever it lies now
     if started and not lost:
         stored = run_folder.stored_options(folder)
         changed = stored.get("start", facts.get("start")) != facts.get("start")  # older ones do not say
+        same = "start" in stored and not changed
         if changed and stored.get("init") == facts.get("init"):
             advice = "start from the network as it was, or choose another folder"
             raise InputError(f"the dense network that {folder} starts and learns from was changed since: {advice}")
-    run_folder.claim(folder, record | facts, (*MAY_CHANGE, "start"), [TrainOptions, Stage], may_grow, started)
+    free = (*MAY_CHANGE, "start", *(["init"] if same else []))
+    run_folder.claim(folder, record | facts, free, [TrainOptions, Stage], may_grow, started)
     return record
 
 

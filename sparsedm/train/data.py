@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder, checksum, parse_json, regular_file
 from sparsedm.train.array_files import cifar10_folder, context_shape, download_cifar10, read_cifar10, read_npz
-from sparsedm.train.image_files import CROPS, Parts, different_sizes, read_image_files, resized
+from sparsedm.train.image_files import CROPS, Parts, different_sizes, ignored, read_image_files, resized
 from sparsedm.train.synthetic import synthetic
 
 SPLITS = ("train", "test")
@@ -111,7 +111,7 @@ def load(source, split="train", *, size=None, crop="square", limit=None, progres
         parts = Parts({split: tensors}, class_names)
     else:
         parts = _read(source, split, size, progress, cache, crop)
-    images, labels, *context = parts.splits.get(split) or _held_out(source, parts.splits["all"], split)
+    images, labels, *context = parts.splits.get(split) or _held_out(source, parts.splits["all"], split, parts.twins)
     found = ImageSet(images, labels, parts.class_names, source, parts.sizes, *context, **parts.rest)
     return found if limit is None else found.every(limit)
 
@@ -134,7 +134,7 @@ def check_source(source, config=None):
 
     config: of the network to train. A text-conditional network needs a context for every image.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source != "cifar10" and source.partition(":")[0] != "synthetic":
         if not path.exists():
             raise InputError(f"data {source!r}: no such file or folder, and not synthetic or cifar10")
@@ -211,13 +211,15 @@ def _chosen(tensors, indices):
     return [None if tensor is None else tensor[indices] for tensor in tensors]
 
 
-def _held_out(source, tensors, split):
-    n = len(tensors[0])
+def _held_out(source, tensors, split, twins):
+    """The tensors of a split. twins: see `Parts`; an image and its twin are not divided, and the test has no twins."""
+    n = len(tensors[0]) // (2 if twins else 1)
     count = min(max(64, n // 50), n // 2)
     if not count:
         raise InputError(f"{source} holds one image, so none can be held out for validation")
     order = torch.from_numpy(_shuffled(n, HOLD_OUT_SEED))
-    return _chosen(tensors, (order[count:] if split == "train" else order[:count]).sort().values)
+    indices = (order[count:] if split == "train" else order[:count]).sort().values
+    return _chosen(tensors, torch.cat((indices, indices + n)) if twins and split == "train" else indices)
 
 
 def _synthetic_size(source, size):
@@ -233,7 +235,7 @@ def _read(source, split, size, progress, cache, crop):
     """Parts of any source except synthetic; from the cache only the needed split."""
     try:
         check_source(source)
-        path = download_cifar10(cache, progress=progress) if source == "cifar10" else Path(source).expanduser()
+        path = download_cifar10(cache, progress=progress) if source == "cifar10" else Path(os.path.expanduser(source))
         if path.suffix.lower() == ".npz":
             return _resize(read_npz(path), size, progress)
         fitted = str(size) if crop == "square" else f"{size} {crop}"
@@ -274,7 +276,11 @@ def _signature(path, size):
     facts = hashlib.sha256(f"2 {size}".encode())  # 2: version of the readers; raise it when their output changes
     found = [path]
     if path.is_dir():
-        found = sorted(Path(root, name) for root, folders, files in os.walk(path) for name in folders + files)
+        found = []
+        for root, folders, files in os.walk(path):
+            folders[:] = [name for name in folders if not ignored(name)]
+            found += (Path(root, name) for name in folders + files if not ignored(name))
+        found.sort()
     for file in found:
         state = file.stat()
         facts.update(

@@ -41,13 +41,15 @@ class Parts(NamedTuple):
     """A set of images. splits: name -> (images uint8 (n, c, h, w), labels int64 (n,) or None); .npz: also the context.
 
     The names are "train" and "test", or "all" if the source has no splits. sizes: the original sizes of the images,
-    "WIDTHxHEIGHT" -> the first file of that size. rest: other fields of `data.ImageSet`.
+    "WIDTHxHEIGHT" -> the first file of that size. rest: other fields of `data.ImageSet`. twins: whether the second half
+    of the images mirrors the first.
     """
 
     splits: dict
     class_names: tuple = ()
     sizes: dict = {}
     rest: dict = {}
+    twins: bool = False
 
 
 def read_image_files(path, size=None, progress=True, crop="square"):
@@ -96,11 +98,11 @@ def _files_below(folder):
 
     names = []
     for root, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not _ignored(name)]
+        folders[:] = [name for name in folders if not ignored(name)]
         for name in folders:
             if os.path.islink(os.path.join(root, name)):
                 raise InputError(f"{os.path.join(root, name)} is a link to a folder: links are not followed")
-        names += (Path(root, name).relative_to(folder).as_posix() for name in files if not _ignored(name))
+        names += (Path(root, name).relative_to(folder).as_posix() for name in files if not ignored(name))
     return names
 
 
@@ -122,13 +124,13 @@ def _check_member(path, name, info):
         raise InputError(f"{path} holds {name!r} of {info.file_size} bytes, more than {MOST_FILE_BYTES}")
 
 
-def _ignored(part):
+def ignored(part):
     return part in IGNORED or part.startswith(".")
 
 
 def _read(path, names, read, size, progress, crop):
     """Parts from the images `names` (paths relative to `path`). read(name): the bytes of an image."""
-    names = sorted(name for name in names if not any(map(_ignored, PurePosixPath(name).parts)))
+    names = sorted(name for name in names if not any(map(ignored, PurePosixPath(name).parts)))
     listing = next((name for name in names if PurePosixPath(name).name == LISTING), None)
     names = [name for name in names if name != listing]
     if not names:

@@ -356,6 +356,9 @@ def check_data(model, images, validation):
     """Raise InputError if the network cannot be trained on the images."""
     if describe(model)["kind"] == "compressed":
         raise InputError("a compressed model is for inference: train the masked model it was made from")
+    if narrow := {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}:
+        dtype = str(narrow.pop()).removeprefix("torch.")
+        raise InputError(f"{dtype} weights lose the small steps of a training: train model.float(), with amp='bf16'")
     config, classes = getattr(model, "config", None), classes_of(model)
     for found in filter(None, (images, validation)):
         shape = found.shape

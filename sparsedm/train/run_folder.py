@@ -131,7 +131,8 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     if there.get("run", "none") != here.get("run", "none"):
         own = f"its number is {there.get('run', 'none')}, not {here.get('run', 'none')}"
         raise InputError(f"{folder} is of another run: {own}")
-    names = [n for n in dict.fromkeys([*there, *here]) if there.get(n, "not set") != here.get(n, "not set")]
+    names = dict.fromkeys([*there, *here])
+    names = [name for name in names if not _same(there.get(name, "not set"), here.get(name, "not set"))]
     different = [f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here" for name in names]
     grown = [name for name in may_grow or () if type(there.get(name)) in (int, float) and there[name] < here[name]]
     if different and set(names) <= set(grown):
@@ -154,6 +155,14 @@ def holds_work(folder):
     """Whether a folder holds anything but options and a lock."""
     folder = Path(folder)
     return folder.is_dir() and any(path.name not in ("options.json", ".lock") for path in folder.iterdir())
+
+
+def _same(there, here):
+    """Whether two options are equal, or two names of one file or folder."""
+    if there == here or not isinstance(there, str) or not isinstance(here, str):
+        return there == here
+    there, here = os.path.expanduser(there), os.path.expanduser(here)
+    return os.path.exists(there) and os.path.exists(here) and os.path.samefile(there, here)
 
 
 def _flat(value, free, prefix=""):

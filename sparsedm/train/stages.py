@@ -30,9 +30,8 @@ class Stage:
     w_kd: float = 0.0  # weight of the transfer loss
     w_noise: float = 1.0  # weight of the noise-prediction loss; 0: learn only from the teacher
     decay: float = 0.0  # of pruned weights, SR-STE
-    dropped: float = (
-        1.0  # factor of the gradient at pruned weights; 1: straight-through, 0: pruned weights do not change
-    )
+    # factor of the gradient at pruned weights; 1: straight-through; 0: only weight decay and momentum change them
+    dropped: float = 1.0
     frozen_mask: bool = False  # selected once, at the start of the stage
     inplace: bool = False  # continue the previous stage's network, optimizer and EMA weights: no new student
     init: str = "previous"  # or "random": new weights; the EMA weights still come from the previous stage

@@ -207,6 +207,13 @@ def test_a_picture_needs_a_picture_name(trained, tmp_path, capsys):
     assert "must end in .png" in capsys.readouterr().err
 
 
+def test_a_picture_too_large_for_its_format_is_refused_before_it_is_drawn(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "draw", lambda *_: pytest.fail("drawn"))
+    assert run("sample", trained, "--count", 10_000, "--out", tmp_path / "x.webp") == 2
+    assert "such a file holds 16383: write .png" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_drawn_batch_larger_than_the_machine_is_refused_before_it_is_drawn(trained, tmp_path, monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(sample, "live_per_image", lambda network: measured.append(network) or 1 << 20)

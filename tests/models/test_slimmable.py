@@ -128,7 +128,7 @@ def test_training_divides_the_batch_among_widths():
     model, (x, t, _) = make(passes=3)
     model.train()
     torch.manual_seed(1)
-    middle = model.config.eighths[torch.randint(4, (1,)).item()]
+    middle = model.config.eighths[1:-1][torch.randint(2, (1,)).item()]
     torch.manual_seed(1)
     out = model(x, t)
     for k, part in zip((8, 2, middle), (slice(0, 2), slice(2, 4), slice(4, 5))):

@@ -264,6 +264,14 @@ def test_two_processes_in_one_folder_are_refused_before_either_claims_it(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_start_that_lies_elsewhere_now_is_the_same(tmp_path):
+    stages = [Stage("a", 2, "2:4", teacher="dense", w_kd=0.5)]
+    for name in ("there", "here"):
+        run(tmp_path, stages, ema=tiny(3), record={"init": name})
+    with pytest.raises(InputError, match=r"init is there there and elsewhere here"):
+        run(tmp_path, stages, ema=tiny(4), record={"init": "elsewhere"})
+
+
 def test_a_teacher_that_was_changed_since_is_refused(tmp_path):
     """The run of --init may have gone on: what is resumed learned from another network, without a word."""
     stages = [Stage("a", 2, "2:4", teacher="dense", w_kd=0.5)]

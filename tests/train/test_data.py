@@ -114,21 +114,22 @@ def test_a_zip_with_splits_is_not_split_again(tmp_path):
 def test_what_is_held_out_is_a_fixed_part_and_never_trained_on(tmp_path, count, held_out):
     """64 at least, then 2%; of fewer than 128 images half."""
     array = np.arange(count, dtype=np.float32).reshape(-1, 1, 1, 1)
-    path = npz_of(tmp_path / "a.npz", x=array, y=np.arange(count) % 7)
+    path = npz_of(tmp_path / "a.npz", x=-array, y=np.arange(count) % 7)
     train, test = load(path), load(path, "test")
     assert len(test) == held_out
-    together = torch.cat([train.images, test.images]).flatten()
+    together = -torch.cat([train.images, test.images]).flatten()
     assert torch.equal(together.sort().values, torch.arange(count, dtype=torch.float32))
     for images in (train, test):
-        assert torch.equal(images.labels, images.images.flatten().long() % 7)
-        assert torch.equal(images.images, images.images.sort(0).values)
+        numbers = -images.images.flatten()
+        assert torch.equal(images.labels, numbers.long() % 7)
+        assert torch.equal(numbers, numbers.sort().values)
     assert torch.equal(load(path, "test").images, test.images)
 
 
 def test_the_hold_out_rule_is_the_same_everywhere(tmp_path):
     """Recorded once: if it changes, images that older runs trained on become validation images."""
-    path = npz_of(tmp_path / "a.npz", x=np.arange(1000, dtype=np.float32).reshape(-1, 1, 1, 1))
-    assert load(path, "test", limit=8).images.flatten().tolist() == RECORDED
+    path = npz_of(tmp_path / "a.npz", x=-np.arange(1000, dtype=np.float32).reshape(-1, 1, 1, 1))
+    assert load(path, "test", limit=8).images.neg().flatten().tolist() == RECORDED
 
 
 RECORDED = [27, 151, 248, 392, 581, 664, 775, 910]
@@ -141,7 +142,7 @@ def test_one_image_cannot_be_split(tmp_path):
 
 def test_limit_keeps_all_classes(tmp_path):
     count = 1000
-    path = npz_of(tmp_path / "a.npz", x=np.zeros((count, 1, 1, 1), np.float32), y=np.arange(count) // 100)
+    path = npz_of(tmp_path / "a.npz", x=np.full((count, 1, 1, 1), -1.0), y=np.arange(count) // 100)
     images = load(path, limit=20)
     assert len(images) == 20
     assert images.labels.unique().tolist() == list(range(10))
@@ -170,6 +171,49 @@ def test_npz_latents_become_float32(tmp_path, dtype):
     assert images.images.dtype == torch.float32
     assert images.labels is None
     assert any(np.array_equal(images.images[0].numpy(), one.astype(np.float32)) for one in latents)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (4, 8, 8, 3), (4, 1, 8, 8)])
+@pytest.mark.parametrize("top", [1, 255])
+def test_pixels_in_floating_point_are_no_latents(tmp_path, shape, top):
+    """They trained unscaled, and their samples were washed out."""
+    pixels = np.random.default_rng(0).random(shape, np.float32) * top
+    with pytest.raises(
+        InputError, match=r"a\.npz: floating-point images are latents, and these lie from .*: store pixels"
+    ):
+        load(npz_of(tmp_path / "a.npz", images=pixels))
+    assert load(npz_of(tmp_path / "b.npz", images=pixels - top / 2)).is_latent
+
+
+def test_a_mirrored_twin_is_on_the_side_of_its_image(tmp_path):
+    n = 200
+    latents = np.random.default_rng(0).normal(size=(n, 4, 2, 2)).astype(np.float32)
+    both = np.concatenate((latents, latents[..., ::-1]))
+    path = npz_of(tmp_path / "a.npz", images=both, mirrored=True, labels=np.tile(np.arange(n), 2))
+    train, test = load(path), load(path, "test")
+    assert (len(train), len(test)) == (2 * (n - 64), 64)
+    assert not set(train.labels.tolist()) & set(test.labels.tolist())
+    assert torch.equal(train.images[: n - 64], train.images[n - 64 :].flip(-1))
+    assert len(test.labels.unique()) == 64
+    with pytest.raises(InputError, match="mirrored needs images and as many mirrored ones, not 399 in all"):
+        load(npz_of(tmp_path / "b.npz", images=both[1:], mirrored=True))
+
+
+def test_what_is_hidden_in_a_folder_need_not_be_readable(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(picture(colour=number))
+    (folder / ".#0.png").symlink_to("me@host.1:2")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "gone").symlink_to("nowhere")
+    assert len(load(folder)) + len(load(folder, "test")) == 3
+
+
+@pytest.mark.parametrize("source", ["~nobody_has_this_name/a", "~nobody_has_this_name.zip"])
+def test_the_home_of_nobody_is_no_source(source):
+    with pytest.raises(InputError, match="no such file or folder"):
+        load(source)
 
 
 OK = np.zeros((2, 8, 8, 3), np.uint8)

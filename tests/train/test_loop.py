@@ -117,6 +117,14 @@ def test_leaves_the_teacher_the_start_and_the_global_generator_alone(tmp_path):
     assert all(parameter.grad is None for parameter in [*teacher.parameters(), *result.ema.parameters()])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused(tmp_path, dtype):
+    """They trained, and their average stood still: a thousandth of a step is less than half of their last bit."""
+    with pytest.raises(InputError, match=r"float16 weights lose the small steps .* train model\.float\(\)"):
+        run(tmp_path, model=masked().to(dtype))
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_seeds_and_first_step_choose_the_stream(tmp_path):
     positions = [run(tmp_path / str(i), first_step=i * 12).loss for i in range(2)]
     seeds = [run(tmp_path / f"s{seed}", replace(OPTIONS, seed=seed)).loss for seed in (3, 4)]

@@ -34,6 +34,18 @@ def test_claim_accepts_the_same_and_lists_differences(tmp_path):
         run_folder.claim(tmp_path / "new", {f"option {i}": i for i in range(7)})
 
 
+def test_two_names_of_one_folder_are_one_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("images")
+    run_folder.claim("run", {"data": "images"})
+    for name in ("./images", str(tmp_path / "images"), "link"):
+        run_folder.claim("run", {"data": name})
+    (tmp_path / "others").mkdir()
+    with pytest.raises(InputError, match="data is images there and others here"):
+        run_folder.claim("run", {"data": "others"})
+
+
 def test_claim_says_why_a_number_may_not_grow(tmp_path):
     may_grow = {"steps": None, "width": "it is the networks'"}
     run_folder.claim(tmp_path, {"steps": 5, "width": 8})

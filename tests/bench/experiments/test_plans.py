@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from bench.experiments.plans import EXPERIMENTS
+from bench.experiments.plans import EXPERIMENTS, SCALES
 from sparsedm.kernels.pattern import Pattern
+from sparsedm.models import build_model
+from sparsedm.sparsity import masked_layers, sparsify
 from sparsedm.train.stages import LADDER, METHODS
 from tests.bench.experiments.tiny_plan import planned
 
@@ -52,6 +54,14 @@ def test_what_the_plans_vary():
     assert {s.learns_from for s in ablate["5 students, no teacher"]} == {"none"}
     assert ablate["teacher alone"][0].w_noise == 0
     assert [len(ablate[name]) for name in ("default", "3 students", "5 students")] == [1, 3, 5]
+    where = {run.name: run.where for run in planned("ablate", "full")[2] if run.where}
+    for model, absent in (("dit-tiny", set()), ("ddpm-tiny", {"masked: MLPs"})):
+        scale = replace(SCALES["full"], model=model, overrides={})
+        found = {run.name: run.where for run in EXPERIMENTS["ablate"].runs(scale) if run.where}
+        assert found == {name: layers for name, layers in where.items() if name not in absent}
+        for layers in found.values():
+            names = [name for name, _ in masked_layers(sparsify(build_model(model, device="meta"), "2:4", layers))]
+            assert layers == "all" or not any("embed" in name for name in names)
     assert all(stage.inplace for stage in stages("fixed-vs-inplace-vs-chain")["inplace"])
 
 

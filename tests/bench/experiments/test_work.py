@@ -77,7 +77,7 @@ def test_the_small_dense_network_has_the_macs_of_the_sparse_one(model):
     assert abs(macs / target - 1) < 0.05
 
 
-@pytest.mark.parametrize("model", ["uvit-tiny", "ddpm-tiny", "slimmable-tiny"])
+@pytest.mark.parametrize("model", ["uvit-tiny", "ddpm-tiny", "slimmable-tiny", "dit-imagenet256-small"])
 def test_what_is_narrowed_has_the_macs_of_2of4(model):
     config = asdict(model_config(model))
     small = build_model(work.small_config(config), device="meta")
