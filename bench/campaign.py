@@ -14,8 +14,8 @@ cut or skipped), first.json (which configurations are right), results.csv, log.t
 (targets and measured values), tuned.json (configurations found), counters.txt, plots.zip, quality.zip.
 """
 
-import importlib.util
 import functools
+import importlib.util
 import itertools
 import os
 import sys
