@@ -23,6 +23,7 @@ import time
 import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from sparsedm.commands.options import positive
 from sparsedm.errors import InputError, check_memory
 from sparsedm.files import atomic_file, cache_folder, read_json, read_text, write_json, write_text
 from sparsedm.kernels import tuning
+from sparsedm.kernels.launch import triton
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
 SECONDS = {"first": 185, "second": 385, "quality": 540}  # the first two fit into one command of 600 s
@@ -56,7 +58,8 @@ def bench(suites, *arguments):
 
 
 def pytest(*arguments):
-    return python("pytest", "-q", "-m", "gpu", "--color=no", "-p", "no:cacheprovider", *arguments)
+    """The gpu-marked tests. Each is named as it ends, in case the run is cut."""
+    return python("pytest", "-v", "-m", "gpu", "--color=no", "-p", "no:cacheprovider", *arguments)
 
 
 def sanitizer(tool, *command):
@@ -91,24 +94,26 @@ def second_suites():
     counters = python("bench.counters", "{csv}", "--count", "1", "--out", "{folder}/counters.txt")
     kernels = ("mma", "mma_splitk", "mma_conv", "wgmma", "wgmma_conv")
     watched = [str(TESTS / f"kernels/sparse24/test_{name}.py") for name in kernels]
-    watched = pytest("--verbose", "-k", "random", *watched)
+    watched = pytest("-k", "random", *watched)
+    main = [str(TESTS / name) for name in ("kernels", "bench/test_timing.py", "test_cuda_graph.py")]
     quick = "--no-compile"
     return (
         Measures("gemm: models", bench("gemm", "--shapes", layers, quick), 120),
-        Measures("steps", bench("end-to-end", "--shapes", f"{HUGE},{SMALL}", quick, *compared), 50),
+        Measures("steps", bench("end-to-end", "--shapes", f"{SMALL},{HUGE}", quick, "--no-sampling", *compared), 50),
         Measures("steps, compiled", bench("end-to-end", "--shapes", LARGE, *compared), 120),
-        Suite("tests", pytest(*workers, str(TESTS)), 80),
-        Suite("counters", counters, 30, needs="ncu"),
+        Suite("tests", pytest(*workers, *main), 80),
+        Measures("counters", counters, 60, needs="ncu"),
         Measures("train", (*UNTUNED, *bench("train", "--shapes", "uvit-cifar10-small@128")), 120),
         Measures("gemm: square", bench("gemm", "--shapes", "square", quick), 120),
         Measures("mask", bench("ceiling,mask"), 60),
         Measures("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16", quick), 120),
-        Measures("steps, compiled: all", bench("end-to-end", "--shapes", f"{HUGE},{SMALL}", *compared), 240),
+        Measures("steps, compiled: all", bench("end-to-end", "--shapes", f"{SMALL},{HUGE}", *compared), 240),
         Measures("gemm: compiled", bench("gemm", "--shapes", f"square,{layers}"), 240),
         Measures("masked-train", bench("masked-train", "--shapes", layers), 120),
         Measures("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 240),
         Measures("table3", bench("table3", quick), 240),
         Measures("gemm: all", bench("gemm", quick)),
+        Suite("tests: all", pytest(*workers, str(TESTS)), 240),
         sanitizer("memcheck", *watched),
         sanitizer("racecheck", *watched),
     )
@@ -143,11 +148,15 @@ def suites_of(part, folder, data=None):
         if not data:
             raise InputError("the part quality trains: give it images with --data")
         return quality_suites(data)
-    if not (folder / "first.json").exists():
-        print("there is no first.json: `second` does not know which configurations are right", file=sys.stderr)
+    if known := (folder / "first.json").exists():
+        verdicts = read_json(folder / "first.json", configurations=dict)["configurations"]
+        if "right" not in verdicts.values():
+            return search_for_the_fault()
+    if known and any(Path(triton.knobs.cache.dir).glob("*")):
         return second_suites()
-    verdicts = read_json(folder / "first.json", configurations=dict)["configurations"]
-    return second_suites() if "right" in verdicts.values() else search_for_the_fault()
+    print("`first` did not end, or it was on another machine: its first contact compiles again", file=sys.stderr)
+    contact = next(suite for suite in first_suites() if suite.name == "first contact")
+    return (replace(contact, name="first contact again"), *second_suites())
 
 
 def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):

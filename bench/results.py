@@ -176,7 +176,7 @@ def speedups(rows, suites=None):
 # ---- what every measurement is stamped with
 
 COMMIT = "SPARSEDM_COMMIT"  # environment variable: the commit, where the code was copied without its repository
-SENSORS = ("clocks.sm", "clocks.mem", "power.draw")  # MHz, MHz, W
+SENSORS = ("clocks.sm", "clocks.mem", "power.draw.instant")  # MHz, MHz, W
 
 
 def stamp(device):
@@ -209,8 +209,13 @@ def settings():
 
 
 def sensors(device):
-    """SM clock and memory clock in MHz and power in W, as nvidia-smi reads them now."""
-    values = _nvidia_smi(device, *SENSORS) if torch.device(device).type == "cuda" else [""] * len(SENSORS)
+    """SM clock and memory clock in MHz and power in W, as nvidia-smi reads them now. An old one tells only the power of
+    the last second."""
+    values = [""] * len(SENSORS)
+    if torch.device(device).type == "cuda":
+        values = _nvidia_smi(device, *SENSORS)
+        if not values[-1]:
+            values = _nvidia_smi(device, *SENSORS[:-1], "power.draw")
     return dict(zip(("sm_mhz", "memory_mhz", "power_w"), values))
 
 

@@ -62,7 +62,8 @@ LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by
     "gemm": (problems.LinearProblem, LinearShape, "square,m-sweep,grid,models", "square,m-sweep,grid,uvit-tiny@4"),
     "conv": (problems.ConvProblem, ConvShape, "models", "ddpm-tiny@4"),
 }
-NETWORK_SUITES = ("end-to-end", "train", "table3")
+SAMPLED = ("end-to-end", "table3")
+NETWORK_SUITES = (*SAMPLED, "train")
 TUNED_FOR_LONG = ("masked-train", *NETWORK_SUITES)  # a provider compiles and tunes several kernels, one after another
 SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
 
@@ -70,6 +71,7 @@ SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
 QUICK = {"rounds": 3, "per_round": 1, "seconds": 1.0}  # of suite cpu
 PATIENCE = 2  # a provider that hung or crashed the process so often is left out of the suite
 COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network takes
+SAMPLES = 30  # seconds that must be left for whole sampling to begin
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Session:
             return
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         held = self.results.matching(identity)
-        names = {row.get("provider", "") for row in held}
+        names = {row.get("provider", "") for row in held} - self.not_sampled(suite, identity, held)
         missing = [p for p in self.keep(providers) if p.name not in names]
         if not missing or "" in names:  # a row without a provider: the process ended here before
             return
@@ -139,8 +141,8 @@ class Session:
 
         def starting(name, **other):
             compiled = name.endswith("compiled")
-            needed = COMPILES if compiled and suite in NETWORK_SUITES else 0
-            if name and time.monotonic() + needed >= self.deadline:
+            needed = COMPILES if compiled and suite in NETWORK_SUITES else SAMPLES if "mode" in other else 0
+            if (name or other) and time.monotonic() + needed >= self.deadline:
                 self.cut += 1
                 return False
             self.results.begin(identity | {"provider": name} | other)
@@ -159,6 +161,18 @@ class Session:
         finally:
             self.watch.done()
         release(self.device)
+
+    def not_sampled(self, suite, identity, rows):
+        """The names of the networks whose step was timed, in `rows`, and for whose sampling there was no time."""
+        if suite not in SAMPLED or not self.sampling:
+            return set()
+        sampled = self.results.matching(identity | {"mode": sampling_mode(self.steps)})
+        names = {row.get("provider", "") for row in sampled}
+        return set() if "" in names else {row["provider"] for row in rows if row["status"] == "ok"} - names
+
+    @property
+    def steps(self):
+        return 4 if self.quick else 50
 
 
 def beside_compiled(rows):
@@ -247,11 +261,10 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
     for rows in measure(suite, problem, providers, session.clock, **limits):
         able |= {r["provider"] for r in rows if r["status"] == "ok" and r["method"] != "cuda events"}
         yield rows
-    if suite != "train" and session.sampling:
-        steps = 4 if session.quick else 50
-        starting("", mode=sampling_mode(steps))
+    if suite in SAMPLED and session.sampling:
         rounds = 1 if suite == "table3" else 3  # some of its networks take a third of a second a step
-        yield sampling_rows(suite, problem, [p for p in providers if p.name in able], steps, rounds)
+        if starting("", mode=sampling_mode(session.steps)):
+            yield sampling_rows(suite, problem, [p for p in providers if p.name in able], session.steps, rounds)
 
 
 class Watch:

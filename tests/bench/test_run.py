@@ -228,6 +228,21 @@ def test_a_crash_while_sampling_costs_only_the_samples(tmp_path, monkeypatch):
     assert rows == steps | {(sampling, "", "failed"), (sampling, "sparsedm masked", "ok")}
 
 
+def test_sampling_that_there_is_no_time_for_is_left_for_the_next_time(tmp_path, monkeypatch):
+    shape, names = "uvit-tiny@1", ("dense",)
+    with monkeypatch.context() as short:
+        short.setattr(run, "SAMPLES", 1000)
+        first = session(tmp_path / "r.csv", shape, providers=names, deadline=time.monotonic() + 900)
+        run_suite("end-to-end", first)
+    assert first.cut == 1
+    assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"step"}
+    run_suite("end-to-end", session(tmp_path / "r.csv", shape, resume=True, providers=names))
+    assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"step", "sampling, 4 steps"}
+    again = session(tmp_path / "r.csv", shape, resume=True, providers=names, deadline=-1.0)
+    run_suite("end-to-end", again)
+    assert again.cut == 0
+
+
 def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
     run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
     run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=("dense", "torch topk")))
