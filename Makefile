@@ -18,7 +18,7 @@ help:
 	@echo "make test-slow                the tests that take minutes"
 	@echo "make test-versions            the kernel tests under each of Triton $(TRITONS); most of an hour"
 	@echo "make bench                    measure small shapes here (a CPU will do), draw every chart: runs/bench"
-	@echo "make gpu [SECONDS=430]        on a GPU: 150 s of first contact, then so long by value: runs/gpu; again: goes on"
+	@echo "make gpu [SECONDS=385]        on a GPU: 185 s of first contact, then so long by value: runs/gpu; again: goes on"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

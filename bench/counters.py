@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,6 @@ from bench.results import read, speedups
 from bench.shapes import LinearShape, select
 from sparsedm.commands.options import count
 from sparsedm.errors import InputError
-from sparsedm.files import write_text
 
 SECTIONS = (
     *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis"),
@@ -78,11 +78,13 @@ def main(arguments=None):
     cases = extremes(read(options.results), options.count)
     if not shutil.which("ncu"):
         raise InputError("ncu (Nsight Compute) is not on the PATH")
-    done = subprocess.run(command(cases), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    write_text(options.out, done.stdout)
-    if done.returncode:
-        print("\n".join(done.stdout.splitlines()[-20:]), file=sys.stderr)
-    return done.returncode
+    report = Path(options.out)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    with open(report, "wb") as file:  # by ncu itself: what it has said stays if both are ended
+        code = subprocess.run(command(cases), stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        print("\n".join(report.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -6,17 +6,19 @@ Each configuration has its own process; all run in parallel. It compiles its ker
 models, into Triton's cache, and prints `compiled`. Then it has --timeout seconds to check that every weight is in its
 place, a ragged product with an epilogue, and a product with many tiles per block. If it hangs or faults, a note keeps
 the autotuner from trying it. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in
-single calls, and over a second without a pause, while power and clock are read.
+single calls, and the best over a second without a pause, while power and clock are read.
 
-DIR/first.json: {"configurations": {name: "right", or what is wrong}}; DIR/results.csv: the times.
+DIR/first.json: {"configurations": {name: "right", or what is wrong}}, from the first verdict on; DIR/results.csv: the
+times.
 """
 
 import contextlib
+import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,7 +28,7 @@ from bench import command_line, program, run
 from bench.problems import LinearProblem
 from bench.providers import Configuration, configured
 from bench.shapes import LinearShape
-from bench.suite import reason_of, signal_all
+from bench.suite import deadline, reason_of, signal_all
 from sparsedm.commands.options import positive
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
@@ -34,7 +36,7 @@ from sparsedm.kernels.launch import capability
 from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Choice, Request, candidates, trying
 from sparsedm.kernels.sparse24.format import pack
 
-COMPILES = 240  # most seconds for compiling one configuration for all epilogues
+COMPILES = 3  # compiling one configuration for all epilogues may take so many times as long as its check
 COMPILED, RIGHT = "compiled", "right"  # what a process prints, one line each
 EPILOGUES = (  # the first two are checked; the others are of the layers of U-ViT and DiT, and of the sweeps
     {"bias": True},
@@ -117,18 +119,20 @@ def contact(choice, device, small):
     print(RIGHT, flush=True)
 
 
-def verdict_of(command, timeout):
-    """ "right", or what is wrong. The process is killed if it does not end so long after it has said `compiled`."""
+def verdict_of(command, timeout, processes):
+    """ "right", or what is wrong. The process is added to `processes`, and killed if it does not end so long after it
+    has said `compiled`."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )
+    processes.append(process)
     lines, killed = [], threading.Event()
 
     def kill():
         killed.set()
         signal_all(process, 9)
 
-    timer = threading.Timer(COMPILES, kill)
+    timer = threading.Timer(COMPILES * timeout, kill)
     timer.start()
     for line in process.stdout:
         lines.append(line.strip())
@@ -141,14 +145,37 @@ def verdict_of(command, timeout):
     if RIGHT in lines and not process.returncode:
         return RIGHT
     if killed.is_set():
-        return f"hangs: more than {timeout:g} s" if COMPILED in lines else f"compiles for more than {COMPILES} s"
+        return (
+            f"hangs: more than {timeout:g} s"
+            if COMPILED in lines
+            else f"compiles for more than {COMPILES * timeout:g} s"
+        )
     return reason_of(process.returncode, "\n".join(lines))
+
+
+def verdicts_of(commands, timeout, file):
+    """{name: verdict} of {name: command}, all side by side; `file` holds those that are known. An interruption kills
+    all."""
+    found, processes = {}, []
+    with ThreadPoolExecutor(max(1, len(commands))) as pool:
+        jobs = {pool.submit(verdict_of, command, timeout, processes): name for name, command in commands.items()}
+        try:
+            for job in as_completed(jobs):
+                found[jobs[job]] = job.result()
+                write_json(file, {"configurations": {name: found[name] for name in commands if name in found}})
+        except BaseException:
+            for process in processes:
+                if process.poll() is None:
+                    signal_all(process, signal.SIGKILL)
+            raise
+    return found
 
 
 @program("first contact")
 def main(arguments=None):
     """Returns the exit code: 0 if one configuration is right and all were timed, 1 if none is, else as `bench.run`."""
-    began, options = time.monotonic(), parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
+    end = deadline(options.seconds)
     device = torch.device("cuda")
     if options.one:
         backend, number = options.one.split(",")
@@ -158,18 +185,19 @@ def main(arguments=None):
         raise InputError("torch sees no GPU")
     found, folder = choices(device), Path(options.out)
     own = (sys.executable, "-m", "bench.first_contact", *(["--small"] if options.small else []), "--one")
-    commands = [(*own, f"{choice.backend},{choice.config}") for choice in found]
-    with ThreadPoolExecutor(max(1, len(found))) as pool:
-        verdicts = list(pool.map(lambda command: verdict_of(command, options.timeout), commands))
-    named = {Configuration(choice).name: verdict for choice, verdict in zip(found, verdicts)}
-    write_json(folder / "first.json", {"configurations": named})
-    print(*(f"{name}: {verdict}" for name, verdict in named.items()), sep="\n", flush=True)
-    right = [name for name, verdict in named.items() if verdict == RIGHT]
+    commands = {Configuration(choice).name: (*own, f"{choice.backend},{choice.config}") for choice in found}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as from the keyboard
+    try:
+        named = verdicts_of(commands, options.timeout, folder / "first.json")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(*(f"{name}: {named[name]}" for name in commands), sep="\n", flush=True)
+    right = [name for name in commands if named[name] == RIGHT]
     if not right:
         return 1
     large = [name for name in right if name in {Configuration(choice).name for choice in choices(device, (8192,))}]
     names = ",".join(["dense", *large, "cuSPARSELt", "cuSPARSELt tuned"])
-    left = max(0.0, options.seconds - (time.monotonic() - began))
+    left = max(0.0, end - time.monotonic())
     timing = ["--suite", "first", "--resume", "--out", str(folder / "results.csv"), "--timeout", f"{options.timeout:g}"]
     quick = ["--quick"] if options.small else []
     return run.main([*timing, "--seconds", f"{left:.0f}", "--providers", names, *quick])

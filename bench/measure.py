@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from bench.providers import OURS, Bound, Masked
+from bench.providers import OURS, Bound, Configuration, Masked
 from bench.results import DENSE, stamp
 from bench.timing import Timed, interleaved
 from sparsedm.kernels.tuning import device_is_lost
 
+HELD = 4  # so many of our configurations, the fastest, are timed over a second, and everything else
 BESIDE = (OURS, Masked.name)  # a compiled provider is timed together with these and the fastest eager dense one
 
 
@@ -34,19 +35,20 @@ def measure(
     seconds=math.inf,
     packing=True,
     held=False,
-    starting: Callable = lambda name: True,
+    starting: Callable = lambda name, **columns: True,
 ):
     """Yields lists of rows for the results file: first of all eager providers; then, because compiling may take
     minutes, of each compiled one, with new times of the fastest dense provider, of ours and of the earlier compiled
-    ones from the same rounds.
+    ones from the same rounds; with held=True then the rows "held", one by one.
 
     A provider that cannot run (status "unsupported"), raises ("failed") or returns a wrong result ("wrong") gets one
     row that says so, and is not timed. Metrics: "time"; on a GPU "host", what a call costs the CPU that launches it,
     and with held=True "held", the time of a call in a second without a pause; with packing=True also "packing", the
     time of `prepare`, and "break-even", after how many calls that has paid against the fastest dense provider.
     seconds: about how long the rounds may take, after the first. starting: called with the name of each provider before
-    its first run, and with "" before the rounds; if it returns False, the provider is left out for lack of time. An
-    error that the GPU does not survive is raised, after the rows that name its provider.
+    its first run and, with metric="held", before it is held, and with "" before the rounds; if it returns False, the
+    provider is left out for lack of time. An error that the GPU does not survive is raised, after the rows that name
+    its provider.
     """
     torch.backends.cudnn.benchmark = True  # or dense convolutions would be the only ones that are not tuned
     limits = dict(rounds=rounds, per_round=per_round, seconds=seconds)
@@ -85,10 +87,20 @@ def measure(
                     rows.append(time_row(problem, provider, ready[provider], found))
                     if provider in fresh and rows[-1]["status"] == "ok":
                         rows += further_rows(problem, provider, ready[provider], clock, limits, packing, dense, found)
-                        rows += held_rows(problem, ready[provider], clock, found) if held else []
                 rows = [now | row for row in rows]
         order = [provider.name for provider in providers]
         yield stamped(sorted(rows, key=lambda row: order.index(row["provider"])), problem.device)
+        right = {row["provider"] for row in rows if row["metric"] == "time" and row["status"] == "ok"}
+        for provider in to_hold([p for p in fresh if p.name in right], p50) if held else ():
+            if starting(provider.name, metric="held"):
+                yield held_rows(problem, ready[provider], clock, times[provider], now)
+
+
+def to_hold(providers, p50):
+    """Our HELD fastest configurations, and all others, the fastest first."""
+    ours = sorted((p for p in providers if isinstance(p, Configuration)), key=p50.get)
+    others = [p for p in providers if p not in ours]
+    return sorted((*others, *ours[:HELD]), key=p50.get)
 
 
 def stamped(rows, device):
@@ -155,11 +167,11 @@ def further_rows(problem, provider, ready, clock, limits, packing, dense, sparse
     return rows
 
 
-def held_rows(problem, ready, clock, times):
+def held_rows(problem, ready, clock, times, now):
     found = clock.held(ready.timed.call, times.p50)
     if not found:
         return []
-    row = ready.row | {"metric": "held", "status": "ok", **time_columns(found[0], ready.timed.method), **found[1]}
+    row = now | ready.row | {"metric": "held", "status": "ok", **time_columns(found[0], ready.timed.method), **found[1]}
     return [row | {"dense_equivalent_tflops": problem.operations / found[0].p50 / 1e6}]
 
 

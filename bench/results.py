@@ -176,7 +176,7 @@ def speedups(rows, suites=None):
 # ---- what every measurement is stamped with
 
 COMMIT = "SPARSEDM_COMMIT"  # environment variable: the commit, where the code was copied without its repository
-SENSORS = ("clocks.sm", "clocks.mem", "power.draw")  # MHz, MHz, W
+SENSORS = ("clocks.sm", "clocks.mem", "power.draw.instant")  # MHz, MHz, W
 
 
 def stamp(device):
@@ -198,13 +198,24 @@ def _fixed(device):
         "cusparselt": str(torch.backends.cusparselt.version() or "") if cuda else "",
         "sparsedm": __version__,
         "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*settings(), Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
+def settings():
+    """The environment variables that choose kernels, as before a command."""
+    names = ("SPARSEDM_AUTOTUNE", "SPARSEDM_BACKEND")
+    return [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+
+
 def sensors(device):
-    """SM clock and memory clock in MHz and power in W, as nvidia-smi reads them now."""
-    values = _nvidia_smi(device, *SENSORS) if torch.device(device).type == "cuda" else [""] * len(SENSORS)
+    """SM clock and memory clock in MHz and power in W, as nvidia-smi reads them now. An old one tells only the power of
+    the last second."""
+    values = [""] * len(SENSORS)
+    if torch.device(device).type == "cuda":
+        values = _nvidia_smi(device, *SENSORS)
+        if not values[-1]:
+            values = _nvidia_smi(device, *SENSORS[:-1], "power.draw")
     return dict(zip(("sm_mhz", "memory_mhz", "power_w"), values))
 
 

@@ -47,6 +47,7 @@ from bench.networks import (
 )
 from bench.results import DENSE, ENDED, IDENTITY, Results, stamp
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
+from bench.suite import deadline
 from bench.timing import clock_for
 from sparsedm.commands import options as types
 from sparsedm.errors import InputError
@@ -61,19 +62,23 @@ LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by
     "gemm": (problems.LinearProblem, LinearShape, "square,m-sweep,grid,models", "square,m-sweep,grid,uvit-tiny@4"),
     "conv": (problems.ConvProblem, ConvShape, "models", "ddpm-tiny@4"),
 }
-NETWORK_SUITES = ("end-to-end", "train", "table3")
+SAMPLED = ("end-to-end", "table3")
+NETWORK_SUITES = (*SAMPLED, "train")
+TUNED_FOR_LONG = ("masked-train", *NETWORK_SUITES)  # a provider compiles and tunes several kernels, one after another
 SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
 
 
 QUICK = {"rounds": 3, "per_round": 1, "seconds": 1.0}  # of suite cpu
 PATIENCE = 2  # a provider that hung or crashed the process so often is left out of the suite
 COMPILES, COMPILES_AT_MOST = 60, 480  # seconds that compiling a whole network takes
+SAMPLES = 30  # seconds that must be left for whole sampling to begin
 
 
 @dataclass
 class Session:
     """The arguments of every suite. deadline: a value of time.monotonic() after which nothing new is started.
-    timeout: seconds for a provider to be ready; on_timeout: called if it is not."""
+    timeout: seconds for a provider to be ready, a fourth of what one may take that tunes several kernels; on_timeout:
+    called if it is not."""
 
     results: Results
     device: torch.device
@@ -116,7 +121,7 @@ class Session:
             return
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         held = self.results.matching(identity)
-        names = {row.get("provider", "") for row in held}
+        names = {row.get("provider", "") for row in held} - self.not_sampled(suite, identity, held)
         missing = [p for p in self.keep(providers) if p.name not in names]
         if not missing or "" in names:  # a row without a provider: the process ended here before
             return
@@ -136,13 +141,14 @@ class Session:
 
         def starting(name, **other):
             compiled = name.endswith("compiled")
-            needed = COMPILES if compiled and suite in NETWORK_SUITES else 0
-            if name and time.monotonic() + needed >= self.deadline:
+            needed = COMPILES if compiled and suite in NETWORK_SUITES else SAMPLES if "mode" in other else 0
+            if (name or other) and time.monotonic() + needed >= self.deadline:
                 self.cut += 1
                 return False
             self.results.begin(identity | {"provider": name} | other)
             if self.on_timeout:  # all of them together have longer to be timed
-                self.watch.expect(COMPILES_AT_MOST if compiled else self.timeout if name else 4 * self.timeout)
+                long = not name or suite in TUNED_FOR_LONG
+                self.watch.expect(COMPILES_AT_MOST if compiled else 4 * self.timeout if long else self.timeout)
             return True
 
         try:
@@ -155,6 +161,18 @@ class Session:
         finally:
             self.watch.done()
         release(self.device)
+
+    def not_sampled(self, suite, identity, rows):
+        """The names of the networks whose step was timed, in `rows`, and for whose sampling there was no time."""
+        if suite not in SAMPLED or not self.sampling:
+            return set()
+        sampled = self.results.matching(identity | {"mode": sampling_mode(self.steps)})
+        names = {row.get("provider", "") for row in sampled}
+        return set() if "" in names else {row["provider"] for row in rows if row["status"] == "ok"} - names
+
+    @property
+    def steps(self):
+        return 4 if self.quick else 50
 
 
 def beside_compiled(rows):
@@ -243,11 +261,10 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
     for rows in measure(suite, problem, providers, session.clock, **limits):
         able |= {r["provider"] for r in rows if r["status"] == "ok" and r["method"] != "cuda events"}
         yield rows
-    if suite != "train" and session.sampling:
-        steps = 4 if session.quick else 50
-        starting("", mode=sampling_mode(steps))
+    if suite in SAMPLED and session.sampling:
         rounds = 1 if suite == "table3" else 3  # some of its networks take a third of a second a step
-        yield sampling_rows(suite, problem, [p for p in providers if p.name in able], steps, rounds)
+        if starting("", mode=sampling_mode(session.steps)):
+            yield sampling_rows(suite, problem, [p for p in providers if p.name in able], session.steps, rounds)
 
 
 class Watch:
@@ -300,10 +317,10 @@ def run(options, arguments):
     if options.seconds < 0:
         raise InputError(f"--seconds {options.seconds:g}: must be at least 0")
     torch.manual_seed(0)
-    deadline = time.monotonic() + options.seconds
+    end = deadline(options.seconds)
 
     def again():
-        left = max(0.0, deadline - time.monotonic())
+        left = max(0.0, end - time.monotonic())
         start_again([*arguments, "--resume", "--seconds", f"{left:.0f}"])
 
     session = Session(
@@ -317,7 +334,7 @@ def run(options, arguments):
         sampling=not options.no_sampling,
         modes=tuple(options.modes.split(",")) if options.modes else None,
         batches=tuple(options.batch or BATCHES),
-        deadline=deadline,
+        deadline=end,
         timeout=options.timeout,
         on_timeout=again if device.type == "cuda" else None,
         dry_run=options.dry_run,

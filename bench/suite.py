@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CUT = 3  # exit code of a program that ran out of time
+DEADLINE = "BENCH_DEADLINE"  # environment variable: the value of time.monotonic(), one clock for all processes
 GRACE = 5  # a suite is killed so many seconds after its time
+
+
+def deadline(seconds):
+    """The value of time.monotonic() in so many `seconds`, or when the suite of this process ends, if that is earlier.
+
+    The suite's time began with its process: importing torch is a part of it.
+    """
+    return min(time.monotonic() + seconds, float(os.environ.get(DEADLINE, "inf")))
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ def _run(suite, folder, left, processes):
     places |= {"seconds": f"{seconds:.0f}", "minutes": f"{seconds / 60:.2f}"}
     command = [part.format(**places) if "{" in part else part for part in suite.command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    environment = os.environ | {DEADLINE: str(began + seconds)}
+    process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
     processes.append(process)
     try:
         output = process.communicate(timeout=seconds + GRACE)[0]

@@ -5,6 +5,7 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 
 import torch
 
@@ -18,10 +19,16 @@ import pytest
 LONGEST = 120  # seconds of one gpu test, if its marker says nothing else: what hangs ends with its process only
 
 
+def pytest_configure():
+    """A run that is ended says what has failed until then, as after Ctrl-C. The workers of pytest-xdist just end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # a keyword is also the name of the folder
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

@@ -1,7 +1,12 @@
 """The choice of shapes, and the run under ncu, for which a script of that name stands in."""
 
 import contextlib
+import os
+import signal
 import stat
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -59,6 +64,22 @@ def test_a_failure_of_ncu_is_told_and_what_it_said_is_kept(ncu, capsys):
     assert counters.main([str(ncu / "r.csv"), "--out", str(ncu / "counters.txt")]) == 9
     assert "square 256" in capsys.readouterr().err
     assert (ncu / "counters.txt").exists()
+
+
+def test_what_ncu_has_said_stays_if_it_is_ended(ncu):
+    """The campaign ends the whole group of processes when the time is up."""
+    write(ncu / "r.csv", measured(n256=2))
+    (ncu / "bin/ncu").write_text("#!/bin/sh\necho ==PROF==\nexec sleep 600\n")
+    report = ncu / "new/counters.txt"
+    command = [sys.executable, "-m", "bench.counters", str(ncu / "r.csv"), "--out", str(report)]
+    process = subprocess.Popen(command, start_new_session=True)
+    for _ in range(600):
+        if process.poll() is not None or (report.exists() and report.read_text()):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert report.read_text() == "==PROF==\n"
 
 
 def test_without_ncu_or_results(tmp_path, monkeypatch, capsys):

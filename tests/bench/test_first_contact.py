@@ -1,6 +1,7 @@
 """First contact on the stand-in driver, and what its parent process makes of children that hang or are wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,9 +39,9 @@ def script(code):
     ids=["right", "ends-badly", "wrong", "hangs", "compiles-for-ever", "silent"],
 )
 def test_the_verdict_on_a_process(code, verdict, monkeypatch):
-    monkeypatch.setattr(first_contact, "COMPILES", 2)
+    monkeypatch.setattr(first_contact, "COMPILES", 4)
     began = time.monotonic()
-    assert verdict_of(script(code), 0.5) == verdict
+    assert verdict_of(script(code), 0.5, []) == verdict
     assert time.monotonic() - began < 20
 
 
@@ -51,7 +52,7 @@ def test_only_what_is_right_and_meant_for_large_products_is_timed(tmp_path, monk
     for module in (first_contact, baselines):
         monkeypatch.setattr(module, "capability", lambda device: (9, 0))
     monkeypatch.setattr(
-        first_contact, "verdict_of", lambda command, _: "hangs" if command[-1] == "wgmma,1" else "right"
+        first_contact, "verdict_of", lambda command, *_: "hangs" if command[-1] == "wgmma,1" else "right"
     )
     monkeypatch.setattr(first_contact.run, "main", lambda arguments: seen.append(arguments) or 3)
     assert first_contact.main(["--out", str(tmp_path), "--seconds", "50"]) == 3
@@ -64,10 +65,41 @@ def test_only_what_is_right_and_meant_for_large_products_is_timed(tmp_path, monk
     assert names.split(",") == [name for name in known if name != "wgmma 1"]
 
 
+ENDED_EARLY = """
+import sys
+from bench import first_contact
+first_contact.torch.cuda.is_available = lambda: True
+first_contact.capability = lambda device: (9, 0)
+sleeps = "import os, sys, time; open(sys.argv[1] + '/pids', 'a').write(f'{os.getpid()} '); time.sleep(600)"
+real, out = first_contact.verdict_of, sys.argv[1]
+
+def verdict_of(command, *rest):
+    return "right" if command[-1] == "wgmma,0" else real((sys.executable, "-c", sleeps, out), *rest)
+
+first_contact.verdict_of = verdict_of
+first_contact.main(["--out", out])
+"""
+
+
+def test_when_it_is_ended_its_children_end_and_what_is_known_is_kept(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ENDED_EARLY, str(tmp_path)], cwd=stand_in.ROOT)
+    pids = []
+    while len(pids) < 4 or not (tmp_path / "first.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+        pids = (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []
+    process.terminate()
+    process.wait(30)
+    assert json.loads((tmp_path / "first.json").read_text()) == {"configurations": {"wgmma 0": "right"}}
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
 def test_when_nothing_is_right_nothing_is_timed(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(first_contact, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(first_contact, "verdict_of", lambda command, _: "hangs")
+    monkeypatch.setattr(first_contact, "verdict_of", lambda command, *_: "hangs")
     monkeypatch.setattr(first_contact.run, "main", lambda arguments: pytest.fail("timed"))
     assert first_contact.main(["--out", str(tmp_path)]) == 1
 

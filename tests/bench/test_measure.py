@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from bench.measure import measure
 from bench.problems import LinearProblem
-from bench.providers import Bound, Dense, Masked, Provider, Sparse24
+from bench.providers import Bound, Configuration, Dense, Masked, Provider, Sparse24
 from bench.results import COLUMNS
 from bench.shapes import LinearShape
+from bench.timing import Times
 from tests.bench.test_timing import HandClock
 
 SHAPE = LinearShape("square", "32", 32, 48, 64, "gelu", residual=True, layers=3)
@@ -167,6 +168,30 @@ def test_a_compiled_provider_is_timed_in_rounds_with_the_best_of_the_others():
         ["dense", "sparsedm 2:4", "sparsedm 2:4 compiled"],
         ["dense", "sparsedm 2:4", "sparsedm 2:4 compiled", "dense compiled"],
     ]
+
+
+def test_times_are_there_before_a_second_is_held_for_the_best_and_there_is_time_for_it(monkeypatch):
+    class One(Product, Configuration):
+        supports, prepare, traffic = Provider.supports, Provider.prepare, Provider.traffic
+
+    clock, problem, asked = HandClock(), LinearProblem(SHAPE, "epilogue", torch.float32, "cpu"), []
+    ours = [One(f"wgmma {n}", clock=clock, microseconds=10 + n) for n in (3, 1, 0, 2)]
+    wrong = One("wgmma 9", wrong_later, clock=clock, microseconds=1)
+    others = [DensePace("dense", clock=clock, microseconds=12.5), Product("cuSPARSELt", clock=clock, microseconds=50)]
+    monkeypatch.setattr("bench.measure.HELD", 2)
+    monkeypatch.setattr(clock, "held", lambda call, p50: (Times(p50, p50, p50, 1), {"power_w": "700"}))
+
+    def starting(name, **columns):
+        asked.append((name, *columns.values()))
+        return asked[-1] != ("dense", "held")
+
+    every = [*others, wrong, *ours]
+    first, *alone = measure("first", problem, every, clock, rounds=1, per_round=1, held=True, starting=starting)
+    assert [(r["provider"], r["metric"]) for r in first] == [(p.name, "time") for p in every]
+    assert [[(r["provider"], r["metric"], r["p50_us"], r["power_w"]) for r in rows] for rows in alone] == [
+        [("wgmma 0", "held", 10, "700")], [("wgmma 1", "held", 11, "700")], [("cuSPARSELt", "held", 50, "700")],
+    ]  # fmt: skip
+    assert [name for name, *metric in asked if metric] == ["wgmma 0", "wgmma 1", "dense", "cuSPARSELt"]
 
 
 def test_an_error_that_the_gpu_does_not_survive_is_raised_after_its_row(monkeypatch):

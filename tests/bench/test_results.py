@@ -141,10 +141,30 @@ def test_nvidia_smi_is_asked_for_this_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"uuid": "ab-12"}))
     monkeypatch.setattr(subprocess, "run", smi)
     assert results.sensors("cuda:1") == {"sm_mhz": "1980", "memory_mhz": "3201", "power_w": "655.1"}
-    assert "--id=GPU-ab-12" in asked[0]
+    (command,) = asked
+    assert {"--id=GPU-ab-12", "--query-gpu=clocks.sm,clocks.mem,power.draw.instant"} <= set(command)
     answer = "1980, [N/A], [Unknown Error]\n"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, answer))
     assert results.sensors("cuda") == {"sm_mhz": "1980", "memory_mhz": "", "power_w": ""}
+
+
+def test_an_old_nvidia_smi_tells_the_power_of_the_last_second(monkeypatch):
+    def smi(command, **options):
+        if "--query-gpu=clocks.sm,clocks.mem,power.draw" not in command:
+            raise subprocess.CalledProcessError(2, command, 'Field "power.draw.instant" is not a valid field to query.')
+        return subprocess.CompletedProcess(command, 0, "1980, 3201, 655.1\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"uuid": "0"}))
+    monkeypatch.setattr(subprocess, "run", smi)
+    assert results.sensors("cuda") == {"sm_mhz": "1980", "memory_mhz": "3201", "power_w": "655.1"}
+
+
+def test_a_command_tells_what_chose_its_kernels(monkeypatch):
+    monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
+    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
+    results._fixed.cache_clear()
+    assert results.stamp("cpu")["command"].startswith("SPARSEDM_AUTOTUNE=off ")
+    results._fixed.cache_clear()
 
 
 def test_the_commit_may_be_told(monkeypatch):

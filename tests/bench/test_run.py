@@ -133,6 +133,22 @@ def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
     assert late.is_set()
 
 
+@pytest.mark.parametrize(("suite", "patience"), [("mask", 20), ("masked-train", 80), ("end-to-end", 80)])
+def test_who_tunes_several_kernels_one_after_another_may_take_longer(suite, patience, tmp_path, monkeypatch):
+    given = session(tmp_path / "r.csv", timeout=20, on_timeout=lambda: None)
+    allowed = []
+    monkeypatch.setattr(given.watch, "expect", allowed.append)
+    shape = run.select("square@256", run.LinearShape, (1,), True)[0]
+    given.do(suite, shape, "", [providers.Dense()], lambda missing, starting: [] if starting("dense") else None)
+    assert allowed == [80, patience], "for the rounds, and for the provider"
+
+
+def test_a_suite_s_time_began_before_this_process_had_imported_torch(monkeypatch):
+    assert run.deadline(50) > time.monotonic() + 40
+    monkeypatch.setenv("BENCH_DEADLINE", str(at := time.monotonic() + 30))
+    assert (run.deadline(50), run.deadline(-1) < at) == (at, True)
+
+
 def test_who_is_ended_from_outside_has_not_failed(tmp_path, monkeypatch):
     arguments = ["--suite", "mask", "--quick", "--shapes", "square@256", "--out", str(tmp_path / "r.csv")]
     with monkeypatch.context() as slow:
@@ -210,6 +226,21 @@ def test_a_crash_while_sampling_costs_only_the_samples(tmp_path, monkeypatch):
     sampling = "sampling, 4 steps"
     steps = {("step", name, "ok") for name in names}
     assert rows == steps | {(sampling, "", "failed"), (sampling, "sparsedm masked", "ok")}
+
+
+def test_sampling_that_there_is_no_time_for_is_left_for_the_next_time(tmp_path, monkeypatch):
+    shape, names = "uvit-tiny@1", ("dense",)
+    with monkeypatch.context() as short:
+        short.setattr(run, "SAMPLES", 1000)
+        first = session(tmp_path / "r.csv", shape, providers=names, deadline=time.monotonic() + 900)
+        run_suite("end-to-end", first)
+    assert first.cut == 1
+    assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"step"}
+    run_suite("end-to-end", session(tmp_path / "r.csv", shape, resume=True, providers=names))
+    assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"step", "sampling, 4 steps"}
+    again = session(tmp_path / "r.csv", shape, resume=True, providers=names, deadline=-1.0)
+    run_suite("end-to-end", again)
+    assert again.cut == 0
 
 
 def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
