@@ -175,7 +175,7 @@ def _compare(figure, values, runs, plan):
             axes.axvline(mean, color=COLOURS[1], linewidth=1, linestyle="--")
             axes.axvspan(mean, mean * (1 + CLOSE), color=COLOURS[1], alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(order)), order)
-        axes.set_xlabel(f"{measure} ({meaning})")
+        axes.set_xlabel(f"{measure}\n({meaning})")
     return True
 
 
