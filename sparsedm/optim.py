@@ -26,6 +26,7 @@ from sparsedm.kernels.pattern import Pattern, check_weight, memory_format
 from sparsedm.layers import Conv2d, Linear, Masked, is_sharded
 
 CHANGED = "the weight of {} was changed while its mask was held, or since it was selected: step after the block"
+RELOAD = "moments are moved by optimizer.load_state_dict(optimizer.state_dict())"
 NAN = "{}: some of its weights are NaN, which has no magnitude order"
 
 # ---- choices ---------------------------------------------------------------------------------------------------------
@@ -249,8 +250,9 @@ class MaskedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> object:
         """One step; closure: computes the loss again, which is returned. Raises: InputError, before anything changes,
-        for sparse gradients and what `add_param_group` refuses; naming the layer, for a weight that was changed while
-        its mask was held, and for NaN: on a GPU at a later step, on a CPU NaN at the next block."""
+        for sparse gradients, gradients and moments of another dtype or device than the parameter, and what
+        `add_param_group` refuses; naming the layer, for a weight that was changed while its mask was held, and for NaN:
+        on a GPU at a later step, on a CPU NaN at the next block."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -390,6 +392,10 @@ class MaskedAdamW(torch.optim.AdamW):
                 raise InputError(f"MaskedAdamW: a parameter is {p.dtype}, and must be real floating point")
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise InputError(f"MaskedAdamW: a gradient of shape {tuple(p.shape)} is sparse: it must be dense")
+            for name, tensor in {} if p.grad is None else {"grad": p.grad, **self.state.get(p, {})}.items():
+                if name != "step" and (tensor.dtype, tensor.device) != (p.dtype, p.device):
+                    found = f"{name} is {tensor.dtype} on {tensor.device}, its parameter {p.dtype} on {p.device}"
+                    raise InputError(f"MaskedAdamW: {found}, and they must be alike ({RELOAD})")
         devices = {p.device for group in self.param_groups for p in group["params"]}
         if len(devices) > 1:
             names = " and ".join(sorted(map(str, devices)))

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.adam import adam
 
+from sparsedm.errors import InputError
 from sparsedm.kernels.checksum import checksum_ref
 from sparsedm.kernels.launch import Launch, broken, jit, runs, tl, triton, uses_triton
 from sparsedm.kernels.mask import Selection, keep_largest
@@ -259,9 +260,12 @@ def _strides(weight):
 def plan(kind, works):
     """The Launch for works of one kind. Its tables are on the CPU, `pointers_ptr` as rows of tensors."""
     pattern, source, target, mask, step, decay, flat = kind
-    for work in works:
-        for tensor in work.moments or ():
-            assert tensor.is_contiguous(memory_format=memory_format(work.weight)), "the order is the weight's"
+    for weight, _, _, moments, _ in works:
+        for tensor in moments or ():
+            served = tensor.dtype == torch.float32 and tensor.device == weight.device and tensor.shape == weight.shape
+            if not (served and tensor.is_contiguous(memory_format=memory_format(weight))):
+                found = f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]} on {tensor.device}, strides {tensor.stride()}"
+                raise InputError(f"gradient and moments must be float32, in place and order as the weight, not {found}")
     sizes, rows = _sizes(works), [[work.weight for work in works]]
     rows += [[work.moments[i] if step else None for work in works] for i in range(3)]
     chosen = [work.selection or Selection(None) for work in works]

@@ -13,6 +13,7 @@ import torch
 from emulator.errors import EmulatorError
 from emulator.launch import run
 from emulator.sass import Build, compile_offline
+from sparsedm.errors import InputError
 from sparsedm.kernels import masked_adamw
 from sparsedm.kernels.launch import broken
 from sparsedm.kernels.mask import Selection
@@ -178,6 +179,21 @@ def test_a_tensor_that_is_not_aligned_is_served_too():
     sums = launch(poison([work, aligned]))
     check_selection(work)
     assert sums[0, 0] == sums[0, 1], "the checksum does not depend on the way"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda t: t.bfloat16(), lambda t: t.to("meta"), lambda t: t[:-1], lambda t: t.t().contiguous().t()],
+    ids=["dtype", "device", "shape", "order"],
+)
+@pytest.mark.parametrize("which", range(3))
+def test_moments_that_the_kernel_would_misread_are_refused(which, wrong):
+    (work,) = steps(LINEAR[:1])
+    before, given = work.weight.clone(), list(work.moments)
+    given[which] = wrong(given[which])
+    with pytest.raises(InputError, match="gradient and moments must be float32, in place and order as the weight, not"):
+        launch([work._replace(moments=tuple(given))])
+    assert torch.equal(work.weight, before)
 
 
 def test_where_the_kernel_does_not_compile_torch_does_the_same_to_the_bit_of_a_checksum(monkeypatch, caplog):
