@@ -28,9 +28,10 @@ def fragment_values(values):
     The four registers of a lane are side by side, so that one 16-byte load is enough for one instruction.
     """
     rows, half = values.shape
-    words = values.contiguous().view(torch.int32)  # two values
-    tiles = words.view(rows // 16, 2, 8, half // 16, 2, 4)  # tile, row half, g, k32 step, k half, t; lane = 4 g + t
-    return tiles.permute(0, 3, 2, 5, 4, 1).reshape(rows // 16, half // 16, 32, 4)  # register = row half + 2 k half
+    # tile, row half, g, k32 step, k half, t, which of two values; lane = 4 g + t
+    tiles = values.reshape(rows // 16, 2, 8, half // 16, 2, 4, 2)
+    words = tiles.permute(0, 3, 2, 5, 4, 1, 6).reshape(rows // 16, half // 16, 32, 8)  # register = row half + 2 k half
+    return words.view(torch.int32)
 
 
 def fragment_metadata(metadata):
@@ -121,7 +122,7 @@ def prepack(
     if layout == "torch" or pattern == TWO_FOUR:
         return LAYOUTS[layout](values, metadata, columns)
     values, metadata = _two_four(values, metadata, columns, pattern)
-    return kernel_tensors(values, LAYOUTS[layout](values, metadata, columns))
+    return [values, *LAYOUTS[layout](values, metadata, columns)][-2:]
 
 
 @prepack.register_fake
@@ -136,13 +137,19 @@ def _(values, metadata, layout, columns, pattern="2:4"):
     if layout != "torch" and pattern != TWO_FOUR:
         padded = -(-columns // 16)
         values, metadata = values.new_empty(len(values), 8 * padded), metadata.new_empty(len(values), padded).short()
-        return kernel_tensors(values, LAYOUTS[layout](values, metadata, columns))
+        return [values, *LAYOUTS[layout](values, metadata, columns)][-2:]
     return LAYOUTS[layout](values, metadata, columns)
 
 
 def kernel_tensors(values, prepacked):
     """The arguments of the launchers: `prepack`'s values (else the original ones) and metadata."""
-    return prepacked if len(prepacked) == 2 else [values, *prepacked]
+    return prepacked if len(prepacked) == 2 else [aligned(values), *prepacked]
+
+
+def aligned(tensor):
+    """The tensor if TMA can read it, else a copy: contiguous, also in axes of one entry, at a multiple of 16 bytes."""
+    flat = tensor.contiguous().view(-1)
+    return (flat if flat.data_ptr() % 16 == 0 else flat.clone()).view(tensor.shape)
 
 
 def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):

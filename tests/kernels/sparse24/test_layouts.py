@@ -44,7 +44,17 @@ def test_values_that_need_no_padding_are_not_copied():
     values, metadata = pack(pruned(256, 128))
     prepacked = prepack(values, metadata, "tma", 128)
     assert len(prepacked) == 1
-    assert kernel_tensors(values, prepacked) == [values, *prepacked]
+    assert [t.data_ptr() for t in kernel_tensors(values, prepacked)] == [t.data_ptr() for t in (values, *prepacked)]
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_a_weight_at_any_address_is_prepacked_to_what_the_kernels_can_read(layout):
+    values, metadata = pack(pruned(256, 128))
+    odd = torch.empty(values.numel() + 1, dtype=BF16)[1:].view(values.shape).copy_(values)
+    assert odd.data_ptr() % 16 == 2
+    expected, found = (kernel_tensors(v, prepack(v, metadata, layout, 128)) for v in (values, odd))
+    assert all(map(torch.equal, found, expected))
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in found)
 
 
 def test_fragments_hold_what_the_ptx_isa_figures_say():
