@@ -91,7 +91,8 @@ def test_candidates_may_depend_on_the_key():
 def test_every_part_of_the_key_tunes_again():
     timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
     tuned = tuner(timer)
-    for i, key in enumerate([{"dtype": "bf16", "m": 64}, {"dtype": "fp16", "m": 64}, {"dtype": "bf16", "m": 128}]):
+    keys = [{"dtype": "bf16", "m": 64}, {"dtype": "fp16", "m": 64}, {"dtype": "bf16", "m": 128}]
+    for i, key in enumerate([*keys, {"bias": True, "m": 64}, {"scale": True, "m": 64}]):
         best(tuned, **key)
         assert timer.calls == 3 * (i + 1)
 
@@ -177,16 +178,19 @@ def _loses_the_device(candidate):
     return work(candidate)
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["new", "in the table"])
 @pytest.mark.parametrize("fault", [_ends_the_process, _loses_the_device])
-def test_a_candidate_that_ended_a_process_is_not_tried_again(tmp_path, caplog, fault):
-    """As one that hangs does, when its process is ended from outside."""
+def test_a_candidate_that_ended_a_process_is_not_tried_again(tmp_path, caplog, fault, known):
+    """As one that hangs does, when its process is ended from outside; perhaps one that ran until the last update."""
     times = {16: 9.0, 32: 4.0, 64: 5.0}
+    if known:
+        assert best(tuner(Timer(times)), m=1) == {"BLOCK": 32}
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=lambda: tuner(Timer(times)).best(fault, GPU, m=1))
     child.start()
     child.join()
     assert child.exitcode == 1
-    assert best(tuner(Timer(times)), m=2) == {"BLOCK": 64}
+    assert best(tuner(Timer(times)), m=1 if known else 2) == {"BLOCK": 64}
     (note,) = (tmp_path / "tuned").glob("*.running")
     assert "candidate {'BLOCK': 32} is passed over: RuntimeError: a process ended while it ran" in caplog.text
     assert f"delete {note}" in caplog.text
@@ -260,6 +264,45 @@ def test_a_candidate_with_another_result_is_never_timed(tmp_path, caplog, wrong)
     assert not table(tmp_path).exists(), "a default that won because of it is not remembered"
 
 
+def test_a_candidate_is_compared_entry_by_entry():
+    """A last row of zeros is 1% of the result, measured by its norm."""
+
+    def ragged(candidate):
+        result = work(candidate)[0].repeat(8192, 1)
+        return result.index_fill(0, torch.tensor([8191]), float(candidate["BLOCK"] != 32))
+
+    assert tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0})).best(ragged, GPU, m=1) == {"BLOCK": 64}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_entry_that_a_candidate_does_not_write_is_not_the_default_s(known):
+    """The allocator gives every result the memory of the one before."""
+    memory, written = torch.empty(4), 4
+
+    def reused(candidate):
+        work(candidate)
+        memory[: written if candidate["BLOCK"] == 32 else 4] = 1
+        return memory
+
+    times = {16: 9.0, 32: 4.0, 64: 5.0}
+    if known:
+        assert tuner(Timer(times)).best(reused, GPU, m=1) == {"BLOCK": 32}
+    written = 3
+    assert tuner(Timer(times)).best(reused, GPU, m=1) == {"BLOCK": 64}
+
+
+def test_what_is_compared_may_be_another_call_than_what_is_timed():
+    def hidden(candidate):
+        return 0 * work(candidate)[0]
+
+    def check(candidate):
+        return hidden(candidate), torch.full((4,), float(candidate["BLOCK"] == 32))
+
+    timer = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    assert tuner(timer).best(hidden, GPU, m=1) == {"BLOCK": 32}
+    assert tuner(timer).best(hidden, GPU, m=2, check=check) == {"BLOCK": 64}
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_a_default_without_a_finite_result_is_taken_for_that_call_alone(tmp_path, known):
     """In fp16 the first steps of a training overflow, and then no two results can be compared."""
@@ -291,9 +334,9 @@ def test_one_cause_is_a_warning_once(caplog):
 
 def test_candidates_are_timed_on_the_device_of_their_result(current_device):
     """The events of a timer are of the current device, and would say nothing of work on another."""
-    made, timed_on = torch.ones(4), []
+    timed_on = []
     tuned = tuner(lambda run: timed_on.append(*current_device) or 1.0)
-    assert tuned.best(lambda candidate: made, GPU, m=1) == {"BLOCK": 16}
+    assert tuned.best(lambda candidate: torch.ones(4), GPU, m=1) == {"BLOCK": 16}
     assert [tuple(tensor.shape) for tensor in timed_on] == 3 * [(4,)]
 
 

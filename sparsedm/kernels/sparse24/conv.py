@@ -21,7 +21,7 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
-from sparsedm.kernels.sparse24.layouts import dense_weight, kernel_tensors, prepack_once
+from sparsedm.kernels.sparse24.layouts import aligned, dense_weight, kernel_tensors, prepack_once
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, check_operands, sparse24_linear
 
 
@@ -102,11 +102,12 @@ def sparse24_conv2d(
         y = sparse24_linear(rows, values, metadata, bias, activation, added, **options)
         return y.permute(0, 3, 1, 2)
 
-    def run(choice, cache, strict):
+    def run(choice, cache, strict, neutral=False):
         layout = dispatch.row_of(CONV, choice.backend).layout_for(request)
         tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
+        added = torch.zeros_like(residual) if neutral and residual is not None else residual
         y = direct(_conv, x, bias, residual)(
-            x, values, metadata, tensors, kernel_size, bias, activation, residual, stride, padding, dilation, size,
+            x, values, metadata, tensors, kernel_size, bias, activation, added, stride, padding, dilation, size,
             *choice, strict, pattern,
         )  # fmt: skip
         if again and request.capability is None and not torch.compiler.is_compiling() and y.numel():
@@ -199,11 +200,8 @@ def _memory_format(x):
 
 
 def _pixels(image):
-    """(B, C, H, W) -> (B, H, W, C), contiguous, also in the strides of axes with one entry, and at an address that TMA
-    can read."""
-    image = image.permute(0, 2, 3, 1)
-    flat = image.reshape(-1)
-    return (flat if flat.data_ptr() % 16 == 0 else flat.clone()).view(image.shape)
+    """(B, C, H, W) -> (B, H, W, C) in an order and at an address that TMA can read."""
+    return aligned(image.permute(0, 2, 3, 1))
 
 
 def _options(cache=None, backend=None, pattern="2:4"):

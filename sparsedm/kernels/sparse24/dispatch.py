@@ -162,7 +162,7 @@ def _cpu_loses(request):
     if cost < 1:
         return None
     sizes = f"{request.M} x {request.K} x {request.N}"
-    return f"{request.pattern}, {sizes}: about {cost:.2f} of the dense product's time"
+    return f"{request.pattern}, {sizes}: the C kernel would take about {cost:.2f} times as long as the dense product"
 
 
 def _cpu_cost(request):
@@ -350,9 +350,10 @@ def candidates(request):
 def serve(request, run, cache):
     """The result, computed by the fastest known back end.
 
-    run(choice, cache, strict) computes it, any number of times. strict: a kernel that does not run is an error;
-    otherwise the operator computes in torch. cache: a dict stored with the layer. It holds the prepacked weight (put
-    there by `run`), the choices made so far, and the back end of the latest. None: nothing is stored.
+    run(choice, cache, strict, neutral=False) computes it, any number of times. strict: a kernel that does not run is an
+    error; otherwise the operator computes in torch. neutral: with a residual of zeros and a scale of ones, which cannot
+    hide a wrong product. cache: a dict stored with the layer. It holds the prepacked weight (put there by `run`), the
+    choices made so far, and the back end of the latest. None: nothing is stored.
     """
     cache = {} if cache is None else cache
     choice = _decide(request, run, cache.setdefault("choices", {}))
@@ -390,9 +391,14 @@ def _is_broken(request, choice):
 def _measure(request, run, offered, rule):
     described = [_describe(request.operation, choice) for choice in offered]
     throwaway = {}  # the losers' prepacked weights are dropped
+
+    def call(candidate, neutral=False):
+        return run(offered[described.index(candidate)], throwaway, True, neutral)
+
     verdict = _tuner(request.operation).verdict(
-        lambda candidate: run(offered[described.index(candidate)], throwaway, True),
+        call,
         request.device,
+        check=lambda candidate: (call(candidate), call(candidate, neutral=True)),
         candidates=described,
         default=_describe(request.operation, rule),
         **request.described(),

@@ -21,7 +21,7 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
-from sparsedm.kernels.sparse24.layouts import dense_weight, kernel_tensors, prepack_once
+from sparsedm.kernels.sparse24.layouts import aligned, dense_weight, kernel_tensors, prepack_once
 
 ACTIVATIONS = {
     None: lambda y: y,
@@ -100,11 +100,13 @@ def sparse24_linear(
         residual=None if residual is None else residual.dtype, skip=K2,
     )  # fmt: skip
 
-    def run(choice, cache, strict):
+    def run(choice, cache, strict, neutral=False):
         layout = dispatch.row_of(LINEAR, choice.backend).layout_for(request)
         tensors = prepack_once(values, metadata, layout, request.K, cache, pattern)
+        added = torch.zeros_like(residual) if neutral and residual is not None else residual
+        gate = torch.ones_like(scale) if neutral and scale is not None else scale
         y = direct(_linear, x, bias, residual, skip, scale)(
-            x, values, metadata, tensors, bias, activation, residual, skip, scale, out_dtype, *choice, strict, pattern
+            x, values, metadata, tensors, bias, activation, added, skip, gate, out_dtype, *choice, strict, pattern
         )
         if again and request.capability is None and not torch.compiler.is_compiling():
             once_more = _once_more(choice, tensors, pattern, y, activation, *operands)
@@ -213,8 +215,8 @@ def _describe(tensor):
 
 
 def _rows(tensor):
-    """(..., K) as rows (M, K), a view if possible; 16-byte aligned, as TMA and cp.async need it."""
+    """(..., K) as rows (M, K), a view if TMA and cp.async can read it: 16-byte aligned, without rows that overlap."""
     rows = tensor.reshape(-1, tensor.shape[-1])
-    per_16_bytes = 16 // rows.element_size()
-    aligned = rows.stride(1) == 1 and rows.stride(0) % per_16_bytes == 0 and rows.data_ptr() % 16 == 0
-    return rows if aligned else rows.contiguous()
+    step = rows.stride(0)
+    apart = step >= rows.shape[1] and step * rows.element_size() % 16 == 0
+    return rows if apart and rows.stride(1) == 1 and rows.data_ptr() % 16 == 0 else aligned(rows)

@@ -52,24 +52,25 @@ def test_pixels_are_copied_only_where_the_kernels_cannot_read_them():
 
 
 def test_the_dispatcher_is_told_of_the_convolution_and_decides(monkeypatch):
-    c, cache = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, dtype=torch.float32), {}
-    call = lambda: sparse24_conv2d(  # noqa: E731
-        c.x, c.values, c.metadata, 3, c.bias, stride=2, padding=1, cache=cache, backend="wgmma"
+    c, cache = Convolution(2, 64, 8, 6, 16, stride=2, bias=True, residual=True, dtype=torch.float32), {}
+    call = lambda added: sparse24_conv2d(  # noqa: E731
+        c.x, c.values, c.metadata, 3, c.bias, None, added, stride=2, padding=1, cache=cache, backend="wgmma"
     )
-    expected = call()
+    expected, plain = call(c.residual), call(None)
     cache.clear()
 
     def serve(request, run, cache):
         assert request == Request(
             CONV, None, torch.float32, 2 * 4 * 3, 16, 9 * 64, device=c.x.device, out_dtype=torch.float32, bias=True,
             channels=64, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), image=(4, 3),
-            backend="wgmma", instructions=library.serving()[0],
+            residual=torch.float32, backend="wgmma", instructions=library.serving()[0],
         )  # fmt: skip
         assert torch.equal(run(Choice("dense"), {}, True), expected)
+        assert torch.equal(run(Choice("dense"), {}, True, neutral=True), plain)
         return run(Choice("torch"), cache, False)
 
     monkeypatch.setattr(dispatch, "serve", serve)
-    assert torch.equal(call(), expected)
+    assert torch.equal(call(c.residual), expected)
     assert set(cache) == {"torch"}
 
 

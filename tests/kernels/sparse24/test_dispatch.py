@@ -55,9 +55,9 @@ RULE = [  # request -> back end, words of the reason
     (linear((9, 0), pattern="3:4"), "dense", "pattern 3:4: sparse tensor cores take at most 2 of every 4"),
     (linear((9, 0), pattern="1:8"), "wgmma", "sm_90a"),
     (linear(None, instructions="avx2", dtype=torch.float32), "cpu", "C kernel"),
-    (linear(None, instructions="avx2", dtype=torch.float32, pattern="31:32"), "dense", "of the dense product's time"),
+    (linear(None, instructions="avx2", dtype=torch.float32, pattern="31:32"), "dense", "times as long as the dense"),
     (linear(None, instructions="avx2"), "dense", "bfloat16: the CPU kernels take float32"),
-    (linear(None, 1, 64, 64, torch.float32, instructions="avx512"), "dense", "about 37.07"),
+    (linear(None, 1, 64, 64, torch.float32, instructions="avx512"), "dense", "would take about 37.07 times"),
     (linear((9, 0), 1, 4096, 4096), "splitk", "few rows"),
     (linear((8, 0), 64, 4096, 4096, torch.float16), "splitk", "few rows"),
     (linear((9, 0), 65, 512, 512), "dense", "to fill the GPU (4)"),
@@ -199,7 +199,7 @@ class Work:
     def __init__(self, **microseconds):
         self.microseconds, self.runs, self.timed = microseconds, [], 0
 
-    def __call__(self, choice):
+    def __call__(self, choice, neutral=False):
         self.runs.append(choice)
         return torch.ones(4)
 
@@ -216,7 +216,11 @@ def gpu(imaginary_gpu, monkeypatch):
     def served(work, cache, rows=4096, **others):
         monkeypatch.setattr(dispatch, "Autotuner", functools.partial(Autotuner, timer=work.timer))
         asked = linear((9, 0), rows, **{"device": GPU} | others)
-        return serve(asked, lambda choice, cache, strict: work(choice) if strict else choice, cache)
+
+        def run(choice, cache, strict, *neutral):
+            return work(choice, *neutral) if strict else choice
+
+        return serve(asked, run, cache)
 
     dispatch._tuner.cache_clear()
     yield served
@@ -264,14 +268,22 @@ def test_the_quickest_configuration_is_chosen_and_described_in_full(gpu, tmp_pat
 
 def test_a_kernel_with_another_result_than_dense_is_never_chosen(gpu, caplog):
     work = Work(dense=50.0)
-    wrong = lambda choice: work(choice) * (2 if choice.backend == "wgmma" else 1)  # noqa: E731
+    wrong = lambda choice, *_: work(choice) * (2 if choice.backend == "wgmma" else 1)  # noqa: E731
     wrong.timer = work.timer
     assert gpu(wrong, {}) == Choice("dense")
     assert "gives another result than the default" in caplog.text
 
 
+def test_a_kernel_is_also_compared_where_no_residual_and_no_scale_hide_its_product(gpu):
+    """Gates are zeros in a new adaLN-zero block, and a residual may be many times the product."""
+    work = Work(dense=50.0, wgmma=1.0)
+    hidden = lambda choice, neutral=False: work(choice) * (2 if neutral and choice.backend == "wgmma" else 1)  # noqa: E731
+    hidden.timer = work.timer
+    assert gpu(hidden, {}) == Choice("dense")
+
+
 def test_kernels_that_do_not_compile_are_told_and_tried_again_by_the_next_process(gpu, tmp_path, caplog):
-    def broken(choice):
+    def broken(choice, *_):
         if choice.backend == "wgmma":
             raise RuntimeError("no such instruction\nat all")
         return torch.ones(4)
@@ -381,7 +393,7 @@ def test_where_no_kernel_compiles_the_call_after_the_first_is_dense_and_inspect_
     def start():
         raise RuntimeError("Failed to find C compiler")
 
-    def run(choice, cache, strict):
+    def run(choice, cache, strict, *_):
         ran.append(choice)
         if strict or choice.backend == "dense":
             return torch.ones(4)

@@ -75,15 +75,16 @@ def test_arranged_tensors_are_kept_until_the_weight_changes(monkeypatch):
 
 
 def test_the_dispatcher_is_told_of_the_product_and_decides(monkeypatch):
-    p, cache = Problem(M=3, N=16, K=32, skip=16, bias=True, activation="gelu", dtype=torch.float32), {}
-    expected = linear(p)
+    p = Problem(M=3, N=16, K=32, skip=16, groups=1, bias=True, activation="gelu", residual=True, dtype=torch.float32)
+    expected, plain, cache = linear(p), linear(p, residual=None, scale=None), {}
 
     def serve(request, run, cache):
         assert request == Request(
             LINEAR, None, torch.float32, 3, 16, 48, device=p.x.device, out_dtype=torch.float32, activation="gelu",
-            bias=True, skip=16, backend="mma", instructions=library.serving()[0],
+            bias=True, scale=True, residual=torch.float32, skip=16, backend="mma", instructions=library.serving()[0],
         )  # fmt: skip
         assert torch.equal(run(Choice("dense"), {}, True), expected)
+        assert torch.equal(run(Choice("dense"), {}, True, neutral=True), plain)
         return run(Choice("torch"), cache, False)
 
     monkeypatch.setattr(dispatch, "serve", serve)
@@ -168,9 +169,16 @@ def test_rows_are_copied_only_where_the_kernels_cannot_read_them():
     strided = wide[..., 8:40]
     assert _rows(strided).data_ptr() == strided.data_ptr()
     assert _rows(strided).shape == (12, 32)
-    for unaligned in (wide[..., 4:36], wide[..., ::2], torch.zeros(4, 36, dtype=BF16)[:, :32]):
-        assert _rows(unaligned).is_contiguous()
-        assert _rows(unaligned).data_ptr() % 16 == 0
+    flat = torch.randn(16 * 64 + 8).to(BF16)
+    one = flat[:64].as_strided((1, 64), (1, 1))  # contiguous to torch, and refused by a tensor map
+    unaligned = [wide[..., 4:36], wide[..., ::2], torch.zeros(4, 36, dtype=BF16)[:, :32], flat[:64].expand(16, 64), one]
+    for tensor in (*unaligned, *(flat[i : i + 16 * 64].view(16, 64) for i in (1, 4))):
+        rows = _rows(tensor)
+        assert torch.equal(rows, tensor.reshape(rows.shape))
+        assert rows.stride() == (rows.shape[1], 1)
+        assert rows.data_ptr() % 16 == 0
+    ragged = torch.zeros(4, 36, dtype=BF16)
+    assert _rows(ragged).data_ptr() == ragged.data_ptr(), "no copy helps"
 
 
 def test_the_weight_takes_nine_sixteenths_of_its_bytes():
