@@ -84,18 +84,19 @@ def _cvt(ins):
     return run
 
 
-def _elementwise(names, function):
-    """Registers an instruction whose last modifier is the type of all operands."""
+def _elementwise(names, function, with_nan=None):
+    """Registers an instruction whose last modifier is the type of all operands. with_nan: its form `.NaN`."""
 
     @instruction(*names)
     def build(ins):
         _no_bf16(ins)
         reads = [reader(ins, arg, ins.mods[-1]) for arg in ins.args[1:]]
         write = writer(ins, ins.args[0])
+        compute = with_nan if "NaN" in ins.mods else function
 
         def run(block, warp, mask):
             with np.errstate(all="ignore"):
-                write(warp, function(*[read(warp) for read in reads]), mask)
+                write(warp, compute(*[read(warp) for read in reads]), mask)
 
         return run
 
@@ -132,8 +133,8 @@ _elementwise(["sub"], operator.sub)
 _elementwise(["fma"], _fma)
 _elementwise(["div"], _divide)
 _elementwise(["rem"], _remainder)
-_elementwise(["min"], np.fmin)
-_elementwise(["max"], np.fmax)
+_elementwise(["min"], np.fmin, np.minimum)
+_elementwise(["max"], np.fmax, np.maximum)
 _elementwise(["and"], operator.and_)
 _elementwise(["or"], operator.or_)
 _elementwise(["xor"], operator.xor)

@@ -74,6 +74,10 @@ COMPUTED = {
     "sum-of-a-warp": ("sub.s32 %r1, %r0, 16; redux.sync.add.s32 %r9, %r1, -1;", np.full(32, -16, np.int32).view("u4")),
     "count-bits": ("mul.lo.u32 %r1, %r0, 3; popc.b32 %r9, %r1;", np.array([bin(3 * i).count("1") for i in range(32)])),
     "to-float": ("cvt.rn.f32.u32 %r9, %r0;", LANES.astype(np.float32).view(np.uint32)),
+    "maximum-with-nan": (
+        "mov.b32 %r1, 0x7FC00000; mov.b32 %r2, 0; max.NaN.f32 %r1, %r1, %r2; mov.b32 %r9, %r1;",
+        np.full(32, 0x7FC00000),
+    ),
     "elect": ("elect.sync _|%p1, -1; selp.b32 %r9, 1, 0, %p1;", (LANES == 0).astype(np.uint32)),
     "scopes": ("{ .reg .b32 t; mov.b32 t, 1; { .reg .b32 t; mov.b32 t, 2; } mov.b32 %r9, t; }", np.ones(32, np.uint32)),
     "loop": (

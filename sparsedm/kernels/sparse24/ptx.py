@@ -19,6 +19,7 @@ Source: PTX ISA 8.5, sections on wgmma.mma_async.sp, mma.sp, mbarrier, cp.async.
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -30,6 +31,7 @@ block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barri
 box_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # 3.8; before
 box_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 words_in = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+ALL_NAN = gl.constexpr(tl.PropagateNan.ALL)
 PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # 3.9; `_reinterpret` before
 
 
@@ -303,7 +305,7 @@ def _gelu_erf(y, BF16: gl.constexpr):
 
     For results that are rounded to bf16 its error is at most 2.7e-5 and 1.8e-4 of a Phi(-a); else 1.5e-7 up to |y| = 4
     (torch's fp32 GELU: 3.7e-7). Beyond 5 both polynomials fall like the logarithm.
-    Not libdevice's erf: it branches, and a divergent branch in the epilogue costs thousands of bytes of spills.
+    NaN stays NaN. Not libdevice's erf: it branches, and a divergent branch costs thousands of bytes of spills.
     """
     a = gl.minimum(gl.abs(y), 1e30)  # infinity times 0 would be NaN
     if BF16:
@@ -313,7 +315,7 @@ def _gelu_erf(y, BF16: gl.constexpr):
         q = a * (-0.000131473208 + a * (2.80569375e-05 + a * -1.90206538e-06))
         q = a * (-0.0526276109 + a * (0.00724542129 + a * (-0.000272075774 + q)))
         q = -1 + a * (-1.15111105 + a * (-0.459162143 + q))
-    return gl.maximum(y, 0.0) - a * _exp2(q)
+    return gl.maximum(y, 0.0, propagate_nan=ALL_NAN) - a * _exp2(q)
 
 
 @gluon.jit

@@ -71,6 +71,14 @@ class TestMma(KernelTests):
         assert sum(n for op, n in main.items() if op.startswith("LDSM")) == 2 * config.block_m // (8 * config.warps_m)
 
 
+def test_a_row_of_nan_stays_nan_through_gelu():
+    case, problem = CASES["everything"], CASES["everything"].problem()
+    problem.x[7] = float("nan")
+    case.emulate(CASES.compiled("everything"), problem)
+    assert torch.equal(problem.y.isnan().any(1), torch.arange(100) == 7)
+    assert problem.y[7].isnan().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", mma.CONFIGS, ids=str)
 @pytest.mark.parametrize("matrix", ["identity", "one-hot"])
