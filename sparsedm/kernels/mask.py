@@ -19,12 +19,14 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import products, rules
 from sparsedm.kernels.launch import (
     FUSED,
     SELECT_MASK,
+    capturing,
     forced_backend,
     jit,
     operator,
@@ -164,7 +166,7 @@ def majority(x, y, z):
 
 _SELECTION = [keep_largest, two_of_four, keep_largest_by_sorting, magnitude, fours, majority]
 _tuner = Autotuner("select mask", CONFIGS, [_select_mask_kernel, *_SELECTION])
-_nan_flags = {}
+_nan_flags = {}  # (reference to the weight's memory, name): flag
 
 
 def _launch(weight, pattern, outputs, name):
@@ -175,7 +177,7 @@ def _launch(weight, pattern, outputs, name):
     # (out, taps, in); the weight is copied where its kh and kw cannot be one axis
     w, m = (t.reshape(*t.shape[:2], -1).transpose(1, 2) for t in (weight, masked))
     rows, taps, K = w.shape[0] * w.shape[1], w.shape[1], w.shape[2]
-    nan = _nan_flag(name, weight.is_cuda)
+    nan = _nan_flag(weight, name)
     block_k = min(128, max(32, triton.next_power_of_2(K)))
     as_bytes = lambda tensor: None if tensor is None else tensor.view(torch.int8)  # noqa: E731
 
@@ -192,16 +194,30 @@ def _launch(weight, pattern, outputs, name):
     wanted = "+".join(name for name, t in zip(Selection._fields, outputs) if t.numel())
     dtypes = f"{weight.dtype}->{masked.dtype}"
     run(_tuner.best(run, weight.device, dtypes=dtypes, pattern=pattern, wanted=wanted, rows=bucket(rows), k=K))
+    if values is not None:  # a compressed weight is selected once: no later call would tell
+        _wait(weight.device)
     if nan.item():
+        _wait(weight.device)  # else the kernels in flight would set it again
         nan.zero_()
         raise InputError(f"{name}: some of its weights are NaN, which has no magnitude order")
 
 
-def _nan_flag(name, pinned):
-    """One int32 per name, in host memory that the GPU writes to: reading it does not wait for the GPU."""
-    if (name, pinned) not in _nan_flags:
-        _nan_flags[name, pinned] = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
-    return _nan_flags[name, pinned]
+def _nan_flag(weight, name):
+    """One int32 per weight and name, in host memory that the GPU writes to: reading it does not wait for the GPU.
+
+    A flag whose weight is gone serves the next weight. It is never freed: a kernel may still write to it.
+    """
+    key = StorageWeakRef(weight.untyped_storage()), name
+    if key not in _nan_flags:
+        gone = next((other for other in list(_nan_flags) if other[0].expired()), None)
+        flag = _nan_flags.pop(gone, None)
+        _nan_flags[key] = torch.zeros(1, dtype=torch.int32, pin_memory=weight.is_cuda) if flag is None else flag.zero_()
+    return _nan_flags[key]
+
+
+def _wait(device):
+    if device.type == "cuda" and not capturing():
+        torch.cuda.synchronize(device)
 
 
 def _select_in_torch(weight, pattern, dtype, name):
@@ -294,8 +310,9 @@ def select_mask(weight, pattern, dtype=None, name="weight", *, mask=True, bits=F
     weight: (out, in) or (out, in, kh, kw), floating point. dtype: of the masked weight; default: the weight's.
     mask, bits: return the mask as bool, as bits. compressed: return values and metadata (only for a 2:4 Linear).
     All tensors are detached. The masked weight and the mask have the weight's shape and `memory_format`.
-    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis, if a weight is NaN (on a
-    GPU at one of the next calls, so that nothing waits for the GPU), or if `compressed` does not fit.
+    Raises: InputError, beginning with `name`, if the pattern does not divide the input axis, if a weight is NaN, or if
+    `compressed` does not fit. On a GPU NaN is told at one of the next calls with this weight, so that nothing waits for
+    the GPU; with `compressed` at once.
     """
     check_weight(weight, pattern, name)
     if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):

@@ -23,6 +23,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def way(request, monkeypatch):
     if request.param == "kernel":
         monkeypatch.setattr(mask_file, "uses_triton", lambda *tensors: True)
+        monkeypatch.setattr(mask_file, "watched", lambda: True)  # else torch alone selects for a weight on a CPU
         # small blocks: the interpreter's sort is slow, and several programs should run
         monkeypatch.setattr(mask_file._tuner, "candidates", [{"BLOCK": 128, "num_warps": 1}])
     return request.param
@@ -165,6 +166,41 @@ def test_refusals(way, weight, message):
         with pytest.raises(InputError, match=message):
             select_mask(weight, Pattern(2, 4), name="fc1", **options)
     select_mask(torch.ones(2, 4), Pattern(2, 4), name="fc1")  # and the next weight of that name is not blamed
+
+
+@pytest.mark.parametrize("way", ["kernel"], indirect=True)
+def test_nan_that_a_kernel_in_flight_reports_blames_no_healthy_weight(way, monkeypatch):
+    """On a GPU the flags are written later: here all at once, when somebody waits, or by hand."""
+
+    def arrives(*device):
+        for flag in mask_file._nan_flags.values():
+            flag.fill_(1)
+
+    monkeypatch.setattr(mask_file, "_nan_flags", {})
+    monkeypatch.setattr(mask_file, "_wait", arrives)
+    weight = torch.full((2, 32), float("nan"))
+    with pytest.raises(InputError, match="of its weights are NaN"):
+        select_mask(weight, Pattern(2, 4))
+    select_mask(weight.fill_(1), Pattern(2, 4))
+    arrives()
+    other = torch.ones(2, 32)
+    select_mask(other, Pattern(2, 4))
+    with pytest.raises(InputError, match="of its weights are NaN"):
+        select_mask(weight, Pattern(2, 4))
+    arrives()
+    del weight, other
+    select_mask(torch.ones(2, 32), Pattern(2, 4))
+    assert len(mask_file._nan_flags) == 2, "a flag without a weight serves the next one"
+
+
+@pytest.mark.parametrize("way", ["kernel"], indirect=True)
+def test_a_compressed_weight_waits_for_its_nan(way, monkeypatch):
+    monkeypatch.setattr(mask_file, "_nan_flags", {})
+    monkeypatch.setattr(mask_file, "_wait", lambda device: next(iter(mask_file._nan_flags.values())).fill_(1))
+    select_mask(weights(2, 32), Pattern(2, 4), name="fc1")
+    mask_file._nan_flags.clear()
+    with pytest.raises(InputError, match="fc1: some of its weights are NaN"):
+        select_mask(weights(2, 32), Pattern(2, 4), name="fc1", compressed=True)
 
 
 def test_the_kernel_is_launched_on_the_weights_device(current_device, monkeypatch):
