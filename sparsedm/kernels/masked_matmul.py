@@ -258,7 +258,7 @@ def _best(tuner, configs, run, algorithm, x, weight, **key):
         algorithm = "library"
     if algorithm is not None:
         return next(config for config in configs if config["algorithm"] == algorithm)
-    (N, K), dtypes = weight.shape, f"{x.dtype}<-{weight.dtype}"
+    (N, K), dtypes = weight.shape, f"{'tf32' if kernels.takes_tf32(x.dtype) else x.dtype}<-{weight.dtype}"
     return tuner.best(run, x.device, dtypes=dtypes, **key, m=bucket(x.shape[0]), n=N, k=K)
 
 

@@ -129,7 +129,7 @@ def _masked_matmul_dx_kernel(
     m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_K)
     dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
+        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         dz = _load(dz_ptr, m, n, M, N, stride_zm)
         w = _load_masked(w_ptr, bits_ptr, n, first_k, N, K, stride_wn, BLOCK_K, dz.dtype)
         dx = tl.dot(dz, w, dx, input_precision=PRECISION)
@@ -199,5 +199,10 @@ def launch_weight_grad(dz, x, weight, bits, rule, dw, config):
 
 
 def _constants(dtype, config):
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return FUSED | {"PRECISION": "tf32" if tf32 else "ieee"} | {k: v for k, v in config.items() if k != "algorithm"}
+    constants = {k: v for k, v in config.items() if k != "algorithm"}
+    return FUSED | {"PRECISION": "tf32" if takes_tf32(dtype) else "ieee"} | constants
+
+
+def takes_tf32(dtype):
+    """Whether torch rounds the operands of such products to TF32. `allow_tf32` raises where the newer name was set."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

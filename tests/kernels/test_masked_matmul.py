@@ -30,6 +30,7 @@ ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu"]
 
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
+ONE = {"algorithm": "masked"}
 
 
 @pytest.fixture
@@ -355,6 +356,36 @@ def test_without_an_algorithm_the_tuner_decides(kernels, monkeypatch):
     monkeypatch.setenv("SPARSEDM_BACKEND", "dense")  # torch's product, whatever the tuner says
     masked_linear(x, weight, HALF, bias)
     assert len(asked) == 6
+
+
+def test_rows_have_offsets_of_64_bits_in_every_kernel(kernels, monkeypatch):
+    """The stride of a weight times the number of its rows may pass 2^31."""
+    found, load = [], masked_matmul_kernels._load
+    monkeypatch.setattr(masked_matmul_kernels, "_load", lambda *a: (found.append(str(a[1].dtype)), load(*a))[1])
+    for algorithm in ALGORITHMS[1:]:
+        result(masked_linear, *inputs(16, 32, 32), HALF, algorithm=algorithm, rule=RULES[1])
+    assert len(found) >= 14
+    assert set(found) == {"int64"}
+
+
+@pytest.fixture
+def newer_setting():
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_torch_s_newer_setting_of_tf32_is_read_and_has_measurements_of_its_own(kernels, newer_setting, monkeypatch):
+    asked = []
+    monkeypatch.setattr(masked_matmul._forward, "best", lambda *_, **key: asked.append(key) or {**SMALL, **ONE})
+    x, weight, *_ = inputs(16, 32, 32)
+    for precision in ("ieee", "tf32"):
+        newer_setting.fp32_precision = precision
+        with torch.no_grad():
+            masked_linear(x, weight, HALF, algorithm="masked")
+            masked_linear(x, weight, HALF)
+    assert len({key["dtypes"] for key in asked}) == 2
+    assert masked_matmul_kernels._constants(torch.float32, ONE)["PRECISION"] == "tf32"
+    assert masked_matmul_kernels._constants(torch.bfloat16, ONE)["PRECISION"] == "ieee"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from sparsedm.kernels.launch import broken, direct, left_to_torch, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
-from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
+from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, decompress, unpack
 from sparsedm.kernels.sparse24.layouts import aligned, dense_weight, kernel_tensors, prepack_once
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, check_operands, sparse24_linear
 
@@ -30,14 +30,14 @@ def sparse24_conv2d_ref(
     pattern="2:4",
 ):  # fmt: skip
     """The specification: decompress, then torch. Arguments as in `sparse24_conv2d`."""
-    weight = _weight(values, metadata, x.shape[1], kernel_size, pattern)
+    weight = _weight(unpack, values, metadata, x.shape[1], kernel_size, pattern)
     y = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
     return (y if residual is None else y + residual).to(x.dtype)
 
 
-def _weight(values, metadata, channels, kernel_size, pattern):
-    """The dense weight (N, C, kh, kw), in channels_last."""
-    rows = unpack(values, metadata, channels * kernel_size[0] * kernel_size[1], Pattern.parse(pattern))
+def _weight(form, values, metadata, channels, kernel_size, pattern):
+    """The dense weight (N, C, kh, kw), in channels_last. form: `unpack` or `decompress`."""
+    rows = form(values, metadata, channels * kernel_size[0] * kernel_size[1], Pattern.parse(pattern))
     return rows.view(-1, *kernel_size, channels).permute(0, 3, 1, 2)
 
 
@@ -178,7 +178,7 @@ def _conv(
         weight = dense_weight(prepacked, values, metadata, columns, Pattern.parse(pattern))
         weight = weight.view(-1, *kernel_size, x.shape[1]).permute(0, 3, 1, 2)
     else:
-        weight = _weight(values, metadata, x.shape[1], kernel_size, pattern)
+        weight = _weight(decompress, values, metadata, x.shape[1], kernel_size, pattern)  # `prepack` has checked them
     weight = weight.contiguous(memory_format=_memory_format(x))
     result = ACTIVATIONS[activation](F.conv2d(x, weight, bias, stride, padding, dilation))
     return y.copy_(result if residual is None else result + residual)

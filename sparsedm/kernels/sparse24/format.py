@@ -105,6 +105,11 @@ def unpack(values, metadata, columns=None, pattern=TWO_FOUR):
     """
     check_shapes(values, metadata, pattern)
     check_metadata(metadata, pattern, columns_of(values, pattern))
+    return decompress(values, metadata, columns, pattern)
+
+
+def decompress(values, metadata, columns=None, pattern=TWO_FOUR):
+    """`unpack` of what was checked before: it does not wait for the GPU, and a CUDA graph can hold it."""
     if pattern != TWO_FOUR:
         mask = unpack_bits(metadata, columns_of(values, pattern))
         return values.new_zeros(mask.shape).masked_scatter(mask, values)  # in place, torch.func refuses it
@@ -147,6 +152,8 @@ def check_metadata(metadata, pattern=TWO_FOUR, columns=None):
     If the pattern is not 2:4: bits of `columns` columns; every group must keep the pattern's number of weights.
     """
     if metadata.is_meta or watched():  # no data: the model is inspected, or a graph is made
+        return
+    if metadata.is_cuda and torch.cuda.is_current_stream_capturing():  # in which nobody may read
         return
     if pattern != TWO_FOUR:
         counts = unpack_bits(metadata, columns).unflatten(1, (-1, pattern.group)).sum(-1)
@@ -200,5 +207,5 @@ def to_torch(weight, library):
 
 def _nibbles(metadata):
     """metadata (..., c) -> (..., c, 4) int32: the pair of each group."""
-    shifts = torch.tensor([0, 4, 8, 12], device=metadata.device, dtype=torch.int32)
+    shifts = torch.arange(0, 16, 4, device=metadata.device, dtype=torch.int32)
     return metadata.int()[..., None] >> shifts & 15

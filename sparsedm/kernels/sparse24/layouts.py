@@ -10,7 +10,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.checksum import checksums, stamp
 from sparsedm.kernels.cpu import products
 from sparsedm.kernels.pattern import Pattern
-from sparsedm.kernels.sparse24.format import TWO_FOUR, ZERO_WORD, check_metadata, check_shapes, pack, unpack
+from sparsedm.kernels.sparse24.format import TWO_FOUR, ZERO_WORD, check_metadata, check_shapes, decompress, pack, unpack
 
 
 def pad(values, metadata, row_multiple, column_multiple):
@@ -69,7 +69,7 @@ def _tma(values, metadata, columns):
 def _dense(values, metadata, columns, pattern=TWO_FOUR):
     """The dense weight; on a CPU also the checksum, for `dense_weight`. It has no sizes, or a compiled graph of a batch
     of that size would serve no other batch."""
-    weight = unpack(values, metadata, columns, pattern).contiguous()
+    weight = decompress(values, metadata, columns, pattern).contiguous()
     return [weight] + ([torch.tensor(hash(tuple(checksums(values, metadata))))] if values.device.type == "cpu" else [])
 
 
@@ -91,8 +91,8 @@ def _cpu(values, metadata, columns, layout):
     pattern, taps = Pattern.parse(pattern), int(taps)
     if values.device.type != "cpu":
         raise InputError(f"the CPU kernels cannot read a weight on {values.device}")
-    weight = unpack(values, metadata, columns, pattern)
-    mask = unpack(torch.ones_like(values), metadata, columns, pattern) != 0
+    weight = decompress(values, metadata, columns, pattern)
+    mask = decompress(torch.ones_like(values), metadata, columns, pattern) != 0
     # (N, taps C) -> (N, C, kh, kw), of which `products.prepack` needs no more than the number of taps
     weight, mask = (t.unflatten(1, (taps, -1)).transpose(1, 2).unsqueeze(-1) for t in (weight, mask))
     return list(products.prepack(order, weight, mask, pattern, int(width)))
@@ -100,7 +100,7 @@ def _cpu(values, metadata, columns, layout):
 
 def _two_four(values, metadata, columns, pattern):
     """Values and metadata of 2:4 for a weight of a sparser pattern."""
-    return pack(unpack(values, metadata, columns, pattern))
+    return pack(decompress(values, metadata, columns, pattern))
 
 
 @torch.library.custom_op("sparsedm::sparse24_prepack", mutates_args=())
@@ -163,7 +163,10 @@ def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
         if current and values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InputError("a layer with a 2:4 weight must be called once before a CUDA graph of it is captured")
         held = current and (values.detach(), metadata.detach())  # so that no other tensor gets their addresses
-        cache[layout] = current, prepack(values, metadata, layout, columns, pattern), held
+        prepacked = prepack(values, metadata, layout, columns, pattern)
+        if current and values.is_cuda:  # the next call may come from another stream
+            torch.cuda.current_stream(values.device).synchronize()
+        cache[layout] = current, prepacked, held
     return cache[layout][1][:1] if current and layout == "dense" else cache[layout][1]
 
 

@@ -20,7 +20,7 @@ from sparsedm.kernels.launch import broken, direct, left_to_torch, refuse_export
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
-from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, unpack
+from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, decompress, unpack
 from sparsedm.kernels.sparse24.layouts import aligned, dense_weight, kernel_tensors, prepack_once
 
 ACTIVATIONS = {
@@ -165,7 +165,7 @@ def _linear(
     if row.layout == "dense":
         weight = dense_weight(prepacked, values, metadata, columns, Pattern.parse(pattern))
     else:
-        weight = unpack(values, metadata, columns, Pattern.parse(pattern))
+        weight = decompress(values, metadata, columns, Pattern.parse(pattern))  # `prepack` has checked them
     return _linear_dense(x, weight, bias, activation, residual, skip, scale, out_dtype)
 
 

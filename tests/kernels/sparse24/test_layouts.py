@@ -1,5 +1,7 @@
 """The orders of the kernels hold the same weight, and are kept until it changes."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.sparse import _semi_structured_conversions as cutlass
 
 from sparsedm.kernels.sparse24 import layouts
 from sparsedm.kernels.sparse24.format import pack, unpack
-from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack
+from sparsedm.kernels.sparse24.layouts import kernel_tensors, prepack, prepack_once
 from tests.kernels.sparse24.kernel_case import pruned
 
 BF16 = torch.bfloat16
@@ -55,6 +57,21 @@ def test_a_weight_at_any_address_is_prepacked_to_what_the_kernels_can_read(layou
     expected, found = (kernel_tensors(v, prepack(v, metadata, layout, 128)) for v in (values, odd))
     assert all(map(torch.equal, found, expected))
     assert all(tensor.data_ptr() % 16 == 0 for tensor in found)
+
+
+class OnAGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_what_another_stream_may_read_next_was_written(monkeypatch):
+    events, stream, cache = [], types.SimpleNamespace(synchronize=lambda: events.append(("waited", "tma" in cache))), {}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(layouts, "prepack", lambda *_: events.append("prepacked"))
+    values, metadata = (tensor.as_subclass(OnAGpu) for tensor in pack(pruned(256, 128)))
+    for _ in range(2):
+        prepack_once(values, metadata, "tma", 128, cache)
+    assert events == ["prepacked", ("waited", False)]
 
 
 def test_fragments_hold_what_the_ptx_isa_figures_say():

@@ -8,12 +8,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library
-from sparsedm.kernels.sparse24 import dispatch
+from sparsedm.kernels.mask import select_mask
+from sparsedm.kernels.pattern import Pattern
+from sparsedm.kernels.sparse24 import dispatch, layouts
+from sparsedm.kernels.sparse24 import format as format_file
 from sparsedm.kernels.sparse24.dispatch import LINEAR, Choice, Request
-from sparsedm.kernels.sparse24.format import ZERO_WORD, pack, unpack
+from sparsedm.kernels.sparse24.format import ZERO_WORD, decompress, pack, unpack
 from sparsedm.kernels.sparse24.linear import _rows, sparse24_linear
 from tests.kernels.sparse24.kernel_case import Convolution, Problem, layout_of, pruned
 
@@ -110,6 +114,30 @@ def test_a_kernel_that_does_not_run_is_computed_in_torch_unless_it_was_asked_for
     assert torch.equal(linear(p), expected)
     assert torch.equal(linear(p, backend="splitk"), expected)
     assert stricts == [False, True]
+
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen = [*getattr(self, "seen", ()), str(function)]
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4"])
+def test_torch_decompresses_at_every_call_as_a_cuda_graph_can_hold_it(monkeypatch, text):
+    """Nothing is copied from the CPU's memory or read back: the metadata were checked when they were prepacked."""
+    weight = torch.randn(16, 32)
+    values, metadata = pack(select_mask(weight, Pattern.parse(text)).masked, Pattern.parse(text))
+    with Recorder() as recorder:
+        assert decompress(values, metadata, 32, Pattern.parse(text)).shape == (16, 32)
+    assert len(recorder.seen) > 3
+    assert not [op for op in recorder.seen if "lift_fresh" in op or "_local_scalar_dense" in op or "is_nonzero" in op]
+    cache, checks = {}, []
+    monkeypatch.setattr(layouts, "check_metadata", lambda *_: checks.append(1))
+    monkeypatch.setattr(format_file, "check_metadata", lambda *_: checks.append(1))
+    for _ in range(2):
+        y = sparse24_linear(torch.eye(32), values, metadata, backend="torch", cache=cache, pattern=text)
+        assert torch.equal(y.t(), select_mask(weight, Pattern.parse(text)).masked)
+    assert len(checks) == 1
 
 
 REFUSED = {
