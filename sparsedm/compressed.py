@@ -186,7 +186,10 @@ def _packed(rows, pattern):
 
 
 class CompressedLinear(Compressed):
-    """y = act([x | skip] w^T + b) * s + r from values (N, K * density) and their positions; inference only."""
+    """y = act([x | skip] w^T + b) * s + r from values (N, K * density) and their positions; inference only.
+
+    At 2:4, K is first padded to a multiple of 16.
+    """
 
     def __init__(self, layer: Linear, rows: torch.Tensor | None = None) -> None:
         """layer: the layer to replace. rows (out, in): the weight to pack; default: the layer's.

@@ -23,10 +23,11 @@ _OWN = ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_d
 def compress(model: nn.Module) -> nn.Module:
     """Returns a new model whose layers store only the kept weights and their positions, in eval mode.
 
-    Every masked layer becomes a CompressedLinear or CompressedConv2d of its pattern, and so does a linear layer whose
-    weight is torch's SparseSemiStructuredTensor. GPUs can multiply at most 2 of every 4 weights: on a GPU a denser
-    layer, such as 3:4, becomes a dense layer whose pruned weights are zero. Forward hooks are copied. `model` is not
-    changed.
+    A masked layer becomes a CompressedLinear or CompressedConv2d of its pattern, and so does a linear layer whose
+    weight is torch's SparseSemiStructuredTensor. Some become dense layers whose pruned weights are zero: convolutions
+    with groups, padding="same" or a padding_mode other than "zeros"; layers whose forward was replaced; layers whose
+    frozen mask breaks the pattern; on a GPU, layers that keep more than 2 of each group, such as 3:4. `inspect` names
+    the reasons. Forward hooks are copied. `model` is not changed.
     Raises: InputError if no layer is masked, a method was replaced by a function that cannot be copied, or torch's
     weight_norm, spectral_norm or prune computes the weight.
     """
@@ -104,10 +105,11 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """Returns a new, dense model of the same class whose pruned weights are zeros, for any N:M.
+    """Returns a new, dense model of the same class whose pruned weights are zeros, for every pattern.
 
     Layers that `sparsify` made ours are torch's again. A compressed model is decompressed first. The result computes
-    the same outputs as `model`, bit for bit. Tied weights stay tied. Hooks are copied.
+    the same outputs as a masked `model` in eval mode, bit for bit; as a compressed one, up to rounding. Tied weights
+    stay tied. Hooks are copied.
     Raises: InputError if no layer is masked, or a masked weight is also used without the same mask.
     """
     model = module_of(model)

@@ -198,12 +198,12 @@ def _weight_shape(layer):
 @torch.no_grad()
 def _kept(layer, pattern, weights):
     """(how many of the `weights` multiply x, whether they hold the pattern)."""
-    if isinstance(layer, Compressed):
-        return layer.values.numel(), True
     if pattern is None:
         return weights, True
-    kept = weights * pattern.keep // pattern.group
-    return kept, layer.weight.is_meta or holds(group_view(layer.effective_weight()), pattern)
+    kept = weights * pattern.keep // pattern.group  # of a compressed layer without the padding of its values
+    if isinstance(layer, Compressed) or layer.weight.is_meta:
+        return kept, True
+    return kept, holds(group_view(layer.effective_weight()), pattern)
 
 
 def _row(name, layer, calls, arch, batch):

@@ -48,10 +48,15 @@ def test_counts_are_those_by_hand(change):
     assert "VIOLATED" not in str(table)
 
 
-def test_a_compressed_convolution_is_counted():
-    conv = compress(sparsify(nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), "2:4"))
-    (row,) = inspect(conv, (torch.zeros(1, 16, 5, 5),)).rows
-    assert (row.macs, row.macs_after) == (25 * 8 * 9 * 16, 25 * 8 * 9 * 8)
+@pytest.mark.parametrize("change", [lambda m: m, compress], ids=["masked", "compressed"])
+def test_padding_is_not_counted(change):
+    """The values of a compressed 2:4 row are padded: here from 10 to 16, and from 54 to 56."""
+    linear = change(sparsify(nn.Sequential(nn.Linear(20, 64, bias=False)), "2:4"))
+    (row,) = inspect(linear, (torch.zeros(2, 20),)).rows
+    assert (row.parameters, row.parameters_after, row.macs_after) == (64 * 20, 64 * 10, 2 * 64 * 10)
+    conv = change(sparsify(nn.Sequential(nn.Conv2d(12, 16, 3, padding=1, bias=False)), "2:4"))
+    (row,) = inspect(conv, (torch.zeros(1, 12, 5, 5),)).rows
+    assert (row.parameters_after, row.macs, row.macs_after) == (16 * 9 * 6, 25 * 16 * 9 * 12, 25 * 16 * 9 * 6)
 
 
 def test_inspecting_changes_nothing():
