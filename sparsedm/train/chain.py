@@ -13,6 +13,7 @@ import copy
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def run_chain(
     Other arguments: see `train`.
     Returns a list of StageResult. Raises: InputError, TrainingDiverged, Interrupted, OutOfTime.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     options = replace(options, steps=sum(stage.steps for stage in stages))
     check_chain(start, stages, images, options, where, validation, device)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"

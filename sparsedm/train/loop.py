@@ -8,6 +8,7 @@ caller does (`chain.py`).
 import contextlib
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -197,7 +198,7 @@ def train(
     has its usual effect); OutOfTime; TrainingDiverged; InputError (other options, a folder that cannot be written,
     labels that do not fit the network).
     """
-    device, folder = torch.device(device), Path(folder)
+    device, folder = torch.device(device), Path(os.path.expanduser(folder))
     check_data(student.model, images, validation)
     student, loss = student.to(device), loss.to(device)
     facts = {"options": asdict(options), "model": describe(student.model), "w_kd": loss.w_kd, "w_noise": loss.w_noise}
