@@ -106,10 +106,12 @@ def run_chain(
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     settings = {"validation": validation, "deadline": deadline, "device": device, "progress": progress}
     with contextlib.ExitStack() as stack:
-        if distributed.is_main_process():
+
+        def claim():
             stack.enter_context(run_folder.folder_lock(folder))
-            settings["record"] = _claim(folder, stages, facts | _weights_of(start) | (record or {}), options)
-        distributed.barrier()
+            return _claim(folder, stages, facts | _weights_of(start) | (record or {}), options)
+
+        settings["record"] = distributed.first(claim) or {}
         return _train(start, stages, images, schedule, options, folder, where, settings)
 
 
