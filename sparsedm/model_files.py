@@ -92,6 +92,7 @@ def describe(model):
 def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None = None) -> Path:
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
+    The file holds patterns and `model.config`. For a model without a `.config`, `load_model` needs one: `config=`.
     Wrappers such as torch.compile and DDP are left out. shard_bytes: split the model into files of at most this size
     and write FILE.index.json; returns the path of the index.
     Raises: InputError, before anything is written, for another suffix, a config that is not JSON, or sharded weights.

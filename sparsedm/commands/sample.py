@@ -83,7 +83,9 @@ def add_sampling_arguments(parser, images):
         default="auto",
         help="dtype of the network (auto: bf16 for a compressed one on a GPU, because its kernels need it; else fp32)",
     )
-    parser.add_argument("--guidance", type=finite, help="classifier-free guidance weight, for class-conditional models")
+    parser.add_argument(
+        "--guidance", type=finite, help="classifier-free guidance weight, for class- and text-conditional models"
+    )
     parser.add_argument(
         "--clip",
         choices=samplers.CLIPS,

@@ -44,7 +44,7 @@ def add_arguments(sub):
     sub.add_argument("--clip", choices=samplers.CLIPS, default="every", help="as for sample (default: every step)")
     sub.add_argument("--guidance", type=finite, help="as for sample; each step then costs twice as much")
     sub.add_argument("--networks", type=_names, default=(), help="search only among these of RUN, names with commas")
-    sub.add_argument("--exclude", type=_names, default=(), help="leave these out, for example 7/8,8/8 of all widths")
+    sub.add_argument("--exclude", type=_names, default=(), help="leave these out; 8/8: every network of this width")
     sub.add_argument(
         "--sampling-steps",
         type=sampling_steps,

@@ -61,14 +61,14 @@ def _add_stages(group):
     how.add_argument(
         "--chain",
         default="dense,3:4,2:4",
-        help="comma-separated patterns. Each is one training stage. A sparse stage trains a new student, started from "
-        "the one before and taught by the dense network. A dense first stage gets half of the steps "
-        "(default: %(default)s)",
+        help="comma-separated patterns: dense, or N:M with M one of 2, 4, 8, 16, 32. Each is one training stage. A "
+        "sparse stage trains a new student, started from the one before and taught by the dense network. A dense first "
+        "stage gets half of the steps (default: %(default)s)",
     )
     methods = "\n".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     how.add_argument("--method", metavar="NAME", help=f"a ready list of stages, in place of --chain; one of\n{methods}")
     group.add_argument("--init", metavar="RUN", help="start from the dense network of this run folder or model file")
-    group.add_argument("--pattern", help="pattern of the last stage of --method (default: 2:4)")
+    group.add_argument("--pattern", help="pattern of the last stage of --method, N:M as in --chain (default: 2:4)")
     group.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
     group.add_argument(
         "--steps", type=count, default=20_000, help="steps of all stages together (default: %(default)s)"
