@@ -11,7 +11,8 @@ Each suite is a process with a limited time: a crash, a hang or a GPU error ends
 results so far remain. Run the same command again to continue: it runs suites that did not finish, and continues inside
 a suite that was cut. DIR holds a few files, up to date after every suite: index.json (which suites ran, failed, were
 cut or skipped), first.json (which configurations are right), results.csv, log.txt (all output, shortened), targets.md
-(targets and measured values), tuned.json (configurations found), counters.txt, plots.zip, quality.zip.
+(targets and measured values), tuned.json (configurations found), counters.txt, quality.zip. plots.zip is drawn while
+the next suites run.
 """
 
 import functools
@@ -29,8 +30,9 @@ from pathlib import Path
 import torch
 
 from bench import command_line, plot, program, targets
+from bench.first_contact import COMPILES_FOR, RIGHT
 from bench.results import read, stamp
-from bench.suite import Suite, side_by_side
+from bench.suite import Suite, interruptible, side_by_side
 from sparsedm import plots
 from sparsedm.commands.options import positive
 from sparsedm.errors import InputError, check_memory
@@ -121,7 +123,7 @@ def second_suites():
 
 def search_for_the_fault():
     """If no configuration is right: single instructions, every weight's place, one configuration with a sanitizer."""
-    one = python("bench.first_contact", "--one", "wgmma,0", "--small")
+    one = python("bench.first_contact", "--one", "wgmma,0", "--again", "--small")
     kernels = [str(TESTS / "kernels/sparse24"), str(TESTS / "bench/test_instruction_rates.py")]
     return (
         Suite("instructions", pytest(*kernels, "-k", "instruction or hot or identity or test_on_a_gpu"), 120),
@@ -148,15 +150,16 @@ def suites_of(part, folder, data=None):
         if not data:
             raise InputError("the part quality trains: give it images with --data")
         return quality_suites(data)
-    if known := (folder / "first.json").exists():
-        verdicts = read_json(folder / "first.json", configurations=dict)["configurations"]
-        if "right" not in verdicts.values():
-            return search_for_the_fault()
-    if known and any(Path(triton.knobs.cache.dir).glob("*")):
+    verdicts = set()
+    if (folder / "first.json").exists():
+        verdicts = set(read_json(folder / "first.json", configurations=dict)["configurations"].values())
+    if RIGHT in verdicts and any(Path(triton.knobs.cache.dir).glob("*")):
         return second_suites()
+    if RIGHT not in verdicts and not all(verdict.startswith(COMPILES_FOR) for verdict in verdicts):
+        return search_for_the_fault()
     print("`first` did not end, or it was on another machine: its first contact compiles again", file=sys.stderr)
     contact = next(suite for suite in first_suites() if suite.name == "first contact")
-    return (replace(contact, name="first contact again"), *second_suites())
+    return (replace(contact, name="first contact again", always=True), *second_suites())
 
 
 def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
@@ -174,7 +177,7 @@ def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
     index["environment"] = environment
     drawing = _Drawing(folder)
     for _, group in itertools.groupby(suites, key=lambda suite: suite.group or suite.name):
-        todo = [suite for suite in group if entries.get(suite.name, {}).get("status") != "ran"]
+        todo = [suite for suite in group if suite.always or entries.get(suite.name, {}).get("status") != "ran"]
         for entry, output in side_by_side(todo, folder, seconds - RESERVE - (now() - start)):
             if entry["status"] == "skipped":
                 entries.setdefault(entry["name"], entry)
@@ -185,7 +188,7 @@ def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
         write_json(folder / "index.json", index)
         _leave(folder)
         drawing.begin()
-    drawing.finish()
+    drawing.finish(again=now() - start < seconds)
     return index
 
 
@@ -214,10 +217,12 @@ class _Drawing:
         if now != self.drawn and (self.job is None or self.job.done()):
             self.drawn, self.job = now, self.pool.submit(self._draw)
 
-    def finish(self):
+    def finish(self, again):
+        """Wait for a drawing in progress. again: then draw what is newer."""
         if self.job:
             self.job.result()
-        self.begin()
+        if again:
+            self.begin()
         self.pool.shutdown()
 
     def _draw(self):
@@ -317,7 +322,8 @@ def main(arguments=None):
     if unknown := set(options.only or ()) - set(names):
         raise InputError(f"unknown suites {', '.join(sorted(unknown))}: they are {', '.join(names)}")
     suites = [suite for suite in suites if not options.only or suite.name in options.only]
-    index = run_campaign(suites, folder, options.seconds or SECONDS[options.part], device="cuda")
+    with interruptible():
+        index = run_campaign(suites, folder, options.seconds or SECONDS[options.part], device="cuda")
     mine = [entry for entry in index["suites"] if entry["name"] in names]
     rows = [(entry["name"], entry["status"], entry.get("seconds", ""), entry["reason"]) for entry in mine]
     print(plots.table(("suite", "status", "seconds", "why"), rows, left=(0, 1, 3)))

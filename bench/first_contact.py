@@ -2,11 +2,12 @@
 
     python -m bench.first_contact --out DIR
 
-Each configuration has its own process; all run in parallel. It compiles its kernels, also with the epilogues of the
-models, into Triton's cache, and prints `compiled`. Then it has --timeout seconds to check that every weight is in its
-place, a ragged product with an epilogue, and a product with many tiles per block. If it hangs or faults, a note keeps
-the autotuner from trying it. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in
-single calls, and the best over a second without a pause, while power and clock are read.
+Each configuration has its own process; all run in parallel. It compiles the kernels of its check into Triton's cache
+and prints `compiled`. Then it has --timeout seconds to check that every weight is in its place, a ragged product with
+an epilogue, and a product with many tiles per block, and prints `right`. If it hangs or faults, a note keeps the
+autotuner from trying it. Until a third of the time is left, the right ones also compile the other epilogues of the
+models. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in single calls, and the best
+over a second without a pause, while power and clock are read.
 
 DIR/first.json: {"configurations": {name: "right", or what is wrong}}, from the first verdict on; DIR/results.csv: the
 times.
@@ -28,7 +29,7 @@ from bench import command_line, program, run
 from bench.problems import LinearProblem
 from bench.providers import Configuration, configured
 from bench.shapes import LinearShape
-from bench.suite import deadline, reason_of, signal_all
+from bench.suite import deadline, interruptible, reason_of, signal_all
 from sparsedm.commands.options import positive
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
@@ -36,9 +37,11 @@ from sparsedm.kernels.launch import capability
 from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Choice, Request, candidates, trying
 from sparsedm.kernels.sparse24.format import pack
 
-COMPILES = 3  # compiling one configuration for all epilogues may take so many times as long as its check
+COMPILES = 3  # importing torch and compiling what is checked may take so many times as long as the check
 COMPILED, RIGHT = "compiled", "right"  # what a process prints, one line each
-EPILOGUES = (  # the first two are checked; the others are of the layers of U-ViT and DiT, and of the sweeps
+COMPILES_FOR = "compiles for more than"  # begins the verdict on what was not compiled in time: nothing is wrong yet
+CHECKED = 2  # so many of EPILOGUES are checked; the others are of the layers of U-ViT and DiT, and of the sweeps
+EPILOGUES = (
     {"bias": True},
     {"bias": True, "activation": "gelu", "residual": True},
     {},
@@ -109,53 +112,52 @@ def check(choice, device, small=False):
             raise AssertionError(f"{shape.name}: its error is {verdict.error:.3g} and {verdict.allowed:.3g} is allowed")
 
 
-def contact(choice, device, small):
-    """The work of one process; see the head of this file."""
-    compile_all(choice, device, EPILOGUES[:2] if small else EPILOGUES)
+def contact(choice, device, small=False, again=False):
+    """The work of one process; see the head of this file. again: also if a process has died of it."""
+    compile_all(choice, device, EPILOGUES[:CHECKED])
     print(COMPILED, flush=True)
-    with trying(LINEAR, choice):
+    with contextlib.nullcontext() if again else trying(LINEAR, choice):
         check(choice, device, small)
         torch.cuda.synchronize()
     print(RIGHT, flush=True)
+    if not small:
+        compile_all(choice, device, EPILOGUES[CHECKED:])
 
 
 def verdict_of(command, timeout, processes):
-    """ "right", or what is wrong. The process is added to `processes`, and killed if it does not end so long after it
-    has said `compiled`."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-    )
+    """ "right", as soon as the process says so, or what is wrong. The process is added to `processes`, and killed if it
+    says nothing so long after it has said `compiled`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, process_group=0, **pipes)
     processes.append(process)
     lines, killed = [], threading.Event()
 
     def kill():
         killed.set()
-        signal_all(process, 9)
+        signal_all(process, signal.SIGKILL)
 
     timer = threading.Timer(COMPILES * timeout, kill)
     timer.start()
     for line in process.stdout:
         lines.append(line.strip())
-        if lines[-1] == COMPILED:
+        if lines[-1] in (COMPILED, RIGHT):
             timer.cancel()
+        if lines[-1] == RIGHT:
+            return RIGHT
+        if lines[-1] == COMPILED:
             timer = threading.Timer(timeout, kill)
             timer.start()
     process.wait()
     timer.cancel()
-    if RIGHT in lines and not process.returncode:
-        return RIGHT
     if killed.is_set():
-        return (
-            f"hangs: more than {timeout:g} s"
-            if COMPILED in lines
-            else f"compiles for more than {COMPILES * timeout:g} s"
-        )
+        slow = f"hangs: more than {timeout:g} s"
+        return slow if COMPILED in lines else f"{COMPILES_FOR} {COMPILES * timeout:g} s"
     return reason_of(process.returncode, "\n".join(lines))
 
 
-def verdicts_of(commands, timeout, file):
-    """{name: verdict} of {name: command}, all side by side; `file` holds those that are known. An interruption kills
-    all."""
+def verdicts_of(commands, timeout, file, until):
+    """{name: verdict} of {name: command}, all side by side; `file` holds those that are known. What goes on after its
+    verdict is killed at the time `until`. An interruption kills all."""
     found, processes = {}, []
     with ThreadPoolExecutor(max(1, len(commands))) as pool:
         jobs = {pool.submit(verdict_of, command, timeout, processes): name for name, command in commands.items()}
@@ -163,11 +165,13 @@ def verdicts_of(commands, timeout, file):
             for job in as_completed(jobs):
                 found[jobs[job]] = job.result()
                 write_json(file, {"configurations": {name: found[name] for name in commands if name in found}})
-        except BaseException:
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    print(process.communicate(timeout=max(0.0, until - time.monotonic()))[0], end="")
+        finally:
             for process in processes:
                 if process.poll() is None:
                     signal_all(process, signal.SIGKILL)
-            raise
     return found
 
 
@@ -179,18 +183,15 @@ def main(arguments=None):
     device = torch.device("cuda")
     if options.one:
         backend, number = options.one.split(",")
-        contact(Choice(backend, int(number)), device, options.small)
+        contact(Choice(backend, int(number)), device, options.small, options.again)
         return 0
     if not torch.cuda.is_available():
         raise InputError("torch sees no GPU")
     found, folder = choices(device), Path(options.out)
     own = (sys.executable, "-m", "bench.first_contact", *(["--small"] if options.small else []), "--one")
     commands = {Configuration(choice).name: (*own, f"{choice.backend},{choice.config}") for choice in found}
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as from the keyboard
-    try:
-        named = verdicts_of(commands, options.timeout, folder / "first.json")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with interruptible():
+        named = verdicts_of(commands, options.timeout, folder / "first.json", end - options.seconds / 3)
     print(*(f"{name}: {named[name]}" for name in commands), sep="\n", flush=True)
     right = [name for name in commands if named[name] == RIGHT]
     if not right:
@@ -210,6 +211,7 @@ def parser():
     parsed.add_argument("--seconds", type=positive, default=90, help="for everything together (default: %(default)s)")
     parsed.add_argument("--small", action="store_true", help="small products, for the emulator")
     parsed.add_argument("--one", metavar="BACKEND,NUMBER", help="only this configuration, in this process")
+    parsed.add_argument("--again", action="store_true", help="of --one: also if a process has died of it")
     return parsed
 
 

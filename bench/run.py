@@ -22,7 +22,6 @@ import faulthandler
 import functools
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -47,7 +46,7 @@ from bench.networks import (
 )
 from bench.results import DENSE, ENDED, IDENTITY, Results, stamp
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
-from bench.suite import deadline
+from bench.suite import deadline, interruptible
 from bench.timing import clock_for
 from sparsedm.commands import options as types
 from sparsedm.errors import InputError
@@ -301,14 +300,12 @@ def main(arguments=None):
     """Returns the exit code: 0 done; 2 bad input; 3 parts left out, because --seconds were over or it was killed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as from the keyboard
     try:
-        return run(options, arguments)
+        with interruptible():
+            return run(options, arguments)
     except KeyboardInterrupt:
         print("bench: ended; the same command with --resume goes on", file=sys.stderr)
         return 3
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run(options, arguments):

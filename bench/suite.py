@@ -14,7 +14,7 @@ from pathlib import Path
 
 CUT = 3  # exit code of a program that ran out of time
 DEADLINE = "BENCH_DEADLINE"  # environment variable: the value of time.monotonic(), one clock for all processes
-GRACE = 5  # a suite is killed so many seconds after its time
+GRACE = 5  # a suite is asked to stop so many seconds after its time, and killed as many later
 
 
 def deadline(seconds):
@@ -25,6 +25,16 @@ def deadline(seconds):
     return min(time.monotonic() + seconds, float(os.environ.get(DEADLINE, "inf")))
 
 
+@contextlib.contextmanager
+def interruptible():
+    """In this context SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @dataclass(frozen=True)
 class Suite:
     """One process. In `command`, {folder}, {csv}, {seconds} and {minutes} are replaced by the campaign's folder, its
@@ -32,7 +42,7 @@ class Suite:
 
     seconds: the limit, so that one suite cannot starve the others. group: successive suites of the same group run side
     by side; only for suites that time nothing. A suite is skipped if the program `needs` is not on the PATH, or if no
-    more than `least` seconds are left.
+    more than `least` seconds are left. always: it runs although it ran before.
     """
 
     name: str
@@ -41,6 +51,7 @@ class Suite:
     group: str | None = None
     needs: str | None = None
     least: float = 0.0
+    always: bool = False
 
     def obstacle(self, left):
         """Why it is skipped with `left` seconds left, or None."""
@@ -52,7 +63,7 @@ class Suite:
 def side_by_side(suites, folder, left):
     """Run suites at the same time, with `left` seconds left. Yields (its entry in index.json, its output).
 
-    A process that exceeds its time by GRACE is killed, with all its children. An interruption kills all.
+    A process that exceeds its time is ended, with all its children. An interruption ends all.
     """
     processes = []
     with ThreadPoolExecutor(max(1, len(suites))) as pool:
@@ -60,7 +71,7 @@ def side_by_side(suites, folder, left):
             yield from pool.map(lambda suite: _run(suite, folder, left, processes), suites)
         except BaseException:
             for process in processes:
-                signal_all(process, signal.SIGTERM)
+                _end(process, process.wait)
             raise
 
 
@@ -71,31 +82,33 @@ def _run(suite, folder, left, processes):
     places = {"folder": folder, "csv": folder / "results.csv"}
     places |= {"seconds": f"{seconds:.0f}", "minutes": f"{seconds / 60:.2f}"}
     command = [part.format(**places) if "{" in part else part for part in suite.command]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    environment = os.environ | {DEADLINE: str(began + seconds)}
-    process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes |= {"text": True, "errors": "replace"}
+    # a group and no session of its own: who ends the campaign's session ends this, too
+    process = subprocess.Popen(command, process_group=0, env=os.environ | {DEADLINE: str(began + seconds)}, **pipes)
     processes.append(process)
     try:
         output = process.communicate(timeout=seconds + GRACE)[0]
         status = {0: "ran", CUT: "cut"}.get(process.returncode, "failed")
         reason = {"ran": "", "cut": "its time was up"}.get(status, reason_of(process.returncode, output))
     except subprocess.TimeoutExpired:
-        output, status, reason = _end(process), "cut", f"ended after {seconds:.0f} s without an answer: a hang, or slow"
+        ended = _end(process, process.communicate)
+        output = ended[0] if ended else "it could not be ended: the device does not answer\n"
+        status, reason = "cut", f"ended after {seconds:.0f} s without an answer: a hang, or slow"
     entry = {"name": suite.name, "status": status, "reason": reason, "seconds": round(time.monotonic() - began, 1)}
     return entry | {"command": shlex.join([Path(command[0]).name, *command[1:]])}, output
 
 
-def _end(process):
-    """Ask the whole process group to stop, then kill it. Returns its output."""
+def _end(process, wait):
+    """Ask the whole process group to stop, then kill it. Returns what `wait(timeout=GRACE)` does, or None."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         signal_all(process, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=5)[0]
-    return "it could not be ended: the device does not answer\n"
+            return wait(timeout=GRACE)
 
 
 def signal_all(process, how):
-    """Send a signal to a process that leads a session, and to all its children."""
+    """Send a signal to a process that leads a group, and to its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, how)
 

@@ -91,16 +91,21 @@ class CudaClock:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(max(4 * cache, 1 << 26), dtype=torch.int8, device=self.device)
         self._stream = torch.cuda.Stream(self.device)
+        self._pool = None  # the memory of the graphs made in one block of `stream`
 
     @contextlib.contextmanager
     def stream(self):
         """A context in which torch runs on the clock's stream; the stream that was current waits for it."""
-        before = torch.cuda.current_stream(self.device)
-        if before != self._stream:
+        before, outermost = torch.cuda.current_stream(self.device), self._pool is None
+        if outermost:  # the current stream does not tell: torch has 32 streams for all clocks
             self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone may not be used again
         self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):
-            yield
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            if outermost:
+                self._pool = None
         before.wait_stream(self._stream)
 
     def ready(self, run):

@@ -11,7 +11,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
 from sparsedm.layers import Conv2d, Linear, Masked
-from sparsedm.sparsity import adopt, masked_layers, module_of
+from sparsedm.sparsity import adopt, module_of
 
 _TORCH_SPARSE = tuple(TORCH_TENSORS.values())  # never require a gradient
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -23,10 +23,11 @@ _OWN = ("activation", "dense_reason", "rule", "pattern", "_held", "_hooked", "_d
 def compress(model: nn.Module) -> nn.Module:
     """Returns a new model whose layers store only the kept weights and their positions, in eval mode.
 
-    Every masked layer becomes a CompressedLinear or CompressedConv2d of its pattern, and so does a linear layer whose
-    weight is torch's SparseSemiStructuredTensor. GPUs can multiply at most 2 of every 4 weights: on a GPU a denser
-    layer, such as 3:4, becomes a dense layer whose pruned weights are zero. Forward hooks are copied. `model` is not
-    changed.
+    A masked layer becomes a CompressedLinear or CompressedConv2d of its pattern, and so does a linear layer whose
+    weight is torch's SparseSemiStructuredTensor. Some become dense layers whose pruned weights are zero: convolutions
+    with groups, padding="same" or a padding_mode other than "zeros"; layers whose forward was replaced; layers whose
+    frozen mask breaks the pattern; on a GPU, layers that keep more than 2 of each group, such as 3:4. `inspect` names
+    the reasons. Forward hooks are copied. `model` is not changed.
     Raises: InputError if no layer is masked, a method was replaced by a function that cannot be copied, or torch's
     weight_norm, spectral_norm or prune computes the weight.
     """
@@ -44,7 +45,14 @@ def compress(model: nn.Module) -> nn.Module:
             layer.beside_compressed = True
     parameters = model.named_parameters(remove_duplicate=False)
     small._frozen = {name for name, p in parameters if not p.requires_grad and not isinstance(p, _TORCH_SPARSE)}
-    small._tied = [names for names in parameter_names(model) if len(names) > 1]
+    modules = model.named_modules(remove_duplicate=False)
+    zeroed = {f"{name}.weight" for name, m in modules if isinstance(compressed.get(m), Masked)}  # of dense layers
+    small._tied = [
+        part
+        for names in parameter_names(model)
+        for part in ([name for name in names if name not in zeroed], [name for name in names if name in zeroed])
+        if len(part) > 1
+    ]
     return small.requires_grad_(False)
 
 
@@ -97,21 +105,22 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """Returns a new, dense model of the same class whose pruned weights are zeros, for any N:M.
+    """Returns a new, dense model of the same class whose pruned weights are zeros, for every pattern.
 
     Layers that `sparsify` made ours are torch's again. A compressed model is decompressed first. The result computes
-    the same outputs as `model`, bit for bit. Tied weights stay tied. Hooks are copied.
+    the same outputs as a masked `model` in eval mode, bit for bit; as a compressed one, up to rounding. Tied weights
+    stay tied. Hooks are copied.
     Raises: InputError if no layer is masked, or a masked weight is also used without the same mask.
     """
     model = module_of(model)
     if any(isinstance(m, Compressed) for m in model.modules()):
         model = decompress(model)
     _refuse_computed(model, parametrized=True)
-    layers = dict(masked_layers(model))
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Masked) and m.pattern}
     if not layers and not any(m._plain or m.beside_compressed for m in model.modules() if isinstance(m, Masked)):
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
     baked = {}  # id of a weight: its replacements
-    for layer in layers.values():
+    for layer in dict.fromkeys(layers.values()):  # once, if it has two names
         zeros = layer.masked_weight()
         baked.setdefault(id(layer.weight), []).append(nn.Parameter(zeros, layer.weight.requires_grad))
     for names in parameter_names(model):

@@ -10,7 +10,6 @@ from numbers import Integral
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,6 +50,7 @@ class LayerRow:
     macs_after: int
     backend: str  # what computes it
     why: str  # why this back end, or why the layer is dense
+    shared: bool = False  # an earlier row has the same weight
 
     @property
     def density(self) -> float:
@@ -70,11 +70,15 @@ class Inspection:
     notes: tuple = ()
 
     def totals(self) -> dict[str, int]:
-        """A dict of ints: parameters and MACs, dense and with kept weights only, and MACs with attention products."""
+        """A dict of ints: parameters and MACs, dense and with kept weights only, and MACs with attention products.
+
+        A shared weight counts once, as its first row says.
+        """
         macs, after = sum(r.macs for r in self.rows), sum(r.macs_after for r in self.rows)
+        biases = sum(r.parameters - math.prod(r.shape) for r in self.rows if r.shared) + self.other_parameters
         return {
-            "parameters": sum(r.parameters for r in self.rows) + self.other_parameters,
-            "parameters_after": sum(r.parameters_after for r in self.rows) + self.other_parameters,
+            "parameters": sum(r.parameters for r in self.rows if not r.shared) + biases,
+            "parameters_after": sum(r.parameters_after for r in self.rows if not r.shared) + biases,
             "macs": macs,
             "macs_after": after,
             "macs_with_attention": macs + self.attention_macs,
@@ -146,7 +150,7 @@ def inspect(
 ) -> Inspection:
     """List the linear and convolution layers of a model with their parameters, MACs, pattern and back end.
 
-    Runs one forward on meta tensors, which computes nothing. If the model cannot run on them, it runs once for real.
+    Runs one forward of a copy on meta tensors, which computes nothing. If that fails, the model runs once for real.
 
     example_inputs: arguments at batch 1: a tuple for `model(*example_inputs)` or a dict for `model(**example_inputs)`;
         by default the model's own `example_inputs()`.
@@ -165,14 +169,18 @@ def inspect(
         raise InputError(f"batch {batch!r}: must be a whole number, at least 1")
     try:
         calls, attention = _count(model, example_inputs, on_meta=True)
-    except (NotImplementedError, RuntimeError, TypeError):  # no meta kernel, or code that reads a value
+    except Exception:  # no copy, no meta kernel, or code that reads a value
         calls, attention = _count(model, example_inputs, on_meta=False)
     layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
+    owners, rows = {}, []  # of a weight: the first layer that has it as a parameter
+    for name, layer in layers:
+        weight = layer._parameters.get("weight")
+        shared = weight is not None and owners.setdefault(weight, layer) is not layer
+        rows.append(_row(name, layer, calls.get(name, _Calls()), arch, batch, shared))
     notes = tuple(f"{what}: `compress` cannot copy it" for what in uncopied(model))
-    return Inspection(rows, other, attention, notes)
+    return Inspection(tuple(rows), other, attention, notes)
 
 
 def _is_layer(module):
@@ -199,15 +207,15 @@ def _weight_shape(layer):
 @torch.no_grad()
 def _kept(layer, pattern, weights):
     """(how many of the `weights` multiply x, whether they hold the pattern)."""
-    if isinstance(layer, Compressed):
-        return layer.values.numel(), True
     if pattern is None:
         return weights, True
-    kept = weights * pattern.keep // pattern.group
-    return kept, layer.weight.is_meta or holds(group_view(layer.effective_weight()), pattern)
+    kept = weights * pattern.keep // pattern.group  # of a compressed layer without the padding of its values
+    if isinstance(layer, Compressed) or layer.weight.is_meta:
+        return kept, True
+    return kept, holds(group_view(layer.effective_weight()), pattern)
 
 
-def _row(name, layer, calls, arch, batch):
+def _row(name, layer, calls, arch, batch, shared):
     compressed = isinstance(layer, Compressed)
     pattern = getattr(layer, "pattern", None)
     shape = _weight_shape(layer)
@@ -238,6 +246,7 @@ def _row(name, layer, calls, arch, batch):
         macs_after=round(calls.macs * kept / dense) if dense else 0,
         backend=backend,
         why=why,
+        shared=shared,
     )
 
 
@@ -280,7 +289,7 @@ class _Calls:
 
 
 def _count(model, example_inputs, on_meta):
-    """({layer: _Calls}, MACs of the attention products), from one forward at batch 1.
+    """({layer's name: _Calls}, MACs of the attention products), from one forward at batch 1.
 
     The attention products are all products that torch's counter sees outside the layers.
     """
@@ -309,24 +318,31 @@ def _count(model, example_inputs, on_meta):
                 call.rows, call.image = rows, tuple(output.shape[-2:])
         inside.append(counted)
 
-    state, inputs = {}, example_inputs
+    inputs = example_inputs
     if on_meta:
-        state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        model = _meta_twin(model)
         inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, inputs)
-    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-    arguments = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    layers = [m for m in model.modules() if _is_layer(m)]
-    hooks = [h for m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    arguments, options = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    arguments = arguments if isinstance(arguments, tuple | list) else (arguments,)
+    layers = [(name, m) for name, m in model.named_modules() if _is_layer(m)]
+    hooks = [h for _, m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     training = [m for m in model.modules() if m.training]
     try:
         with torch.no_grad(), counter:
-            functional_call(model.eval(), state, *arguments)
+            model.eval()(*arguments, **options)
     finally:
         for hook in hooks:
             hook.remove()
         for module in training:
             module.training = True
-    return calls, (counter.get_total_flops() - sum(inside)) // 2
+    named = {name: calls[layer] for name, layer in layers if layer in calls}
+    return named, (counter.get_total_flops() - sum(inside)) // 2
+
+
+def _meta_twin(model):
+    """A deep copy with meta tensors. What a forward stores in its modules, the model does not see."""
+    tensors = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, tensors | {id(b): b.to("meta") for b in model.buffers()})
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -367,7 +383,7 @@ def kept_per_image(model):
 def _on_meta(model, batch, train=False, hook=None):
     """The output of a copy of the model on meta tensors, None if it cannot run there. hook: of each layer's forward."""
     try:
-        twin = copy.deepcopy(model).to("meta").train(train)
+        twin = _meta_twin(model).train(train)
         for module in twin.modules() if hook else ():
             module.register_forward_hook(hook)
         with torch.random.fork_rng([]):
@@ -401,7 +417,7 @@ def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
     """
     if any(isinstance(module, Compressed) for module in model.modules()):
         model = decompress(model)
-    twin, calls, times = copy.deepcopy(model).to("meta").eval(), {}, {}
+    twin, calls, times = _meta_twin(model).eval(), {}, {}
     layers = {name: layer for name, layer in masked_layers(twin) if not uncompressed_because(layer)}
 
     def see(layer, inputs, options, output):

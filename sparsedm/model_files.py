@@ -79,9 +79,10 @@ def describe(model):
     config = getattr(model, "config", None)
     try:
         config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
-        json.dumps(config, allow_nan=False)
+        parse_json(json.dumps({"config": config}, allow_nan=False), "it")  # as `load_model` reads it
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{type(model).__name__}.config cannot be saved: it is not JSON: {error}") from None
+        why = error.__cause__ or error
+        raise InputError(f"{type(model).__name__}.config cannot be saved: it is not JSON: {why}") from None
     return {
         "kind": "compressed" if compressed else "masked" if masked else "dense",
         "config": config,
@@ -92,6 +93,7 @@ def describe(model):
 def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None = None) -> Path:
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
+    The file holds patterns and `model.config`. For a model without a `.config`, `load_model` needs one: `config=`.
     Wrappers such as torch.compile and DDP are left out. shard_bytes: split the model into files of at most this size
     and write FILE.index.json; returns the path of the index.
     Raises: InputError, before anything is written, for another suffix, a config that is not JSON, or sharded weights.

@@ -48,10 +48,15 @@ def test_counts_are_those_by_hand(change):
     assert "VIOLATED" not in str(table)
 
 
-def test_a_compressed_convolution_is_counted():
-    conv = compress(sparsify(nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), "2:4"))
-    (row,) = inspect(conv, (torch.zeros(1, 16, 5, 5),)).rows
-    assert (row.macs, row.macs_after) == (25 * 8 * 9 * 16, 25 * 8 * 9 * 8)
+@pytest.mark.parametrize("change", [lambda m: m, compress], ids=["masked", "compressed"])
+def test_padding_is_not_counted(change):
+    """The values of a compressed 2:4 row are padded: here from 10 to 16, and from 54 to 56."""
+    linear = change(sparsify(nn.Sequential(nn.Linear(20, 64, bias=False)), "2:4"))
+    (row,) = inspect(linear, (torch.zeros(2, 20),)).rows
+    assert (row.parameters, row.parameters_after, row.macs_after) == (64 * 20, 64 * 10, 2 * 64 * 10)
+    conv = change(sparsify(nn.Sequential(nn.Conv2d(12, 16, 3, padding=1, bias=False)), "2:4"))
+    (row,) = inspect(conv, (torch.zeros(1, 12, 5, 5),)).rows
+    assert (row.parameters_after, row.macs, row.macs_after) == (16 * 9 * 6, 25 * 16 * 9 * 12, 25 * 16 * 9 * 6)
 
 
 def test_inspecting_changes_nothing():
@@ -62,6 +67,41 @@ def test_inspecting_changes_nothing():
     assert model.training
     assert torch.equal(model(x), before)
     assert not model.mix._forward_hooks
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_a_weight_of_two_layers_counts_once(pattern):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    table = inspect(sparsify(model, pattern), (torch.zeros(1, 16),))
+    totals = table.totals()
+    assert totals["parameters"] == sum(p.numel() for p in model.parameters()) == 256 + 2 * 16
+    assert totals["parameters_after"] == (128 if pattern else 256) + 2 * 16
+    assert totals["macs"] == 2 * 256
+    assert [row.shared for row in table.rows] == [False, True]
+    assert inspect(compress(sparsify(model, "2:4")), (torch.zeros(1, 16),)).totals()["parameters"] == 2 * (256 + 16)
+
+
+class Lazy(nn.Module):
+    """Keeps what it computes from its first input, as tables of rotary positions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.places = nn.Linear(16, 16), {}
+
+    def forward(self, x):
+        return self.layer(x + self.places.setdefault("all", torch.arange(16, device=x.device)))
+
+
+@pytest.mark.parametrize("change", [lambda m: m, lambda m: compress(sparsify(m, "2:4"))], ids=["dense", "compressed"])
+def test_what_a_model_keeps_of_the_forward_is_not_of_this_one(change):
+    model, x = change(Lazy()), torch.randn(2, 16)
+    expected = copy.deepcopy(model)(x)
+    with torch.no_grad():
+        inspect(model, (x[:1],))
+        assert not isinstance(model.layer, Compressed) or model.layer.backend_used() is None
+        assert torch.equal(torch.compile(model, backend="eager")(x), expected)
+        assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize(

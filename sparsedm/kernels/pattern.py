@@ -19,7 +19,10 @@ GROUPS = (2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Pattern:
-    """Keep `keep` of every `group` weights along the input axis: `Pattern(2, 4)` is 2:4, a density of one half."""
+    """Keep `keep` of every `group` weights along the input axis: `Pattern(2, 4)` is 2:4, a density of one half.
+
+    group is 2, 4, 8, 16 or 32; keep is at least 1 and less than group. Raises: InputError for other numbers.
+    """
 
     keep: int
     group: int

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from dataclasses import replace
 
 import pytest
 
@@ -149,8 +151,30 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, monkeypatch
     (tmp_path / "results.csv").write_text("")
     drawing = campaign._Drawing(tmp_path)
     drawing.begin()
-    drawing.finish()
+    drawing.finish(again=False)
     assert "drawn wrong" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [60, 0])
+def test_what_was_not_drawn_when_time_is_over_is_not_begun(seconds, tmp_path, monkeypatch):
+    drawn, in_progress = [], threading.Event()
+
+    def draw(*arguments):
+        drawn.append(arguments)
+        in_progress.wait(10)
+
+    class Writes(campaign._Drawing):
+        def finish(self, again):
+            self.results.write_text("newer")
+            in_progress.set()
+            super().finish(again)
+
+    monkeypatch.setattr(campaign.plot, "draw_archive", draw)
+    monkeypatch.setattr(campaign, "_Drawing", Writes)
+    monkeypatch.setattr(campaign, "_leave", lambda folder: None)
+    (tmp_path / "results.csv").write_text("old")
+    run_campaign([Suite("measures", script(""))], tmp_path, seconds)
+    assert len(drawn) == (2 if seconds else 1)
 
 
 def test_without_a_measurement_there_are_no_plots(tmp_path):
@@ -200,18 +224,36 @@ def test_a_suite_whose_program_is_missing_is_skipped(tmp_path):
     }  # fmt: skip
 
 
-def test_ctrl_c_ends_what_is_running(tmp_path):
+ENDED = """
+import sys
+from bench import campaign, suite
+suite.GRACE = 0.2
+campaign.torch.cuda.is_available = lambda: True
+campaign.stamp = lambda device: {"device": device}
+campaign.suites_of = lambda *_: [suite.Suite("sleeps", (sys.executable, "-c", *sys.argv[1:3]))]
+sys.exit(campaign.main(["first", "--out", sys.argv[3]]))
+"""
+
+
+def test_a_campaign_that_is_ended_ends_what_is_running(tmp_path):
+    """Also what takes no notice of SIGTERM, as a suite that waits for a GPU."""
     mark = tmp_path / "pid"
-    sleeps = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
-    code = "import sys; from bench.campaign import Suite, run_campaign\n"
-    code += f"run_campaign([Suite('sleeps', (sys.executable, '-c', {sleeps!r}))], {str(tmp_path / 'out')!r}, 300)"
-    process = subprocess.Popen(script(code), stderr=subprocess.PIPE, text=True)
+    sleeps = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    sleeps += "file = open(sys.argv[1], 'w'); file.write(str(os.getpid())); file.close(); time.sleep(600)"
+    command = script(ENDED, sleeps, str(mark), str(tmp_path / "out"))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (mark.exists() and mark.read_text()):
         time.sleep(0.05)
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
-    assert not alive(int(mark.read_text()))
+    try:
+        assert os.getsid(int(mark.read_text())) == os.getsid(0), "and so does the end of the session"
+        process.terminate()
+        assert "stopped" in process.communicate(timeout=30)[1]
+        assert not alive(int(mark.read_text()))
+    finally:
+        process.kill()
+        if alive(int(mark.read_text())):
+            os.kill(int(mark.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("part", [first_suites, second_suites, search_for_the_fault])
@@ -256,12 +298,20 @@ def test_the_second_part_is_decided_by_the_first(tmp_path, capsys, monkeypatch):
     for verdicts, expected in (
         ({"wgmma 0": "right", "wgmma 1": "hangs"}, "gemm: models"),
         ({"wgmma 0": "wrong", "wgmma 1": "hangs"}, "instructions"),
+        ({"wgmma 0": "compiles for more than 60 s", "wgmma 1": "hangs"}, "instructions"),
+        ({"wgmma 0": "compiles for more than 60 s"}, "first contact again"),
     ):
         (tmp_path / "first.json").write_text(json.dumps({"configurations": verdicts}))
         assert campaign.suites_of("second", tmp_path)[0].name == expected
     (tmp_path / "first.json").write_text(json.dumps({"configurations": {"wgmma 0": "right"}}))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "of another machine"))
-    assert campaign.suites_of("second", tmp_path)[0].name == "first contact again"
+    again = campaign.suites_of("second", tmp_path)[0]
+    assert again.name == "first contact again"
+    contact = replace(again, command=script(""))
+    for _ in range(2):
+        run_campaign([contact], tmp_path / "out", 60)
+    log = (tmp_path / "out/log.txt").read_text()
+    assert log.count("==== first contact again") == 2, "it ran before, but on another machine"
 
 
 def test_the_studies_of_quality_parse_and_leave_their_reports(tmp_path):

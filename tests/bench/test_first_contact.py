@@ -1,5 +1,6 @@
 """First contact on the stand-in driver, and what its parent process makes of children that hang or are wrong."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from bench import baselines, first_contact
+from bench.campaign import search_for_the_fault
 from bench.first_contact import verdict_of
 from tests.bench import stand_in
 
@@ -30,19 +32,67 @@ def script(code):
     ("code", "verdict"),
     [
         ("say('compiled'); say('right')", "right"),
-        ("say('compiled'); say('right'); sys.exit(3)", "exit code 3: right"),
+        ("say('compiled'); say('right'); time.sleep(600)", "right"),
+        ("say('compiled'); sys.exit(3)", "exit code 3: compiled"),
         ("say('compiled'); raise AssertionError('1 of 9 weights')", "exit code 1: AssertionError: 1 of 9 weights"),
         ("say('compiled'); subprocess.run(['sleep', '600'])", "hangs: more than 0.5 s"),
         ("say('warning'); time.sleep(600)", "compiles for more than 2 s"),
         ("pass", "exit code 0: no output"),
     ],
-    ids=["right", "ends-badly", "wrong", "hangs", "compiles-for-ever", "silent"],
+    ids=["right", "right-and-busy", "ends-badly", "wrong", "hangs", "compiles-for-ever", "silent"],
 )
 def test_the_verdict_on_a_process(code, verdict, monkeypatch):
     monkeypatch.setattr(first_contact, "COMPILES", 4)
-    began = time.monotonic()
-    assert verdict_of(script(code), 0.5, []) == verdict
+    began, processes = time.monotonic(), []
+    assert verdict_of(script(code), 0.5, processes) == verdict
     assert time.monotonic() - began < 20
+    processes[0].kill()
+    processes[0].communicate()
+
+
+def test_what_is_right_goes_on_until_its_time_and_what_it_says_is_shown(tmp_path, capfd):
+    commands = {
+        "quick": script("say('right'); time.sleep(0.5); raise ValueError('an epilogue does not compile')"),
+        "slow": script("say('right'); time.sleep(600)"),
+    }
+    began = time.monotonic()
+    found = first_contact.verdicts_of(commands, 20, tmp_path / "first.json", began + 3)
+    assert found == {"quick": "right", "slow": "right"}
+    assert "an epilogue does not compile" in capfd.readouterr().out
+    assert time.monotonic() - began < 20
+
+
+def test_what_is_checked_is_compiled_first_and_the_rest_when_it_is_right(monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(first_contact, "compile_all", lambda choice, device, epilogues: done.extend(epilogues))
+    monkeypatch.setattr(first_contact, "check", lambda *_: done.append(capsys.readouterr().out.split()))
+    monkeypatch.setattr(first_contact, "trying", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    first_contact.contact(first_contact.Choice("wgmma", 0), torch.device("cuda"))
+    assert done.pop(2) == ["compiled"]
+    assert done[1] == {"bias": True, "activation": "gelu", "residual": True}, "which `check` asks for"
+    assert done == list(first_contact.EPILOGUES)
+
+
+def test_a_fault_is_searched_for_where_a_process_has_died_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    with first_contact.trying(first_contact.LINEAR, first_contact.Choice("wgmma", 0)):
+        (note,) = (tmp_path / "tuned").glob("*.running")
+        text = note.read_text()
+    died = subprocess.Popen(["true"])
+    died.wait()
+    note.with_name(note.name.replace(f".{os.getpid()}.", f".{died.pid}.")).write_text(text)
+    monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    checked = []
+    monkeypatch.setattr(first_contact, "check", lambda *_: checked.append(1))
+    one = ["--one", "wgmma,0", "--small"]
+    with pytest.raises(RuntimeError, match="a process ended while it ran"):
+        first_contact.main(one)
+    (sanitizer,) = (suite for suite in search_for_the_fault() if suite.name == "memcheck")
+    at = sanitizer.command.index("--one")
+    assert first_contact.main(sanitizer.command[at:]) == 0
+    assert checked == [1]
 
 
 def test_only_what_is_right_and_meant_for_large_products_is_timed(tmp_path, monkeypatch):

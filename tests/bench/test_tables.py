@@ -12,7 +12,7 @@ import torch
 
 from bench import run as speed
 from bench.experiments import __main__ as experiments
-from bench.experiments import runner
+from bench.experiments import work
 from bench.experiments.plans import EXPERIMENTS, SCALES
 from sparsedm import cli
 from sparsedm.commands import evaluate, train
@@ -171,7 +171,7 @@ def test_the_smallest_version_of_every_command_runs(command, bench_in, capsys, m
         stages = tuple(replace(stage, steps=2) for stage in search.stages)
         small = replace(search, overrides=search.overrides | changed, stages=stages, options=options, population=9)
         monkeypatch.setitem(SEARCHES["smoke"], name, replace(small, generations=1, count=8, **few))
-    for module in (runner, train, evaluate, study):
+    for module in (work, train, evaluate, study):
         load = module.load_images
         monkeypatch.setattr(module, "load_images", lambda *a, load=load, **s: load(*a, **s | {"limit": 40}))
     words = smallest(command)

@@ -241,6 +241,20 @@ def test_graphs_that_are_made_together_share_their_memory_and_others_never(gpu):
     assert len(set(gpu.ended)) == 3
 
 
+def test_a_clock_inside_another_s_block_may_get_the_same_stream(gpu):
+    """torch hands out 32 streams in turn, and the search for an algorithm makes a clock of its own."""
+    inner = CudaClock("cpu")
+    inner._stream = gpu.clock._stream
+    with gpu.clock.stream():
+        outer = gpu.clock.ready(gpu.launch)
+        for _ in range(2):  # two searches, whose graphs are gone when they end
+            assert inner.ready(gpu.launch).method == "cuda graph"
+        again = gpu.clock.ready(gpu.launch)
+    assert (outer.method, again.method) == ("cuda graph", "cuda graph")
+    assert gpu.ended[0] == gpu.ended[3]
+    assert len(set(gpu.ended)) == 3
+
+
 def test_a_call_that_waits_is_timed_as_it_is_and_no_capture_is_tried(gpu):
     timed = gpu.clock.ready(lambda: [gpu.launch(), gpu.wait()])
     assert (timed.method, timed.samples(2)) == ("cuda events", pytest.approx([7.0] * 2))

@@ -170,24 +170,30 @@ def test_refusals(way, weight, message):
 
 @pytest.mark.parametrize("way", ["kernel"], indirect=True)
 def test_nan_that_a_kernel_in_flight_reports_blames_no_healthy_weight(way, monkeypatch):
-    """On a GPU the flags are written later: here all at once, when somebody waits, or by hand."""
+    """On a GPU the flags are written later: here when somebody waits, or by hand."""
+    in_flight = []
 
-    def arrives(*device):
-        for flag in mask_file._nan_flags.values():
-            flag.fill_(1)
+    def arrive(*device):
+        while in_flight:
+            in_flight.pop().fill_(1)
+
+    def launched():
+        in_flight.extend(mask_file._nan_flags.values())
 
     monkeypatch.setattr(mask_file, "_nan_flags", {})
-    monkeypatch.setattr(mask_file, "_wait", arrives)
-    weight = torch.full((2, 32), float("nan"))
+    monkeypatch.setattr(mask_file, "_wait", arrive)
+    weight, other = torch.ones(2, 32), torch.ones(2, 32)
+    select_mask(weight, Pattern(2, 4))
+    launched()
     with pytest.raises(InputError, match="of its weights are NaN"):
-        select_mask(weight, Pattern(2, 4))
+        select_mask(weight.fill_(float("nan")), Pattern(2, 4))
+    arrive()
     select_mask(weight.fill_(1), Pattern(2, 4))
-    arrives()
-    other = torch.ones(2, 32)
+    launched(), arrive()
     select_mask(other, Pattern(2, 4))
     with pytest.raises(InputError, match="of its weights are NaN"):
         select_mask(weight, Pattern(2, 4))
-    arrives()
+    launched(), arrive()
     del weight, other
     select_mask(torch.ones(2, 32), Pattern(2, 4))
     assert len(mask_file._nan_flags) == 2, "a flag without a weight serves the next one"
