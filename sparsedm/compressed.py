@@ -1,6 +1,7 @@
 """The compressed form of a masked layer: values and positions, for fast inference. Models: `compression.py`."""
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -217,11 +218,12 @@ class CompressedLinear(Compressed):
             return y
         width = (input.shape[-1] if input.dim() else 0) + (0 if skip is None else skip.shape[-1])
         self._check_width(width, "features")
-        values, bias, x, skip, scale = self._operands(self.bias, input, skip, scale)
-        dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)  # the dtype of their sum
+        values, bias, x, skip = self._operands(self.bias, input, skip)
+        added = [t.dtype for t in (scale, residual) if t is not None]
+        dtype = functools.reduce(torch.promote_types, added, x.dtype)  # as torch's product and sum
         rest = {
             "skip": skip,
-            "scale": scale,
+            "scale": scale if scale is None else scale.to(x.dtype),
             "out_dtype": dtype,
             "cache": self._prepacked,
             "pattern": str(self.pattern),

@@ -11,7 +11,7 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
 from sparsedm.layers import Conv2d, Linear, Masked
-from sparsedm.sparsity import adopt, masked_layers, module_of
+from sparsedm.sparsity import adopt, module_of
 
 _TORCH_SPARSE = tuple(TORCH_TENSORS.values())  # never require a gradient
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -45,7 +45,14 @@ def compress(model: nn.Module) -> nn.Module:
             layer.beside_compressed = True
     parameters = model.named_parameters(remove_duplicate=False)
     small._frozen = {name for name, p in parameters if not p.requires_grad and not isinstance(p, _TORCH_SPARSE)}
-    small._tied = [names for names in parameter_names(model) if len(names) > 1]
+    modules = model.named_modules(remove_duplicate=False)
+    zeroed = {f"{name}.weight" for name, m in modules if isinstance(compressed.get(m), Masked)}  # of dense layers
+    small._tied = [
+        part
+        for names in parameter_names(model)
+        for part in ([name for name in names if name not in zeroed], [name for name in names if name in zeroed])
+        if len(part) > 1
+    ]
     return small.requires_grad_(False)
 
 
@@ -109,11 +116,11 @@ def bake(model: nn.Module) -> nn.Module:
     if any(isinstance(m, Compressed) for m in model.modules()):
         model = decompress(model)
     _refuse_computed(model, parametrized=True)
-    layers = dict(masked_layers(model))
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Masked) and m.pattern}
     if not layers and not any(m._plain or m.beside_compressed for m in model.modules() if isinstance(m, Masked)):
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
     baked = {}  # id of a weight: its replacements
-    for layer in layers.values():
+    for layer in dict.fromkeys(layers.values()):  # once, if it has two names
         zeros = layer.masked_weight()
         baked.setdefault(id(layer.weight), []).append(nn.Parameter(zeros, layer.weight.requires_grad))
     for names in parameter_names(model):

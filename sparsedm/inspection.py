@@ -10,7 +10,6 @@ from numbers import Integral
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -146,7 +145,7 @@ def inspect(
 ) -> Inspection:
     """List the linear and convolution layers of a model with their parameters, MACs, pattern and back end.
 
-    Runs one forward on meta tensors, which computes nothing. If the model cannot run on them, it runs once for real.
+    Runs one forward of a copy on meta tensors, which computes nothing. If that fails, the model runs once for real.
 
     example_inputs: arguments at batch 1: a tuple for `model(*example_inputs)` or a dict for `model(**example_inputs)`;
         by default the model's own `example_inputs()`.
@@ -165,12 +164,12 @@ def inspect(
         raise InputError(f"batch {batch!r}: must be a whole number, at least 1")
     try:
         calls, attention = _count(model, example_inputs, on_meta=True)
-    except (NotImplementedError, RuntimeError, TypeError):  # no meta kernel, or code that reads a value
+    except Exception:  # no copy, no meta kernel, or code that reads a value
         calls, attention = _count(model, example_inputs, on_meta=False)
     layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    rows = tuple(_row(name, layer, calls.get(layer, _Calls()), arch, batch) for name, layer in layers)
+    rows = tuple(_row(name, layer, calls.get(name, _Calls()), arch, batch) for name, layer in layers)
     notes = tuple(f"{what}: `compress` cannot copy it" for what in uncopied(model))
     return Inspection(rows, other, attention, notes)
 
@@ -280,7 +279,7 @@ class _Calls:
 
 
 def _count(model, example_inputs, on_meta):
-    """({layer: _Calls}, MACs of the attention products), from one forward at batch 1.
+    """({layer's name: _Calls}, MACs of the attention products), from one forward at batch 1.
 
     The attention products are all products that torch's counter sees outside the layers.
     """
@@ -309,24 +308,31 @@ def _count(model, example_inputs, on_meta):
                 call.rows, call.image = rows, tuple(output.shape[-2:])
         inside.append(counted)
 
-    state, inputs = {}, example_inputs
+    inputs = example_inputs
     if on_meta:
-        state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        model = _meta_twin(model)
         inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, inputs)
-    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-    arguments = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    layers = [m for m in model.modules() if _is_layer(m)]
-    hooks = [h for m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    arguments, options = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    arguments = arguments if isinstance(arguments, tuple | list) else (arguments,)
+    layers = [(name, m) for name, m in model.named_modules() if _is_layer(m)]
+    hooks = [h for _, m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     training = [m for m in model.modules() if m.training]
     try:
         with torch.no_grad(), counter:
-            functional_call(model.eval(), state, *arguments)
+            model.eval()(*arguments, **options)
     finally:
         for hook in hooks:
             hook.remove()
         for module in training:
             module.training = True
-    return calls, (counter.get_total_flops() - sum(inside)) // 2
+    named = {name: calls[layer] for name, layer in layers if layer in calls}
+    return named, (counter.get_total_flops() - sum(inside)) // 2
+
+
+def _meta_twin(model):
+    """A deep copy with meta tensors. What a forward stores in its modules, the model does not see."""
+    tensors = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, tensors | {id(b): b.to("meta") for b in model.buffers()})
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -367,7 +373,7 @@ def kept_per_image(model):
 def _on_meta(model, batch, train=False, hook=None):
     """The output of a copy of the model on meta tensors, None if it cannot run there. hook: of each layer's forward."""
     try:
-        twin = copy.deepcopy(model).to("meta").train(train)
+        twin = _meta_twin(model).train(train)
         for module in twin.modules() if hook else ():
             module.register_forward_hook(hook)
         with torch.random.fork_rng([]):
@@ -401,7 +407,7 @@ def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
     """
     if any(isinstance(module, Compressed) for module in model.modules()):
         model = decompress(model)
-    twin, calls, times = copy.deepcopy(model).to("meta").eval(), {}, {}
+    twin, calls, times = _meta_twin(model).eval(), {}, {}
     layers = {name: layer for name, layer in masked_layers(twin) if not uncompressed_because(layer)}
 
     def see(layer, inputs, options, output):

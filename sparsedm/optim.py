@@ -329,9 +329,9 @@ class MaskedAdamW(torch.optim.AdamW):
         except InputError:
             self._choices = {}
             raise
-        rest = {layer: self._wanted[layer] for layer in stepped if layer in self._wanted and layer not in works}
+        rest = [la for la in stepped if la in self._wanted and la not in works and not la._held]  # held: an older mask
         try:
-            self._choices |= choose(rest, self._names)
+            self._choices |= choose({layer: self._wanted[layer] for layer in rest}, self._names)
         except InputError:  # NaN: the next block, which selects anew, says so
             self._choices = {}
 
@@ -351,7 +351,7 @@ class MaskedAdamW(torch.optim.AdamW):
                     ready[layer] = choice
         self._wanted |= mine
         fresh = choose({layer: d for layer, d in dtypes.items() if layer not in ready}, names)
-        self._choices |= {layer: choice for layer, choice in fresh.items() if layer in mine}
+        self._choices |= {layer: choice for layer, choice in fresh.items() if layer in mine and not layer._held}
         return ready | fresh
 
     def settle(self, choices, names):

@@ -144,16 +144,20 @@ _BESIDE = {  # layers with weights that may stand beside the two, in the same bl
 
 
 def _links(model):
-    modules, uses = dict(model.named_modules()), collections.Counter()
-    for module in modules.values():
+    modules, uses = dict(model.named_modules(remove_duplicate=False)), collections.Counter()
+    names = {}  # a module: all its names
+    for name, module in modules.items():
+        names.setdefault(module, []).append(name)
+    for module in names:
         uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
-    for name, reader in modules.items():
+    for reader, readers in names.items():
         for expression, replacement in _READERS:
-            maker_name, found = re.subn(expression, replacement, name)
-            maker = modules.get(maker_name)
-            if found and isinstance(reader, nn.Linear) and isinstance(maker, nn.Linear):
+            makers = [re.sub(expression, replacement, name) for name in readers]
+            name, maker = readers[0], modules.get(makers[0])
+            if makers[0] != name and isinstance(reader, nn.Linear) and isinstance(maker, nn.Linear):
                 of_their_own = all(uses[id(m._parameters.get("weight"))] == 1 for m in (maker, reader))
-                link = _link(modules, name, maker, reader) if of_their_own else None
+                together = set(makers) == set(names[maker])  # wherever one of them is used, the other one is, too
+                link = _link(modules, name, maker, reader) if of_their_own and together else None
                 if link:
                     yield name, link
 

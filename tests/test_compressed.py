@@ -55,6 +55,16 @@ def tangent(f, x):
         return forward_ad.unpack_dual(f(forward_ad.make_dual(x, 3 * x))).tangent
 
 
+@pytest.mark.parametrize("layer", [Linear(64, 64), Conv2d(64, 64, 3, padding=1)], ids=["linear", "conv"])
+def test_a_forward_on_meta_tensors_leaves_nothing_for_a_compiled_graph(layer):
+    small = compress(sparsify(copy.deepcopy(layer), "2:4"))
+    x = torch.randn(2, 64) if isinstance(layer, nn.Linear) else torch.randn(2, 64, 4, 4)
+    with torch.no_grad():
+        expected = copy.deepcopy(small)(x)
+        func.functional_call(small, {name: b.to("meta") for name, b in small.named_buffers()}, x.to("meta"))
+        torch.testing.assert_close(torch.compile(small, backend="eager")(x), expected)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])
 @pytest.mark.parametrize("look", LOOKED_THROUGH.values(), ids=LOOKED_THROUGH)
 def test_what_looks_through_a_compressed_layer_sees_the_masked_one(look, pattern):
@@ -126,6 +136,19 @@ def test_a_compressed_layer_computes_under_autocast_as_the_masked_one_does(activ
             assert y.dtype == usual.dtype == torch.float32, "a residual in fp32 is not rounded to bf16"
             assert_as_good_as_torch(y, exact, usual)
             assert_as_good_as_torch(small(x, residual), exact, layer(x, residual))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_scale_of_another_dtype_counts_as_in_the_masked_layer(dtype, amp):
+    layer, x, scale = Linear(256, 256, pattern="2:4"), torch.randn(64, 256), torch.rand(256).to(dtype)
+    small = compress(layer)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        expected = layer(x, scale=scale)
+        for _ in range(2):
+            y = small(x, scale=scale)
+            assert y.dtype == expected.dtype
+            torch.testing.assert_close(y, expected, **({"rtol": 0.02, "atol": 0.02} if amp else {}))
 
 
 @pytest.mark.parametrize("backend", ["torch", "dense"])

@@ -306,6 +306,30 @@ def test_tied_weights_stay_tied_through_every_form_and_file(tmp_path):
         decompress(small)
 
 
+class LongHead(Tied):
+    """Two heads that hold the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(32, 24, bias=False)
+        self.other.weight = self.head.weight
+
+    def forward(self, x):
+        return super().forward(x) + self.other(self.embed(x))
+
+
+def test_a_tied_weight_that_compress_makes_dense_keeps_its_zeros_and_the_others_their_weights():
+    model, x = sparsify(LongHead(), "2:4").eval(), torch.arange(24)[None]
+    for layer in (model.head, model.other):
+        layer.mask = torch.ones(24, 32, dtype=torch.bool)
+        layer.mask[:, 0] = False  # no 2:4
+    with torch.no_grad():
+        again = decompress(compress(model))
+        assert torch.equal(again.embed.weight, model.embed.weight)
+        assert again.other.weight is again.head.weight is not again.embed.weight
+        torch.testing.assert_close(again(x), model(x))
+
+
 # ---- bake ------------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +395,12 @@ def test_bake_of_our_own_model_of_a_compressed_one_and_of_tied_weights(tmp_path)
         with torch.no_grad():
             assert torch.equal(plain(*model.example_inputs()), model(*model.example_inputs()))
         assert load_model(save_model(tmp_path / "m.safetensors", plain), build_model).kind == "dense"
+    twice = sparsify(Tied(), "2:4", "first|second")
+    twice.second = twice.first
+    for network in (twice, compress(twice)):
+        plain = bake(network)
+        assert plain.second is plain.first
+        assert torch.equal(plain(torch.arange(24)), twice(torch.arange(24)))
     tied = sparsify(Tied(), "2:4", "first|second")
     plain = bake(tied)
     assert plain.first.weight is plain.second.weight

@@ -69,6 +69,28 @@ def test_inspecting_changes_nothing():
     assert not model.mix._forward_hooks
 
 
+class Lazy(nn.Module):
+    """Keeps what it computes from its first input, as tables of rotary positions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.places = nn.Linear(16, 16), {}
+
+    def forward(self, x):
+        return self.layer(x + self.places.setdefault("all", torch.arange(16, device=x.device)))
+
+
+@pytest.mark.parametrize("change", [lambda m: m, lambda m: compress(sparsify(m, "2:4"))], ids=["dense", "compressed"])
+def test_what_a_model_keeps_of_the_forward_is_not_of_this_one(change):
+    model, x = change(Lazy()), torch.randn(2, 16)
+    expected = copy.deepcopy(model)(x)
+    with torch.no_grad():
+        inspect(model, (x[:1],))
+        assert not isinstance(model.layer, Compressed) or model.layer.backend_used() is None
+        assert torch.equal(torch.compile(model, backend="eager")(x), expected)
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize(
     ("size", "line"),
     [

@@ -211,6 +211,24 @@ def test_a_weight_that_anybody_else_writes_is_noticed(way, grad, where):
         assert torch.equal(network.first.current_mask(), mask_of(network.first))
 
 
+def test_a_mask_that_another_block_held_through_a_step_is_not_taken_over(way):
+    network, x = model(), batches(1)[0]
+    optimizer = MaskedAdamW(network.parameters(), 0.5, model=network)
+    train(network, optimizer, [x])
+
+    def step_inside():
+        with hold_masks(network):
+            network(x).sum().backward()
+            optimizer.step()
+            with hold_masks(network, optimizer=optimizer):
+                pass
+
+    with pytest.raises(InputError, match="was changed while its mask was held"):
+        step_inside()
+    with hold_masks(network, optimizer=optimizer):
+        assert all(torch.equal(layer.current_mask(), mask_of(layer)) for _, layer in masked_layers(network))
+
+
 def test_a_step_outside_of_blocks_believes_nobody(way):
     """What no block has used may change as it likes."""
     network, expected = model(), model()

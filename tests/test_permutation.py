@@ -117,15 +117,26 @@ def changed(change):
         lambda m: setattr(m.mid_block.mlp, "norm", nn.LayerNorm(128)),
         lambda m: nn.utils.parametrizations.weight_norm(m.mid_block.mlp.fc1),
         lambda m: setattr(m.mid_block.mlp.fc1, "weight", m.in_blocks[0].mlp.fc1.weight),
+        lambda m: setattr(m.out_blocks[0].mlp, "fc1", m.mid_block.mlp.fc1),
+        lambda m: setattr(m, "alias", m.mid_block.mlp.fc2),
         lambda m: setattr(type(m.mid_block.mlp), "__module__", "elsewhere"),
     ],
-    ids=["norm between", "weight_norm", "tied", "code of somebody else"],
+    ids=["norm between", "weight_norm", "tied", "shared", "used elsewhere, too", "code of somebody else"],
 )
 def test_where_something_unknown_may_stand_between_nothing_is_permuted(change, monkeypatch):
     monkeypatch.setattr(MLP, "__module__", MLP.__module__)  # restored afterwards
     gains = permute_channels(changed(change), rounds=2)
     assert "mid_block.mlp.fc2" not in gains
     assert "mid_block.attn.proj" in gains
+
+
+def test_a_block_that_is_shared_as_a_whole_is_permuted():
+    model = changed(lambda m: setattr(m, "mid_block", m.in_blocks[0]))
+    inputs = model.example_inputs(2)
+    with torch.no_grad():
+        before = model(*inputs)
+        assert {"in_blocks.0.mlp.fc2", "in_blocks.0.attn.proj"} < set(permute_channels(model, rounds=2))
+        torch.testing.assert_close(model(*inputs), before)
 
 
 def frozen(model):

@@ -36,8 +36,10 @@ def remember(cache, values, layout, prepacked, options, run, *tensors):
     prepacked: the weight in `layout` that run holds, as `prepack_once` has left it in the cache with its stamp. A new
     stamp would be wrong if another thread has written to the weight since.
     """
+    if run is None or not _served(values, *tensors):
+        return
     current, kept, _ = cache[layout]
-    if run is None or not _served(values, *tensors) or kept[0] is not prepacked[0]:
+    if kept[0] is not prepacked[0]:
         return
     calls = cache.get("calls")
     if calls is None or calls[0] != current or len(calls[1]) >= MOST:

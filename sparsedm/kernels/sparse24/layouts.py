@@ -151,6 +151,8 @@ def prepack_once(values, metadata, layout, columns, cache, pattern="2:4"):
     While tracing there are no addresses: what the latest eager call stored is taken as it is. The result of "dense" on
     a CPU then takes its checksum along, for `dense_weight`.
     """
+    if values.is_meta:  # a compiled graph would take it for the weight
+        return prepack(values, metadata, layout, columns, pattern)
     current = None if torch.compiler.is_compiling() else stamp(values, metadata, held=cache.get("held"))
     if layout not in cache or (current is not None and cache[layout][0] != current):
         if current and values.is_cuda and torch.cuda.is_current_stream_capturing():

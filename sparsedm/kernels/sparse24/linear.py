@@ -72,7 +72,8 @@ def sparse24_linear(
     x: (..., K) bf16 or fp16 for the kernels of a GPU, fp32 for those of a CPU, any floating dtype for torch. skip:
     (..., K2) with the leading dimensions of x, or None; then W is (N, K + K2). bias: (N,). activation: None, "gelu"
     (erf), "gelu_tanh" or "silu".
-    scale: (N,), or (G, N) whose row g scales rows g M/G .. (g+1) M/G of y: the gate of each image in an adaLN block.
+    scale: (N,), or (G, N) whose row g scales rows g M/G .. (g+1) M/G of y: the gate of each image in an adaLN block; in
+    the dtype of x.
     residual: (..., N) like y. out_dtype: dtype of y; default: of x; fp32 keeps a kernel's accumulator.
     cache: a dict that the caller stores with the weight (start with {}). It holds the prepacked weight, until the
     weight changes, and the measurements. Without it both are made at every call. backend: a name in `launch.BACKENDS`
@@ -187,6 +188,8 @@ def _check(x, values, metadata, bias, activation, residual, skip, scale, pattern
         raise InputError(f"skip {_describe(skip)} must have the leading dimensions and the dtype of x {_describe(x)}")
     if scale is not None:
         M, groups = math.prod(x.shape[:-1]), math.prod(scale.shape[:-1])
+        if scale.dtype != x.dtype:  # the kernel of a CPU would read other bytes
+            raise InputError(f"scale {_describe(scale)} must have the dtype of x {_describe(x)}")
         if scale.shape[-1] != N or scale.dim() > 2 or (M % groups if groups else M):
             raise InputError(f"scale {_describe(scale)} must be ({N},) or (G, {N}) with G a divisor of the {M} rows")
     check_operands(x, values, metadata, bias, activation, residual, (*x.shape[:-1], N), skip, scale)

@@ -118,6 +118,7 @@ REFUSED = {
     "bias-dtype": (dict(bias=torch.ones(16).half()), r"bias \(16,\) float16 must .* dtype of x \(3, 32\) float32"),
     "residual": (dict(residual=torch.ones(3, 17)), r"residual \(3, 17\) float32 must have the shape of y, \(3, 16\)"),
     "skip-rows": (dict(x=torch.ones(3, 16), skip=torch.ones(4, 16)), r"skip \(4, 16\) float32 must have the leading"),
+    "scale-dtype": (dict(scale=torch.ones(16).half()), r"scale \(16,\) float16 must have the dtype of x .* float32"),
     "scale": (dict(scale=torch.ones(2, 16)), r"scale \(2, 16\) float32 must be .* G a divisor of the 3 rows"),
     "no scale": (dict(scale=torch.ones(0, 16)), r"scale \(0, 16\) float32 must be .* G a divisor of the 3 rows"),
     "activation": (dict(activation="relu"), "unknown activation 'relu'"),
