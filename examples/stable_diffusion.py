@@ -62,7 +62,8 @@ if options.model:
     pipeline, texts = kind.from_pretrained(options.model, torch_dtype=dtype), {"prompt": [options.prompt] * 2}
 else:
     pipeline, texts = tiny_pipeline()
-pipeline.to(device)
+pipeline.to(device, dtype)
+texts = {name: text.to(device, dtype) if torch.is_tensor(text) else text for name, text in texts.items()}
 dense = getattr(pipeline, part)
 small = sparsedm.compress(sparsedm.sparsify(copy.deepcopy(dense), "2:4"))
 

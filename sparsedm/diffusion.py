@@ -87,7 +87,8 @@ class DDPMSchedule(Schedule):
     """1000 discrete times k = 0..999 with β_k linear from 1e-4 to 0.02 (DDPM, section 4); α(k)² = Π_{j<=k} (1 - β_j).
 
     scaled: √β_k is linear instead (latent diffusion, arXiv 2112.10752). first_index: the network's input t at k = 0.
-    Between integers log α is interpolated linearly, so that ODE samplers may use any time (DPM-Solver, app. D.2).
+    Between integers log α is interpolated linearly, so that ODE samplers may use any time (DPM-Solver, app. D.2). Other
+    times count as the nearest end.
     """
 
     beta_first: float = 1e-4
@@ -98,8 +99,8 @@ class DDPMSchedule(Schedule):
     last: float = 999.0
 
     def log_alpha(self, t):
-        table = _log_alpha_table(self, t.device, t.dtype)
-        k = t.long().clamp(0, len(table) - 2)
+        table, t = _log_alpha_table(self, t.device, t.dtype), t.clamp(self.first, self.last)
+        k = t.long().clamp(max=len(table) - 2)
         return table[k] + (t - k) * (table[k + 1] - table[k])
 
     def beta(self, t):
@@ -218,8 +219,8 @@ def loss(
         raise InputError(f"w_kd is {w_kd}, which needs a teacher, but none was given")
     where = generator.device if generator is not None else x0.device
     wide = torch.promote_types(x0.dtype, torch.float32)  # bfloat16 has 256 times, and one of them does not exist
-    u = torch.rand(len(x0), generator=generator, device=where).to(x0.device, wide)
-    noise = torch.randn(x0.shape, generator=generator, device=where).to(x0.device, wide)
+    drawn = {"generator": generator, "device": where, "dtype": torch.float32}
+    u, noise = (draw.to(x0.device, wide) for draw in (torch.rand(len(x0), **drawn), torch.randn(x0.shape, **drawn)))
     x0, u, noise, y = x0[rows], u[rows], noise[rows], None if y is None else y[rows]
     t = schedule.training_time(u)
     noisy = diffuse(x0, t, noise, schedule)
@@ -337,7 +338,8 @@ def noise_streams(count, seed, start):
 
 def draw_noise(streams, shape, device, dtype):
     """(len(streams), *shape): the next normal numbers of each stream."""
-    return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device, dtype)
+    drawn = [torch.randn(shape, generator=g, device="cpu", dtype=torch.float32) for g in streams]
+    return torch.stack(drawn).to(device, dtype)
 
 
 @contextlib.contextmanager

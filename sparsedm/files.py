@@ -164,12 +164,19 @@ def regular_file(path, most=None):
 
 def read_text(file):
     """The text of a UTF-8 file. Raises: InputError."""
-    try:
+    with _readable(file):
         return regular_file(file, MOST_TEXT).read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _readable(what):
+    """Raise InputError for an error of the system, or bytes that are no UTF-8."""
+    try:
+        yield
     except OSError as error:
-        raise InputError(f"{file} is missing or unreadable: {error.strerror or error}") from error
+        raise InputError(f"{what} is missing or unreadable: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} is damaged: it is not UTF-8 text") from error
+        raise InputError(f"{what} is damaged: it is not UTF-8 text") from error
 
 
 def parse_json(text, where, **kinds):
@@ -235,10 +242,17 @@ def read_json_lines(file, **kinds):
 
     kinds: see `parse_json`. Raises: InputError naming a damaged line, when the line is reached.
     """
-    if Path(file).exists():
-        *lines, _ = read_text(file).split("\n")
-        for number, line in enumerate(lines, 1):
-            yield parse_json(line, f"{file}, line {number},", **kinds)
+    if not Path(file).exists():
+        return
+    with _readable(file), regular_file(file).open("rb") as lines:  # of any number: a long run has gigabytes
+        for number, line in enumerate(iter(lambda: lines.readline(MOST_TEXT), b""), 1):
+            where = f"{file}, line {number},"
+            if line.endswith(b"\n"):
+                with _readable(where):
+                    line = line.decode()
+                yield parse_json(line, where, **kinds)
+            elif len(line) == MOST_TEXT:
+                raise InputError(f"{where} has more than {MOST_TEXT:,} bytes")
 
 
 def checksum(tensor):

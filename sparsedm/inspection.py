@@ -50,6 +50,7 @@ class LayerRow:
     macs_after: int
     backend: str  # what computes it
     why: str  # why this back end, or why the layer is dense
+    shared: bool = False  # an earlier row has the same weight
 
     @property
     def density(self) -> float:
@@ -69,11 +70,15 @@ class Inspection:
     notes: tuple = ()
 
     def totals(self) -> dict[str, int]:
-        """A dict of ints: parameters and MACs, dense and with kept weights only, and MACs with attention products."""
+        """A dict of ints: parameters and MACs, dense and with kept weights only, and MACs with attention products.
+
+        A shared weight counts once, as its first row says.
+        """
         macs, after = sum(r.macs for r in self.rows), sum(r.macs_after for r in self.rows)
+        biases = sum(r.parameters - math.prod(r.shape) for r in self.rows if r.shared) + self.other_parameters
         return {
-            "parameters": sum(r.parameters for r in self.rows) + self.other_parameters,
-            "parameters_after": sum(r.parameters_after for r in self.rows) + self.other_parameters,
+            "parameters": sum(r.parameters for r in self.rows if not r.shared) + biases,
+            "parameters_after": sum(r.parameters_after for r in self.rows if not r.shared) + biases,
             "macs": macs,
             "macs_after": after,
             "macs_with_attention": macs + self.attention_macs,
@@ -169,9 +174,13 @@ def inspect(
     layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    rows = tuple(_row(name, layer, calls.get(name, _Calls()), arch, batch) for name, layer in layers)
+    owners, rows = {}, []  # of a weight: the first layer that has it as a parameter
+    for name, layer in layers:
+        weight = layer._parameters.get("weight")
+        shared = weight is not None and owners.setdefault(weight, layer) is not layer
+        rows.append(_row(name, layer, calls.get(name, _Calls()), arch, batch, shared))
     notes = tuple(f"{what}: `compress` cannot copy it" for what in uncopied(model))
-    return Inspection(rows, other, attention, notes)
+    return Inspection(tuple(rows), other, attention, notes)
 
 
 def _is_layer(module):
@@ -206,7 +215,7 @@ def _kept(layer, pattern, weights):
     return kept, holds(group_view(layer.effective_weight()), pattern)
 
 
-def _row(name, layer, calls, arch, batch):
+def _row(name, layer, calls, arch, batch, shared):
     compressed = isinstance(layer, Compressed)
     pattern = getattr(layer, "pattern", None)
     shape = _weight_shape(layer)
@@ -237,6 +246,7 @@ def _row(name, layer, calls, arch, batch):
         macs_after=round(calls.macs * kept / dense) if dense else 0,
         backend=backend,
         why=why,
+        shared=shared,
     )
 
 

@@ -79,9 +79,10 @@ def describe(model):
     config = getattr(model, "config", None)
     try:
         config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
-        json.dumps(config, allow_nan=False)
+        parse_json(json.dumps({"config": config}, allow_nan=False), "it")  # as `load_model` reads it
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{type(model).__name__}.config cannot be saved: it is not JSON: {error}") from None
+        why = error.__cause__ or error
+        raise InputError(f"{type(model).__name__}.config cannot be saved: it is not JSON: {why}") from None
     return {
         "kind": "compressed" if compressed else "masked" if masked else "dense",
         "config": config,

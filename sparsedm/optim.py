@@ -8,11 +8,13 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.adam import adam
+from torch.utils._pytree import tree_map_only
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_adamw as kernel
@@ -36,6 +38,15 @@ class Choice(NamedTuple):
     pattern: Pattern
     selection: Selection
     checksum: torch.Tensor | int  # int64: () by the kernel of `masked_adamw`, (1,) by `_checksum`; an int of a CPU's
+    version: int | None  # of the weight: what torch has seen of writes
+
+    @classmethod
+    def of(cls, layer, selection, checksum):
+        return cls(layer.weight, layer.pattern, selection, checksum, _version(layer.weight))
+
+
+def _version(weight):
+    return None if weight.is_inference() else weight._version
 
 
 def choose(dtypes, names):
@@ -50,14 +61,14 @@ def choose(dtypes, names):
         totals = kernel.launch(works)
         for layer, work, checksum in zip(layers, works, totals[0]):
             selection = work.selection or layer.selection(dtypes[layer])  # a frozen mask is not selected
-            found[layer] = Choice(layer.weight, layer.pattern, selection, checksum)
+            found[layer] = Choice.of(layer, selection, checksum)
         report(totals[2] != 0, [names[layer] for layer in layers], NAN)
     on_cpu = [la for la, dtype in dtypes.items() if la not in found and _served_on_cpu(la, dtype)]
     found |= _chosen_on_cpu(on_cpu, names)
     for layer, dtype in dtypes.items():
         if layer not in found:
             selection = layer.selection(dtype, names[layer])
-            found[layer] = Choice(layer.weight, layer.pattern, selection, _checksum(layer.weight))
+            found[layer] = Choice.of(layer, selection, _checksum(layer.weight))
     return found
 
 
@@ -75,7 +86,7 @@ def _chosen_on_cpu(layers, names):
         return {}
     selected = products.select_masks([layer.weight for layer in layers], [layer.pattern for layer in layers])
     return {
-        layer: Choice(layer.weight, layer.pattern, Selection(masked, mask), checksum)
+        layer: Choice.of(layer, Selection(masked, mask), checksum)
         for layer, (masked, mask, nan, checksum) in zip(layers, selected)
         if not nan
     }
@@ -240,7 +251,8 @@ class MaskedAdamW(torch.optim.AdamW):
                     raise InputError(f"the state was made with {name}={group[name]}: {_REFUSED[name]}")
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            group.update(_PLAIN)
+            rates = {name: value for name, value in group.items() if name != "params"}
+            group.update(tree_map_only(torch.Tensor, float, rates), **_PLAIN)
         for state in self.state.values():
             if "step" in state:
                 state["step"] = state["step"].detach().float().cpu()
@@ -320,8 +332,7 @@ class MaskedAdamW(torch.optim.AdamW):
                 totals = kernel.launch([works[layer] for layer in layers])
                 for layer, checksum in zip(layers, totals[1]):
                     if works[layer].selection:
-                        selection = works[layer].selection
-                        self._choices[layer] = Choice(layer.weight, layer.pattern, selection, checksum)
+                        self._choices[layer] = Choice.of(layer, works[layer].selection, checksum)
                 names = [self._names[layer] for layer in layers]
                 report(totals[2] != 0, names, NAN)
                 before = [owed[layer].checksum if layer in owed else totals[0, i] for i, layer in enumerate(layers)]
@@ -338,12 +349,14 @@ class MaskedAdamW(torch.optim.AdamW):
     # ---- with `hold_masks`
 
     def choices(self, dtypes, names):
-        """{layer: Choice}: of the last step, if pattern, dtype and memory format are still the same, else a new one."""
+        """{layer: Choice}: of the last step, if pattern, dtype and memory format are still the same and torch has seen
+        no write to the weight, else a new one."""
         mine = {layer: d for layer, d in dtypes.items() if layer in self._names and layer.mask is None}
         ready = {}
         for layer, dtype in mine.items():
             choice = self._choices.get(layer)
-            if choice and choice.weight is layer.weight and choice.pattern == layer.pattern:
+            known = choice and (choice.pattern, choice.version) == (layer.pattern, _version(layer.weight))
+            if known and choice.weight is layer.weight:
                 masked, mask, *_ = choice.selection
                 fits = masked.dtype == dtype and masked.device == layer.weight.device
                 fits = fits and memory_format(masked) == memory_format(layer.weight)  # in which its checksum was taken
@@ -390,7 +403,8 @@ class MaskedAdamW(torch.optim.AdamW):
                 raise InputError(f"MaskedAdamW: a parameter is {p.dtype}, and must be real floating point")
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise InputError(f"MaskedAdamW: a gradient of shape {tuple(p.shape)} is sparse: it must be dense")
-        devices = {p.device for group in self.param_groups for p in group["params"]}
+        others = (p for other in self.param_groups for p in other["params"])  # one of them tells the device of all
+        devices = {p.device for p in itertools.chain(group["params"], itertools.islice(others, 1))}
         if len(devices) > 1:
             names = " and ".join(sorted(map(str, devices)))
             raise InputError(f"MaskedAdamW: all parameters must be on one device, not on {names}")
@@ -399,10 +413,11 @@ class MaskedAdamW(torch.optim.AdamW):
 def _check_rates(group):
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
-        if isinstance(value, torch.Tensor) or not 0 <= value < math.inf:
+        if not isinstance(value, Real) or not 0 <= value < math.inf:
             raise InputError(f"MaskedAdamW: {name}={value!r} must be a number of at least 0, and finite")
     betas = group["betas"]
-    if not all(not isinstance(beta, torch.Tensor) and 0 <= beta < 1 for beta in betas):
+    two = isinstance(betas, tuple | list) and len(betas) == 2
+    if not two or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in betas):
         raise InputError(f"MaskedAdamW: betas={betas!r} must be two numbers from 0 to 1, 1 excluded")
 
 

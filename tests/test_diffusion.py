@@ -240,6 +240,23 @@ def test_images_of_16_bits_see_all_times_and_lose_nothing_but_their_own_bits(dty
     assert torch.equal(seen[-1][1], seen[-3][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_no_noise_and_no_time(dtype):
+    x, schedule = torch.randn(4, 3, 4, 4), diffusion.SCHEDULES["vp-sde"]
+
+    def drawn():
+        seen = []
+        diffusion.loss(lambda x, t: seen.append((x, t)) or x, x, schedule, generator=torch.Generator().manual_seed(0))
+        return [*seen[0], diffusion.initial_noise(2, (3, 4, 4), seed=0)]
+
+    before = drawn()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, drawn(), before))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_velocity_weighting_is_the_error_of_the_velocity():
     schedule, x0 = VPSDE(), torch.randn(4, 3, 2, 2, dtype=torch.float64)
 

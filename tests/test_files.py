@@ -292,6 +292,17 @@ def test_json_lines_survive_a_cut(tmp_path):
         files.append_json_line(tmp_path / "no" / "log.jsonl", {})
 
 
+def test_a_log_may_be_longer_than_a_text_that_is_read_whole(tmp_path, monkeypatch):
+    file = tmp_path / "log.jsonl"
+    for number in range(9):
+        files.append_json_line(file, {"step": number})
+    monkeypatch.setattr(files, "MOST_TEXT", 20)
+    assert [record["step"] for record in files.read_json_lines(file)] == list(range(9))
+    files.append_json_line(file, {"step": "x" * 20})
+    with pytest.raises(InputError, match=r"line 10, has more than 20 bytes"):
+        list(files.read_json_lines(file))
+
+
 def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/null")

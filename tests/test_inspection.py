@@ -69,6 +69,19 @@ def test_inspecting_changes_nothing():
     assert not model.mix._forward_hooks
 
 
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_a_weight_of_two_layers_counts_once(pattern):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    table = inspect(sparsify(model, pattern), (torch.zeros(1, 16),))
+    totals = table.totals()
+    assert totals["parameters"] == sum(p.numel() for p in model.parameters()) == 256 + 2 * 16
+    assert totals["parameters_after"] == (128 if pattern else 256) + 2 * 16
+    assert totals["macs"] == 2 * 256
+    assert [row.shared for row in table.rows] == [False, True]
+    assert inspect(compress(sparsify(model, "2:4")), (torch.zeros(1, 16),)).totals()["parameters"] == 2 * (256 + 16)
+
+
 class Lazy(nn.Module):
     """Keeps what it computes from its first input, as tables of rotary positions do."""
 

@@ -243,6 +243,7 @@ class Config:
 
 
 NESTED = functools.reduce(lambda inner, _: [inner], range(5000), [])
+DEEP = functools.reduce(lambda inner, _: [inner], range(31), [])  # one level more in the file
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,9 @@ NESTED = functools.reduce(lambda inner, _: [inner], range(5000), [])
             r"Net.config cannot be saved: it is not JSON",
         ),
         ("x.safetensors", with_config({"a": NESTED}), r"Net.config cannot be saved"),
+        ("x.safetensors", with_config({"seed": 2**80}), r"Net.config cannot be saved: .*1208925819614629174706176"),
+        ("x.safetensors", with_config({1: 0, "1": 0}), r"Net.config cannot be saved: .*: one name twice in an object"),
+        ("x.safetensors", with_config(DEEP), r"Net.config cannot be saved: .*: it is nested more than 32 deep"),
         ("x.safetensors", with_config(Config(NESTED)), r"Net.config cannot be saved"),
         ("x.safetensors", with_config(Config), r"Net.config cannot be saved"),
         ("x.safetensors", lambda m: m.to("meta"), r"cannot be kept in a model file: it is on the meta device"),

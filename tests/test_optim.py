@@ -211,6 +211,46 @@ def test_a_weight_that_anybody_else_writes_is_noticed(way, grad, where):
         assert torch.equal(network.first.current_mask(), mask_of(network.first))
 
 
+def test_masks_of_a_loaded_model_are_selected_anew(way):
+    network, x = model(), batches(1)[0]
+    optimizer = optimizer_of(network)
+    train(network, optimizer, [x])
+    network.load_state_dict(model(seed=1).state_dict())
+    with hold_masks(network, optimizer=optimizer):
+        assert all(torch.equal(layer.current_mask(), mask_of(layer)) for _, layer in masked_layers(network))
+
+
+def test_rates_in_tensors_are_loaded_as_numbers():
+    network, expected = model(), model()
+    mine = MaskedAdamW(network.parameters(), model=network)
+    theirs = torch.optim.AdamW(expected.parameters(), torch.tensor(1e-2))
+    mine.load_state_dict(theirs.state_dict())
+    train(network, mine, batches(1))
+    reference(expected, theirs, batches(1))
+    assert_same("kernel", network, expected)  # torch rounds otherwise, with a rate in a tensor
+
+
+class Counted(list):
+    read = 0
+
+    def __iter__(self):
+        Counted.read += 1
+        return super().__iter__()
+
+
+def test_a_step_reads_each_group_as_often_however_many_there_are():
+    network, counts = nn.Linear(4, 4), []
+    for number in (4, 8):
+        parameters = [nn.Parameter(torch.ones(2)) for _ in range(number)]
+        optimizer = MaskedAdamW([{"params": [p]} for p in parameters], model=network)
+        for group in optimizer.param_groups:
+            group["params"] = Counted(group["params"])
+        before = Counted.read
+        optimizer.step()
+        counts.append(Counted.read - before)
+    assert counts[1] == 2 * counts[0]
+
+
 def test_a_mask_that_another_block_held_through_a_step_is_not_taken_over(way):
     network, x = model(), batches(1)[0]
     optimizer = MaskedAdamW(network.parameters(), 0.5, model=network)
@@ -429,6 +469,10 @@ def sparse():
         (lambda m: MaskedAdamW(m.parameters(), torch.tensor(0.1), model=m), r"lr=tensor\(0.1.* must be a number"),
         (lambda m: MaskedAdamW(m.parameters(), float("nan"), model=m), "lr=nan must be a number of at least 0"),
         (lambda m: MaskedAdamW(m.parameters(), betas=(0.9, 1.0), model=m), r"betas=\(0.9, 1.0\) must be two numbers"),
+        (lambda m: MaskedAdamW(m.parameters(), "1e-3", model=m), "lr='1e-3' must be a number of at least 0"),
+        (lambda m: MaskedAdamW(m.parameters(), betas=(0.9,), model=m), r"betas=\(0.9,\) must be two numbers"),
+        (lambda m: MaskedAdamW(m.parameters(), betas=[0.9] * 3, model=m), "must be two numbers"),
+        (lambda m: MaskedAdamW(m.parameters(), betas=0.9, model=m), "betas=0.9 must be two numbers"),
         (lambda m: MaskedAdamW(m.parameters(), eps=-1e-8, model=m), "eps=-1e-08 must be"),
         (lambda m: MaskedAdamW(m.parameters(), weight_decay=-1.0, model=m), "weight_decay=-1.0 must be"),
         (lambda m: MaskedAdamW(m.parameters(), model="m"), "model='m': must be a module, or several"),

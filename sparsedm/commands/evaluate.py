@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sparsedm import evaluate
-from sparsedm.commands.options import add_crop, crop_of, dense_part
+from sparsedm.commands.options import add_crop, dense_part
 from sparsedm.commands.sample import add_sampling_arguments, autoencoder_of, beside, conditions_of, draw, source_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
@@ -13,6 +13,7 @@ from sparsedm.models import build_model
 from sparsedm.plots import table
 from sparsedm.train import distributed
 from sparsedm.train.data import check_source, load_images
+from sparsedm.train.published import trained_crop
 
 EXAMPLES = ("runs/quickstart --data synthetic", "runs/mine --data cifar10 --features inception --count 50000")
 
@@ -47,8 +48,12 @@ def run(options):
     check_source(options.data)
     if options.features != "inception":  # which one process downloads
         load_features(options.features)
-    dense = load_model(dense_part(options.dense), build_model, which=options.which).model if options.dense else None
-    if dense is not None:
+    dense = None
+    if options.dense:
+        found = load_model(dense_part(options.dense), build_model, which=options.which)
+        dense = found.model
+        if found.kind != "dense":
+            raise InputError(f"--dense {options.dense}: {found.file} holds a {found.kind} network, not a dense one")
         for name in ("channels", "image_size", "num_classes", "context_tokens"):
             if getattr(dense.config, name, 0) != getattr(config, name, 0):
                 raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
@@ -56,16 +61,20 @@ def run(options):
         print(f"{options.count:,} samples of {source.words}, {source.sampler} in {source.steps} steps,")
         print(f"against the {options.split} images of {options.data}: {out}   (dry run: nothing was drawn or written)")
         return
-    reference = load_images(options.data, options.split, size, crop=crop_of(options, config))
+    crop = options.crop or trained_crop(options.run, config)
+    reference = load_images(options.data, options.split, size, crop=crop)
     if reference.is_latent:
         raise InputError(f"data {options.data} holds latents: distances need images")
     evaluate.check_sets(shape, options.count, reference.images.shape[1:], len(reference))
-    summary = features = paired = None
+
+    def summarized():
+        features = load_features(options.features, options.device)
+        name = f"{reference.source} {options.split}"
+        return features, evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)
+
+    paired = None
     with distributed.process_group(options.device):
-        if distributed.is_main_process():
-            features = load_features(options.features, options.device)
-            name = f"{reference.source} {options.split}"
-            summary = evaluate.summarize(reference.images, features, name, cache=cache_folder(), progress=True)
+        features, summary = distributed.first(summarized) or (None, None)
         if dense is not None:
             twin = source._replace(networks=[dense] * source.steps, compressed=False)
             paired = draw(twin, conditions, options)

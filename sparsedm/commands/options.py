@@ -15,7 +15,6 @@ from sparsedm.models import MODELS, build_model, model_config, parse_overrides, 
 from sparsedm.models.diffusers import from_diffusers
 from sparsedm.train.distributed import local_device
 from sparsedm.train.image_files import CROPS
-from sparsedm.train.published import original_crop
 
 MOST = 2**31 - 1  # of anything that is counted
 LARGEST = torch.finfo(torch.float32).max  # of a number that networks compute with
@@ -29,17 +28,13 @@ def add_model_arguments(parser, note=""):
     )
 
 
-def add_crop(parser, default="as in the original of the model"):
+def add_crop(parser, default="as in the training of the model, or in its original"):
     parser.add_argument(
         "--crop",
         choices=CROPS,
         help="square: the largest centred square; celeba: images of 178x218 to 128x128 at (25, 57), like U-ViT and "
         f"DDIM (default: {default})",
     )
-
-
-def crop_of(options, config):
-    return options.crop or original_crop(config)
 
 
 def add_vae(parser, what, required=False):

@@ -89,7 +89,8 @@ def add_sampling_arguments(parser, images):
     parser.add_argument(
         "--clip",
         choices=samplers.CLIPS,
-        help="clip images to [-1, 1] in every step, in the final one, or never (default: every; latents: never)",
+        help="clip images to [-1, 1] in every step, in the final one, or never (default: every, or the strategy's; "
+        "latents: never)",
     )
     parser.add_argument(
         "--context",
@@ -138,6 +139,8 @@ def source_of(options):
     """
     if options.other_weights and options.strategy is None:
         raise InputError("--other-weights goes with --strategy")
+    if options.which != "ema" and Path(options.run).is_file() and not getattr(options, "dense", None):
+        raise InputError(f"--which {options.which} goes with a run folder: the file {options.run} holds one network")
     if options.strategy is None:
         loaded = load_named(options, which=options.which)
         row = published(loaded.model.config) if options.sampler == "published" else Published({}, 0, clip=None)
@@ -157,11 +160,14 @@ def source_of(options):
     steps = _steps(options, options.sampler or strategy.sampler)
     networks = strategy.models(family, sampler=options.sampler, steps=steps, other_weights=options.other_weights)
     named = family.only(strategy.networks)
-    macs, dearest = (named.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
+    guidance = strategy.guidance if options.guidance is None else options.guidance
+    calls = 2 if guidance else 1
+    macs, dearest = (calls * named.cost(strategy.sampler, i) for i in (strategy.indices, (0,) * strategy.steps))
     share = f"{macs / dearest:.0%} of the MACs of {named.names[0]}"
     words = f"the strategy {options.strategy}, {macs / 1e6:,.1f} M MACs an image, {share}"
     cost = {"strategy": options.strategy, "macs_per_image": macs, "share_of_macs": macs / dearest}
-    return Source(words, networks, strategy.sampler, strategy.steps, options.clip, options.guidance, cost=cost)
+    clip = options.clip or strategy.clip
+    return Source(words, networks, strategy.sampler, strategy.steps, clip, guidance, cost=cost)
 
 
 def _steps(options, sampler):
@@ -350,7 +356,7 @@ def draw(source, conditions, options):
             y=None if y is None else y[start:stop].to(options.device),
             guidance=source.guidance,
             null_label=null,
-            clip=source.clip or ("never" if options.vae or config.channels > 3 else "every"),
+            clip=source.clip or ("every" if config.channels in (1, 3) and not options.vae else "never"),
             batch_size=batch_size,
             device=options.device,
             network_dtype=dtype,

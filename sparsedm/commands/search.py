@@ -35,7 +35,6 @@ def add_arguments(sub):
     sub.add_argument(
         "--family",
         choices=("chain", "widths", "both"),
-        default="chain",
         help="which family to train: N:M students, the widths of a slimmable network, or its N:M students at all "
         "widths (default: chain)",
     )
@@ -75,7 +74,10 @@ def add_arguments(sub):
 
 
 def run(options):
-    started, scale = time.perf_counter(), SEARCHES[options.scale][options.family]
+    started, scale = time.perf_counter(), SEARCHES[options.scale][options.family or "chain"]
+    for name in ("family", "distill"):
+        if options.run and getattr(options, name) is not None:
+            raise InputError(f"--{name} says how to train a family, but RUN has one: leave out one of them")
     scale = replace(scale, stages=distilled(scale.stages, options.distill))
     plan = _plan(options, scale, deadline_of(options.minutes))
     check_source(plan.data)
@@ -116,7 +118,7 @@ def _names(text):
 
 
 def _plan(options, scale, deadline):
-    name = f"search-{options.scale}-{options.family}"
+    name = f"search-{options.scale}-{options.family or 'chain'}"
     folder = Path(options.out or (Path(options.run) / "search" if options.run else f"runs/{name}"))
     return Plan(
         run=Path(options.run or folder / "family"),

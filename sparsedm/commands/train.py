@@ -14,7 +14,6 @@ from sparsedm.commands.options import (
     add_seed_and_device,
     betas,
     count,
-    crop_of,
     dense_part,
     finite,
     load_named,
@@ -46,10 +45,10 @@ RECIPE = ("batch_size", "lr", "optimizer", "betas", "weight_decay", "clip", "lab
 def add_arguments(parser):
     add_model_arguments(parser, " (default: uvit-tiny, or what --init holds)")
     parser.add_argument(
-        "--data", required=True, help="synthetic, cifar10, a folder, a zip or tar.gz of images, or an .npz"
+        "--data", required=True, help="synthetic, cifar10 (or its tar.gz), a folder or zip of images, or an .npz"
     )
     parser.add_argument("--limit", type=count, help="largest number of training images (default: all)")
-    add_crop(parser)
+    add_crop(parser, "as in the original of the model")
     parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/MODEL-CHAIN)")
     parser.add_argument("--dry-run", action="store_true", help="print stages, steps, memory and folders, and stop")
     _add_stages(parser.add_argument_group("from dense to sparse"))
@@ -168,7 +167,7 @@ def run(options):
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size
-    crop = crop_of(options, model.config)
+    crop = options.crop or original_crop(model.config)
     cropped = {} if crop == original_crop(model.config) else {"crop": crop}  # older folders have none
     images = load_images(options.data, "train", size, limit=options.limit, crop=crop)
     validation = load_images(options.data, "test", size, limit=2048, crop=crop)
@@ -213,13 +212,25 @@ def _stages(options, ema):
         if options.pattern:
             raise InputError(f"--pattern {options.pattern} needs --method: a chain names its patterns itself")
         given = {name: getattr(options, name) for name in ("w_kd", "decay") if getattr(options, name) is not None}
-        return distilled(parse_chain(options.chain, options.steps, options.split, **given), options.distill)
+        stages = parse_chain(options.chain, options.steps, options.split, **given)
+        _check_sparse(stages, options, "where", *given)
+        return distilled(stages, options.distill)
     for name in ("split", "w_kd", "decay"):
         if getattr(options, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} needs --chain: a method sets it itself")
     if ema is None and options.method not in ("dense", "random-init", "asp-random"):
         raise InputError(f"--method {options.method} starts from a dense network: give its run folder with --init")
-    return distilled(method_stages(options.method, options.steps, options.pattern or "2:4"), options.distill)
+    stages = method_stages(options.method, options.steps, options.pattern or "2:4")
+    _check_sparse(stages, options, "where", "pattern")
+    return distilled(stages, options.distill)
+
+
+def _check_sparse(stages, options, *names):
+    """Raise InputError for an option that only a sparse stage uses, if there is none."""
+    for name in names:
+        if getattr(options, name) is not None and all(stage.pattern == "dense" for stage in stages):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} {getattr(options, name)} is for sparse stages, but all stages are dense")
 
 
 def recipe_images(recipe, source):

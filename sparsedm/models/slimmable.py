@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from sparsedm.compressed import Compressed
 from sparsedm.diffusion import evaluating
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
@@ -122,7 +123,12 @@ class SlimmableDDPM(DDPM):
         return functional_call(self._narrow[k].train(self.training), self.weights(k), (x, t, y))
 
     def weights(self, k):
-        """{name: tensor} of the plain DDPM at width k/8: slices of our masked weights, with gradients."""
+        """{name: tensor} of the plain DDPM at width k/8: slices of our masked weights, with gradients.
+
+        Raises: InputError for a compressed network, whose weights have no slices.
+        """
+        if any(isinstance(layer, Compressed) for layer in self.modules()):
+            raise InputError("a compressed slimmable network runs at full width only: decompress it first")
         ours = dict(self.named_parameters())
         ours |= {f"{name}.weight": layer.effective_weight() for name, layer in masked_layers(self)}
         narrow = {}

@@ -188,7 +188,7 @@ class UViT(nn.Module):
         """The noise in x.
 
         x: images (B, channels, image_size, image_size), in the dtype of the weights (any float under autocast).
-        t: timesteps (B,) in units 0..999, fractions allowed.
+        t: timesteps (B,) in units 0..999 (scaled-linear: 1..1000), whole or floating-point numbers.
         y: class labels (B,) int64 in 0..num_classes; None means the null label. Only for class-conditional models.
         context: (B, context_tokens, context_dim); only, and always, for models with context tokens. A model without
         classes also takes it as y, so that training and samplers pass one condition.
@@ -225,6 +225,7 @@ class UViT(nn.Module):
         if not config.velocity:
             return x
         schedule = schedule_of(self)
+        t = t.to(torch.promote_types(t.dtype, torch.float32))  # of whole numbers, the schedule would be whole numbers
         time = schedule.time_of(t).view(-1, 1, 1, 1)
         return (schedule.sigma(time) * noisy + schedule.alpha(time) * x).to(noisy.dtype)  # under autocast x is rougher
 

@@ -186,7 +186,11 @@ def _wait(device):
 
 @dataclass(frozen=True)
 class Strategy:
-    """indices[i]: the network of step i. The other fields say what it was found for; other uses are refused."""
+    """indices[i]: the network of step i. The other fields say what it was found for.
+
+    Another family, sampler or number of steps is refused. clip, guidance: see `samplers.sample`; other values may be
+    asked for. clip None: nothing was sampled to find it.
+    """
 
     family: str
     networks: tuple  # names
@@ -194,6 +198,8 @@ class Strategy:
     indices: tuple
     data: str = ""
     fingerprints: tuple = ()  # of the networks' weights
+    clip: str | None = None
+    guidance: float | None = None
 
     def __post_init__(self):
         for name in ("networks", "indices", "fingerprints"):
@@ -205,6 +211,10 @@ class Strategy:
             raise InputError(f"{len(self.fingerprints)} fingerprints were given for {len(names)} networks")
         if self.sampler not in samplers.SAMPLERS:
             raise InputError(f"unknown sampler {self.sampler!r}, expected one of {', '.join(samplers.SAMPLERS)}")
+        if self.clip not in (None, *samplers.CLIPS):
+            raise InputError(f"unknown clip {self.clip!r}, expected one of {', '.join(samplers.CLIPS)}")
+        if self.guidance is not None and not (type(self.guidance) in (int, float) and math.isfinite(self.guidance)):
+            raise InputError(f"guidance {self.guidance!r}: must be a finite number")
         if not indices:
             raise InputError("a strategy needs at least one step")
         for step, index in enumerate(indices):
@@ -251,9 +261,10 @@ def load_strategy(file):
     """A Strategy from its JSON file, or from a list of widths as DDSM released. Raises InputError for a damaged one."""
     if isinstance(widths := parse_json(read_text(file), file), list):
         return _from_ddsm(widths, file)
-    kinds = {field.name: list if field.type is tuple else field.type for field in fields(Strategy)} | {"steps": int}
-    values = read_json(file, **kinds)
-    if unknown := values.keys() - kinds.keys():
+    young = dict.fromkeys(("clip", "guidance"))  # older files have none
+    kinds = {f.name: list if f.type is tuple else f.type for f in fields(Strategy) if f.name not in young}
+    values = young | read_json(file, **kinds, steps=int)
+    if unknown := values.keys() - {*kinds, *young, "steps"}:
         raise InputError(f"{file} holds no strategy: {', '.join(unknown)} is no part of one")
     try:
         strategy = Strategy(**{field.name: values[field.name] for field in fields(Strategy)})
@@ -271,11 +282,12 @@ def _from_ddsm(widths, file):
         raise InputError(f"{file} holds no strategy: a list must name a width for each step, in eighths such as 0.25")
     found = sorted({int(k) for k in eighths}, reverse=True)
     indices = tuple(found.index(k) for k in reversed(eighths))
-    return Strategy("", tuple(f"dense {k}/8" for k in found), "ddpm-large", indices)
+    return Strategy("", tuple(f"dense {k}/8" for k in found), "ddpm-large", indices, clip="final")
 
 
 def sample(family, strategy, count, *, other_weights=False, **settings):
     """(count, C, H, W): `samplers.sample` with the strategy's network at each step. settings: arguments of `sample`."""
+    found = {name: getattr(strategy, name) for name in ("clip", "guidance") if getattr(strategy, name) is not None}
     return samplers.sample(
         strategy.models(family, other_weights=other_weights),
         family.schedule,
@@ -283,7 +295,7 @@ def sample(family, strategy, count, *, other_weights=False, **settings):
         family.shape,
         sampler=strategy.sampler,
         steps=strategy.steps,
-        **settings,
+        **found | settings,
     )
 
 

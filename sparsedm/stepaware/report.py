@@ -57,8 +57,12 @@ def summary(report):
 networks: {networks}
 distance: {distance}; cost: {report["unit"]} of one image
 rank correlation of the proxy with {report["quality"]}, over {len(report["tried"])} strategies: \
-{correlation["logarithms"]:.2f} (plain sum of the losses: {correlation["losses"]:.2f})
+{_rounded(correlation["logarithms"])} (plain sum of the losses: {_rounded(correlation["losses"])})
 spent: {spent}"""
+
+
+def _rounded(correlation):
+    return "unknown" if correlation is None else f"{correlation:.2f}"
 
 
 def _band(row, report):
@@ -136,7 +140,7 @@ def plot_proxy(path, losses, names, times, pairs, correlation, quality):
         left.legend()
         right.plot(*zip(*pairs), ".", color=COLOURS[0])
         right.set(xlabel="proxy: sum of the logarithms of the losses", ylabel=quality)
-        right.set_title(f"rank correlation {correlation:.2f} over {len(pairs)} strategies", fontsize=10)
+        right.set_title(f"rank correlation {_rounded(correlation)} over {len(pairs)} strategies", fontsize=10)
         left.set_title("loss of the cheaper networks at each step", fontsize=10)
 
 

@@ -33,7 +33,7 @@ from sparsedm.stepaware.search import (
 from sparsedm.train import run_folder
 from sparsedm.train.data import ImageSet, batch, load_images
 from sparsedm.train.loop import OutOfTime, amp_of
-from sparsedm.train.published import original_crop
+from sparsedm.train.published import trained_crop
 
 QUALITIES = ("frechet", "proxy")
 SHOWN = 16  # images of each strategy in the picture
@@ -84,14 +84,15 @@ class Plan:
         return facts | {name: value for name, value in younger.items() if value != older[name]}
 
     def crop(self, family):
-        """How images are cropped: as the run folder says, else as in the original of the networks."""
-        recorded = run_folder.stored_options(self.run) if (self.run / "options.json").exists() else {}
-        return recorded.get("crop") or original_crop(family.networks[0].config)
+        """How images are cropped: as for the training of the networks."""
+        return trained_crop(self.run, family.networks[0].config)
 
     def family(self):
         """The Family to search in. Raises InputError for an unknown name, or if no network is left."""
         found = family_of(self.run, self.unit, self.device)
-        found = found.only(self.networks) if self.networks else found
+        if self.networks:
+            found.only(self.networks)  # raises for an unknown name
+            found = found.only([name for name in found.names if name in self.networks])  # costliest first
         found = found.only(without(found.names, self.exclude))
         self.check(found.networks[0].config)
         return found
@@ -132,9 +133,7 @@ def study(plan):
     if plan.unit == "seconds":
         rows = _clocked(setting, rows)
     report = _report(setting, tried, final, rows)
-    for name, indices in compared["found"].items():
-        strategy = replace(setting.strategy(indices), fingerprints=setting.family.fingerprints)
-        strategy.save(plan.folder / "strategies" / f"{name.replace(' ', '-')}.json")
+    _save_strategies(setting, compared["found"])
     write_report(plan.folder, report)
     if not setting.images.is_latent:
         _save_samples(setting, report)
@@ -159,7 +158,10 @@ class _Setting:
         return self.family.cost(self.plan.sampler, indices) * (2 if self.plan.guidance else 1)
 
     def strategy(self, indices):
-        return Strategy(self.family.name, self.family.names, self.plan.sampler, indices, self.plan.data)
+        plan, family = self.plan, self.family
+        clip = None if plan.quality == "proxy" else plan.clip  # for the proxy nothing was sampled
+        found = {"data": plan.data, "guidance": plan.guidance, "clip": clip}
+        return Strategy(family.name, family.names, plan.sampler, indices, fingerprints=family.fingerprints, **found)
 
     def draw(self, indices, count, seed):
         return _draw(self.family, self.strategy(indices), count, seed, self.plan.clip, self.plan.guidance)
@@ -195,7 +197,8 @@ def _evolved(setting, tried):
     plan, family = setting.plan, setting.family
     step_costs = np.outer(family.costs, samplers.evaluations(plan.sampler, plan.steps))
     room = max(0, plan.search.population - len(family.names)) // 2
-    start = _spread(proxy_optima(np.log(setting.losses), step_costs)[1:-1], room)
+    mixed = [found for found in proxy_optima(np.log(setting.losses), step_costs) if len(set(found)) > 1]
+    start = _spread(mixed, room)
     every = search(tried, len(family.names), plan.steps, plan.search, start=start, progress=True)
     return _spread(front(every), 8)
 
@@ -234,6 +237,16 @@ def _clocked(setting, rows):
         seconds = [total / CLOCKED for total in interleaved_seconds(calls, setting.plan.device, ROUNDS)]
         write_json(file, {"indices": indices, "seconds": seconds})
     return [row | {"clock": seconds} for row, seconds in zip(rows, read_json(file, seconds=list)["seconds"])]
+
+
+def _save_strategies(setting, found):
+    """Write {name: indices}. An earlier search over fewer generations may have found more: its files go."""
+    folder = setting.plan.folder / "strategies"
+    files = {folder / f"{name.replace(' ', '-')}.json": indices for name, indices in found.items()}
+    for file, indices in files.items():
+        setting.strategy(indices).save(file)
+    for file in set(folder.glob("found-*.json")) - set(files):
+        file.unlink()
 
 
 def _report(setting, tried, final, rows):
@@ -323,9 +336,10 @@ def _autocast(family):
 
 
 def _correlation(table, evaluations):
-    """Spearman's ρ between the sum of a strategy's entries of `table` and its quality."""
+    """Spearman's ρ between the sum of a strategy's entries of `table` and its quality; None if one is constant."""
     sums = [table[list(e.indices), range(len(e.indices))].sum() for e in evaluations]
-    return rank_correlation(sums, [e.quality for e in evaluations])
+    found = rank_correlation(sums, [e.quality for e in evaluations])
+    return None if math.isnan(found) else found
 
 
 def _spread(items, count):

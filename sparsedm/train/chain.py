@@ -13,6 +13,7 @@ import copy
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -98,17 +99,19 @@ def run_chain(
     Other arguments: see `train`.
     Returns a list of StageResult. Raises: InputError, TrainingDiverged, Interrupted, OutOfTime.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     options = replace(options, steps=sum(stage.steps for stage in stages))
     check_chain(start, stages, images, options, where, validation, device)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     settings = {"validation": validation, "deadline": deadline, "device": device, "progress": progress}
     with contextlib.ExitStack() as stack:
-        if distributed.is_main_process():
+
+        def claim():
             stack.enter_context(run_folder.folder_lock(folder))
-            settings["record"] = _claim(folder, stages, facts | _weights_of(start) | (record or {}), options)
-        distributed.barrier()
+            return _claim(folder, stages, facts | _weights_of(start) | (record or {}), options)
+
+        settings["record"] = distributed.first(claim) or {}
         return _train(start, stages, images, schedule, options, folder, where, settings)
 
 

@@ -106,6 +106,8 @@ def load_optimizer(path, model, optimizer):
             form = _form(parameter) if moment != "step" else "() float32"
             if _form(value) != form:
                 raise InputError(f"{file} does not fit the model: {key} is {_form(value)}, not {form}")
+            if moment != "step":  # in the order of the weight's memory, along which a fused optimizer walks
+                value = torch.empty_like(parameter).copy_(value)
             slots.setdefault(place, {})[moment] = value
         if any(slot.keys() != set(MOMENTS) for slot in slots.values()):
             raise InputError(f"{file} is damaged: not every parameter has the same moments, {', '.join(MOMENTS)}")

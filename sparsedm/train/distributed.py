@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, Stopped
 from sparsedm.sparsity import masks
 
 
@@ -62,9 +62,26 @@ def is_main_process():
     return rank() == 0
 
 
-def barrier():
-    """Wait until every process is here. Files of the main process can then be read."""
-    anywhere(False)
+class Refused(Stopped):
+    """The main process has said what is wrong; this is another one."""
+
+    exit_code = 2
+
+
+def first(work):
+    """work() in the main process, while the others wait; files that it wrote can then be read. Returns its result.
+
+    The others get None. Raises: what `work` raises; in the others Refused.
+    """
+    result = error = None
+    if is_main_process():
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    if anywhere(error is not None):
+        raise error or Refused("process 0 refused to go on")
+    return result
 
 
 def parallel(network):

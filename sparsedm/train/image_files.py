@@ -74,12 +74,12 @@ def read_image_files(path, size=None, progress=True, crop="square"):
         raise InputError(f"{path} is not a readable zip file, perhaps cut short ({error})") from error
 
 
-def resized(images, size, progress=True):
-    """Images uint8 (n, c, h, w) with c 1 or 3, cropped to a centred square and resized to (n, c, size, size)."""
+def resized(images, size, progress=True, crop="square"):
+    """Images uint8 (n, c, h, w) with c 1 or 3, cropped and resized to (n, c, size, size)."""
     out = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8)
     for source, target in zip(tqdm(images.numpy(), "resize", disable=None if progress else True), out.numpy()):
         image = Image.fromarray(source[0] if len(source) == 1 else source.transpose(1, 2, 0))
-        target[:] = np.atleast_3d(_fit(image, size)).transpose(2, 0, 1)
+        target[:] = np.atleast_3d(_fit(image, size, crop)).transpose(2, 0, 1)
     return out
 
 

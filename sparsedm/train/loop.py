@@ -8,6 +8,7 @@ caller does (`chain.py`).
 import contextlib
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -190,28 +191,19 @@ def train(
     images, validation: ImageSet. loss: a Loss. reference: a metrics.Reference.
     first_step: where the random streams start, so that the stages of a chain see different batches.
     record: dict of JSON values to store in options.json, such as the data source; they must be the same on a resume.
-    deadline: a value of time.monotonic(). It is checked only when a log record, a validation or a checkpoint is due. So
-    a resumed run has the same records as an uninterrupted one, and a GPU is never waited for between them.
+    deadline: a value of time.monotonic(). The first step that ends after it is saved, and the last one of this call.
 
     Returns TrainResult. Raises: Interrupted after the first SIGINT or SIGTERM, once the step is saved (a second signal
     has its usual effect); OutOfTime; TrainingDiverged; InputError (other options, a folder that cannot be written,
     labels that do not fit the network).
     """
-    device, folder = torch.device(device), Path(folder)
+    device, folder = torch.device(device), Path(os.path.expanduser(folder))
     check_data(student.model, images, validation)
     student, loss = student.to(device), loss.to(device)
     facts = {"options": asdict(options), "model": describe(student.model), "w_kd": loss.w_kd, "w_noise": loss.w_noise}
     facts |= {"first_step": first_step, "images": len(images), **(record or {})}
     with contextlib.ExitStack() as stack:
-        if distributed.is_main_process():
-            stack.enter_context(run_folder.lock(folder))
-            config = getattr(student.model, "config", None)
-            classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
-            may_grow = dict.fromkeys(("options.steps", "stage.steps"), options.fixed_length)
-            number, started = run_folder.number(folder), run_folder.has_started(folder)
-            facts = ({"run": number} if number else {}) | facts
-            run_folder.claim(folder, facts, MAY_CHANGE, classes, may_grow, started)
-        distributed.barrier()
+        distributed.first(lambda: _claim(stack, folder, facts, student.model, options))
         step = Step(student, images.to(device), loss, options, device)
         run = _Run(
             step,
@@ -238,30 +230,37 @@ def train(
     return TrainResult(student.model.eval(), student.ema, state.step, *losses, state.seconds, speed, run.saved)
 
 
+def _claim(stack, folder, facts, model, options):
+    """Lock a run folder until `stack` ends, and store or compare the facts of the run."""
+    stack.enter_context(run_folder.lock(folder))
+    config = getattr(model, "config", None)
+    classes = [TrainOptions, type(config)] if is_dataclass(config) else [TrainOptions]
+    may_grow = dict.fromkeys(("options.steps", "stage.steps"), options.fixed_length)
+    number, started = run_folder.number(folder), run_folder.has_started(folder)
+    facts = ({"run": number} if number else {}) | facts
+    run_folder.claim(folder, facts, MAY_CHANGE, classes, may_grow, started)
+
+
 def _loop(run, first_step, stop, deadline):
     """Make the remaining steps; return early once `stop` holds a signal. Raises: OutOfTime."""
     options, state = run.step.options, run.state
-    if state.step < options.steps and _late(deadline):
+    if state.step < options.steps and distributed.anywhere(time.monotonic() >= deadline):
         raise OutOfTime(f"before step {state.step + 1} in {run.folder}")
     for number in range(state.step + 1, options.steps + 1):
         run.advance(number, first_step + number - 1)
-        stopping, last = distributed.anywhere(stop), number == options.steps
-        due_save = stopping or last or number % options.save_every == 0
+        last = number == options.steps
+        ending = distributed.anywhere(stop or (not last and time.monotonic() >= deadline))
+        due_save = ending or last or number % options.save_every == 0
         due_validation = run.validation is not None and (last or number % options.validate_every == 0)
         if due_save or due_validation or number % options.log_every == 0:
             run.report(due_validation)
-            out_of_time = not last and _late(deadline)
-            if due_save or out_of_time:
+            if due_save:
                 run.save()
-            if out_of_time and not stopping:
-                raise OutOfTime(f"after step {number}, which is saved in {run.folder}")
             run.log.restart()
-        if stopping:
+        if ending:
+            if not distributed.anywhere(stop):
+                raise OutOfTime(f"after step {number}, which is saved in {run.folder}")
             return
-
-
-def _late(deadline):
-    return distributed.anywhere(time.monotonic() >= deadline)
 
 
 class _Run:
@@ -324,16 +323,16 @@ class _Run:
             y = y if text or classes_of(self.step.model) else None
             with self.step.autocast:
                 found = diffusion.validation_loss(self.step.ema, x, self.step.schedule, y=y)
+            if not torch.isfinite(found):
+                self.log.diverged(self.state.step, f"validation loss {found.item()}")
             self.state.validation_loss = found.item()
         return self.state.validation_loss
 
     def save(self):
         step, state = self.step, self.state
         distributed.check_masks(step.model)
-        if distributed.is_main_process():
-            networks = {"model": step.model, "ema": step.ema, "optimizer": step.optimizer}
-            checkpoint.save(self.folder, state.step, **networks, state=asdict(state))
-        distributed.barrier()
+        networks = {"model": step.model, "ema": step.ema, "optimizer": step.optimizer}
+        distributed.first(lambda: checkpoint.save(self.folder, state.step, **networks, state=asdict(state)))
         self.saved = run_folder.latest(self.folder)
         if self.bar.disable and self.progress and state.step:  # in the log of a job: a sign of life
             words = ", ".join(f"{what} {value}" for what, value in self.shown.items())

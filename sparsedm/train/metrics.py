@@ -96,9 +96,12 @@ class MetricsLog:
         loss, _, _, norm = self.sums.tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what = f"loss {loss}, gradient norm {norm}"
-        self.write({"step": step, "diverged": what})
         since = "at step" if self.looks_each_step else f"in the {self.count} steps up to"
+        self.diverged(step, f"loss {loss}, gradient norm {norm}", since)
+
+    def diverged(self, step, what, since="at step"):
+        """Record that `what` is not finite, and raise TrainingDiverged."""
+        self.write({"step": step, "diverged": what})
         saved = run_folder.latest(self.folder)
         kept = f"in another folder (the last good checkpoint is {saved})" if saved else "here: nothing is saved yet"
         raise TrainingDiverged(f"training diverged {since} {step} ({what}): try a lower learning rate {kept}")

@@ -5,9 +5,12 @@ The average of the weights keeps its warm-up (`TrainOptions.ema_warmup`), which 
 a thousandth of their runs, and short runs need it.
 """
 
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from sparsedm.models import MODELS
+from sparsedm.train.run_folder import stored_options
 
 
 class Published(NamedTuple):
@@ -57,11 +60,31 @@ PUBLISHED |= {
 }
 
 
+_RELEASED = {"groups": 32, "ddsm": 128, "passes": 3, "same_images": True}  # DDSM's own file differs from the preset
+
+
 def published(config):
-    """The Published row of a network that has the shape of one of the presets, None for any other."""
-    return next((row for name, row in PUBLISHED.items() if MODELS[name] == config), None)
+    """The Published row of a network that has the shape of one of the presets, None for any other.
+
+    Dropout does not count: a diffusers folder does not tell how its network was trained.
+    """
+    trained = {"dropout": config.dropout} if hasattr(config, "dropout") else {}
+    for name, row in PUBLISHED.items():
+        shape = MODELS[name]
+        shapes = [shape, replace(shape, **_RELEASED)] if shape.kind == "slimmable" else [shape]
+        if any(shape.kind == getattr(config, "kind", None) and replace(shape, **trained) == config for shape in shapes):
+            return row
+    return None
 
 
 def original_crop(config):
     """How the images of a network are cropped if nothing else is asked for, see `data.load`."""
     return (published(config) or Published({}, 0)).crop
+
+
+def trained_crop(run, config):
+    """How images were cropped for the network of a run folder or one of its stages; else `original_crop`."""
+    for folder in (Path(run), Path(run).parent):
+        if (folder / "options.json").exists() and (crop := stored_options(folder).get("crop")):
+            return crop
+    return original_crop(config)

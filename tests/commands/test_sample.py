@@ -173,6 +173,15 @@ def test_a_strategy_draws_with_the_network_of_each_step(trained, tmp_path, capsy
     assert run("sample", trained, "--sampling-steps", 0) == 2
 
 
+def test_options_that_would_do_nothing_or_mislead_are_refused(trained, capsys):
+    file = sorted((trained / "00-dense").glob("checkpoints/*/ema.safetensors"))[-1]
+    assert run("sample", file, "--which", "model") == 2
+    assert f"--which model goes with a run folder: the file {file} holds one network" in capsys.readouterr().err
+    few = ("--data", "synthetic", "--split", "test", "--count", 16, "--dense", trained / "02-2of4")
+    assert run("evaluate", trained, *few) == 2
+    assert "ema.safetensors holds a masked network, not a dense one" in capsys.readouterr().err
+
+
 def mixed_share(family, strategy):
     return family.cost(strategy.sampler, strategy.indices) / family.cost(strategy.sampler, (0,) * strategy.steps)
 

@@ -174,6 +174,8 @@ def test_every_family_can_be_built_and_searched(scale):
         (["nowhere"], "nowhere does not exist"),
         (["nowhere", "--data", "synthetic"], "nowhere does not exist"),
         (["--scale", "huge"], "invalid choice: 'huge'"),
+        (["nowhere", "--family", "chain"], "--family says how to train a family, but RUN has one"),
+        (["nowhere", "--distill", "1"], "--distill says how to train a family, but RUN has one"),
     ],
 )
 def test_bad_arguments_are_one_sentence(arguments, message, capsys, tmp_path, monkeypatch):

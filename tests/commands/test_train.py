@@ -161,6 +161,18 @@ def test_an_option_that_would_do_nothing_is_refused(options, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--decay", 0.1), ("--w-kd", 0.1), ("--where", "mlp"), ("--method", "dense", "--pattern", "1:4")],
+    ids=lambda options: options[-2],
+)
+def test_an_option_for_sparse_stages_is_refused_where_all_are_dense(options, tmp_path, capsys):
+    how = () if "--method" in options else ("--chain", "dense")
+    assert run("train", "--data", "synthetic", *how, *options, "--run", tmp_path / "run") == 2
+    assert f"{options[-2]} {options[-1]} is for sparse stages, but all stages are dense" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_written_after_training_is_refused_before(tmp_path, capsys):
     (tmp_path / "run" / "loss.png").mkdir(parents=True)
     (tmp_path / "file").touch()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.kernels.pattern import group_view, holds
@@ -54,6 +55,20 @@ def test_widths_differ_and_are_given_back():
     with pytest.raises(ZeroDivisionError), model.at_width(2):
         raise ZeroDivisionError
     assert model.width == 4
+
+
+def test_a_compressed_one_has_its_full_width_only():
+    model, inputs = make()
+    small = compress(sparsify(model, "2:4"))
+    assert small(*inputs).isfinite().all()
+    for narrow in (lambda: small.export(4), lambda: small.export(8), lambda: narrow_call(small, inputs)):
+        with pytest.raises(InputError, match="full width only: decompress it first"):
+            narrow()
+
+
+def narrow_call(model, inputs):
+    with model.at_width(4):
+        return model(*inputs)
 
 
 def test_widths_are_rounded_as_make_divisible_does():

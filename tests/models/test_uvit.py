@@ -122,6 +122,15 @@ def test_velocity_turns_what_the_layers_compute_into_noise():
     assert_as_good_as_torch(model(x, t), expected, expected.float())
 
 
+@pytest.mark.parametrize("schedule", ["vp-sde", "ddpm", "scaled-linear"])
+def test_velocity_takes_whole_numbers_as_times(schedule):
+    model = build_model("uvit-tiny", image_size=8, dim=16, depth=2, heads=2, velocity=True, schedule=schedule)
+    x = torch.randn(3, 3, 8, 8)
+    for dtype in (torch.int64, torch.int32):
+        assert torch.equal(model(x, torch.tensor([1, 500, 999], dtype=dtype)), model(x, torch.tensor([1.0, 500, 999])))
+    assert model(x, torch.zeros(3)).isfinite().all()
+
+
 def test_velocity_does_not_round_the_noise_to_bf16_under_autocast():
     """At high noise the error of x_0 is that of the noise divided by α: 0.006 at t = 999."""
     model = build_model("uvit-tiny", image_size=8, velocity=True)

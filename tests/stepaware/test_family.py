@@ -248,6 +248,8 @@ def test_a_strategy_survives_its_file(tmp_path):
         "indices": [2, 0, 1],
         "data": "synthetic",
         "fingerprints": [],
+        "clip": None,
+        "guidance": None,
         "steps": 3,
     }
 
@@ -261,6 +263,9 @@ def test_a_strategy_survives_its_file(tmp_path):
         ({"indices": (0, 1.0)}, "step 1 asks for network 1.0"),
         ({"indices": ()}, "needs at least one step"),
         ({"sampler": "dpm3"}, "unknown sampler 'dpm3'"),
+        ({"clip": "sometimes"}, "unknown clip 'sometimes', expected one of every"),
+        ({"guidance": "1"}, "guidance '1': must be a finite number"),
+        ({"guidance": float("inf")}, "guidance inf: must be a finite number"),
         ({"fingerprints": ("ab", "cd")}, "2 fingerprints were given for 3 networks"),
     ],
 )
@@ -300,6 +305,8 @@ STRATEGY = """{"family": "a", "networks": ["b"], "sampler": "ddim", "indices": %
         (STRATEGY % ("[1]", "1"), "s.json: step 0 asks for"),
         (STRATEGY % ("[0]", "2"), "says 2 steps and has 1"),
         (STRATEGY % ("[0]", '1, "x": 0'), "x is no part of one"),
+        (STRATEGY % ("[0]", '1, "clip": "no"'), "s.json: unknown clip 'no'"),
+        (STRATEGY % ("[0]", '1, "guidance": []'), "guidance \\[\\]: must be a finite number"),
         (STRATEGY % ("7", "1"), "'indices' must be of type list"),
         (STRATEGY.replace('"b"', "7") % ("[0]", "1"), "must be texts"),
         (STRATEGY.replace("fingerprints", "prints") % ("[0]", "1"), "lacks 'fingerprints'"),
@@ -319,7 +326,7 @@ def test_a_strategy_that_ddsm_released_is_read(tmp_path):
     found = load_strategy(tmp_path / "search.txt")
     assert found.networks == ("dense 8/8", "dense 4/8", "dense 2/8")
     assert found.indices == (1, 2, 0, 0), "our steps begin with the noisiest"
-    assert (found.sampler, found.steps) == ("ddpm-large", 4)
+    assert (found.sampler, found.steps, found.clip, found.guidance) == ("ddpm-large", 4, "final", None)
     model = build_model("slimmable-tiny", image_size=8, multipliers=(1, 1), attention=(), groups=4)
     widths = {f"dense {name}": network for name, network in stepaware.widths(model).items()}
     family = stepaware.family("any", widths)

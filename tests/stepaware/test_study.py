@@ -3,13 +3,15 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from sparsedm import evaluate
-from sparsedm.cli import main
+from sparsedm.cli import main, parse
+from sparsedm.commands.sample import source_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.model_files import save_model
@@ -20,7 +22,7 @@ from sparsedm.stepaware import study as study_module
 from sparsedm.stepaware.family import Strategy, family_of, load_strategy, sample
 from sparsedm.stepaware.search import SearchOptions
 from sparsedm.stepaware.study import Plan, study
-from sparsedm.train import checkpoint
+from sparsedm.train import checkpoint, published
 
 UVIT = {"image_size": 12, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "num_classes": 5}
 
@@ -203,7 +205,7 @@ def test_measured_seconds_are_kept(chain, tmp_path, monkeypatch):
 
 def test_images_are_cropped_as_in_training(chain, tmp_path, monkeypatch, numbers_alone):
     crops, load = [], study_module.load_images
-    monkeypatch.setattr(study_module, "original_crop", lambda config: "celeba")
+    monkeypatch.setattr(published, "original_crop", lambda config: "celeba")
     monkeypatch.setattr(
         study_module, "load_images", lambda *a, crop, **more: crops.append((a[1], crop)) or load(*a, crop=crop, **more)
     )
@@ -238,7 +240,8 @@ def test_guidance_needs_a_null_label(tmp_path):
 
 
 def test_networks_are_chosen_or_left_out(chain, tmp_path):
-    assert plan(chain, tmp_path, networks=("dense", "1:4")).family().names == ("dense", "1:4")
+    for asked in (("dense", "1:4"), ("1:4", "dense")):
+        assert plan(chain, tmp_path, networks=asked).family().names == ("dense", "1:4"), "costliest first"
     assert plan(chain, tmp_path, exclude=("dense",)).family().names == ("2:4", "1:4")
     with pytest.raises(InputError, match="no network to leave out is named '8/8': dense, 2:4, 1:4"):
         plan(chain, tmp_path, exclude=("8/8",)).family()
@@ -247,6 +250,65 @@ def test_networks_are_chosen_or_left_out(chain, tmp_path):
     left = plan(tmp_path / "supernet.safetensors", tmp_path, exclude=("7/8", "8/8"))
     with pytest.raises(InputError, match="with 1 network"):
         study(left)
+
+
+def finds(monkeypatch, *indices):
+    """Let the search find these strategies."""
+    found = [SimpleNamespace(indices=each) for each in indices]
+    monkeypatch.setattr(study_module, "_evolved", lambda setting, tried: found)
+
+
+def test_a_strategy_knows_how_it_was_found(chain, tmp_path, monkeypatch, numbers_alone):
+    """Its clipping and guidance hold for `sample` and `evaluate`, and guidance doubles its cost."""
+    finds(monkeypatch, (0, 1, 2))
+    study(plan(chain, tmp_path, guidance=0.5, clip="final"))
+    file, family = tmp_path / "strategies" / "found-1.json", family_of(chain)
+    found, once = load_strategy(file), family.cost("ddim", (0, 1, 2))
+    assert (found.clip, found.guidance) == ("final", 0.5)
+    changed = ["--clip", "never", "--guidance", "0"]
+    for more, expected in ([], ("final", 0.5, 2 * once)), (changed, ("never", 0, once)):
+        source = source_of(parse(["sample", str(chain), "--strategy", str(file), *more]))
+        assert (source.clip, source.guidance, source.cost["macs_per_image"]) == expected
+    y = torch.arange(2)
+    drawn = sample(family, found, 2, y=y)
+    assert torch.equal(drawn, sample(family, found, 2, y=y, clip="final", guidance=0.5))
+    assert not torch.equal(drawn, sample(family, found, 2, y=y, clip="never", guidance=0.5))
+    study(plan(chain, tmp_path / "proxy", quality="proxy"))
+    assert load_strategy(tmp_path / "proxy" / "strategies" / "found-1.json").clip is None, "nothing was sampled"
+
+
+def test_strategies_of_an_earlier_search_do_not_stay(chain, tmp_path, monkeypatch, numbers_alone):
+    finds(monkeypatch, (0, 1, 2), (0, 0, 2), (0, 0, 1))
+    study(plan(chain, tmp_path, quality="proxy"))
+    strategies = tmp_path / "strategies"
+    (strategies / "mine.json").write_bytes((strategies / "found-3.json").read_bytes())
+    finds(monkeypatch, (1, 1, 2))
+    study(plan(chain, tmp_path, quality="proxy"))
+    assert sorted(path.name for path in strategies.iterdir()) == ["found-1.json", "mine.json"]
+    assert load_strategy(strategies / "found-1.json").indices == (1, 1, 2)
+
+
+def test_the_proxys_best_mixture_starts_the_search(monkeypatch, tmp_path):
+    """Of these losses the least sum is no uniform strategy: an end of the hull is not left out for being an end."""
+    losses = [[0.0100, 0.0202, 0.0303, 0.0403], [0.0101, 0.0200, 0.0301, 0.0404], [0.012, 0.023, 0.035, 0.0405]]
+    family = SimpleNamespace(names=("a", "b", "c"), costs=(4.0, 2.0, 1.0))
+    wanted = plan(tmp_path, tmp_path, steps=4, search=SearchOptions(population=20))
+    setting = SimpleNamespace(plan=wanted, family=family, losses=np.array(losses))
+    started = {}
+    monkeypatch.setattr(study_module, "search", lambda *a, start, **more: started.update(found=start) or [])
+    monkeypatch.setattr(study_module, "front", lambda every: every)
+    study_module._evolved(setting, None)
+    assert (0, 1, 1, 0) in started["found"]
+    assert all(len(set(found)) > 1 for found in started["found"])
+
+
+def test_equal_networks_have_no_rank_correlation(tmp_path):
+    for number in range(2):
+        torch.manual_seed(0)
+        save(tmp_path / "run" / f"0{number}-x{number}", build_model("uvit-tiny", **UVIT))
+    report = study(plan(tmp_path / "run", tmp_path / "out", quality="proxy"))
+    assert report["rank_correlation"] == {"logarithms": None, "losses": None}
+    assert "over 8 strategies: unknown" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_run_folders_side_by_side_are_a_family(chain, tmp_path):

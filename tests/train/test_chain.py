@@ -61,6 +61,16 @@ def test_each_student_is_a_model_of_its_own(unbroken):
     assert [record["transfer_loss"] > 0 for r in unbroken for record in r.metrics[-1:]] == [False, True, True]
 
 
+def test_the_home_folder_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (found,) = run("~/chain", parse_chain("dense", 1))
+    assert found.folder == tmp_path / "chain" / "00-dense"
+    train(step.Student(tiny()), IMAGES, step.Loss(SCHEDULE), replace(OPTIONS, steps=1), "~/one", progress=False)
+    assert (tmp_path / "one" / "options.json").exists()
+    assert not (tmp_path / "~").exists()
+
+
 def test_speeds_are_logged_against_the_dense_stage_and_said(tmp_path, caplog):
     caplog.set_level("INFO", "sparsedm.train.chain")
     results = run(tmp_path, speed=7.0, progress=True)

@@ -58,6 +58,27 @@ def test_saves_and_loads_every_bit(tmp_path):
     assert state["versions"]["torch"] == torch.__version__
 
 
+def test_moments_lie_as_their_weights_do(tmp_path):
+    """A fused optimizer walks along the memory of both."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 75).view(1, 3, 5, 5)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    path = checkpoint.save(tmp_path, 1, model=model, ema=model, optimizer=optimizer, state={"updates": 1})
+    step()
+    expected = [p.detach().clone() for p in model.parameters()]
+    checkpoint.load(path, model, model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    checkpoint.load_optimizer(path, model, optimizer)
+    step()
+    assert all(map(torch.equal, model.parameters(), expected))
+
+
 def test_optimizer_without_a_step_is_saved_too(tmp_path):
     model = tiny()
     path = saved(tmp_path, 0, model, optimizer=torch.optim.AdamW(model.parameters()))

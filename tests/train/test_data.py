@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 
 from sparsedm import files
@@ -150,6 +151,18 @@ def test_limit_keeps_all_classes(tmp_path):
 
 
 # ---- npz
+
+
+def test_celebas_crop_is_for_arrays_too(tmp_path):
+    image = np.random.default_rng(0).integers(256, size=(218, 178, 3), dtype=np.uint8)
+    np.savez(tmp_path / "faces.npz", images=np.stack([image] * 4))
+    (tmp_path / "faces").mkdir()
+    for number in range(4):
+        Image.fromarray(image).save(tmp_path / "faces" / f"{number}.png")
+    for crop in ("celeba", "square"):
+        arrays, files = (load(tmp_path / name, size=64, crop=crop) for name in ("faces.npz", "faces"))
+        assert torch.equal(arrays.images[0], files.images[0])
+    assert not torch.equal(arrays.images[0], load(tmp_path / "faces.npz", size=64, crop="celeba").images[0])
 
 
 def test_npz_images_in_either_layout(tmp_path):

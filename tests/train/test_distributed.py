@@ -74,6 +74,10 @@ def worker(rank, ports, folder):
         with pytest.raises(InputError, match="9 images cannot be divided equally by 2 processes x 1 parts"):
             distributed.shares(9, 1)
         draw_all(folder)
+        refusal = (InputError, "has other options") if not rank else (distributed.Refused, "process 0 refused to go on")
+        with pytest.raises(refusal[0], match=refusal[1]) as caught:
+            run(folder / "whole", lr=0.5)
+        assert getattr(caught.value, "exit_code", 2) == 2
     for port, name in zip(ports[1:], COMMANDS):
         os.environ["MASTER_PORT"] = str(port)
         assert command(name, folder, folder) == 0

@@ -1,10 +1,10 @@
 import pytest
 
 from sparsedm import samplers
-from sparsedm.models import MODELS, build_model
+from sparsedm.models import MODELS, build_model, model_config
 from sparsedm.train.image_files import CROPS
 from sparsedm.train.loop import TrainOptions
-from sparsedm.train.published import PUBLISHED, published
+from sparsedm.train.published import PUBLISHED, original_crop, published, trained_crop
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -19,6 +19,27 @@ def test_every_recipe_is_one(name):
     assert options.lr_at(100_000, 100_000) == options.lr
     if row.sampler == "ddpm-learned":
         assert build_model(name, device="meta").config.learn_sigma
+
+
+def test_imported_networks_are_known_as_published():
+    """A diffusers folder does not tell the dropout; DDSM's file is computed as by its code."""
+    assert published(model_config("ddpm-cifar10", dropout=0.0)) is PUBLISHED["ddpm-cifar10"]
+    assert published(model_config("ddpm-cifar10", width=64)) is None
+    released = model_config("slimmable-cifar10", groups=32, ddsm=128, passes=3, same_images=True)
+    assert published(released) is PUBLISHED["slimmable-cifar10"]
+    assert published(model_config("slimmable-cifar10", ddsm=128)) is None
+
+
+def test_images_are_cropped_as_for_the_training(tmp_path):
+    """As the run folder says, also for one of its stages; else as in the original."""
+    tiny, celeba = MODELS["uvit-tiny"], MODELS["uvit-celeba64-small"]
+    (tmp_path / "run" / "00-dense").mkdir(parents=True)
+    (tmp_path / "run" / "00-dense" / "options.json").write_text('{"stage": {}}')
+    places = [tmp_path / "run", tmp_path / "run" / "00-dense", tmp_path / "model.safetensors"]
+    assert [trained_crop(place, config) for place in places for config in (tiny, celeba)] == ["square", "celeba"] * 3
+    for crop, config in (("celeba", tiny), ("square", celeba)):
+        (tmp_path / "run" / "options.json").write_text(f'{{"crop": "{crop}"}}')
+        assert [trained_crop(place, config) for place in places] == [crop, crop, original_crop(config)]
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("tiny")])

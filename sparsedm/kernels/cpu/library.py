@@ -89,7 +89,7 @@ def _loaded():
             return _load((*FLAGS, *INSTRUCTIONS[instructions], *threads)), None
         except _Unavailable as error:
             reason = str(error)
-            if "GOMP" not in reason and "fopenmp" not in reason:
+            if not any(word in reason for word in ("GOMP", "kmpc", "omp_", "fopenmp")):  # of GCC, Clang, both
                 break
     log.warning("CPU kernels are not available (%s): torch's dense products run instead", reason)
     return None, reason

@@ -5,6 +5,7 @@
  */
 #pragma once
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -180,17 +181,31 @@ INLINE vec exp2_of(vec t) {
   return (p * f + 1.f) * (vec)((e + 127) << 23);
 }
 
-/* Memory of this thread for one use, kept until it needs more; NULL where there is none. Aligned to pages. */
+/* Memory of this thread for one use, kept until it needs more or ends; NULL where there is none. Aligned to pages. */
 enum { TILES, WEIGHTS };
+struct memory {
+  float *at[2];
+  long size[2];
+};
+static pthread_key_t memory_key;
+static int has_key; /* else the memory of a thread that ends is lost */
+static inline void release(void *of) {
+  struct memory *m = of;
+  free(m->at[TILES]), free(m->at[WEIGHTS]);
+  *m = (struct memory){{0}};
+}
+static inline void make_key(void) { has_key = !pthread_key_create(&memory_key, release); }
 INLINE float *scratch(int use, long floats) {
-  static _Thread_local float *at[2];
-  static _Thread_local long size[2];
-  if (size[use] < floats) {
-    free(at[use]);
-    at[use] = aligned_alloc(4096, (floats * sizeof(float) + 4095) / 4096 * 4096);
-    size[use] = at[use] ? floats : 0;
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  static _Thread_local struct memory m;
+  if (m.size[use] < floats) {
+    pthread_once(&once, make_key);
+    if (has_key) pthread_setspecific(memory_key, &m);
+    free(m.at[use]);
+    m.at[use] = aligned_alloc(4096, (floats * sizeof(float) + 4095) / 4096 * 4096);
+    m.size[use] = m.at[use] ? floats : 0;
   }
-  return at[use];
+  return m.at[use];
 }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }

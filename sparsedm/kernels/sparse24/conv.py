@@ -121,11 +121,12 @@ def _once_more(choice, tensors, pattern, y, geometry, activation, x, residual):
     """A function of the tensors (x, bias, residual) that computes y by this choice on a CPU, or None."""
     if choice.backend == "dense":
         weight = tensors[0].view(-1, *geometry[0], x.shape[1]).permute(0, 3, 1, 2)
-        weight = weight.contiguous(memory_format=_memory_format(x))
+        layout = _memory_format(x)
 
         def run(x, bias, residual):
-            y = ACTIVATIONS[activation](F.conv2d(x, weight, bias, *geometry[1:]))
-            return (y if residual is None else y + residual).contiguous(memory_format=_memory_format(x))
+            ordered = weight.contiguous(memory_format=layout)  # a copy in 16 bits: not one to keep for each size
+            y = ACTIVATIONS[activation](F.conv2d(x, ordered, bias, *geometry[1:]))
+            return (y if residual is None else y + residual).contiguous(memory_format=layout)
 
         return run
     if choice.backend != "cpu" or (CONV, "cpu", x.device) in broken:

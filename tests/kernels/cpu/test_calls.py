@@ -1,7 +1,9 @@
 """The C kernels as a back end, and the same call once more."""
 
 import copy
+import mmap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -392,3 +394,35 @@ def test_another_default_dtype_and_many_threads(monkeypatch):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@needs_library
+def test_threads_that_end_give_their_memory_back():
+    layer, x = compress(Linear(1024, 128, pattern="2:4")), torch.randn(64, 1024)
+
+    def run(count):
+        for _ in range(count):
+            thread = threading.Thread(target=layer, args=(x,))
+            thread.start()
+            thread.join()
+
+    run(5)
+    assert layer.backend_used() == "cpu"
+    before = resident()
+    run(50)
+    assert resident() - before < 8 * 2**20, "each took 0.4 MiB of tiles"
+
+
+def test_a_convolution_of_16_bits_keeps_its_dense_weight_once():
+    layer = compress(Conv2d(64, 64, 3, padding=1, pattern="2:4", dtype=torch.bfloat16))
+    for batch in (1, 2, 3):
+        layer(torch.randn(batch, 64, 8, 8, dtype=torch.bfloat16))
+    runs = layer._prepacked["calls"][1].values()
+    cells = [cell.cell_contents for run in runs for cell in run.__closure__]
+    held = {tensor.untyped_storage().data_ptr() for tensor in cells if isinstance(tensor, torch.Tensor)}
+    assert len(runs) == 3
+    assert held == {layer._prepacked["dense"][1][0].untyped_storage().data_ptr()}

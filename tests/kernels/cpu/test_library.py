@@ -168,14 +168,15 @@ def test_a_cache_that_cannot_be_written_costs_one_line_of_log(compiler, built, t
     ]
 
 
-def test_a_library_without_threads_is_taken_where_no_openmp_is_loaded(compiler, built, monkeypatch):
+@pytest.mark.parametrize("symbol", ["GOMP_parallel", "__kmpc_fork_call", "omp_get_max_threads"])
+def test_a_library_without_threads_is_taken_where_no_openmp_is_loaded(compiler, built, monkeypatch, symbol):
     compiler(f"""case "$*" in *none*) exit 1 ;; esac; cp {built} $2""")
     real, flags = library._load, []
 
     def load(given):
         flags.append(given)
         if "-fopenmp" in given:
-            raise library._Unavailable("undefined symbol: GOMP_parallel")
+            raise library._Unavailable(f"undefined symbol: {symbol}")
         return real(given)
 
     monkeypatch.setattr(library, "_load", load)
