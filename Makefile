@@ -3,6 +3,7 @@ PYTHON ?= python3
 DATA ?=
 SUITES ?= cpu,ceiling,mask,masked-train,gemm,conv,end-to-end,train,table3
 SECONDS ?=
+OUT ?= runs/gpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,7 +19,7 @@ help:
 	@echo "make test-slow                the tests that take minutes"
 	@echo "make test-versions            the kernel tests under each of Triton $(TRITONS); most of an hour"
 	@echo "make bench                    measure small shapes here (a CPU will do), draw every chart: runs/bench"
-	@echo "make gpu [SECONDS=385]        on a GPU: 185 s of first contact, then so long by value: runs/gpu; again: goes on"
+	@echo "make gpu [SECONDS=385 OUT=..] on a GPU: 185 s of first contact, then so long by value: runs/gpu; again: goes on"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -63,8 +64,8 @@ bench: $(STAMP)
 
 # no network and no pip: under the Python that has torch and Triton
 gpu:
-	-$(PYTHON) -m bench.campaign first --out runs/gpu
-	$(PYTHON) -m bench.campaign second --out runs/gpu $(if $(SECONDS),--seconds $(SECONDS))
+	-$(PYTHON) -m bench.campaign first --out '$(OUT)'
+	$(PYTHON) -m bench.campaign second --out '$(OUT)' $(if $(SECONDS),--seconds $(SECONDS))
 
 # threads that wait by sleeping: by spinning, two of them slow down to a crawl as soon as another process is busy
 quickstart: export OMP_WAIT_POLICY = PASSIVE

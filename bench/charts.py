@@ -14,7 +14,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.providers import OURS
-from bench.results import DENSE, ONEDNN, Speedup, key, read_csv, speedups, timed
+from bench.results import DENSE, ONEDNN, Speedup, key, read_csv, speedups, timed, uncompiled
 from bench.shapes import SWEEPS
 from sparsedm import plots
 from sparsedm.kernels.launch import BACKENDS
@@ -90,12 +90,17 @@ def sweep(figure, rows, name):
         axes.set_ylim(min(0.4, *(s.p50 / 1.3 for s in found)), max([*highest, *(s.p50 * 1.3 for s in found)]))
         axes.set_title(mode, loc="left")
         axes.set_xlabel("M = N = K" if name == "square" else "M (rows of x)")
-    figure.axes[0].set_ylabel("times as fast as the fastest dense\n(shaded: slower)")
+    figure.axes[0].set_ylabel(f"times as fast as {denominator(rows, found)}")
     lines, labels = figure.axes[0].get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: "(published)" in labels[i])  # ours first
     legend = dict(fontsize=8, loc="outside right upper", title=SOURCE, title_fontsize=7)
     figure.legend([lines[i] for i in order], [labels[i] for i in order], alignment="left", **legend)
     return True
+
+
+def denominator(rows, found):
+    """The denominator of the Speedups `found` in `rows`, in words."""
+    return f"the fastest dense\n({'; '.join(filter(None, (uncompiled(rows, found), 'shaded: slower')))})"
 
 
 def _rows(speedup):
@@ -233,7 +238,8 @@ def layers(figure, rows, model, mode):
         s.row["shape"]: f"{s.row['layers']:.0f} x {s.row['M']:.0f}x{s.row['N']:.0f}x{s.row['K']:.0f}" for s in found
     }
     labels = [f"{name.removeprefix(model).strip()}\n{sizes[name]}" for name in names]
-    _bars(figure, [(names.index(s.row["shape"]), s.row["provider"], s) for s in found], labels)
+    entries = [(names.index(s.row["shape"]), s.row["provider"], s) for s in found]
+    _bars(figure, entries, labels, denominator(rows, found))
     return True
 
 
@@ -244,14 +250,14 @@ def networks(figure, rows, suite):
         return False
     names = list(dict.fromkeys((s.row["shape"], s.row["mode"]) for s in found))
     labels = [f"{shape}\n{mode}" for shape, mode in names]
-    _bars(figure, [(names.index((s.row["shape"], s.row["mode"])), s.row["provider"], s) for s in found], labels)
+    entries = [(names.index((s.row["shape"], s.row["mode"])), s.row["provider"], s) for s in found]
+    _bars(figure, entries, labels, denominator(rows, found))
     return True
 
 
-def _bars(figure, entries, labels, beside=lambda speedup: "", over="the fastest dense (shaded: slower)"):
-    """entries: (row of the chart, provider, Speedup). Numbers stand beside the bars, with more text from `beside`.
-
-    Whiskers are p20 to p80. over: the denominator, in words.
+def _bars(figure, entries, labels, over, beside=lambda speedup: ""):
+    """entries: (row of the chart, provider, Speedup). over: the denominator, in words. Numbers stand beside the bars,
+    with more text from `beside`. Whiskers are p20 to p80.
     """
     axes = figure.subplots()
     look = looks(provider for _, provider, _ in entries)
@@ -372,10 +378,10 @@ def calls(figure, rows):
     """On a CPU: whole networks, a call or a training step, as many times as fast as eager torch; in brackets the same
     against the best dense network."""
     rows = [r for r in timed(rows, {"end-to-end", "train"}) if r["mode"] in ("step", "training step")]
-    rows = [r for r in rows if ONEDNN in {o["provider"] for o in rows if key(o) == key(r)}]
+    best, eager = times_of(rows)
+    rows = [r for r in rows if {"dense", ONEDNN} <= {o["provider"] for o in rows if key(o) == key(r)}]
     if not rows:
         return False
-    best, eager = times_of(rows)
     names = list(dict.fromkeys((r["shape"], r["mode"]) for r in rows))
     entries = []
     for row in (r for r in rows if r["provider"] != "dense"):
@@ -388,7 +394,7 @@ def calls(figure, rows):
         return "" if speedup.row["provider"] == ONEDNN else f" ({best[key(speedup.row)] / speedup.row['p50_us']:.2f})"
 
     labels = [f"{s}\n{m}, torch: {times[s, m]:,.0f} ms" for s, m in names]
-    _bars(figure, entries, labels, against_best, "eager torch (in brackets: as the best dense network; shaded: slower)")
+    _bars(figure, entries, labels, "eager torch (in brackets: as the best dense network; shaded: slower)", against_best)
     return True
 
 

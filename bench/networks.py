@@ -282,8 +282,9 @@ def sampling_mode(steps):
     return f"sampling, {steps} steps"
 
 
-def sampling_rows(suite, problem, providers, steps, rounds):
+def sampling_rows(suite, problem, providers, steps, rounds, alive=lambda: None):
     """Rows for whole sampling by every provider that can run: time, images/s, memory, and the error of its images.
+    `alive` is called before every sampling.
 
     "image difference" is max |a - b| of images in about [-1, 1], drawn from the same noise by this provider and by the
     same sparse network computed densely. A provider that raises gets one row that says so.
@@ -292,14 +293,16 @@ def sampling_rows(suite, problem, providers, steps, rounds):
     graphs = Graphs(problem.device) if problem.device.type == "cuda" else None
     calls, images, rows = {}, {}, []
     for provider in [provider for provider in providers if provider.supports(problem) is None]:
+        alive()
         try:
             calls[provider] = replayed(provider.built(problem).network, graphs)
             images[provider] = draw(calls[provider], problem, steps)  # a warm-up, too
         except Exception as error:
             reason = {"metric": "time", "status": "failed", "reason": one_line(error)}
             rows.append(common | {"provider": provider.name} | reason)
-    timed = {provider: Timed(timer(calls[provider], problem, steps), "perf_counter") for provider in images}
+    timed = {provider: Timed(timer(calls[provider], problem, steps, alive), "perf_counter") for provider in images}
     times = interleaved(timed, rounds=rounds, per_round=1)
+    alive()
     reference = draw(baked(problem.masked), problem, steps)
     now = stamp(problem.device)
     for provider in images:
@@ -328,10 +331,11 @@ def peak_memory(provider, problem):
     return kept + torch.cuda.max_memory_allocated(problem.device) - before
 
 
-def timer(call, problem, steps):
+def timer(call, problem, steps, alive):
     """A function: count -> `count` times of whole sampling in microseconds."""
 
     def once():
+        alive()
         start = time.perf_counter()
         draw(call, problem, steps)
         return (time.perf_counter() - start) * 1e6

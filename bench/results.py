@@ -24,7 +24,8 @@ from sparsedm.errors import InputError
 from sparsedm.files import MOST_TEXT, regular_file, write_text
 
 ONEDNN = "dense oneDNN"  # on a CPU: the best dense product that torch has
-DENSE = ("dense", "dense fused", "dense compiled", ONEDNN)  # the denominators of speed-ups; nothing else is
+COMPILED = "dense compiled"
+DENSE = ("dense", "dense fused", COMPILED, ONEDNN)  # the denominators of speed-ups; nothing else is
 COLUMNS = (
     *("suite", "kernel", "model", "shape", "provider", "mode", "metric", "dtype", "M", "N", "K", "layers"),
     *("status", "reason", "p20_us", "p50_us", "p80_us", "samples", "method", "value", "unit"),
@@ -171,6 +172,13 @@ def speedups(rows, suites=None):
             ratios = (base[d] / row[s] for d, s in (("p50_us", "p50_us"), ("p20_us", "p80_us"), ("p80_us", "p20_us")))
             found.append(Speedup(row, *ratios))
     return found
+
+
+def uncompiled(rows, found):
+    """A remark if `rows` lack the compiled dense form, which may be the fastest, of some of the Speedups `found`."""
+    every, compiled = {key(s.row) for s in found}, {key(r) for r in timed(rows) if r["provider"] == COMPILED}
+    without = len(every - compiled)
+    return f"{COMPILED} not measured in {without} of {len(every)}" if without else ""
 
 
 # ---- what every measurement is stamped with

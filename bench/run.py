@@ -11,6 +11,7 @@
     table3        the grid of SparseDM's speed table (arXiv 2404.10445): patch 1, 2, 4 x MLP ratio 1, 2, 4, 8,
                   as it was released and at the real width; steps, and sampling in 50 of them
     ceiling       the limits of the device: copies, dense products, tensor-core instructions
+    cpu           on a CPU: every N:M pattern, convolutions, whole networks, a training step; with its own shapes
 
 Rows are written as soon as they are measured. --resume continues the file and skips the rows that it holds. If the GPU
 hangs or is lost, the provider has failed; the process restarts and continues with the next one. A provider that was
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from bench import ceilings, command_line, cpu, problems, program
 from bench.baselines import PROVIDERS, first_providers
-from bench.measure import BESIDE, measure, release
+from bench.measure import BESIDE, measure, release, to_hold
 from bench.networks import (
     STEP_PROVIDERS,
     TRAINING_PROVIDERS,
@@ -44,7 +45,7 @@ from bench.networks import (
     sampling_rows,
     table3_shapes,
 )
-from bench.results import DENSE, ENDED, IDENTITY, Results, stamp
+from bench.results import DENSE, ENDED, IDENTITY, Results, stamp, timed
 from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
 from bench.suite import deadline, interruptible
 from bench.timing import clock_for
@@ -121,6 +122,7 @@ class Session:
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         held = self.results.matching(identity)
         names = {row.get("provider", "") for row in held} - self.not_sampled(suite, identity, held)
+        names -= self.not_held(suite, providers, held)
         missing = [p for p in self.keep(providers) if p.name not in names]
         if not missing or "" in names:  # a row without a provider: the process ended here before
             return
@@ -169,6 +171,15 @@ class Session:
         names = {row.get("provider", "") for row in sampled}
         return set() if "" in names else {row["provider"] for row in rows if row["status"] == "ok"} - names
 
+    def not_held(self, suite, providers, rows):
+        """The names of the providers that were timed, in `rows`, and for whose second without a pause there was no
+        time."""
+        if suite != "first" or self.device.type != "cuda":
+            return set()
+        p50 = {row["provider"]: row["p50_us"] for row in timed(rows)}
+        able = {p: p50[p.name] for p in providers if p.name in p50}
+        return {p.name for p in to_hold(able, able)} - {row["provider"] for row in rows if row["metric"] == "held"}
+
     @property
     def steps(self):
         return 4 if self.quick else 50
@@ -176,7 +187,7 @@ class Session:
 
 def beside_compiled(rows):
     """The timed providers that a compiled provider must be timed together with."""
-    p50 = {row["provider"]: row["p50_us"] for row in rows if (row["metric"], row["status"]) == ("time", "ok")}
+    p50 = {row["provider"]: row["p50_us"] for row in timed(rows)}
     dense = [name for name in DENSE if name in p50 and not name.endswith("compiled")]
     return {*BESIDE, min(dense, key=p50.get, default="dense")} & p50.keys()
 
@@ -213,7 +224,9 @@ def run_suite(suite, session, progress=False):
 
 
 def run_on_cpu(session, progress):
-    """`cpu.PLAN`, each part with its number of threads. Raises: InputError for another device or type."""
+    """`cpu.PLAN`, each part with its number of threads. Raises: InputError for another device, type, shape or mode."""
+    if session.shapes or session.modes:
+        raise InputError("suite cpu has its own shapes and modes: leave out --shapes and --modes")
     if session.device.type != "cpu" or session.dtype != torch.float32:
         raise InputError("suite cpu measures fp32 products on a CPU: --device cpu --dtype fp32")
     before = torch.get_num_threads()
@@ -263,11 +276,12 @@ def network_rows(suite, kind, shape, mode, session, providers, starting):
     if suite in SAMPLED and session.sampling:
         rounds = 1 if suite == "table3" else 3  # some of its networks take a third of a second a step
         if starting("", mode=sampling_mode(session.steps)):
-            yield sampling_rows(suite, problem, [p for p in providers if p.name in able], session.steps, rounds)
+            able = [p for p in providers if p.name in able]
+            yield sampling_rows(suite, problem, able, session.steps, rounds, session.watch.alive)
 
 
 class Watch:
-    """Calls `on_timeout()` from its own thread if no `expect` or `done` follows `expect(seconds)` in time."""
+    """Calls `on_timeout()` from its own thread if nothing is called in time after `expect(seconds)`."""
 
     def __init__(self, on_timeout):
         self.on_timeout = on_timeout
@@ -279,9 +293,15 @@ class Watch:
         self.timer.daemon = True
         self.timer.start()
 
+    def alive(self):
+        """Begin the seconds that are expected anew."""
+        if self.timer:
+            self.expect(self.timer.interval)
+
     def done(self):
         if self.timer:
             self.timer.cancel()
+            self.timer = None
 
 
 def start_again(arguments):

@@ -1,7 +1,8 @@
 """The project's targets and the measured values: `python -m bench.targets results.csv`.
 
 Only rows of a results file count: bf16, the median, against the fastest dense at the same shape. A target without a
-measurement is "not measured", never met. If a dense baseline is missing, the note says so.
+measurement is "not measured", never met. Where the compiled dense form was not measured, a ratio that is large enough
+is "undecided".
 """
 
 import math
@@ -10,10 +11,9 @@ from typing import NamedTuple
 
 from bench import command_line, program
 from bench.providers import OURS
-from bench.results import DENSE, key, read, speedups, timed
+from bench.results import COMPILED, DENSE, key, read, speedups, timed, uncompiled
 from sparsedm.files import write_text
 
-COMPILED = "dense compiled"
 # the ratio that is wanted, and what a model of the kernels (1.6 GHz, 64 GB/s of L2 for each multiprocessor, ideal
 # multicast: subtract 5 to 10%) predicts of the configurations that share tiles in a cluster
 SQUARES = {8192: (1.6, "1.50 to 1.66"), 2048: (1.2, "1.40 to 1.51"), 1024: (1.0, "0.83 to 0.89")}
@@ -37,9 +37,10 @@ class Finding(NamedTuple):
     predicted: str = ""
 
 
-def at_least(target, wanted, measured, note="", spoiled=False):
-    """spoiled: a measurement that the target needs has failed."""
-    return Finding(target, f"at least {wanted:g}", measured, measured >= wanted and not spoiled, note)
+def at_least(target, wanted, measured, note="", spoiled=False, missing=""):
+    """spoiled: a measurement that the target needs has failed. missing: what may lower the ratio, for the note."""
+    met = False if measured < wanted or spoiled else None if missing else True
+    return Finding(target, f"at least {wanted:g}", measured, met, "; ".join(filter(None, (note, missing))))
 
 
 def findings(rows):
@@ -60,7 +61,7 @@ def square(rows, size):
     name, (wanted, predicted) = f"2:4 product of {size} x {size} x {size} against dense", SQUARES[size]
     for s in speedups(rows, {"gemm"}):
         if (s.row["provider"], s.row["shape"], s.row["mode"]) == (OURS, f"square {size}", "plain"):
-            found = at_least(name, wanted, s.p50, f"{s.low:.2f} to {s.high:.2f}{uncompiled(rows, [s])}")
+            found = at_least(name, wanted, s.p50, f"{s.low:.2f} to {s.high:.2f}", missing=uncompiled(rows, [s]))
             return found._replace(predicted=predicted)
     return Finding(name, f"at least {wanted:g}", predicted=predicted)
 
@@ -96,7 +97,7 @@ def linears(rows, model):
         return Finding(name, f"at least {wanted:g}", predicted=predicted)
     mean = geometric_mean([s.p50 for s in found], [s.row["layers"] for s in found])
     shapes = f"{geometric_mean([s.p50 for s in found]):.2f} over the {len(found)} shapes"
-    return at_least(name, wanted, mean, shapes + uncompiled(rows, found))._replace(predicted=predicted)
+    return at_least(name, wanted, mean, shapes, missing=uncompiled(rows, found))._replace(predicted=predicted)
 
 
 def never_slower(rows):
@@ -108,8 +109,8 @@ def never_slower(rows):
     if not found:
         return Finding(name, f"at least {wanted:g}", note=failed.removeprefix("; "))
     worst = min(found, key=lambda s: s.p50)
-    note = f"{worst.row['shape']}, {worst.row['mode']}; {len(found)} products{failed}{uncompiled(rows, found)}"
-    return at_least(name, wanted, worst.p50, note, spoiled=bool(broken))
+    note = f"{worst.row['shape']}, {worst.row['mode']}; {len(found)} products{failed}"
+    return at_least(name, wanted, worst.p50, note, spoiled=bool(broken), missing=uncompiled(rows, found))
 
 
 def step(rows, shape, wanted):
@@ -171,13 +172,6 @@ def geometric_mean(values, weights=None):
     return math.exp(sum(w * math.log(v) for v, w in zip(values, weights)) / sum(weights))
 
 
-def uncompiled(rows, found):
-    """A remark if the compiled dense product, which may be faster, was not measured."""
-    compiled = {key(row) for row in timed(rows) if row["provider"] == COMPILED}
-    without = sum(key(s.row) not in compiled for s in found)
-    return f"; dense compiled not measured in {without} of {len(found)}" if without else ""
-
-
 def unlike(methods):
     return f"; timed in different ways: {' and '.join(sorted(methods))}" if len(methods) > 1 else ""
 
@@ -186,7 +180,7 @@ def report(rows):
     """The table in Markdown, under the device and the commits it was measured with. rows: of one device."""
     measured = [row for row in rows if row["status"] == "ok"]
     devices, commits = (", ".join(dict.fromkeys(r[c] for r in measured)) for c in ("device", "commit"))
-    verdict = {True: "met", False: "**missed**", None: "not measured"}
+    verdict = {True: "met", False: "**missed**", None: "undecided"}
     lines = [
         f"{devices or 'Nothing was measured'}; commit {commits or 'unknown'}.",
         "",
@@ -194,8 +188,8 @@ def report(rows):
         "|---|---|---|---|---|---|",
     ]
     for f in findings(rows):
-        value = "" if f.measured is None else f"{f.measured:.3f}"
-        lines.append(f"| {f.target} | {f.wanted} | {f.predicted} | {value} | {verdict[f.met]} | {f.note} |")
+        value, said = ("", "not measured") if f.measured is None else (f"{f.measured:.3f}", verdict[f.met])
+        lines.append(f"| {f.target} | {f.wanted} | {f.predicted} | {value} | {said} | {f.note} |")
     return "\n".join([*lines, "", "Quality is measured by `python -m bench.experiments`, not here.", ""])
 
 

@@ -140,7 +140,8 @@ class CudaClock:
 
     def held(self, call, microseconds, seconds=1.0):
         """Call without a pause for `seconds`; a call takes about `microseconds`. Returns (Times of one call from ten
-        stretches, clocks and power read meanwhile by `results.sensors`). A GPU at its power limit shows it here.
+        stretches, clocks and power read meanwhile by `results.sensors`). A GPU at its power limit shows it here. Values
+        that come too late, perhaps of an idle GPU, are empty.
         """
         calls = max(1, round(seconds * 1e5 / microseconds))
         events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
@@ -152,8 +153,9 @@ class CudaClock:
                     call()
                 event.record()
             torch.cuda.synchronize(self.device)
+            meanwhile = state.done()
         times = [1e3 * start.elapsed_time(end) / calls for start, end in itertools.pairwise(events)]
-        return percentiles(times), state.result()
+        return percentiles(times), state.result() if meanwhile else dict.fromkeys(state.result(), "")
 
     def _captured(self, run):
         graph = torch.cuda.CUDAGraph()

@@ -65,7 +65,7 @@ def _verdict(confirmed, refuted, seeds, planned):
     """seeds: those that have the runs of the claim. planned: those that should."""
     if not seeds:
         return "not run"
-    if set(seeds) < planned:
+    if not planned <= set(seeds):
         return "undecided"
     return "confirmed" if all(map(confirmed, seeds)) else "refuted" if all(map(refuted, seeds)) else "undecided"
 

@@ -93,12 +93,12 @@ def experiment(options):
         return
     if scale.threads and options.device.type == "cpu":
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
-    if options.device.type == "cuda":  # tuning every size for every pattern would take longer than these runs
-        os.environ.setdefault("SPARSEDM_AUTOTUNE", "off")
     with run_folder.folder_lock(folder):  # two at once would lose each other's rows
         if options.time:
             _time(options, scale, runs, folder)
         else:
+            if options.device.type == "cuda":  # tuning every size for every pattern would take longer than these runs
+                os.environ.setdefault("SPARSEDM_AUTOTUNE", "off")
             _carry_out(options, plan, scale, runs, count, folder, deadline)
     _report(options, folder, plan)
 
@@ -147,6 +147,8 @@ def _report(options, folder, plan):
 
 def _merge(options, folder):
     """Join the rows of several folders, which may differ only in their seeds, into one results.csv."""
+    if (folder / "options.json").exists():
+        raise InputError(f"--out {folder} holds runs of its own: name another one")
     rows, settings = [], {}
     for other in options.merge:
         found = read_experiment(Path(other) / "results.csv", options.name, options.scale)
@@ -158,8 +160,6 @@ def _merge(options, folder):
             run, seed = min(twice)
             raise InputError(f"{other} holds {run} of seed {seed}, as another one of the folders does")
         rows += found
-    if str(folder) in map(str, map(Path, options.merge)):
-        raise InputError(f"--out {folder} is one of the folders to be joined: name another one")
     folder.mkdir(parents=True, exist_ok=True)
     write_experiment(folder / "results.csv", sorted(rows, key=lambda row: row["seed"]))
 
@@ -187,7 +187,7 @@ def _show(options, scale, runs, seeds, folder):
 
 
 def _time(options, scale, runs, folder):
-    """Add the sampling times of the finished runs to results.csv, measured in turns with the fastest dense form."""
+    """Add the sampling times of the finished runs to results.csv, measured in turns."""
     file = folder / "results.csv"
     rows = read_experiment(file, options.name, options.scale)
     done = {row["run"] for row in rows if row["seed"] == options.seed}
@@ -200,7 +200,7 @@ def _time(options, scale, runs, folder):
     control = known("experiment", options.name).control
     if control not in networks or masked_layers(networks[control]):
         raise InputError(f"{folder} holds no dense run of seed {options.seed} to time the others against")
-    seconds = speed.sampling_seconds(networks, control, scale.sampling_steps, options.device)
+    seconds = speed.sampling_seconds(networks, scale.sampling_steps, options.device)
     now, seed = stamp(options.device), options.seed
     again = {(name, seed, measure) for name in networks for measure in (SPEED, SAMPLING)}
     rows = [row for row in rows if (row["run"], row["seed"], row["measure"]) not in again]

@@ -1,7 +1,7 @@
 """The sampling speed of trained networks: times of whole sampling, all networks in turns, sparse ones compressed.
 
-The denominator is the fastest form of the dense network: eager, compiled, or on a CPU with oneDNN's products on packed
-weights. fp32 on a CPU, bf16 on a GPU, the dtypes of the sparse kernels. Nothing else may run at the same time.
+Of a dense network the fastest form counts: eager, compiled, or on a CPU with oneDNN's products on packed weights. fp32
+on a CPU, bf16 on a GPU, the dtypes of the sparse kernels. Nothing else may run at the same time.
 """
 
 import copy
@@ -22,24 +22,31 @@ log = logging.getLogger(__name__)
 IMAGES, ROUNDS = 64, 5  # drawn at once; the median of so many
 
 
-def sampling_seconds(networks, control, steps, device):
-    """{name: network} -> {name: seconds per image}. For `control`, a dense network, the time of its fastest form."""
-    forms = {name: compress(n) if masked_layers(n) else copy.deepcopy(n) for name, n in networks.items()}
-    others = {f"{control}, compiled": torch.compile(copy.deepcopy(networks[control]))}
-    if device.type == "cpu":
-        others[f"{control}, packed"] = packed_network(networks[control])
-    forms |= others
+def sampling_seconds(networks, steps, device):
+    """{name: network} -> {name: seconds per image}, of a dense network in its fastest form."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    calls = {name: functools.partial(_sample, form.to(device, dtype), steps, dtype) for name, form in forms.items()}
-    for name in others:
-        try:
-            calls[name]()
-        except Exception as error:  # for example no compiler: then there is no such form
-            log.warning("%s is not timed: %s", name, str(error).splitlines()[0])
-            del calls[name]
-    seconds = dict(zip(calls, interleaved_seconds(list(calls.values()), device, ROUNDS)))
-    seconds[control] = min(seconds[control], *(seconds.pop(name) for name in others if name in seconds), math.inf)
-    return {name: value / IMAGES for name, value in seconds.items()}
+    calls, seconds = {}, {}
+    for name, network in networks.items():
+        for form, made in _forms(network, device).items():
+            call = functools.partial(_sample, made.to(device, dtype), steps, dtype)
+            if form in ("compiled", "packed"):
+                try:
+                    call()
+                except Exception as error:  # for example no compiler: then there is no such form
+                    log.warning("%s, %s, is not timed: %s", name, form, str(error).splitlines()[0])
+                    continue
+            calls[name, form] = call
+    for (name, _), value in zip(calls, interleaved_seconds(list(calls.values()), device, ROUNDS)):
+        seconds[name] = min(value / IMAGES, seconds.get(name, math.inf))
+    return seconds
+
+
+def _forms(network, device):
+    """{name: a form of the network}"""
+    if masked_layers(network):
+        return {"compressed": compress(network)}
+    forms = {"eager": copy.deepcopy(network), "compiled": torch.compile(copy.deepcopy(network))}
+    return forms | ({"packed": packed_network(network)} if device.type == "cpu" else {})
 
 
 def _sample(network, steps, dtype):

@@ -46,6 +46,7 @@ POINTS = 12  # least number of validation losses over a run
 WATCHED = 1024  # images of the validation loss while a run trains; at its end all are used
 CALIBRATION = 16  # batches whose inputs choose a calibrated mask
 SHOWN = 64  # images in a run's picture
+ROUNDING = 1e-4  # relative, of the loss of a given network: on another CPU it has other last digits
 BASE = "validation loss of the start"  # of the dense network that the runs of a seed begin with
 LOGGED = {  # a key of a log record: its name in the results
     "validation_loss": "validation over training",
@@ -127,10 +128,11 @@ class Work:
         if any(row["run"] == run.name and row["seed"] == seed for row in self.rows):
             return
         base = self.base(seed)
-        if {row["value"] for row in self.rows if (row["seed"], row["measure"]) == (seed, BASE)} - {base.loss}:
+        before = [row["value"] for row in self.rows if (row["seed"], row["measure"]) == (seed, BASE)]
+        if not all(math.isclose(value, base.loss, rel_tol=ROUNDING if self.init else 0) for value in before):
+            began = f"another network than --init {self.init}" if self.init else "another dense network, now lost"
             raise InputError(
-                f"{self.folder} holds runs of seed {seed} that began from another dense network, now lost: "
-                "use another --seed or another --out"
+                f"{self.folder} holds runs of seed {seed} that began from {began}: use another --seed or another --out"
             )
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

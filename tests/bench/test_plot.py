@@ -206,6 +206,25 @@ def test_heat_leaves_cells_empty_that_were_not_measured():
     assert [t.get_text() for t in figure.axes[0].texts] == ["2.00", "0.25", "2.00"], "three of four cells"
 
 
+@pytest.mark.parametrize(
+    ("draw", "suite", "shape", "mode"),
+    [
+        (lambda *a: charts.layers(*a, "net@4", "epilogue"), "gemm", "net@4 fc", "epilogue"),
+        (lambda *a: charts.networks(*a, "end-to-end"), "end-to-end", "net@4", "step"),
+        (lambda *a: charts.sweep(*a, "square"), "gemm", "square 256", "plain"),
+    ],
+    ids=["layers", "networks", "sweep"],
+)
+def test_a_chart_says_where_the_compiled_dense_form_was_not_measured(draw, suite, shape, mode):
+    compiled = row("dense compiled", 20, suite=suite, shape=shape, mode=mode)
+    for rows, said in ((made_up(), True), ([*made_up(), compiled], suite == "gemm" and shape == "square 256")):
+        figure = Figure()
+        assert draw(figure, rows)
+        (label,) = {text for a in figure.axes for text in (a.get_xlabel(), a.get_ylabel()) if "times as fast" in text}
+        assert ("dense compiled not measured in" in label) == said
+        assert "the fastest dense" in label
+
+
 def test_the_roofline_draws_the_measured_ceilings():
     figure = Figure()
     assert charts.roofline(figure, made_up())
@@ -213,6 +232,16 @@ def test_the_roofline_draws_the_measured_ceilings():
     assert "copy 4000 GB/s" in said
     assert "dense product 700" in said
     assert "mma.sp 900" in said
+
+
+def test_calls_are_compared_where_eager_torch_was_timed():
+    network = {"suite": "end-to-end", "shape": "net@4", "mode": "step"}
+    rows = [row(p, t, **network) for p, t in ((ONEDNN, 8), (charts.OURS, 5))]
+    assert not charts.calls(Figure(), rows)
+    rows += [row(p, t, **network | {"shape": "net@8"}) for p, t in (("dense", 10), (ONEDNN, 8), (charts.OURS, 5))]
+    figure = Figure()
+    assert charts.calls(figure, rows)
+    assert {t.get_text() for t in figure.axes[0].texts} == {" 1.25", " 2.00 (1.60)"}
 
 
 def test_nothing_to_draw_writes_nothing(tmp_path):

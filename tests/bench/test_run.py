@@ -228,6 +228,16 @@ def test_a_crash_while_sampling_costs_only_the_samples(tmp_path, monkeypatch):
     assert rows == steps | {(sampling, "", "failed"), (sampling, "sparsedm masked", "ok")}
 
 
+def test_whole_sampling_is_watched_image_batch_by_batch(tmp_path, monkeypatch):
+    """All of it together takes longer, for the networks of table 3, than one may hang."""
+    alive = []
+    monkeypatch.setattr(networks, "draw", lambda *_: alive.append("draws") or torch.zeros(1))
+    given = session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense", "sparsedm masked"))
+    monkeypatch.setattr(given.watch, "alive", lambda: alive.append("lives"))
+    run_suite("end-to-end", given)
+    assert alive == ["lives", "draws"] * (2 + 2 * 3 + 1)
+
+
 def test_sampling_that_there_is_no_time_for_is_left_for_the_next_time(tmp_path, monkeypatch):
     shape, names = "uvit-tiny@1", ("dense",)
     with monkeypatch.context() as short:
@@ -248,6 +258,34 @@ def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
     run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=("dense", "torch topk")))
     names = [r["provider"] for r in read(tmp_path / "r.csv")]
     assert names.count("dense") == names.count("torch topk") > 0
+
+
+def test_resume_holds_for_a_second_what_there_was_no_time_to_hold(tmp_path, monkeypatch):
+    """On a GPU: the best of our configurations, and everything else; one that hung while it was held, no more."""
+
+    class One(providers.Configuration):
+        def __init__(self, name):
+            self.name = name
+
+    monkeypatch.setattr(measure, "HELD", 2)
+    given = session(tmp_path / "r.csv")
+    every = [providers.Dense(), *(One(f"wgmma {n}") for n in range(4))]
+    shape = run.select("square@256", run.LinearShape, (1,), True)[0]
+    row = {"suite": "first", "shape": shape.name, "mode": "plain", "dtype": "float32", "status": "ok"}
+    given.results.add(
+        [row | {"provider": p.name, "metric": "time", "p50_us": t} for p, t in zip(every, (9, 7, 4, 3, 5))]
+    )
+    given.results.add([row | {"provider": "wgmma 2", "metric": "held", "p50_us": 3}])
+    asked = []
+
+    def rows(missing, starting):
+        asked.append([p.name for p in missing])
+        return [[row | {"provider": p.name, "metric": "held", "status": "failed"} for p in missing]]
+
+    for device in ("cpu", "cuda", "cuda"):
+        given.device = torch.device(device)
+        given.do("first", shape, "plain", every, rows)
+    assert asked == [["dense", "wgmma 1"]], "a CPU knows no power"
 
 
 def test_without_compilation_its_providers_are_left_out(tmp_path):
@@ -318,6 +356,8 @@ def test_the_command_line(tmp_path, capsys):
         (["--suite", "train", "--shapes", "sd3-medium@1"], "a whole network is model@batch"),
         (["--suite", "conv", "--shapes", "sd3-medium@1"], "hold no convolution layer"),
         (["--suite", "gemm", "--shapes", "sqare"], "unknown shapes 'sqare'"),
+        (["--suite", "cpu", "--shapes", "square@256"], "suite cpu has its own shapes and modes: leave out --shapes"),
+        (["--suite", "cpu", "--modes", "epilogue"], "suite cpu has its own shapes and modes: leave out --shapes"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
@@ -325,6 +365,11 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_help_describes_every_suite():
+    text = run.parser().format_help()
+    assert all(f"\n    {suite} " in text for suite in SUITES)
 
 
 def test_an_existing_file_is_refused(tmp_path):
@@ -356,6 +401,17 @@ time.sleep(100)
 def test_a_watch_calls_when_nobody_is_alive():
     called = threading.Event()
     Watch(called.set).expect(0.05)
+    assert called.wait(5)
+
+
+def test_a_watch_that_hears_of_life_calls_later():
+    called = threading.Event()
+    watch = Watch(called.set)
+    watch.alive()
+    watch.expect(0.4)
+    for _ in range(4):
+        assert not called.wait(0.2)
+        watch.alive()
     assert called.wait(5)
 
 

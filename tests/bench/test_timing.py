@@ -1,6 +1,8 @@
 """The measuring core on a clock that the test turns by hand."""
 
 import contextlib
+import threading
+import time
 import types
 
 import pytest
@@ -294,12 +296,21 @@ def test_the_host_is_timed_one_call_at_a_time(gpu):
 
 
 def test_a_held_second_is_as_many_calls_as_fill_it_with_the_sensors_read_meanwhile(gpu, monkeypatch):
-    monkeypatch.setattr(timing, "sensors", lambda device: {"power_w": "700"})
+    answered = threading.Event()
     timed = gpu.clock.ready(gpu.launch)
+    monkeypatch.setattr(timing, "sensors", lambda device: answered.set() or {"power_w": "700"})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: answered.wait(10) and time.sleep(0.2))
     before = gpu.microseconds
     times, state = gpu.clock.held(timed.call, 50.0, seconds=0.01)
     assert (times.p50, times.count, state) == (pytest.approx(5.0), 10, {"power_w": "700"})
     assert gpu.microseconds - before == 10 * 20 * 5, "ten stretches of a thousandth of a second"
+
+
+def test_sensors_that_answer_when_the_second_is_over_tell_nothing(gpu, monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: over.set())
+    monkeypatch.setattr(timing, "sensors", lambda device: (over.wait(10), time.sleep(0.5), {"power_w": "70"})[2])
+    assert gpu.clock.held(gpu.launch, 50.0, seconds=0.01)[1] == {"power_w": ""}
 
 
 @pytest.mark.gpu

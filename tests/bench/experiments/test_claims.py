@@ -49,6 +49,11 @@ def test_a_seed_without_its_runs_decides_nothing():
     assert verdict(3, runs | {"2:4 straight": ((1.0, 1.0), (1, 1))})[0] == "confirmed"
 
 
+def test_other_seeds_than_the_planned_decide_nothing():
+    for seeds, verdict in (({0, 1}, "confirmed"), ({0, 1, 2}, "confirmed"), ({0, 2}, "undecided")):
+        assert claims._verdict(lambda seed: True, lambda seed: False, seeds, {0, 1}) == verdict
+
+
 def test_fewer_samples_than_the_thresholds_are_of_are_said():
     values = {("dense", "samples"): {0: [(None, 2000.0)], 1: [(None, 2000.0)]}}
     assert claims.table(values).endswith("fixed for distances of 5,000 samples; these have 2,000.")

@@ -101,8 +101,11 @@ def test_folders_that_do_not_belong_together_are_not_joined(done, tiny, tmp_path
     both = parts_of(done, tmp_path)
     assert command(tmp_path / "new", *both, "--merge", str(done)) == 2
     assert "holds chain of seed 0, as another one of the folders does" in capsys.readouterr().err
-    assert command(tmp_path / "0", *both) == 2
-    assert "is one of the folders to be joined" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "1", tmp_path / "own")
+    for name in ("0", "own"):
+        assert command(tmp_path / name, *both) == 2
+        assert f"--out {tmp_path / name} holds runs of its own: name another one" in capsys.readouterr().err
+    assert (tmp_path / "own/results.csv").read_bytes() == (tmp_path / "1/results.csv").read_bytes()
     text = (tmp_path / "0" / "options.json").read_text()
     (tmp_path / "0" / "options.json").write_text(text.replace('"samples": 16', '"samples": 17'))
     assert command(tmp_path / "new", *both) == 2
@@ -119,17 +122,17 @@ def test_speed_is_measured_of_the_finished_networks(done, tiny, tmp_path, monkey
         for call in calls:
             assert call().shape == (speed.IMAGES, 3, 12, 12)
             timed.append(call.args[0])
-        return [4.0, 2.0, 1.0, 1.0, 3.2, 3.6]  # the last two are the dense one, compiled and packed
+        return [4.0, 3.2, 3.6, 2.0, 1.0, 1.0, 2.0, 0.8]  # dense ones as they are, compiled and packed; two sparse ones
 
     monkeypatch.setattr(speed, "interleaved_seconds", clock)
     monkeypatch.setattr(speed, "IMAGES", 4)
     monkeypatch.setattr(torch, "compile", lambda network: network)
     assert command(tmp_path / "timed", "--time") == 0
     assert [any(isinstance(m, CompressedLinear) for m in network.modules()) for network in timed] == [
-        False, True, True, False, False, False,
+        False, False, False, True, True, False, False, False,
     ]  # fmt: skip
     found = {run: numbers(tmp_path / "timed", run, report.SPEED)[0][1] for run in RUNS}
-    assert found == {"dense": 1.0, "chain": 1.6, "oneshot": 3.2, "small-dense": 3.2}
+    assert found == {"dense": 1.0, "chain": 1.6, "oneshot": 3.2, "small-dense": 4.0}
     assert numbers(tmp_path / "timed", "dense", report.SAMPLING) == [(None, 0.8)]
     assert (tmp_path / "timed" / "speed.png").stat().st_size > 5000
     assert "| sampling speed-up |" in (tmp_path / "timed" / "report.md").read_text()
@@ -247,16 +250,22 @@ def test_results_of_another_experiment_are_refused(done, tiny, tmp_path, capsys)
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["results.csv"]
 
 
-def test_on_a_gpu_nothing_is_tuned_unless_it_is_asked_for(tmp_path, monkeypatch):
+def test_on_a_gpu_nothing_is_tuned_for_training_unless_it_is_asked_for(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise InputError(f"SPARSEDM_AUTOTUNE={os.environ.get('SPARSEDM_AUTOTUNE')}")
 
-    monkeypatch.setattr(runner, "Work", refuse)
+    for name in ("Work", "_time"):
+        monkeypatch.setattr(runner, name, refuse)
     monkeypatch.setenv("SPARSEDM_AUTOTUNE", "on")
-    options = parsed("arms", "--scale", "lite", "--out", str(tmp_path))
-    for device, given, expected in (("cuda", "on", "on"), ("cpu", None, None), ("cuda", None, "off")):
+    for device, more, given, expected in (
+        ("cuda", [], "on", "on"),
+        ("cpu", [], None, None),
+        ("cuda", ["--time"], None, None),
+        ("cuda", [], None, "off"),
+    ):
         if given is None:
             monkeypatch.delenv("SPARSEDM_AUTOTUNE", raising=False)
+        options = parsed("arms", "--scale", "lite", "--out", str(tmp_path), *more)
         with pytest.raises(InputError, match=f"SPARSEDM_AUTOTUNE={expected}"):
             runner.experiment(argparse.Namespace(**vars(options) | {"device": torch.device(device)}))
 

@@ -4,6 +4,7 @@ import itertools
 import re
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,31 @@ def test_a_start_that_is_not_that_of_the_other_runs_is_refused(done, tiny, text_
     assert command(folder) == 2
     assert "holds runs of seed 1 that began from another dense network" in capsys.readouterr().err
     assert {row["run"] for row in results.read_experiment(folder / "results.csv") if row["seed"] == 0} == set(RUNS)
+
+
+@pytest.mark.parametrize(
+    ("init", "loss", "said"),
+    [
+        ("given.safetensors", 0.1 + 1e-7, None),
+        ("given.safetensors", 0.1001, "began from another network than --init given.safetensors"),
+        (None, 0.1, None),
+        (None, 0.1 + 1e-7, "began from another dense network, now lost"),
+    ],
+)
+def test_a_given_start_is_measured_anew_and_may_differ_by_rounding(init, loss, said):
+    """On another CPU the same file has another loss in its last digits."""
+    rows = [{"run": "dense", "seed": 0, "measure": work.BASE, "value": 0.1}]
+
+    class Trains(Exception):
+        pass
+
+    def train(*arguments):
+        raise Trains
+
+    made = SimpleNamespace(init=init, rows=rows, folder="out", device=torch.device("cpu"), train=train)
+    made.base = lambda seed: work.Base(None, None, loss)
+    with pytest.raises(InputError if said else Trains, match=said):
+        work.Work.do(made, 0, SimpleNamespace(name="chain"))
 
 
 @pytest.mark.parametrize("model", ["uvit-tiny", "uvit-cifar10-small"])
