@@ -46,7 +46,7 @@ def add_arguments(parser):
     add_model_arguments(parser, " (default: the scale's)")
     parser.add_argument("--init", metavar="FILE", help="start from this dense model file or run, for all seeds")
     parser.add_argument("--data", help="other data than the scale's, as for train")
-    add_crop(parser)
+    add_crop(parser, "as in the original of the model")
     parser.add_argument("--resize", action="store_true", help="fit images of another size than the network's")
     parser.add_argument(
         "--features",
