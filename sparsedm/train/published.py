@@ -5,6 +5,7 @@ The average of the weights keeps its warm-up (`TrainOptions.ema_warmup`), which 
 a thousandth of their runs, and short runs need it.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -84,7 +85,8 @@ def original_crop(config):
 
 def trained_crop(run, config):
     """How images were cropped for the network of a run folder or one of its stages; else `original_crop`."""
-    for folder in (Path(run), Path(run).parent):
+    run = Path(run)
+    for folder in (run, run.parent) if re.match(r"\d\d-", run.name) else (run,):
         if (folder / "options.json").exists() and (crop := stored_options(folder).get("crop")):
             return crop
     return original_crop(config)
