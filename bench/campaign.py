@@ -150,12 +150,13 @@ def suites_of(part, folder, data=None):
         if not data:
             raise InputError("the part quality trains: give it images with --data")
         return quality_suites(data)
-    verdicts = set()
+    verdicts, ended = set(), False
     if (folder / "first.json").exists():
-        verdicts = set(read_json(folder / "first.json", configurations=dict)["configurations"].values())
+        first = read_json(folder / "first.json", configurations=dict, of=int)
+        verdicts, ended = set(first["configurations"].values()), len(first["configurations"]) == first["of"]
     if RIGHT in verdicts and any(Path(triton.knobs.cache.dir).glob("*")):
         return second_suites()
-    if RIGHT not in verdicts and not all(verdict.startswith(COMPILES_FOR) for verdict in verdicts):
+    if ended and RIGHT not in verdicts and not all(verdict.startswith(COMPILES_FOR) for verdict in verdicts):
         return search_for_the_fault()
     print("`first` did not end, or it was on another machine: its first contact compiles again", file=sys.stderr)
     contact = next(suite for suite in first_suites() if suite.name == "first contact")

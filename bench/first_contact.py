@@ -164,7 +164,8 @@ def verdicts_of(commands, timeout, file, until):
         try:
             for job in as_completed(jobs):
                 found[jobs[job]] = job.result()
-                write_json(file, {"configurations": {name: found[name] for name in commands if name in found}})
+                known = {name: found[name] for name in commands if name in found}
+                write_json(file, {"configurations": known, "of": len(commands)})
             for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     print(process.communicate(timeout=max(0.0, until - time.monotonic()))[0], end="")

@@ -122,7 +122,8 @@ class Session:
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         held = self.results.matching(identity)
         names = {row.get("provider", "") for row in held} - self.not_sampled(suite, identity, held)
-        names -= self.not_held(suite, providers, held)
+        unheld = self.not_held(suite, providers, held)
+        names -= unheld
         missing = [p for p in self.keep(providers) if p.name not in names]
         if not missing or "" in names:  # a row without a provider: the process ended here before
             return
@@ -155,7 +156,8 @@ class Session:
         try:
             starting("")
             for found in rows(missing, starting):
-                self.results.add(found)
+                # the others' times are of the first session: a second one would mix with them
+                self.results.add([r for r in found if r["provider"] not in unheld or r["metric"] == "held"])
         except KeyboardInterrupt:  # nobody's failure
             self.results.add([])
             raise

@@ -93,6 +93,8 @@ def _elementwise(names, function, with_nan=None):
         reads = [reader(ins, arg, ins.mods[-1]) for arg in ins.args[1:]]
         write = writer(ins, ins.args[0])
         compute = with_nan if "NaN" in ins.mods else function
+        if compute is None:
+            raise EmulatorError(f"{ins.text} has no form .NaN here")
 
         def run(block, warp, mask):
             with np.errstate(all="ignore"):
@@ -133,8 +135,20 @@ _elementwise(["sub"], operator.sub)
 _elementwise(["fma"], _fma)
 _elementwise(["div"], _divide)
 _elementwise(["rem"], _remainder)
-_elementwise(["min"], np.fmin, np.minimum)
-_elementwise(["max"], np.fmax, np.maximum)
+
+
+def _or_nan(function):
+    """`function`, whose NaN are PTX's canonical one."""
+
+    def canonical(a, b):
+        found = function(a, b)
+        return np.where(np.isnan(found), np.uint32(0x7FFFFFFF).view(np.float32), found)
+
+    return canonical
+
+
+_elementwise(["min"], np.fmin, _or_nan(np.minimum))
+_elementwise(["max"], np.fmax, _or_nan(np.maximum))
 _elementwise(["and"], operator.and_)
 _elementwise(["or"], operator.or_)
 _elementwise(["xor"], operator.xor)

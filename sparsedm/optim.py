@@ -252,7 +252,9 @@ class MaskedAdamW(torch.optim.AdamW):
                     raise InputError(f"the state was made with {name}={group[name]}: {_REFUSED[name]}")
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            rates = {name: value for name, value in group.items() if name != "params"}
+            rates = {
+                name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "initial_lr") if name in group
+            }
             group.update(tree_map_only(torch.Tensor, float, rates), **_PLAIN)
         for state in self.state.values():
             if "step" in state:
@@ -262,7 +264,7 @@ class MaskedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> object:
         """One step; closure: computes the loss again, which is returned. Raises: InputError, before anything changes,
-        for sparse gradients, gradients and moments of another dtype or device than the parameter, and what
+        for sparse gradients, gradients and moments of another dtype, shape or device than the parameter, and what
         `add_param_group` refuses; naming the layer, for a weight that was changed while its mask was held, and for NaN:
         on a GPU at a later step, on a CPU NaN at the next block."""
         loss = None
@@ -406,14 +408,18 @@ class MaskedAdamW(torch.optim.AdamW):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise InputError(f"MaskedAdamW: a gradient of shape {tuple(p.shape)} is sparse: it must be dense")
             for name, tensor in {} if p.grad is None else {"grad": p.grad, **self.state.get(p, {})}.items():
-                if name != "step" and (tensor.dtype, tensor.device) != (p.dtype, p.device):
-                    found = f"{name} is {tensor.dtype} on {tensor.device}, its parameter {p.dtype} on {p.device}"
+                if name != "step" and _form(tensor) != _form(p):
+                    found = f"{name} is {_form(tensor)}, its parameter {_form(p)}"
                     raise InputError(f"MaskedAdamW: {found}, and they must be alike ({RELOAD})")
         others = (p for other in self.param_groups for p in other["params"])  # one of them tells the device of all
         devices = {p.device for p in itertools.chain(group["params"], itertools.islice(others, 1))}
         if len(devices) > 1:
             names = " and ".join(sorted(map(str, devices)))
             raise InputError(f"MaskedAdamW: all parameters must be on one device, not on {names}")
+
+
+def _form(tensor):
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def _check_rates(group):

@@ -76,7 +76,7 @@ COMPUTED = {
     "to-float": ("cvt.rn.f32.u32 %r9, %r0;", LANES.astype(np.float32).view(np.uint32)),
     "maximum-with-nan": (
         "mov.b32 %r1, 0x7FC00000; mov.b32 %r2, 0; max.NaN.f32 %r1, %r1, %r2; mov.b32 %r9, %r1;",
-        np.full(32, 0x7FC00000),
+        np.full(32, 0x7FFFFFFF),
     ),
     "elect": ("elect.sync _|%p1, -1; selp.b32 %r9, 1, 0, %p1;", (LANES == 0).astype(np.uint32)),
     "scopes": ("{ .reg .b32 t; mov.b32 t, 1; { .reg .b32 t; mov.b32 t, 2; } mov.b32 %r9, t; }", np.ones(32, np.uint32)),
@@ -130,6 +130,7 @@ REFUSED = {
     "divergent-branch": ("setp.lt.u32 %p1, %r0, 9; @%p1 bra L; L:", "divergent"),
     "bf16-sum": ("add.bf16 %h1, %h2, %h3;", "arithmetic on bf16"),
     "bf16-product": ("mul.bf16x2 %r1, %r0, %r0;", "arithmetic on bf16"),
+    "sum-with-nan": ("add.NaN.f32 %r1, %r0, %r0;", "has no form .NaN"),
     "unknown-instruction": ("frobnicate.b32 %r1, %r0;", "unknown instruction"),
     "never-completes": (BARRIER + WAIT, "deadlock"),
     "wrong-byte-count": (BARRIER + LOAD.replace("[%r1], 1024", "[%r1], 1040") + WAIT, "deadlock"),

@@ -143,7 +143,9 @@ def source_of(options):
         raise InputError(f"--which {options.which} goes with a run folder: the file {options.run} holds one network")
     if options.strategy is None:
         loaded = load_named(options, which=options.which)
-        row = published(loaded.model.config) if options.sampler == "published" else Published({}, 0, clip=None)
+        row = Published({}, 0, clip=None)
+        if options.sampler == "published":
+            row = published(loaded.model.config, any_dropout=True)
         if row is None:
             raise InputError(f"--sampler published: the network in {loaded.file} is not a published one")
         sampler = row.sampler if options.sampler in (None, "published") else options.sampler
@@ -269,7 +271,7 @@ def autoencoder_of(config, options):
         if options.latent_scale is not None:
             raise InputError("--latent-scale goes with --vae")
         return None
-    scale = options.latent_scale or (published(config) or Published({}, 0)).latent_scale
+    scale = options.latent_scale or (published(config, any_dropout=True) or Published({}, 0)).latent_scale
     found = load_autoencoder(options.vae, options.device, scale)
     if found.channels != config.channels:
         rule = f"decodes latents of {found.channels} channels"

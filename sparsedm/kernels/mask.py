@@ -166,7 +166,7 @@ def majority(x, y, z):
 
 _SELECTION = [keep_largest, two_of_four, keep_largest_by_sorting, magnitude, fours, majority]
 _tuner = Autotuner("select mask", CONFIGS, [_select_mask_kernel, *_SELECTION])
-_nan_flags = {}  # (reference to the weight's memory, name): flag
+_nan_flags = {}  # (reference to the weight's memory, name, device): flag
 
 
 def _launch(weight, pattern, outputs, name):
@@ -198,21 +198,32 @@ def _launch(weight, pattern, outputs, name):
         _wait(weight.device)
     if nan.item():
         _wait(weight.device)  # else the kernels in flight would set it again
-        nan.zero_()
-        raise InputError(f"{name}: some of its weights are NaN, which has no magnitude order")
+        _report(nan, name)
 
 
 def _nan_flag(weight, name):
     """One int32 per weight and name, in host memory that the GPU writes to: reading it does not wait for the GPU.
 
-    A flag whose weight is gone serves the next weight. It is never freed: a kernel may still write to it.
+    A flag whose weight is gone serves the next weight, once no kernel writes to it any more. Raises: InputError if it
+    says that the weight which is gone was NaN.
     """
-    key = StorageWeakRef(weight.untyped_storage()), name
+    key = StorageWeakRef(weight.untyped_storage()), name, weight.device
     if key not in _nan_flags:
         gone = next((other for other in list(_nan_flags) if other[0].expired()), None)
-        flag = _nan_flags.pop(gone, None)
-        _nan_flags[key] = torch.zeros(1, dtype=torch.int32, pin_memory=weight.is_cuda) if flag is None else flag.zero_()
+        if gone:
+            _wait(gone[2])
+            flag = _nan_flags.pop(gone)
+            if flag.item():
+                _report(flag, gone[1])
+        else:
+            flag = torch.zeros(1, dtype=torch.int32, pin_memory=weight.is_cuda)
+        _nan_flags[key] = flag
     return _nan_flags[key]
+
+
+def _report(flag, name):
+    flag.zero_()
+    raise InputError(f"{name}: some of its weights are NaN, which has no magnitude order")
 
 
 def _wait(device):
@@ -311,8 +322,8 @@ def select_mask(weight, pattern, dtype=None, name="weight", *, mask=True, bits=F
     mask, bits: return the mask as bool, as bits. compressed: return values and metadata (only for a 2:4 Linear).
     All tensors are detached. The masked weight and the mask have the weight's shape and `memory_format`.
     Raises: InputError, beginning with `name`, if the pattern does not divide the input axis, if a weight is NaN, or if
-    `compressed` does not fit. On a GPU NaN is told at one of the next calls with this weight, so that nothing waits for
-    the GPU; with `compressed` at once.
+    `compressed` does not fit. On a GPU NaN is told at one of the next calls with this weight (or, if it is gone,
+    with a new one), so that nothing waits for the GPU; with `compressed` at once.
     """
     check_weight(weight, pattern, name)
     if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):

@@ -75,9 +75,9 @@ class Autotuner:
 
     A candidate is not used if it raises, if an entry of its result differs from the default's, or if an earlier process
     died while trying it. A table's candidate is checked in the same way once per process, except while a CUDA graph is
-    captured. If the default wins and another candidate failed, no table is written: the next process, perhaps with
-    another Triton, tries again. If the default's result is not finite, nothing is compared or stored: the next call
-    tries again.
+    captured. No table is written if a process had died with a candidate, or if the default wins and another one failed:
+    later processes, perhaps with another Triton, try again. If the default's result is not finite, nothing is compared
+    or stored: the next call tries again.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
@@ -139,8 +139,8 @@ class Autotuner:
             log.warning("%s: nothing could be timed for %s; the default %s is used", gpu, shape, default)
             return Verdict(default, (), failed)
         config, microseconds = min(times, key=lambda pair: pair[1])
-        if config == candidates[0] and failed:
-            log.warning("%s: %s takes its default for %s, in this process only: see above", gpu, self.name, shape)
+        if failed and (config == candidates[0] or any(ENDED in reason for _, reason in failed)):
+            log.warning("%s: %s takes %s for %s, in this process only: see above", gpu, self.name, config, shape)
         else:
             entry = {"config": config, "microseconds": microseconds, "times": times, "failed": failed}
             merge_table(table_path(cache_folder() / "tuned", gpu), self.section, shape, entry)
@@ -184,6 +184,7 @@ class Autotuner:
                 raise
 
 
+ENDED = "a process ended while it ran"
 _running = set()  # names of the notes of this process; after an exec the list is empty
 
 
@@ -201,7 +202,7 @@ def _noted(what):
     for note in folder.glob(f"{name}.*.running"):
         with contextlib.suppress(FileNotFoundError):  # its process has just finished
             if time.time() - note.stat().st_mtime < REMEMBERED and not _in_progress(note, name):
-                raise RuntimeError(f"a process ended while it ran; to try it again today, delete {note}")
+                raise RuntimeError(f"{ENDED}; to try it again today, delete {note}")
     mine = folder / f"{name}.{os.getpid()}.running"
     with contextlib.suppress(OSError):  # a read-only folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +232,7 @@ def _in_progress(note, name):
         return False
     except PermissionError:
         pass
-    return note.read_text() == _started(process)  # else another process has its number now
+    return note.read_text() in ("", _started(process))  # "": it is being written; else another one has its number now
 
 
 def _started(process):

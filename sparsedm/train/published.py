@@ -61,20 +61,22 @@ PUBLISHED |= {
 }
 
 
-_RELEASED = {"groups": 32, "ddsm": 128, "passes": 3, "same_images": True}  # DDSM's own file differs from the preset
+_RELEASED = {"groups": 32, "ddsm": 128}  # DDSM's own file differs from the preset
+_TRAINING = ("passes", "same_images")  # say how a slimmable network is trained, not what it is
 
 
-def published(config):
+def published(config, any_dropout=False):
     """The Published row of a network that has the shape of one of the presets, None for any other.
 
-    Dropout does not count: a diffusers folder does not tell how its network was trained.
+    any_dropout: also with another dropout, which a diffusers folder does not tell: for sampling.
     """
-    trained = {"dropout": config.dropout} if hasattr(config, "dropout") else {}
     for name, row in PUBLISHED.items():
         shape = MODELS[name]
-        shapes = [shape, replace(shape, **_RELEASED)] if shape.kind == "slimmable" else [shape]
-        if any(shape.kind == getattr(config, "kind", None) and replace(shape, **trained) == config for shape in shapes):
-            return row
+        if shape.kind == getattr(config, "kind", None):
+            free = [n for n in (*_TRAINING, *["dropout"] * any_dropout) if hasattr(shape, n)]
+            same = replace(shape, **{name: getattr(config, name) for name in free})
+            if config in (same, replace(same, **_RELEASED) if shape.kind == "slimmable" else same):
+                return row
     return None
 
 

@@ -295,15 +295,16 @@ def test_the_second_part_is_decided_by_the_first(tmp_path, capsys, monkeypatch):
     names = [suite.name for suite in campaign.suites_of("second", tmp_path)]
     assert names[:2] == ["first contact again", "gemm: models"]
     assert "first contact compiles again" in capsys.readouterr().err
-    for verdicts, expected in (
-        ({"wgmma 0": "right", "wgmma 1": "hangs"}, "gemm: models"),
-        ({"wgmma 0": "wrong", "wgmma 1": "hangs"}, "instructions"),
-        ({"wgmma 0": "compiles for more than 60 s", "wgmma 1": "hangs"}, "instructions"),
-        ({"wgmma 0": "compiles for more than 60 s"}, "first contact again"),
+    for verdicts, of, expected in (
+        ({"wgmma 0": "right", "wgmma 1": "hangs"}, 3, "gemm: models"),
+        ({"wgmma 0": "wrong", "wgmma 1": "hangs"}, 2, "instructions"),
+        ({"wgmma 0": "wrong", "wgmma 1": "hangs"}, 3, "first contact again"),
+        ({"wgmma 0": "compiles for more than 60 s", "wgmma 1": "hangs"}, 2, "instructions"),
+        ({"wgmma 0": "compiles for more than 60 s"}, 1, "first contact again"),
     ):
-        (tmp_path / "first.json").write_text(json.dumps({"configurations": verdicts}))
+        (tmp_path / "first.json").write_text(json.dumps({"configurations": verdicts, "of": of}))
         assert campaign.suites_of("second", tmp_path)[0].name == expected
-    (tmp_path / "first.json").write_text(json.dumps({"configurations": {"wgmma 0": "right"}}))
+    (tmp_path / "first.json").write_text(json.dumps({"configurations": {"wgmma 0": "right"}, "of": 1}))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "of another machine"))
     again = campaign.suites_of("second", tmp_path)[0]
     assert again.name == "first contact again"

@@ -280,12 +280,15 @@ def test_resume_holds_for_a_second_what_there_was_no_time_to_hold(tmp_path, monk
 
     def rows(missing, starting):
         asked.append([p.name for p in missing])
-        return [[row | {"provider": p.name, "metric": "held", "status": "failed"} for p in missing]]
+        times = [row | {"provider": p.name, "metric": "time", "p50_us": 1} for p in missing]
+        return [[*times, *(row | {"provider": p.name, "metric": "held", "status": "failed"} for p in missing)]]
 
     for device in ("cpu", "cuda", "cuda"):
         given.device = torch.device(device)
         given.do("first", shape, "plain", every, rows)
     assert asked == [["dense", "wgmma 1"]], "a CPU knows no power"
+    times = [r["p50_us"] for r in given.results.rows if r["metric"] == "time"]
+    assert times == [9, 7, 4, 3, 5], "which were taken in turns"
 
 
 def test_without_compilation_its_providers_are_left_out(tmp_path):

@@ -23,7 +23,7 @@ def met():
     for model, (wanted, _) in LINEARS.items():
         times = (("dense", 170), ("dense compiled", 100.1 * wanted), ("cuSPARSELt tuned", 125), (targets.OURS, 100))
         rows += [row("gemm", f"{model} fc1", "epilogue", p, t) for p, t in times]
-    times = (("dense", 99), ("dense compiled", 99.5), ("cuSPARSELt tuned", 101), (targets.OURS, 100))
+    times = (("dense", 99), ("cuSPARSELt tuned", 101), (targets.OURS, 100))
     rows += [row("gemm", "grid 8", "plain", p, t) for p, t in times]
     for shape, wanted in STEPS.items():
         times = (("dense", 2000), ("dense compiled", 1001 * wanted), (targets.OURS, 1200))
@@ -64,7 +64,7 @@ def test_targets_that_are_met():
     assert [f.measured for f in found] == pytest.approx(expected)
     assert found[0].note == "1.31 to 1.96"
     assert found[3].note == "grid 8, plain; 7 products"
-    assert found[8].note == "grid 8, plain; 7 products"
+    assert found[8].note == "grid 8, plain; 7 products; dense compiled not measured in 1 of 7"
     assert found[9].note == "sparsedm 2:4 compiled 1.00 ms, dense compiled 1.35 ms"
     assert found[12].note == "uvit-cifar10-small@128: sparsedm masked compiled 0.09 ms, dense 0.09 ms"
     assert found[13].note == "square 16: 8 of 10 GB/s", "the largest weight, not the smaller one"

@@ -159,7 +159,7 @@ def test_a_default_that_won_because_others_failed_is_not_remembered_for_other_pr
     """A Triton that cannot compile a kernel must not make its successors take the default for ever."""
     tuned = tuner(Timer({16: 4.0, 64: 5.0}))
     assert best(tuned) == {"BLOCK": 16}
-    assert "takes its default for dtype=bf16 m=64, in this process only" in caplog.text
+    assert " for dtype=bf16 m=64, in this process only" in caplog.text
     assert not table(tmp_path).exists()
     assert best(tuner(Timer({16: 4.0, 32: 1.0, 64: 5.0}))) == {"BLOCK": 32}
 
@@ -195,7 +195,7 @@ def test_a_candidate_that_ended_a_process_is_not_tried_again(tmp_path, caplog, f
     assert "candidate {'BLOCK': 32} is passed over: RuntimeError: a process ended while it ran" in caplog.text
     assert f"delete {note}" in caplog.text
     os.utime(note, (0, 0))  # long ago
-    assert best(tuner(Timer(times)), m=3) == {"BLOCK": 32}
+    assert best(tuner(Timer(times)), m=1 if known else 2) == {"BLOCK": 32}, "that day's verdict was not stored"
 
 
 EXEC = """
@@ -243,6 +243,18 @@ def test_a_candidate_that_another_process_tries_just_now_is_tried_here_too(tmp_p
         monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
         monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Imaginary/1 sm_90")
         assert best(tuner(Timer({16: 9.0, 32: 4.0, 64: 5.0}))) == {"BLOCK": 32}
+
+
+def test_a_note_that_is_being_written_is_no_dead_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # a process that lives
+    note = tuning._noted("candidate")
+    note.__enter__()
+    monkeypatch.undo()
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    (file,) = (tmp_path / "tuned").glob("*.running")
+    file.write_text("")
+    with tuning._noted("candidate"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,10 @@ def _(values, metadata, layout, columns, pattern="2:4"):
 
 def kernel_tensors(values, prepacked):
     """The arguments of the launchers: `prepack`'s values (else the original ones) and metadata."""
-    return prepacked if len(prepacked) == 2 else [aligned(values), *prepacked]
+    if len(prepacked) == 2:
+        return prepacked
+    fits = values.is_contiguous() and values.data_ptr() % 16 == 0
+    return [values if fits else aligned(values), *prepacked]
 
 
 def aligned(tensor):
