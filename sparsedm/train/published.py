@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sparsedm.models import MODELS
+from sparsedm.models import MODELS, same_network
 from sparsedm.train.run_folder import stored_options
 
 
@@ -59,24 +59,26 @@ PUBLISHED |= {
     for name in MODELS
     if name.startswith("dit-imagenet")
 }
+# the sampling of the paper's best FID, and sample_ddp.py's default; the other sizes were compared without guidance
+PUBLISHED |= {
+    name: PUBLISHED[name]._replace(guidance=0.5) for name in ("dit-imagenet256-xlarge", "dit-imagenet512-xlarge")
+}
 
 
 _RELEASED = {"groups": 32, "ddsm": 128}  # DDSM's own file differs from the preset
-_TRAINING = ("passes", "same_images")  # say how a slimmable network is trained, not what it is
 
 
 def published(config, any_dropout=False):
-    """The Published row of a network that has the shape of one of the presets, None for any other.
+    """The Published row of a network that has the shape of one of the presets, None for any other; see `same_network`.
 
     any_dropout: also with another dropout, which a diffusers folder does not tell: for sampling.
     """
+    free = ["dropout"] * any_dropout
     for name, row in PUBLISHED.items():
         shape = MODELS[name]
-        if shape.kind == getattr(config, "kind", None):
-            free = [n for n in (*_TRAINING, *["dropout"] * any_dropout) if hasattr(shape, n)]
-            same = replace(shape, **{name: getattr(config, name) for name in free})
-            if config in (same, replace(same, **_RELEASED) if shape.kind == "slimmable" else same):
-                return row
+        released = replace(shape, **_RELEASED) if shape.kind == "slimmable" else shape
+        if same_network(config, shape, *free) or same_network(config, released, *free):
+            return row
     return None
 
 
