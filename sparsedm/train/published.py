@@ -88,9 +88,14 @@ def original_crop(config):
 
 
 def trained_crop(run, config):
-    """How images were cropped for the network of a run folder or one of its stages; else `original_crop`."""
+    """How images were cropped for the networks of `run`; else `original_crop`.
+
+    run: a run folder, one of its stages, a folder of run folders, or the folder of a search that trained its family.
+    """
     run = Path(run)
-    for folder in (run, run.parent) if re.match(r"\d\d-", run.name) else (run,):
+    run = run / "family" if (run / "family").is_dir() else run
+    stage, alone = re.match(r"\d\d-", run.name), (run / "options.json").exists()
+    for folder in (run, run.parent) if stage else (run,) if alone else sorted(run.glob("*/")):
         if (folder / "options.json").exists() and (crop := stored_options(folder).get("crop")):
             return crop
     return original_crop(config)
