@@ -189,7 +189,9 @@ def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
     for rest in folder.glob(".*.partial*"):  # of a writer that was killed
         if rest.is_file():
             rest.unlink()
-    index["environment"] = environment
+    if not environment.get("commit"):
+        print("the commit is not known, so other code could go on in this folder: set SPARSEDM_COMMIT", file=sys.stderr)
+    index["environment"] = environment | {"commit": environment.get("commit") or held.get("commit", "")}
     drawing = _Drawing(folder)
     for _, group in itertools.groupby(suites, key=lambda suite: suite.group or suite.name):
         todo = [suite for suite in group if suite.always or entries.get(suite.name, {}).get("status") != "ran"]
@@ -278,7 +280,8 @@ def _leave(folder):
 
 def publish(folder, results, tables=tuning.SHIPPED):
     """Copy a campaign's files to the folder `results`, unpack its pictures there, and add its tuned configurations to
-    the tables of the package, entry by entry. Returns the paths that were written.
+    the tables of the package, entry by entry, except what holds only where a process ended: see
+    `tuning.may_be_shipped`. Returns the paths that were written.
 
     Raises: InputError, before anything is written, if `folder` holds no campaign, or a damaged file.
     """
@@ -303,7 +306,8 @@ def publish(folder, results, tables=tuning.SHIPPED):
     for path, found in added.items():
         table = tuning.read_table(path)
         for section, shapes in found.items():
-            table.setdefault(section, {}).update(shapes)
+            lasting = {shape: entry for shape, entry in shapes.items() if tuning.may_be_shipped(entry)}
+            table.setdefault(section, {}).update(lasting)
         write_json(path, table)
     return [*files, *added]
 

@@ -34,7 +34,16 @@ from sparsedm.commands.options import positive
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.kernels.launch import capability
-from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Choice, Request, candidates, refuse, trying
+from sparsedm.kernels.sparse24.dispatch import (
+    LINEAR,
+    SPLITK_ROWS,
+    Choice,
+    Request,
+    allow,
+    candidates,
+    refuse,
+    trying,
+)
 from sparsedm.kernels.sparse24.format import pack
 
 COMPILES = 3  # importing torch and compiling what is checked may take so many times as long as the check
@@ -116,6 +125,7 @@ def contact(choice, device, small=False, again=False):
     """The work of one process; see the head of this file. again: also if a process has died of it."""
     compile_all(choice, device, EPILOGUES[:CHECKED])
     print(COMPILED, flush=True)
+    allow(LINEAR, choice)  # the last verdict: what was mended need not be in the files that a note's name hashes
     with contextlib.nullcontext() if again else trying(LINEAR, choice):
         try:
             check(choice, device, small)

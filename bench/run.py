@@ -196,19 +196,23 @@ def beside_compiled(rows):
 
 
 def run_suites(suites, session, progress=False):
-    """Measure the suites named in the comma-separated list `suites` into session.results. Raises like `plan`, before
-    anything is measured."""
+    """Measure the suites named in the comma-separated list `suites` into session.results.
+
+    Raises, before anything is measured: like `plan`; InputError if the session's choice of providers and modes leaves
+    nothing of any suite.
+    """
     planned = {suite: plan(suite, session) for suite in suites.split(",")}
+    if not any(planned.values()):
+        raise InputError(f"suite {suites}: --providers, --modes and --no-compile leave nothing to measure")
     for suite, work in planned.items():
         for measurement in tqdm(work, desc=suite, disable=None if progress else True):
             session.do(*measurement)
 
 
 def plan(suite, session):
-    """The arguments of `Session.do` for every measurement of one suite.
+    """The arguments of `Session.do` for every measurement of one suite, by the session's providers and modes.
 
-    Raises: InputError for an unknown suite, shapes that it does not have, or if the session's choice of providers and
-    modes leaves nothing of it.
+    Raises: InputError for an unknown suite, or shapes that it does not have.
     """
     if suite in LAYER_SUITES:
         work = layer_work(suite, session)
@@ -220,10 +224,7 @@ def plan(suite, session):
         work = cpu_work(session)
     else:
         raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
-    work = [(*what, providers, rows) for *what, providers, rows in work if session.keep(providers)]
-    if not work:
-        raise InputError(f"suite {suite}: --providers, --modes and --no-compile leave nothing to measure")
-    return work
+    return [(*what, providers, rows) for *what, providers, rows in work if session.keep(providers)]
 
 
 def layer_work(suite, session):

@@ -103,26 +103,29 @@ def experiment(options):
         return
     if scale.threads and options.device.type == "cpu":
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
-    diverged = []
+    diverged = lost = ()
     with run_folder.folder_lock(folder):  # two at once would lose each other's rows
         if options.time:
             _time(options, scale, runs, folder)
         else:
             if options.device.type == "cuda":  # tuning every size for every pattern would take longer than these runs
                 os.environ.setdefault("SPARSEDM_AUTOTUNE", "off")
-            diverged = _carry_out(options, plan, scale, runs, count, folder, deadline)
+            diverged, lost = _carry_out(options, plan, scale, runs, count, folder, deadline)
     if (folder / "results.csv").exists():
         _report(options, folder, plan)
     if diverged:
-        raise InputError(f"{'; '.join(diverged)}; all other runs are done, and --only can leave these out")
+        diverged = [*diverged, "all other runs are done, and --only can leave these out"]
+    if diverged or lost:
+        raise InputError("; ".join([*diverged, *lost]))
 
 
 def _carry_out(options, plan, scale, runs, count, folder, deadline):
-    """Make the runs of all seeds. Returns what is to be said of the runs that diverged."""
+    """Make the runs of all seeds. Returns what is to be said of the runs that diverged, and of the seeds whose dense
+    network did."""
     work = Work(options, scale, folder, deadline)
     todo = [(seed, run) for seed in range(options.seed, options.seed + count) for run in runs]
     bar = tqdm(todo, desc=options.name, disable=None)
-    diverged, lost = [], set()
+    diverged, lost = [], {}
     try:
         for seed, run in bar:
             bar.set_postfix_str(f"seed {seed}, {run.name}")
@@ -131,16 +134,18 @@ def _carry_out(options, plan, scale, runs, count, folder, deadline):
             try:
                 work.do(seed, run)
             except TrainingDiverged as error:  # the other runs do not depend on it
-                if seed not in work.bases:
-                    lost.add(seed)
-                name = "the dense network that all runs start from" if seed in lost else run.name
-                diverged.append(f"seed {seed}, {name}: {error}")
-                log.warning("%s", diverged[-1])
+                if seed in work.bases:
+                    said = f"seed {seed}, {run.name}: {error}"
+                    diverged.append(said)
+                else:
+                    base = f"seed {seed}, the dense network that all runs start from"
+                    lost[seed] = said = f"{base}: {error}; none of its runs was made: use another --seed"
+                log.warning("%s", said)
     except Interrupted:
         if work.rows:
             _report(options, folder, plan)
         raise
-    return diverged
+    return diverged, list(lost.values())
 
 
 def _scale(options):

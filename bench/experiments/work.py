@@ -122,7 +122,10 @@ class Work:
             summary = evaluate.summarize(self.images.images, features, source, cache=cache_folder(), progress=True)
             self.judges.append((features, summary))
         facts = {**self.labels, "settings": asdict(scale), "amp": self.amp, "init": self.init} | cropped
-        run_folder.claim(folder, facts, free=FREE, started=run_folder.holds_work(folder))
+        started = run_folder.holds_work(folder)
+        if started and cropped and "crop" not in run_folder.stored_options(folder):
+            raise InputError(f"{folder} began before crops were recorded, or with another crop: choose another --out")
+        run_folder.claim(folder, facts, free=FREE, started=started)
         self.bases = {}
 
     def do(self, seed, run):

@@ -46,6 +46,7 @@ def median_microseconds(run):
 
 MEASURED, RULE = "measured", "the rule"  # the basis of a verdict: tables or a measurement; no measurement
 FOR_NOW = "nothing yet"  # nothing could be measured in this call; the next one tries
+ALL_REFUSED = "nothing today"  # every candidate is refused, see `Autotuner.refuse`
 
 
 class NotFinite(Exception):
@@ -77,8 +78,9 @@ class Autotuner:
     entry of its result differs from the reference's, which is the first candidate that is not refused. A table's
     candidate is checked in the same way once per process, except while a CUDA graph is captured. No table is written if
     the default wins and another one raised or was wrong: later processes, perhaps with another Triton, try again. If a
-    candidate was refused, the user's table holds what won without it, until it may be tried again. If the reference's
-    result is not finite, nothing is compared or stored: the next call tries again.
+    candidate was refused, the user's table holds what won without it, until it may be tried again. If all candidates
+    are refused, none runs, and the basis is ALL_REFUSED. If the reference's result is not finite, nothing is compared
+    or stored: the next call tries again.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
@@ -125,7 +127,12 @@ class Autotuner:
         return f"{self.name}, triton {version}, source {hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
     def _find(self, run, check, gpu, shape, candidates, default):
-        reference = next((c for c in candidates if self._refusal(c) is None), candidates[0])
+        refusals = [self._refusal(candidate) for candidate in candidates]
+        if all(refusals):
+            why, failed = refusals[0], tuple((c, refused.reason) for c, refused in zip(candidates, refusals))
+            log.warning("%s: no candidate is tried for %s: %s; the default %s is not checked", gpu, shape, why, default)
+            return Verdict(default, (), failed, ALL_REFUSED)
+        reference = candidates[refusals.index(None)]
         may_tune = setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "on" and not capturing()
         for folder in (cache_folder() / "tuned", SHIPPED):
             entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
@@ -173,6 +180,11 @@ class Autotuner:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}{WRONG}").write_text(why, encoding="utf-8")
 
+    def allow(self, candidate):
+        """Take `refuse` back. A candidate that ended a process stays refused."""
+        with contextlib.suppress(OSError):  # there is no note, or the folder is read-only
+            (cache_folder() / "tuned" / f"{_name(self._noted_as(candidate))}{WRONG}").unlink()
+
     def _noted_as(self, candidate):
         return f"{self.section}, {candidate}"
 
@@ -198,7 +210,7 @@ class Autotuner:
             yield
         except Exception as error:  # it may not compile, or need more registers or shared memory than this GPU has
             reason = reason_of(error)
-            failed.append((candidate, reason))
+            failed.append((candidate, error.reason if isinstance(error, Refused) else reason))
             level = logging.INFO if reason in self._told else logging.WARNING
             self._told.add(reason)
             log.log(level, "%s: candidate %s is passed over: %s", self.name, candidate, reason)
@@ -207,11 +219,15 @@ class Autotuner:
 
 
 class Refused(RuntimeError):
-    """A process died while it ran this, or `Autotuner.refuse` was called."""
+    """A process died while it ran this, or `Autotuner.refuse` was called. reason: for tables, without the note."""
+
+    def __init__(self, why, note):
+        super().__init__(f"{why}; to try it again today, delete {note}")
+        self.reason = f"{Refused.__name__}: {why}"
 
 
 def _was_refused(reason):
-    return reason.startswith(Refused.__name__)  # as `reason_of` writes it
+    return reason.startswith(Refused.__name__)
 
 
 ENDED = "a process ended while it ran"
@@ -229,8 +245,8 @@ def _noted(what):
     reason.
     """
     name, folder = _name(what), cache_folder() / "tuned"
-    if why := _refusal(name):
-        raise Refused(why)
+    if refusal := _refusal(name):
+        raise refusal
     mine = folder / f"{name}.{os.getpid()}{RUNNING}"
     with contextlib.suppress(OSError):  # a read-only folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -255,14 +271,14 @@ def _name(what):
 
 
 def _refusal(name):
-    """Why what has notes of this name is not tried today, or None."""
+    """The Refused that says why what has notes of this name is not tried today, or None."""
     for note in (cache_folder() / "tuned").glob(f"{name}.*"):
         with contextlib.suppress(FileNotFoundError):  # its process has just finished
             if time.time() - note.stat().st_mtime >= REMEMBERED:
                 continue
             if note.suffix == WRONG or not _in_progress(note, name):
                 why = note.read_text(encoding="utf-8", errors="replace") if note.suffix == WRONG else ENDED
-                return f"{why}; to try it again today, delete {note}"
+                return Refused(why, note)
     return None
 
 
@@ -353,6 +369,11 @@ def is_table(table):
 def _is_entry(entry):
     times, failed = ([(config, value) for config, value in entry.get(key) or ()] for key in ("times", "failed"))
     return all(isinstance(value, int | float) for _, value in times) and all(isinstance(why, str) for _, why in failed)
+
+
+def may_be_shipped(entry):
+    """Whether an entry of a table holds for other computers: not if a process ended while it ran a candidate."""
+    return not any(ENDED in why for _, why in _pairs(entry.get("failed")))
 
 
 def merge_table(path, section, shape, entry):

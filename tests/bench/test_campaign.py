@@ -119,12 +119,13 @@ def test_a_folder_of_another_device_is_refused(tmp_path):
         run_campaign([Suite("a", script(""))], tmp_path, 60)
 
 
-def test_a_folder_of_another_commit_is_refused(tmp_path, monkeypatch):
+def test_a_folder_of_another_commit_is_refused(tmp_path, monkeypatch, capsys):
     """Its first contact was with other kernels."""
     suite = Suite("a", script(""))
-    for commit in ("", "abc", "", "abc"):  # nothing is known of a copy without its repository
+    for commit in ("", "abc", "abc", ""):  # nothing is known of a copy without its repository
         monkeypatch.setattr(campaign, "stamp", lambda device, now=commit: {"device": device, "commit": now})
         run_campaign([suite], tmp_path, 60)
+        assert ("set SPARSEDM_COMMIT" in capsys.readouterr().err) == (not commit)
     monkeypatch.setattr(campaign, "stamp", lambda device: {"device": device, "commit": "def"})
     with pytest.raises(InputError, match="holds a campaign of commit abc: choose another --out"):
         run_campaign([suite], tmp_path, 60)
@@ -420,6 +421,20 @@ def test_a_shipped_table_keeps_what_was_not_measured_again(finished, tmp_path):
     publish(finished, tmp_path / "results", tables)
     merged = {"product": {"M=16": entry(5), "M=32": entry(6), "M=64": entry(7)}, "other": {"M=16": entry(8)}}
     assert read_table(tables / "nvidia-h200-sm-90.json") == merged
+
+
+@pytest.mark.parametrize(
+    ("why", "shipped"),
+    [("Refused: a process ended while it ran", False), ("Refused: first contact: wrong", True), ("KeyError: 3", True)],
+)
+def test_what_won_because_a_process_ended_is_not_shipped(why, shipped, finished, tmp_path):
+    """The process may have been killed, and the winner slower."""
+    losing = entry(9) | {"failed": [[{"block": 32}, why]]}
+    tables = {"nvidia-h200-sm-90.json": {"product": {"M=16": losing, "M=32": entry(6)}}}
+    (finished / "tuned.json").write_text(json.dumps(tables))
+    publish(finished, tmp_path / "results", tmp_path / "tuned")
+    expected = {"M=32": entry(6)} | ({"M=16": losing} if shipped else {})
+    assert read_table(tmp_path / "tuned/nvidia-h200-sm-90.json") == {"product": expected}
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,19 @@ def test_what_is_wrong_is_refused_by_the_tuner(tmp_path, monkeypatch):
         pass
 
 
+def test_what_was_wrong_and_is_mended_is_right_on_the_same_day(tmp_path, monkeypatch, capsys):
+    """The mend may be in a file that the name of the note does not tell."""
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
+    monkeypatch.setattr(first_contact, "check", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    choice = first_contact.Choice("wgmma", 2)
+    first_contact.refuse(first_contact.LINEAR, choice, "first contact: 1 of 9 weights are not in their place")
+    first_contact.contact(choice, torch.device("cuda"))
+    assert capsys.readouterr().out.split()[-1] == first_contact.RIGHT
+    assert not list((tmp_path / "tuned").iterdir())
+
+
 def test_only_what_is_right_and_meant_for_large_products_is_timed(tmp_path, monkeypatch):
     """And what is asked for is known to the suite "first"."""
     seen = []

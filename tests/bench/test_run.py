@@ -304,6 +304,11 @@ def test_modes_can_be_chosen(tmp_path):
     assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"epilogue"}
 
 
+def test_of_several_suites_one_may_have_nothing_to_measure(tmp_path):
+    run_suites("ceiling,mask", session(tmp_path / "r.csv", "square@128", providers=("dense",)))
+    assert {r["suite"] for r in read(tmp_path / "r.csv")} == {"mask"}
+
+
 def test_a_deadline_leaves_out_and_resume_goes_on(tmp_path):
     first = session(tmp_path / "r.csv", "square", deadline=-1.0)
     run_suites("mask", first)
@@ -368,7 +373,7 @@ def test_the_command_line(tmp_path, capsys):
         (["--suite", "mask,speed", "--shapes", "square@128"], "unknown suite 'speed'"),
         (["--suite", "mask,conv", "--shapes", "square@128"], "hold no convolution layer"),
         (["--suite", "mask", "--modes", "epilogue"], "suite mask: --providers, --modes and --no-compile leave nothing"),
-        (["--suite", "train", "--no-compile", "--providers", "dense compiled"], "suite train: --providers, --modes"),
+        (["--suite", "train,table3", "--no-compile", "--providers", "dense compiled"], "suite train,table3: --prov"),
         (["--suite", "ceiling", "--providers", "dense"], "suite ceiling: --providers, --modes and --no-compile leave"),
     ],
 )

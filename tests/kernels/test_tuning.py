@@ -216,6 +216,30 @@ def test_a_candidate_that_was_refused_is_not_tried_for_a_day(tmp_path, caplog):
     assert best(tuner(Timer(times))) == best(tuner(Timer(times)), m=1) == {"BLOCK": 32}
 
 
+def test_a_refusal_that_is_taken_back_is_tried_again_the_same_day(tmp_path):
+    times = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    tuner(times).refuse({"BLOCK": 32}, "wrong")
+    assert best(tuner(times)) == {"BLOCK": 64}
+    ((entry,),) = (section.values() for section in tuning.read_table(table(tmp_path)).values())
+    assert entry["failed"] == [[{"BLOCK": 32}, "Refused: wrong"]], "without the note, which is this computer's"
+    tuner(times).allow({"BLOCK": 32})
+    tuner(times).allow({"BLOCK": 32})
+    assert best(tuner(times)) == {"BLOCK": 32}
+
+
+def test_where_all_are_refused_none_runs(tmp_path, caplog):
+    timer, ran = Timer({}), []
+    for candidate in CANDIDATES:
+        tuner(timer).refuse(candidate, "it hung")
+    verdict = tuner(timer).verdict(ran.append, GPU, m=1)
+    assert verdict == tuning.Verdict(
+        CANDIDATES[0], (), tuple((c, "Refused: it hung") for c in CANDIDATES), tuning.ALL_REFUSED
+    )
+    assert not ran
+    assert "no candidate is tried for m=1: it hung; to try it again today, delete" in caplog.text
+    assert not table(tmp_path).exists()
+
+
 def test_a_shipped_entry_is_used_where_nothing_is_refused(tmp_path):
     """What another computer refused has no note on this one."""
     times = Timer({16: 9.0, 32: 4.0, 64: 5.0})

@@ -24,7 +24,7 @@ from sparsedm.kernels.cpu import library, rules
 from sparsedm.kernels.launch import BACKENDS as NAMES
 from sparsedm.kernels.launch import NO_TRITON, broken, capability, exporting, forced_backend, runs
 from sparsedm.kernels.sparse24.layouts import cpu_layout
-from sparsedm.kernels.tuning import FOR_NOW, MEASURED, RULE, Autotuner, bucket
+from sparsedm.kernels.tuning import ALL_REFUSED, FOR_NOW, MEASURED, RULE, Autotuner, bucket
 
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"
 NO_GPU = f"not an NVIDIA GPU, or {NO_TRITON}"
@@ -406,6 +406,9 @@ def _measure(request, run, offered, rule):
         **request.described(),
         m=bucket(request.M),
     )
+    if verdict.basis == ALL_REFUSED and request.backend:  # there is no dense product to take instead
+        with trying(request.operation, rule):  # raises: it says which note to delete
+            pass
     times, failed = (
         {offered[described.index(candidate)]: value for candidate, value in pairs if candidate in described}
         for pairs in (verdict.times, verdict.failed)
@@ -445,6 +448,11 @@ def trying(operation, choice):
 def refuse(operation, choice, why):
     """No tuner on this computer tries the choice for a day. why: one line."""
     _tuner(operation).refuse(_describe(operation, choice), why)
+
+
+def allow(operation, choice):
+    """Take `refuse` back. A choice that ended a process stays refused."""
+    _tuner(operation).allow(_describe(operation, choice))
 
 
 @functools.cache

@@ -180,8 +180,9 @@ def test_runs_that_diverge_do_not_end_a_study(done, tiny, text_alone, tmp_path, 
     assert tried == [*((0, run) for run in RUNS), (1, "dense")], "a seed without its dense network is left"
     out, err = capsys.readouterr()
     assert "| oneshot |" in out
-    assert "seed 0, chain: training diverged at step 3; seed 1, the dense network that all runs start from: " in err
-    assert err.rstrip().endswith("all other runs are done, and --only can leave these out")
+    one = "seed 0, chain: training diverged at step 3; all other runs are done, and --only can leave these out"
+    assert f"{one}; seed 1, the dense network that all runs start from: training diverged" in err
+    assert err.rstrip().endswith("; none of its runs was made: use another --seed")
 
 
 @pytest.mark.gpu

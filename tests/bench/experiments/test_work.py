@@ -61,6 +61,10 @@ def test_a_study_keeps_to_its_crop(tiny, tmp_path):
     (tmp_path / "study" / "seed-0").mkdir()
     with pytest.raises(InputError, match="crop is celeba there and not set here"):
         work_in(tmp_path / "study")
+    work_in(tmp_path / "old")
+    (tmp_path / "old" / "seed-0").mkdir()
+    with pytest.raises(InputError, match="old began before crops were recorded, or with another crop: choose another"):
+        work_in(tmp_path / "old", "--crop", "celeba")
     assert "crop" not in work_in(tmp_path / "new", "--crop", "square").training["record"], "as older folders"
 
 

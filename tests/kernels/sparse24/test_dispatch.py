@@ -321,6 +321,21 @@ def test_what_is_asked_for_by_name_leaves_the_other_verdict_alone(gpu):
     assert gpu(Work(wgmma=1.0), {}) == Choice("dense")
 
 
+def test_a_back_end_of_that_name_does_not_run_if_all_of_it_is_refused(gpu, tmp_path):
+    work = Work(dense=5.0)
+    gpu(work, {})
+    for choice in candidates(linear((9, 0), backend="wgmma")):
+        dispatch.refuse(LINEAR, choice, "it hung")
+    work.runs.clear()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="it hung; to try it again today, delete"):
+            gpu(work, {}, backend="wgmma")
+    assert not work.runs
+    for note in (tmp_path / "tuned").glob("*.wrong"):
+        note.unlink()
+    assert torch.equal(gpu(work, {}, backend="wgmma"), torch.ones(4))
+
+
 def test_off_takes_the_rule_and_says_so(gpu, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")
