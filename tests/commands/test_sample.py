@@ -86,6 +86,17 @@ def test_evaluate_writes_numbers(trained, tmp_path, capsys):
     assert numbers["features"] in capsys.readouterr().out
 
 
+def test_a_dry_run_of_evaluate_refuses_what_cannot_be_drawn(trained, tmp_path, capsys):
+    save_model(tmp_path / "m.safetensors", build_model("ddpm-tiny", image_size=8, attention=()))
+    command = ["evaluate", tmp_path / "m.safetensors", "--data", "synthetic", "--dry-run", "--sampler"]
+    assert run(*command, "ddpm-learned") == 2
+    assert "needs a network that has learnt the variance" in capsys.readouterr().err
+    assert run(*command, "ddpm", "--sampling-steps", 1001) == 2
+    assert "steps is 1001, but the schedule has only 1000 discrete times" in capsys.readouterr().err
+    assert run(*command, "heun", "--nfe", 9) == 0
+    assert "heun in 5 steps (9 network evaluations)" in capsys.readouterr().out
+
+
 def test_samples_are_compared_with_the_dense_network_of_a_chain_not_with_themselves(trained, tmp_path):
     out, found = tmp_path / "numbers.json", []
     for dense in (trained, trained / "00-dense"):

@@ -98,6 +98,14 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert "8,694.1 M" in text
 
 
+def test_a_variance_is_learned_at_discrete_times_alone(tmp_path, capsys):
+    shape = ["--set", "learn_sigma=true", "--set", "schedule=vp-sde"]
+    for more in ((), ("--dry-run",)):
+        assert run("train", "--data", "synthetic", "--model", "dit-tiny", *shape, "--run", tmp_path / "x", *more) == 2
+        assert "a learned variance needs discrete times" in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+
+
 def test_dry_run_refuses_what_the_run_would_refuse(capsys):
     assert run("train", "--data", "synthetic", "--chain", "2:4", "--dry-run") == 2
     assert "begin with a dense stage" in capsys.readouterr().err

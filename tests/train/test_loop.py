@@ -505,7 +505,7 @@ def test_refuses_what_does_not_fit(tmp_path):
 
 
 def test_one_folder_has_one_run(tmp_path):
-    with run_folder.lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.lock(tmp_path), pytest.raises(InputError, match="another process is at work in"):
         run(tmp_path)
 
 
