@@ -197,9 +197,9 @@ def watched():
         return True
     if _C._len_torch_dispatch_stack() or _C._get_tracing_state():
         return True
-    if modes := _C._len_torch_function_stack():  # a default device is one, too, but watches nothing
-        if any(type(_C._get_function_stack_at(i)) is not DeviceContext for i in range(modes)):
-            return True
+    modes = _C._len_torch_function_stack()  # a default device is one, too, but watches nothing
+    if modes and any(type(_C._get_function_stack_at(i)) is not DeviceContext for i in range(modes)):
+        return True
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

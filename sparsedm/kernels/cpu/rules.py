@@ -196,7 +196,7 @@ def _plain(*tensors):
     for t in tensors:
         if t is not None and (
             type(t) not in (torch.Tensor, torch.nn.Parameter)  # a wrapper of tensors has no address
-            or torch._C._functorch.is_legacy_batchedtensor(t)  # a batch of gradients: neither
+            or torch._C._functorch.is_legacy_batchedtensor(t)  # nor has a batch of gradients
             or not t.is_cpu
             or t.dtype is not torch.float32
             or t.layout is not torch.strided
