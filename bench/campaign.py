@@ -64,11 +64,12 @@ def pytest(*arguments):
     return python("pytest", "-v", "-m", "gpu", "--color=no", "-p", "no:cacheprovider", *arguments)
 
 
-def sanitizer(tool, *command):
-    """A command under compute-sanitizer. torch allocates each tensor from the driver: in torch's own pool an access
-    beyond a tensor would stay inside an allocation."""
+def sanitizer(tool, *command, name=""):
+    """A command under compute-sanitizer. name: of the suite; default: the tool's. torch allocates each tensor from the
+    driver: in torch's own pool an access beyond a tensor would stay inside an allocation."""
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command)
-    return Suite(tool, ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched), 120, "checks", "compute-sanitizer")
+    command = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched)
+    return Suite(name or tool, command, 120, "checks", "compute-sanitizer")
 
 
 Measures = functools.partial(Suite, least=15)  # in less it would import torch and be ended
@@ -127,8 +128,7 @@ def search_for_the_fault():
     kernels = [str(TESTS / "kernels/sparse24"), str(TESTS / "bench/test_instruction_rates.py")]
     return (
         Suite("instructions", pytest(*kernels, "-k", "instruction or hot or identity or test_on_a_gpu"), 120),
-        sanitizer("memcheck", *one),
-        sanitizer("racecheck", *one),
+        *(sanitizer(tool, *one, name=f"{tool}: one") for tool in ("memcheck", "racecheck")),
     )
 
 
@@ -152,7 +152,7 @@ def suites_of(part, folder, data=None):
         return quality_suites(data)
     verdicts, ended = set(), False
     if (folder / "first.json").exists():
-        first = read_json(folder / "first.json", configurations=dict, of=int)
+        first = _first(folder / "first.json")
         verdicts, ended = set(first["configurations"].values()), len(first["configurations"]) == first["of"]
     if RIGHT in verdicts and any(Path(triton.knobs.cache.dir).glob("*")):
         return second_suites()
@@ -163,18 +163,32 @@ def suites_of(part, folder, data=None):
     return (replace(contact, name="first contact again", always=True), *second_suites())
 
 
+def _first(file):
+    first = read_json(file, configurations=dict, of=int)
+    if not all(isinstance(verdict, str) for verdict in first["configurations"].values()):
+        raise InputError(f"{file} is damaged: every verdict is text")
+    return first
+
+
 def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
     """Run the suites that did not run yet into `folder`. Returns the index, which is written after every suite.
 
-    Raises: InputError if the folder holds a campaign of another device.
+    Raises: InputError if the folder holds a campaign of another device or commit: its verdicts are not of this one.
     """
     folder, start = Path(folder), now()
     index = _index(folder / "index.json")
     entries = {entry["name"]: entry for entry in index["suites"]}
     environment = stamp(device)
-    if (held := index.get("environment", environment)["device"]) != environment["device"]:
-        raise InputError(f"{folder} holds a campaign on {held}: choose another --out")
+    held = index.get("environment", environment)
+    if held["device"] != environment["device"]:
+        raise InputError(f"{folder} holds a campaign on {held['device']}: choose another --out")
+    commits = held.get("commit"), environment.get("commit")
+    if all(commits) and commits[0] != commits[1]:
+        raise InputError(f"{folder} holds a campaign of commit {commits[0]}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
+    for rest in folder.glob(".*.partial*"):  # of a writer that was killed
+        if rest.is_file():
+            rest.unlink()
     index["environment"] = environment
     drawing = _Drawing(folder)
     for _, group in itertools.groupby(suites, key=lambda suite: suite.group or suite.name):
@@ -203,6 +217,9 @@ def _index(file):
     if not isinstance(index["environment"].get("device"), str):
         raise InputError(f"{file} is damaged: the environment has a device")
     return index
+
+
+CHECKS = {"index.json": _index, "first.json": _first, "results.csv": read}  # each raises InputError
 
 
 class _Drawing:
@@ -268,7 +285,9 @@ def publish(folder, results, tables=tuning.SHIPPED):
     folder, results, files, tuned = Path(folder), Path(results), {}, {}
     if not (folder / "index.json").is_file():
         raise InputError(f"{folder} holds no campaign: it has no index.json")
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        if path.name in CHECKS:
+            CHECKS[path.name](path)
         if path.suffix == ".zip":
             files |= {results / path.stem / name: content for name, content in _unpacked(path)}
         elif path.name == "tuned.json":

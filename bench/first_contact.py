@@ -4,10 +4,10 @@
 
 Each configuration has its own process; all run in parallel. It compiles the kernels of its check into Triton's cache
 and prints `compiled`. Then it has --timeout seconds to check that every weight is in its place, a ragged product with
-an epilogue, and a product with many tiles per block, and prints `right`. If it hangs or faults, a note keeps the
-autotuner from trying it. Until a third of the time is left, the right ones also compile the other epilogues of the
-models. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in single calls, and the best
-over a second without a pause, while power and clock are read.
+an epilogue, and a product with many tiles per block, and prints `right`. If it is wrong, hangs or faults, a note keeps
+the autotuner from trying it for a day. Until a third of the time is left, the right ones also compile the other
+epilogues of the models. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in single
+calls, and the best over a second without a pause, while power and clock are read.
 
 DIR/first.json: {"configurations": {name: "right", or what is wrong}}, from the first verdict on; DIR/results.csv: the
 times.
@@ -34,7 +34,7 @@ from sparsedm.commands.options import positive
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
 from sparsedm.kernels.launch import capability
-from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Choice, Request, candidates, trying
+from sparsedm.kernels.sparse24.dispatch import LINEAR, SPLITK_ROWS, Choice, Request, candidates, refuse, trying
 from sparsedm.kernels.sparse24.format import pack
 
 COMPILES = 3  # importing torch and compiling what is checked may take so many times as long as the check
@@ -117,7 +117,11 @@ def contact(choice, device, small=False, again=False):
     compile_all(choice, device, EPILOGUES[:CHECKED])
     print(COMPILED, flush=True)
     with contextlib.nullcontext() if again else trying(LINEAR, choice):
-        check(choice, device, small)
+        try:
+            check(choice, device, small)
+        except AssertionError as error:
+            refuse(LINEAR, choice, f"first contact: {error}")
+            raise
         torch.cuda.synchronize()
     print(RIGHT, flush=True)
     if not small:

@@ -30,7 +30,7 @@ from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.kernels.launch import capturing, device_is_lost, device_name, reason_of, setting, triton
 
 SHIPPED = Path(__file__).parent / "tuned"  # tables in the package, one JSON file per GPU; none so far
-REMEMBERED = 24 * 3600  # seconds; so long a candidate that ended a process is not tried
+REMEMBERED = 24 * 3600  # seconds; so long a candidate that ended a process, or that was refused, is not tried
 log = logging.getLogger(__name__)
 
 
@@ -73,11 +73,12 @@ class Autotuner:
     is captured, the default is used instead. Both cases are logged at level info. Without a GPU the default is used
     silently.
 
-    A candidate is not used if it raises, if an entry of its result differs from the default's, or if an earlier process
-    died while trying it. A table's candidate is checked in the same way once per process, except while a CUDA graph is
-    captured. No table is written if a process had died with a candidate, or if the default wins and another one failed:
-    later processes, perhaps with another Triton, try again. If the default's result is not finite, nothing is compared
-    or stored: the next call tries again.
+    A candidate is not used if it raises, if an earlier process died while trying it, if `refuse` was called, or if an
+    entry of its result differs from the reference's, which is the first candidate that is not refused. A table's
+    candidate is checked in the same way once per process, except while a CUDA graph is captured. No table is written if
+    the default wins and another one raised or was wrong: later processes, perhaps with another Triton, try again. If a
+    candidate was refused, the user's table holds what won without it, until it may be tried again. If the reference's
+    result is not finite, nothing is compared or stored: the next call tries again.
     """
 
     def __init__(self, name, candidates, kernels, timer=median_microseconds):
@@ -124,33 +125,37 @@ class Autotuner:
         return f"{self.name}, triton {version}, source {hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
     def _find(self, run, check, gpu, shape, candidates, default):
+        reference = next((c for c in candidates if self._refusal(c) is None), candidates[0])
+        may_tune = setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "on" and not capturing()
         for folder in (cache_folder() / "tuned", SHIPPED):
             entry = read_table(table_path(folder, gpu)).get(self.section, {}).get(shape, {})
-            config = entry.get("config")
-            if config in candidates and (capturing() or self._is_right(check, config, candidates[0])):
-                basis = FOR_NOW if capturing() else MEASURED
-                return Verdict(config, _pairs(entry.get("times")), _pairs(entry.get("failed")), basis)
-        if setting("SPARSEDM_AUTOTUNE", ("on", "off"), "on") == "off" or capturing():
+            config, failed = entry.get("config"), _pairs(entry.get("failed"))
+            # a shipped table comes from another computer: what was refused there has no note here
+            if config not in candidates or (may_tune and folder != SHIPPED and self._may_try_again(failed)):
+                continue
+            if capturing() or self._is_right(check, config, reference):
+                return Verdict(config, _pairs(entry.get("times")), failed, FOR_NOW if capturing() else MEASURED)
+        if not may_tune:
             log.info("%s: %s is not tuned for %s; the default %s is used", gpu, self.name, shape, default)
             return Verdict(default, basis=FOR_NOW if capturing() else RULE)
         log.info("%s: tuning %s for %s, once", gpu, self.name, shape)
-        times, failed = self._measure(run, check, candidates)
+        times, failed = self._measure(run, check, candidates, reference)
         if not times:
             log.warning("%s: nothing could be timed for %s; the default %s is used", gpu, shape, default)
             return Verdict(default, (), failed)
         config, microseconds = min(times, key=lambda pair: pair[1])
-        if failed and (config == candidates[0] or any(ENDED in reason for _, reason in failed)):
+        if config == candidates[0] and not all(_was_refused(why) for _, why in failed):
             log.warning("%s: %s takes %s for %s, in this process only: see above", gpu, self.name, config, shape)
         else:
             entry = {"config": config, "microseconds": microseconds, "times": times, "failed": failed}
             merge_table(table_path(cache_folder() / "tuned", gpu), self.section, shape, entry)
         return Verdict(config, times, failed, MEASURED)
 
-    def _measure(self, run, check, candidates):
+    def _measure(self, run, check, candidates, reference):
         """(candidate, microseconds) of those that run and are right, (candidate, why) of the others."""
         times, failed = [], []
         for candidate in candidates:
-            expected = _expected(check(candidates[0]))  # each time anew: it spoils the memory that it gives back
+            expected = _expected(check(reference))  # each time anew: it spoils the memory that it gives back
             on_its_device = torch.cuda.device_of(expected[0])  # the timer's events are of the current one
             with self._passing_over(candidate, failed), self.trying(candidate), on_its_device:
                 _compare(check(candidate), expected)
@@ -159,12 +164,29 @@ class Autotuner:
 
     def trying(self, candidate):
         """A context to run a candidate in. If the process dies inside, later processes do not try it for a day."""
-        return _noted(f"{self.section}, {candidate}")
+        return _noted(self._noted_as(candidate))
 
-    def _is_right(self, check, candidate, default):
-        if candidate == default:
+    def refuse(self, candidate, why):
+        """No process tries the candidate for a day. why: one line, for logs and tables."""
+        name, folder = _name(self._noted_as(candidate)), cache_folder() / "tuned"
+        with contextlib.suppress(OSError):  # a read-only folder
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}{WRONG}").write_text(why, encoding="utf-8")
+
+    def _noted_as(self, candidate):
+        return f"{self.section}, {candidate}"
+
+    def _may_try_again(self, failed):
+        """Whether one of these candidates was refused then, and is not now."""
+        return any(_was_refused(why) and self._refusal(candidate) is None for candidate, why in failed)
+
+    def _refusal(self, candidate):
+        return _refusal(_name(self._noted_as(candidate)))
+
+    def _is_right(self, check, candidate, reference):
+        if candidate == reference:
             return True
-        expected = _expected(check(default))
+        expected = _expected(check(reference))
         with self._passing_over(candidate, []), self.trying(candidate):
             _compare(check(candidate), expected)
             return True
@@ -184,26 +206,32 @@ class Autotuner:
                 raise
 
 
+class Refused(RuntimeError):
+    """A process died while it ran this, or `Autotuner.refuse` was called."""
+
+
+def _was_refused(reason):
+    return reason.startswith(Refused.__name__)  # as `reason_of` writes it
+
+
 ENDED = "a process ended while it ran"
+RUNNING, WRONG = ".running", ".wrong"  # of the names of notes
 _running = set()  # names of the notes of this process; after an exec the list is empty
 
 
 @contextlib.contextmanager
 def _noted(what):
-    """Leaves a note while `what` runs. Refuses `what` if a process on this computer died and left such a note.
+    """Leaves a note while `what` runs. Raises Refused if a process on this computer died and left such a note.
 
     A hanging kernel ends only with its process, and a device fault ends the process. Both would stop every later
     process at the same place. A process that restarts itself by `exec` keeps its number: a note with this number that
     is not in `_running` is from before. After a day `what` is tried again: the process may have died for another
     reason.
     """
-    name = hashlib.sha256(f"{platform.node()}, {what}".encode()).hexdigest()[:16]
-    folder = cache_folder() / "tuned"
-    for note in folder.glob(f"{name}.*.running"):
-        with contextlib.suppress(FileNotFoundError):  # its process has just finished
-            if time.time() - note.stat().st_mtime < REMEMBERED and not _in_progress(note, name):
-                raise RuntimeError(f"{ENDED}; to try it again today, delete {note}")
-    mine = folder / f"{name}.{os.getpid()}.running"
+    name, folder = _name(what), cache_folder() / "tuned"
+    if why := _refusal(name):
+        raise Refused(why)
+    mine = folder / f"{name}.{os.getpid()}{RUNNING}"
     with contextlib.suppress(OSError):  # a read-only folder
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(_started(os.getpid()))
@@ -219,6 +247,23 @@ def _noted(what):
         with contextlib.suppress(OSError):
             if not keep:
                 mine.unlink()
+
+
+def _name(what):
+    """Of the notes on `what`: they are this computer's."""
+    return hashlib.sha256(f"{platform.node()}, {what}".encode()).hexdigest()[:16]
+
+
+def _refusal(name):
+    """Why what has notes of this name is not tried today, or None."""
+    for note in (cache_folder() / "tuned").glob(f"{name}.*"):
+        with contextlib.suppress(FileNotFoundError):  # its process has just finished
+            if time.time() - note.stat().st_mtime >= REMEMBERED:
+                continue
+            if note.suffix == WRONG or not _in_progress(note, name):
+                why = note.read_text(encoding="utf-8", errors="replace") if note.suffix == WRONG else ENDED
+                return f"{why}; to try it again today, delete {note}"
+    return None
 
 
 def _in_progress(note, name):

@@ -119,6 +119,24 @@ def test_a_folder_of_another_device_is_refused(tmp_path):
         run_campaign([Suite("a", script(""))], tmp_path, 60)
 
 
+def test_a_folder_of_another_commit_is_refused(tmp_path, monkeypatch):
+    """Its first contact was with other kernels."""
+    suite = Suite("a", script(""))
+    for commit in ("", "abc", "", "abc"):  # nothing is known of a copy without its repository
+        monkeypatch.setattr(campaign, "stamp", lambda device, now=commit: {"device": device, "commit": now})
+        run_campaign([suite], tmp_path, 60)
+    monkeypatch.setattr(campaign, "stamp", lambda device: {"device": device, "commit": "def"})
+    with pytest.raises(InputError, match="holds a campaign of commit abc: choose another --out"):
+        run_campaign([suite], tmp_path, 60)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    for name in (".results.ab12cd34.partial.csv", ".ab12cd34.partial"):
+        (tmp_path / name).write_text("half")
+    run_campaign([], tmp_path, 60)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_every_suite_leaves_results_targets_and_plots_before_the_next_one_ends_in_a_small_folder(tmp_path):
     rows = str(tmp_path / "rows.csv")
     write(rows, made_up())
@@ -282,6 +300,11 @@ def test_the_suites_of_a_part_parse_and_fit_into_its_time(part):
         assert [suite.name for suite in suites][:2] == ["environment", "first contact"]
 
 
+def test_the_two_parts_share_no_suite_s_name():
+    """A suite that ran in the search for a fault would not run afterwards."""
+    assert not {s.name for s in search_for_the_fault()} & {s.name for s in (*first_suites(), *second_suites())}
+
+
 def test_every_suite_of_the_benchmark_is_in_the_campaign():
     from bench.run import SUITES
 
@@ -365,7 +388,10 @@ def entry(microseconds):
 def finished(tmp_path):
     folder = tmp_path / "gpu"
     folder.mkdir()
-    for name in ("index.json", "results.csv", "log.txt", "counters.txt"):
+    (folder / "index.json").write_text('{"suites": [], "environment": {"device": "GPU"}}')
+    (folder / "first.json").write_text('{"configurations": {"wgmma 0": "right"}, "of": 1}')
+    write(folder / "results.csv", [])
+    for name in ("log.txt", "counters.txt", ".results.ab12cd34.partial.csv", ".plots.ab12cd34.partial.zip"):
         (folder / name).write_text(f"of {name}")
     with zipfile.ZipFile(folder / "plots.zip", "w") as archive:
         archive.writestr("speed.png", b"pixels")
@@ -378,10 +404,10 @@ def test_everything_has_its_place(finished, tmp_path):
     tables, results = tmp_path / "tuned", tmp_path / "results/h200"
     written = publish(finished, results, tables)
     assert {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()} == {
-        "index.json", "results.csv", "log.txt", "counters.txt", "plots/speed.png",
+        "index.json", "first.json", "results.csv", "log.txt", "counters.txt", "plots/speed.png",
     }  # fmt: skip
     assert set(written) == {path for folder in (results, tables) for path in folder.rglob("*") if path.is_file()}
-    assert (results / "results.csv").read_text() == "of results.csv"
+    assert (results / "log.txt").read_text() == "of log.txt"
     assert (results / "plots/speed.png").read_bytes() == b"pixels"
     assert read_table(tables / "nvidia-h200-sm-90.json") == {"product": {"M=16": entry(5), "M=32": entry(6)}}
 
@@ -398,13 +424,21 @@ def test_a_shipped_table_keeps_what_was_not_measured_again(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("plots.zip", b"PK"), ("tuned.json", b"[]"), ("tuned.json", b'{"a": {"product": {"M=16": 1}}}')],
+    [("plots.zip", b"PK"), ("tuned.json", b"[]"), ("tuned.json", b'{"a": {"product": {"M=16": 1}}}')]
+    + [("index.json", b"{"), ("results.csv", b"not,a,csv"), ("first.json", b"")],
 )
 def test_a_damaged_campaign_is_refused_before_anything_is_written(finished, tmp_path, name, content):
     (finished / name).write_bytes(content)
     with pytest.raises(InputError, match=name):
         publish(finished, tmp_path / "results", tmp_path / "tuned")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("verdict", ["5", "[]", "null"])
+def test_a_damaged_verdict_is_refused(verdict, tmp_path):
+    (tmp_path / "first.json").write_text(f'{{"configurations": {{"wgmma 0": {verdict}}}, "of": 1}}')
+    with pytest.raises(InputError, match=r"first\.json is damaged: every verdict is text"):
+        campaign.suites_of("second", tmp_path)
 
 
 @pytest.mark.parametrize("index", ["[]", '{"suites": [1]}', '{"suites": [], "environment": {}}'])

@@ -89,10 +89,27 @@ def test_a_fault_is_searched_for_where_a_process_has_died_of_it(tmp_path, monkey
     one = ["--one", "wgmma,0", "--small"]
     with pytest.raises(RuntimeError, match="a process ended while it ran"):
         first_contact.main(one)
-    (sanitizer,) = (suite for suite in search_for_the_fault() if suite.name == "memcheck")
+    (sanitizer,) = (suite for suite in search_for_the_fault() if suite.name == "memcheck: one")
     at = sanitizer.command.index("--one")
     assert first_contact.main(sanitizer.command[at:]) == 0
     assert checked == [1]
+
+
+def test_what_is_wrong_is_refused_by_the_tuner(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
+
+    def wrong(*_):
+        raise AssertionError("1 of 9 weights are not in their place")
+
+    monkeypatch.setattr(first_contact, "check", wrong)
+    choice = first_contact.Choice("wgmma", 2)
+    with pytest.raises(AssertionError, match="1 of 9"):
+        first_contact.contact(choice, torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="first contact: 1 of 9"), first_contact.trying(first_contact.LINEAR, choice):
+        pass
+    with first_contact.trying(first_contact.LINEAR, choice._replace(config=1)):
+        pass
 
 
 def test_only_what_is_right_and_meant_for_large_products_is_timed(tmp_path, monkeypatch):

@@ -192,10 +192,54 @@ def test_a_candidate_that_ended_a_process_is_not_tried_again(tmp_path, caplog, f
     assert child.exitcode == 1
     assert best(tuner(Timer(times)), m=1 if known else 2) == {"BLOCK": 64}
     (note,) = (tmp_path / "tuned").glob("*.running")
-    assert "candidate {'BLOCK': 32} is passed over: RuntimeError: a process ended while it ran" in caplog.text
+    assert "candidate {'BLOCK': 32} is passed over: Refused: a process ended while it ran" in caplog.text
     assert f"delete {note}" in caplog.text
+    timer = Timer({})
+    assert best(tuner(timer), m=1 if known else 2) == {"BLOCK": 64}, "that day it is known"
+    assert timer.calls == 0
     os.utime(note, (0, 0))  # long ago
-    assert best(tuner(Timer(times)), m=1 if known else 2) == {"BLOCK": 32}, "that day's verdict was not stored"
+    assert best(tuner(Timer(times)), m=1 if known else 2) == {"BLOCK": 32}, "that day's verdict is not kept"
+    assert best(tuner(timer), m=1 if known else 2) == {"BLOCK": 32}
+
+
+def test_a_candidate_that_was_refused_is_not_tried_for_a_day(tmp_path, caplog):
+    times = {16: 9.0, 32: 4.0, 64: 5.0}
+    tuner(Timer(times)).refuse({"BLOCK": 32}, "3 weights are not in their place")
+    with pytest.raises(RuntimeError, match="3 weights are not in"), tuner(Timer(times)).trying({"BLOCK": 32}):
+        pass
+    assert best(tuner(Timer(times))) == {"BLOCK": 64}
+    assert "candidate {'BLOCK': 32} is passed over: Refused: 3 weights are not in their place; to try" in caplog.text
+    assert best(tuner(Timer(times | {16: 1.0})), m=1) == {"BLOCK": 16}
+    assert best(tuner(Timer({})), m=1) == {"BLOCK": 16}, "the table holds it, though it is the default"
+    (note,) = (tmp_path / "tuned").glob("*.wrong")
+    os.utime(note, (0, 0))
+    assert best(tuner(Timer(times))) == best(tuner(Timer(times)), m=1) == {"BLOCK": 32}
+
+
+def test_a_shipped_entry_is_used_where_nothing_is_refused(tmp_path):
+    """What another computer refused has no note on this one."""
+    times = Timer({16: 9.0, 32: 4.0, 64: 5.0})
+    tuner(times).refuse({"BLOCK": 32}, "wrong")
+    assert best(tuner(times)) == {"BLOCK": 64}
+    (tmp_path / "shipped").mkdir()
+    table(tmp_path).rename(table(tmp_path, "shipped"))
+    (note,) = (tmp_path / "tuned").glob("*.wrong")
+    note.unlink()
+    assert best(tuner(Timer({}))) == {"BLOCK": 64}
+
+
+def test_what_is_compared_with_is_not_refused(tmp_path):
+    """A named back end has no dense product to compare with. Its first configuration may be the wrong one."""
+
+    def first_is_wrong(candidate):
+        return 0 * work(candidate)[0] + float(candidate["BLOCK"] != 16)
+
+    timer = Timer({16: 1.0, 32: 4.0, 64: 5.0})
+    tuner(timer).refuse({"BLOCK": 16}, "wrong")
+    for _ in range(2):  # the second time from the table
+        verdict = tuner(timer).verdict(first_is_wrong, GPU, m=1)
+        assert verdict.config == {"BLOCK": 32}
+        assert [candidate for candidate, _ in verdict.failed] == [{"BLOCK": 16}]
 
 
 EXEC = """

@@ -192,6 +192,8 @@ def _no_sparse_cores(request):
         return f"pattern {request.pattern}: sparse tensor cores take at most 2 of every 4"
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(request.dtype)[6:]}: the sparse tensor-core kernels take bfloat16 and float16"
+    if request.out_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        return f"y of {str(request.out_dtype)[6:]}: the kernels write bfloat16, float16 and float32"
     return None
 
 
@@ -438,6 +440,11 @@ def launch(operation, backend, config, strict, *tensors, **options):
 def trying(operation, choice):
     """A context to run a choice in. If the process dies inside, for example in a hang, no tuner tries it for a day."""
     return _tuner(operation).trying(_describe(operation, choice))
+
+
+def refuse(operation, choice, why):
+    """No tuner on this computer tries the choice for a day. why: one line."""
+    _tuner(operation).refuse(_describe(operation, choice), why)
 
 
 @functools.cache

@@ -52,6 +52,7 @@ RULE = [  # request -> back end, words of the reason
     (linear((7, 5), 8192, 8192, 8192), "dense", "sm_75 has no sparse tensor cores"),
     (linear((9, 0), 8192, 8192, 8192, torch.float32), "dense", "take bfloat16 and float16"),
     (linear((9, 0), 8192, 8192, 8196), "dense", "K = 8196"),
+    (linear((9, 0), out_dtype=torch.float64), "dense", "y of float64: the kernels write bfloat16"),
     (linear((9, 0), pattern="3:4"), "dense", "pattern 3:4: sparse tensor cores take at most 2 of every 4"),
     (linear((9, 0), pattern="1:8"), "wgmma", "sm_90a"),
     (linear(None, instructions="avx2", dtype=torch.float32), "cpu", "C kernel"),
