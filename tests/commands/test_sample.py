@@ -123,6 +123,23 @@ def test_the_classes_stand_below_one_another(trained, tmp_path):
     assert Image.open(out).size == (12 * tile, 2 * tile)
 
 
+def test_label_and_which_decide_what_is_drawn(trained, tmp_path, monkeypatch):
+    asked = []
+
+    def sampled(networks, schedule, count, shape, *, y, **more):
+        asked.append((networks[0].in_blocks[0].mlp.fc1.weight, y.tolist()))
+        return torch.zeros(count, *shape)
+
+    monkeypatch.setattr(sample.samplers, "sample", sampled)
+    for more in ((), ("--label", 1), ("--which", "model")):
+        assert run("sample", trained, "--count", 2, "--sampling-steps", 2, "--out", tmp_path / "a.npz", *more) == 0
+    weights, labels = zip(*asked)
+    assert labels == ([0, 1], [1, 1], [0, 1])
+    for weight, which in zip(weights, ("ema", "ema", "model")):
+        assert torch.equal(weight, load_model(trained, build_model, which=which).model.in_blocks[0].mlp.fc1.weight)
+    assert not torch.equal(weights[0], weights[2])
+
+
 def test_labels_must_be_the_models_own(trained, tmp_path, capsys):
     assert run("sample", trained, "--label", 6) == 2
     assert "the classes 0 to 5" in capsys.readouterr().err

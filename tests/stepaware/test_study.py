@@ -222,6 +222,14 @@ def test_images_are_cropped_as_in_training(chain, tmp_path, monkeypatch, numbers
         study(plan(run, tmp_path / "own", quality="proxy"))
 
 
+def test_the_proxy_of_networks_with_classes_is_told_the_labels(chain, tmp_path, monkeypatch):
+    told = []
+    real = study_module.loss_table
+    monkeypatch.setattr(study_module, "loss_table", lambda *a, y, **s: told.append(y) or real(*a, y=y, **s))
+    study_module._table(plan(chain, tmp_path), family_of(chain))
+    assert torch.equal(told[0], LOAD("synthetic", "test", 12, limit=8).labels)
+
+
 def test_guidance_costs_every_network_twice(chain, tmp_path, monkeypatch, numbers_alone):
     asked = []
     monkeypatch.setattr(study_module, "_distance_to", lambda images, plan: lambda drawn: float(len(asked)))

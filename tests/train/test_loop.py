@@ -48,7 +48,7 @@ def run(folder, options=OPTIONS, model=None, **settings):
         settings |= {"teacher": tiny(5), "w_kd": 0.1} | settings
     settings = {"schedule": SCHEDULE, "w_kd": 0.1, "validation": HELD_OUT, **settings}
     student = Student(model or masked(), settings.pop("ema", None))
-    loss = Loss(settings.pop("schedule"), settings.pop("teacher"), settings.pop("w_kd"))
+    loss = Loss(settings.pop("schedule"), settings.pop("teacher"), settings.pop("w_kd"), settings.pop("w_noise", 1.0))
     images = settings.pop("images", IMAGES)
     return train(student, images, loss, options, folder, **{"progress": False, **settings})
 
