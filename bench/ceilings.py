@@ -48,10 +48,10 @@ class Ceiling(NamedTuple):
 TORCH, OURS = Source("torch"), Source("sparsedm")
 
 
-def run(session):
-    """Measure all ceilings of the session's device that its results do not hold yet."""
+def work(session):
+    """Yields, for each ceiling of the session's device, the arguments of `Session.do`."""
     for ceiling in ceilings(session):
-        session.do(SUITE, ceiling, "", [ceiling.provider], functools.partial(rows, session, ceiling))
+        yield SUITE, ceiling, "", [ceiling.provider], functools.partial(rows, session, ceiling)
 
 
 def rows(session, ceiling, missing, starting):

@@ -21,8 +21,9 @@ THEMES = {"": ("#ffffff", "#222222", "#d9d9d9"), "-dark": ("#0d1117", "#e6edf3",
 
 
 def draw_all(paths, folder):
-    """Draw every chart for which the CSV files `paths` have data. For a GPU also write targets.md, its results against
-    the project's targets. Returns the files written.
+    """Draw every chart for which the CSV files `paths` have data, for each dtype by itself: if there are several, its
+    name is part of the file's. For a GPU also write targets.md, its results against the project's targets. Returns the
+    files written.
 
     Raises: InputError if the files hold no measurement, or measurements of several devices.
     """
@@ -32,12 +33,17 @@ def draw_all(paths, folder):
     if len(devices) != 1:
         held = " and ".join(devices) or "no measurement"
         raise InputError(f"{', '.join(map(str, paths))}: a plot shows one device, these files hold {held}")
+    by_dtype = {row["dtype"]: [] for row in rows}
+    for row in rows:
+        by_dtype[row["dtype"]].append(row)
     written = []
-    for name, (title, draw, size) in all_charts(rows).items():
-        for suffix, theme in THEMES.items():
-            path = Path(folder) / f"{name}{suffix}.png"
-            if save(path, title, draw, size(rows) if callable(size) else size, rows, theme):
-                written.append(path)
+    for dtype, same in by_dtype.items():
+        of = f"-{dtype}" if len(by_dtype) > 1 else ""
+        for name, (title, draw, size) in all_charts(same).items():
+            for suffix, theme in THEMES.items():
+                path = Path(folder) / f"{name}{of}{suffix}.png"
+                if save(path, title, draw, size, same, theme):
+                    written.append(path)
     if not on_cpu(rows):
         written.append(Path(folder) / "targets.md")
         write_text(written[-1], targets.report(every))

@@ -46,7 +46,7 @@ from bench.networks import (
     table3_shapes,
 )
 from bench.results import DENSE, ENDED, IDENTITY, Results, stamp, timed
-from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, select
+from bench.shapes import BATCHES, MEASURED_MODELS, SWEEPS, ConvShape, LinearShape, listed, select
 from bench.suite import deadline, interruptible
 from bench.timing import clock_for
 from sparsedm.commands import options as types
@@ -117,7 +117,8 @@ class Session:
         """Add the rows of `rows(missing, starting)` to the results, for providers that they do not hold yet, unless the
         time is up. starting: see `measure`."""
         if self.dry_run:
-            print(f"{suite}: {shape.name}, {mode}: {', '.join(p.name for p in self.keep(providers))}")
+            what = ", ".join(filter(None, (shape.name, mode)))
+            print(f"{suite}: {what}: {', '.join(p.name for p in self.keep(providers))}")
             return
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         held = self.results.matching(identity)
@@ -194,57 +195,76 @@ def beside_compiled(rows):
     return {*BESIDE, min(dense, key=p50.get, default="dense")} & p50.keys()
 
 
-def run_suite(suite, session, progress=False):
-    """Measure one suite into session.results. Raises: InputError for an unknown suite or shapes."""
+def run_suites(suites, session, progress=False):
+    """Measure the suites named in the comma-separated list `suites` into session.results. Raises like `plan`, before
+    anything is measured."""
+    planned = {suite: plan(suite, session) for suite in suites.split(",")}
+    for suite, work in planned.items():
+        for measurement in tqdm(work, desc=suite, disable=None if progress else True):
+            session.do(*measurement)
+
+
+def plan(suite, session):
+    """The arguments of `Session.do` for every measurement of one suite.
+
+    Raises: InputError for an unknown suite, shapes that it does not have, or if the session's choice of providers and
+    modes leaves nothing of it.
+    """
     if suite in LAYER_SUITES:
-        kind, shape_kind, full, quick = LAYER_SUITES[suite]
-        spec = session.shapes or (quick if session.quick else full)
-        shapes = select(spec, shape_kind, session.batches, session.quick)
-        work = [(shape, mode) for shape in shapes for mode in session.modes_of(kind, shape)]
-        for shape, mode in tqdm(work, desc=suite, disable=None if progress else True):
-            measured = functools.partial(layer_rows, suite, kind, shape, mode, session)
-            every = first_providers(session.device, session.dtype) if suite == "first" else PROVIDERS[kind.kernel]
-            providers = [p for p in every if shape.model in SWEEPS or not p.sweeps]
-            session.do(suite, shape, mode, providers, measured)
+        work = layer_work(suite, session)
     elif suite in NETWORK_SUITES:
-        shapes = table3_shapes(session.quick) if suite == "table3" else network_shapes(session)
-        kind, providers = NetworkProblem, STEP_PROVIDERS
-        if suite == "train":
-            kind, providers = TrainingStepProblem, TRAINING_PROVIDERS
-        for shape in tqdm(shapes, desc=suite, disable=None if progress else True):
-            measured = functools.partial(network_rows, suite, kind, shape, kind.modes[0], session)
-            session.do(suite, shape, kind.modes[0], providers, measured)
+        work = network_work(suite, session)
     elif suite == "ceiling":
-        if session.dry_run:
-            print("ceiling: what this device can do at most")
-        else:
-            ceilings.run(session)
+        work = ceilings.work(session)
     elif suite == "cpu":
-        run_on_cpu(session, progress)
+        work = cpu_work(session)
     else:
         raise InputError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
+    work = [(*what, providers, rows) for *what, providers, rows in work if session.keep(providers)]
+    if not work:
+        raise InputError(f"suite {suite}: --providers, --modes and --no-compile leave nothing to measure")
+    return work
 
 
-def run_on_cpu(session, progress):
-    """`cpu.PLAN`, each part with its number of threads. Raises: InputError for another device, type, shape or mode."""
+def layer_work(suite, session):
+    kind, shape_kind, full, quick = LAYER_SUITES[suite]
+    spec = session.shapes or (quick if session.quick else full)
+    every = first_providers(session.device, session.dtype) if suite == "first" else PROVIDERS[kind.kernel]
+    for shape in select(spec, shape_kind, session.batches, session.quick):
+        providers = [p for p in every if shape.model in SWEEPS or not p.sweeps]
+        for mode in session.modes_of(kind, shape):
+            yield suite, shape, mode, providers, functools.partial(layer_rows, suite, kind, shape, mode, session)
+
+
+def network_work(suite, session):
+    shapes = table3_shapes(session.quick) if suite == "table3" else network_shapes(session)
+    kind, providers = NetworkProblem, STEP_PROVIDERS
+    if suite == "train":
+        kind, providers = TrainingStepProblem, TRAINING_PROVIDERS
+    (mode,) = kind.modes
+    for shape in shapes:
+        yield suite, shape, mode, providers, functools.partial(network_rows, suite, kind, shape, mode, session)
+
+
+def cpu_work(session):
+    """Of `cpu.PLAN`. Raises: InputError for another device, type, shape or mode."""
     if session.shapes or session.modes:
         raise InputError("suite cpu has its own shapes and modes: leave out --shapes and --modes")
     if session.device.type != "cpu" or session.dtype != torch.float32:
         raise InputError("suite cpu measures fp32 products on a CPU: --device cpu --dtype fp32")
+    for part in cpu.PLAN:
+        for shape in part.shapes()[: part.quick if session.quick else None]:
+            yield part.suite, shape, part.mode, part.providers, functools.partial(cpu_rows, part, shape, session)
+
+
+def cpu_rows(part, shape, session, providers, starting):
+    """Measured with the part's number of threads."""
+    limits = part.limits | {"packing": False} | (QUICK if session.quick else {})
     before = torch.get_num_threads()
+    torch.set_num_threads(part.threads)
     try:
-        for part in cpu.PLAN:
-            torch.set_num_threads(part.threads)
-            shapes, clock = part.shapes(), clock_for(session.device)
-            limits = part.limits | {"packing": False} | (QUICK if session.quick else {})
-            shapes = shapes[: part.quick] if session.quick else shapes
-            for shape in tqdm(shapes, part.suite, disable=None if progress else True):
-
-                def rows(providers, starting, part=part, shape=shape, limits=limits, clock=clock):
-                    problem = part.kind(shape, part.mode, session.dtype, session.device)
-                    return measure(part.suite, problem, providers, clock, starting=starting, **limits)
-
-                session.do(part.suite, shape, part.mode, part.providers, rows)
+        problem = part.kind(shape, part.mode, session.dtype, session.device)
+        yield from measure(part.suite, problem, providers, clock_for(session.device), starting=starting, **limits)
     finally:
         torch.set_num_threads(before)
 
@@ -257,16 +277,13 @@ def layer_rows(suite, kind, shape, mode, session, providers, starting):
 
 def network_shapes(session):
     """[ModelShape] of --shapes. Raises: InputError for an unknown model or batch."""
-    names = (session.shapes or ("uvit-tiny@4,ddpm-tiny@4" if session.quick else "models")).split(",")
-    if names == ["models"]:
-        names = list(MEASURED_MODELS)
     shapes = []
-    for item in names:
-        name, _, batch = item.strip().partition("@")
-        if name not in MODELS or (batch and not batch.isdecimal()):
-            raise InputError(f"--shapes {item!r}: a whole network is model@batch, the model one of {', '.join(MODELS)}")
-        shapes += [ModelShape(name, b) for b in ([int(batch)] if batch else session.batches)]
-    return shapes
+    for name, batch in listed(session.shapes or ("uvit-tiny@4,ddpm-tiny@4" if session.quick else "models")):
+        if name != "models" and name not in MODELS:
+            raise InputError(f"--shapes {name!r}: a whole network is model@batch, the model one of {', '.join(MODELS)}")
+        chosen = MEASURED_MODELS if name == "models" else [name]
+        shapes += [ModelShape(n, b) for n in chosen for b in ([batch] if batch else session.batches)]
+    return list(dict.fromkeys(shapes))
 
 
 def network_rows(suite, kind, shape, mode, session, providers, starting):
@@ -340,7 +357,8 @@ def run(options, arguments):
 
     def again():
         left = max(0.0, end - time.monotonic())
-        start_again([*arguments, "--resume", "--seconds", f"{left:.0f}"])
+        limit = [] if math.isinf(left) else ["--seconds", f"{left:.0f}"]
+        start_again([*arguments, "--resume", *limit])
 
     session = Session(
         Results(options.out, resume=options.resume),
@@ -363,7 +381,7 @@ def run(options, arguments):
         held = ", ".join(sorted(others))
         raise InputError(f"{options.out} holds rows of {held}, and this is {here}: choose another --out")
     known = {p.name for kernel in PROVIDERS.values() for p in kernel}
-    known |= {p.name for part in cpu.PLAN for p in part.providers}
+    known |= {p.name for part in cpu.PLAN for p in part.providers} | {ceilings.TORCH.name, ceilings.OURS.name}
     known |= {p.name for p in (*STEP_PROVIDERS, *TRAINING_PROVIDERS, *first_providers(device, session.dtype))}
     if unknown := set(session.providers or ()) - known:
         raise InputError(f"unknown providers {', '.join(sorted(unknown))}: they are {', '.join(sorted(known))}")
@@ -371,8 +389,7 @@ def run(options, arguments):
     if unknown := set(session.modes or ()) - modes:
         raise InputError(f"unknown modes {', '.join(sorted(unknown))}: they are {', '.join(sorted(modes))}")
     try:
-        for suite in options.suite.split(","):
-            run_suite(suite, session, progress=True)
+        run_suites(options.suite, session, progress=True)
     except Exception:
         if not device_is_lost(device):
             raise

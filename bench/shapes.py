@@ -8,6 +8,7 @@ of them; the sweeps `square`, `m-sweep`, `grid`, or only their shapes with a num
 of equal shape are one entry, with their number in `layers`.
 """
 
+import argparse
 import collections
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from sparsedm.commands import options as types
 from sparsedm.errors import InputError
 from sparsedm.models import MODELS, build_model
 
@@ -80,14 +82,11 @@ def select(spec, kind, batches=BATCHES, quick=False):
     Raises: InputError for a name that is none of the above, or if nothing is left.
     """
     found = []
-    for item in [part.strip() for part in spec.split(",") if part.strip()]:
-        name, _, batch = item.partition("@")
-        if batch and not batch.isdecimal():
-            raise InputError(f"shapes {item!r}: write model@batch, for example uvit-cifar10-small@64")
-        chosen = [int(batch)] if batch else batches
+    for name, number in listed(spec):
+        chosen = [number] if number else batches
         if name in SWEEPS:
             shapes = sweep(name, quick) if kind is LinearShape else []
-            found += [shape for shape in shapes if not batch or int(batch) == shape.M]
+            found += [shape for shape in shapes if number in (None, shape.M)]
         elif name == "models":
             found += [shape for n in (*MEASURED_MODELS, *PUBLISHED) for b in chosen for shape in of_model(n, b)]
         else:
@@ -95,6 +94,22 @@ def select(spec, kind, batches=BATCHES, quick=False):
     found = [shape for shape in dict.fromkeys(found) if isinstance(shape, kind)]
     if not found:
         raise InputError(f"shapes {spec!r} hold no {'linear' if kind is LinearShape else 'convolution'} layer")
+    return found
+
+
+def listed(spec):
+    """[(name, the number after its @ or None)] of a comma-separated list.
+
+    Raises: InputError if what follows an @ is no number from 1.
+    """
+    found = []
+    for item in [part.strip() for part in spec.split(",") if part.strip()]:
+        name, at, number = item.partition("@")
+        try:
+            found.append((name, types.count(number) if at else None))
+        except argparse.ArgumentTypeError as error:
+            advice = "write model@batch, for example uvit-cifar10-small@64"
+            raise InputError(f"shapes {item!r}: {error}; {advice}") from None
     return found
 
 

@@ -243,6 +243,12 @@ def loss(
     return LossTerms(errors.mean() + bound, noise_errors.detach().mean(), transfer_errors.detach().mean())
 
 
+def check_discrete(schedule):
+    """Raise InputError if a network cannot learn the variance on this schedule."""
+    if not isinstance(schedule, DDPMSchedule):
+        raise InputError("a learned variance needs discrete times: the ddpm or the scaled-linear schedule")
+
+
 def variational_bound(schedule, x0, x, t, eps, v):
     """KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)), or -log p(x_0 | x_t) at t = 0: (B,), bits per number.
 
@@ -250,8 +256,7 @@ def variational_bound(schedule, x0, x, t, eps, v):
     2102.09672, section 3.1). DiT adds this bound to the squared error of eps; `loss` detaches eps here.
     x0, x, eps, v (B, C, H, W); t (B,), whole numbers. Raises: InputError for a schedule without discrete times.
     """
-    if not isinstance(schedule, DDPMSchedule):
-        raise InputError("a learned variance needs discrete times: the ddpm or the scaled-linear schedule")
+    check_discrete(schedule)
 
     def terms(t):
         """log β, log β̃ at t; the factor of x_0 in the mean of q(x_t-1 | x_t, x_0)."""

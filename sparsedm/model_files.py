@@ -23,6 +23,10 @@ KINDS = ("dense", "masked", "compressed")
 FORMAT = 2  # of a model file. A file without this number has format 1: every compressed layer is 2:4
 
 
+class Incomplete(InputError):
+    """The file holds the weights of a network that is more than its weights."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """The result of `load_model`. model: in eval mode. kind: "dense", "masked" or "compressed"."""
@@ -94,8 +98,9 @@ def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None =
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
     The file holds patterns and `model.config`. For a model without a `.config`, `load_model` needs one: `config=`.
-    Wrappers such as torch.compile and DDP are left out. shard_bytes: split the model into files of at most this size
-    and write FILE.index.json; returns the path of the index.
+    Wrappers such as torch.compile and DDP are left out. `load_model` refuses the file of a model whose `unsaved` names
+    what no file can hold, such as hooks that change its inputs. shard_bytes: split the model into files of at most this
+    size and write FILE.index.json; returns the path of the index.
     Raises: InputError, before anything is written, for another suffix, a config that is not JSON, or sharded weights.
     """
     file = Path(os.path.expanduser(file))
@@ -125,7 +130,7 @@ def load_model(
     which: "ema" or "model", for folders. In the folder of a chain, the last stage with a checkpoint is read.
     convert: state dict of a foreign file (.safetensors, .pth, .pt, .bin) -> ours. Returns Loaded, on the CPU.
     Raises: InputError if the file is unreadable or truncated, holds code, or does not fit the model (keys and shapes
-    are listed).
+    are listed); Incomplete if the model was more than its weights.
     """
     file, state = _find(Path(os.path.expanduser(path)), which)
     tensors, header = read_tensors(file)
@@ -141,6 +146,8 @@ def load_model(
             raise InputError(
                 f"the header of {file} is damaged: it must name a kind of {', '.join(KINDS)}, and patterns"
             )
+        if unsaved := description.get("unsaved"):
+            raise Incomplete(f"{file} cannot be run: the network had {unsaved}, which no file holds")
         config = description["config"] if description.get("config") is not None else config
     if config is None:
         why = ", because the saved model had no .config" if description else ""
@@ -247,4 +254,6 @@ def _contents(model):
     for name, tensor in tensors.items():
         if reason := unwritable(tensor):
             raise InputError(f"{name} cannot be kept in a model file: it is {reason}")
-    return tensors, {"sparsedm": json.dumps({"format": FORMAT} | description | ({"rules": rules} if rules else {}))}
+    more = {"rules": rules, "unsaved": getattr(model, "unsaved", None)}
+    more = {name: value for name, value in more.items() if value}
+    return tensors, {"sparsedm": json.dumps({"format": FORMAT} | description | more)}

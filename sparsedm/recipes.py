@@ -9,6 +9,7 @@ full    the papers' settings; days on a GPU
 from dataclasses import dataclass, field, replace
 
 from sparsedm.train.loop import TrainOptions
+from sparsedm.train.published import PUBLISHED
 from sparsedm.train.stages import SR_STE, TRANSFER, Stage
 
 
@@ -49,6 +50,7 @@ def _students(patterns, steps, **settings):
 
 # of networks of a million parameters
 _TINY = TrainOptions(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, cosine=True, weighting="velocity")
+_PUBLISHED = TrainOptions(**PUBLISHED["uvit-cifar10-small"].training)
 
 # ---- the quickstart
 
@@ -133,7 +135,7 @@ SEARCHES = {
             data="cifar10",
             model="uvit-cifar10-small",
             stages=(Stage("dense", 200_000), *_students(["3:4", "2:4", "1:4"], 50_000)),
-            options=TrainOptions(),
+            options=_PUBLISHED,
             count=2000,
             samples=10_000,
             sampling_steps=25,
@@ -209,7 +211,7 @@ EXPERIMENTS = {
         steps=100_000,
         samples=50_000,
         sampling_steps=50,
-        options=TrainOptions(save_every=10_000, validate_every=5000),
+        options=replace(_PUBLISHED, save_every=10_000, validate_every=5000),
         features="inception",
     ),
 }

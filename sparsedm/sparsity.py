@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 
 import torch
 from torch import nn
@@ -196,7 +196,7 @@ def _input_norms(model, layers, batches):
 
     layers: {layer: its name}. The model runs in eval mode, as it is before `sparsify` changes it.
     """
-    if isinstance(batches, torch.Tensor | dict):
+    if isinstance(batches, torch.Tensor | dict | str) or not isinstance(batches, Iterable | Sized):
         raise InputError(f"calibrate is a {type(batches).__name__}: a list of batches is needed")
     sums = {}
 
@@ -215,6 +215,9 @@ def _input_norms(model, layers, batches):
     try:
         model.eval()
         for batch in batches:
+            if not isinstance(batch, torch.Tensor | list | tuple | dict):
+                rule = "a batch is a tensor, a tuple of arguments or a dict of keyword arguments"
+                raise InputError(f"calibrate holds a {type(batch).__name__}: {rule}")
             arguments = batch if isinstance(batch, list | tuple) else () if isinstance(batch, dict) else (batch,)
             model(*arguments, **(batch if isinstance(batch, dict) else {}))
     finally:
@@ -267,12 +270,13 @@ def module_of(model):
 
 
 def set_masking(
-    model: nn.Module, *, decay: float = 0.0, kept: float = 1.0, dropped: float = 1.0, frozen: bool = False
+    model: nn.Module, *, decay: float = 0.0, kept: float = 1.0, dropped: float = 1.0, frozen: bool | None = None
 ) -> None:
     """Gradient settings of every layer that has a pattern.
 
     dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
-    frozen=True is ASP. frozen=True keeps the current masks from now on; they are then saved with the weights.
+    frozen=True is ASP. frozen=True keeps the current masks from now on; they are then saved with the weights. False
+    selects masks by today's weights again; None leaves frozen masks as they are, calibrated ones among them.
 
     Each backward adds decay * (1 - m) * w to the weight's gradient exactly once; a reentrant `checkpoint` is a backward
     of its own. The term is not scaled by the loss. To accumulate gradients over n parts of a batch, divide the
@@ -289,7 +293,7 @@ def set_masking(
     for _, layer in layers:
         layer.rule = GradientRule(float(decay), float(kept), float(dropped))
         layer.hook_decay()
-        if frozen != (layer.mask is not None):
+        if frozen is not None and frozen != (layer.mask is not None):
             layer.freeze_mask(frozen)
 
 

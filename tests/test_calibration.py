@@ -12,7 +12,7 @@ from sparsedm.inspection import inspect
 from sparsedm.layers import Linear
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model
-from sparsedm.sparsity import masks, sparsify
+from sparsedm.sparsity import masks, set_masking, sparsify
 from tests.tolerance import assert_as_good_as_torch
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2}
@@ -73,6 +73,19 @@ def test_calibrated_masks_are_wandas_and_stay():
     assert all(row.holds for row in inspect(model.eval(), (batches[0],)).rows if row.pattern == "2:4")
 
 
+def test_gradient_settings_leave_calibrated_masks():
+    """Whoever calibrates and then trains keeps what was calibrated, until he asks for other masks."""
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(5, 8) * torch.tensor([9.0, 1] * 4)
+    by_magnitude = masks(sparsify(copy.deepcopy(model), "2:4"))["0"]
+    calibrated = masks(sparsify(model, "2:4", calibrate=[x]))["0"]
+    assert not torch.equal(calibrated, by_magnitude)
+    set_masking(model, decay=2e-4)
+    assert model[0].rule.decay == 2e-4
+    assert torch.equal(masks(model)["0"], calibrated)
+    set_masking(model, frozen=False)
+    assert torch.equal(masks(model)["0"], by_magnitude)
+
+
 @torch.no_grad()
 def test_a_calibrated_mask_keeps_more_of_the_output_and_survives_a_file(tmp_path):
     torch.manual_seed(0)
@@ -108,6 +121,10 @@ def test_inputs_that_were_always_zero_leave_the_choice_to_the_magnitudes():
         ([torch.randn(0, 8, 6, 6)], r"empty batch: the input of conv is \(0, 8, 6, 6\)"),
         ([torch.full((1, 8, 6, 6), torch.nan)], "inputs of conv in calibrate hold NaN"),
         (torch.randn(2, 8, 6, 6), "calibrate is a Tensor: a list of batches"),
+        (5, "calibrate is a int: a list of batches"),
+        ("images", "calibrate is a str: a list of batches"),
+        (torch.randn(2, 8, 6, 6).numpy(), "calibrate holds a ndarray: a batch is a tensor, a tuple of arguments or"),
+        ([3.0], "calibrate holds a float: a batch is a tensor"),
     ],
 )
 def test_calibration_that_says_nothing_is_refused_and_changes_nothing(batches, rule):

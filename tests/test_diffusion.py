@@ -84,14 +84,16 @@ def test_schedule_matches_its_definition(schedule):
         if schedule.scaled:  # Stable Diffusion's
             beta = (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2
         alpha = torch.stack([torch.prod(1 - beta[: k + 1]) for k in range(1000)]).sqrt()
+        rate = -torch.log1p(-beta).index_select(0, t.long().clamp(min=1))  # no interval ends at the first time
     else:
         t = torch.linspace(1e-4, 1, 1000, dtype=torch.float64)
-        alpha = torch.exp(-0.5 * (0.1 * t + 19.9 * t * t / 2))
+        alpha, rate = torch.exp(-0.5 * (0.1 * t + 19.9 * t * t / 2)), 0.1 + 19.9 * t
     sigma = (1 - alpha.square()).sqrt()
     for out, reference in [
         (schedule.alpha(t), alpha),
         (schedule.sigma(t), sigma),
         (schedule.half_log_snr(t), alpha.log() - sigma.log()),
+        (schedule.beta(t), rate),
     ]:
         assert_as_good_as_torch(out.float(), reference, reference.float())
 
@@ -257,7 +259,8 @@ def test_torchs_default_dtype_changes_no_noise_and_no_time(dtype):
         torch.set_default_dtype(torch.float32)
 
 
-def test_velocity_weighting_is_the_error_of_the_velocity():
+@pytest.mark.parametrize("w_kd", [0.0, 0.3])
+def test_velocity_weighting_is_the_error_of_the_velocity(w_kd):
     schedule, x0 = VPSDE(), torch.randn(4, 3, 2, 2, dtype=torch.float64)
 
     def velocity(x, eps, t):
@@ -271,10 +274,12 @@ def test_velocity_weighting_is_the_error_of_the_velocity():
         seen.append((x, t.view(-1, 1, 1, 1) / 999))
         return 0.9 * x
 
-    terms = diffusion.loss(network, x0, schedule, generator=torch.Generator().manual_seed(1), weighting="velocity")
+    draw = {"generator": torch.Generator().manual_seed(1), "teacher": lambda x, t: 0.5 * x, "w_kd": w_kd}
+    terms = diffusion.loss(network, x0, schedule, weighting="velocity", **draw)
     ((x, t),) = seen
     noise = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
     by_hand = (velocity(x, 0.9 * x, t) - velocity(x, noise, t)).square().mean()
+    by_hand += w_kd * (velocity(x, 0.9 * x, t) - velocity(x, 0.5 * x, t)).square().mean()
     assert_as_good_as_torch(terms.total, by_hand, by_hand.float())
     assert_as_good_as_torch(terms.noise, (0.9 * x - noise).square().mean(), by_hand.float())
     with pytest.raises(InputError, match="unknown weighting 'snr'"):

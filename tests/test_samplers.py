@@ -159,6 +159,16 @@ def test_euler_maruyama_step_is_the_reverse_sde():
         assert_as_good_as_torch(out.float(), reference, reference.float())
 
 
+def test_2m_extrapolates_by_the_ratio_of_the_steps():
+    """Against DPM-Solver++'s algorithm 2, after a step of three times the length in the half log-SNR."""
+    x, x0, old = torch.randn(3, 5, dtype=torch.float64)
+    t, s = times_of(VPSDE(), 0.5, 0.2)
+    h = s.half_log_snr - t.half_log_snr
+    reference = s.sigma / t.sigma * x - s.alpha * torch.expm1(-h) * (x0 + (x0 - old) / 6)
+    out, _ = samplers.dpm_solver_pp_2m(lambda *_: (x0, None, None), x, None, (old, 3 * h), t, s)
+    assert_as_good_as_torch(out.float(), reference, reference.float())
+
+
 @SCHEDULES
 def test_a_single_image_comes_back_exactly(schedule):
     """Σ = 0: x̂_0 is the image at once, so any sampler must return it from any number of steps."""

@@ -3,7 +3,7 @@
     y = W (r · m · x) + b,   m: the N largest |x| of every M inputs,   r = |x| / |m · x| for each token
 
 r, the norm compensation, has no gradient. Only kept inputs pass a gradient on. This is an experiment: no kernel here
-gains from it. Forward hooks implement it; a deep copy of the network has them, a model file does not.
+gains from it. Forward hooks implement it; a deep copy of the network has them, a model file does not, and says so.
 """
 
 import torch
@@ -53,6 +53,7 @@ def sparsify_activations(network, names, pattern="2:4"):
         raise InputError(f"no layer has inputs in groups of {pattern.group}: nothing can read {pattern} of them")
     for layer in fitting:
         layer.register_forward_pre_hook(KeepLargest(pattern))
+    network.unsaved = f"hooks that prune its inputs to {pattern}"
     return network
 
 

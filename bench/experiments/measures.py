@@ -19,16 +19,16 @@ from sparsedm.train.metrics import weight_distance
 
 LEVELS = 12  # noise levels of the validation curve
 CURVE = 2048  # images of it, at most
-BATCH = {"cpu": 50, "cuda": 500}  # images at a time (500 halve a CPU's speed); the deadline is checked in between
 
 
 def draw(network, scale, seed, autocast, deadline=math.inf):
     """uint8 (scale.samples, C, H, W) on the CPU, the same noise and labels for every network.
 
-    autocast: a torch.autocast to run in. deadline: a value of time.monotonic(). Raises: OutOfTime.
+    autocast: a torch.autocast to run in. deadline: a value of time.monotonic(), looked at before each batch. Raises:
+    OutOfTime.
     """
     config, count, images = network.config, scale.samples, []
-    batch = BATCH[next(network.parameters()).device.type]
+    batch = samplers.batch_of(next(network.parameters()).device)
     labels = torch.arange(count) % config.num_classes if config.num_classes else None
     for start in range(0, count, batch):
         if time.monotonic() >= deadline:

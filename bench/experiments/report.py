@@ -76,13 +76,14 @@ def markdown(rows, values, runs):
     commits = ", ".join(dict.fromkeys(row["commit"] or row["sparsedm"] for row in rows))
     machines = dict.fromkeys(f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows)
     where = f"{' and '.join(machines)}, commit {commits}"
+    commands = dict.fromkeys(row["command"] for row in rows if row["measure"] not in (SPEED, SAMPLING))
     spread = f"Mean of {len(seeds)} seeds ± half their range" if len(seeds) > 1 else "One seed"
     have = {run: len(_single(values, run, "samples")) for run in runs}
     fewer = [f"{run} has {count}" for run, count in have.items() if count < len(seeds)]
     spread += f" ({', '.join(fewer)})." if fewer else "."
     note = f"""{spread} Fréchet distance on {last["features"]} features,
 of {counts["samples"]:,.0f} samples against {counts["reference images"]:,.0f} real images ({last["data"]}). {where}.
-`{last["command"]}`"""
+{", ".join(f"`{command}`" for command in commands)}"""
     return "\n".join([*lines, "", note])
 
 

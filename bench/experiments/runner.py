@@ -6,10 +6,12 @@
     OUT/report.md  *.png                see `report.py`
 
 To resume, run the same command again: finished runs are read from results.csv, which is written after every run; an
-interrupted run continues. With --minutes it stops in time, and reports the finished runs. To share the work, give every
-process its own seeds and folder (--seed 1 --seeds 1 --out DIR), and join the folders with --merge.
+interrupted run continues. With --minutes it stops in time, and reports the finished runs. A run that diverges is left
+out of the report and named at the end (exit code 2). To share the work, give every process its own seeds and folder
+(--seed 1 --seeds 1 --out DIR), and join the folders with --merge.
 """
 
+import logging
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from bench.experiments import report, speed
 from bench.experiments.plans import EXPERIMENTS, PRUNED, SCALES, SMALL, known
 from bench.experiments.report import SAMPLING, SPEED
-from bench.experiments.work import Work, folder_of, images_for
+from bench.experiments.work import FREE, Work, folder_of, images_for
 from bench.results import STAMPED, read_experiment, stamp, write_experiment
 from sparsedm.commands.options import add_crop, add_model_arguments, deadline_of, dense_part, load_named, positive
 from sparsedm.errors import InputError
@@ -31,8 +33,10 @@ from sparsedm.sparsity import masked_layers
 from sparsedm.train import run_folder
 from sparsedm.train.data import check_source
 from sparsedm.train.loop import Interrupted
+from sparsedm.train.metrics import TrainingDiverged
 from sparsedm.train.published import published
 
+log = logging.getLogger(__name__)
 MOST_SEEDS = 1000
 
 
@@ -71,14 +75,20 @@ def add_arguments(parser):
 
 
 def experiment(options):
-    """Carry out the parsed command line. Raises: InputError for bad options or data, Interrupted if time was up."""
+    """Carry out the parsed command line.
+
+    Raises: InputError for bad options or data, or after the report for runs that diverged; Interrupted if time was up.
+    """
+    if options.time and options.minutes:
+        raise InputError("--time takes all times in turns and stops at no --minutes: leave one of them out")
     deadline = deadline_of(options.minutes)
     plan, scale = known("experiment", options.name), _scale(options)
     runs = plan.runs(scale)
     folder = Path(options.out or f"runs/experiment-{options.name}-{options.scale}")
     if unknown := set(options.only or ()) - {run.name for run in runs}:
         raise InputError(f"unknown run {', '.join(sorted(unknown))}: they are {', '.join(run.name for run in runs)}")
-    runs = [run for run in runs if not options.only or run.name in options.only]
+    only = {*options.only, *([plan.control] if options.time else [])} if options.only else ()
+    runs = [run for run in runs if not only or run.name in only]
     count = scale.seeds if options.seeds is None else options.seeds
     if not 1 <= count <= MOST_SEEDS:
         raise InputError(f"--seeds {count}: at least one is needed, and at most {MOST_SEEDS}")
@@ -93,28 +103,44 @@ def experiment(options):
         return
     if scale.threads and options.device.type == "cpu":
         torch.set_num_threads(min(scale.threads, torch.get_num_threads()))
+    diverged = []
     with run_folder.folder_lock(folder):  # two at once would lose each other's rows
         if options.time:
             _time(options, scale, runs, folder)
         else:
             if options.device.type == "cuda":  # tuning every size for every pattern would take longer than these runs
                 os.environ.setdefault("SPARSEDM_AUTOTUNE", "off")
-            _carry_out(options, plan, scale, runs, count, folder, deadline)
-    _report(options, folder, plan)
+            diverged = _carry_out(options, plan, scale, runs, count, folder, deadline)
+    if (folder / "results.csv").exists():
+        _report(options, folder, plan)
+    if diverged:
+        raise InputError(f"{'; '.join(diverged)}; all other runs are done, and --only can leave these out")
 
 
 def _carry_out(options, plan, scale, runs, count, folder, deadline):
+    """Make the runs of all seeds. Returns what is to be said of the runs that diverged."""
     work = Work(options, scale, folder, deadline)
     todo = [(seed, run) for seed in range(options.seed, options.seed + count) for run in runs]
     bar = tqdm(todo, desc=options.name, disable=None)
+    diverged, lost = [], set()
     try:
         for seed, run in bar:
             bar.set_postfix_str(f"seed {seed}, {run.name}")
-            work.do(seed, run)
+            if seed in lost:
+                continue
+            try:
+                work.do(seed, run)
+            except TrainingDiverged as error:  # the other runs do not depend on it
+                if seed not in work.bases:
+                    lost.add(seed)
+                name = "the dense network that all runs start from" if seed in lost else run.name
+                diverged.append(f"seed {seed}, {name}: {error}")
+                log.warning("%s", diverged[-1])
     except Interrupted:
         if work.rows:
             _report(options, folder, plan)
         raise
+    return diverged
 
 
 def _scale(options):
@@ -153,8 +179,9 @@ def _merge(options, folder):
     for other in options.merge:
         found = read_experiment(Path(other) / "results.csv", options.name, options.scale)
         settings[other] = read_json(Path(other) / "options.json")
-        if settings[other] != settings[options.merge[0]]:
-            raise InputError(f"{other} and {options.merge[0]} hold runs with different options: they have no mean")
+        if different := run_folder.differences(settings[other], settings[options.merge[0]], FREE):
+            names = f"{other} and {options.merge[0]} hold runs with different options"
+            raise InputError(f"{names}: they have no mean ({different})")
         twice = {(row["run"], row["seed"]) for row in rows} & {(row["run"], row["seed"]) for row in found}
         if twice:
             run, seed = min(twice)

@@ -48,6 +48,7 @@ CALIBRATION = 16  # batches whose inputs choose a calibrated mask
 SHOWN = 64  # images in a run's picture
 ROUNDING = 1e-4  # relative, of the loss of a given network: on another CPU it has other last digits
 BASE = "validation loss of the start"  # of the dense network that the runs of a seed begin with
+FREE = ("seeds", "threads", "summary")  # names of options that may differ among the runs of a study
 LOGGED = {  # a key of a log record: its name in the results
     "validation_loss": "validation over training",
     "flip_rate": "flip rate",
@@ -108,7 +109,9 @@ class Work:
         self.images, self.validation, config = images_for(scale, options.crop, options.resize)
         self.watched = self.validation.every(WATCHED)
         self.config = asdict(config)
-        self.training = {"validation": self.watched, "record": {"data": scale.data}}
+        crop = options.crop or original_crop(config)
+        cropped = {} if crop == original_crop(config) else {"crop": crop}  # older folders have none
+        self.training = {"validation": self.watched, "record": {"data": scale.data} | cropped}
         self.training |= {"deadline": deadline, "device": self.device}
         self.rows = []
         if (folder / "results.csv").exists():
@@ -118,9 +121,8 @@ class Work:
             features, source = load_features(name, self.device), f"{self.images.source} train"
             summary = evaluate.summarize(self.images.images, features, source, cache=cache_folder(), progress=True)
             self.judges.append((features, summary))
-        facts = {**self.labels, "settings": asdict(scale), "amp": self.amp, "init": self.init}
-        free = ("seeds", "threads", "summary")
-        run_folder.claim(folder, facts, free=free, started=run_folder.holds_work(folder))
+        facts = {**self.labels, "settings": asdict(scale), "amp": self.amp, "init": self.init} | cropped
+        run_folder.claim(folder, facts, free=FREE, started=run_folder.holds_work(folder))
         self.bases = {}
 
     def do(self, seed, run):

@@ -15,7 +15,9 @@ EXAMPLES = ("cifar10_uvit_small.pth", "DiT-XL-2-256x256.pt", "ddpm-cifar10-32 --
 
 
 def add_arguments(parser):
-    parser.add_argument("source", metavar="FILE", help="a .pth, .pt, .bin or .safetensors file, or a diffusers folder")
+    parser.add_argument(
+        "source", metavar="FILE", help="a .pth, .pt, .bin or .safetensors file, or a folder of diffusers or U-ViT"
+    )
     parser.add_argument("--model", metavar="NAME", help="the model in FILE, if it is not recognised")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="correct what was recognised")
     parser.add_argument(

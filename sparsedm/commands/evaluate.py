@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparsedm import evaluate
+from sparsedm import evaluate, samplers
 from sparsedm.commands.options import add_crop, dense_part
 from sparsedm.commands.sample import add_sampling_arguments, autoencoder_of, beside, conditions_of, draw, source_of
 from sparsedm.errors import InputError
@@ -39,6 +39,7 @@ def add_arguments(parser):
 def run(options):
     source = source_of(options)
     config, conditions = source.config, conditions_of(source, options)
+    samplers.check(config, source.sampler, source.steps)
     autoencoder = autoencoder_of(config, options)
     size = config.image_size * (autoencoder.factor if autoencoder else 1)
     shape = (3 if autoencoder else config.channels, size, size)
@@ -58,7 +59,8 @@ def run(options):
             if getattr(dense.config, name, 0) != getattr(config, name, 0):
                 raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
     if options.dry_run:
-        print(f"{options.count:,} samples of {source.words}, {source.sampler} in {source.steps} steps,")
+        how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
+        print(f"{options.count:,} samples of {source.words}, {how},")
         print(f"against the {options.split} images of {options.data}: {out}   (dry run: nothing was drawn or written)")
         return
     crop = options.crop or trained_crop(options.run, config)

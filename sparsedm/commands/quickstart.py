@@ -141,7 +141,7 @@ def _measure(networks, results, recipe, images, validation, options):
                 seed=options.seed,
                 y=labels,
                 clip="every",
-                batch_size=128,
+                batch_size=samplers.batch_of(options.device),
                 progress=True,
             ).cpu()
         )

@@ -250,7 +250,7 @@ def _gain(network, dense, y, options):
 
 
 def batch_size_of(options):
-    return options.batch_size or (64 if options.device.type == "cpu" else 256)
+    return options.batch_size or samplers.batch_of(options.device)
 
 
 def network_dtype(options, compressed):

@@ -13,6 +13,7 @@ import torch
 
 from sparsedm import samplers
 from sparsedm.commands.options import add_seed_and_device, count, deadline_of, finite, positive, sampling_steps
+from sparsedm.commands.sample import beside
 from sparsedm.commands.train import recipe_config, recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
@@ -45,11 +46,13 @@ def add_arguments(sub):
     sub.add_argument("--guidance", type=finite, help="as for sample; each step then costs twice as much")
     sub.add_argument("--networks", type=_names, default=(), help="search only among these of RUN, names with commas")
     sub.add_argument("--exclude", type=_names, default=(), help="leave these out; 8/8: every network of this width")
-    sub.add_argument(
+    much = sub.add_mutually_exclusive_group()
+    much.add_argument(
         "--sampling-steps",
         type=sampling_steps,
         help="sampling steps; a strategy names one network for each (default: set by --scale)",
     )
+    much.add_argument("--nfe", type=sampling_steps, help="as for sample, in place of steps")
     sub.add_argument("--population", type=count, help="strategies per generation (default: set by --scale)")
     sub.add_argument("--generations", type=count, help="how many, counting the first one (default: set by --scale)")
     sub.add_argument(
@@ -68,7 +71,11 @@ def add_arguments(sub):
     )
     sub.add_argument("--minutes", type=positive, help="stop in time (exit code 3); the same command continues")
     sub.add_argument("--features", default="random-conv", help="as for evaluate (default: random-conv)")
-    sub.add_argument("--out", metavar="DIR", help="folder (default: runs/search-SCALE-FAMILY, or RUN/search)")
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder (default: runs/search-SCALE-FAMILY, or RUN/search; for a model file, in the current folder)",
+    )
     sub.add_argument("--dry-run", action="store_true", help="print the plan, and stop")
     add_seed_and_device(sub)
 
@@ -84,6 +91,7 @@ def run(options):
     check_writable(plan.folder / "report.json")
     if not options.run:
         first_generation(len(_left(options, scale)), plan.steps, plan.search)
+        samplers.check(model_config(scale.model, **scale.overrides), plan.sampler, plan.steps)
     if plan.quality == "frechet" and not (options.dry_run and plan.features == "inception"):  # which is downloaded
         load_features(plan.features, options.device)  # or a name mistyped would be refused after hours
     if options.dry_run:
@@ -119,7 +127,8 @@ def _names(text):
 
 def _plan(options, scale, deadline):
     name = f"search-{options.scale}-{options.family or 'chain'}"
-    folder = Path(options.out or (Path(options.run) / "search" if options.run else f"runs/{name}"))
+    folder = Path(options.out or (beside(options.run) / "search" if options.run else f"runs/{name}"))
+    steps = samplers.steps_for(options.sampler, options.nfe) if options.nfe else options.sampling_steps
     return Plan(
         run=Path(options.run or folder / "family"),
         folder=folder,
@@ -129,7 +138,7 @@ def _plan(options, scale, deadline):
         guidance=options.guidance,
         networks=options.networks,
         exclude=options.exclude,
-        steps=options.sampling_steps or scale.sampling_steps,
+        steps=steps or scale.sampling_steps,
         count=options.count or scale.count,
         final_count=options.final_count or scale.samples,
         validation=scale.validation,
@@ -176,8 +185,10 @@ def _show(options, scale, plan):
         show_recipe(scale, options, plan.run)
     search = plan.search
     how = "NSGA-II" if search.weight is None else f"DDSM with weight {search.weight:g}"
+    calls = sum(samplers.evaluations(plan.sampler, plan.steps))
     print(
         f"search: {how}, {search.population} strategies x {search.generations} generations, {plan.steps} steps of "
-        f"{plan.sampler}, {plan.count:,} images each; then {plan.final_count:,} images for each row of the table"
+        f"{plan.sampler} ({calls} network evaluations), {plan.count:,} images each; then {plan.final_count:,} images "
+        "for each row of the table"
     )
     print(f"search folder: {plan.folder}   (dry run: nothing was trained or written)")

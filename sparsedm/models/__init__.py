@@ -95,10 +95,21 @@ def model_config(model, **overrides):
     return replace(config, **_checked(type(config), overrides))
 
 
+# how a slimmable network is trained; the biases that SparseDM's networks have beside the published ones
+_VARIANTS = ("passes", "same_images", "qkv_bias")
+
+
+def same_network(config, preset, *free):
+    """Whether a configuration is of the preset's network; `_VARIANTS` and the options `free` are not compared."""
+    if type(config) is not type(preset):
+        return False
+    return config == replace(preset, **{n: getattr(config, n) for n in (*_VARIANTS, *free) if hasattr(preset, n)})
+
+
 def schedule_note(config):
     """A sentence if the network was published with another noise schedule than it has here, else None."""
     for name, published in MODELS.items():
-        if published.schedule != config.schedule and replace(published, schedule=config.schedule) == config:
+        if published.schedule != config.schedule and same_network(config, published, "schedule"):
             return f"schedule {config.schedule}: {name} was published with {published.schedule}"
     return None
 

@@ -1,9 +1,10 @@
 """Recognise and read foreign checkpoints of our networks (`sparsedm import`).
 
-    U-ViT       official .pth (github.com/baofff/U-ViT), also SparseDM's, whose weights are dense until they are masked
+    U-ViT       official .pth (github.com/baofff/U-ViT), also SparseDM's, whose weights are dense until they are masked;
+                or a checkpoint folder of their training
     DiT         official .pt (github.com/facebookresearch/DiT)
     DDPM        official in PyTorch (github.com/pesser/pytorch_diffusion, github.com/ermongroup/ddim)
-    slimmable   DDSM's supernet (github.com/EnVision-Research/DDSM)
+    slimmable   DDSM's supernet (github.com/EnVision-Research/DDSM); DDPM by --model: its plain network
     DDPM, DiT   a diffusers folder of a UNet2DModel or DiTTransformer2DModel, or of a pipeline around one; also sharded
 
 A training checkpoint may hold several networks: the averaged weights are read, and a note says so. The configuration is
@@ -49,7 +50,9 @@ def read_foreign(source, name=None, overrides=None, weights="average"):
     if not source.exists():
         raise InputError(f"{source} does not exist")
     file, config, about, notes = source, None, None, []
-    if source.is_dir():
+    if (source / "nnet.pth").is_file():
+        file, notes = _uvit_folder(source, weights)
+    elif source.is_dir():
         file, config, about, notes = _diffusers_folder(source, weights)
     tensors, header = read_tensors(file, weights)
     if "sparsedm" in header:
@@ -71,13 +74,11 @@ def read_foreign(source, name=None, overrides=None, weights="average"):
     if theirs:
         tensors = from_diffusers(tensors, config)
     elif config is None:
-        config, about, notes = recognise(tensors, file, overrides)
-    if supernet and config.kind == "ddpm":
-        shape = {
-            field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "kind"
-        }
-        shape |= {"ddsm": config.width, "passes": 3, "same_images": True}
-        config, about = model_config({"kind": "slimmable", **shape}), "the supernet of DDSM, at the widths 2/8 to 8/8"
+        config, about, more = recognise(tensors, file, overrides)
+        notes = [*notes, *more]
+    if supernet and config.kind in ("ddpm", "slimmable"):
+        config, more = _of_ddsm(config, "ddpm" if name and config.kind == "ddpm" else "slimmable", overrides)
+        about, notes = f"a network of DDSM's code{f', {about}' if name else ''}", [*notes, *more]
     model = build_model(config, device="meta", **overrides)  # random weights would double the time
     fill(model, tensors, file)
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()})
@@ -102,6 +103,42 @@ def _averages_beside(source, weights):
     return [f"beside it lies {found[0]}, perhaps the average of these weights"] if found else []
 
 
+def _uvit_folder(folder, weights):
+    """(weights' file, notes) of a checkpoint folder of U-ViT's training."""
+    if weights == "raw" or not (folder / "nnet_ema.pth").is_file():
+        return folder / "nnet.pth", []
+    return folder / "nnet_ema.pth", ["'nnet_ema.pth' was read, 'nnet.pth' ignored"]
+
+
+def _of_ddsm(config, kind, overrides):
+    """(configuration, notes) of a network of DDSM's code with the shape of `config`."""
+    own = {"kind": kind, "ddsm": config.width, "groups": 32}
+    notes = []
+    if "groups" not in overrides:
+        notes.append("the file does not show groups=32: DDSM's plain network and its supernet g16 need --set groups=16")
+    if kind == "slimmable":
+        own |= {"passes": 3, "same_images": True}
+        notes.append("the file does not show whether narrow widths were trained: in DDSM's plain network they were not")
+    return model_config(dataclasses.asdict(config) | own | overrides), notes
+
+
+# how a network of diffusers must have been trained, and what a scheduler means that does not say it
+_SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+_SCHEDULER_DEFAULTS = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
+
+
+def _check_scheduler(file):
+    """Raise InputError if the scheduler of a diffusers pipeline has another noise schedule or target than DDPM's."""
+    options = read_json(file)
+    if not isinstance(options, dict):
+        raise InputError(f"{file} is damaged: it must be an object")
+    for key, value in (_SCHEDULER | _SCHEDULER_DEFAULTS).items():
+        if (said := options.get(key, _SCHEDULER_DEFAULTS.get(key))) != value:
+            raise InputError(
+                f"{file}: {key}={said!r}, and our network needs {value!r}: sparsify the diffusers model itself"
+            )
+
+
 def _diffusers_folder(folder, weights):
     """(weights' file, configuration, what they are, notes) of a diffusers model folder or pipeline folder.
 
@@ -120,6 +157,9 @@ def _diffusers_folder(folder, weights):
         config = config_from_diffusers(options)
     except InputError as error:
         raise InputError(f"{inner / 'config.json'}: {error}") from error
+    scheduler = inner.absolute().parent / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        _check_scheduler(scheduler)
     stem = "diffusion_pytorch_model"
     names = [f"{stem}{kind}.safetensors{index}" for kind in ("", ".fp16") for index in ("", INDEX)] + [f"{stem}.bin"]
     file = next((inner / name for name in names if (inner / name).exists()), None)
@@ -149,8 +189,9 @@ def recognise(tensors, file, overrides):
         raise InputError(f"{file} looks like {family} but lacks {error.args[0]}") from None
     # SparseDM's networks are the published ones with biases in all layers
     extra = {"qkv_bias": True} if shown.get("qkv_bias") else {}
+    wanted = shown | {n: hidden[n] for n in ("null_label", "context_tokens") if n in hidden}
     for name, config in MODELS.items():
-        if config.kind == shown["kind"] and all(getattr(config, n) == v for n, v in shown.items() if n not in extra):
+        if config.kind == shown["kind"] and all(getattr(config, n) == v for n, v in wanted.items() if n not in extra):
             return replace(config, **extra), f"the weights of {name}", []
     if "dim" in shown and "heads" not in overrides:
         hidden["heads"] = _heads(shown, file)
@@ -208,7 +249,7 @@ def _uvit(tensors, overrides):
     dim, channels, patch, _ = _shape(tensors, "patch_embed.proj.weight", 4)
     labels, null_label = _labels(tensors, "label_emb.weight", overrides)
     hidden = dict(null_label)
-    tokens, context = 0, {}
+    tokens, context = 0, {"context_tokens": 0}
     if "context_embed.weight" in tensors:
         given = overrides.get("context_tokens")
         tokens = given if type(given) is int else 77

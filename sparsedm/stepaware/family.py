@@ -24,7 +24,7 @@ from sparsedm.diffusion import evaluating, schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.files import parse_json, read_json, read_text, write_json
 from sparsedm.inspection import inspect
-from sparsedm.model_files import describe, load_model
+from sparsedm.model_files import Incomplete, describe, load_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers
 
@@ -46,6 +46,7 @@ class Family:
     costs: tuple
     unit: str = "MACs"
     fingerprints: tuple = ()  # of each network's weights; () where that does not matter
+    folders: tuple = ()  # what each network was read from; () for networks that were not read
 
     def __post_init__(self):
         if not self.networks:
@@ -74,9 +75,8 @@ class Family:
         if absent := [name for name in names if name not in self.names]:
             raise InputError(f"{self.name} holds no network {', '.join(absent)}: they are {', '.join(self.names)}")
         places = [self.names.index(name) for name in names]
-        fields = {"networks": self.networks, "names": self.names, "costs": self.costs}
-        fields |= {"fingerprints": self.fingerprints} if self.fingerprints else {}
-        return replace(self, **{field: tuple(values[i] for i in places) for field, values in fields.items()})
+        fields = {field: getattr(self, field) for field in ("networks", "names", "costs", "fingerprints", "folders")}
+        return replace(self, **{field: tuple(each[i] for i in places) for field, each in fields.items() if each})
 
     def cost(self, sampler, indices):
         """The cost of one image drawn with the strategy `indices`, in the family's unit."""
@@ -105,26 +105,33 @@ def family(name, networks, *, unit="MACs", batch=64):
 def family_of(run, unit="MACs", device="cpu"):
     """The Family of a run folder: its stages, costliest first. A slimmable stage gives one network per width.
 
-    run: also the model file of a slimmable network, or a folder of run folders, such as a seed of an experiment: then
-    the last stage of each, named by its folder. Raises InputError for a run with only one network.
+    run: also the model file of a slimmable network, the folder of a search that trained its family, or a folder of run
+    folders, such as a seed of an experiment: then the last stage of each, named by its folder, without those that no
+    file holds whole. Raises InputError for a run with only one network.
     """
     run = Path(run)
-    networks, stages = {}, {}
+    run = run / "family" if (run / "family").is_dir() else run
+    networks, stages, folders = {}, {}, []
     several = sorted({found.parents[1] for found in run.glob("*/[0-9][0-9]-*/checkpoints")})
     for stage in sorted(run.glob("[0-9][0-9]-*")) or several or [run]:
-        loaded = load_model(stage, build_model)
+        try:
+            loaded = load_model(stage, build_model)
+        except Incomplete:
+            if several:
+                continue
+            raise
         name = " + ".join(sorted(set(describe(loaded.model)["patterns"].values()))) or "dense"
         name = stage.name if several else f"{name} ({stage.name})" if name in stages else name
         stages[name] = stage
         slimmable = loaded.model.config.kind == "slimmable"
         found = widths(loaded.model) if slimmable else {"": loaded.model}
         networks |= {f"{name} {width}".strip(): network.to(device) for width, network in found.items()}
+        folders += [stage] * len(found)
     if len(networks) < 2:
         raise InputError(f"{run} holds one network only: there is nothing to choose from")
     found = family(run.parent.name if run.name == "family" else run.name, networks, unit=unit)
     order = sorted(range(len(networks)), key=lambda i: -found.costs[i])
-    fields = ("networks", "names", "costs", "fingerprints")
-    return replace(found, **{field: tuple(getattr(found, field)[i] for i in order) for field in fields})
+    return replace(found, folders=tuple(folders)).only([found.names[i] for i in order])
 
 
 def _as_run(network, device):

@@ -74,6 +74,11 @@ class Plan:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 2 images are needed")
         samplers.evaluations(self.sampler, self.steps)
 
+    def check_time(self, done):
+        """Raise OutOfTime at the deadline. done: what is done and what becomes of it, in words."""
+        if time.monotonic() >= self.deadline:
+            raise OutOfTime(f"after {done}")
+
     def facts(self, family):
         """The settings that the stored measurements depend on. Population and generations are not among them."""
         names = ("data", "sampler", "steps", "count", "final_count", "validation", "quality", "features", "unit")
@@ -99,6 +104,7 @@ class Plan:
 
     def check(self, config, images=None):
         """Raise InputError if networks of `config` cannot be searched, with an ImageSet: or not on these images."""
+        samplers.check(config, self.sampler, self.steps)
         if self.guidance and not (config.num_classes and getattr(config, "null_label", True)):
             raise InputError(f"guidance {self.guidance:g} needs networks with classes and a null label")
         if images is None:
@@ -122,9 +128,15 @@ def without(names, exclude):
 def study(plan):
     """Carry out a Plan, or continue it. Returns the report, a dict, and writes it into the folder.
 
-    Raises InputError if the folder belongs to another plan, if the data are latents (these need quality="proxy"), or if
-    the search is impossible. Raises OutOfTime at the deadline; the measurements so far are stored.
+    Raises InputError if the folder belongs to another plan or process, if the data are latents (these need
+    quality="proxy"), or if the search is impossible. Raises OutOfTime at the deadline; the measurements so far are
+    stored.
     """
+    with run_folder.folder_lock(plan.folder):
+        return _study(plan)
+
+
+def _study(plan):
     setting = _prepare(plan)
     tried = setting.evaluations("evaluations.jsonl", plan.count, plan.search.seed)
     compared = _compared(setting, _evolved(setting, tried))
@@ -170,13 +182,11 @@ class _Setting:
         """Evaluations of the quality over `count` images of this seed, stored in the folder."""
 
         def measured(indices):
-            if time.monotonic() >= self.plan.deadline:
-                known = len(evaluations.known)
-                raise OutOfTime(f"after {known} strategies of the search in {self.plan.folder}, which are kept")
-            return self.distance(self.draw(indices, count, seed))
+            known = len(evaluations.known)
+            self.plan.check_time(f"{known} strategies of the search in {self.plan.folder}, which are kept")
+            return self.distance(self.draw(indices, count, seed)) if self.distance else self.proxy(indices)
 
-        measure = measured if self.distance else self.proxy
-        evaluations = Evaluations(measure, self.cost, self.plan.folder / file, self.plan.workers)
+        evaluations = Evaluations(measured, self.cost, self.plan.folder / file, self.plan.workers)
         return evaluations
 
 
@@ -233,7 +243,12 @@ def _clocked(setting, rows):
     file = setting.plan.folder / "clock.json"
     indices = [row["indices"] for row in rows]
     if not file.exists() or read_json(file, indices=list)["indices"] != [list(i) for i in indices]:
-        calls = [functools.partial(setting.draw, i, CLOCKED, setting.plan.search.seed) for i in indices]
+
+        def drawn(strategy):
+            setting.plan.check_time(f"all strategies of the search in {setting.plan.folder}, which are timed anew")
+            setting.draw(strategy, CLOCKED, setting.plan.search.seed)
+
+        calls = [functools.partial(drawn, i) for i in indices]
         seconds = [total / CLOCKED for total in interleaved_seconds(calls, setting.plan.device, ROUNDS)]
         write_json(file, {"indices": indices, "seconds": seconds})
     return [row | {"clock": seconds} for row, seconds in zip(rows, read_json(file, seconds=list)["seconds"])]
@@ -251,7 +266,7 @@ def _save_strategies(setting, found):
 
 def _report(setting, tried, final, rows):
     plan, family, every = setting.plan, setting.family, tried.all()
-    seconds = {"training": _training_seconds(plan.run), "table": setting.table_seconds}
+    seconds = {"training": _training_seconds(family), "table": setting.table_seconds}
     return {
         **plan.facts(family),
         "family": family.name,
@@ -272,11 +287,19 @@ def _report(setting, tried, final, rows):
     }
 
 
-def _training_seconds(run):
-    """Training seconds of all stages below a run folder, from their latest checkpoints."""
-    files = sorted(Path(run).glob("**/checkpoints/step-*/state.json"))
-    latest = {file.parents[2]: read_state(file.parent, seconds=float)["seconds"] for file in files}
-    return sum(latest.values())
+def _training_seconds(family):
+    """Training seconds of the family's networks and of what they started from, by their latest checkpoints.
+
+    A stage starts from the stages before it; the last stage of a run in a folder of runs from the run `base`, too.
+    """
+    parts, number = set(), "[0-9][0-9]-*"
+    for folder in filter(Path.is_dir, family.folders):
+        if folder.match(number):
+            parts |= {stage for stage in folder.parent.glob(number) if stage <= folder}
+        else:
+            parts |= {folder, *folder.glob(number), *folder.parent.glob(f"base/{number}")}
+    saved = filter(None, map(run_folder.latest, parts))
+    return sum(sorted(read_state(path, seconds=float)["seconds"] for path in saved))
 
 
 def _times(plan, family):
@@ -285,26 +308,40 @@ def _times(plan, family):
 
 def _table(plan, family):
     """(the family with the stored costs, in their order; losses (networks, steps); seconds), measured once."""
-    file = plan.folder / "table.json"
+    file, shape = plan.folder / "table.json", (len(family.names), plan.steps)
     if not file.exists():
-        start = time.perf_counter()
-        crop = plan.crop(family)
-        held_out = load_images(plan.data, "test", family.shape[1], limit=plan.validation, crop=crop).to(plan.device)
-        x, y = batch(held_out, torch.arange(len(held_out)))
-        y = y if family.networks[0].config.num_classes else None
-        with _autocast(family):
-            losses = loss_table(family, x, plan.sampler, plan.steps, y=y, seed=plan.search.seed, progress=True)
-        seconds = time.perf_counter() - start
-        write_json(file, {"names": family.names, "costs": family.costs, "losses": losses.tolist(), "seconds": seconds})
-    known, shape = read_json(file, names=list, costs=list, losses=list, seconds=float), (len(family.names), plan.steps)
+        write_json(file, {"names": family.names, "costs": family.costs, "losses": [], "seconds": 0.0})
+    known = read_json(file, names=list, costs=list, losses=list, seconds=float)
     try:
-        losses, costs = np.array(known["losses"], dtype=float), tuple(map(float, known["costs"]))
+        costs = tuple(map(float, known["costs"]))
         family = replace(family.only(known["names"]), costs=costs)  # costs in seconds may give another order now
+        losses = np.array(known["losses"], dtype=float).reshape(len(known["losses"]), plan.steps)
     except (TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged: {error}") from error
+    losses = _filled(losses, plan, family, known, file)
     if losses.shape != shape or not (losses > 0).all() or not np.isfinite(losses).all():
         raise InputError(f"{file} is damaged: it must hold a loss for each network and step")
     return family, losses, known["seconds"]
+
+
+def _filled(losses, plan, family, known, file):
+    """The losses of all networks. A missing row is measured, and stored at once with what is `known`."""
+    missing = family.names[len(losses) :]
+    if not missing:
+        return losses
+    start, crop = time.perf_counter() - known["seconds"], plan.crop(family)
+    held_out = load_images(plan.data, "test", family.shape[1], limit=plan.validation, crop=crop).to(plan.device)
+    x, y = batch(held_out, torch.arange(len(held_out)))
+    y = y if family.networks[0].config.num_classes else None
+    for name in missing:
+        plan.check_time(f"{len(losses)} networks of the table of losses in {plan.folder}, which are kept")
+        with _autocast(family):
+            one = family.only([name])
+            row = loss_table(one, x, plan.sampler, plan.steps, y=y, seed=plan.search.seed, progress=True)
+        losses = np.concatenate([losses, row.numpy(force=True)])
+        known |= {"losses": losses.tolist(), "seconds": time.perf_counter() - start}
+        write_json(file, known)
+    return losses
 
 
 def _distance_to(images, plan):
@@ -324,13 +361,14 @@ def _draw(family, strategy, count, seed, clip, guidance=None):
     """uint8 samples; every strategy gets the same noise and labels."""
     classes = family.networks[0].config.num_classes
     labels = torch.arange(count) % classes if classes else None
+    execution = {"batch_size": samplers.batch_of(next(family.networks[0].parameters()).device)}
     with _autocast(family):
-        images = sample(family, strategy, count, seed=seed, y=labels, clip=clip, guidance=guidance, batch_size=256)
+        images = sample(family, strategy, count, seed=seed, y=labels, clip=clip, guidance=guidance, **execution)
     return to_uint8(images).cpu()
 
 
 def _autocast(family):
-    """Autocast to the precision that the networks were trained in."""
+    """The precision in which the networks are compared: bf16 on a GPU, the networks' own on a CPU."""
     device = next(family.networks[0].parameters()).device
     return torch.autocast(device.type, torch.bfloat16, enabled=amp_of(device) == "bf16")
 

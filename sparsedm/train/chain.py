@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from sparsedm.copying import copied
+from sparsedm.diffusion import check_discrete, schedule_of
 from sparsedm.errors import InputError, TooLittleMemory, check_memory
 from sparsedm.files import checksum
 from sparsedm.inspection import kept_per_image, most_kept_per_image
@@ -208,6 +209,8 @@ def check_chain(start, stages, images, options, where=None, validation=None, dev
     images None: the check of the images is skipped.
     """
     check_stages(stages, start.ema, start.build)
+    if getattr(getattr(start.model, "config", None), "learn_sigma", False):
+        check_discrete(schedule_of(start.model))
     if images is not None:
         check_data(start.model, images, validation)
     shares = distributed.shares(options.batch_size, options.accumulate)

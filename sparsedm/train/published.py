@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sparsedm.models import MODELS
+from sparsedm.models import MODELS, same_network
 from sparsedm.train.run_folder import stored_options
 
 
@@ -59,24 +59,26 @@ PUBLISHED |= {
     for name in MODELS
     if name.startswith("dit-imagenet")
 }
+# the sampling of the paper's best FID, and sample_ddp.py's default; the other sizes were compared without guidance
+PUBLISHED |= {
+    name: PUBLISHED[name]._replace(guidance=0.5) for name in ("dit-imagenet256-xlarge", "dit-imagenet512-xlarge")
+}
 
 
 _RELEASED = {"groups": 32, "ddsm": 128}  # DDSM's own file differs from the preset
-_TRAINING = ("passes", "same_images")  # say how a slimmable network is trained, not what it is
 
 
 def published(config, any_dropout=False):
-    """The Published row of a network that has the shape of one of the presets, None for any other.
+    """The Published row of a network that has the shape of one of the presets, None for any other; see `same_network`.
 
     any_dropout: also with another dropout, which a diffusers folder does not tell: for sampling.
     """
+    free = ["dropout"] * any_dropout
     for name, row in PUBLISHED.items():
         shape = MODELS[name]
-        if shape.kind == getattr(config, "kind", None):
-            free = [n for n in (*_TRAINING, *["dropout"] * any_dropout) if hasattr(shape, n)]
-            same = replace(shape, **{name: getattr(config, name) for name in free})
-            if config in (same, replace(same, **_RELEASED) if shape.kind == "slimmable" else same):
-                return row
+        released = replace(shape, **_RELEASED) if shape.kind == "slimmable" else shape
+        if same_network(config, shape, *free) or same_network(config, released, *free):
+            return row
     return None
 
 
@@ -86,9 +88,14 @@ def original_crop(config):
 
 
 def trained_crop(run, config):
-    """How images were cropped for the network of a run folder or one of its stages; else `original_crop`."""
+    """How images were cropped for the networks of `run`; else `original_crop`.
+
+    run: a run folder, one of its stages, a folder of run folders, or the folder of a search that trained its family.
+    """
     run = Path(run)
-    for folder in (run, run.parent) if re.match(r"\d\d-", run.name) else (run,):
+    run = run / "family" if (run / "family").is_dir() else run
+    stage, alone = re.match(r"\d\d-", run.name), (run / "options.json").exists()
+    for folder in (run, run.parent) if stage else (run,) if alone else sorted(run.glob("*/")):
         if (folder / "options.json").exists() and (crop := stored_options(folder).get("crop")):
             return crop
     return original_crop(config)

@@ -50,7 +50,7 @@ def folder_lock(folder, *inside):
         handle = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         if not _locked(handle, file):
-            raise InputError(f"another process is training in {folder}: wait for it or choose another folder")
+            raise InputError(f"another process is at work in {folder}: wait for it or choose another folder")
         try:
             with writing(folder):
                 for path in folders:
@@ -131,19 +131,32 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     if there.get("run", "none") != here.get("run", "none"):
         own = f"its number is {there.get('run', 'none')}, not {here.get('run', 'none')}"
         raise InputError(f"{folder} is of another run: {own}")
-    names = dict.fromkeys([*there, *here])
-    names = [name for name in names if not _same(there.get(name, "not set"), here.get(name, "not set"))]
-    different = [f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} here" for name in names]
+    different = _differing(there, here)
     grown = [name for name in may_grow or () if type(there.get(name)) in (int, float) and there[name] < here[name]]
-    if different and set(names) <= set(grown):
-        reasons = [may_grow[name] for name in names]
-        if not any(reasons):
+    if different and different.keys() <= set(grown):
+        reasons = {name: may_grow[name] for name in different}
+        if not any(reasons.values()):
             write_json(file, record)
             return
-        different = [f"{text}: {reason}" if reason else text for text, reason in zip(different, reasons)]
+        different = {name: f"{text}: {reasons[name]}" if reasons[name] else text for name, text in different.items()}
     if different:
-        more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
-        raise InputError(f"{folder} has other options, choose another folder: {'; '.join(different[:8])}{more}")
+        raise InputError(f"{folder} has other options, choose another folder: {_listed(different)}")
+
+
+def differences(there, here, free=()):
+    """How two stored options differ, in words; "" if a run of the one may go on in a folder of the other."""
+    return _listed(_differing(_flat(there, free), _flat(here, free)))
+
+
+def _differing(there, here):
+    """{name: how it differs} of two options of `_flat`."""
+    pairs = {name: (there.get(name, "not set"), here.get(name, "not set")) for name in dict.fromkeys([*there, *here])}
+    return {name: f"{name} is {a} there and {b} here" for name, (a, b) in pairs.items() if not _same(a, b)}
+
+
+def _listed(different):
+    more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
+    return f"{'; '.join(list(different.values())[:8])}{more}"
 
 
 def has_started(folder):

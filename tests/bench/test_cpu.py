@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cpu, "PLAN", parts)
         threads = torch.get_num_threads()
-        run.run_suite("cpu", run.Session(Results(file), torch.device("cpu"), torch.float32))
+        run.run_suites("cpu", run.Session(Results(file), torch.device("cpu"), torch.float32))
         assert torch.get_num_threads() == threads
     return read(file)
 

@@ -20,7 +20,7 @@ from bench.networks import (
     with_cusparselt,
 )
 from bench.results import Results, read
-from bench.run import Session, run_suite
+from bench.run import Session, run_suites
 from sparsedm import diffusion, samplers
 from sparsedm.compressed import CompressedLinear
 from sparsedm.cuda_graph import Graphs
@@ -237,7 +237,7 @@ def test_network_suites_write_their_rows_and_resume(tmp_path):
 
     first = session(False)
     for suite in ("end-to-end", "train"):
-        run_suite(suite, first)
+        run_suites(suite, first)
     rows = read(tmp_path / "r.csv")
     assert {(r["suite"], r["mode"]) for r in rows} == {
         ("end-to-end", "step"),
@@ -246,5 +246,5 @@ def test_network_suites_write_their_rows_and_resume(tmp_path):
     }
     again = session(True)
     for suite in ("end-to-end", "train"):
-        run_suite(suite, again)
+        run_suites(suite, again)
     assert len(read(tmp_path / "r.csv")) == len(rows), "what is there is not measured again"

@@ -256,6 +256,18 @@ def test_devices_are_not_mixed(tmp_path):
         plot.draw_all([tmp_path / "r.csv"], tmp_path)
 
 
+def test_each_dtype_has_its_own_charts(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "THEMES", {"": plot.THEMES[""]})
+    monkeypatch.setattr(plot, "save", lambda path, title, draw, size, rows, theme: drawn.update({path.stem: rows}))
+    rows = [*made_up(), *(r | {"dtype": "float16"} for r in made_up() if r["suite"] != "ceiling")]
+    write(tmp_path / "r.csv", rows)
+    plot.draw_all([tmp_path / "r.csv"], tmp_path)
+    assert {r["dtype"] for r in drawn["heat-float16"]} == {"float16"}
+    assert {r["dtype"] for r in drawn["heat-bfloat16"]} == {"bfloat16"}
+    assert "heat" not in drawn
+
+
 def test_files_without_a_measurement_are_refused(tmp_path, capsys):
     write(tmp_path / "r.csv", [row("dense", 1, status="wrong")])
     assert plot.main([str(tmp_path / "r.csv"), "--out", str(tmp_path)]) == 2

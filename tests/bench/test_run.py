@@ -12,7 +12,7 @@ import torch
 from bench import ceilings, measure, networks, program, providers, results, run
 from bench.baselines import OURS_AND_DENSE
 from bench.results import Results, read
-from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, Watch, main, run_suite
+from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, Watch, main, run_suites
 from sparsedm.errors import InputError
 
 FAST = {"rounds": 1, "per_round": 1}
@@ -27,7 +27,7 @@ def session(path, shapes=None, resume=False, **options):
 @pytest.mark.parametrize("suite", LAYER_SUITES)
 def test_layer_suites_measure_each_shape_in_each_mode(suite, tmp_path):
     shapes = "ddpm-tiny@1" if suite == "conv" else "uvit-tiny@1"
-    run_suite(suite, session(tmp_path / "r.csv", shapes))
+    run_suites(suite, session(tmp_path / "r.csv", shapes))
     rows = read(tmp_path / "r.csv")
     kind = LAYER_SUITES[suite][0]
     assert {r["mode"] for r in rows} == set(kind.of_models or kind.modes)
@@ -38,7 +38,7 @@ def test_layer_suites_measure_each_shape_in_each_mode(suite, tmp_path):
 
 
 def test_sweeps_have_all_modes_and_back_ends_and_layers_their_own_epilogue(tmp_path):
-    run_suite("gemm", session(tmp_path / "r.csv", "square@128,uvit-tiny@1"))
+    run_suites("gemm", session(tmp_path / "r.csv", "square@128,uvit-tiny@1"))
     found = {(r["model"], r["mode"], r["provider"]) for r in read(tmp_path / "r.csv")}
     assert {mode for model, mode, _ in found if model == "square"} == {"plain", "epilogue"}
     assert {mode for model, mode, _ in found if model != "square"} == {"epilogue"}
@@ -56,7 +56,7 @@ def test_rows_are_in_the_file_before_the_next_shape_begins(tmp_path, monkeypatch
         yield [{"suite": suite, "provider": "dense", "status": "ok", **problem.columns()}]
 
     monkeypatch.setattr(run, "measure", only_notes)
-    run_suite("mask", session(tmp_path / "r.csv", "square"))
+    run_suites("mask", session(tmp_path / "r.csv", "square"))
     assert seen == [1, 2, 3, 4], "the rows of those before, and the note that this one is under way"
     assert {r["status"] for r in read(tmp_path / "r.csv")} == {"ok"}
 
@@ -71,8 +71,8 @@ def test_a_crash_is_recorded_and_passed_over_by_resume(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "measure", crashing)
     with pytest.raises(MemoryError):
-        run_suite("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
-    run_suite("mask", session(tmp_path / "r.csv", "square", resume=True, providers=("dense",)))
+        run_suites("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
+    run_suites("mask", session(tmp_path / "r.csv", "square", resume=True, providers=("dense",)))
     states = {r["shape"]: r["status"] for r in read(tmp_path / "r.csv")}
     assert states == {"square 128": "ok", "square 256": "failed", "square 512": "ok", "square 1024": "ok"}
 
@@ -85,8 +85,8 @@ def test_who_crashed_has_failed_and_resume_measures_the_others(tmp_path, monkeyp
     with monkeypatch.context() as broken:
         broken.setattr(providers.TopK, "bind", crashes)
         with pytest.raises(SystemExit):
-            run_suite("mask", session(tmp_path / "r.csv", "square@256"))
-    run_suite("mask", session(tmp_path / "r.csv", "square@256", resume=True))
+            run_suites("mask", session(tmp_path / "r.csv", "square@256"))
+    run_suites("mask", session(tmp_path / "r.csv", "square@256", resume=True))
     states = {r["provider"]: (r["status"], r["reason"]) for r in read(tmp_path / "r.csv")}
     assert states.pop("torch topk") == ("failed", "the process ended in the middle of this: a crash, or a hang")
     assert set(states.values()) == {("ok", "")}
@@ -97,7 +97,8 @@ def lost(self, problem, prepared):
     raise RuntimeError("an illegal memory access was encountered")
 
 
-def test_a_gpu_that_is_lost_fails_who_lost_it_and_the_process_starts_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", [["--seconds", "1000"], []], ids=["limited", "unlimited"])
+def test_a_gpu_that_is_lost_fails_who_lost_it_and_the_process_starts_again(limit, tmp_path, monkeypatch):
     restarts = []
     arguments = ["--suite", "mask", "--quick", "--shapes", "square@256,square@512", "--out", str(tmp_path / "r.csv")]
     with monkeypatch.context() as broken:
@@ -105,10 +106,12 @@ def test_a_gpu_that_is_lost_fails_who_lost_it_and_the_process_starts_again(tmp_p
         for module in (measure, run):
             broken.setattr(module, "device_is_lost", lambda device: True)
         broken.setattr(run, "start_again", restarts.append)
-        main([*arguments, "--seconds", "1000"])
+        main([*arguments, *limit])
     (again,) = restarts
-    assert again[:-1] == [*arguments, "--seconds", "1000", "--resume", "--seconds"]
-    assert 900 < int(again[-1]) <= 1000
+    left = again[len([*arguments, *limit]) :]
+    assert again == [*arguments, *limit, *left]
+    assert left == ["--resume", *(["--seconds", left[-1]] if limit else [])]
+    assert not limit or 900 < int(left[-1]) <= 1000
     (row,) = read(tmp_path / "r.csv")
     assert (row["provider"], row["status"]) == ("torch topk", "failed")
     assert row["reason"] == "RuntimeError: an illegal memory access was encountered"
@@ -129,7 +132,7 @@ def test_an_error_that_the_device_survives_is_no_reason_to_start_again(tmp_path,
 def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
     late = threading.Event()
     monkeypatch.setattr(providers.Choose, "bind", lambda *_: late.wait(10) and None)
-    run_suite("mask", session(tmp_path / "r.csv", "square@256", timeout=0.2, on_timeout=late.set))
+    run_suites("mask", session(tmp_path / "r.csv", "square@256", timeout=0.2, on_timeout=late.set))
     assert late.is_set()
 
 
@@ -164,8 +167,8 @@ def test_who_ends_the_process_twice_is_left_out_of_the_rest(tmp_path, monkeypatc
         broken.setattr(providers.TopK, "bind", crashes)
         for _ in range(2):
             with pytest.raises(SystemExit):
-                run_suite("mask", session(tmp_path / "r.csv", "square", resume=(tmp_path / "r.csv").exists()))
-    run_suite("mask", session(tmp_path / "r.csv", "square", resume=True))
+                run_suites("mask", session(tmp_path / "r.csv", "square", resume=(tmp_path / "r.csv").exists()))
+    run_suites("mask", session(tmp_path / "r.csv", "square", resume=True))
     rows = [r for r in read(tmp_path / "r.csv") if r["provider"] == "torch topk"]
     reasons = [results.ENDED] * 2 + ["it has ended its process 2 times in this suite"] * 2
     assert [(r["status"], r["reason"]) for r in rows] == [("failed", reason) for reason in reasons]
@@ -207,11 +210,11 @@ def test_providers_that_there_is_no_time_for_are_left_for_the_next_time(tmp_path
     monkeypatch.setattr(run, "COMPILES", 1000)
     names = ("dense", "dense compiled", "sparsedm 2:4")
     first = session(tmp_path / "r.csv", "uvit-tiny@1", providers=names, deadline=time.monotonic() + 900)
-    run_suite("train", first)
-    run_suite("end-to-end", first)
+    run_suites("train", first)
+    run_suites("end-to-end", first)
     assert first.cut == 2
     assert {r["provider"] for r in read(tmp_path / "r.csv") if r["suite"] == "end-to-end"} == {"dense", "sparsedm 2:4"}
-    run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=names))
+    run_suites("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=names))
     assert {r["provider"] for r in read(tmp_path / "r.csv") if r["suite"] == "end-to-end"} == set(names)
 
 
@@ -219,9 +222,9 @@ def test_a_crash_while_sampling_costs_only_the_samples(tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(run, "sampling_rows", crashes)
         with pytest.raises(SystemExit):
-            run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
+            run_suites("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
     names = ("dense", "sparsedm masked")
-    run_suite("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=names))
+    run_suites("end-to-end", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=names))
     rows = {(r["mode"], r["provider"], r["status"]) for r in read(tmp_path / "r.csv") if r["metric"] in ("", "time")}
     sampling = "sampling, 4 steps"
     steps = {("step", name, "ok") for name in names}
@@ -234,7 +237,7 @@ def test_whole_sampling_is_watched_image_batch_by_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "draw", lambda *_: alive.append("draws") or torch.zeros(1))
     given = session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense", "sparsedm masked"))
     monkeypatch.setattr(given.watch, "alive", lambda: alive.append("lives"))
-    run_suite("end-to-end", given)
+    run_suites("end-to-end", given)
     assert alive == ["lives", "draws"] * (2 + 2 * 3 + 1)
 
 
@@ -243,19 +246,19 @@ def test_sampling_that_there_is_no_time_for_is_left_for_the_next_time(tmp_path, 
     with monkeypatch.context() as short:
         short.setattr(run, "SAMPLES", 1000)
         first = session(tmp_path / "r.csv", shape, providers=names, deadline=time.monotonic() + 900)
-        run_suite("end-to-end", first)
+        run_suites("end-to-end", first)
     assert first.cut == 1
     assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"step"}
-    run_suite("end-to-end", session(tmp_path / "r.csv", shape, resume=True, providers=names))
+    run_suites("end-to-end", session(tmp_path / "r.csv", shape, resume=True, providers=names))
     assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"step", "sampling, 4 steps"}
     again = session(tmp_path / "r.csv", shape, resume=True, providers=names, deadline=-1.0)
-    run_suite("end-to-end", again)
+    run_suites("end-to-end", again)
     assert again.cut == 0
 
 
 def test_resume_measures_only_the_providers_that_are_missing(tmp_path):
-    run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
-    run_suite("mask", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=("dense", "torch topk")))
+    run_suites("mask", session(tmp_path / "r.csv", "uvit-tiny@1", providers=("dense",)))
+    run_suites("mask", session(tmp_path / "r.csv", "uvit-tiny@1", resume=True, providers=("dense", "torch topk")))
     names = [r["provider"] for r in read(tmp_path / "r.csv")]
     assert names.count("dense") == names.count("torch topk") > 0
 
@@ -292,31 +295,31 @@ def test_resume_holds_for_a_second_what_there_was_no_time_to_hold(tmp_path, monk
 
 
 def test_without_compilation_its_providers_are_left_out(tmp_path):
-    run_suite("conv", session(tmp_path / "r.csv", "ddpm-tiny@1", compiled=False))
+    run_suites("conv", session(tmp_path / "r.csv", "ddpm-tiny@1", compiled=False))
     assert {r["provider"] for r in read(tmp_path / "r.csv")} == {"dense", "sparsedm 2:4"}
 
 
 def test_modes_can_be_chosen(tmp_path):
-    run_suite("gemm", session(tmp_path / "r.csv", "square@128", providers=("dense",), modes=("epilogue",)))
+    run_suites("gemm", session(tmp_path / "r.csv", "square@128", providers=("dense",), modes=("epilogue",)))
     assert {r["mode"] for r in read(tmp_path / "r.csv")} == {"epilogue"}
 
 
 def test_a_deadline_leaves_out_and_resume_goes_on(tmp_path):
     first = session(tmp_path / "r.csv", "square", deadline=-1.0)
-    run_suite("mask", first)
+    run_suites("mask", first)
     assert first.cut == 4
     assert not first.results.rows
-    run_suite("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
+    run_suites("mask", session(tmp_path / "r.csv", "square", providers=("dense",)))
     count = len(read(tmp_path / "r.csv"))
     again = session(tmp_path / "r.csv", "square", resume=True, providers=("dense",), deadline=-1.0)
-    run_suite("mask", again)
+    run_suites("mask", again)
     assert (again.cut, len(again.results.rows)) == (0, count)
 
 
 def test_ceilings_of_a_cpu(tmp_path):
     small = session(tmp_path / "r.csv")
-    run_suite("ceiling", small)
-    run_suite("ceiling", small)
+    run_suites("ceiling", small)
+    run_suites("ceiling", small)
     rows = read(tmp_path / "r.csv")
     assert [r["kernel"] for r in rows if r["kernel"] == "copy"] == ["copy"], "once, not once for each call"
     assert all(r["value"] > 0 for r in rows if r["status"] == "ok")
@@ -332,8 +335,8 @@ def test_a_probe_that_fails_or_ends_the_process_costs_no_other_ceiling(tmp_path,
     monkeypatch.setattr(ceilings, "unsupported", lambda name, *_: None if "w" not in name else "old")
     monkeypatch.setattr("bench.instruction_rates.prepare", prepare)
     with pytest.raises(SystemExit):
-        run_suite("ceiling", session(tmp_path / "r.csv"))
-    run_suite("ceiling", session(tmp_path / "r.csv", resume=True))
+        run_suites("ceiling", session(tmp_path / "r.csv"))
+    run_suites("ceiling", session(tmp_path / "r.csv", resume=True))
     states = {r["shape"].split()[0]: (r["status"], r["reason"]) for r in read(tmp_path / "r.csv")}
     assert states["copy"] == states["dense"] == ("ok", "")
     assert states["mma"] == ("failed", "RuntimeError: out of registers")
@@ -361,13 +364,26 @@ def test_the_command_line(tmp_path, capsys):
         (["--suite", "gemm", "--shapes", "sqare"], "unknown shapes 'sqare'"),
         (["--suite", "cpu", "--shapes", "square@256"], "suite cpu has its own shapes and modes: leave out --shapes"),
         (["--suite", "cpu", "--modes", "epilogue"], "suite cpu has its own shapes and modes: leave out --shapes"),
+        (["--suite", "train", "--shapes", "uvit-tiny@0"], "'0' is not a whole number from 1"),
+        (["--suite", "mask,speed", "--shapes", "square@128"], "unknown suite 'speed'"),
+        (["--suite", "mask,conv", "--shapes", "square@128"], "hold no convolution layer"),
+        (["--suite", "mask", "--modes", "epilogue"], "suite mask: --providers, --modes and --no-compile leave nothing"),
+        (["--suite", "train", "--no-compile", "--providers", "dense compiled"], "suite train: --providers, --modes"),
+        (["--suite", "ceiling", "--providers", "dense"], "suite ceiling: --providers, --modes and --no-compile leave"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
-    assert main([*arguments, "--out", str(tmp_path / "r.csv")]) == 2
+def test_bad_input_is_one_sentence_before_anything_is_measured(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--quick", "--out", str(tmp_path / "r.csv")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "r.csv").exists()
+
+
+def test_whole_networks_can_be_named_beside_all_models(tmp_path):
+    shapes = run.network_shapes(session(tmp_path / "r.csv", "models@2, uvit-tiny@4,uvit-tiny@4", batches=(8,)))
+    every = [(name, 2) for name in run.MEASURED_MODELS]
+    assert [(s.preset, s.batch) for s in shapes] == [*every, ("uvit-tiny", 4)]
 
 
 def test_the_help_describes_every_suite():
@@ -456,7 +472,7 @@ def test_on_a_gpu_everything_of_torch_and_of_ours_is_right_and_timed_by_graphs(s
     names += of_networks if suite in NETWORK_SUITES else ["torch", "sparsedm"]  # the last two of the ceilings
     results = Results(tmp_path / "r.csv")
     options = {"quick": True, "shapes": SMALL[suite], "providers": tuple(names), "limits": FAST}
-    run_suite(suite, Session(results, torch.device("cuda"), torch.bfloat16, **options))
+    run_suites(suite, Session(results, torch.device("cuda"), torch.bfloat16, **options))
     rows = read(tmp_path / "r.csv")
     assert not [(r["provider"], r["mode"], r["reason"]) for r in rows if r["status"] in ("failed", "wrong")]
     times = [r for r in rows if r["samples"] and r["metric"] not in ("host", "packing") and "sampling" not in r["mode"]]

@@ -91,6 +91,9 @@ def test_select_reads_lists_batches_and_drops_doubles():
     [
         ("sqare", "unknown shapes 'sqare': one of uvit-tiny"),
         ("uvit-tiny@many", "write model@batch"),
+        ("uvit-tiny@", "write model@batch"),
+        ("uvit-tiny@0", "'0' is not a whole number from 1"),
+        ("square@99999999999999999999", "'99999999999999999999' is not a whole number from 1"),
         ("", "hold no linear layer"),
     ],
 )

@@ -86,6 +86,17 @@ def test_evaluate_writes_numbers(trained, tmp_path, capsys):
     assert numbers["features"] in capsys.readouterr().out
 
 
+def test_a_dry_run_of_evaluate_refuses_what_cannot_be_drawn(trained, tmp_path, capsys):
+    save_model(tmp_path / "m.safetensors", build_model("ddpm-tiny", image_size=8, attention=()))
+    command = ["evaluate", tmp_path / "m.safetensors", "--data", "synthetic", "--dry-run", "--sampler"]
+    assert run(*command, "ddpm-learned") == 2
+    assert "needs a network that has learnt the variance" in capsys.readouterr().err
+    assert run(*command, "ddpm", "--sampling-steps", 1001) == 2
+    assert "steps is 1001, but the schedule has only 1000 discrete times" in capsys.readouterr().err
+    assert run(*command, "heun", "--nfe", 9) == 0
+    assert "heun in 5 steps (9 network evaluations)" in capsys.readouterr().out
+
+
 def test_samples_are_compared_with_the_dense_network_of_a_chain_not_with_themselves(trained, tmp_path):
     out, found = tmp_path / "numbers.json", []
     for dense in (trained, trained / "00-dense"):
@@ -110,6 +121,23 @@ def test_the_classes_stand_below_one_another(trained, tmp_path):
     assert run("sample", trained, "--count", 24, "--sampling-steps", 1, "--out", out) == 0
     tile = 64 + 2
     assert Image.open(out).size == (12 * tile, 2 * tile)
+
+
+def test_label_and_which_decide_what_is_drawn(trained, tmp_path, monkeypatch):
+    asked = []
+
+    def sampled(networks, schedule, count, shape, *, y, **more):
+        asked.append((networks[0].in_blocks[0].mlp.fc1.weight, y.tolist()))
+        return torch.zeros(count, *shape)
+
+    monkeypatch.setattr(sample.samplers, "sample", sampled)
+    for more in ((), ("--label", 1), ("--which", "model")):
+        assert run("sample", trained, "--count", 2, "--sampling-steps", 2, "--out", tmp_path / "a.npz", *more) == 0
+    weights, labels = zip(*asked)
+    assert labels == ([0, 1], [1, 1], [0, 1])
+    for weight, which in zip(weights, ("ema", "ema", "model")):
+        assert torch.equal(weight, load_model(trained, build_model, which=which).model.in_blocks[0].mlp.fc1.weight)
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_labels_must_be_the_models_own(trained, tmp_path, capsys):

@@ -15,7 +15,8 @@ from sparsedm.cli import main
 from sparsedm.commands import options as command_options
 from sparsedm.commands import train
 from sparsedm.errors import InputError
-from sparsedm.models import model_config
+from sparsedm.model_files import save_model
+from sparsedm.models import build_model, model_config
 from sparsedm.recipes import SEARCHES
 from sparsedm.stepaware import study
 from sparsedm.train import loop
@@ -171,6 +172,12 @@ def test_every_family_can_be_built_and_searched(scale):
         (["--minutes", "nan"], "'nan' is not a finite number"),
         (["--minutes", "-3"], "'-3' is not more than 0"),
         (["--weight", "-1"], "search option weight=-1.0"),
+        (["--sampler", "ddpm-learned"], "sampler ddpm-learned needs a network that has learnt the variance"),
+        (
+            ["--family", "widths", "--sampler", "ddpm", "--sampling-steps", "1500"],
+            "steps is 1500, but the schedule has only 1000 discrete times",
+        ),
+        (["--nfe", "9", "--sampling-steps", "5"], "argument --sampling-steps: not allowed with argument --nfe"),
         (["--population", "2"], "a population of 2 is too small"),
         (["nowhere"], "nowhere does not exist"),
         (["nowhere", "--data", "synthetic"], "nowhere does not exist"),
@@ -188,3 +195,19 @@ def test_bad_arguments_are_one_sentence(arguments, message, capsys, tmp_path, mo
     assert code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluations_in_place_of_steps(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["search", "--nfe", "9", "--sampler", "heun", "--dry-run"]) == 0
+    assert "5 steps of heun (9 network evaluations)" in capsys.readouterr().out
+
+
+def test_a_search_in_a_model_file_writes_beside_no_file(capsys, tmp_path, monkeypatch):
+    """But into the current folder, as sample does."""
+    monkeypatch.chdir(tmp_path)
+    shape = {"image_size": 12, "multipliers": (1, 1), "attention": (), "eighths": (4, 8)}
+    save_model(tmp_path / "slim.safetensors", build_model("slimmable-tiny", **shape))
+    few = ["--population", "4", "--sampling-steps", "3", "--data", "synthetic"]
+    assert main(["search", str(tmp_path / "slim.safetensors"), *few, "--dry-run"]) == 0
+    assert "search folder: search " in capsys.readouterr().out

@@ -44,10 +44,11 @@ def test_a_method_starts_from_the_dense_stage_of_a_chain(trained, tmp_path):
     common = ["--data", "synthetic", "--limit", 64, "--batch-size", 8, "--steps", 2, "--run", tmp_path / "oneshot"]
     assert run("train", "--init", trained, "--method", "oneshot", *common) == 0
     dense, pruned = (
-        load_model(folder, build_model).model.in_blocks[0].mlp.fc1.weight
+        [load_model(folder, build_model, which=which).model.in_blocks[0].mlp.fc1.weight for which in ("model", "ema")]
         for folder in (trained / "00-dense", tmp_path / "oneshot")
     )
-    assert torch.equal(dense, pruned)
+    assert all(map(torch.equal, dense, pruned))
+    assert not torch.equal(*dense)
 
 
 def test_init_must_be_dense_and_agree_with_the_named_model(trained, tmp_path, capsys):
@@ -96,6 +97,14 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert "44,255,328" in text
     assert "11,321.6 M" in text
     assert "8,694.1 M" in text
+
+
+def test_a_variance_is_learned_at_discrete_times_alone(tmp_path, capsys):
+    shape = ["--set", "learn_sigma=true", "--set", "schedule=vp-sde"]
+    for more in ((), ("--dry-run",)):
+        assert run("train", "--data", "synthetic", "--model", "dit-tiny", *shape, "--run", tmp_path / "x", *more) == 2
+        assert "a learned variance needs discrete times" in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
 
 
 def test_dry_run_refuses_what_the_run_would_refuse(capsys):

@@ -41,6 +41,15 @@ def test_exchanged_rows_columns_and_entries_show(number):
     assert number(weight) == before
 
 
+def test_every_part_of_a_large_weight_counts(number):
+    weight = torch.randn(1, (1 << 17) + 5)  # the C kernel sums from 256 KB on in 32 parts
+    before = number(weight)
+    for place in (0, 5000, 1 << 16, (1 << 17) + 4):
+        other = weight.clone()
+        other[0, place] += 1
+        assert number(other) != before
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
 def test_every_dtype_and_an_empty_weight_have_one(number, dtype, request):
     if "the kernel's" in request.node.name and dtype != torch.bfloat16:

@@ -14,6 +14,7 @@ from emulator.sass import Build, compile_offline
 from sparsedm.errors import InputError
 from sparsedm.kernels import launch
 from sparsedm.kernels import mask as mask_file
+from sparsedm.kernels.cpu import library
 from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.pattern import GROUPS, Pattern, group_view, pack_bits, select_mask_ref, ungroup
 from sparsedm.kernels.sparse24.format import pack
@@ -21,8 +22,12 @@ from sparsedm.kernels.sparse24.format import pack
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=["torch", "kernel"])
+@pytest.fixture(params=["torch", "C", "kernel"])
 def way(request, monkeypatch):
+    if request.param == "C" and library.library() is None:
+        pytest.skip("no C kernels")
+    if request.param == "torch":
+        monkeypatch.setenv("SPARSEDM_BACKEND", "torch")
     if request.param == "kernel":
         monkeypatch.setattr(mask_file, "uses_triton", lambda *tensors: True)
         monkeypatch.setattr(mask_file, "watched", lambda: True)  # else torch alone selects for a weight on a CPU
@@ -84,9 +89,10 @@ def test_casts(way, source, target):
     assert torch.equal(chosen, mask)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("extreme", [float("inf"), -float("inf"), 3e38, 1e-45])
-def test_extreme_magnitudes(way, extreme):
-    weight = torch.tensor([[extreme, 1.0, extreme, 0.5], [-extreme, extreme, extreme, -extreme]]).repeat(1, 4)
+def test_extreme_magnitudes(way, extreme, dtype):
+    weight = torch.tensor([[extreme, 1.0, extreme, 0.5], [-extreme, extreme, extreme, -extreme]]).repeat(1, 4).to(dtype)
     masked, mask = masked_and_mask(weight, Pattern(2, 4))
     out, chosen, *_ = select_mask(weight, Pattern(2, 4))
     assert torch.equal(chosen, mask)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsedm import layers
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul, masked_matmul_kernels
+from sparsedm.kernels.pattern import select_mask_ref
 from sparsedm.kernels.tuning import Autotuner
 from sparsedm.layers import Linear
 from sparsedm.sparsity import set_masking
@@ -102,6 +103,15 @@ def test_by_kernels_every_gradient_is_that_of_torchs_way(gpu, launches, monkeypa
     before = len(launches)
     step(layer, x, torch.randn(2, 9, 40))
     assert len(launches) == before + 3, "once measured, only the step itself runs"
+
+
+def test_the_decay_of_a_lent_weight(gpu, launches):
+    layer, x = layer_and_input()
+    set_masking(layer, decay=0.5)
+    weight = torch.randn(40, 64, requires_grad=True)
+    torch.func.functional_call(layer, {"weight": weight}, (x,)).mul(0).sum().backward()
+    assert launches
+    assert torch.equal(weight.grad, 0.5 * weight.detach() * ~select_mask_ref(weight, layer.pattern))
 
 
 def test_autocast_multiplies_in_its_dtype_and_returns_gradients_in_the_weights(gpu, launches, monkeypatch):

@@ -1,5 +1,6 @@
 import argparse
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -56,6 +57,22 @@ def test_other_networks_are_read_from_their_shapes(config):
         assert f"schedule={model.config.schedule}" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("dit-imagenet256-small", {"null_label": False}),
+        ("uvit-imagenet64-mid", {"null_label": True}),
+        ("uvit-imagenet256-large", {"null_label": False}),
+        ("uvit-coco-small", {"context_tokens": 0, "schedule": "vp-sde"}),
+    ],
+)
+def test_a_network_that_lacks_labels_or_text_of_a_published_one_is_another(name, changed):
+    model = build_model(name, device="meta", **changed)
+    found, about, _ = recognise(model.state_dict(), "x.pt", {})
+    assert found == model.config
+    assert "none of the published" in about
+
+
 def test_heads_are_asked_for_where_no_published_size_fits():
     with pytest.raises(InputError, match=r"x.pt does not show the number of heads.* width 64 and depth 2: say it with"):
         recognise(shapes(UVIT), "x.pt", {})
@@ -106,6 +123,55 @@ def test_a_diffusers_folder_becomes_a_model_file(inner, tmp_path, capsys):
     x, t, _ = model.example_inputs(2)
     with torch.no_grad():
         assert torch.equal(loaded(x, t), model.eval()(x, t))
+
+
+SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "v_prediction"},
+        {"beta_end": 0.012},
+        {"num_train_timesteps": 4000},
+        {"trained_betas": [0.1, 0.2]},
+        {"rescale_betas_zero_snr": True},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"num_train_timesteps": None} | dict.fromkeys(SCHEDULER),
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_pipeline_that_was_trained_otherwise_is_refused(other, tmp_path):
+    model, (name, value) = build_model(DDPM), next(iter(other.items()))
+    for folder in ("unet", "scheduler"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config_to_diffusers(model.config)))
+    save_file(to_diffusers(model.state_dict(), model.config), tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    said = tmp_path / "scheduler" / "scheduler_config.json"
+    for usual in (SCHEDULER, SCHEDULER | {"trained_betas": None, "prediction_type": "epsilon", "clip_sample": True}):
+        said.write_text(json.dumps(usual))
+        assert read_foreign(tmp_path).model.config.schedule == "ddpm"
+    said.write_text(json.dumps(SCHEDULER | other))
+    for source in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(InputError, match=f"scheduler_config.json: .*{name}={re.escape(repr(value))}"):
+            read_foreign(source)
+
+
+def test_a_checkpoint_folder_of_uvit_is_read(tmp_path):
+    """As its train.py and SparseDM's leave it."""
+    folder = tmp_path / "500000.ckpt"
+    folder.mkdir()
+    states = dict(zip(("nnet", "nnet_ema"), two()))
+    for name, state in states.items():
+        torch.save(state, folder / f"{name}.pth")
+    torch.save({"state": {}}, folder / "optimizer.pth")
+    found = read_foreign(folder)
+    assert "'nnet_ema.pth' was read, 'nnet.pth' ignored" in found.notes
+    for read, name in ((found, "nnet_ema"), (read_foreign(folder, weights="raw"), "nnet")):
+        assert all(torch.equal(value, states[name][key]) for key, value in read.model.state_dict().items())
+    (folder / "nnet_ema.pth").unlink()
+    assert torch.equal(read_foreign(folder).model.pos_embed, states["nnet"]["pos_embed"])
 
 
 @pytest.mark.parametrize("kind", ["DiTTransformer2DModel", "Transformer2DModel"])
@@ -491,4 +557,5 @@ def test_a_file_without_a_schedule_of_a_network_that_had_another_is_noticed(tmp_
         assert model_config(old).schedule == "vp-sde"
     found = schedule_note(model_config("uvit-imagenet256-huge", schedule="vp-sde"))
     assert found == "schedule vp-sde: uvit-imagenet256-huge was published with scaled-linear"
+    assert schedule_note(model_config("uvit-imagenet256-huge", schedule="vp-sde", qkv_bias=True)) == found
     assert all(schedule_note(config) is None for config in MODELS.values())

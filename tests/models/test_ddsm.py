@@ -5,6 +5,7 @@ given and writes a share of its own, also behind the concatenation of x and skip
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from sparsedm.cli import main
 from sparsedm.errors import InputError
+from sparsedm.models import MODELS, convert
 from sparsedm.models.convert import read_foreign
 from sparsedm.stepaware.family import family_of, load_strategy
 
@@ -82,18 +84,22 @@ class Released:
         return self.layer("tail.2", F.silu(self.norm("tail.0", x)), width=1)
 
 
-def released_state():
-    """A state dict with the names and shapes of the release, random."""
-    generator, state = torch.Generator().manual_seed(0), {}
+def drawn(generator):
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def released_state(make, ch=CH, levels=LEVELS, blocks=BLOCKS):
+    """A state dict with the names and shapes of the release. make(*shape): a tensor."""
+    state = {}
 
     def layer(name, out, *shape):
-        state[f"{name}.weight"] = torch.randn(out, *shape, generator=generator) / math.sqrt(math.prod(shape) or 1)
-        state[f"{name}.bias"] = torch.randn(out, generator=generator) / 4
+        state[f"{name}.weight"] = make(out, *shape) / math.sqrt(math.prod(shape) or 1)
+        state[f"{name}.bias"] = make(out) / 4
 
     def block(name, cin, cout, attend):
         layer(f"{name}.block1.0", cin)
         layer(f"{name}.block1.2", cout, cin, 3, 3)
-        layer(f"{name}.temb_proj.1", cout, 4 * CH)
+        layer(f"{name}.temb_proj.1", cout, 4 * ch)
         layer(f"{name}.block2.0", cout)
         layer(f"{name}.block2.3", cout, cout, 3, 3)
         if cin != cout:
@@ -103,28 +109,28 @@ def released_state():
             for kind in ("proj_q", "proj_k", "proj_v", "proj"):
                 layer(f"{name}.attn.{kind}", cout, cout, 1, 1)
 
-    angles = torch.arange(1000.0)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, CH, 2) / CH)
-    state["time_embedding.timembedding.0.weight"] = torch.stack([angles.sin(), angles.cos()], -1).view(1000, CH)
-    layer("time_embedding.timembedding.1", 4 * CH, CH)
-    layer("time_embedding.timembedding.3", 4 * CH, 4 * CH)
-    layer("head", CH, 3, 3, 3)
-    skips, now, number = [CH], CH, 0
-    for level, multiplier in enumerate(LEVELS):
-        for _ in range(BLOCKS):
-            block(f"downblocks.{number}", now, CH * multiplier, level == ATTENTION)
-            now, number = CH * multiplier, number + 1
+    angles = torch.arange(1000.0)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, ch, 2) / ch)
+    state["time_embedding.timembedding.0.weight"] = torch.stack([angles.sin(), angles.cos()], -1).view(1000, ch)
+    layer("time_embedding.timembedding.1", 4 * ch, ch)
+    layer("time_embedding.timembedding.3", 4 * ch, 4 * ch)
+    layer("head", ch, 3, 3, 3)
+    skips, now, number = [ch], ch, 0
+    for level, multiplier in enumerate(levels):
+        for _ in range(blocks):
+            block(f"downblocks.{number}", now, ch * multiplier, level == ATTENTION)
+            now, number = ch * multiplier, number + 1
             skips.append(now)
-        if level < len(LEVELS) - 1:
+        if level < len(levels) - 1:
             layer(f"downblocks.{number}.main", now, now, 3, 3)
             number += 1
             skips.append(now)
     block("middleblocks.0", now, now, True)
     block("middleblocks.1", now, now, False)
     number = 0
-    for level, multiplier in reversed(list(enumerate(LEVELS))):
-        for _ in range(BLOCKS + 1):
-            block(f"upblocks.{number}", skips.pop() + now, CH * multiplier, level == ATTENTION)
-            now, number = CH * multiplier, number + 1
+    for level, multiplier in reversed(list(enumerate(levels))):
+        for _ in range(blocks + 1):
+            block(f"upblocks.{number}", skips.pop() + now, ch * multiplier, level == ATTENTION)
+            now, number = ch * multiplier, number + 1
         if level:
             layer(f"upblocks.{number}.main", now, now, 3, 3)
             number += 1
@@ -136,7 +142,7 @@ def released_state():
 @pytest.fixture(scope="module")
 def supernet(tmp_path_factory):
     file = tmp_path_factory.mktemp("ddsm") / "ckpt_450000.pt"
-    state = released_state()
+    state = released_state(drawn(torch.Generator().manual_seed(0)))
     torch.save({"net_model": {n: v + 1 for n, v in state.items()}, "ema_model": state, "step": 450_000}, file)
     return file, state
 
@@ -144,7 +150,8 @@ def supernet(tmp_path_factory):
 def test_every_width_computes_what_the_release_does(supernet):
     file, state = supernet
     found = read_foreign(file, overrides={"image_size": 16, "groups": GROUPS})
-    assert "supernet of DDSM" in found.about
+    assert "of DDSM's code" in found.about
+    assert not any("groups" in note for note in found.notes)
     assert any("ema_model" in note for note in found.notes)
     config = found.model.config
     assert (config.kind, config.width, config.multipliers, config.attention) == ("slimmable", CH, LEVELS, (8,))
@@ -155,6 +162,45 @@ def test_every_width_computes_what_the_release_does(supernet):
         with found.model.at_width(k):
             torch.testing.assert_close(found.model(x, t.float()), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.model.export(k).eval()(x, t.float()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["slimmable-tiny", "ddpm-tiny"])
+def test_a_named_network_computes_as_ddsms_code_too(supernet, name):
+    """With the name of a plain network, the file is of the baseline."""
+    file, state = supernet
+    found = read_foreign(file, name, {"image_size": 16, "multipliers": LEVELS, "groups": GROUPS})
+    assert (found.model.config.kind, found.model.config.ddsm) == (MODELS[name].kind, CH)
+    assert name in found.about
+    assert any("narrow widths were trained" in note for note in found.notes) == (name == "slimmable-tiny")
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([7, 940])
+    torch.testing.assert_close(found.model(x, t.float()), Released(state, 1)(x, t), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def of_published_size(tmp_path, monkeypatch):
+    """A file of the supernet's names and shapes at CIFAR-10, without values."""
+    state = released_state(lambda *shape: torch.empty(shape, device="meta"), 128, (1, 2, 2, 2), 2)
+    monkeypatch.setattr(convert, "read_tensors", lambda file, weights: (state, {}))
+    (tmp_path / "ckpt.pt").touch()
+    return tmp_path / "ckpt.pt"
+
+
+def test_what_a_file_of_ddsm_does_not_show_is_said(of_published_size):
+    """Names and shapes are the same of the supernet with 32 groups and with 16, and of the baseline, which has 16."""
+    released = replace(MODELS["slimmable-cifar10"], groups=32, ddsm=128, passes=3, same_images=True)
+    for name in (None, "slimmable-cifar10"):
+        found = read_foreign(of_published_size, name)
+        assert found.model.config == released
+        assert "supernet" not in found.about
+        said = " ".join(found.notes)
+        assert "does not show groups=32" in said
+        assert "--set groups=16" in said
+        assert "narrow widths were trained" in said
+    corrected = read_foreign(of_published_size, overrides={"groups": 16})
+    assert corrected.model.config == replace(released, groups=16)
+    assert "groups" not in " ".join(corrected.notes)
+    plain = read_foreign(of_published_size, "ddpm-cifar10", {"groups": 16})
+    assert plain.model.config == replace(MODELS["ddpm-cifar10"], groups=16, ddsm=128)
 
 
 def test_a_file_that_lacks_something_is_refused(supernet, tmp_path):

@@ -359,15 +359,17 @@ def test_a_family_may_hold_more_than_a_strategy_asks_for_in_any_order(chain):
 # ---- the proxy -------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_table_is_the_validation_loss_of_each_network_at_each_step(chain):
-    x = torch.linspace(-1, 1, 6 * 192).view(6, 3, 8, 8)
-    table = stepaware.loss_table(chain, x, "dpm++2m", 5, seed=2)
+@pytest.mark.parametrize("classes", [0, 3])
+def test_the_loss_table_is_the_validation_loss_of_each_network_at_each_step(classes):
+    x, y = torch.linspace(-1, 1, 6 * 192).view(6, 3, 8, 8), torch.arange(6) % 3 if classes else None
+    networks = {p: student(p, num_classes=classes) for p in ("dense", "2:4", "1:4")}
+    family = stepaware.family("any", networks)
+    table = stepaware.loss_table(family, x, "dpm++2m", 5, y=y, seed=2)
     assert table.shape == (3, 5)
-    times = samplers.time_grid(chain.schedule, 5, "logsnr")
+    times = samplers.time_grid(family.schedule, 5, "logsnr")
     for index, step in ((0, 0), (2, 3)):
-        alone = diffusion.validation_loss(
-            chain.networks[index], x, chain.schedule, times=times[step : step + 1], seed=2
-        )
+        settings = {"y": y, "times": times[step : step + 1], "seed": 2}
+        alone = diffusion.validation_loss(family.networks[index], x, family.schedule, **settings)
         assert torch.equal(table[index, step], alone[0])
 
 

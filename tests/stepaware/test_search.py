@@ -84,6 +84,14 @@ def test_no_uniform_strategy_beats_the_front(weight):
     assert not any(dominated(e, tried) for e in front(tried))
 
 
+@pytest.mark.parametrize(("mutation", "mixed"), [(0.0, False), (1.0, True)])
+def test_mutation_is_the_chance_that_a_step_is_drawn_anew(mutation, mixed):
+    """Of uniform strategies, a crossover alone makes strategies that change their network once at most."""
+    tried = search(Evaluations(measure, cost), NETWORKS, STEPS, SearchOptions(3, 2, mutation=mutation, seed=1))
+    changes = [sum(a != b for a, b in itertools.pairwise(e.indices)) for e in tried]
+    assert (max(changes) > 1) == mixed
+
+
 def test_front_by_hand():
     a, b, c, d = Evaluation(1, 5, (0,)), Evaluation(2, 5, (1,)), Evaluation(3, 2, (2,)), Evaluation(2, 4, (3,))
     twin = Evaluation(3, 2, (4,))

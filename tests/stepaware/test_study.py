@@ -1,7 +1,9 @@
 """A whole search on networks that know nothing, which is enough to see what is measured, kept and refused."""
 
+import itertools
 import json
 import shutil
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsedm import evaluate
+from sparsedm import evaluate, samplers
 from sparsedm.cli import main, parse
 from sparsedm.commands.sample import source_of
 from sparsedm.errors import InputError
@@ -22,7 +24,8 @@ from sparsedm.stepaware import study as study_module
 from sparsedm.stepaware.family import Strategy, family_of, load_strategy, sample
 from sparsedm.stepaware.search import SearchOptions
 from sparsedm.stepaware.study import Plan, study
-from sparsedm.train import checkpoint, published
+from sparsedm.train import checkpoint, published, run_folder
+from sparsedm.train.loop import OutOfTime
 
 UVIT = {"image_size": 12, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "num_classes": 5}
 
@@ -55,7 +58,7 @@ def _few_images(monkeypatch, tmp_path):
     )
 
 
-LOAD = study_module.load_images
+LOAD, LOSS_TABLE = study_module.load_images, study_module.loss_table
 
 
 @pytest.fixture
@@ -219,6 +222,14 @@ def test_images_are_cropped_as_in_training(chain, tmp_path, monkeypatch, numbers
         study(plan(run, tmp_path / "own", quality="proxy"))
 
 
+def test_the_proxy_of_networks_with_classes_is_told_the_labels(chain, tmp_path, monkeypatch):
+    told = []
+    real = study_module.loss_table
+    monkeypatch.setattr(study_module, "loss_table", lambda *a, y, **s: told.append(y) or real(*a, y=y, **s))
+    study_module._table(plan(chain, tmp_path), family_of(chain))
+    assert torch.equal(told[0], LOAD("synthetic", "test", 12, limit=8).labels)
+
+
 def test_guidance_costs_every_network_twice(chain, tmp_path, monkeypatch, numbers_alone):
     asked = []
     monkeypatch.setattr(study_module, "_distance_to", lambda images, plan: lambda drawn: float(len(asked)))
@@ -321,6 +332,71 @@ def test_run_folders_side_by_side_are_a_family(chain, tmp_path):
     assert family.fingerprints == tuple(family_of(chain).fingerprints[place] for place in (0, 2))
 
 
+def test_seconds_are_those_of_the_networks_in_the_search(chain, tmp_path, numbers_alone):
+    """2.5 for each checkpoint: of the networks, and of what they started from."""
+    wanted = plan(chain, tmp_path / "of-chain", quality="proxy", networks=("dense", "2:4"))
+    assert study(wanted)["seconds"]["training"] == 5
+    for name, stages in {"base": ["00-dense"], "2-4": ["01-2of4"], "1-4": ["00-dense", "02-1of4"]}.items():
+        for stage in stages:
+            shutil.copytree(chain / stage, tmp_path / "seed-0" / name / stage)
+    wanted = plan(tmp_path / "seed-0", tmp_path / "of-runs", quality="proxy", exclude=("base",))
+    assert study(wanted)["seconds"]["training"] == 10
+    wanted = plan(tmp_path / "seed-0", tmp_path / "others", quality="proxy", exclude=("1-4",))
+    assert study(wanted)["seconds"]["training"] == 5
+
+
+def test_the_folder_of_a_search_holds_its_family(chain, tmp_path):
+    shutil.copytree(chain, tmp_path / "family")
+    (tmp_path / "options.json").write_text('{"steps": 3}')
+    assert family_of(tmp_path).fingerprints == family_of(chain).fingerprints
+    (tmp_path / "family" / "options.json").write_text('{"crop": "celeba"}')
+    assert plan(tmp_path, tmp_path).crop(family_of(tmp_path)) == "celeba"
+
+
+def test_the_crop_of_run_folders_side_by_side(chain, tmp_path):
+    for name in ("dense", "2-4"):
+        shutil.copytree(chain / "00-dense", tmp_path / "seed-0" / name / "00-dense")
+        (tmp_path / "seed-0" / name / "options.json").write_text('{"crop": "celeba"}')
+    assert plan(tmp_path / "seed-0", tmp_path).crop(family_of(chain)) == "celeba"
+
+
+def test_two_searches_do_not_share_a_folder(chain, tmp_path):
+    with run_folder.folder_lock(tmp_path), pytest.raises(InputError, match="another process is at work in"):
+        study(plan(chain, tmp_path, quality="proxy"))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_time_may_be_up_in_the_table_in_a_search_by_proxy_and_on_the_clock(chain, tmp_path, monkeypatch, numbers_alone):
+    whole, table, measured, cuts = study(plan(chain, tmp_path / "whole", quality="proxy")), LOSS_TABLE, [], []
+    monkeypatch.setattr(study_module, "loss_table", lambda f, *a, **m: measured.append(f.names) or table(f, *a, **m))
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
+    monkeypatch.setattr(study_module, "time", clock)
+    for looks in (1, 2, 4, 8, 100):
+        try:
+            report = study(plan(chain, tmp_path / "cut", quality="proxy", deadline=next(ticks) + looks))
+        except OutOfTime as error:
+            cuts.append(str(error))
+    assert measured == [("dense",), ("2:4",), ("1:4",)], "each once"
+    assert [any(f"after {n} networks of the table" in cut for cut in cuts) for n in (0, 1)] == [True, True]
+    assert "strategies of the search" in cuts[-1]
+    assert (report["losses"], report["rows"]) == (whole["losses"], whole["rows"])
+    assert report["seconds"]["table"] > 0
+    late = SimpleNamespace(plan=plan(chain, tmp_path, deadline=0), draw=lambda *_: pytest.fail("drawn"))
+    with pytest.raises(OutOfTime, match="which are timed anew"):
+        study_module._clocked(late, [{"indices": (0, 1, 2)}])
+
+
+def test_a_search_draws_as_many_images_at_a_time_as_other_commands(chain, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        study_module, "sample", lambda *a, **s: asked.append(s["batch_size"]) or torch.zeros(2, 3, 4, 4)
+    )
+    family = family_of(chain)
+    study_module._draw(family, Strategy(family.name, family.names, "ddim", (0, 1)), 2, 0, "every")
+    assert asked == [samplers.batch_of("cpu")]
+
+
 def test_refusals(chain, tmp_path):
     with pytest.raises(InputError, match="one network only"):
         study(plan(chain / "00-dense", tmp_path))
@@ -328,6 +404,8 @@ def test_refusals(chain, tmp_path):
         study(plan(chain, tmp_path, search=SearchOptions(2), quality="proxy"))
     with pytest.raises(InputError, match="count is 1: at least 2 images"):
         plan(chain, tmp_path, count=1)
+    with pytest.raises(InputError, match="ddpm-learned needs a network that has learnt the variance"):
+        study(plan(chain, tmp_path, sampler="ddpm-learned"))
     with pytest.raises(InputError, match="steps is 0"):
         plan(chain, tmp_path, steps=0)
     with pytest.raises(InputError, match="workers is 2: a GPU measures one strategy at a time"):

@@ -269,7 +269,7 @@ def test_a_folder_without_a_checkpoint_is_free(tmp_path, monkeypatch):
 
 
 def test_two_processes_in_one_folder_are_refused_before_either_claims_it(tmp_path):
-    with run_folder.folder_lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.folder_lock(tmp_path), pytest.raises(InputError, match="another process is at work in"):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 

@@ -218,6 +218,15 @@ def test_alone_nothing_is_exchanged():
         distributed.shares(8, 3)
 
 
+def test_the_parts_of_all_processes_are_the_batch(monkeypatch):
+    parts = []
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts += distributed.shares(12, 2)
+    assert parts == [(number, slice(2 * number, 2 * number + 2)) for number in range(6)]
+
+
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     """Also where --device names none in particular. What is exchanged between CPUs does not wait for GPUs."""
     calls = []

@@ -48,7 +48,7 @@ def run(folder, options=OPTIONS, model=None, **settings):
         settings |= {"teacher": tiny(5), "w_kd": 0.1} | settings
     settings = {"schedule": SCHEDULE, "w_kd": 0.1, "validation": HELD_OUT, **settings}
     student = Student(model or masked(), settings.pop("ema", None))
-    loss = Loss(settings.pop("schedule"), settings.pop("teacher"), settings.pop("w_kd"))
+    loss = Loss(settings.pop("schedule"), settings.pop("teacher"), settings.pop("w_kd"), settings.pop("w_noise", 1.0))
     images = settings.pop("images", IMAGES)
     return train(student, images, loss, options, folder, **{"progress": False, **settings})
 
@@ -505,7 +505,7 @@ def test_refuses_what_does_not_fit(tmp_path):
 
 
 def test_one_folder_has_one_run(tmp_path):
-    with run_folder.lock(tmp_path), pytest.raises(InputError, match="another process is training in"):
+    with run_folder.lock(tmp_path), pytest.raises(InputError, match="another process is at work in"):
         run(tmp_path)
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from sparsedm import samplers
 from sparsedm.models import MODELS, build_model, model_config
+from sparsedm.recipes import EXPERIMENTS, SEARCHES
 from sparsedm.train.image_files import CROPS
 from sparsedm.train.loop import TrainOptions
 from sparsedm.train.published import PUBLISHED, original_crop, published, trained_crop
@@ -31,6 +32,17 @@ def test_imported_networks_are_known_as_published():
         released = model_config("slimmable-cifar10", passes=3, same_images=True, **shape)
         assert published(released) is PUBLISHED["slimmable-cifar10"]
     assert published(model_config("slimmable-cifar10", ddsm=128)) is None
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("uvit")])
+def test_sparsedms_networks_are_trained_and_sampled_as_the_published_ones(name):
+    """They have biases in qkv. Their configurations have the recipe, crop and scale of U-ViT's."""
+    assert published(model_config(name, qkv_bias=True)) is PUBLISHED[name]
+
+
+@pytest.mark.parametrize("scale", [EXPERIMENTS["full"], SEARCHES["full"]["chain"]], ids=["experiments", "chain"])
+def test_a_full_scale_trains_as_its_network_was_published(scale):
+    assert PUBLISHED[scale.model].training.items() <= vars(scale.options).items()
 
 
 def test_images_are_cropped_as_for_the_training(tmp_path):
@@ -76,8 +88,8 @@ def test_recipes_are_the_published_ones(name):
 
 
 def test_guidance_and_scale_of_latents_are_the_published_ones():
-    """config.sample.scale and config.autoencoder.scale_factor of github.com/baofff/U-ViT."""
-    found = {name: (row.guidance, row.latent_scale) for name, row in PUBLISHED.items() if name.startswith("uvit")}
+    """config.sample.scale and config.autoencoder.scale_factor of U-ViT; --cfg-scale of DiT's sample_ddp.py, minus 1."""
+    found = {name: (row.guidance, row.latent_scale) for name, row in PUBLISHED.items()}
     found = {name: values for name, values in found.items() if any(values)}
     assert found == {
         "uvit-imagenet256-large": (0.4, None),
@@ -86,4 +98,6 @@ def test_guidance_and_scale_of_latents_are_the_published_ones():
         "uvit-imagenet512-huge": (0.7, None),
         "uvit-coco-small": (1.0, 0.2301),
         "uvit-coco-small-deep": (1.0, 0.2301),
+        "dit-imagenet256-xlarge": (0.5, None),
+        "dit-imagenet512-xlarge": (0.5, None),
     }

@@ -83,7 +83,7 @@ def test_lock_sweeps_and_excludes(tmp_path):
     kept.mkdir()
     with run_folder.lock(tmp_path):
         assert list((tmp_path / "checkpoints").iterdir()) == [kept]
-        with pytest.raises(InputError, match="another process is training in"), run_folder.lock(tmp_path):
+        with pytest.raises(InputError, match="another process is at work in"), run_folder.lock(tmp_path):
             pass
     with run_folder.lock(tmp_path):
         pass

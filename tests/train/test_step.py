@@ -22,20 +22,28 @@ from tests.tiny import OPTIONS, same_state, tiny, tiny_images
 from tests.train.test_loop import IMAGES, SCHEDULE, masked, run
 
 
-@pytest.mark.parametrize(("amp", "flip", "clip"), [("bf16", True, 0.3), (None, False, 0.0)])
-def test_is_the_plain_loop(tmp_path, amp, flip, clip):
+@pytest.mark.parametrize(
+    ("amp", "flip", "clip", "kind", "betas", "weighting", "w_noise"),
+    [
+        ("bf16", True, 0.3, torch.optim.AdamW, (0.99, 0.999), "noise", 1.0),
+        (None, False, 0.0, torch.optim.Adam, (0.8, 0.9), "velocity", 0.5),
+    ],
+)
+def test_is_the_plain_loop(tmp_path, amp, flip, clip, kind, betas, weighting, w_noise):
     """Against the loop written out: warm-up, clipping, dropped labels, transfer, weight decay, EMA and its warm-up."""
-    options = replace(OPTIONS, clip=clip, amp=amp, flip=flip)
+    options = replace(OPTIONS, clip=clip, amp=amp, flip=flip, betas=betas, weighting=weighting)
+    options = replace(options, optimizer=kind.__name__.lower())
     model, teacher = masked(), tiny(5).eval()
     average, expected = copy.deepcopy(model), copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW(expected.parameters(), betas=(0.99, 0.999), weight_decay=0.03, fused=True)
+    optimizer = kind(expected.parameters(), betas=betas, weight_decay=0.03, fused=True)
+    weights = {"teacher": teacher, "w_kd": 0.1, "w_noise": w_noise}
     for number in range(12):
         generator = torch.Generator().manual_seed(step._seed(3, number, "data, times, noise"))
         torch.manual_seed(step._seed(3, number, "dropout"))
         x, y = batch(IMAGES, batch_indices(40, 8, number, 3), flip_generator=generator if flip else None)
         y = torch.where(torch.rand(8, generator=generator) < 0.1, 3, y)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
-            terms = diffusion.loss(expected, x, SCHEDULE, y=y, generator=generator, teacher=teacher, w_kd=0.1)
+            terms = diffusion.loss(expected, x, SCHEDULE, y=y, generator=generator, weighting=weighting, **weights)
         optimizer.zero_grad()
         terms.total.backward()
         if clip:
@@ -48,19 +56,23 @@ def test_is_the_plain_loop(tmp_path, amp, flip, clip):
             getattr(average.norm, name).lerp_(getattr(expected.norm, name), 1 - decay)
     average.norm.num_batches_tracked.copy_(expected.norm.num_batches_tracked)
 
-    result = run(tmp_path, options, model, teacher=teacher)
+    result = run(tmp_path, options, model, **weights)
     assert result.model is model
     assert same_state(model.state_dict(), expected.state_dict())
     assert same_state(result.ema.state_dict(), average.state_dict())
+
+
+def alone(model, images, schedule=SCHEDULE, **options):
+    """A Step outside of any run."""
+    student = step.Student(model).to("cpu")
+    return step.Step(student, images, step.Loss(schedule), replace(OPTIONS, **options), torch.device("cpu"))
 
 
 def slimmable_step(same, accumulate=1, passes=3):
     torch.manual_seed(0)
     shape = {"multipliers": (1, 1), "attention": (), "passes": passes, "same_images": same}
     model = build_model("slimmable-tiny", image_size=4, channels=2, **shape)
-    options = replace(OPTIONS, batch_size=6, clip=0.0, flip=False, accumulate=accumulate)
-    student, images = step.Student(model).to("cpu"), tiny_images(12, labels=False)
-    return step.Step(student, images, step.Loss(SCHEDULE), options, torch.device("cpu"))
+    return alone(model, tiny_images(12, labels=False), batch_size=6, clip=0.0, flip=False, accumulate=accumulate)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -131,6 +143,22 @@ def test_labels_are_seen_only_where_the_network_has_them(tmp_path, labels):
     run(tmp_path, replace(OPTIONS, label_dropout=1), model, teacher=None, w_kd=0, validation=None)
     assert len(seen) == 12
     assert all(y is None if labels == "none" else y.max() < 3 for y in seen)
+
+
+def test_every_part_of_a_batch_has_dropout_of_its_own():
+    model, seeds = tiny(), []
+    model.dropout.register_forward_hook(lambda *_: seeds.append(torch.initial_seed()))
+    alone(model, IMAGES, accumulate=4)(0, 0.0, 0.9)
+    assert len(seeds) == len(set(seeds)) == 4
+
+
+def test_a_dit_trains_its_variance():
+    shape = {"image_size": 4, "channels": 2, "dim": 24, "depth": 1, "heads": 3, "num_classes": 3}
+    model = build_model("dit-tiny", learn_sigma=True, **shape)
+    alone(model, IMAGES, DDPMSchedule())(0, 1e-2, 0.9)
+    head = model.final_layer.linear.weight.unflatten(0, (-1, 4))  # pixels of a patch, channels; it begins at zero
+    assert head[:, :2].any()
+    assert head[:, 2:].any()
 
 
 def test_discrete_schedule_trains(tmp_path):

@@ -54,6 +54,29 @@ def test_other_seeds_than_the_planned_decide_nothing():
         assert claims._verdict(lambda seed: True, lambda seed: False, seeds, {0, 1}) == verdict
 
 
+def test_one_seed_decides_nothing_and_the_table_says_so():
+    runs = {"2:4 straight": ((1.0,), (1.0,)), "dense": ((1,), (1,))}
+    assert verdict(3, runs)[0] == "undecided"
+    values = {("dense", claims.LOSS): {4: [(None, 1.0)]}}
+    assert claims.table(values).endswith("A verdict needs 2 seeds; these runs have 1.")
+    values["chain", claims.LOSS] = {5: [(None, 1.0)]}
+    assert "needs 2 seeds" not in claims.table(values)
+
+
+def test_the_seeds_are_those_of_all_runs():
+    """Without a dense run, too."""
+    names = "activations 2:4, first block dense", "2:4 straight, first block dense"
+    runs = {name: ((loss, loss), (1, 1)) for name, loss in zip(names, (0.9, 1.0))}
+    assert verdict(4, runs)[0] == "confirmed"
+    assert verdict(4, runs | {"2:4 asp": ((1, 1, 1), (1, 1, 1))})[0] == "undecided"
+
+
+def test_changes_are_said_in_the_order_of_the_seeds():
+    values = {(run, claims.LOSS): {seed: [(None, 1 + seed * more)] for seed in (1, 0)}
+              for run, more in (("a", 0.5), ("b", 0.0))}  # fmt: skip
+    assert claims._Compare(values).said("a", "b") == "a against b: +0.00%, +50.00%, -"
+
+
 def test_fewer_samples_than_the_thresholds_are_of_are_said():
     values = {("dense", "samples"): {0: [(None, 2000.0)], 1: [(None, 2000.0)]}}
     assert claims.table(values).endswith("fixed for distances of 5,000 samples; these have 2,000.")
@@ -61,9 +84,9 @@ def test_fewer_samples_than_the_thresholds_are_of_are_said():
     assert "fixed" not in claims.table(values)
 
 
-@pytest.mark.parametrize(("short", "said"), [(1.03, True), (1.015, False)])
+@pytest.mark.parametrize(("short", "said"), [((1.03, 1.03), True), ((1.03, 1.015), False), ((1.03,), False)])
 def test_a_chain_that_lacks_images_is_said_to(short, said):
-    runs = both((1.01,)) | {f"1:8 chain{THIRD}": ((short,), (1,)), f"1:8 straight{THIRD}": ((1,), (1,))}
+    runs = both((1.01, 1.01)) | {f"1:8 chain{THIRD}": (short, (1, 1)), f"1:8 straight{THIRD}": ((1, 1), (1, 1))}
     assert any("a matter of budget" in line for line in verdict(0, runs)[1]) == said
 
 
@@ -73,9 +96,10 @@ def test_a_chain_that_lacks_images_is_said_to(short, said):
 )
 def test_a_teacher_must_be_worth_its_time(gain, slope, expected):
     """A third of the images costs `slope` in loss; the teacher takes 1.3 times the time, which buys ln 1.3 / ln 3."""
-    runs = {f"1:8 straight{THIRD}": ((slope * (1 - gain),), (1,), (1,))}
+    runs = {f"1:8 straight{THIRD}": ((slope * (1 - gain),) * 2, (1, 1), (1, 1))}
     for p in ("2:4", "1:8"):
-        runs |= {f"{p} straight": ((1 - gain,), (1,), (100,)), f"{p} straight, no teacher": ((1,), (1,), (130,))}
+        runs |= {f"{p} straight": ((1 - gain,) * 2, (1, 1), (100, 100))}
+        runs |= {f"{p} straight, no teacher": ((1, 1), (1, 1), (130, 130))}
     assert verdict(1, runs)[0] == expected
     del runs[f"1:8 straight{THIRD}"]  # without it the teacher's time has no price
     assert verdict(1, runs)[0] == "undecided"
@@ -84,7 +108,7 @@ def test_a_teacher_must_be_worth_its_time(gain, slope, expected):
 @pytest.mark.parametrize(("loss", "expected"), [(0.99, "confirmed"), (1.01, "refuted"), (1.001, "undecided")])
 def test_activations_against_weights(loss, expected):
     names = "activations 2:4, first block dense", "2:4 straight, first block dense"
-    assert verdict(4, {names[0]: ((loss,), (1,)), names[1]: ((1,), (1,))})[0] == expected
+    assert verdict(4, {names[0]: ((loss, loss), (1, 1)), names[1]: ((1, 1), (1, 1))})[0] == expected
 
 
 def test_the_plan_holds_every_run_that_a_verdict_asks_for():
@@ -96,5 +120,5 @@ def test_the_plan_holds_every_run_that_a_verdict_asks_for():
             return {0: [(None, 5000.0)]}
 
     text = claims.table(Asks())
-    assert len(text.splitlines()) == 7
+    assert sum(line.startswith("|") for line in text.splitlines()) == 7
     assert set(asked) <= {run.name for run in planned("claims", "cpu")[2]}

@@ -125,6 +125,14 @@ def test_the_table_says_which_runs_have_fewer_seeds_and_what_they_ran_on(done, t
     assert " and another, " in text
 
 
+def test_the_report_says_how_its_runs_were_made_and_not_how_they_were_timed(done, text_alone, tmp_path):
+    rows = [row | {"command": f"made {row['run']}"} for row in results.read_experiment(done / "results.csv")]
+    rows = [row for row in rows if row["run"] in ("chain", "dense")]
+    rows += [row | {"command": "--time", "measure": measure} for row in rows[:1] for measure in ("sampling speed-up",)]
+    text = report.write(tmp_path, rows, EXPERIMENTS["arms"])
+    assert text.split("\n\n")[1].endswith("`made dense`, `made chain`")
+
+
 def test_outside_of_a_repository_the_version_stands_for_the_commit(done, text_alone, tmp_path):
     rows = [row | {"commit": ""} for row in results.read_experiment(done / "results.csv")]
     assert f"commit {rows[0]['sparsedm']}" in report.write(tmp_path, rows, EXPERIMENTS["arms"])

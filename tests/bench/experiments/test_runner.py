@@ -14,11 +14,13 @@ import torch
 from bench import results
 from bench.experiments import measures, report, runner, speed, work
 from bench.experiments.__main__ import main
+from sparsedm import samplers
 from sparsedm.commands import options as command_options
 from sparsedm.compressed import CompressedLinear
 from sparsedm.errors import InputError
 from sparsedm.models import model_config
 from sparsedm.train import loop, run_folder
+from sparsedm.train.metrics import TrainingDiverged
 from sparsedm.train.stages import METHODS
 from tests.bench.experiments.tiny_plan import RUNS, command, numbers, parsed
 
@@ -52,7 +54,7 @@ def test_a_study_that_is_cut_again_and_again_is_that_of_one_piece(
     clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
     for module in (command_options, work, measures, loop):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(measures, "BATCH", {"cpu": 8})
+    monkeypatch.setattr(samplers, "batch_of", lambda device: 8)
     cuts, few = [], ("--seeds", "1", "--minutes", f"{(command_options.RESERVE + 6) / 60}")
     while (code := command(tmp_path, *few)) and len(cuts) < 20:
         assert code == 3
@@ -97,6 +99,16 @@ def test_folders_of_one_seed_each_are_joined(done, tiny, tmp_path):
     assert (tmp_path / "both" / "report.md").read_text() == (done / "report.md").read_text()
 
 
+def test_folders_that_a_resume_calls_equal_are_joined(done, tiny, text_alone, tmp_path):
+    both = parts_of(done, tmp_path)
+    text = (tmp_path / "1" / "options.json").read_text()
+    for old, new in (('"seeds": 2', '"seeds": 1'), ('"threads": null', '"threads": 1')):
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "1" / "options.json").write_text(text)
+    assert command(tmp_path / "both", *both) == 0
+
+
 def test_folders_that_do_not_belong_together_are_not_joined(done, tiny, tmp_path, capsys):
     both = parts_of(done, tmp_path)
     assert command(tmp_path / "new", *both, "--merge", str(done)) == 2
@@ -109,7 +121,8 @@ def test_folders_that_do_not_belong_together_are_not_joined(done, tiny, tmp_path
     text = (tmp_path / "0" / "options.json").read_text()
     (tmp_path / "0" / "options.json").write_text(text.replace('"samples": 16', '"samples": 17'))
     assert command(tmp_path / "new", *both) == 2
-    assert "hold runs with different options" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "hold runs with different options: they have no mean (settings.samples is 17 there and 16 here)" in said
     assert not (tmp_path / "new").exists()
 
 
@@ -143,6 +156,34 @@ def test_speed_is_measured_of_the_finished_networks(done, tiny, tmp_path, monkey
     assert [len(numbers(tmp_path / "timed", "chain", report.SPEED, seed)) for seed in (0, 1)] == [1, 1]
 
 
+def test_the_control_is_timed_with_whatever_is_named(done, tiny, tmp_path, monkeypatch):
+    shutil.copytree(done, tmp_path / "timed")
+    monkeypatch.setattr(speed, "sampling_seconds", lambda networks, *_: dict.fromkeys(networks, 2.0))
+    monkeypatch.setattr(runner, "_report", lambda *_: None)
+    named = ["arms", "--scale", "tiny", "--out", str(tmp_path / "timed"), "--time", "--only", "small-dense"]
+    assert main(named) == 0
+    assert [len(numbers(tmp_path / "timed", run, report.SPEED)) for run in RUNS] == [1, 0, 0, 1]
+
+
+def test_runs_that_diverge_do_not_end_a_study(done, tiny, text_alone, tmp_path, monkeypatch, capsys):
+    shutil.copytree(done, tmp_path / "out")
+    tried = []
+
+    def do(self, seed, run):
+        tried.append((seed, run.name))
+        if seed == 1 or run.name == "chain":
+            raise TrainingDiverged("training diverged at step 3")
+
+    made = SimpleNamespace(bases={0: None}, rows=[], do=lambda *a: do(None, *a))
+    monkeypatch.setattr(runner, "Work", lambda *_: made)
+    assert command(tmp_path / "out") == 2
+    assert tried == [*((0, run) for run in RUNS), (1, "dense")], "a seed without its dense network is left"
+    out, err = capsys.readouterr()
+    assert "| oneshot |" in out
+    assert "seed 0, chain: training diverged at step 3; seed 1, the dense network that all runs start from: " in err
+    assert err.rstrip().endswith("all other runs are done, and --only can leave these out")
+
+
 @pytest.mark.gpu
 def test_a_study_on_a_gpu(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEDM_AUTOTUNE", "off")  # as the command sets it, and taken back
@@ -166,6 +207,7 @@ def test_a_study_on_a_gpu(tiny, tmp_path, monkeypatch):
         (["arms", "--only", "sgd"], "unknown run sgd: they are dense, chain, oneshot"),
         (["arms", "--seeds", "0"], "--seeds 0: at least one is needed"),
         (["arms", "--minutes", "0.5"], "--minutes 0.5: more than 40 seconds are needed to stop cleanly"),
+        (["arms", "--minutes", "5", "--time"], "--time takes all times in turns and stops at no --minutes"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -188,7 +230,7 @@ def test_two_processes_do_not_share_a_folder(done, tiny, capsys):
     before = (done / "results.csv").read_bytes()
     with run_folder.folder_lock(done):
         assert command(done) == 2
-    assert f"another process is training in {done}" in capsys.readouterr().err
+    assert f"another process is at work in {done}" in capsys.readouterr().err
     assert (done / "results.csv").read_bytes() == before
 
 

@@ -12,12 +12,14 @@ import torch
 from bench import results
 from bench.experiments import measures, work
 from bench.experiments.__main__ import main
+from sparsedm import samplers
 from sparsedm.diffusion import schedule_of, validation_loss
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model, model_config
 from sparsedm.sparsity import masked_layers, sparsify
+from sparsedm.stepaware.family import family_of
 from sparsedm.train import data
 from sparsedm.train.metrics import read_metrics, usual_speed
 from tests.bench.experiments.tiny_plan import RUNS, TINY, command, numbers, use, work_in
@@ -51,6 +53,15 @@ def test_every_run_starts_from_the_base_of_its_seed(done, tiny):
     x, y = data.batch(data.load("synthetic", "test", size=12, limit=64), torch.arange(64))
     expected = float(validation_loss(pruned, x, schedule_of(pruned), y=y))
     assert numbers(done, "oneshot", "validation loss", 1) == [(None, expected)]
+
+
+def test_a_study_keeps_to_its_crop(tiny, tmp_path):
+    made = work_in(tmp_path / "study", "--crop", "celeba")
+    assert made.training["record"] == {"data": "synthetic", "crop": "celeba"}
+    (tmp_path / "study" / "seed-0").mkdir()
+    with pytest.raises(InputError, match="crop is celeba there and not set here"):
+        work_in(tmp_path / "study")
+    assert "crop" not in work_in(tmp_path / "new", "--crop", "square").training["record"], "as older folders"
 
 
 def test_a_start_that_is_not_that_of_the_other_runs_is_refused(done, tiny, text_alone, tmp_path, capsys):
@@ -135,7 +146,7 @@ def test_samples_are_those_of_one_batch(done, tiny, monkeypatch):
     base = work_in(done).base(0).ema
     off = torch.autocast("cpu", enabled=False)
     whole = measures.draw(base, TINY, 1, off)
-    monkeypatch.setattr(measures, "BATCH", {"cpu": 5})
+    monkeypatch.setattr(samplers, "batch_of", lambda device: 5)
     assert (measures.draw(base, TINY, 1, off).int() - whole.int()).abs().max() <= 1
 
 
@@ -199,6 +210,13 @@ def test_runs_of_activations_and_calibrated_masks_count_what_they_keep(kinds):
     by_magnitude = float(validation_loss(sparsify(given, "2:4"), x, schedule_of(given), y=y))
     assert 0 < numbers(kinds, "oneshot, calibrated", "validation loss")[0][1] != by_magnitude
     assert numbers(kinds, "oneshot, calibrated", "images") == [(None, 0)]
+
+
+def test_a_run_of_activations_is_not_taken_for_a_dense_network(kinds):
+    """Its hooks are in no file."""
+    assert set(family_of(kinds / "seed-0").names) == {"dense", "first-block-dense"}
+    with pytest.raises(InputError, match=r"cannot be run: the network had hooks that prune its inputs to 2:4, which"):
+        load_model(kinds / "seed-0" / "activations", build_model)
 
 
 def test_two_kinds_of_features_are_two_columns(kinds):

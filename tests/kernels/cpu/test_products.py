@@ -176,6 +176,14 @@ def test_random_problems_agree_with_fp64_and_touch_nothing_outside(check, guarde
 
 
 @needs_library
+def test_attention_of_large_logits():
+    qkv = torch.randn(1, 50, 3 * 2 * 32) * 12  # powers of 2 up to about 840: fp32 ends at 128
+    q, k, v = qkv.unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2).flatten(2)
+    close(products.attention(q, k, v), exact)
+
+
+@needs_library
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_ten_thousand_random_problems(check, guarded):

@@ -14,8 +14,8 @@ from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24.linear import sparse24_linear
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import sparsify
-from tests.kernels.cpu.problems import compressed, needs_library
+from sparsedm.sparsity import set_masking, sparsify
+from tests.kernels.cpu.problems import compressed, mask_of, needs_library
 
 
 def trained(monkeypatch, layer, x, backend, steps=1):
@@ -59,6 +59,18 @@ def test_the_product_may_be_changed_in_place(shape, monkeypatch):
     torch.relu(layer(x)).square().mean().backward()
     assert served
     assert torch.equal(got, layer.weight.grad)
+
+
+@needs_library
+def test_the_decay_of_a_lent_weight(monkeypatch):
+    served, real = [], products.masked_linear
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    monkeypatch.setattr(products, "masked_linear", lambda *a: served.append(1) or real(*a))
+    layer, weight = Linear(64, 96, pattern="2:4"), torch.randn(96, 64, requires_grad=True)
+    set_masking(layer, decay=0.5)
+    torch.func.functional_call(layer, {"weight": weight}, (torch.randn(256, 64),)).mul(0).sum().backward()
+    assert served
+    assert torch.equal(weight.grad, 0.5 * weight.detach() * ~mask_of(weight, layer.pattern))
 
 
 @needs_library
