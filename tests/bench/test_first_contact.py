@@ -56,7 +56,7 @@ def test_what_is_right_goes_on_until_its_time_and_what_it_says_is_shown(tmp_path
         "slow": script("say('right'); time.sleep(600)"),
     }
     began = time.monotonic()
-    found = first_contact.verdicts_of(commands, 20, tmp_path / "first.json", began + 3)
+    found = first_contact.verdicts_of(commands, 20, tmp_path / "first.json", began + 6)
     assert found == {"quick": "right", "slow": "right"}
     assert "an epilogue does not compile" in capfd.readouterr().out
     assert time.monotonic() - began < 20
