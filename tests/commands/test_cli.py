@@ -48,6 +48,9 @@ def test_inspect_names_the_chart_after_what_it_shows(trained, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert run("inspect", "mine.safetensors", "--pattern", "2:4") == 0
     assert (tmp_path / "mine-2of4-layers.png").exists()
+    (tmp_path / "named.safetensors").symlink_to(tmp_path / "mine.safetensors")  # as in the cache of a model hub
+    assert run("inspect", "named.safetensors") == 0
+    assert (tmp_path / "named-layers.png").exists()
     monkeypatch.chdir(trained)
     assert run("inspect", ".") == 0
     assert (trained / f"{trained.name}-layers.png").exists()
@@ -97,6 +100,16 @@ BAD = {
         ["inspect", "--model", "uvit-tiny", "--plot", "x.txt"],
         "x.txt must end in .png, .jpg, .jpeg or .webp",
     ),
+    "numbers over the chart": (
+        ["inspect", "--model", "uvit-tiny", "--plot", "{folder}/a.png", "--json", "{folder}/../data/a.png"],
+        "a.png is the file of the chart",
+    ),
+    "numbers over the model": (["inspect", "{zip}", "--json", "{zip}"], "x.zip is what to inspect"),
+    "no size": (
+        ["train", "--data", "synthetic:abc", "--dry-run"],
+        "'synthetic:abc': write synthetic or",
+    ),
+    "another size": (["train", "--data", "synthetic:9", "--dry-run"], "'synthetic:9': drawn images are not resized"),
     "numbers in a folder": (["inspect", "--model", "uvit-tiny", "--json", "."], "cannot write .: it is a folder"),
     "more bytes than there are": (
         ["inspect", "--model", "uvit-tiny", "--set", "image_size=1000000000"],
@@ -180,20 +193,28 @@ def test_help_teaches(command, capsys):
     assert "exit codes:" in text
 
 
-@pytest.mark.parametrize("library", ["glibc", "musl", None])
+@pytest.mark.parametrize("library", ["glibc", "old glibc", "older glibc", "musl", None])
 def test_freed_memory_is_kept_where_the_c_library_is_glibc(library, monkeypatch):
-    told = {}
-    glibc = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda option, size: told.update({option: size}))
-    known = {"glibc": glibc, "musl": SimpleNamespace(mallopt=glibc.mallopt)}
+    told, most = {}, {"old glibc": 1 << 25, "older glibc": 1 << 19}.get(library, 1 << 40)
+
+    def mallopt(option, size):
+        if option == cli.M_MMAP_THRESHOLD and size > most:
+            return 0  # and nothing changes
+        told[option] = size
+        return 1
+
+    glibc = SimpleNamespace(gnu_get_libc_version=None, mallopt=mallopt)
+    known = {"musl": SimpleNamespace(mallopt=mallopt)}
 
     def load(name):
         if library is None:
             raise OSError("no such library")
-        return known[library]
+        return known.get(library, glibc)
 
     monkeypatch.setattr(cli.ctypes, "CDLL", load)
     cli.keep_freed_memory()
-    assert set(told) == ({cli.M_MMAP_THRESHOLD, cli.M_TRIM_THRESHOLD} if library == "glibc" else set())
+    assert told.get(cli.M_MMAP_THRESHOLD) == {"glibc": 1 << 30, "old glibc": 1 << 25}.get(library)
+    assert (cli.M_TRIM_THRESHOLD in told) == (cli.M_MMAP_THRESHOLD in told), "alone it would freeze the other one"
 
 
 def test_help_does_not_wait_for_torch():
