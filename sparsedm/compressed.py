@@ -50,12 +50,12 @@ class Compressed(nn.Module):
         self._cast = None  # under autocast: (what identifies the values, the values in autocast's dtype)
 
     def _operands(self, *tensors):
-        """(values, *tensors) in the dtype of the product: under autocast that is autocast's dtype."""
+        """(values, *tensors) in the dtype of the product: under autocast that is autocast's dtype, except for fp64."""
         refuse_export()
         dtype = product_dtype(self.values)
         if dtype == self.values.dtype:
             return self.values, *tensors
-        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
         if torch.compiler.is_compiling():
             return self.values.to(dtype), *tensors
         key = [dtype, stamp(self.values, held=self._prepacked.get("held"))]

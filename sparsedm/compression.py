@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsedm.compressed import Compressed, CompressedConv2d, CompressedLinear
-from sparsedm.copying import copied
+from sparsedm.copying import copied, detached
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
@@ -31,9 +31,7 @@ def compress(model: nn.Module) -> nn.Module:
     Raises: InputError if no layer is masked, a method was replaced by a function that cannot be copied, or torch's
     weight_norm, spectral_norm or prune computes the weight.
     """
-    model = module_of(model)
-    while isinstance(model, nn.parallel.DistributedDataParallel):  # which holds nothing without gradients
-        model = model.module
+    model = _network(model)
     layers = [m for m in model.modules() if (isinstance(m, Masked) and m.pattern) or _is_torch_sparse(m)]
     if not layers:
         raise InputError("the model holds no masked layer: call sparsify(model, '2:4') first")
@@ -43,17 +41,32 @@ def compress(model: nn.Module) -> nn.Module:
     for layer in small.modules():
         if isinstance(layer, Masked):
             layer.beside_compressed = True
-    parameters = model.named_parameters(remove_duplicate=False)
-    small._frozen = {name for name, p in parameters if not p.requires_grad and not isinstance(p, _TORCH_SPARSE)}
+    _note_origins(model, small, compressed)
+    return small.requires_grad_(False)
+
+
+def _note_origins(model, small, compressed):
+    """Note in every module of `small` what its parameters were in `model`: name -> {"requires_grad": bool}, `_origins`.
+
+    Tied parameters share one of these. What a part of `model` that was compressed before has noted stays.
+    """
+    parts = dict(small.named_modules(remove_duplicate=False))
     modules = model.named_modules(remove_duplicate=False)
     zeroed = {f"{name}.weight" for name, m in modules if isinstance(compressed.get(m), Masked)}  # of dense layers
-    small._tied = [
-        part
-        for names in parameter_names(model)
-        for part in ([name for name in names if name not in zeroed], [name for name in names if name in zeroed])
-        if len(part) > 1
-    ]
-    return small.requires_grad_(False)
+    for names in parameter_names(model):
+        parameter = model.get_parameter(names[0])
+        origins = [{"requires_grad": parameter.requires_grad or isinstance(parameter, _TORCH_SPARSE)} for _ in range(2)]
+        for name in names:
+            path, _, last = name.rpartition(".")
+            if path in parts:  # else torch's parametrization, which is now a value
+                vars(parts[path]).setdefault("_origins", {}).setdefault(last, origins[name in zeroed])
+
+
+def _network(model):
+    model = module_of(model)
+    while isinstance(model, nn.parallel.DistributedDataParallel):  # which holds nothing without gradients
+        model = model.module
+    return model
 
 
 def _refuse_computed(model, parametrized):
@@ -76,7 +89,7 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
     Raises: InputError if no layer is compressed, the library cannot hold a layer (for example 3:4), or weights that
     shared one tensor before `compress` now differ.
     """
-    model = module_of(model)
+    model = _network(model)
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Compressed)}
     if form not in ("masked", *TORCH_TENSORS):
         raise InputError(f"form={form!r}: one of masked, {', '.join(TORCH_TENSORS)}")
@@ -87,20 +100,32 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
         if "forward" in vars(layer):
             raise InputError(f"{name}.forward was replaced, and the layer with a dense weight has its own")
     dense.train(model.training)
+    origins = {}  # id of one: itself, and the names of its parameters
+    for path, module in model.named_modules(remove_duplicate=False):
+        for last, origin in vars(module).get("_origins", {}).items():
+            if last in dense.get_submodule(path)._parameters:
+                origins.setdefault(id(origin), (origin, []))[1].append(f"{path}.{last}" if path else last)
     for layer in dense.modules():
-        vars(layer).pop("beside_compressed", None)
-    for names in getattr(model, "_tied", ()):
+        for name in ("beside_compressed", "_origins"):
+            vars(layer).pop(name, None)
+    for _, names in origins.values():
         _tie(dense, names, layers)
     if form == "masked":
-        for name, parameter in dense.named_parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and name not in getattr(model, "_frozen", ()))
+        frozen = {name for origin, names in origins.values() if not origin["requires_grad"] for name in names}
+        for names in parameter_names(dense):
+            parameter = dense.get_parameter(names[0])
+            differentiable = parameter.is_floating_point() or parameter.is_complex()
+            parameter.requires_grad_(differentiable and frozen.isdisjoint(names))
         return dense
     for layer, name in {dense.get_submodule(name): name for name in layers}.items():  # once, if it has two names
+        weight = layer.masked_weight()  # a tied one has all entries
         layer.set_pattern(None)
         if isinstance(layer, Linear):
             if layers[name].pattern.keep > 2:
                 raise InputError(f"{form} holds 2:4 weights, and {name} is {layers[name].pattern}")
-            layer.weight = nn.Parameter(to_torch(layer.weight.detach(), form), requires_grad=False)
+            layer.weight = nn.Parameter(to_torch(weight, form), requires_grad=False)
+        elif not torch.equal(layer.weight, weight):
+            layer.weight = nn.Parameter(weight)
     return dense
 
 
@@ -112,7 +137,7 @@ def bake(model: nn.Module) -> nn.Module:
     stay tied. Hooks are copied.
     Raises: InputError if no layer is masked, or a masked weight is also used without the same mask.
     """
-    model = module_of(model)
+    model = _network(model)
     if any(isinstance(m, Compressed) for m in model.modules()):
         model = decompress(model)
     _refuse_computed(model, parametrized=True)
@@ -166,7 +191,10 @@ def _tie(dense, names, compressed):
         if own is shared:
             continue
         setattr(layer, last, shared)
-        value = layer.masked_weight() if last == "weight" and path in compressed else shared
+        masked = last == "weight" and path in compressed and own.shape == shared.shape
+        if masked and not torch.equal(layer.masked_weight(), own):
+            layer.mask = own != 0  # it was frozen, or the values were rounded since
+        value = layer.masked_weight() if masked else shared
         if own.shape != shared.shape or not torch.equal(value, own):
             raise InputError(f"{name} was tied to {names[0]}, but their values now differ")
 
@@ -201,7 +229,7 @@ def _compress_layer(layer):
         reason = uncompressed_because(layer)
         if not reason:
             return CompressedLinear(layer) if isinstance(layer, Linear) else CompressedConv2d(layer)
-        dense = copy.deepcopy(layer)
+        dense = copy.deepcopy(layer, detached(layer))
         dense.weight.copy_(layer.masked_weight())
         dense.set_pattern(None)
         dense.dense_reason = reason

@@ -27,9 +27,28 @@ def copied(model, memo=None, changed=()):
     memo = {} if memo is None else memo
     replaced = {module for module in model.modules() if id(module) in memo} | set(changed)
     _refuse(uncopied(model, replaced))
+    for computed, value in detached(model).items():
+        memo.setdefault(computed, value)
     copy_of_model = copy.deepcopy(model, memo)
     _refuse(uncopied(copy_of_model, old=model))
     return copy_of_model
+
+
+def detached(model):
+    """A memo for `copy.deepcopy`, which refuses tensors with a graph: the id of each that a module keeps -> its values.
+
+    A forward may keep one; torch's older weight_norm, spectral_norm and prune keep the weight that they compute.
+    """
+    found, seen, rest = {}, set(), [vars(module) for module in model.modules()]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            if not value.is_leaf:
+                found[id(value)] = value.detach().clone()
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            rest += value.values() if isinstance(value, dict) else value
+    return found
 
 
 def _refuse(found):

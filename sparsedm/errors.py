@@ -33,8 +33,13 @@ def check_memory(needed, what, there=None):
     there = there or _memory()
     if needed > there:
         raise TooLittleMemory(
-            f"not enough memory: {what} takes {needed / 2**30:,.0f} GiB or more, and there are {there / 2**30:,.0f} GiB"
+            f"not enough memory: {what} takes {_readable(needed)} or more, and there are {_readable(there)}"
         )
+
+
+def _readable(size):
+    size, unit = (size / 2**30, "GiB") if size >= 2**30 else (size / 2**20, "MiB")
+    return f"{size:,.0f} {unit}" if size >= 10 else f"{size:.3g} {unit}"
 
 
 def _memory():

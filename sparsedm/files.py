@@ -13,6 +13,7 @@ import stat
 import sys
 import tempfile
 import urllib.error
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -45,8 +46,7 @@ def atomic_file(path):
     path = Path(path)
     with writing(path):
         _check_replaceable(path)
-        # the suffix is kept because writers such as matplotlib choose the format by it
-        partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+        partial = _partial(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
@@ -61,13 +61,18 @@ def atomic_file(path):
         _flush(path.parent)
 
 
+def _partial(path):
+    """A temporary path beside `path`. It keeps the suffix, by which writers such as matplotlib choose the format."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+
+
 def check_writable(path):
     """Raise InputError now, rather than after hours of work, if no file can be written at `path`. Leaves nothing."""
     path = Path(path)
     with writing(path):
         _check_replaceable(path)
         folder = next(folder for folder in path.absolute().parents if folder.exists())
-        probe = folder / f".{secrets.token_hex(4)}.partial"
+        probe = folder / _partial(path).name
         probe.touch(exist_ok=False)
         probe.unlink()
 
@@ -295,10 +300,12 @@ def download(url, path, sha256, progress=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # seconds without data
         try:
+            urllib.request.Request(url)  # refuses some URLs, for which torch would leave an empty file
             torch.hub.download_url_to_file(url, str(path), sha256, progress=progress and sys.stderr.isatty())
         except RuntimeError as error:
             raise InputError(f"the download of {url} was incomplete, or is another file: {error}") from error
-        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
+            # ValueError: a malformed URL
             by_hand = f"run the same command again with a connection, or put the file at {path} by hand"
             raise InputError(f"cannot download {url} ({error}): {by_hand}") from error
         finally:

@@ -46,7 +46,8 @@ def _check_activation(activation):
 
 
 def product_dtype(weight):
-    return autocast_dtype(weight.device) or weight.dtype
+    """The dtype of a product with this weight. Autocast leaves fp64 alone, as torch's does."""
+    return weight.dtype if weight.dtype == torch.float64 else autocast_dtype(weight.device) or weight.dtype
 
 
 def _epilogue(y, activation, residual, scale=None):
@@ -185,9 +186,14 @@ class Masked:
             return self.rule, None
         if self._is_decayed():
             return self.rule._replace(decay=0.0), None
+        lent = not self.weight.is_leaf and "weight" in self._parameters and not transformed()  # by `functional_call`
+        if lent and self._decayed:
+            return self.rule._replace(decay=0.0), None
         hook = None if transformed() else self.hook_decay()
         used = hook and functools.partial(hook.note, self, self.weight)
         hooked = hook or (self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False)))
+        if lent and not hooked and self._hooked and (own := _decay_of(self._hooked[0])):
+            used = own.leave
         return (self.rule._replace(decay=0.0) if hooked else self.rule), used
 
     def hook_decay(self):
@@ -238,7 +244,7 @@ class Masked:
         """Every cast and move of every parent comes here."""
         if self.pattern is not None and self.mask is None and not self.weight.is_meta:
             before, after = self.weight.dtype, fn(self.weight.detach().new_empty(0)).dtype
-            if self._known[0] == id(self.weight) and _narrows(self._known[1], before):
+            if self._was_cast_to(before, fn):
                 self._take_mask()
             elif _narrows(before, after):
                 self.freeze_mask()
@@ -252,6 +258,13 @@ class Masked:
             self.mask = self.mask.bool()  # `module.type(dtype)` also casts masks
         return self
 
+    def _was_cast_to(self, dtype, fn):
+        """Whether `fn`, the cast in progress, may have brought this very weight to fewer bits already."""
+        weight, known = self._known
+        if weight != id(self.weight) or not _narrows(known, dtype):
+            return False
+        return fn(self.weight.detach().new_empty(0, dtype=known)).dtype == dtype  # else its .data was replaced before
+
     def train(self, mode: bool = True):
         """As every module's. Warns where a cast has frozen the mask that is to train."""
         if mode and not self.training and self._cast_froze and self.mask is not None:
@@ -262,8 +275,8 @@ class Masked:
         """Take the mask of the layer whose part of a cast has reached the shared weight first."""
         other = _frozen_by_cast.get(id(self.weight))
         if other is None or other.weight is not self.weight or other.pattern != self.pattern or other.mask is None:
-            text = "another module that shares a weight cast it first, so the mask of the unrounded weight is lost"
-            raise InputError(f"{text}: call set_masking(model, frozen=True) before the cast ({self})")
+            text = "another module that shares a weight cast it first, or its .data was: the unrounded mask is lost"
+            raise InputError(f"{text}; call set_masking(model, frozen=True) before the cast ({self})")
         self.mask = other.mask.clone()
 
     def __getstate__(self):
@@ -323,6 +336,7 @@ class _Decay:
     def __init__(self, layer, place):
         self.layer, self.place = layer, place  # place: of the tensor behind the weight
         self.used = None, None, None  # number of a backward, layer, weight: under functional_call not the layer's own
+        self.left = None  # number of a backward that adds the decay to a weight which is computed from this one
 
     def acts(self, layer):
         return layer.pattern is not None and layer.rule.decay != 0.0 and not layer._is_decayed()
@@ -330,9 +344,15 @@ class _Decay:
     def note(self, layer, weight):
         self.used = torch._C._current_graph_task_id(), layer, weight
 
+    def leave(self):
+        self.left = torch._C._current_graph_task_id()
+
     def __call__(self, g):
         (backward, layer, weight), self.used = self.used, (None, None, None)
-        if backward != torch._C._current_graph_task_id():
+        now = torch._C._current_graph_task_id()
+        if self.left == now:
+            return None
+        if backward != now:
             layer, weight = self.layer, self.layer.weight
             if _decay_of(weight) is not self:
                 return None

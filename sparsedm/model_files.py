@@ -17,7 +17,7 @@ from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json
 from sparsedm.kernels.masked_matmul import STE, GradientRule
 from sparsedm.sparsity import masked_layers, module_of, sparsify
-from sparsedm.tensor_files import fill, one_network, read_tensors, unwritable, write_shards, write_tensors
+from sparsedm.tensor_files import fill, has_dtype, one_network, read_tensors, unwritable, write_shards, write_tensors
 
 KINDS = ("dense", "masked", "compressed")
 FORMAT = 2  # of a model file. A file without this number has format 1: every compressed layer is 2:4
@@ -84,6 +84,7 @@ def describe(model):
     try:
         config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
         parse_json(json.dumps({"config": config}, allow_nan=False), "it")  # as `load_model` reads it
+        _check_names(config)
     except (TypeError, ValueError, RecursionError) as error:
         why = error.__cause__ or error
         raise InputError(f"{type(model).__name__}.config cannot be saved: it is not JSON: {why}") from None
@@ -94,6 +95,15 @@ def describe(model):
     }
 
 
+def _check_names(value):
+    """Raise TypeError for a name in nested dicts that is no text: JSON would make it one."""
+    for name in value if isinstance(value, dict) else ():
+        if not isinstance(name, str):
+            raise TypeError(f"the name {name!r} is no text")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _check_names(inner)
+
+
 def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None = None) -> Path:
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
@@ -101,7 +111,8 @@ def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None =
     Wrappers such as torch.compile and DDP are left out. `load_model` refuses the file of a model whose `unsaved` names
     what no file can hold, such as hooks that change its inputs. shard_bytes: split the model into files of at most this
     size and write FILE.index.json; returns the path of the index.
-    Raises: InputError, before anything is written, for another suffix, a config that is not JSON, or sharded weights.
+    Raises: InputError, before anything is written, for another suffix, a config that is not JSON, sharded weights, or a
+    dtype that safetensors lack.
     """
     file = Path(os.path.expanduser(file))
     if file.suffix != ".safetensors":
@@ -252,7 +263,10 @@ def _contents(model):
     rules = {plain(name): list(layer.rule) for name, layer in sparse if layer.rule != STE}
     tensors = {plain(name): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
-        if reason := unwritable(tensor):
+        reason = unwritable(tensor)
+        if not reason and not has_dtype(tensor.dtype):
+            reason = f"of {tensor.dtype}, and safetensors have no such dtype"
+        if reason:
             raise InputError(f"{name} cannot be kept in a model file: it is {reason}")
     more = {"rules": rules, "unsaved": getattr(model, "unsaved", None)}
     more = {name: value for name, value in more.items() if value}

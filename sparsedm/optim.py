@@ -344,7 +344,8 @@ class MaskedAdamW(torch.optim.AdamW):
         except InputError:
             self._choices = {}
             raise
-        rest = [la for la in stepped if la in self._wanted and la not in works and not la._held]  # held: an older mask
+        # held: an older mask; frozen: no choice of the weight, and wrong once it is thawed
+        rest = [la for la in stepped if la in self._wanted and la not in works and not la._held and la.mask is None]
         try:
             self._choices |= choose({layer: self._wanted[layer] for layer in rest}, self._names)
         except InputError:  # NaN: the next block, which selects anew, says so

@@ -9,6 +9,7 @@ shards are never mixed.
 """
 
 import argparse
+import contextlib
 import pickle
 import re
 import warnings
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from sparsedm.compression import parameter_names
@@ -273,6 +274,13 @@ def fill(model, tensors, file):
             for name in names[1:]:
                 path, _, last = name.rpartition(".")
                 setattr(model.get_submodule(path), last, model.get_parameter(names[0]))
+
+
+def has_dtype(dtype):
+    """Whether safetensors have this dtype."""
+    with contextlib.suppress(KeyError):
+        return bool(save({"": torch.empty(0, dtype=dtype)}))
+    return False
 
 
 def unwritable(value):

@@ -138,6 +138,20 @@ def test_a_compressed_layer_computes_under_autocast_as_the_masked_one_does(activ
             assert_as_good_as_torch(small(x, residual), exact, layer(x, residual))
 
 
+def test_autocast_leaves_fp64_alone():
+    linear = Linear(64, 24, pattern="2:4"), torch.randn(5, 64)
+    conv = Conv2d(32, 8, 3, padding=1, pattern="2:4"), torch.randn(2, 32, 6, 6)
+    for layer, x in (linear, conv):
+        layer, x = layer.double(), x.double()
+        for form in (layer, compress(layer)):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                y = form(x)
+            assert y.dtype == torch.float64
+            torch.testing.assert_close(y, layer(x))
+        with torch.autocast("cpu", torch.bfloat16), hold_masks(layer):
+            assert layer(x).dtype == torch.float64
+
+
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_scale_of_another_dtype_counts_as_in_the_masked_layer(dtype, amp):

@@ -56,14 +56,17 @@ def test_a_compressed_weight_is_not_assigned():
         small[0].weight = nn.Parameter(torch.zeros(16, 16))
 
 
-def test_the_model_in_a_data_parallel_one_is_compressed(tmp_path):
+def test_the_model_in_a_data_parallel_one_is_compressed_and_baked(tmp_path):
     """With all its weights compressed it has no gradients, and DDP takes no such model."""
     model = sparsify(nn.Sequential(nn.Linear(16, 16)), "2:4")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        small = compress(nn.parallel.DistributedDataParallel(model))
+        parallel = nn.parallel.DistributedDataParallel(model)
+        small, plain = compress(parallel), bake(parallel)
     finally:
         torch.distributed.destroy_process_group()
+    assert type(plain) is nn.Sequential
+    assert type(plain[0]) is nn.Linear
     assert type(small) is nn.Sequential
     assert isinstance(small[0], CompressedLinear)
 
@@ -243,6 +246,51 @@ def test_what_was_frozen_stays_frozen_and_the_mode_is_the_same_everywhere():
     assert all(module.training for module in decompress(compress(model).train()).modules())
 
 
+class Around(nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+@pytest.mark.parametrize("wrap", [Around, lambda m: nn.Sequential(m, nn.Tanh()), torch.compile])
+def test_a_compressed_part_of_a_model_keeps_its_ties_and_what_was_frozen(wrap):
+    model = sparsify(Tied(), "2:4", "first|second")
+    model.first.bias.requires_grad_(False)
+    for dense in (decompress(wrap(compress(model))), bake(wrap(compress(model)))):
+        part = next(m for m in dense.modules() if isinstance(m, Tied))
+        assert part.second.weight is part.first.weight
+        assert part.head.weight is part.embed.weight
+        assert {n for n, p in part.named_parameters() if not p.requires_grad} == {"first.bias"}
+    twins = nn.ModuleList([wrap(compress(model)), wrap(compress(model))])
+    one, other = decompress(copy.deepcopy(twins)).parameters(), decompress(twins)[1].parameters()
+    assert len(list(one)) == 2 * len(list(other)), "the parts are not tied to each other"
+    dense = decompress(wrap(compress(model))).requires_grad_(True)
+    assert all(p.requires_grad for p in decompress(compress(dense)).parameters()), "what was frozen is not any more"
+
+
+def test_what_is_compressed_again_beside_others_keeps_what_it_was():
+    first, second = sparsify(Tied(), "2:4", "first|second"), sparsify(nn.Linear(24, 24), "2:4")
+    first.first.bias.requires_grad_(False)
+    dense = decompress(compress(nn.Sequential(compress(first), second)))
+    assert {n for n, p in dense.named_parameters() if not p.requires_grad} == {"0.first.bias"}
+    assert dense[0].second.weight is dense[0].first.weight
+    small = compress(first)
+    small.embed = nn.Embedding(24, 32)
+    dense = decompress(small)
+    assert torch.equal(dense.embed.weight, small.embed.weight)
+    assert not torch.equal(dense.head.weight, dense.embed.weight), "a part that was replaced is tied to nothing"
+
+
+def test_complex_parameters_can_be_trained_again():
+    model = sparsify(nn.Sequential(nn.Linear(16, 8)), "2:4")
+    model.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    for dense in (decompress(compress(model)), bake(compress(model))):
+        assert all(p.requires_grad for p in dense.parameters())
+
+
 def test_channels_last_is_kept():
     conv = sparsify(nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), "2:4").to(memory_format=torch.channels_last)
     x = torch.randn(2, 16, 6, 6).to(memory_format=torch.channels_last)
@@ -304,6 +352,43 @@ def test_tied_weights_stay_tied_through_every_form_and_file(tmp_path):
         small.embed.weight.mul_(2)
     with pytest.raises(InputError, match=r"head.weight was tied to embed.weight, but their values now differ"):
         decompress(small)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_tied_weight_with_a_frozen_mask_stays_tied(rounded):
+    """Which weights were kept is no longer a question of today's magnitudes."""
+    model, x = sparsify(Tied(), "2:4").eval(), torch.arange(24)[None]
+    if rounded:
+        for weight in (model.head.weight, model.first.weight):  # one value in bfloat16, where the mask is of the first
+            weight.data = 1 + 1e-4 * torch.arange(4.0).repeat(8).expand_as(weight).contiguous()
+        set_masking(model, frozen=True)
+        model.bfloat16()
+    else:
+        for layer in (model.head, model.first, model.second):
+            layer.mask = (torch.arange(4) < 2).repeat(8).expand_as(layer.weight)
+    with torch.no_grad():
+        small = compress(model)
+        again = decompress(small)
+        assert again.head.weight is again.embed.weight
+        assert again.second.weight is again.first.weight
+        assert torch.equal(again(x), model(x))
+        assert torch.equal(again.head.masked_weight(), model.head.masked_weight())
+        small.embed.weight.mul_(2)
+        with pytest.raises(InputError, match=r"head.weight was tied to embed.weight, but their values now differ"):
+            decompress(small)
+
+
+@pytest.mark.parametrize(
+    "layers", [(nn.Embedding(32, 64), nn.Linear(64, 32)), (nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))]
+)
+def test_beside_torchs_sparse_tensors_a_tied_weight_is_the_masked_one(layers):
+    model = nn.Sequential(*layers)
+    model[1].weight = model[0].weight
+    model = sparsify(model.half(), "2:4", ["1"])
+    held = decompress(compress(model), "cutlass")
+    weight = held[1].weight
+    assert torch.equal(weight if weight.dim() == 4 else weight.to_dense(), model[1].masked_weight())
+    assert torch.equal(held[0].weight, model[0].weight)
 
 
 class LongHead(Tied):

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from sparsedm.compressed import CompressedLinear
 from sparsedm.compression import bake, compress, decompress
@@ -183,6 +184,44 @@ def test_a_second_reference_to_a_weight_reads_all_of_it_in_every_form():
     model.forward = types.MethodType(lambda self, x: Small.forward(self, x) + self.extra[0].square().sum(), model)
     for change in (compress, bake):
         torch.testing.assert_close(change(model)(x), model(x))
+
+
+class Keeps(nn.Module):
+    """Keeps what its forward computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.seen = []
+
+    def forward(self, x):
+        self.last = self.inside(x)
+        self.seen.append({"last": self.last, "all": self.seen})
+        return self.head(self.last)
+
+
+COMPUTES = {
+    "a forward": lambda model: model,
+    "weight_norm": lambda model: nn.utils.weight_norm(model.inside),
+    "spectral_norm": lambda model: nn.utils.spectral_norm(model.inside),
+    "prune": lambda model: prune.random_unstructured(model.inside, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", COMPUTES)
+def test_tensors_that_a_module_has_computed_do_not_prevent_a_copy(how):
+    model, x = Keeps(), torch.randn(3, 16)
+    COMPUTES[how](model)
+    sparsify(model, "2:4", ["head"])
+    model(x)
+    for change in (compress, bake):
+        changed = change(model).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(changed(x), model.eval()(x))
+        assert torch.equal(changed.seen[0]["last"], model.seen[0]["last"])
+        assert changed.seen[0]["all"] is changed.seen
+        model.train()(x)
 
 
 def test_what_a_copy_takes_along_is_no_reason_to_refuse():

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import http.server
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -201,6 +202,13 @@ def test_download_is_for_the_web_only(tmp_path, url):
         download(url, tmp_path / "a", "0")
 
 
+@pytest.mark.parametrize("url", ["https://[::1", "http://a..b/x", "http://127.0.0.1:9/ü", "http://127.0.0.1:x/"])
+def test_a_malformed_url_is_one_sentence(tmp_path, url):
+    with pytest.raises(InputError, match=rf"cannot download {re.escape(url)} \("):
+        download(url, tmp_path / "a", "0")
+    assert not list(tmp_path.iterdir())
+
+
 @needs_permissions
 def test_download_where_nothing_may_be_written(server, tmp_path):
     tmp_path.chmod(0o500)
@@ -330,3 +338,15 @@ def test_a_name_that_is_too_long_cannot_be_written(tmp_path):
     for write in (files.check_writable, lambda path: write_text(path, "")):
         with pytest.raises(InputError, match=r"^cannot write .*: File name too long"):
             write(tmp_path / ("a" * 300))
+
+
+def test_a_name_is_writable_only_if_the_temporary_name_beside_it_is(tmp_path):
+    for letters in (241, 231):
+        for path in (tmp_path / ("a" * letters + ".json"), tmp_path / "new" / ("a" * letters + ".json")):
+            if letters == 231:
+                files.check_writable(path)
+                write_text(path, "")
+                continue
+            for write in (files.check_writable, lambda path: write_text(path, "")):
+                with pytest.raises(InputError, match=r"^cannot write .*: File name too long"):
+                    write(path)

@@ -23,6 +23,7 @@ FLOORS = (  # the room that names a module most closely counts
     (2, "sparsedm.model_files", "sparsedm.tensor_files"),
     (1, "sparsedm.kernels"),
     (0, "sparsedm.files", "sparsedm.errors", "sparsedm.plots", "sparsedm.features", "sparsedm.cuda_graph"),
+    (0, "sparsedm.__version__"),
 )
 FILES = sorted(
     path
@@ -56,7 +57,10 @@ def imports(source):
             assert node.level == 0, "imports are absolute in this package"
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                yield name if name in MODULES else node.module
+                if node.module == "sparsedm":
+                    yield sparsedm._HOME.get(alias.name, name)
+                else:
+                    yield name if name in MODULES else node.module
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             name = node.value.split(":")[0]
             if "." in name and name in MODULES:  # "bench" alone is a word
@@ -68,7 +72,9 @@ def violations(module, source):
         room = name.split(".")[0]
         if room == "triton" and module.startswith("sparsedm.") and not module.startswith("sparsedm.kernels"):
             yield f"{module} imports triton outside kernels/"
-        if room in OURS and name != "sparsedm" and (room == "tests" or floor(name) > floor(module)):
+        if name == "sparsedm":
+            yield f"{module} imports the whole package, every floor of it: name the module"
+        elif room in OURS and (room == "tests" or floor(name) > floor(module)):
             yield f"{module} imports {name}"
         if module.split(".")[0] == "emulator" and room in OURS and room != "emulator":
             yield f"{module} imports {name}: the emulator knows nothing of us"
@@ -107,6 +113,11 @@ def test_a_wrong_import_is_noticed():
     assert list(violations("sparsedm.layers", "from sparsedm.models import uvit")) == [
         "sparsedm.layers imports sparsedm.models.uvit"
     ]
+    assert list(violations("sparsedm.kernels.mask", "from sparsedm import sparsify")) == [
+        "sparsedm.kernels.mask imports sparsedm.sparsity"
+    ]
+    assert list(violations("sparsedm.kernels.mask", "import sparsedm as package"))
+    assert not list(violations("sparsedm.cli", "from sparsedm import __version__, sparsify"))
     assert list(violations("sparsedm.evaluate", "import sparsedm.commands.train"))
     assert list(violations("sparsedm.train.loop", "import triton"))
     assert list(violations("sparsedm.kernels.launch", "importlib.import_module('sparsedm.layers')"))

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
+from sparsedm import MaskedAdamW
 from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern, group_view, select_mask_ref, ungroup
@@ -248,6 +249,73 @@ def test_the_decay_is_added_to_weights_that_a_layer_holds_only_for_a_while():
         weight.grad = None
         (weight * 0.0).sum().backward()
         assert not weight.grad.count_nonzero(), "without the layer there is no decay"
+
+
+def computed(layer, x):
+    """(y by a weight that is computed from the layer's own, this own)"""
+    weight = layer.weight
+    return torch.func.functional_call(layer, {"weight": weight * 1.0}, (x,)), weight
+
+
+def parametrized(layer, x):
+    if not torch.nn.utils.parametrize.is_parametrized(layer):
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", Times())
+    return layer(x), layer.parametrizations.weight.original
+
+
+class Times(nn.Module):
+    def forward(self, weight):
+        return weight * 1.0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("backend", ["", "torch"])
+@pytest.mark.parametrize("run", [lambda layer, x: (layer(x), layer.weight), computed, parametrized])
+def test_every_derivative_holds_the_decay_once(run, backend, order, monkeypatch):
+    """In a layer large enough for the C kernels; the second derivative passes the product twice."""
+    monkeypatch.setenv("SPARSEDM_BACKEND", backend)
+    torch.manual_seed(0)
+    layer, x = Linear(256, 128, bias=False, pattern="1:4"), torch.randn(256, 256, requires_grad=True)
+    found = []
+    for decay in (0.0, 100.0):
+        set_masking(layer, decay=decay)
+        y, weight = run(layer, x)
+        loss = y.sum()
+        if order == 2:
+            (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            loss = loss + 1e-3 * dx.square().sum()
+        found.append(torch.autograd.grad(loss, weight)[0])
+    mask = reference_mask(weight, layer.pattern)
+    torch.testing.assert_close(found[1] - found[0], 100 * weight.detach() * ~mask, atol=2e-2, rtol=1e-4)
+
+
+def test_a_weight_computed_from_the_layers_own_takes_the_decay_where_it_runs_and_nowhere_twice():
+    layer, x = Linear(32, 8, bias=False, pattern="2:4"), torch.zeros(5, 32)
+    set_masking(layer, decay=0.5)
+    expected = 0.5 * layer.weight.detach() * ~layer.current_mask()
+    torch.testing.assert_close(torch.autograd.grad((computed(layer, x)[0] + layer(x)).sum(), layer.weight)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), layer.weight)[0], expected)
+    optimizer = MaskedAdamW(layer.parameters(), model=layer)  # its step adds the decay
+    assert not torch.autograd.grad(computed(layer, x)[0].sum(), layer.weight)[0].count_nonzero()
+    del optimizer
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["small", "large", "conv"])
+def test_gradients_in_batches_are_those_one_by_one(kind, decay):
+    """By torch's older vmap, as in `jacobian(vectorize=True)`: it hands out tensors without memory."""
+    layer, x = {
+        "small": (Linear(16, 16, pattern="2:4"), torch.randn(3, 16)),
+        "large": (Linear(256, 128, pattern="1:8"), torch.randn(256, 256)),
+        "conv": (Conv2d(16, 16, 3, pattern="1:8"), torch.randn(2, 16, 8, 8)),
+    }[kind]
+    set_masking(layer, decay=decay)
+    leaves = x.requires_grad_(), layer.weight
+    y = layer(x).flatten()[:3]
+    batched = torch.autograd.grad(y, leaves, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    for i, g in enumerate(torch.eye(3)):
+        for mine, alone in zip(batched, torch.autograd.grad(y, leaves, g, retain_graph=True)):
+            torch.testing.assert_close(mine[i], alone)
 
 
 def test_the_decay_of_a_shared_weight_is_that_of_the_layer_that_ran():

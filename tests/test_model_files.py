@@ -266,7 +266,17 @@ DEEP = functools.reduce(lambda inner, _: [inner], range(31), [])  # one level mo
         ("x.safetensors", lambda m: m.to("meta"), r"cannot be kept in a model file: it is on the meta device"),
         ("x.safetensors", lambda m: Talks(), r"_extra_state cannot be kept in a model file: it is a dict, no tensor"),
         ("x.safetensors", with_buffer(torch.eye(2).to_sparse()), r"extra cannot be kept in a model file: it is sparse"),
-        ("x.safetensors", with_buffer(torch.ones(2, dtype=torch.complex128)), r"have no dtype torch.complex128"),
+        (
+            "x.safetensors",
+            with_buffer(torch.ones(2, dtype=torch.complex128)),
+            r"extra cannot be kept in a model file: it is of torch.complex128, and safetensors have no such dtype",
+        ),
+        ("x.safetensors", with_config({1: 0}), r"Net.config cannot be saved: .*: the name 1 is no text"),
+        (
+            "x.safetensors",
+            with_config({"a": [{"b": ({True: 2},)}]}),
+            r"Net.config cannot be saved: .*: the name True is",
+        ),
     ],
 )
 def test_what_load_model_would_refuse_is_refused_before_it_is_written(tmp_path, name, change, message):
@@ -274,6 +284,14 @@ def test_what_load_model_would_refuse_is_refused_before_it_is_written(tmp_path, 
         with pytest.raises(InputError, match=message):
             save_model(tmp_path / name, change(Net()), **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_refused_leaves_the_older_one(tmp_path):
+    index = save_model(tmp_path / "x.safetensors", Net(), shard_bytes=100)
+    other = with_buffer(torch.ones(2, dtype=torch.complex128))(Net())
+    with pytest.raises(InputError, match="safetensors have no such dtype"):
+        save_model(tmp_path / "x.safetensors", other, shard_bytes=100)
+    assert load_model(index, Net).kind == "dense"
 
 
 def test_the_home_folder_is_the_users(tmp_path, monkeypatch):

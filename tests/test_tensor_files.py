@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparsedm import tensor_files
-from sparsedm.errors import InputError
+from sparsedm.errors import InputError, check_memory
 from sparsedm.tensor_files import fill, read_tensors, write_shards, write_tensors
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
@@ -136,6 +136,19 @@ def test_a_file_that_unpacks_to_more_than_memory_is_refused(tmp_path):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(InputError, match=r"a.pt is missing, truncated or of another format|not enough memory"):
         read_tensors(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("needed", "there", "words"),
+    [
+        (2**20, 2**19, "takes 1 MiB or more, and there are 0.5 MiB"),
+        (1.25 * 2**30, 2**30, "takes 1.25 GiB or more, and there are 1 GiB"),
+        (2**41, 2**36, "takes 2,048 GiB or more, and there are 64 GiB"),
+    ],
+)
+def test_memory_is_counted_in_a_unit_that_shows_what_lacks(needed, there, words):
+    with pytest.raises(InputError, match=f"^not enough memory: it {words}$"):
+        check_memory(needed, "it", there)
 
 
 class Payload:

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsedm import MaskedAdamW
 from sparsedm.compression import compress
 from sparsedm.errors import InputError
+from sparsedm.kernels import masked_adamw
 from sparsedm.kernels.pattern import group_view, select_mask_ref, ungroup
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.sparsity import hold_masks, set_masking
+from sparsedm.sparsity import hold_masks, set_masking, sparsify
 
 
 def reference_mask(weight, pattern):
@@ -131,6 +133,31 @@ def test_an_optimizer_that_writes_through_data_trains_as_one_that_does_not():
     assert torch.equal(*weights)
 
 
+@pytest.mark.parametrize("way", ["torch", "kernel"])
+@pytest.mark.parametrize("thaw", [lambda m: set_masking(m, frozen=False), lambda m: sparsify(m, "2:4")])
+def test_a_mask_that_was_frozen_through_steps_is_no_choice_of_the_next_block(thaw, way, monkeypatch):
+    if way == "kernel":
+        monkeypatch.setattr(masked_adamw, "uses_triton", lambda *tensors: True)
+    torch.manual_seed(0)
+    model, x = sparsify(nn.Sequential(nn.Linear(16, 16)), "2:4"), torch.randn(8, 16)
+    optimizer = MaskedAdamW(model.parameters(), lr=0.5, model=model)
+
+    def step():
+        with hold_masks(model, optimizer=optimizer):
+            model(x).square().sum().backward()
+        optimizer.step()
+
+    step()
+    set_masking(model, frozen=True)
+    step(), step()
+    frozen = model[0].current_mask()
+    thaw(model)
+    with hold_masks(model, optimizer=optimizer):
+        mask = model[0].current_mask()
+    assert torch.equal(mask, reference_mask(model[0].weight, model[0].pattern))
+    assert not torch.equal(mask, frozen)
+
+
 # ---- casts keep the masks of today's weights -------------------------------------------------------------------------
 
 CASTS = {
@@ -236,6 +263,20 @@ def test_a_weight_that_is_replaced_by_a_rounded_one_has_the_mask_of_that():
     assert torch.equal(layer.current_mask(), expected)
     assert not torch.equal(before, expected), "rounding makes ties"
     assert torch.equal(layer(x.bfloat16()), F.linear(x.bfloat16(), rounded * expected))
+
+
+@pytest.mark.parametrize("later", [lambda m: m.to("cpu"), lambda m: m.float(), lambda m: m.share_memory()])
+def test_a_model_of_rounded_weights_can_be_moved_and_cast(later):
+    model = nn.Sequential(nn.Linear(64, 64), Linear(64, 64, pattern="2:4"))
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    mask = model[1].current_mask()
+    later(model)
+    assert model[1].mask is None
+    assert torch.equal(model[1].current_mask(), mask)
+    with pytest.warns(UserWarning, match="froze the masks"):
+        model.half()
+    assert torch.equal(model[1].current_mask(), mask)
 
 
 def test_layerwise_casting_keeps_the_masks():

@@ -52,5 +52,5 @@ def run(options):
 
 
 def _name_of(source):
-    name = os.path.basename(os.path.realpath(source))
+    name = os.path.basename(os.path.abspath(source))
     return name if source.is_dir() else Path(name.removesuffix(INDEX)).stem

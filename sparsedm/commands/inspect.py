@@ -37,13 +37,15 @@ def run(options):
         raise InputError("name something to inspect: a run folder or model file, or --model")
     if options.where and not options.pattern:
         raise InputError(f"--where {options.where} selects layers for a pattern: give one with --pattern")
-    name = (
-        os.path.basename(os.path.realpath(options.run)).removesuffix(".safetensors") if options.run else options.model
-    )
+    name = os.path.basename(os.path.abspath(options.run)).removesuffix(".safetensors") if options.run else options.model
     title = f"{name} {options.pattern or ''}".strip()
     chart = picture_name(options.plot or f"{title.replace(':', 'of').replace(' ', '-')}-layers.png")
     for file in filter(None, (chart, options.json)):
         check_writable(file)
+        if options.run and os.path.realpath(file) == os.path.realpath(options.run):
+            raise InputError(f"{file} is what to inspect: write to another file")
+    if options.json and os.path.realpath(options.json) == os.path.realpath(chart):
+        raise InputError(f"--json {options.json} is the file of the chart: name another")
     if options.run:
         model = load_named(options).model
     else:

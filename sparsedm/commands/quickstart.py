@@ -56,7 +56,7 @@ def run(options):
     started = time.perf_counter()
     drawn = options.data == "synthetic"
     recipe, note = (QUICKSTART["synthetic"], SYNTHETIC_NOTE) if drawn else (QUICKSTART["images"], REAL_NOTE)
-    folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(os.path.realpath(options.data)).stem}")
+    folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(os.path.abspath(options.data)).stem}")
     check_writable(folder / "report.json")
     if options.dry_run:  # the number of classes of other images is unknown until they are read
         check_source(options.data)

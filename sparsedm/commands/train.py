@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def run(options):
         )
         ema = None
     training, stages = _training(options, model.config), _stages(options, ema)
-    name = options.model or (Path(options.init).resolve().name if options.init else "uvit-tiny")
+    name = options.model or (os.path.basename(os.path.abspath(options.init)) if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     start = Start(model, ema, build=lambda: build_model(model.config))
     check_source(options.data, model.config)

@@ -30,7 +30,12 @@ def checksum_on_gpu(tensor):
 
 
 def checksums(*tensors):
-    """One int for each tensor on the CPU: by the C library, or without it a CRC-32."""
+    """One int for each tensor on the CPU: by the C library, or without it a CRC-32.
+
+    All are 0 if one of the tensors dispatches in Python, as a FakeTensor does: it may have no memory.
+    """
+    if any(type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for t in tensors):
+        return [0] * len(tensors)
     if library.library() is not None:
         return products.checksum(*tensors)
     return [int(files.checksum(t.detach().resolve_neg())) for t in tensors]

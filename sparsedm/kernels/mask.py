@@ -329,6 +329,8 @@ def select_mask(weight, pattern, dtype=None, name="weight", *, mask=True, bits=F
     if compressed and (pattern != Pattern(2, 4) or weight.dim() != 2):
         raise InputError(f"{name}: only a 2:4 Linear has values and metadata, not {pattern} of {tuple(weight.shape)}")
     weight, dtype = weight.detach(), dtype or weight.dtype
+    if not dtype.is_floating_point:
+        raise InputError(f"{name}: a masked weight is floating point, not {dtype}")
     if type(weight) is torch.Tensor and weight.device.type == "cpu" and not watched():
         # where nothing traces, the operator would only cost time
         return _in_torch(weight, pattern, dtype, mask, bits, compressed, name)

@@ -147,10 +147,12 @@ def straight_through(weight, masked, mask, rule=STE, used=None):
     used:   a function that the backward calls, or None.
 
     Use: F.linear(x, straight_through(w, *select_mask(w, pattern)[:2]), b), or any other product with the weight.
-    Raises: InputError if the shapes differ or the mask is not bool.
+    Raises: InputError if the shapes differ, or the mask is missing or not bool.
     """
     given = [t for t in (weight, masked, mask) if t is not None]
-    if any(t.shape != weight.shape for t in given) or (mask is None and rule != STE):
+    if mask is None and rule != STE:
+        raise InputError(f"{rule} reads the mask, and mask is None: select_mask(...) gives one")
+    if any(t.shape != weight.shape for t in given):
         shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
     if mask is not None and mask.dtype != torch.bool:
@@ -194,7 +196,7 @@ class _TrainingProduct(torch.autograd.Function):
         if ctx.used is not None:
             ctx.used()
         if torch.is_grad_enabled():  # a second derivative may follow; it must not pass the hooks of the weight twice
-            masked = straight_through(weight.view_as(weight), masked, mask, ctx.rule)
+            masked = straight_through(weight.view_as(weight), masked, mask, ctx.rule._replace(decay=0.0))
         want_dx, want_dw, want_db = ctx.needs_input_grad[:3]
         dw = rows.t() @ x.reshape(-1, x.shape[-1]) if want_dw else None
         if want_dw and ctx.rule != STE:
@@ -468,8 +470,8 @@ def masked_linear(
     Gradients: x, weight, bias, any number of times (once under torch.func if a kernel computes it).
     Raises: InputError for shapes, dtypes and devices that do not fit together, an unknown algorithm or activation.
     """
-    if autocast := autocast_dtype(x.device):
-        x, bias = x.to(autocast), bias if bias is None else bias.to(autocast)
+    if autocast := autocast_dtype(x.device):  # which leaves fp64 alone, as torch's does
+        x, bias = (t if t is None or t.dtype == torch.float64 else t.to(autocast) for t in (x, bias))
     _check(x, weight, pattern, bias, activation, selection, algorithm)
     by_kernel = uses_triton(x, weight, bias, *(selection or ())) and x.dtype != torch.float64 != weight.dtype
     if selection is None:

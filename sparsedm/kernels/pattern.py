@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 
 GROUPS = (2, 4, 8, 16, 32)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def _selection(size, rank):
 def check_weight(weight, pattern, name="weight"):
     """Raise InputError, naming the layer, unless `weight` is a Linear's or Conv2d's and `pattern` fits it."""
     shape = tuple(weight.shape)
-    if not weight.is_floating_point():
-        raise InputError(f"{name}: masks are chosen among floating-point weights, not {weight.dtype}")
+    if weight.dtype not in FLOATS:
+        raise InputError(f"{name}: masked weights must be fp64, fp32, bf16 or fp16, not {weight.dtype}")
     if weight.dim() not in (2, 4):
         raise InputError(f"{name}: a masked weight has 2 (Linear) or 4 (Conv2d) dimensions, not shape {shape}")
     if shape[1] == 0 or shape[1] % pattern.group:

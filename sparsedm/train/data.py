@@ -33,7 +33,7 @@ from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder, checksum, parse_json, regular_file
 from sparsedm.train.array_files import cifar10_folder, context_shape, download_cifar10, read_cifar10, read_npz
 from sparsedm.train.image_files import CROPS, Parts, different_sizes, ignored, read_image_files, resized
-from sparsedm.train.synthetic import synthetic
+from sparsedm.train.synthetic import LEAST, synthetic
 
 SPLITS = ("train", "test")
 SYNTHETIC = {"train": {"count": 20_000, "seed": 0}, "test": {"count": 4_000, "seed": 1}}
@@ -132,10 +132,12 @@ def load_images(source, split, size, limit=None, crop="square"):
 def check_source(source, config=None):
     """Raise InputError, before anything is read, if `source` is no source of `load`.
 
-    config: of the network to train. A text-conditional network needs a context for every image.
+    config: of the network to train. Drawn images have its size; a text-conditional one needs a context for every image.
     """
     path = Path(os.path.expanduser(source))
-    if source != "cifar10" and source.partition(":")[0] != "synthetic":
+    if source.partition(":")[0] == "synthetic":
+        _synthetic_size(source, getattr(config, "image_size", None))
+    elif source != "cifar10":
         if not path.exists():
             raise InputError(f"data {source!r}: no such file or folder, and not synthetic or cifar10")
         if not path.is_dir():
@@ -228,6 +230,8 @@ def _synthetic_size(source, size):
         raise InputError(f"data {source!r}: write synthetic or synthetic:SIZE")
     if size not in (None, int(given)):
         raise InputError(f"data {source!r}: drawn images are not resized, and {size}x{size} is needed: write synthetic")
+    if int(given) < LEAST:
+        raise InputError(f"data {source!r}: drawn images need size >= {LEAST}, not {int(given)}")
     return int(given)
 
 

@@ -132,7 +132,8 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
         own = f"its number is {there.get('run', 'none')}, not {here.get('run', 'none')}"
         raise InputError(f"{folder} is of another run: {own}")
     different = _differing(there, here)
-    grown = [name for name in may_grow or () if type(there.get(name)) in (int, float) and there[name] < here[name]]
+    numbers = [name for name in may_grow or () if {type(side.get(name)) for side in (there, here)} <= {int, float}]
+    grown = [name for name in numbers if there[name] < here[name]]
     if different and different.keys() <= set(grown):
         reasons = {name: may_grow[name] for name in different}
         if not any(reasons.values()):

@@ -18,6 +18,7 @@ CLASSES = ("disk", "ring", "square", "triangle", "cross")
 COLOURS = ((255, 214, 64), (255, 84, 84), (72, 220, 255), (120, 235, 96), (255, 128, 224), (245, 245, 245))
 GROUNDS = ((12, 16, 48), (36, 10, 44), (6, 32, 32))
 RADIUS = (0.66, 0.72)
+LEAST = 8  # pixels of a side
 SHIFT = 0.08  # of the centre from the middle, at most, along x and along y
 
 
@@ -27,8 +28,8 @@ def synthetic(count, size=12, seed=0):
     Returns images uint8 (count, 3, size, size) in 0..255, labels int64 (count,), class names (tuple of str). A smaller
     count gives a prefix of a larger one. InputError: size < 8, count < 1.
     """
-    if size < 8 or count < 1:
-        raise InputError(f"synthetic images need size >= 8 and count >= 1, but these are {size} and {count}")
+    if size < LEAST or count < 1:
+        raise InputError(f"synthetic images need size >= {LEAST} and count >= 1, but these are {size} and {count}")
     raw = np.random.PCG64(seed).random_raw(count * 6).reshape(count, 6)
     images = np.concatenate([_draw(part, size) for part in np.array_split(raw, -(-count // 512))])  # bounds the memory
     return torch.from_numpy(images), torch.from_numpy(_label(raw)), CLASSES

@@ -48,6 +48,9 @@ def test_inspect_names_the_chart_after_what_it_shows(trained, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert run("inspect", "mine.safetensors", "--pattern", "2:4") == 0
     assert (tmp_path / "mine-2of4-layers.png").exists()
+    (tmp_path / "named.safetensors").symlink_to(tmp_path / "mine.safetensors")  # as in the cache of a model hub
+    assert run("inspect", "named.safetensors") == 0
+    assert (tmp_path / "named-layers.png").exists()
     monkeypatch.chdir(trained)
     assert run("inspect", ".") == 0
     assert (trained / f"{trained.name}-layers.png").exists()
@@ -97,6 +100,16 @@ BAD = {
         ["inspect", "--model", "uvit-tiny", "--plot", "x.txt"],
         "x.txt must end in .png, .jpg, .jpeg or .webp",
     ),
+    "numbers over the chart": (
+        ["inspect", "--model", "uvit-tiny", "--plot", "{folder}/a.png", "--json", "{folder}/../data/a.png"],
+        "a.png is the file of the chart",
+    ),
+    "numbers over the model": (["inspect", "{zip}", "--json", "{zip}"], "x.zip is what to inspect"),
+    "no size": (
+        ["train", "--data", "synthetic:abc", "--dry-run"],
+        "'synthetic:abc': write synthetic or",
+    ),
+    "another size": (["train", "--data", "synthetic:9", "--dry-run"], "'synthetic:9': drawn images are not resized"),
     "numbers in a folder": (["inspect", "--model", "uvit-tiny", "--json", "."], "cannot write .: it is a folder"),
     "more bytes than there are": (
         ["inspect", "--model", "uvit-tiny", "--set", "image_size=1000000000"],

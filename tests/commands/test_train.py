@@ -40,6 +40,13 @@ def test_methods_start_from_a_dense_run(trained, tmp_path, capsys):
     assert (tmp_path / "method" / "00-sr-ste+kd" / "checkpoints").is_dir()
 
 
+def test_the_run_folder_is_named_after_the_link_that_was_given(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").symlink_to(trained)
+    assert run("train", "--init", "mine", "--data", "synthetic", "--method", "oneshot", "--dry-run") == 0
+    assert "runs/mine-oneshot" in capsys.readouterr().out
+
+
 def test_a_method_starts_from_the_dense_stage_of_a_chain(trained, tmp_path):
     common = ["--data", "synthetic", "--limit", 64, "--batch-size", 8, "--steps", 2, "--run", tmp_path / "oneshot"]
     assert run("train", "--init", trained, "--method", "oneshot", *common) == 0

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsedm
-from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import GROUPS
 from tests.hunt.forked import forked
 
@@ -35,7 +34,13 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 CONTEXTS = ("grad", "grad", "grad", "no_grad", "inference", "autocast", "held", "held autocast", "checkpoint", "twice")
-BEFORE = ("nothing", "nothing", "data add", "data swap", "inference", "frozen", "frozen infinite", "load", "thawed")
+CONTEXTS += ("batched", "subclass")
+BEFORE = ("nothing", "nothing", "data add", "data swap", "data cast", "inference", "load")
+BEFORE += ("frozen", "frozen infinite", "thawed", "thawed adamw")
+
+
+class Sub(torch.Tensor):
+    """Some library's tensors."""
 
 
 class Case:
@@ -49,10 +54,11 @@ class Case:
         group = pick(GROUPS)
         self.keep, self.group = self.random.randrange(1, group), group
         self.dtype = pick([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
-        self.context = pick(CONTEXTS) if not self.compressed else pick(["no_grad", "inference", "autocast"])
+        self.context = pick(CONTEXTS) if not self.compressed else pick(["no_grad", "inference", "autocast", "subclass"])
         self.before = pick(BEFORE) if not self.compressed else pick(["nothing", "frozen", "load", "copy", "moved"])
         self.activation, self.bias = pick(list(ACTIVATIONS)), pick([True, False])
         self.rule = pick([(0.0, 1.0, 1.0), (0.1, 1.0, 1.0), (0.0, 1.5, 0.5), (0.2, 1.0, 0.0)])
+        self.optimizer = None
         self.backend = pick([None, None, "cpu", "torch", "dense"])
         self.product = torch.bfloat16 if "autocast" in self.context else self.dtype
         if "autocast" in self.context:
@@ -159,6 +165,9 @@ class Case:
                 layer.weight.data.add_(other)
             case "data swap":
                 layer.weight.data = other
+            case "data cast" if self.dtype in (torch.float32, torch.float64):
+                layer.weight.data = layer.weight.data.bfloat16()
+                layer.to(self.dtype)
             case "inference":
                 with torch.inference_mode():
                     self.call(layer, self.inputs)
@@ -174,6 +183,16 @@ class Case:
                 if self.before == "thawed":
                     layer.freeze_mask(False)
                     mask = None
+            case "thawed adamw":
+                # at the default eps of 1e-8, fp16 divides by 0
+                self.optimizer = sparsedm.MaskedAdamW(layer.parameters(), 0.5, eps=1e-3, model=layer)
+                self.rule = (0.0, *self.rule[1:])  # the optimizer adds the decay
+                for frozen in (False, True):
+                    layer.freeze_mask(frozen)
+                    with sparsedm.hold_masks(layer, optimizer=self.optimizer):
+                        layer.weight.grad = other
+                    self.optimizer.step()
+                layer.freeze_mask(False)
         mask = self.mask_of(layer.weight) if mask is None else mask
         weight = layer.weight.detach().clone()
         if not self.compressed:
@@ -204,8 +223,7 @@ class Case:
             assert torch.equal(held, kept), "compressed weight"
         else:
             assert torch.equal(layer.current_mask(), mask), "mask"
-        wants = "grad" in self.context or self.context in ("held", "held autocast", "autocast", "checkpoint", "twice")
-        wants = wants and self.context != "no_grad" and not self.compressed
+        wants = self.context not in ("no_grad", "inference") and not self.compressed
         leaves = {name: t.detach().requires_grad_(wants) for name, t in self.inputs.items()}
         y = self.in_context(layer, leaves)
         high, low = self.reference(kept, torch.float64), self.reference(kept, self.product)
@@ -214,7 +232,13 @@ class Case:
             return
         cotangent = self.cotangent(y)
         layer.zero_grad()
-        y.backward(cotangent)
+        if self.context == "batched":
+            operands = [*leaves.values(), *layer.parameters()]
+            several = torch.stack((cotangent, torch.zeros_like(cotangent), cotangent))
+            for operand, gradients in zip(operands, torch.autograd.grad(y, operands, several, is_grads_batched=True)):
+                operand.grad = gradients[2]
+        else:
+            y.backward(cotangent)
         times = 2 if self.context == "twice" else 1
         if times == 2:
             self.in_context(layer, leaves).backward(cotangent)
@@ -242,7 +266,9 @@ class Case:
             if "autocast" in self.context:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             if "held" in self.context:
-                stack.enter_context(sparsedm.hold_masks(layer))
+                stack.enter_context(sparsedm.hold_masks(layer, optimizer=self.optimizer))
+            if self.context == "subclass":
+                leaves = {name: t.as_subclass(Sub) for name, t in leaves.items()}
             if self.context == "checkpoint":
                 return torch.utils.checkpoint.checkpoint(self.call, layer, leaves, use_reentrant=False)
             return self.call(layer, leaves)
@@ -299,8 +325,7 @@ class Case:
 
 
 def attempt(seeds):
-    """Run the cases of a fork and report on stderr: 'wrong SEED' lines, and the number of those that were refused."""
-    refused = 0
+    """Run the cases of a fork and report on stderr: 'wrong SEED' lines. None of these calls may be refused."""
     for seed in seeds:
         os.write(2, f"at {seed}\n".encode())
         case = None
@@ -308,9 +333,6 @@ def attempt(seeds):
             case = Case(seed)
             os.environ["SPARSEDM_BACKEND"] = case.backend or ""
             case.run()
-        except InputError as error:
-            refused += 1
-            os.write(2, f"refused {seed}: {error} ({case})\n".replace("\n", " ").encode() + b"\n")
         except BaseException as error:
             text = f"wrong {seed}: {type(error).__name__}: {error} ({case})".replace("\n", " ")
             os.write(2, f"{text[:800]}\n".encode())
@@ -319,15 +341,14 @@ def attempt(seeds):
 
 def hunt(seeds, size=200):
     """{seed: what is wrong} of all cases; prints the counts."""
-    wrong, refused, seeds = {}, 0, list(seeds)
+    wrong, seeds = {}, list(seeds)
     for start in range(0, len(seeds), size):
         outcome = forked(lambda start=start: attempt(seeds[start : start + size]), seconds=280, megabytes=4096)
         wrong |= {int(seed): text for seed, text in re.findall(r"^wrong (\d+): (.*)$", outcome.said, re.MULTILINE)}
-        refused += len(re.findall(r"^refused ", outcome.said, re.MULTILINE))
         if outcome.code != 0:
             last = int(re.findall(r"^at (\d+)$", outcome.said, re.MULTILINE)[-1])
             wrong[last] = f"{'hang' if outcome.code is None else 'crash'} {outcome.code}: {outcome.said[-300:]}"
-    print(f"{len(seeds)} calls: {len(wrong)} wrong, {refused} refused")
+    print(f"{len(seeds)} calls: {len(wrong)} wrong")
     for text in list(wrong.values())[:20]:
         print("   ", text)
     return wrong

@@ -1,10 +1,15 @@
+import copy
 import itertools
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sparsedm.compression import compress
 from sparsedm.kernels.checksum import checksum_on_gpu, checksum_ref, checksums
 from sparsedm.kernels.cpu import library
+from sparsedm.sparsity import hold_masks, sparsify
 
 BY_TORCH = {"on a GPU": checksum_on_gpu, "the kernel's": checksum_ref}
 
@@ -39,6 +44,17 @@ def test_exchanged_rows_columns_and_entries_show(number):
             assert number(weight) != before
             view[[a, b]] = view[[b, a]]
     assert number(weight) == before
+
+
+def test_weights_without_memory_are_held():
+    model = sparsify(nn.Sequential(nn.Linear(64, 64)), "2:4")
+    small = compress(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = copy.deepcopy(model)
+        assert checksums(model[0].weight, model[0].bias) == [0, 0]
+        x = torch.randn(4, 64)
+        with hold_masks(model, small):
+            assert model(x).shape == small(x).shape == (4, 64)
 
 
 def test_every_part_of_a_large_weight_counts(number):

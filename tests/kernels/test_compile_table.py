@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from tests.kernels.compile_table import ARCHITECTURES
+from tests.kernels.compile_table import ARCHITECTURES, main, serves
 
 
 @pytest.mark.slow
@@ -17,8 +18,21 @@ def test_every_configuration_compiles_without_spills(architecture):
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(child.stdout.splitlines()[-1])
     assert {"mma", "mma_splitk", "mma_conv"} <= set(found)
-    for results in found.values():
-        fits = [result for result in results if "error" not in result]
-        assert all("shared memory" in result["error"] for result in results if "error" in result), results
-        assert fits
-        assert not sum(result["spills"] for result in fits)
+    assert all(map(serves, found.values())), found
+
+
+@pytest.mark.parametrize(
+    ("results", "status"),
+    [
+        ([{"products": [16], "spills": 0}, {"config": "b", "error": "OutOfResources: shared memory"}], 0),
+        ([{"products": [16], "spills": 0}, {"config": "b", "error": "CompilationError: at 1:1"}], "sm_9.0 mma"),
+        ([{"products": [16], "spills": 8}], "sm_9.0 mma"),
+        ([{"config": "b", "error": "OutOfResources: shared memory"}], "sm_9.0 mma"),
+    ],
+)
+def test_a_table_with_a_failure_fails(results, status, monkeypatch):
+    child = SimpleNamespace(returncode=0, stdout=json.dumps({"mma": results}))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: child)
+    with pytest.raises(SystemExit) as ended:
+        main(["9.0"])
+    assert ended.value.code == (f"fail or spill: {status}" if status else 0)

@@ -162,7 +162,8 @@ def test_the_result_is_detached(way):
         (torch.ones(4, 0), r"fc1: the input axis of shape \(4, 0\) must be a positive multiple of 4"),
         (torch.ones(8, 3, 3, 3), r"fc1: the input axis of shape \(8, 3, 3, 3\) must be a positive multiple of 4"),
         (torch.ones(8), r"fc1: a masked weight has 2 .* dimensions, not shape \(8,\)"),
-        (torch.ones(4, 8, dtype=torch.int32), "fc1: .*floating-point weights, not torch.int32"),
+        (torch.ones(4, 8, dtype=torch.int32), "fc1: masked weights must be fp64, .*, not torch.int32"),
+        (torch.ones(4, 8).to(torch.float8_e4m3fn), "fc1: masked weights must be fp64, .*, not torch.float8_e4m3fn"),
         (torch.tensor([[1.0, float("nan"), 0.0, float("nan")]]), "fc1: .* of its weights are NaN"),
         (torch.tensor([[float("nan"), 1.0, 2.0, 3.0], [0.0] * 4]), "fc1: .* of its weights are NaN"),
         (torch.full((2, 4), -float("nan")), "fc1: .* of its weights are NaN"),
@@ -174,6 +175,11 @@ def test_refusals(way, weight, message):
         with pytest.raises(InputError, match=message):
             select_mask(weight, Pattern(2, 4), name="fc1", **options)
     select_mask(torch.ones(2, 4), Pattern(2, 4), name="fc1")  # and the next weight of that name is not blamed
+
+
+def test_a_masked_weight_of_whole_numbers_is_refused(way):
+    with pytest.raises(InputError, match=r"fc1: a masked weight is floating point, not torch.int32"):
+        select_mask(torch.ones(2, 4), Pattern(2, 4), torch.int32, name="fc1")
 
 
 @pytest.mark.parametrize("way", ["kernel"], indirect=True)

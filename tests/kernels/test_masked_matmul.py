@@ -395,7 +395,7 @@ def test_torch_s_newer_setting_of_tf32_is_read_and_has_measurements_of_its_own(k
         ({"x": torch.tensor(1.0)}, r"x \(\) and weight \(8, 16\) do not share"),
         ({"x": torch.ones(3, 16, dtype=torch.int64)}, "x must be floating point, not torch.int64"),
         ({"weight": torch.ones(8, 16, 1, 1)}, r"x \(3, 16\) and weight \(8, 16, 1, 1\) do not share"),
-        ({"weight": torch.ones(8, 16).int()}, "floating-point weights, not torch.int32"),
+        ({"weight": torch.ones(8, 16).int()}, "masked weights must be fp64, fp32, bf16 or fp16, not torch.int32"),
         ({"weight": torch.ones(8, 0), "x": torch.ones(3, 0)}, "must be a positive multiple of 4"),
         ({"weight": torch.ones(8, 16, device="meta")}, "one device, not on cpu and meta"),
         ({"pattern": Pattern(16, 32)}, r"the input axis of shape \(8, 16\) must be a positive multiple of 32"),
@@ -407,6 +407,10 @@ def test_torch_s_newer_setting_of_tf32_is_read_and_has_measurements_of_its_own(k
         ),
         ({"selection": Selection(torch.ones(8, 16).half())}, "the masked weight must be .* not .* torch.float16"),
         (
+            {"selection": Selection(torch.ones(8, 16)), "rule": GradientRule(1e-4)},
+            r"GradientRule\(decay=0.0001, .*\) reads the mask, and mask is None",
+        ),
+        (
             {"selection": Selection(torch.ones(8, 16), bits=torch.ones(8, 1))},
             r"the mask's bits must be \(8, 1\) torch.int32, not \(8, 1\) torch.float32",
         ),
@@ -417,6 +421,15 @@ def test_torch_s_newer_setting_of_tf32_is_read_and_has_measurements_of_its_own(k
 def test_refusals(change, message):
     with pytest.raises(InputError, match=message):
         masked_linear(**{"x": torch.ones(3, 16), "weight": torch.ones(8, 16), "pattern": HALF} | change)
+
+
+def test_autocast_leaves_fp64_alone():
+    x, weight, bias = torch.ones(3, 16).double(), torch.randn(8, 16).double(), torch.ones(8).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = masked_linear(x, weight, HALF, bias)
+        with pytest.raises(InputError, match=r"the bias must be .* torch.bfloat16 as x is, not .* torch.float64"):
+            masked_linear(x.float(), weight.float(), HALF, bias)
+    assert torch.equal(y, masked_linear(x, weight, HALF, bias))
 
 
 # ---- compiled for a GPU ----------------------------------------------------------------------------------------------

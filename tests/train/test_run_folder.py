@@ -54,6 +54,10 @@ def test_claim_says_why_a_number_may_not_grow(tmp_path):
         InputError, match="steps is 6 there and 7 here; width is 8 there and 9 here: it is the networks'"
     ):
         run_folder.claim(tmp_path, {"steps": 7, "width": 9}, may_grow=may_grow)
+    with pytest.raises(InputError, match="steps is 6 there and not set here"):
+        run_folder.claim(tmp_path, {"width": 8}, may_grow=may_grow)
+    with pytest.raises(InputError, match="steps is 6 there and None here"):
+        run_folder.claim(tmp_path, {"steps": None, "width": 8}, may_grow=may_grow)
     (tmp_path / "options.json").write_text('{"steps": "6", "width": 8}')
     with pytest.raises(InputError, match=r"steps is 6 there and 7 here$"):
         run_folder.claim(tmp_path, {"steps": 7, "width": 8}, may_grow=may_grow)

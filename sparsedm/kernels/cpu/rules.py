@@ -182,7 +182,8 @@ def attention_serves(q):
 
 
 def serves(*tensors):
-    """Whether the kernels can be called with these tensors: fp32 on a CPU, in eager code, and there is a library."""
+    """Whether the kernels can be called with these tensors: fp32 on a CPU, of no subclass, in eager code; and there is
+    a library."""
     return _plain(*tensors) and library.library() is not None
 
 
@@ -190,6 +191,13 @@ def _plain(*tensors):
     if watched() or torch.is_autocast_enabled("cpu"):
         return False
     for t in tensors:
-        if not (t is None or (t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided and not t.is_neg())):
+        if t is not None and (
+            type(t) not in (torch.Tensor, torch.nn.Parameter)  # a wrapper of tensors has no address
+            or torch._C._functorch.is_legacy_batchedtensor(t)  # nor has a batch of gradients
+            or not t.is_cpu
+            or t.dtype is not torch.float32
+            or t.layout is not torch.strided
+            or t.is_neg()
+        ):
             return False
     return True
