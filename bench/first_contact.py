@@ -159,6 +159,14 @@ def verdict_of(command, timeout, processes):
     return reason_of(process.returncode, "\n".join(lines))
 
 
+def rest_of(process, until):
+    """What it prints after its verdict, if it ends before the time `until`."""
+    try:
+        return process.communicate(timeout=max(0.0, until - time.monotonic()))[0]
+    except subprocess.TimeoutExpired:
+        return ""
+
+
 def verdicts_of(commands, timeout, file, until):
     """{name: verdict} of {name: command}, all side by side; `file` holds those that are known. What goes on after its
     verdict is killed at the time `until`. An interruption kills all."""
@@ -170,9 +178,8 @@ def verdicts_of(commands, timeout, file, until):
                 found[jobs[job]] = job.result()
                 known = {name: found[name] for name in commands if name in found}
                 write_json(file, {"configurations": known, "of": len(commands)})
-            for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    print(process.communicate(timeout=max(0.0, until - time.monotonic()))[0], end="")
+            for said in pool.map(lambda process: rest_of(process, until), processes):
+                print(said, end="")
         finally:
             for process in processes:
                 if process.poll() is None:

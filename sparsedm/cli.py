@@ -158,8 +158,9 @@ def keep_freed_memory():
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018 - only glibc has it
-        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
-            libc.mallopt(option, size)
+        # older versions take at most 32 MiB. The second threshold alone would freeze the first one at 128 KiB
+        if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25):
+            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _lacks_memory(error):

@@ -9,9 +9,9 @@ def start(capability=driver.H200, execute=True):
     """Let Triton, torch and sparsedm find a GPU in this process. Returns the emulator's Device."""
     emulated = driver.start(capability, execute)
     from sparsedm.kernels import launch
-    from sparsedm.kernels.sparse24 import conv, linear
+    from sparsedm.kernels.sparse24 import dispatch
 
-    for module in (launch, conv, linear):
+    for module in (launch, dispatch):
         module.capability = lambda device: capability
     return emulated
 

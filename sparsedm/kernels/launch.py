@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import _C
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from sparsedm.errors import InputError
 
@@ -194,7 +195,10 @@ def watched():
     """Whether something compiles, traces, counts or transforms torch's operations: it would not see what C computes."""
     if torch.compiler.is_compiling():  # alone, because dynamo cannot trace the others
         return True
-    if _C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or _C._get_tracing_state():
+    if _C._len_torch_dispatch_stack() or _C._get_tracing_state():
+        return True
+    modes = _C._len_torch_function_stack()  # a default device is one, too, but watches nothing
+    if modes and any(type(_C._get_function_stack_at(i)) is not DeviceContext for i in range(modes)):
         return True
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

@@ -60,8 +60,14 @@ def test_both_parts_in_their_time_with_a_hang_and_a_wrong_configuration(tmp_path
     states = {e["name"]: (e["status"], e["reason"]) for e in second["suites"]}
     assert {name: state for name, state in states.items() if state[0] == "failed"} == {}
     assert {p.name for p in folder.iterdir()} == {
-        *("index.json", "first.json", "results.csv", "log.txt", "targets.md", "plots.zip"),
+        *("index.json", "first.json", "results.csv", "log.txt", "targets.md", "plots.zip", "tuned.json"),
     }
+    (table,) = json.loads((folder / "tuned.json").read_text()).values()
+    found = [entry for section in table.values() for entry in section.values() if entry["config"]["backend"] == "wgmma"]
+    why = ("Refused: a process ended while it ran", "Refused: first contact: ")  # configurations 1 and 2
+    assert found
+    for entry in found:
+        assert all(reason.startswith(start) for (_, reason), start in zip(entry["failed"], why, strict=True))
     rows = read(folder / "results.csv")
     # torch's path through CUTLASS refuses tensors that are not really on a GPU
     assert {provider for _, provider, _ in broken(rows)} == {"CUTLASS"}

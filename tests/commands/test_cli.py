@@ -193,20 +193,28 @@ def test_help_teaches(command, capsys):
     assert "exit codes:" in text
 
 
-@pytest.mark.parametrize("library", ["glibc", "musl", None])
+@pytest.mark.parametrize("library", ["glibc", "old glibc", "older glibc", "musl", None])
 def test_freed_memory_is_kept_where_the_c_library_is_glibc(library, monkeypatch):
-    told = {}
-    glibc = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda option, size: told.update({option: size}))
-    known = {"glibc": glibc, "musl": SimpleNamespace(mallopt=glibc.mallopt)}
+    told, most = {}, {"old glibc": 1 << 25, "older glibc": 1 << 19}.get(library, 1 << 40)
+
+    def mallopt(option, size):
+        if option == cli.M_MMAP_THRESHOLD and size > most:
+            return 0  # and nothing changes
+        told[option] = size
+        return 1
+
+    glibc = SimpleNamespace(gnu_get_libc_version=None, mallopt=mallopt)
+    known = {"musl": SimpleNamespace(mallopt=mallopt)}
 
     def load(name):
         if library is None:
             raise OSError("no such library")
-        return known[library]
+        return known.get(library, glibc)
 
     monkeypatch.setattr(cli.ctypes, "CDLL", load)
     cli.keep_freed_memory()
-    assert set(told) == ({cli.M_MMAP_THRESHOLD, cli.M_TRIM_THRESHOLD} if library == "glibc" else set())
+    assert told.get(cli.M_MMAP_THRESHOLD) == {"glibc": 1 << 30, "old glibc": 1 << 25}.get(library)
+    assert (cli.M_TRIM_THRESHOLD in told) == (cli.M_MMAP_THRESHOLD in told), "alone it would freeze the other one"
 
 
 def test_help_does_not_wait_for_torch():

@@ -5,6 +5,7 @@ is therefore made once for each weight and size.
 """
 
 import torch
+from torch import get_num_threads
 
 from sparsedm.kernels.checksum import stamp
 from sparsedm.kernels.launch import forced_backend, plain
@@ -27,6 +28,7 @@ def repeated(cache, values, positions, options, x, *others):
         return None
     if run is None or calls[0] != stamp(values, positions, held=cache.get("held")):
         return None
+    get_num_threads()  # as `library()`, which none of the above calls if the weight is held
     return run(x, *others)
 
 

@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import get_num_threads
 
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, cache_folder
@@ -59,7 +60,11 @@ def instruction_set():
 
 
 def library():
-    """The loaded library, or None. The first call may compile for some seconds."""
+    """The loaded library, or None. The first call may compile for some seconds.
+
+    OpenMP has a number of threads for each thread that calls it. Torch sets it when it is first asked there.
+    """
+    get_num_threads()
     return _loaded()[0]
 
 
@@ -102,7 +107,7 @@ def _load(flags):
     for kept in [own] if own else sorted(folder.glob(f"{sources}-*.so")):
         if _is_whole(kept):
             try:
-                return ctypes.CDLL(str(kept))
+                return _open(kept)
             except OSError:  # of another system: compiled anew
                 pass
     if compiler is None:
@@ -124,9 +129,18 @@ def _compiled_anew(flags, compiler, folder, kept):
     except InputError as error:
         log.warning("the compiled CPU kernels are not kept for the next process: %s", error)
     try:
-        return ctypes.CDLL(str(built))  # a loaded file may be removed
+        return _open(built)
     except OSError as error:
         raise _Unavailable(f"the compiled library cannot be loaded: {error}") from None
+
+
+def _open(path):
+    """The library at `path`; where its folder is mounted noexec, from a copy. Raises OSError."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        with tempfile.TemporaryDirectory() as place:
+            return ctypes.CDLL(shutil.copyfile(path, f"{place}/library.so"))  # a loaded file may be removed
 
 
 def _digest_of_sources(flags):
@@ -195,9 +209,10 @@ def _call_all(commands):
 def _share_openmp():
     """Make the functions of torch's OpenMP library visible to our library."""
     try:
-        paths = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*", Path("/proc/self/maps").read_text()))
+        maps = os.fsdecode(Path("/proc/self/maps").read_bytes())  # a name on Linux is bytes
     except OSError:
         return
+    paths = set(re.findall(r"/.*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*", maps))
     for path in sorted(paths, key=lambda path: "/torch" not in path):
         try:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)

@@ -162,7 +162,10 @@ def _mkl_is_slow():
 
 @functools.cache
 def _is_amd():
-    return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def version():

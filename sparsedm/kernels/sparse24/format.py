@@ -163,7 +163,7 @@ def check_metadata(metadata, pattern=TWO_FOUR, columns=None):
                 f"illegal {pattern} bits: row {row}, group {group} keeps {int(counts[row, group])} weights"
             )
         return
-    legal = torch.zeros(16, dtype=torch.bool)
+    legal = torch.zeros(16, dtype=torch.bool, device="cpu")
     legal[list(LEGAL_NIBBLES)] = True
     halves = legal[:, None] & legal  # a byte is legal if both its nibbles are
     wrong = ~halves.flatten().to(metadata.device)[metadata.contiguous().view(torch.uint8).int()]

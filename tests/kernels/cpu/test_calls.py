@@ -1,6 +1,8 @@
 """The C kernels as a back end, and the same call once more."""
 
+import contextlib
 import copy
+import ctypes
 import mmap
 import threading
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 import sparsedm.compressed
 from sparsedm.compression import compress
@@ -112,8 +115,10 @@ def test_attention_of_a_model_in_inference_and_in_training(monkeypatch):
     torch.testing.assert_close(y, trained.detach())
     turned = qkv.detach().mT.contiguous().mT  # as a product leaves it that computes y^T
     torch.testing.assert_close(self_attention(turned, 4), y)
-    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
     called.clear()
+    with torch.no_grad():
+        assert type(self_attention(TwoTensor(qkv, qkv), 4)) is TwoTensor
+    monkeypatch.setenv("SPARSEDM_BACKEND", "dense")
     self_attention(qkv.detach(), 4)
     assert not called
 
@@ -365,6 +370,50 @@ def test_calls_that_torch_watches_do_not_reach_the_kernel(monkeypatch):
         torch.testing.assert_close(layer(x), expected)
     with torch.device("meta"):
         assert layer.to("meta")(torch.empty(300, 96)).is_meta
+
+
+@needs_library
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_under_a_default_device_the_same_kernels_compute(device, monkeypatch):
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    masked, x = Linear(96, 128, pattern="2:4"), torch.randn(600, 96)
+    called, real = [], products.masked_linear
+    monkeypatch.setattr(products, "masked_linear", lambda *a: called.append(1) or real(*a))
+    expected = masked(x)
+    with torch.device(device):
+        assert torch.equal(masked(x), expected)
+    assert len(called) == 2
+    for small in map(small_layer, ("2:4", "1:4", "7:8")):
+        weight = small.dense_weight()
+        exact = F.linear(x, weight, small.bias)
+        with torch.device(device), torch.no_grad():
+            small.load_state_dict(small.state_dict())
+            check_layer(small, x, exact)
+            check_layer(small, x, exact)
+            assert torch.equal(small.dense_weight(), weight)
+        assert "calls" in small._prepacked
+
+
+@needs_library
+@torch.no_grad()
+def test_the_number_of_threads_is_torchs_in_every_thread():
+    layer, x, threads, found = small_layer(), torch.randn(60, 96), torch.get_num_threads(), []
+    layer(x)
+
+    def first_call():
+        layer(x)
+        found.append(ctypes.CDLL(None).omp_get_max_threads())
+
+    torch.set_num_threads(threads + 3)
+    try:
+        for held in (contextlib.nullcontext(), layer.held("layer")):
+            with held:
+                thread = threading.Thread(target=first_call)
+                thread.start()
+                thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert found == [threads + 3] * 2
 
 
 @torch.no_grad()

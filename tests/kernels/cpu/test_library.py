@@ -1,7 +1,9 @@
 """The compiler, the cache, and other machines."""
 
+import ctypes
 import errno
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -114,7 +116,9 @@ def test_a_kept_library_serves_where_the_compiler_is_gone(compiler, built, tmp_p
     assert library.library() is not None
     assert not caplog.records
     for kept in (tmp_path / "cache/cpu").iterdir():
-        kept.write_bytes(kept.read_bytes()[:-1])
+        data = kept.read_bytes()
+        kept.unlink()  # written in place, the loaded library would lose its pages: a segfault at exit
+        kept.write_bytes(data[:-1])
     library._loaded.cache_clear()
     assert library.library() is None, "damaged"
     assert "no C compiler" in library.unavailable_because()
@@ -166,6 +170,33 @@ def test_a_cache_that_cannot_be_written_costs_one_line_of_log(compiler, built, t
     assert [record.message.split(":")[0] for record in caplog.records] == [
         "the compiled CPU kernels are not kept for the next process"
     ]
+
+
+def test_a_cache_folder_from_which_nothing_may_be_loaded_saves_the_compilation(compiler, built, tmp_path, monkeypatch):
+    real = ctypes.CDLL
+
+    def load(path, *options, **named):
+        if str(path).startswith(str(tmp_path / "cache")):  # as on a file system that is mounted noexec
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return real(path, *options, **named)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    compiler(f"cp {built} $2")
+    assert library.library() is not None
+    calls = compiler.calls()
+    library._loaded.cache_clear()
+    assert library.library() is not None
+    assert compiler.calls() == calls
+
+
+def test_torchs_openmp_is_found_beside_files_of_any_name(tmp_path, monkeypatch):
+    path, loaded = tmp_path / os.fsdecode(b"not utf-8: \xfc, and a space/libgomp.so.1"), []
+    path.parent.mkdir()
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    monkeypatch.setattr(ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        library._share_openmp()
+    assert str(path) in loaded
 
 
 @pytest.mark.parametrize("symbol", ["GOMP_parallel", "__kmpc_fork_call", "omp_get_max_threads"])

@@ -1,12 +1,14 @@
 """Masked training by the C kernels, and the dense layers of a compressed model."""
 
 import copy
+import errno
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sparsedm.compression import compress, decompress
 from sparsedm.kernels.cpu import library, products, rules
@@ -195,6 +197,37 @@ def test_shapes_and_dtypes_that_torch_refuses_never_reach_the_kernel(wrong):
         layer(x[0, 0] if wrong == "no axis" else x)
 
 
+class Tagged(torch.Tensor):
+    pass
+
+
+@needs_library
+@pytest.mark.parametrize("wrap", [lambda x: TwoTensor(x, x), lambda x: x.as_subclass(Tagged)], ids=["two", "tagged"])
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_tensors_of_a_subclass_are_left_to_torch(name, wrap, monkeypatch):
+    layer, shape, *_ = LAYERS[name]
+    layer, x = layer(pattern="2:4"), torch.randn(shape)
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    for product in ("masked_linear", "conv2d"):
+        monkeypatch.setattr(products, product, None)
+    with pytest.raises(TypeError, match="not callable"):
+        layer(x)
+    assert type(layer(wrap(x))) is type(wrap(x))
+
+
+@needs_library
+def test_a_gradient_of_a_subclass_decays_in_torch(monkeypatch):
+    layer, x = Linear(16, 16, pattern="2:4"), torch.randn(8, 16)
+    layer.rule = GradientRule(decay=2e-4)
+    layer(x).sum().backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+    monkeypatch.setattr(products, "decay", None)
+    with pytest.raises(TypeError, match="not callable"):
+        layer(x).sum().backward()
+    layer(TwoTensor(x, x)).sum().backward()
+    torch.testing.assert_close(layer.weight.grad.a, expected)
+
+
 @needs_library
 def test_a_weight_of_any_strides_trains_under_a_mask_that_is_frozen_or_not(monkeypatch):
     layer, x = Linear(64, 96, pattern="2:4"), torch.randn(300, 128)[:, ::2]
@@ -277,6 +310,14 @@ def test_a_pattern_that_stays_dense_takes_the_best_dense_product(monkeypatch):
             sparse24_linear(x, values, bits, pattern="7:8", backend="dense"), F.linear(x, weight)
         )
         assert bool(called) == slow
+
+
+def test_a_cpu_that_cannot_be_told_is_not_amds(monkeypatch):
+    def hidden(path):
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+
+    monkeypatch.setattr(rules.Path, "read_text", hidden)
+    assert rules._is_amd.__wrapped__() is False
 
 
 def test_without_onednn_torch_multiplies(monkeypatch):
