@@ -23,7 +23,7 @@ help:
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,interop]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,interop,optimizers]'
 	touch $@
 
 lint: $(STAMP)
@@ -34,6 +34,7 @@ lint: $(STAMP)
 # the operations of the tests are too small for two threads, and a few compare with one thread bit for bit
 test test-slow: export OMP_NUM_THREADS = 1
 test: lint
+	$(BIN)/python -c "import dadaptation, lion_pytorch, prodigyopt, schedulefree"  # else their tests would be skipped
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(STAMP)

@@ -112,7 +112,7 @@ class Masked:
         reason = invalid_because(self.weight, pattern)
         if reason:
             raise InputError(f"pattern {pattern} does not fit weight {tuple(self.weight.shape)}: {reason}")
-        self.pattern, self.mask, self._held = pattern, None, None
+        self.pattern, self.mask, self._held, self._cast_froze = pattern, None, None, False
         self._known = id(self.weight), self.weight.dtype
         self.dense_reason = None if pattern else "no pattern was set"
 

@@ -7,8 +7,10 @@ import contextlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator
+from numbers import Number
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -146,10 +148,10 @@ def sparsify(
     where: None (the model's own `sparse_layers` if it has one, else the row of FAMILIES for its class, else all),
         "all", a regular expression to search for in the dotted names, a list of names, or a predicate
         (name, module) -> bool.
-    calibrate: batches of inputs to run the model with, each a tensor, a tuple of arguments or a dict of keyword
-        arguments. The masks then keep the largest |w| * ||x|| (Wanda, arXiv 2306.11695), where x is every input of the
-        weight, and are frozen. `set_masking(frozen=False)` selects by magnitude again. A noise predictor needs noisy
-        images of all levels: (diffuse(x0, t, noise, schedule), schedule.model_time(t)) for t from
+    calibrate: batches of inputs to run the model with, each a tuple of arguments, a dict of keyword arguments or the
+        only argument, such as a tensor. The masks then keep the largest |w| * ||x|| (Wanda, arXiv 2306.11695), where x
+        is every input of the weight, and are frozen. `set_masking(frozen=False)` selects by magnitude again. A noise
+        predictor needs noisy images of all levels: (diffuse(x0, t, noise, schedule), schedule.model_time(t)) for t from
         schedule.training_time(u), see `diffusion`.
     Raises: InputError if nothing is selected or no selected layer can hold the pattern, or if `calibrate` is empty,
     does not reach a layer, or gives NaN.
@@ -196,7 +198,8 @@ def _input_norms(model, layers, batches):
 
     layers: {layer: its name}. The model runs in eval mode, as it is before `sparsify` changes it.
     """
-    if isinstance(batches, torch.Tensor | dict | str) or not isinstance(batches, Iterable | Sized):
+    iterable = isinstance(batches, Iterable) or hasattr(type(batches), "__getitem__")
+    if not iterable or isinstance(batches, torch.Tensor | dict | str):
         raise InputError(f"calibrate is a {type(batches).__name__}: a list of batches is needed")
     sums = {}
 
@@ -215,8 +218,8 @@ def _input_norms(model, layers, batches):
     try:
         model.eval()
         for batch in batches:
-            if not isinstance(batch, torch.Tensor | list | tuple | dict):
-                rule = "a batch is a tensor, a tuple of arguments or a dict of keyword arguments"
+            if isinstance(batch, np.ndarray | Number | str):  # what a batch of tensors was taken apart into
+                rule = "a batch is a tensor, a tuple of arguments, a dict of keyword arguments or what the model takes"
                 raise InputError(f"calibrate holds a {type(batch).__name__}: {rule}")
             arguments = batch if isinstance(batch, list | tuple) else () if isinstance(batch, dict) else (batch,)
             model(*arguments, **(batch if isinstance(batch, dict) else {}))
@@ -276,7 +279,8 @@ def set_masking(
 
     dL/dw = (kept * m + dropped * (1 - m)) * dL/d(w * m) + decay * (1 - m) * w. decay=2e-4 is SR-STE, dropped=0 with
     frozen=True is ASP. frozen=True keeps the current masks from now on; they are then saved with the weights. False
-    selects masks by today's weights again; None leaves frozen masks as they are, calibrated ones among them.
+    selects masks by today's weights again. None leaves frozen masks as they are, calibrated and loaded ones, too, and
+    selects again only where a cast froze the mask.
 
     Each backward adds decay * (1 - m) * w to the weight's gradient exactly once; a reentrant `checkpoint` is a backward
     of its own. The term is not scaled by the loss. To accumulate gradients over n parts of a batch, divide the
@@ -293,7 +297,9 @@ def set_masking(
     for _, layer in layers:
         layer.rule = GradientRule(float(decay), float(kept), float(dropped))
         layer.hook_decay()
-        if frozen is not None and frozen != (layer.mask is not None):
+        if frozen is None and layer._cast_froze:
+            layer.freeze_mask(False)
+        elif frozen is not None and frozen != (layer.mask is not None):
             layer.freeze_mask(frozen)
 
 

@@ -1,6 +1,7 @@
 """Masks calibrated by inputs (Wanda), against scores computed one after the other."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_calibrated_masks_are_wandas_and_stay():
 
 def test_gradient_settings_leave_calibrated_masks():
     """Whoever calibrates and then trains keeps what was calibrated, until he asks for other masks."""
-    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(5, 8) * torch.tensor([9.0, 1] * 4)
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(5, 8) * torch.tensor([9.0, 1] * 4)
+    sparsify(model, "2:4").bfloat16().float()  # earlier masks, which a cast froze, are no reason to drop the new ones
     by_magnitude = masks(sparsify(copy.deepcopy(model), "2:4"))["0"]
     calibrated = masks(sparsify(model, "2:4", calibrate=[x]))["0"]
     assert not torch.equal(calibrated, by_magnitude)
@@ -123,8 +125,9 @@ def test_inputs_that_were_always_zero_leave_the_choice_to_the_magnitudes():
         (torch.randn(2, 8, 6, 6), "calibrate is a Tensor: a list of batches"),
         (5, "calibrate is a int: a list of batches"),
         ("images", "calibrate is a str: a list of batches"),
-        (torch.randn(2, 8, 6, 6).numpy(), "calibrate holds a ndarray: a batch is a tensor, a tuple of arguments or"),
+        (torch.randn(2, 8, 6, 6).numpy(), "calibrate holds a ndarray: a batch is a tensor, a tuple of arguments"),
         ([3.0], "calibrate holds a float: a batch is a tensor"),
+        (["a.png"], "calibrate holds a str: a batch is a tensor"),
     ],
 )
 def test_calibration_that_says_nothing_is_refused_and_changes_nothing(batches, rule):
@@ -135,6 +138,22 @@ def test_calibration_that_says_nothing_is_refused_and_changes_nothing(batches, r
     assert not model.conv._forward_pre_hooks
     with pytest.raises(InputError, match="without a pattern there are none"):
         sparsify(model, None, calibrate=[torch.randn(1, 8, 6, 6)])
+
+
+def test_a_batch_may_be_an_object_of_the_models_own_and_batches_a_plain_sequence():
+    class Pair(nn.Linear):
+        def forward(self, batch):
+            return super().forward(batch.x)
+
+    class Batches:
+        def __getitem__(self, index):
+            return [SimpleNamespace(x=part) for part in x.split(1)][index]
+
+    x = torch.randn(3, 8)
+    model = nn.Sequential(Pair(8, 8).requires_grad_(False), nn.Linear(8, 4))
+    hidden = model[0](SimpleNamespace(x=x))
+    sparsify(model, "2:4", "1", calibrate=Batches())
+    assert torch.equal(model[1].mask, wanda_by_hand(model[1].weight, hidden, 1))
 
 
 def test_calibration_of_weights_that_are_nan_names_the_layer_and_changes_nothing():

@@ -189,6 +189,22 @@ def test_a_mask_that_a_cast_froze_in_eval_mode_is_said_to_be_when_it_trains():
         model.eval().half().train()
 
 
+def test_gradient_settings_release_what_only_a_cast_froze():
+    """A cast's freeze is nobody's choice; the user's own stays, cast or not."""
+    model = nn.Sequential(*(Linear(16, 16, pattern="2:4") for _ in range(3))).eval()
+    model[1].freeze_mask()
+    model.bfloat16()
+    model[2].freeze_mask()
+    set_masking(model, decay=2e-4)
+    assert [layer.mask is not None for layer in model] == [False, True, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(16, 16))
+    assert torch.equal(model[0].current_mask(), reference_mask(model[0].weight, model[0].pattern))
+
+
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 def test_a_cast_to_fewer_bits_freezes_the_masks_and_says_so(cast):
     model = nn.Sequential(nn.Sequential(Linear(512, 512, pattern="2:4")), Conv2d(64, 64, 3, pattern="2:4"))

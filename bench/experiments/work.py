@@ -36,7 +36,7 @@ from sparsedm.train.data import batch, batch_indices, load_images
 from sparsedm.train.image_files import CROPS
 from sparsedm.train.loop import amp_of, check_data, train
 from sparsedm.train.metrics import read_metrics, usual_speed
-from sparsedm.train.published import original_crop
+from sparsedm.train.published import original_crop, unrecorded_crop
 from sparsedm.train.stages import Stage
 from sparsedm.train.step import Loss, Student
 
@@ -110,7 +110,7 @@ class Work:
         self.watched = self.validation.every(WATCHED)
         self.config = asdict(config)
         crop = options.crop or original_crop(config)
-        cropped = {} if crop == original_crop(config) else {"crop": crop}  # older folders have none
+        cropped = {} if crop == unrecorded_crop(config) else {"crop": crop}
         self.training = {"validation": self.watched, "record": {"data": scale.data} | cropped}
         self.training |= {"deadline": deadline, "device": self.device}
         self.rows = []

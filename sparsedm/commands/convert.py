@@ -18,7 +18,12 @@ def add_arguments(parser):
     parser.add_argument(
         "source", metavar="FILE", help="a .pth, .pt, .bin or .safetensors file, or a folder of diffusers or U-ViT"
     )
-    parser.add_argument("--model", metavar="NAME", help="the model in FILE, if it is not recognised")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the model in FILE, if it is not recognised; ddpm-cifar10 for DDSM's plain network, which looks like its "
+        "supernet",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="correct what was recognised")
     parser.add_argument(
         "--weights",

@@ -58,6 +58,10 @@ def run(options):
         for name in ("channels", "image_size", "num_classes", "context_tokens"):
             if getattr(dense.config, name, 0) != getattr(config, name, 0):
                 raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
+        try:
+            samplers.check(dense.config, source.sampler, source.steps)
+        except InputError as error:
+            raise InputError(f"--dense {options.dense}: {error}") from None
     if options.dry_run:
         how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
         print(f"{options.count:,} samples of {source.words}, {how},")

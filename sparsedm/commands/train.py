@@ -30,7 +30,7 @@ from sparsedm.train import distributed
 from sparsedm.train.chain import Start, check_chain, plan, run_chain
 from sparsedm.train.data import check_source, load_images
 from sparsedm.train.loop import TrainOptions, amp_of
-from sparsedm.train.published import original_crop, published
+from sparsedm.train.published import original_crop, published, unrecorded_crop
 from sparsedm.train.stages import METHODS, distilled, method_stages, parse_chain
 from sparsedm.train.step import OPTIMIZERS, takes_text
 
@@ -162,14 +162,15 @@ def run(options):
     check_writable(folder / "loss.png")
     if options.dry_run:
         try:
-            check_chain(start, stages, None, training, options.where, device=options.device)
+            schedule = diffusion.schedule_of(model)
+            check_chain(start, stages, None, schedule, training, options.where, device=options.device)
         except TooLittleMemory as error:  # the plan may be for another machine
             print(f"{error}: on this machine, give a smaller --batch-size or --accumulate")
         show_plan(stages, training, model, folder, options.where)
         return
     size = model.config.image_size
     crop = options.crop or original_crop(model.config)
-    cropped = {} if crop == original_crop(model.config) else {"crop": crop}  # older folders have none
+    cropped = {} if crop == unrecorded_crop(model.config) else {"crop": crop}
     images = load_images(options.data, "train", size, limit=options.limit, crop=crop)
     validation = load_images(options.data, "test", size, limit=2048, crop=crop)
     if takes_text(model) and images.null_context is None and training.label_dropout:

@@ -50,7 +50,7 @@ def read_foreign(source, name=None, overrides=None, weights="average"):
     if not source.exists():
         raise InputError(f"{source} does not exist")
     file, config, about, notes = source, None, None, []
-    if (source / "nnet.pth").is_file():
+    if any((source / name).is_file() for name in ("nnet.pth", "nnet_ema.pth")):
         file, notes = _uvit_folder(source, weights)
     elif source.is_dir():
         file, config, about, notes = _diffusers_folder(source, weights)
@@ -105,25 +105,32 @@ def _averages_beside(source, weights):
 
 def _uvit_folder(folder, weights):
     """(weights' file, notes) of a checkpoint folder of U-ViT's training."""
-    if weights == "raw" or not (folder / "nnet_ema.pth").is_file():
-        return folder / "nnet.pth", []
-    return folder / "nnet_ema.pth", ["'nnet_ema.pth' was read, 'nnet.pth' ignored"]
+    trained, average = folder / "nnet.pth", folder / "nnet_ema.pth"
+    if weights == "raw" and not trained.is_file():
+        raise InputError(f"{folder} holds no nnet.pth, the raw weights: leave out --weights raw")
+    if weights == "raw" or not average.is_file():
+        return trained, []
+    return average, ["'nnet_ema.pth' was read, 'nnet.pth' ignored"] if trained.is_file() else []
 
 
 def _of_ddsm(config, kind, overrides):
     """(configuration, notes) of a network of DDSM's code with the shape of `config`."""
-    own = {"kind": kind, "ddsm": config.width, "groups": 32}
+    own = {"kind": kind, "ddsm": config.width, "groups": 16 if kind == "ddpm" else 32}
     notes = []
-    if "groups" not in overrides:
-        notes.append("the file does not show groups=32: DDSM's plain network and its supernet g16 need --set groups=16")
     if kind == "slimmable":
-        own |= {"passes": 3, "same_images": True}
-        notes.append("the file does not show whether narrow widths were trained: in DDSM's plain network they were not")
+        own |= {"passes": 3, "same_images": overrides.get("passes") != 0}
+        if "groups" not in overrides:
+            notes.append("the file does not show groups=32: DDSM's supernet g16 needs --set groups=16")
+        notes.append(
+            "the file does not show whether narrow widths were trained: they were not in DDSM's plain network, which "
+            "--model ddpm-cifar10 reads"
+        )
     return model_config(dataclasses.asdict(config) | own | overrides), notes
 
 
 # how a network of diffusers must have been trained, and what a scheduler means that does not say it
 _SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")  # `_SCHEDULER` are their defaults
 _SCHEDULER_DEFAULTS = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
 
 
@@ -132,8 +139,10 @@ def _check_scheduler(file):
     options = read_json(file)
     if not isinstance(options, dict):
         raise InputError(f"{file} is damaged: it must be an object")
-    for key, value in (_SCHEDULER | _SCHEDULER_DEFAULTS).items():
-        if (said := options.get(key, _SCHEDULER_DEFAULTS.get(key))) != value:
+    wanted = _SCHEDULER | _SCHEDULER_DEFAULTS
+    defaults = wanted if options.get("_class_name") in _SCHEDULERS else _SCHEDULER_DEFAULTS
+    for key, value in wanted.items():
+        if (said := options.get(key, defaults.get(key))) != value:
             raise InputError(
                 f"{file}: {key}={said!r}, and our network needs {value!r}: sparsify the diffusers model itself"
             )
@@ -157,9 +166,12 @@ def _diffusers_folder(folder, weights):
         config = config_from_diffusers(options)
     except InputError as error:
         raise InputError(f"{inner / 'config.json'}: {error}") from error
-    scheduler = inner.absolute().parent / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        _check_scheduler(scheduler)
+    # in one folder with the network; beside it; beside the checkpoint folder of a training
+    above = inner.absolute()
+    places = (above, above.parent / "scheduler", above.parent.parent / "scheduler")
+    schedulers = [file for place in places if (file := place / "scheduler_config.json").is_file()]
+    if schedulers:
+        _check_scheduler(schedulers[0])
     stem = "diffusion_pytorch_model"
     names = [f"{stem}{kind}.safetensors{index}" for kind in ("", ".fp16") for index in ("", INDEX)] + [f"{stem}.bin"]
     file = next((inner / name for name in names if (inner / name).exists()), None)

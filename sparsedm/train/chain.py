@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from sparsedm.copying import copied
-from sparsedm.diffusion import check_discrete, schedule_of
+from sparsedm.diffusion import check_discrete
 from sparsedm.errors import InputError, TooLittleMemory, check_memory
 from sparsedm.files import checksum
 from sparsedm.inspection import kept_per_image, most_kept_per_image
@@ -102,7 +102,7 @@ def run_chain(
     """
     folder = Path(os.path.expanduser(folder))
     options = replace(options, steps=sum(stage.steps for stage in stages))
-    check_chain(start, stages, images, options, where, validation, device)
+    check_chain(start, stages, images, schedule, options, where, validation, device)
     layers = where if where is None or isinstance(where, str | list) else "a predicate"
     facts = {"stages": [asdict(stage) for stage in stages], "where": layers, "options": asdict(options)}
     settings = {"validation": validation, "deadline": deadline, "device": device, "progress": progress}
@@ -203,14 +203,14 @@ def _student(start, stage, results, seed):
     return Student(network, average, results[-1].result.checkpoint if continued else None)
 
 
-def check_chain(start, stages, images, options, where=None, validation=None, device="cpu"):
+def check_chain(start, stages, images, schedule, options, where=None, validation=None, device="cpu"):
     """Raises InputError if a later stage would fail; TooLittleMemory only if nothing else is wrong.
 
     images None: the check of the images is skipped.
     """
     check_stages(stages, start.ema, start.build)
     if getattr(getattr(start.model, "config", None), "learn_sigma", False):
-        check_discrete(schedule_of(start.model))
+        check_discrete(schedule)
     if images is not None:
         check_data(start.model, images, validation)
     shares = distributed.shares(options.batch_size, options.accumulate)

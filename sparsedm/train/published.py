@@ -87,15 +87,23 @@ def original_crop(config):
     return (published(config) or Published({}, 0)).crop
 
 
+def unrecorded_crop(config):
+    """How images were cropped for a run whose folder records no crop: folders record what differs from this.
+
+    Older versions had no recipe for SparseDM's networks, which have biases in qkv. They took the middle square.
+    """
+    return "square" if getattr(config, "qkv_bias", False) else original_crop(config)
+
+
 def trained_crop(run, config):
-    """How images were cropped for the networks of `run`; else `original_crop`.
+    """How images were cropped for the networks of `run`; `original_crop` if it holds no run folder.
 
     run: a run folder, one of its stages, a folder of run folders, or the folder of a search that trained its family.
     """
     run = Path(run)
     run = run / "family" if (run / "family").is_dir() else run
     stage, alone = re.match(r"\d\d-", run.name), (run / "options.json").exists()
-    for folder in (run, run.parent) if stage else (run,) if alone else sorted(run.glob("*/")):
-        if (folder / "options.json").exists() and (crop := stored_options(folder).get("crop")):
-            return crop
-    return original_crop(config)
+    places = (run, run.parent) if stage else (run,) if alone else sorted(run.glob("*/"))
+    runs = [folder for folder in places if (folder / "options.json").exists()]
+    recorded = (stored_options(folder).get("crop") for folder in runs)
+    return next(filter(None, recorded), unrecorded_crop(config) if runs else original_crop(config))

@@ -97,6 +97,16 @@ def test_a_dry_run_of_evaluate_refuses_what_cannot_be_drawn(trained, tmp_path, c
     assert "heun in 5 steps (9 network evaluations)" in capsys.readouterr().out
 
 
+def test_a_dry_run_of_evaluate_refuses_a_dense_network_that_cannot_be_drawn_likewise(tmp_path, capsys):
+    shape = {"image_size": 8, "dim": 32, "depth": 1, "heads": 2}
+    for name, learnt in (("m", True), ("dense", False)):
+        save_model(tmp_path / f"{name}.safetensors", build_model("dit-tiny", **shape, learn_sigma=learnt))
+    command = ["evaluate", tmp_path / "m.safetensors", "--data", "synthetic", "--dry-run", "--sampler", "ddpm-learned"]
+    assert run(*command) == 0
+    assert run(*command, "--dense", tmp_path / "dense.safetensors") == 2
+    assert re.search(r"--dense \S+: sampler ddpm-learned needs a network", capsys.readouterr().err)
+
+
 def test_samples_are_compared_with_the_dense_network_of_a_chain_not_with_themselves(trained, tmp_path):
     out, found = tmp_path / "numbers.json", []
     for dense in (trained, trained / "00-dense"):
@@ -257,9 +267,9 @@ def test_a_drawn_batch_larger_than_the_machine_is_refused_before_it_is_drawn(tra
     monkeypatch.setattr(errors, "_memory", lambda: 1 << 30)
     options = [trained, "--sampling-steps", 1, "--out", tmp_path / "a.png", "--batch-size", 10_000, "--count"]
     for command, takes in (
-        (["sample", *options, 10_000], 10),
-        (["sample", *options, 10_000, "--dtype", "bf16"], 5),
-        (["evaluate", *options, 10_000, "--data", "synthetic"], 10),
+        (["sample", *options, 10_000], 9.77),
+        (["sample", *options, 10_000, "--dtype", "bf16"], 4.88),
+        (["evaluate", *options, 10_000, "--data", "synthetic"], 9.77),
     ):
         assert run(*command) == 2
         assert f"not enough memory: --batch-size 10000 takes {takes} GiB" in capsys.readouterr().err

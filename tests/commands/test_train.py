@@ -31,6 +31,17 @@ def test_train_again_has_nothing_to_do_and_other_options_are_refused(trained, ca
     assert run(*same, "--crop", "square") == 0, "which is its own"
 
 
+def test_the_crop_is_recorded_where_a_folder_without_it_means_another(tmp_path, monkeypatch):
+    records = []
+    monkeypatch.setattr(train, "original_crop", lambda config: "celeba")
+    monkeypatch.setattr(train, "run_chain", lambda *_, record, **__: records.append(record.get("crop")) or [])
+    command = ["train", "--model", "uvit-tiny", *TINY, "--data", "synthetic", "--limit", 64, "--run", tmp_path / "x"]
+    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
+    for crop in ((), ("--crop", "square")):
+        assert run(*command, *crop) == 0
+    assert records == ["celeba", None]
+
+
 def test_methods_start_from_a_dense_run(trained, tmp_path, capsys):
     common = ["train", "--model", "uvit-tiny", *TINY, "--data", "synthetic", "--limit", 64, "--batch-size", 8]
     common += ["--steps", 2, "--method", "sr-ste+kd", "--run", tmp_path / "method"]

@@ -125,6 +125,13 @@ def test_a_diffusers_folder_becomes_a_model_file(inner, tmp_path, capsys):
         assert torch.equal(loaded(x, t), model.eval()(x, t))
 
 
+def write_unet(folder):
+    model = build_model(DDPM)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_to_diffusers(model.config)))
+    save_file(to_diffusers(model.state_dict(), model.config), folder / "diffusion_pytorch_model.safetensors")
+
+
 SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
 
 
@@ -143,19 +150,45 @@ SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "n
     ids=lambda other: next(iter(other)),
 )
 def test_a_pipeline_that_was_trained_otherwise_is_refused(other, tmp_path):
-    model, (name, value) = build_model(DDPM), next(iter(other.items()))
-    for folder in ("unet", "scheduler"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "unet" / "config.json").write_text(json.dumps(config_to_diffusers(model.config)))
-    save_file(to_diffusers(model.state_dict(), model.config), tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
-    said = tmp_path / "scheduler" / "scheduler_config.json"
-    for usual in (SCHEDULER, SCHEDULER | {"trained_betas": None, "prediction_type": "epsilon", "clip_sample": True}):
-        said.write_text(json.dumps(usual))
-        assert read_foreign(tmp_path).model.config.schedule == "ddpm"
-    said.write_text(json.dumps(SCHEDULER | other))
-    for source in (tmp_path, tmp_path / "unet"):
-        with pytest.raises(InputError, match=f"scheduler_config.json: .*{name}={re.escape(repr(value))}"):
-            read_foreign(source)
+    pipeline, (name, value) = tmp_path / "pipeline", next(iter(other.items()))
+    unet = pipeline / "unet"
+    write_unet(unet)
+    # beside the network; in one folder with it; of a training, whose checkpoints are folders
+    for folder in (pipeline / "scheduler", unet, tmp_path / "scheduler"):
+        folder.mkdir(exist_ok=True)
+        file = folder / "scheduler_config.json"
+        for usual in (
+            SCHEDULER,
+            SCHEDULER | {"trained_betas": None, "prediction_type": "epsilon", "clip_sample": True},
+        ):
+            file.write_text(json.dumps(usual))
+            assert read_foreign(pipeline).model.config.schedule == "ddpm"
+        file.write_text(json.dumps(SCHEDULER | other))
+        for source in (pipeline, unet):
+            with pytest.raises(InputError, match=f"scheduler_config.json: .*{name}={re.escape(repr(value))}"):
+                read_foreign(source)
+        file.unlink()
+
+
+def test_the_scheduler_that_lies_nearest_decides(tmp_path):
+    pipeline = tmp_path / "pipeline"
+    write_unet(pipeline / "unet")
+    for folder, beta_end in ((pipeline, 0.02), (tmp_path, 0.012)):
+        (folder / "scheduler").mkdir(exist_ok=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER | {"beta_end": beta_end}))
+    assert read_foreign(pipeline).model.config.schedule == "ddpm"
+
+
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler"])
+def test_what_a_scheduler_leaves_out_is_the_default_of_its_class(kind, tmp_path):
+    file = tmp_path / "scheduler_config.json"
+    for options in ({"_class_name": kind}, SCHEDULER):
+        file.write_text(json.dumps(options))
+        convert._check_scheduler(file)
+    for options in ({"_class_name": kind, "beta_end": None}, {"_class_name": "AnotherScheduler"}):
+        file.write_text(json.dumps(options))
+        with pytest.raises(InputError, match=r"(beta_end|num_train_timesteps)=None, and our network needs"):
+            convert._check_scheduler(file)
 
 
 def test_a_checkpoint_folder_of_uvit_is_read(tmp_path):
@@ -170,8 +203,15 @@ def test_a_checkpoint_folder_of_uvit_is_read(tmp_path):
     assert "'nnet_ema.pth' was read, 'nnet.pth' ignored" in found.notes
     for read, name in ((found, "nnet_ema"), (read_foreign(folder, weights="raw"), "nnet")):
         assert all(torch.equal(value, states[name][key]) for key, value in read.model.state_dict().items())
-    (folder / "nnet_ema.pth").unlink()
+    (folder / "nnet_ema.pth").rename(folder / "average")
     assert torch.equal(read_foreign(folder).model.pos_embed, states["nnet"]["pos_embed"])
+    (folder / "nnet.pth").unlink()
+    (folder / "average").rename(folder / "nnet_ema.pth")
+    found = read_foreign(folder)
+    assert torch.equal(found.model.pos_embed, states["nnet_ema"]["pos_embed"])
+    assert "ignored" not in " ".join(found.notes)
+    with pytest.raises(InputError, match=r"500000.ckpt holds no nnet.pth, the raw weights: leave out --weights raw"):
+        read_foreign(folder, weights="raw")
 
 
 @pytest.mark.parametrize("kind", ["DiTTransformer2DModel", "Transformer2DModel"])
@@ -350,7 +390,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 def two():
     """A network and another one, as its average."""
-    return [build_model(KNOWN).state_dict() for _ in range(2)]
+    return [build_model(TINY).state_dict() for _ in range(2)]
 
 
 def prefixed(state, prefix):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from sparsedm.cli import main
 from sparsedm.errors import InputError
-from sparsedm.models import MODELS, convert
+from sparsedm.models import MODELS, build_model, convert, model_config
 from sparsedm.models.convert import read_foreign
 from sparsedm.stepaware.family import family_of, load_strategy
 
@@ -176,9 +176,19 @@ def test_a_named_network_computes_as_ddsms_code_too(supernet, name):
     torch.testing.assert_close(found.model(x, t.float()), Released(state, 1)(x, t), rtol=1e-4, atol=1e-4)
 
 
+class Unbuilt(torch.nn.Module):
+    """A network's configuration without its layers."""
+
+    def __init__(self, model, device, **overrides):
+        super().__init__()
+        self.config = model_config(model, **overrides)
+
+
 @pytest.fixture
 def of_published_size(tmp_path, monkeypatch):
-    """A file of the supernet's names and shapes at CIFAR-10, without values."""
+    """A file of the supernet's names and shapes at CIFAR-10, without values. No network is built from it."""
+    monkeypatch.setattr(convert, "build_model", Unbuilt)
+    monkeypatch.setattr(convert, "fill", lambda model, tensors, file: None)
     state = released_state(lambda *shape: torch.empty(shape, device="meta"), 128, (1, 2, 2, 2), 2)
     monkeypatch.setattr(convert, "read_tensors", lambda file, weights: (state, {}))
     (tmp_path / "ckpt.pt").touch()
@@ -194,13 +204,20 @@ def test_what_a_file_of_ddsm_does_not_show_is_said(of_published_size):
         assert "supernet" not in found.about
         said = " ".join(found.notes)
         assert "does not show groups=32" in said
-        assert "--set groups=16" in said
+        assert "supernet g16 needs --set groups=16" in said
+        assert "plain network, which --model ddpm-cifar10 reads" in said
         assert "narrow widths were trained" in said
     corrected = read_foreign(of_published_size, overrides={"groups": 16})
     assert corrected.model.config == replace(released, groups=16)
     assert "groups" not in " ".join(corrected.notes)
-    plain = read_foreign(of_published_size, "ddpm-cifar10", {"groups": 16})
+    plain = read_foreign(of_published_size, "ddpm-cifar10")
     assert plain.model.config == replace(MODELS["ddpm-cifar10"], groups=16, ddsm=128)
+    assert "groups" not in " ".join(plain.notes)
+    once = read_foreign(of_published_size, overrides={"passes": 0})
+    assert once.model.config == replace(released, passes=0, same_images=False)
+    state = convert._from_ddsm(convert.read_tensors(of_published_size, "average")[0], of_published_size)
+    expected = build_model(released, device="meta").state_dict()
+    assert {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in expected.items()}
 
 
 def test_a_file_that_lacks_something_is_refused(supernet, tmp_path):

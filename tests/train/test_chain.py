@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from sparsedm import diffusion, inspection
-from sparsedm.diffusion import VPSDE
+from sparsedm.diffusion import VPSDE, DDPMSchedule
 from sparsedm.errors import InputError
 from sparsedm.inspection import kept_per_image, most_kept_per_image
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers, masks, sparsify
 from sparsedm.train import run_folder, step
-from sparsedm.train.chain import Start, check_batch, check_stages, plan, run_chain
+from sparsedm.train.chain import Start, check_batch, check_chain, check_stages, plan, run_chain
 from sparsedm.train.data import batch_indices
 from sparsedm.train.loop import Interrupted, train
 from sparsedm.train.metrics import TrainingDiverged
@@ -59,6 +59,19 @@ def test_each_student_is_a_model_of_its_own(unbroken):
         assert result.folder.name == {None: "00-dense", "3:4": "01-3of4", "2:4": "02-2of4"}[expected]
         assert result.metrics[-1]["step"] == result.stage.steps
     assert [record["transfer_loss"] > 0 for r in unbroken for record in r.metrics[-1:]] == [False, True, True]
+
+
+def test_a_variance_is_learned_on_the_schedule_that_trains(tmp_path):
+    """Whatever the network's own configuration says."""
+    for own, schedule in (("ddpm", VPSDE()), ("vp-sde", DDPMSchedule())):
+        model = build_model("dit-tiny", learn_sigma=True, schedule=own, image_size=4, channels=2, dim=32, depth=2)
+        arguments = (Start(model), parse_chain("dense", 1), IMAGES, schedule, OPTIONS, tmp_path / own)
+        if own == "ddpm":
+            with pytest.raises(InputError, match="a learned variance needs discrete times"):
+                run_chain(*arguments)
+            assert not (tmp_path / own).exists()
+        else:
+            check_chain(*arguments[:-1])
 
 
 def test_the_home_folder_is_the_users(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from sparsedm.models import MODELS, build_model, model_config
 from sparsedm.recipes import EXPERIMENTS, SEARCHES
 from sparsedm.train.image_files import CROPS
 from sparsedm.train.loop import TrainOptions
-from sparsedm.train.published import PUBLISHED, original_crop, published, trained_crop
+from sparsedm.train.published import PUBLISHED, original_crop, published, trained_crop, unrecorded_crop
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -56,6 +56,17 @@ def test_images_are_cropped_as_for_the_training(tmp_path):
     for crop, config in (("celeba", tiny), ("square", celeba)):
         (tmp_path / "run" / "options.json").write_text(f'{{"crop": "{crop}"}}')
         assert [trained_crop(place, config) for place in places] == [crop, crop, original_crop(config)]
+
+
+def test_run_folders_of_sparsedms_networks_that_record_no_crop_are_of_squares(tmp_path):
+    """Version 0.1.0 knew no recipe for them, so it trained them on squares; a file is of the authors' training."""
+    (tmp_path / "run" / "00-dense").mkdir(parents=True)
+    for folder in ("run", "run/00-dense"):
+        (tmp_path / folder / "options.json").write_text('{"data": "celeba"}')
+    places = [tmp_path, tmp_path / "run", tmp_path / "run" / "00-dense", tmp_path / "model.safetensors"]
+    config = model_config("uvit-celeba64-small", qkv_bias=True)
+    assert [trained_crop(place, config) for place in places] == ["square"] * 3 + ["celeba"]
+    assert (unrecorded_crop(config), unrecorded_crop(MODELS["uvit-celeba64-small"])) == ("square", "celeba")
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("tiny")])

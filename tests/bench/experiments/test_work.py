@@ -55,7 +55,7 @@ def test_every_run_starts_from_the_base_of_its_seed(done, tiny):
     assert numbers(done, "oneshot", "validation loss", 1) == [(None, expected)]
 
 
-def test_a_study_keeps_to_its_crop(tiny, tmp_path):
+def test_a_study_keeps_to_its_crop(tiny, tmp_path, monkeypatch):
     made = work_in(tmp_path / "study", "--crop", "celeba")
     assert made.training["record"] == {"data": "synthetic", "crop": "celeba"}
     (tmp_path / "study" / "seed-0").mkdir()
@@ -66,6 +66,8 @@ def test_a_study_keeps_to_its_crop(tiny, tmp_path):
     with pytest.raises(InputError, match="old began before crops were recorded, or with another crop: choose another"):
         work_in(tmp_path / "old", "--crop", "celeba")
     assert "crop" not in work_in(tmp_path / "new", "--crop", "square").training["record"], "as older folders"
+    monkeypatch.setattr(work, "unrecorded_crop", lambda config: "celeba")
+    assert work_in(tmp_path / "other").training["record"]["crop"] == "square"
 
 
 def test_a_start_that_is_not_that_of_the_other_runs_is_refused(done, tiny, text_alone, tmp_path, capsys):
