@@ -123,7 +123,8 @@ class Work:
             self.judges.append((features, summary))
         facts = {**self.labels, "settings": asdict(scale), "amp": self.amp, "init": self.init} | cropped
         started = run_folder.holds_work(folder)
-        if started and cropped and "crop" not in run_folder.stored_options(folder):
+        known = started and (folder / "options.json").exists()
+        if known and cropped and "crop" not in run_folder.stored_options(folder):
             raise InputError(f"{folder} began before crops were recorded, or with another crop: choose another --out")
         run_folder.claim(folder, facts, free=FREE, started=started)
         self.bases = {}

@@ -65,6 +65,8 @@ def test_a_study_keeps_to_its_crop(tiny, tmp_path, monkeypatch):
     (tmp_path / "old" / "seed-0").mkdir()
     with pytest.raises(InputError, match="old began before crops were recorded, or with another crop: choose another"):
         work_in(tmp_path / "old", "--crop", "celeba")
+    (tmp_path / "old" / "options.json").unlink()
+    work_in(tmp_path / "old", "--crop", "celeba")  # of nothing that is known
     assert "crop" not in work_in(tmp_path / "new", "--crop", "square").training["record"], "as older folders"
     monkeypatch.setattr(work, "unrecorded_crop", lambda config: "celeba")
     assert work_in(tmp_path / "other").training["record"]["crop"] == "square"
