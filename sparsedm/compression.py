@@ -48,18 +48,23 @@ def compress(model: nn.Module) -> nn.Module:
 def _note_origins(model, small, compressed):
     """Note in every module of `small` what its parameters were in `model`: name -> {"requires_grad": bool}, `_origins`.
 
-    Tied parameters share one of these. What a part of `model` that was compressed before has noted stays.
+    Tied parameters share one of these. What a part of `model` that was compressed before has noted stays, but a
+    parameter that requires a gradient was thawed since.
     """
     parts = dict(small.named_modules(remove_duplicate=False))
     modules = model.named_modules(remove_duplicate=False)
     zeroed = {f"{name}.weight" for name, m in modules if isinstance(compressed.get(m), Masked)}  # of dense layers
     for names in parameter_names(model):
         parameter = model.get_parameter(names[0])
-        origins = [{"requires_grad": parameter.requires_grad or isinstance(parameter, _TORCH_SPARSE)} for _ in range(2)]
-        for name in names:
-            path, _, last = name.rpartition(".")
-            if path in parts:  # else torch's parametrization, which is now a value
-                vars(parts[path]).setdefault("_origins", {}).setdefault(last, origins[name in zeroed])
+        requires_grad = parameter.requires_grad or isinstance(parameter, _TORCH_SPARSE)
+        for tied in ([n for n in names if n in zeroed], [n for n in names if n not in zeroed]):
+            places = [(path, last) for path, _, last in (name.rpartition(".") for name in tied)]
+            # what is not in parts is torch's parametrization, which is now a value
+            notes = [(vars(parts[path]).setdefault("_origins", {}), last) for path, last in places if path in parts]
+            origin = next((note[last] for note, last in notes if last in note), {"requires_grad": requires_grad})
+            origin["requires_grad"] |= parameter.requires_grad
+            for note, last in notes:
+                note[last] = origin
 
 
 def _network(model):
@@ -82,7 +87,8 @@ def decompress(model: nn.Module, form: str = "masked") -> nn.Module:
     """Returns a new model in which every compressed layer is dense again, with the same values.
 
     Its train or eval mode is the same as in `model`. Parameters can be trained unless they were frozen when `model` was
-    compressed. Tied weights are tied again.
+    compressed. Tied weights are tied again. A tied layer has a frozen mask, as after a cast, if the shared weight alone
+    does not give its mask.
 
     form: "masked": masked layers, ready for training. "cutlass" or "cusparselt": the linear layers hold torch's
     SparseSemiStructuredTensor for that library and run only on a GPU; the convolutions are dense.
@@ -160,7 +166,8 @@ def bake(model: nn.Module) -> nn.Module:
             if found := baked.get(id(model.get_parameter(names[0]))):
                 setattr(plain.get_submodule(path), last, found[0])
     for module in plain.modules():
-        vars(module).pop("beside_compressed", None)
+        for name in ("beside_compressed", "_origins"):
+            vars(module).pop(name, None)
         if isinstance(module, Masked):
             module.unhook_decay()
             vars(module).pop("_cast_froze", None)
@@ -194,6 +201,7 @@ def _tie(dense, names, compressed):
         masked = last == "weight" and path in compressed and own.shape == shared.shape
         if masked and not torch.equal(layer.masked_weight(), own):
             layer.mask = own != 0  # it was frozen, or the values were rounded since
+            layer._cast_froze = True
         value = layer.masked_weight() if masked else shared
         if own.shape != shared.shape or not torch.equal(value, own):
             raise InputError(f"{name} was tied to {names[0]}, but their values now differ")

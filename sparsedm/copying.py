@@ -39,15 +39,17 @@ def detached(model):
 
     A forward may keep one; torch's older weight_norm, spectral_norm and prune keep the weight that they compute.
     """
-    found, seen, rest = {}, set(), [vars(module) for module in model.modules()]
+    found, seen, rest = {}, {}, [model]
     while rest:
         value = rest.pop()
         if isinstance(value, torch.Tensor):
             if not value.is_leaf:
                 found[id(value)] = value.detach().clone()
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            rest += value.values() if isinstance(value, dict) else value
+        elif id(value) not in seen:
+            seen[id(value)] = value  # held, so that no other gets its id
+            is_module = isinstance(value, nn.Module)
+            parts, shared = (vars(value).values(), False) if is_module else _parts(value, shared=False)
+            rest += () if shared else parts
     return found
 
 

@@ -304,8 +304,9 @@ def download(url, path, sha256, progress=True):
             torch.hub.download_url_to_file(url, str(path), sha256, progress=progress and sys.stderr.isatty())
         except RuntimeError as error:
             raise InputError(f"the download of {url} was incomplete, or is another file: {error}") from error
-        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
-            # ValueError: a malformed URL
+        except (http.client.InvalidURL, ValueError) as error:  # a connection would not mend the URL
+            raise InputError(f"cannot download {url} ({error}): put the file at {path} by hand") from error
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
             by_hand = f"run the same command again with a connection, or put the file at {path} by hand"
             raise InputError(f"cannot download {url} ({error}): {by_hand}") from error
         finally:

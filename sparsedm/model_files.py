@@ -108,9 +108,9 @@ def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None =
     """Write a dense, masked or compressed model as one self-describing .safetensors file, and return its path.
 
     The file holds patterns and `model.config`. For a model without a `.config`, `load_model` needs one: `config=`.
-    Wrappers such as torch.compile and DDP are left out. `load_model` refuses the file of a model whose `unsaved` names
-    what no file can hold, such as hooks that change its inputs. shard_bytes: split the model into files of at most this
-    size and write FILE.index.json; returns the path of the index.
+    Wrappers such as torch.compile and DDP are left out. `load_model` refuses the file of a model whose `unsaved` (a
+    string) names what no file can hold, such as hooks that change its inputs. shard_bytes: split the model into files
+    of at most this size and write FILE.index.json; returns the path of the index.
     Raises: InputError, before anything is written, for another suffix, a config that is not JSON, sharded weights, or a
     dtype that safetensors lack.
     """
@@ -268,6 +268,7 @@ def _contents(model):
             reason = f"of {tensor.dtype}, and safetensors have no such dtype"
         if reason:
             raise InputError(f"{name} cannot be kept in a model file: it is {reason}")
-    more = {"rules": rules, "unsaved": getattr(model, "unsaved", None)}
+    unsaved = getattr(model, "unsaved", None)  # on a network of somebody else it may be anything
+    more = {"rules": rules, "unsaved": unsaved if isinstance(unsaved, str) else None}
     more = {name: value for name, value in more.items() if value}
     return tensors, {"sparsedm": json.dumps({"format": FORMAT} | description | more)}

@@ -297,10 +297,11 @@ def set_masking(
     for _, layer in layers:
         layer.rule = GradientRule(float(decay), float(kept), float(dropped))
         layer.hook_decay()
-        if frozen is None and layer._cast_froze:
-            layer.freeze_mask(False)
-        elif frozen is not None and frozen != (layer.mask is not None):
-            layer.freeze_mask(frozen)
+        is_frozen = layer.mask is not None
+        wanted = is_frozen and not layer._cast_froze if frozen is None else frozen
+        if wanted != is_frozen:
+            layer.freeze_mask(wanted)
+        layer._cast_froze = False  # from now on the mask is the caller's choice
 
 
 def masks(model):

@@ -284,6 +284,39 @@ def test_what_is_compressed_again_beside_others_keeps_what_it_was():
     assert not torch.equal(dense.head.weight, dense.embed.weight), "a part that was replaced is tied to nothing"
 
 
+def test_what_was_thawed_since_it_was_compressed_can_be_trained():
+    model = sparsify(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)), "2:4")
+    model[1].requires_grad_(False)
+    small = compress(model)
+    beside = sparsify(nn.Linear(16, 16), "2:4")
+    held = decompress(compress(nn.Sequential(small, beside)))
+    assert {n for n, p in held.named_parameters() if not p.requires_grad} == {"0.1.weight", "0.1.bias"}
+    small[1].requires_grad_(True)
+    assert all(p.requires_grad for p in decompress(compress(nn.Sequential(small, beside))).parameters())
+
+
+def test_a_part_of_a_compressed_model_is_tied_and_thawed_in_another():
+    old = sparsify(Tied(), "2:4", "first|second")
+    old.embed.requires_grad_(False)
+    new = Tied()
+    new.embed = compress(old).embed.requires_grad_(True)
+    new.head.weight = new.embed.weight
+    again = decompress(compress(sparsify(new, "2:4", "head")))
+    assert again.head.weight is again.embed.weight
+    assert again.head.weight.requires_grad
+
+
+def test_a_baked_model_forgets_what_was_frozen_when_it_was_compressed():
+    model = sparsify(nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.BatchNorm2d(8)), "2:4")
+    model[1].requires_grad_(False)
+    baked = bake(compress(model)).requires_grad_(True)
+    baked[1].requires_grad_(False)
+    baked.append(nn.Conv2d(8, 8, 1))
+    again = decompress(compress(sparsify(baked, "2:4", ["2"])))
+    assert {n for n, p in again.named_parameters() if not p.requires_grad} == {"1.weight", "1.bias"}
+    assert not any("_origins" in vars(module) for module in bake(compress(model)).modules())
+
+
 def test_complex_parameters_can_be_trained_again():
     model = sparsify(nn.Sequential(nn.Linear(16, 8)), "2:4")
     model.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
@@ -373,6 +406,11 @@ def test_a_tied_weight_with_a_frozen_mask_stays_tied(rounded):
         assert again.second.weight is again.first.weight
         assert torch.equal(again(x), model(x))
         assert torch.equal(again.head.masked_weight(), model.head.masked_weight())
+        assert [name for name, layer in masked_layers(again) if layer.mask is not None] == ["head"]
+        with pytest.warns(UserWarning, match="froze the masks"):
+            copy.deepcopy(again).train()
+        set_masking(again, decay=2e-4)
+        assert not any(layer.mask is not None for _, layer in masked_layers(again)), "nobody asked for a frozen mask"
         small.embed.weight.mul_(2)
         with pytest.raises(InputError, match=r"head.weight was tied to embed.weight, but their values now differ"):
             decompress(small)

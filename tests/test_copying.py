@@ -1,6 +1,7 @@
 """What a copy of a model takes along, and the functions that are refused because it would not."""
 
 import collections
+import dataclasses
 import functools
 import threading
 import types
@@ -222,6 +223,36 @@ def test_tensors_that_a_module_has_computed_do_not_prevent_a_copy(how):
         assert torch.equal(changed.seen[0]["last"], model.seen[0]["last"])
         assert changed.seen[0]["all"] is changed.seen
         model.train()(x)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Slots:
+    x: torch.Tensor
+
+
+CONTAINERS = {
+    "deque": lambda x: collections.deque([x]),
+    "set": lambda x: {x},
+    "namespace": lambda x: types.SimpleNamespace(x=x),
+    "slots": Slots,
+    "dict of objects": lambda x: collections.defaultdict(list, a=[types.SimpleNamespace(x=(x,))]),
+    "partial": lambda x: functools.partial(torch.add, x),
+}
+
+
+@pytest.mark.parametrize("contain", CONTAINERS.values(), ids=CONTAINERS)
+def test_a_computed_tensor_in_any_container_does_not_prevent_a_copy(contain):
+    model = sparsify(Keeps(), "2:4", ["head"])
+    model.kept = contain(model.inside(torch.randn(3, 16)))
+    for change in (compress, bake):
+        assert type(change(model).kept) is type(model.kept)
+
+
+def test_a_computed_tensor_in_an_unregistered_module_does_not_prevent_a_copy():
+    model, other = sparsify(Keeps(), "2:4", ["head"]), Keeps()
+    other(torch.randn(3, 16))
+    model.others = [other]
+    assert torch.equal(compress(model).others[0].last, other.last)
 
 
 def test_what_a_copy_takes_along_is_no_reason_to_refuse():

@@ -324,6 +324,13 @@ def test_views_of_one_memory_are_written_apart(tmp_path):
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [True, Net.forward, torch.ones(2)], ids=["bool", "method", "tensor"])
+def test_an_attribute_of_somebody_elses_network_is_no_note_of_ours(tmp_path, value):
+    model = Net()
+    model.unsaved = value
+    assert load_model(save_model(tmp_path / "m.safetensors", model), Net).kind == "dense"
+
+
 def test_gradient_rules_are_kept_in_the_file(tmp_path):
     model = sparsify(Net(), "2:4")
     file = save_model(tmp_path / "m.safetensors", model)

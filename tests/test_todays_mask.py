@@ -205,6 +205,16 @@ def test_gradient_settings_release_what_only_a_cast_froze():
     assert torch.equal(model[0].current_mask(), reference_mask(model[0].weight, model[0].pattern))
 
 
+def test_a_mask_that_the_user_freezes_after_a_cast_stays_frozen():
+    model = nn.Sequential(Linear(16, 16, pattern="2:4")).eval().bfloat16()
+    set_masking(model, frozen=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()
+    set_masking(model, decay=2e-4)
+    assert model[0].mask is not None
+
+
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 def test_a_cast_to_fewer_bits_freezes_the_masks_and_says_so(cast):
     model = nn.Sequential(nn.Sequential(Linear(512, 512, pattern="2:4")), Conv2d(64, 64, 3, pattern="2:4"))

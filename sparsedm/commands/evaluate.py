@@ -46,7 +46,7 @@ def run(options):
     out = Path(options.out or beside(options.run) / "evaluation.json")
     check_writable(out)
     evaluate.check_sets(shape, options.count, shape, options.count)
-    check_source(options.data)
+    check_source(options.data, size=size)
     if options.features != "inception":  # which one process downloads
         load_features(options.features)
     dense = None

@@ -19,6 +19,7 @@ from sparsedm.features import load_features, to_uint8
 from sparsedm.files import check_writable, write_json, write_text
 from sparsedm.inspection import inspect
 from sparsedm.model_files import save_model
+from sparsedm.models import model_config
 from sparsedm.plots import plot_losses, save_grid, table
 from sparsedm.recipes import QUICKSTART
 from sparsedm.sparsity import sparsify
@@ -59,7 +60,7 @@ def run(options):
     folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(os.path.abspath(options.data)).stem}")
     check_writable(folder / "report.json")
     if options.dry_run:  # the number of classes of other images is unknown until they are read
-        check_source(options.data)
+        check_source(options.data, model_config(recipe.model, **recipe.overrides))
         show_recipe(recipe, options, folder, classes=len(CLASSES) if drawn else 0)
         return
     images, validation = recipe_images(recipe, options.data)

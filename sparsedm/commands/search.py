@@ -87,7 +87,7 @@ def run(options):
             raise InputError(f"--{name} says how to train a family, but RUN has one: leave out one of them")
     scale = replace(scale, stages=distilled(scale.stages, options.distill))
     plan = _plan(options, scale, deadline_of(options.minutes))
-    check_source(plan.data)
+    check_source(plan.data, None if options.run else model_config(scale.model, **scale.overrides))
     check_writable(plan.folder / "report.json")
     if not options.run:
         first_generation(len(_left(options, scale)), plan.steps, plan.search)
@@ -178,6 +178,7 @@ def _show(options, scale, plan):
     """Print what the command would do; writes nothing."""
     if options.run:
         family = replace(plan, unit="MACs").family()
+        check_source(plan.data, family.networks[0].config)
         first_generation(len(family.names), plan.steps, plan.search)
         costs = ", ".join(f"{name} {cost / 1e6:,.1f} M" for name, cost in zip(family.names, family.costs))
         print(f"family {family.name}: {costs}")

@@ -129,14 +129,15 @@ def load_images(source, split, size, limit=None, crop="square"):
     return found
 
 
-def check_source(source, config=None):
+def check_source(source, config=None, size=None):
     """Raise InputError, before anything is read, if `source` is no source of `load`.
 
-    config: of the network to train. Drawn images have its size; a text-conditional one needs a context for every image.
+    config: of the network to train; a text-conditional one needs a context for every image. size: the side that drawn
+    images must have, by default the network's.
     """
     path = Path(os.path.expanduser(source))
     if source.partition(":")[0] == "synthetic":
-        _synthetic_size(source, getattr(config, "image_size", None))
+        _synthetic_size(source, size or getattr(config, "image_size", None))
     elif source != "cifar10":
         if not path.exists():
             raise InputError(f"data {source!r}: no such file or folder, and not synthetic or cifar10")

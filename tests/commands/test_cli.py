@@ -277,6 +277,14 @@ def test_a_dry_run_refuses_what_would_be_refused_later(options, said, trained, c
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["quickstart"], ["evaluate", "{run}"], ["search"], ["search", "{run}"]])
+def test_a_dry_run_refuses_drawn_images_of_another_size(command, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [word.format(run=trained) for word in command]
+    assert run(*command, "--data", "synthetic:20", "--dry-run") == 2
+    assert "data 'synthetic:20': drawn images are not resized, and " in capsys.readouterr().err
+
+
 def test_a_link_to_itself_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.safetensors").symlink_to("a.safetensors")
