@@ -7,7 +7,8 @@ Backward:          dL/dw = dL/d(w * m) for all entries (straight-through), plus 
 The mask depends only on the pattern and the current values of the weight. It does not matter whether the optimizer, a
 checkpoint or your own code set those values. Every forward selects the mask anew; inside `sparsity.hold_masks` one mask
 serves all forwards. Rounding may change which weights are the largest: `model.half()` and its like freeze the mask
-first; a weight that is replaced by a rounded one (`p.data = p.data.half()`, FSDP2 in mixed precision) has its own mask.
+first; a weight that is replaced by a rounded one (`p.data = p.data.half()`, FSDP2 in mixed precision, a cast of another
+module that shares it) has its own mask.
 """
 
 import functools
@@ -180,20 +181,22 @@ class Masked:
         """(rule, used). The gradient rule: its decay is 0 if a hook on the weight adds the decay.
 
         The hook runs once per backward, even if the layer is called several times. used: None, or a function that the
-        backward of this forward calls.
+        backward of this forward calls. A lent weight which is computed from the layer's own adds the decay in its
+        place; in compiled graphs, under torch.func and in a reentrant `checkpoint` both may add it.
         """
         if not (self.rule.decay and torch.is_grad_enabled() and self.weight.requires_grad):
             return self.rule, None
         if self._is_decayed():
             return self.rule._replace(decay=0.0), None
-        lent = not self.weight.is_leaf and "weight" in self._parameters and not transformed()  # by `functional_call`
-        if lent and self._decayed:
+        own = (self._decayed or self._hooked or (None,))[0]
+        stands_in = own is not None and "weight" in self._parameters and _is_computed_from(self.weight, own)
+        if stands_in and self._decayed:
             return self.rule._replace(decay=0.0), None
         hook = None if transformed() else self.hook_decay()
         used = hook and functools.partial(hook.note, self, self.weight)
         hooked = hook or (self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False)))
-        if lent and not hooked and self._hooked and (own := _decay_of(self._hooked[0])):
-            used = own.leave
+        if stands_in and not hooked and (decay := _decay_of(own)):
+            used = decay.leave
         return (self.rule._replace(decay=0.0) if hooked else self.rule), used
 
     def hook_decay(self):
@@ -276,7 +279,8 @@ class Masked:
         other = _frozen_by_cast.get(id(self.weight))
         if other is None or other.weight is not self.weight or other.pattern != self.pattern or other.mask is None:
             text = "another module that shares a weight cast it first, or its .data was: the unrounded mask is lost"
-            raise InputError(f"{text}; call set_masking(model, frozen=True) before the cast ({self})")
+            mend = f"call set_masking(model, frozen=True) before; if it is {self.weight.dtype} already, name no dtype"
+            raise InputError(f"{text}; {mend} ({self})")
         self.mask = other.mask.clone()
 
     def __getstate__(self):
@@ -338,8 +342,8 @@ class _Decay:
         self.used = None, None, None  # number of a backward, layer, weight: under functional_call not the layer's own
         self.left = None  # number of a backward that adds the decay to a weight which is computed from this one
 
-    def acts(self, layer):
-        return layer.pattern is not None and layer.rule.decay != 0.0 and not layer._is_decayed()
+    def acts(self, layer, lent=False):
+        return layer.pattern is not None and layer.rule.decay != 0.0 and (lent or not layer._is_decayed())
 
     def note(self, layer, weight):
         self.used = torch._C._current_graph_task_id(), layer, weight
@@ -356,7 +360,7 @@ class _Decay:
             layer, weight = self.layer, self.layer.weight
             if _decay_of(weight) is not self:
                 return None
-        if not self.acts(layer):
+        if not self.acts(layer, lent=weight is not layer.weight):
             return None
         mask = layer.mask
         if weight is layer.weight:
@@ -364,6 +368,19 @@ class _Decay:
         elif mask is None:
             mask = select_mask(weight, layer.pattern).mask
         return apply_rule(g, weight, mask, GradientRule(layer.rule.decay))
+
+
+def _is_computed_from(weight, leaf):
+    """Whether `functional_call` lends a weight whose eager graph reaches this leaf."""
+    if weight.is_leaf or transformed() or torch.compiler.is_compiling():
+        return False
+    nodes = seen = {weight.grad_fn}
+    while nodes:
+        if any(getattr(node, "variable", None) is leaf for node in nodes):
+            return True
+        nodes = {after for node in nodes for after, _ in node.next_functions if after} - seen
+        seen = seen | nodes
+    return False
 
 
 def _decay_of(weight):

@@ -300,6 +300,25 @@ def test_a_weight_computed_from_the_layers_own_takes_the_decay_where_it_runs_and
     del optimizer
 
 
+@pytest.mark.parametrize("lent", [lambda v: v, lambda v: v * 1.0], ids=["leaf", "computed"])
+@pytest.mark.parametrize("first", [True, False], ids=["own first", "lent first"])
+def test_a_lent_weight_of_its_own_and_the_layers_are_both_decayed(lent, first):
+    layer, x, v = Linear(32, 8, bias=False, pattern="2:4"), torch.zeros(5, 32), torch.randn(8, 32, requires_grad=True)
+    set_masking(layer, decay=0.5)
+
+    def gradients():
+        own, other = layer(x), torch.func.functional_call(layer, {"weight": lent(v)}, (x,))
+        return torch.autograd.grad((own + other if first else other + own).sum(), (layer.weight, v))
+
+    def decay(weight):
+        return 0.5 * weight.detach() * ~reference_mask(weight.detach(), layer.pattern)
+
+    torch.testing.assert_close(gradients(), (decay(layer.weight), decay(v)))
+    optimizer = MaskedAdamW(layer.parameters(), model=layer)  # its step adds the decay of the layer's own weight only
+    torch.testing.assert_close(gradients(), (torch.zeros(8, 32), decay(v)))
+    del optimizer
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["small", "large", "conv"])
 def test_gradients_in_batches_are_those_one_by_one(kind, decay):

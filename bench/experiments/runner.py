@@ -184,9 +184,9 @@ def _merge(options, folder):
     for other in options.merge:
         found = read_experiment(Path(other) / "results.csv", options.name, options.scale)
         settings[other] = read_json(Path(other) / "options.json")
-        if different := run_folder.differences(settings[other], settings[options.merge[0]], FREE):
-            names = f"{other} and {options.merge[0]} hold runs with different options"
-            raise InputError(f"{names}: they have no mean ({different})")
+        places = f"in {options.merge[0]}", f"in {other}"
+        if different := run_folder.differences(settings[options.merge[0]], settings[other], places, FREE):
+            raise InputError(f"the folders hold runs with different options, which have no mean: {different}")
         twice = {(row["run"], row["seed"]) for row in rows} & {(row["run"], row["seed"]) for row in found}
         if twice:
             run, seed = min(twice)

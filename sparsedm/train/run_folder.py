@@ -144,15 +144,16 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
         raise InputError(f"{folder} has other options, choose another folder: {_listed(different)}")
 
 
-def differences(there, here, free=()):
-    """How two stored options differ, in words; "" if a run of the one may go on in a folder of the other."""
-    return _listed(_differing(_flat(there, free), _flat(here, free)))
+def differences(first, second, places, free=()):
+    """How two stored options differ, in words; "" if a run may go on in both. places: what the words call the two."""
+    return _listed(_differing(_flat(first, free), _flat(second, free), places))
 
 
-def _differing(there, here):
+def _differing(there, here, places=("there", "here")):
     """{name: how it differs} of two options of `_flat`."""
+    one, other = places
     pairs = {name: (there.get(name, "not set"), here.get(name, "not set")) for name in dict.fromkeys([*there, *here])}
-    return {name: f"{name} is {a} there and {b} here" for name, (a, b) in pairs.items() if not _same(a, b)}
+    return {name: f"{name} is {a} {one} and {b} {other}" for name, (a, b) in pairs.items() if not _same(a, b)}
 
 
 def _listed(different):

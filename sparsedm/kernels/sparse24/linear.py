@@ -205,7 +205,9 @@ def check_operands(x, values, metadata, bias, activation, residual, shape, *othe
     if activation not in ACTIVATIONS:
         raise InputError(f"unknown activation {activation!r}: it must be one of {', '.join(map(str, ACTIVATIONS))}")
     if values.dtype != x.dtype:
-        raise InputError(f"x is {str(x.dtype)[6:]} and the weight {str(values.dtype)[6:]}: they must have one dtype")
+        why = " (autocast leaves float64 alone)" if torch.float64 in (x.dtype, values.dtype) else ""
+        text = f"x is {str(x.dtype)[6:]} and the weight {str(values.dtype)[6:]}: they must have one dtype{why}"
+        raise InputError(text)
     N = values.shape[0]
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         raise InputError(f"bias {_describe(bias)} must have the shape ({N},) and the dtype of x {_describe(x)}")
