@@ -122,7 +122,7 @@ def test_folders_that_do_not_belong_together_are_not_joined(done, tiny, tmp_path
     (tmp_path / "0" / "options.json").write_text(text.replace('"samples": 16', '"samples": 17'))
     assert command(tmp_path / "new", *both) == 2
     said = capsys.readouterr().err
-    where = f"settings.samples is 17 in {tmp_path / '0'} and 16 in {tmp_path / '1'}"
+    where = f"settings.samples is 16 in {tmp_path / '1'} and 17 in {tmp_path / '0'}"
     assert f"the folders hold runs with different options, which have no mean: {where}" in said
     assert not (tmp_path / "new").exists()
 
