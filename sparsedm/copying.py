@@ -38,12 +38,15 @@ def detached(model):
     """A memo for `copy.deepcopy`, which refuses tensors with a graph: the id of each that a module keeps -> its values.
 
     A forward may keep one; torch's older weight_norm, spectral_norm and prune keep the weight that they compute.
+    Raises: InputError for a view of a parameter.
     """
     found, seen, rest = {}, {}, [model]
     while rest:
         value = rest.pop()
         if isinstance(value, torch.Tensor):
             if not value.is_leaf:
+                if isinstance(value._base, nn.Parameter):
+                    raise InputError(f"a kept view {tuple(value.shape)} of a parameter would be a constant in a copy")
                 found[id(value)] = value.detach().clone()
         elif id(value) not in seen:
             seen[id(value)] = value  # held, so that no other gets its id

@@ -268,6 +268,10 @@ class Masked:
             return False
         return fn(self.weight.detach().new_empty(0, dtype=known)).dtype == dtype  # else its .data was replaced before
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self._cast_froze = self._cast_froze and f"{prefix}mask" not in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def train(self, mode: bool = True):
         """As every module's. Warns where a cast has frozen the mask that is to train."""
         if mode and not self.training and self._cast_froze and self.mask is not None:

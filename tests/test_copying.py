@@ -248,6 +248,13 @@ def test_a_computed_tensor_in_any_container_does_not_prevent_a_copy(contain):
         assert type(change(model).kept) is type(model.kept)
 
 
+def test_a_kept_view_of_a_parameter_is_refused():
+    model = sparsify(Keeps(), "2:4", ["head"])
+    model.tied = model.inside.weight.t()
+    with pytest.raises(InputError, match=r"a kept view \(16, 16\) of a parameter would be a constant in a copy"):
+        compress(model)
+
+
 def test_a_computed_tensor_in_an_unregistered_module_does_not_prevent_a_copy():
     model, other = sparsify(Keeps(), "2:4", ["head"]), Keeps()
     other(torch.randn(3, 16))

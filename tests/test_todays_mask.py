@@ -205,6 +205,15 @@ def test_gradient_settings_release_what_only_a_cast_froze():
     assert torch.equal(model[0].current_mask(), reference_mask(model[0].weight, model[0].pattern))
 
 
+def test_a_mask_that_is_loaded_after_a_cast_stays():
+    model, calibrated = (nn.Sequential(Linear(16, 16, pattern="2:4")).eval() for _ in range(2))
+    calibrated[0].freeze_mask()
+    calibrated[0].mask = calibrated[0].mask.roll(4, 1)
+    model.bfloat16().load_state_dict(calibrated.state_dict())
+    set_masking(model, dropped=0.0)
+    assert torch.equal(model[0].mask, calibrated[0].mask)
+
+
 def test_a_mask_that_the_user_freezes_after_a_cast_stays_frozen():
     model = nn.Sequential(Linear(16, 16, pattern="2:4")).eval().bfloat16()
     set_masking(model, frozen=True)

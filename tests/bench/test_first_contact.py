@@ -125,6 +125,19 @@ def test_what_was_wrong_and_is_mended_is_right_on_the_same_day(tmp_path, monkeyp
     assert not list((tmp_path / "tuned").iterdir())
 
 
+@pytest.mark.parametrize(("small", "again"), [(True, True), (True, False), (False, True)])
+def test_the_search_for_the_fault_acquits_nothing(small, again, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
+    monkeypatch.setattr(first_contact, "check", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    choice = first_contact.Choice("wgmma", 2)
+    first_contact.refuse(first_contact.LINEAR, choice, "first contact: 1 of 9 weights are not in their place")
+    with contextlib.nullcontext() if again else pytest.raises(RuntimeError, match="1 of 9"):
+        first_contact.contact(choice, torch.device("cuda"), small, again)
+    assert len(list((tmp_path / "tuned").iterdir())) == 1
+
+
 def test_only_what_is_right_and_meant_for_large_products_is_timed(tmp_path, monkeypatch):
     """And what is asked for is known to the suite "first"."""
     seen = []
