@@ -112,29 +112,29 @@ def test_what_is_wrong_is_refused_by_the_tuner(tmp_path, monkeypatch):
         pass
 
 
-def test_what_was_wrong_and_is_mended_is_right_on_the_same_day(tmp_path, monkeypatch, capsys):
-    """The mend may be in a file that the name of the note does not tell."""
+@pytest.fixture
+def mended(tmp_path, monkeypatch):
+    """A choice that was found wrong, and is right now."""
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
     monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
     monkeypatch.setattr(first_contact, "check", lambda *_: None)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     choice = first_contact.Choice("wgmma", 2)
     first_contact.refuse(first_contact.LINEAR, choice, "first contact: 1 of 9 weights are not in their place")
-    first_contact.contact(choice, torch.device("cuda"))
+    return choice
+
+
+def test_what_was_wrong_and_is_mended_is_right_on_the_same_day(mended, tmp_path, capsys):
+    """The mend may be in a file that the name of the note does not tell."""
+    first_contact.contact(mended, torch.device("cuda"))
     assert capsys.readouterr().out.split()[-1] == first_contact.RIGHT
     assert not list((tmp_path / "tuned").iterdir())
 
 
 @pytest.mark.parametrize(("small", "again"), [(True, True), (True, False), (False, True)])
-def test_the_search_for_the_fault_acquits_nothing(small, again, tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
-    monkeypatch.setattr(first_contact, "check", lambda *_: None)
-    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    choice = first_contact.Choice("wgmma", 2)
-    first_contact.refuse(first_contact.LINEAR, choice, "first contact: 1 of 9 weights are not in their place")
+def test_the_search_for_the_fault_acquits_nothing(small, again, mended, tmp_path):
     with contextlib.nullcontext() if again else pytest.raises(RuntimeError, match="1 of 9"):
-        first_contact.contact(choice, torch.device("cuda"), small, again)
+        first_contact.contact(mended, torch.device("cuda"), small, again)
     assert len(list((tmp_path / "tuned").iterdir())) == 1
 
 
