@@ -41,6 +41,7 @@ from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.sparsity import hold_masks, set_masking, sparsify
+from sparsedm.train.loop import has_bf16_instructions
 
 POINTWISE = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
@@ -275,9 +276,16 @@ class Train(TrainingProvider):
         return bound._replace(run=run, weight=self.trained(problem))
 
 
+class TrainByOneDNN(Train):
+    def supports(self, problem):
+        if has_bf16_instructions():
+            return "torch lets oneDNN compute F.linear only in bf16 on this CPU"
+        return super().supports(problem)
+
+
 @contextlib.contextmanager
 def onednn_products():
-    """`F.linear` by oneDNN: exact where the CPU has no bf16 instructions, which the check shows."""
+    """`F.linear` by oneDNN: exact where the CPU has no bf16 instructions."""
     before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, "bf16"
     try:
         yield
@@ -326,7 +334,7 @@ NETWORK_PROVIDERS = (
 )
 TRAIN_PROVIDERS = (
     Train("dense"),
-    Train(ONEDNN, around=onednn_products),
+    TrainByOneDNN(ONEDNN, around=onednn_products),
     Train(provider_of("2:4"), "2:4"),
     Train(provider_of("1:4"), "1:4"),
     Train("sparsedm 2:4, dense product", "2:4", around=torchs_product),

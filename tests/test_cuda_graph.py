@@ -17,6 +17,7 @@ from sparsedm.compression import compress
 from sparsedm.cuda_graph import CudaRecorder, Graphs
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import rules
 from sparsedm.models import build_model
 from sparsedm.samplers import SAMPLERS, sample
 from sparsedm.sparsity import sparsify
@@ -61,7 +62,8 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tape(monkeypatch):
-    """What `sample(..., cuda_graph=True)` then records with."""
+    """What `sample(..., cuda_graph=True)` then records with. Torch alone computes: a tape sees no C."""
+    monkeypatch.setattr(rules, "serves", lambda *tensors: False)
     tape = Tape()
     monkeypatch.setattr(samplers, "Graphs", lambda device: Graphs("cuda", tape))
     return tape
