@@ -41,7 +41,6 @@ from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, sparse24_linear
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.sparsity import hold_masks, set_masking, sparsify
-from sparsedm.train.loop import has_bf16_instructions
 
 POINTWISE = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
@@ -278,7 +277,7 @@ class Train(TrainingProvider):
 
 class TrainByOneDNN(Train):
     def supports(self, problem):
-        if has_bf16_instructions():
+        if rules.bf16_instructions():
             return "torch lets oneDNN compute F.linear only in bf16 on this CPU"
         return super().supports(problem)
 

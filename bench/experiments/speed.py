@@ -1,7 +1,8 @@
 """The sampling speed of trained networks: times of whole sampling, all networks in turns, sparse ones compressed.
 
-Of a dense network the fastest form counts: eager, compiled, or on a CPU with oneDNN's products on packed weights. fp32
-on a CPU, bf16 on a GPU, the dtypes of the sparse kernels. Nothing else may run at the same time.
+Of a dense network the fastest form counts: eager, compiled, or on a CPU with oneDNN's products on packed weights, and
+in bf16 where the CPU has instructions for it. Sparse networks run in the dtype of their kernels: fp32 on a CPU, bf16 on
+a GPU. Nothing else may run at the same time.
 """
 
 import copy
@@ -14,6 +15,7 @@ import torch
 from bench.cpu import packed_network
 from sparsedm import diffusion, samplers
 from sparsedm.compression import compress
+from sparsedm.kernels.cpu import rules
 from sparsedm.sparsity import masked_layers
 from sparsedm.stepaware.family import interleaved_seconds
 
@@ -28,7 +30,8 @@ def sampling_seconds(networks, steps, device):
     calls, seconds = {}, {}
     for name, network in networks.items():
         for form, made in _forms(network, device).items():
-            call = functools.partial(_sample, made.to(device, dtype), steps, dtype)
+            precision = torch.bfloat16 if form == "bf16" else dtype
+            call = functools.partial(_sample, made.to(device, precision), steps, precision)
             if form in ("compiled", "packed"):
                 try:
                     call()
@@ -46,7 +49,11 @@ def _forms(network, device):
     if masked_layers(network):
         return {"compressed": compress(network)}
     forms = {"eager": copy.deepcopy(network), "compiled": torch.compile(copy.deepcopy(network))}
-    return forms | ({"packed": packed_network(network)} if device.type == "cpu" else {})
+    if device.type == "cpu":
+        forms["packed"] = packed_network(network)
+        if rules.bf16_instructions():
+            forms["bf16"] = copy.deepcopy(network)
+    return forms
 
 
 def _sample(network, steps, dtype):

@@ -3,8 +3,8 @@
 The C kernel reads q, k and v directly from the projection's output. `cpu/rules.py` says for which fp32 sizes it is
 used; SPARSEDM_BACKEND=torch or dense turns it off.
 
-Training in bf16 on a CPU uses two products and an fp32 softmax: the backward of torch's own kernel packs no operands
-there and is 6 times as slow as in fp32.
+Training in bf16 on a CPU attends in fp32: the backward of torch's own kernel packs no bf16 operands there, and is up to
+6 times as slow as in fp32.
 """
 
 import torch
@@ -15,9 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 from sparsedm.kernels.cpu import products, rules
 from sparsedm.kernels.launch import forced_backend, operator
 
-# Up to so many, training in bf16 on a CPU holds all products of q and k. Whole steps of a U-ViT with 18 and 66 tokens
-# were 2.3 times as quick by it (torch 2.13, Zen 5, one thread); far above, what is held is more than the rest.
-PRODUCT_TOKENS = 512
+# Up to so many, attention in fp32 is quicker: forward and backward of 66 tokens 5 times, of 258 about as quick as in
+# bf16, of 512 up to 1.8 times slower (torch 2.13, a Xeon with AMX, one thread).
+FP32_TOKENS = 256
 
 
 def _attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
@@ -49,15 +49,9 @@ def self_attention(qkv, heads):
     inference = not (torch.is_grad_enabled() and qkv.requires_grad)
     if inference and forced_backend() not in ("torch", "dense") and rules.attention_serves(q):
         return _operator(qkv, heads)
-    bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    by_products = not inference and bf16_on_cpu and q.shape[2] <= PRODUCT_TOKENS
-    y = _attention_by_products(q, k, v) if by_products else F.scaled_dot_product_attention(q, k, v)
+    if not inference and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= FP32_TOKENS:
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
+    else:
+        y = F.scaled_dot_product_attention(q, k, v)
     return rearrange(y, "b h l d -> b l (h d)")
-
-
-def _attention_by_products(q, k, v):
-    """q, k, v (B, H, L, D) -> (B, H, L, D); the softmax is computed in fp32."""
-    heads = q.shape[:2]
-    q, k, v = (z.flatten(0, 1) for z in (q * q.shape[-1] ** -0.5, k, v))
-    weights = torch.bmm(q, k.transpose(1, 2)).float().softmax(-1).to(v.dtype)  # (B H, L, L)
-    return torch.bmm(weights, v).unflatten(0, heads)

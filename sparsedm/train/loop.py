@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from sparsedm import diffusion
 from sparsedm.errors import InputError, Stopped
+from sparsedm.kernels.cpu import rules
 from sparsedm.model_files import describe
 from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed, run_folder
@@ -344,15 +345,9 @@ def amp_of(device, asked="auto"):
 
     A warning says where a CPU has no instructions for bf16: training is slower by it there.
     """
-    if asked == "bf16" and device.type == "cpu" and has_bf16_instructions() is False:
+    if asked == "bf16" and device.type == "cpu" and rules.bf16_instructions() == []:
         logger.warning("bf16 is slower than fp32 on this CPU, which has neither avx512_bf16 nor AMX")
     return "bf16" if asked == "bf16" or (asked == "auto" and device.type == "cuda") else None
-
-
-def has_bf16_instructions():
-    """Whether this CPU has avx512_bf16 or AMX; None from an older torch, which does not say."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(there for name, there in has.items() if name.endswith("bf16")) if has else None
 
 
 def check_data(model, images, validation):

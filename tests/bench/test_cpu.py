@@ -10,7 +10,7 @@ from bench import charts, cpu, plot, run
 from bench.networks import ModelShape
 from bench.results import DENSE, ONEDNN, Results, read, write
 from bench.shapes import ConvShape
-from sparsedm.train.loop import has_bf16_instructions
+from sparsedm.kernels.cpu import rules
 
 TINY = {"rounds": 1, "per_round": 1}
 
@@ -39,7 +39,7 @@ def measured(tmp_path_factory):
 
 def test_every_part_is_measured_by_right_providers(measured):
     in_bf16 = [r for r in measured if r["status"] != "ok"]
-    if has_bf16_instructions():
+    if rules.bf16_instructions():
         assert {(r["suite"], r["provider"], r["status"]) for r in in_bf16} == {("train", ONEDNN, "unsupported")}
         assert "only in bf16 on this CPU" in in_bf16[0]["reason"]
     else:

@@ -171,7 +171,14 @@ def _is_amd():
 def version():
     """The facts that resumed training must share to be bit-exact: the rules, and the kernels that run."""
     instructions, _ = library.serving()
-    return f"rules {RULE_VERSION}, {forced_backend() or instructions or 'no C kernels'}"
+    kernels = forced_backend() or instructions or "no C kernels"
+    return ", ".join([f"rules {RULE_VERSION}", kernels, *(bf16_instructions() or [])])
+
+
+def bf16_instructions():
+    """The names of this CPU's instructions for bf16 products; None from an older torch, which does not say."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return sorted(name for name, there in has.items() if there and name.endswith("bf16")) if has else None
 
 
 def attention_serves(q):

@@ -18,6 +18,7 @@ from sparsedm import samplers
 from sparsedm.commands import options as command_options
 from sparsedm.compressed import CompressedLinear
 from sparsedm.errors import InputError
+from sparsedm.kernels.cpu import rules
 from sparsedm.models import model_config
 from sparsedm.train import loop, run_folder
 from sparsedm.train.metrics import TrainingDiverged
@@ -136,15 +137,18 @@ def test_speed_is_measured_of_the_finished_networks(done, tiny, tmp_path, monkey
         for call in calls:
             assert call().shape == (speed.IMAGES, 3, 12, 12)
             timed.append(call.args[0])
-        return [4.0, 3.2, 3.6, 2.0, 1.0, 1.0, 2.0, 0.8]  # dense ones as they are, compiled and packed; two sparse ones
+        dense, small = [4.0, 3.8, 3.6, 3.2], [1.0, 2.0, 0.8, 0.9]  # as they are, compiled, packed and in bf16
+        return [*dense, 2.0, 1.0, *small]
 
     monkeypatch.setattr(speed, "interleaved_seconds", clock)
     monkeypatch.setattr(speed, "IMAGES", 4)
     monkeypatch.setattr(torch, "compile", lambda network: network)
+    monkeypatch.setattr(rules, "bf16_instructions", lambda: ["avx512_bf16"])
     assert command(tmp_path / "timed", "--time") == 0
-    assert [any(isinstance(m, CompressedLinear) for m in network.modules()) for network in timed] == [
-        False, False, False, True, True, False, False, False,
-    ]  # fmt: skip
+    compressed = [any(isinstance(m, CompressedLinear) for m in network.modules()) for network in timed]
+    assert compressed == 4 * [False] + 2 * [True] + 4 * [False]
+    in_bf16 = [next(network.parameters()).dtype == torch.bfloat16 for network in timed]
+    assert in_bf16 == [False, False, False, True, False, False, False, False, False, True]
     found = {run: numbers(tmp_path / "timed", run, report.SPEED)[0][1] for run in RUNS}
     assert found == {"dense": 1.0, "chain": 1.6, "oneshot": 3.2, "small-dense": 4.0}
     assert numbers(tmp_path / "timed", "dense", report.SAMPLING) == [(None, 0.8)]
