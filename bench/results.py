@@ -8,7 +8,6 @@ import csv
 import functools
 import io
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from sparsedm import __version__
 from sparsedm.errors import InputError
 from sparsedm.files import MOST_TEXT, regular_file, write_text
+from sparsedm.kernels.cpu.library import cpu_name
 
 ONEDNN = "dense oneDNN"  # on a CPU: the best dense product that torch has
 COMPILED = "dense compiled"
@@ -197,7 +197,7 @@ def stamp(device):
 def _fixed(device):
     cuda = torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU: {cpu_name()} ({vector_units()})",
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)) if cuda else "",
         "driver": _nvidia_smi(device, "driver_version")[0] if cuda else "",
         "cuda": (torch.version.cuda or "") if cuda else "",
@@ -236,20 +236,6 @@ def _nvidia_smi(device, *fields):
         return [""] * len(fields)
     values = [value.strip() for value in answer.strip().split(",")]
     return ["" if value.startswith("[") else value for value in values]  # such as [N/A]
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def vector_units():
-    """For example "AVX2": several generations of CPUs share one name."""
-    return torch.backends.cpu.get_cpu_capability()
 
 
 @functools.cache

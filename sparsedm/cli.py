@@ -99,7 +99,7 @@ def exit_code(program, function):
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        reason = (str(error) or "out of memory").splitlines()[0]
+        reason = _first_line(error) or "out of memory"
         return refuse(f"not enough memory ({reason}): a smaller batch or network needs less")
     except Stopped as stop:
         return refuse(stop, stop.exit_code)
@@ -164,9 +164,16 @@ def keep_freed_memory():
 
 
 def _lacks_memory(error):
-    """Whether an error means too little memory. Torch has an error class only for its GPU allocator."""
-    said = ("out of memory", "can't allocate memory", "overflow")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+    """Whether an error means too little memory. Torch has an error class only for its GPU allocator.
+
+    Further lines may be the output of a compiler, whose warnings tell of other overflows.
+    """
+    said = ("out of memory", "can't allocate memory", "calculation overflowed", "integer multiplication overflow")
+    return isinstance(error, MemoryError) or any(words in _first_line(error) for words in said)
+
+
+def _first_line(error):
+    return str(error).partition("\n")[0]
 
 
 @contextlib.contextmanager

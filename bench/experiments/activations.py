@@ -33,7 +33,12 @@ def keep_largest(x, pattern, axis=-1, compensate=True):
     compensate: scale the kept values so that the norm along `axis` does not change.
     """
     x = x.movedim(axis, -1)
-    mask = select_mask(x.detach().flatten(0, -2), pattern, name="an activation").mask.view(x.shape)
+    try:
+        mask = select_mask(x.detach().flatten(0, -2), pattern, name="an activation").mask.view(x.shape)
+    except InputError as error:  # which speaks of weights, and a GPU may mean an earlier one
+        if nans := int(x.isnan().sum()):
+            raise InputError(f"the inputs of a layer: {nans} of them are NaN, which has no magnitude order") from error
+        raise
     kept = torch.where(mask, x, 0)
     if compensate:
         norms = [value.detach().float().norm(dim=-1, keepdim=True) for value in (x, kept)]

@@ -8,7 +8,7 @@
 To resume, run the same command again: finished runs are read from results.csv, which is written after every run; an
 interrupted run continues. With --minutes it stops in time, and reports the finished runs. A run that diverges is left
 out of the report and named at the end (exit code 2). To share the work, give every process its own seeds and folder
-(--seed 1 --seeds 1 --out DIR), and join the folders with --merge.
+(--seed 1 --seeds 1 --out DIR), --time the folders, and join them with --merge.
 """
 
 import logging
@@ -32,7 +32,7 @@ from sparsedm.models import build_model, model_config, parse_overrides
 from sparsedm.sparsity import masked_layers
 from sparsedm.train import run_folder
 from sparsedm.train.data import check_source
-from sparsedm.train.loop import Interrupted
+from sparsedm.train.loop import Interrupted, amp_of
 from sparsedm.train.metrics import TrainingDiverged
 from sparsedm.train.published import published
 
@@ -199,6 +199,7 @@ def _merge(options, folder):
 def _show(options, scale, runs, seeds, folder):
     """Print the plan, after checking that the data exist and fit. Nothing is downloaded."""
     check_source(scale.data)
+    amp_of(options.device, scale.options.amp or "auto")  # warns where bf16 is slower
     if scale.data != "cifar10":
         images, validation, config = images_for(scale, options.crop, options.resize)
         print(
@@ -223,6 +224,9 @@ def _time(options, scale, runs, folder):
     file = folder / "results.csv"
     rows = read_experiment(file, options.name, options.scale)
     done = {row["run"] for row in rows if row["seed"] == options.seed}
+    if done and not (folder / f"seed-{options.seed}").is_dir():
+        rule = "--time needs the folders with the networks, before --merge joins their results"
+        raise InputError(f"{folder} holds no networks of seed {options.seed}: {rule}")
     kinds = (SMALL, PRUNED, "")
     networks = {
         run.name: load_model(folder_of(folder, options.seed, run.name), build_model).model

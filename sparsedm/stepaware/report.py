@@ -33,14 +33,18 @@ def write_report(folder, report):
 
 def summary(report):
     """The report's table and totals, as text."""
-    clocked = any("clock" in row for row in report["rows"])
-    head = ("strategy", "cost", "share", *["by the clock"] * clocked, "distance", "networks, from noise to image")
+    clocked, whole = report["dearest_clock"] is not None, f"{report['names'][0]} at every step"
+    costs, meaning = ("cost", "share"), f"cost: {report['unit']} of one image; share: of {whole}"
+    if clocked:
+        costs = ("summed cost", "summed share", "by the clock", "clock share")
+        meaning = f"summed cost: its networks' seconds for one image; by the clock: whole sampling; shares: of {whole}"
+    head = ("strategy", *costs, "distance", "networks, from noise to image")
     rows = [
         (
             row["strategy"],
             f"{row['cost'] / 1e6:,.1f} M" if report["unit"] == "MACs" else f"{row['cost'] * 1e3:.3f} ms",
             f"{row['cost'] / report['dearest']:.0%}",
-            *([f"{row['clock'] * 1e3:.3f} ms"] if clocked else []),
+            *([f"{row['clock'] * 1e3:.3f} ms", f"{row['clock'] / report['dearest_clock']:.0%}"] if clocked else []),
             f"{row['quality']:.3f}",
             "".join(str(index) for index in row["indices"]) if len(report["names"]) <= 10 else "",
         )
@@ -55,10 +59,11 @@ def summary(report):
     return f"""{table(head, rows, left=(0, len(head) - 1))}
 
 networks: {networks}
-distance: {distance}; cost: {report["unit"]} of one image
+distance: {distance}; {meaning}
 rank correlation of the proxy with {report["quality"]}, over {len(report["tried"])} strategies: \
 {_rounded(correlation["logarithms"])} (plain sum of the losses: {_rounded(correlation["losses"])})
-spent: {spent}"""
+spent: {spent}
+machine: {report["device"]}, {report["threads"]} threads, torch {report["torch"]}"""
 
 
 def _rounded(correlation):

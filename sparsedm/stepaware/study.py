@@ -17,6 +17,7 @@ from sparsedm import evaluate, samplers
 from sparsedm.errors import InputError, check_memory
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, read_json, write_json
+from sparsedm.kernels.cpu.library import cpu_name
 from sparsedm.model_files import read_state
 from sparsedm.plots import save_grid
 from sparsedm.stepaware.family import Family, Strategy, family_of, interleaved_seconds, loss_table, sample
@@ -86,7 +87,14 @@ class Plan:
         facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
         younger = {"clip": self.clip, "guidance": self.guidance, "crop": self.crop(family)}
         older = {"clip": "every", "guidance": None, "crop": "square"}  # in folders that have none of these
-        return facts | {name: value for name, value in younger.items() if value != older[name]}
+        facts |= {name: value for name, value in younger.items() if value != older[name]}
+        return facts | (self.machine() if self.unit == "seconds" else {})
+
+    def machine(self):
+        """What measures here, in the words of all results."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if on_gpu else cpu_name()
+        return {"device": name, "threads": torch.get_num_threads()}
 
     def crop(self, family):
         """How images are cropped: as for the training of the networks."""
@@ -239,19 +247,26 @@ def _rows(compared, tried, final):
 
 
 def _clocked(setting, rows):
-    """The rows with "clock": seconds per image in whole sampling, measured once and stored in clock.json."""
-    file = setting.plan.folder / "clock.json"
-    indices = [row["indices"] for row in rows]
-    if not file.exists() or read_json(file, indices=list)["indices"] != [list(i) for i in indices]:
+    """The rows with "clock": seconds per image in whole sampling, measured once and stored in clock.json.
+
+    Equal strategies have one time.
+    """
+    file, distinct = setting.plan.folder / "clock.json", sorted({row["indices"] for row in rows})
+    if not file.exists() or read_json(file, indices=list)["indices"] != [list(indices) for indices in distinct]:
 
         def drawn(strategy):
             setting.plan.check_time(f"all strategies of the search in {setting.plan.folder}, which are timed anew")
             setting.draw(strategy, CLOCKED, setting.plan.search.seed)
 
-        calls = [functools.partial(drawn, i) for i in indices]
+        calls = [functools.partial(drawn, indices) for indices in distinct]
         seconds = [total / CLOCKED for total in interleaved_seconds(calls, setting.plan.device, ROUNDS)]
-        write_json(file, {"indices": indices, "seconds": seconds})
-    return [row | {"clock": seconds} for row, seconds in zip(rows, read_json(file, seconds=list)["seconds"])]
+        write_json(file, {"indices": distinct, "seconds": seconds})
+    seconds = read_json(file, seconds=list)["seconds"]
+    if len(seconds) != len(distinct) or not all(type(each) in (int, float) and each > 0 for each in seconds):
+        rule = f"it must hold a time for each of {len(distinct)} strategies; remove it, and all are timed anew"
+        raise InputError(f"{file} is damaged: {rule}")
+    clock = dict(zip(distinct, seconds, strict=True))
+    return [row | {"clock": clock[row["indices"]]} for row in rows]
 
 
 def _save_strategies(setting, found):
@@ -267,12 +282,14 @@ def _save_strategies(setting, found):
 def _report(setting, tried, final, rows):
     plan, family, every = setting.plan, setting.family, tried.all()
     seconds = {"training": _training_seconds(family), "table": setting.table_seconds}
+    dearest = next(row for row in rows if set(row["indices"]) == {0})
     return {
         **plan.facts(family),
         "family": family.name,
         "names": family.names,
         "costs": family.costs,
-        "dearest": setting.cost((0,) * plan.steps),
+        "dearest": dearest["cost"],
+        "dearest_clock": dearest.get("clock"),
         "times": (_times(plan, family) / family.schedule.last).tolist(),
         "losses": setting.losses.tolist(),
         "rank_correlation": {
@@ -282,7 +299,7 @@ def _report(setting, tried, final, rows):
         "tried": [asdict(e) | {"proxy": setting.proxy(e.indices)} for e in every],
         "seconds": seconds | {"search": tried.seconds, "comparison": final.seconds},
         "torch": torch.__version__,
-        "device": str(plan.device),
+        **plan.machine(),
         "rows": rows,
     }
 
@@ -368,7 +385,7 @@ def _draw(family, strategy, count, seed, clip, guidance=None):
 
 
 def _autocast(family):
-    """The precision in which the networks are compared: bf16 on a GPU, the networks' own on a CPU."""
+    """The precision of all comparisons, whatever the training had: bf16 on a GPU, the weights' own on a CPU."""
     device = next(family.networks[0].parameters()).device
     return torch.autocast(device.type, torch.bfloat16, enabled=amp_of(device) == "bf16")
 

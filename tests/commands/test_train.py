@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -132,14 +133,17 @@ def test_dry_run_refuses_what_the_run_would_refuse(capsys):
 
 @pytest.mark.parametrize(
     "lacking",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory"), 2**62],
+    [
+        *(MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")),
+        *((2**62,), (2**40, 2**40)),  # more than there is, and more than a number of bytes
+    ],
     ids=repr,
 )
 def test_a_lack_of_memory_is_one_sentence(lacking, monkeypatch, tmp_path, capsys):
     def run_chain(*_, **__):
         if isinstance(lacking, Exception):
             raise lacking
-        torch.empty(lacking, dtype=torch.uint8)  # torch's own refusal, on a CPU
+        torch.empty(*lacking, dtype=torch.uint8)  # torch's own refusal, on a CPU
 
     monkeypatch.setattr(train, "run_chain", run_chain)
     assert run("train", "--data", "synthetic", "--set", "image_size=12", "--run", tmp_path / "run") == 2
@@ -156,12 +160,20 @@ def test_a_batch_larger_than_the_machine_is_refused_before_anything_is_written(m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_defect_is_not_a_lack_of_memory(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "shapes cannot be multiplied",
+        "C++ compile error\n\nOutput:\nvec512_int.h:544: warning: overflow in conversion from 'int' to 'short int'",
+        "value cannot be converted to type uint8_t without overflow",
+    ],
+)
+def test_a_defect_is_not_a_lack_of_memory(said, monkeypatch, tmp_path):
     def run_chain(*_, **__):
-        raise RuntimeError("shapes cannot be multiplied")
+        raise RuntimeError(said)
 
     monkeypatch.setattr(train, "run_chain", run_chain)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(RuntimeError, match=re.escape(said)):
         run("train", "--data", "synthetic", "--set", "image_size=12", "--run", tmp_path / "run")
 
 

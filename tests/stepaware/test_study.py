@@ -25,7 +25,7 @@ from sparsedm.stepaware.family import Strategy, family_of, load_strategy, sample
 from sparsedm.stepaware.search import SearchOptions
 from sparsedm.stepaware.study import Plan, study
 from sparsedm.train import checkpoint, published, run_folder
-from sparsedm.train.loop import OutOfTime
+from sparsedm.train.loop import OutOfTime, amp_of
 
 UVIT = {"image_size": 12, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "num_classes": 5}
 
@@ -204,6 +204,62 @@ def test_measured_seconds_are_kept(chain, tmp_path, monkeypatch):
     assert all(row["clock"] > 0 for row in first["rows"]), "and whole sampling, by the clock"
     assert [row["clock"] for row in again["rows"]] == [row["clock"] for row in first["rows"]]
     assert "by the clock" in (tmp_path / "report.md").read_text()
+
+
+def test_equal_strategies_have_one_time_and_its_share(chain, tmp_path, monkeypatch):
+    """Beside the share of the summed cost, which is another number."""
+    finds(monkeypatch, (0, 1, 2))  # as one by hand
+    asked = []
+
+    def clock(calls, device, rounds):
+        asked.extend(call.args[0] for call in calls)
+        return [study_module.CLOCKED * (10 - sum(indices)) for indices in asked]
+
+    monkeypatch.setattr(family_module, "seconds_per_image", lambda networks, batch: [3.0, 2.0, 1.0])
+    monkeypatch.setattr(study_module, "interleaved_seconds", clock)
+    report = study(plan(chain, tmp_path, quality="proxy", unit="seconds"))
+    assert sorted({*asked}) == sorted(asked)
+    assert all(row["clock"] == 10 - sum(row["indices"]) for row in report["rows"])
+    assert (report["dearest"], report["dearest_clock"]) == (9, 10)
+    head, *rows = (tmp_path / "report.md").read_text().splitlines()[5:]
+    columns = [head.index(name) for name in ("summed share", "by the clock", "clock share")]
+    found = next(row for row in rows if row.startswith("found 1"))
+    assert [found[place:].split()[0] for place in columns] == ["67%", "7000.000", "70%"]
+
+
+@pytest.mark.parametrize("unit", ["MACs", "seconds"])
+def test_a_report_names_its_machine(chain, tmp_path, unit):
+    report = study(plan(chain, tmp_path, quality="proxy", unit=unit))
+    assert report["device"].startswith("CPU: ")
+    machine = f"machine: {report['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    assert machine in (tmp_path / "report.md").read_text()
+
+
+def test_seconds_of_another_machine_are_refused(chain, tmp_path, monkeypatch, numbers_alone):
+    """MACs are the same everywhere."""
+    plans = [plan(chain, tmp_path / unit, quality="proxy", unit=unit) for unit in ("MACs", "seconds")]
+    for each in plans:
+        study(each)
+    monkeypatch.setattr(study_module, "cpu_name", lambda: "CPU: another")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    study(plans[0])
+    with pytest.raises(InputError, match=r"device is CPU: .* there and CPU: another here; threads is \d+ there and 77"):
+        study(plans[1])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda times: times[1:], lambda times: [*times[1:], "0.1"], lambda times: [*times[1:], 0]]
+)
+def test_a_damaged_clock_is_refused(chain, tmp_path, numbers_alone, damage):
+    wanted = plan(chain, tmp_path, quality="proxy", unit="seconds")
+    study(wanted)
+    file = tmp_path / "clock.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps(known | {"seconds": damage(known["seconds"])}))
+    with pytest.raises(InputError, match=r"clock\.json is damaged: .*; remove it, and all are timed anew"):
+        study(wanted)
+    file.unlink()
+    assert all(row["clock"] > 0 for row in study(wanted)["rows"])
 
 
 def test_images_are_cropped_as_in_training(chain, tmp_path, monkeypatch, numbers_alone):
@@ -421,15 +477,15 @@ def test_the_memory_of_all_workers_counts(chain, tmp_path, monkeypatch):
         assert asked.pop() == 8 * 3 * most * 3 * 12 * 12
 
 
-def test_networks_run_in_the_precision_of_their_training(chain, monkeypatch):
-    """In bf16 on a GPU: here amp_of says so of the CPU."""
+def test_networks_run_in_bf16_on_a_gpu_and_in_the_dtype_of_their_weights_on_a_cpu(chain, monkeypatch):
+    """Here amp_of says of the CPU what it says of a GPU."""
     family, seen = family_of(chain), []
     for network in family.networks:
         layer = network.mid_block.mlp.fc1
         layer.register_forward_hook(lambda module, inputs, out: seen.append((torch.is_grad_enabled(), out.dtype)))
     strategy = Strategy(family.name, family.names, "ddim", (0, 1, 2))
-    for amp, dtype in ((None, torch.float32), ("bf16", torch.bfloat16)):
-        monkeypatch.setattr(study_module, "amp_of", lambda device, amp=amp: amp)
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        monkeypatch.setattr(study_module, "amp_of", lambda _, device=device: amp_of(torch.device(device)))
         seen.clear()
         assert study_module._draw(family, strategy, 2, 0, "every").dtype == torch.uint8
         assert seen == [(False, dtype)] * 3

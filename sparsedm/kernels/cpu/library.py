@@ -59,6 +59,17 @@ def instruction_set():
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability) if platform.machine() == "x86_64" else None
 
 
+def cpu_name():
+    """What results call this CPU, such as "CPU: AMD EPYC 7571 (AVX2)": several generations share one name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"CPU: {name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def library():
     """The loaded library, or None. The first call may compile for some seconds.
 

@@ -23,6 +23,11 @@ def test_the_two_largest_of_four_are_kept_and_the_norm_stays():
     assert activations.keep_largest(torch.zeros(2, 4), Pattern(2, 4)).count_nonzero() == 0
 
 
+def test_nan_among_the_inputs_is_told_as_such():
+    with pytest.raises(InputError, match=r"^the inputs of a layer: 2 of them are NaN"):
+        activations.keep_largest(torch.tensor([[1.0, float("nan")] * 2, [1.0] * 4]), Pattern(2, 4))
+
+
 def test_only_kept_inputs_get_a_gradient():
     x = torch.tensor([[3.0, -4.0, 1.0, 2.0]], requires_grad=True)
     activations.keep_largest(x, Pattern(2, 4), compensate=False).sum().backward()

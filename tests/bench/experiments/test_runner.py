@@ -161,6 +161,13 @@ def test_speed_is_measured_of_the_finished_networks(done, tiny, tmp_path, monkey
     assert [len(numbers(tmp_path / "timed", "chain", report.SPEED, seed)) for seed in (0, 1)] == [1, 1]
 
 
+def test_joined_folders_were_to_be_timed_before(done, tiny, text_alone, tmp_path, capsys):
+    assert command(tmp_path / "both", *parts_of(done, tmp_path)) == 0
+    assert command(tmp_path / "both", "--time") == 2
+    said = "both holds no networks of seed 0: --time needs the folders with the networks, before --merge joins"
+    assert said in capsys.readouterr().err
+
+
 def test_the_control_is_timed_with_whatever_is_named(done, tiny, tmp_path, monkeypatch):
     shutil.copytree(done, tmp_path / "timed")
     monkeypatch.setattr(speed, "sampling_seconds", lambda networks, *_: dict.fromkeys(networks, 2.0))
@@ -245,6 +252,14 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_dry_run_warns_where_bf16_is_slower(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    for scale, warnings in (("smoke", 0), ("cpu", 1)):
+        data = images_of(tmp_path / "cifar.npz", 32) if scale == "cpu" else "synthetic"
+        assert main(["claims", "--scale", scale, "--data", data, "--device", "cpu", "--dry-run"]) == 0
+        assert ["bf16 is slower than fp32 on this CPU" in said for said in caplog.messages] == [True] * warnings
 
 
 @pytest.mark.slow
