@@ -2,7 +2,8 @@
 
     dense            `F.linear`, `F.conv2d` and torch's attention: what torch users run
     dense oneDNN     the best dense product that torch has: oneDNN's on a weight packed once; of whole networks also our
-                     attention in C where its rule takes it; of training steps `F.linear` by oneDNN instead of MKL
+                     attention in C where its rule takes it; of training steps `F.linear` by oneDNN instead of MKL,
+                     on CPUs without bf16 instructions
     sparsedm N:M     the compressed weight by the dispatcher; of training steps the masked network
 
 Suite `cpu` of `bench.run` measures PLAN: the most telling first. With one thread a time is the CPU time of that thread,

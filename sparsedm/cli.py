@@ -173,7 +173,7 @@ def _lacks_memory(error):
 
 
 def _first_line(error):
-    return str(error).partition("\n")[0]
+    return str(getattr(error, "inner_exception", error)).partition("\n")[0]  # torch.compile wraps what went wrong
 
 
 @contextlib.contextmanager

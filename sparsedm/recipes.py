@@ -170,7 +170,7 @@ EXPERIMENTS = {
     # 12% of that. A Xeon with AMX trained 0.7 times as fast.
     "cpu": Scale(
         summary="a million parameters on CIFAR-10 at 16x16, 2,000,000 images for the dense network and 240,000 for "
-        "each run: 4.6 hours for a seed of `claims` on a core of a Zen 5, more on a Xeon (by a pilot, not run); "
+        "each run: 4.6 hours for a seed of `claims` on a core of a Zen 5 (by a pilot, not run; a Xeon takes longer); "
         "give each seed a process and a folder of its own, and join them with --merge",
         data="cifar10",
         native=32,

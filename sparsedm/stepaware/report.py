@@ -63,7 +63,7 @@ distance: {distance}; {meaning}
 rank correlation of the proxy with {report["quality"]}, over {len(report["tried"])} strategies: \
 {_rounded(correlation["logarithms"])} (plain sum of the losses: {_rounded(correlation["losses"])})
 spent: {spent}
-machine: {report["device"]}, {report["threads"]} threads, torch {report["torch"]}"""
+machine: {report["device"]}, torch {report["torch"]}"""
 
 
 def _rounded(correlation):

@@ -87,14 +87,13 @@ class Plan:
         facts = {"networks": networks, "seed": self.search.seed, **{name: getattr(self, name) for name in names}}
         younger = {"clip": self.clip, "guidance": self.guidance, "crop": self.crop(family)}
         older = {"clip": "every", "guidance": None, "crop": "square"}  # in folders that have none of these
-        facts |= {name: value for name, value in younger.items() if value != older[name]}
-        return facts | (self.machine() if self.unit == "seconds" else {})
+        return facts | {name: value for name, value in younger.items() if value != older[name]}
 
     def machine(self):
-        """What measures here, in the words of all results."""
-        on_gpu = torch.device(self.device).type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if on_gpu else cpu_name()
-        return {"device": name, "threads": torch.get_num_threads()}
+        """What measures here, in words."""
+        if torch.device(self.device).type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
     def crop(self, family):
         """How images are cropped: as for the training of the networks."""
@@ -252,7 +251,8 @@ def _clocked(setting, rows):
     Equal strategies have one time.
     """
     file, distinct = setting.plan.folder / "clock.json", sorted({row["indices"] for row in rows})
-    if not file.exists() or read_json(file, indices=list)["indices"] != [list(indices) for indices in distinct]:
+    asked = {"indices": [list(indices) for indices in distinct], "machine": setting.plan.machine()}
+    if not file.exists() or {name: read_json(file).get(name) for name in asked} != asked:
 
         def drawn(strategy):
             setting.plan.check_time(f"all strategies of the search in {setting.plan.folder}, which are timed anew")
@@ -260,7 +260,7 @@ def _clocked(setting, rows):
 
         calls = [functools.partial(drawn, indices) for indices in distinct]
         seconds = [total / CLOCKED for total in interleaved_seconds(calls, setting.plan.device, ROUNDS)]
-        write_json(file, {"indices": distinct, "seconds": seconds})
+        write_json(file, asked | {"seconds": seconds})
     seconds = read_json(file, seconds=list)["seconds"]
     if len(seconds) != len(distinct) or not all(type(each) in (int, float) and each > 0 for each in seconds):
         rule = f"it must hold a time for each of {len(distinct)} strategies; remove it, and all are timed anew"
@@ -299,7 +299,7 @@ def _report(setting, tried, final, rows):
         "tried": [asdict(e) | {"proxy": setting.proxy(e.indices)} for e in every],
         "seconds": seconds | {"search": tried.seconds, "comparison": final.seconds},
         "torch": torch.__version__,
-        **plan.machine(),
+        "device": plan.machine(),
         "rows": rows,
     }
 
@@ -327,8 +327,15 @@ def _table(plan, family):
     """(the family with the stored costs, in their order; losses (networks, steps); seconds), measured once."""
     file, shape = plan.folder / "table.json", (len(family.names), plan.steps)
     if not file.exists():
-        write_json(file, {"names": family.names, "costs": family.costs, "losses": [], "seconds": 0.0})
+        new = {"names": family.names, "costs": family.costs, "losses": [], "seconds": 0.0, "machine": plan.machine()}
+        write_json(file, new)
     known = read_json(file, names=list, costs=list, losses=list, seconds=float)
+    there = known.get("machine", plan.machine())  # an older file has none
+    if plan.unit == "seconds" and there != plan.machine():
+        rule = "remove this file, and all networks are timed anew"
+        raise InputError(
+            f"{file}: its seconds are of another machine ({there}) than this one ({plan.machine()}): {rule}"
+        )
     try:
         costs = tuple(map(float, known["costs"]))
         family = replace(family.only(known["names"]), costs=costs)  # costs in seconds may give another order now

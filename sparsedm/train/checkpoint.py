@@ -41,7 +41,7 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
         write_tensors(partial / "optimizer.safetensors", moments, {"tensors": str(len(moments))})
         versions = {"torch": torch.__version__}
         if all(parameter.device.type == "cpu" for parameter in names):  # else nothing of it runs, or is compiled
-            versions["cpu_kernels"] = rules.version()
+            versions |= cpu_kernels(bf16=True)
         about = {"model": describe(model), "versions": versions, "run": identity(folder)}
         write_state(partial, {"step": step, **state, **about})
     for old in checkpoints(folder)[:-keep]:
@@ -51,14 +51,21 @@ def save(folder, step, *, model, ema, optimizer, state, keep=2):
     return path
 
 
-def differing_kernels(state):
+def cpu_kernels(bf16):
+    """{name: what computes here on the CPU}, for state.json. bf16: with what matters in bf16 alone."""
+    return {"cpu_kernels": rules.version()} | ({"cpu_bf16": ", ".join(rules.bf16_instructions() or ())} if bf16 else {})
+
+
+def differing_kernels(state, bf16):
     """What the state.json of a checkpoint says of the CPU kernels, and what this process runs, in words; None if equal.
 
     Then a training on a CPU that goes on from it is right, and not bit for bit what it would have been.
     """
-    versions, here = state.get("versions"), rules.version()
-    there = versions.get("cpu_kernels", "not recorded") if isinstance(versions, dict) else "not recorded"
-    return None if there == here else f"{there} there, {here} here"
+    versions, here = state.get("versions"), cpu_kernels(bf16)
+    there = {
+        name: versions.get(name, "not recorded") if isinstance(versions, dict) else "not recorded" for name in here
+    }
+    return None if there == here else f"{', '.join(there.values())} there, {', '.join(here.values())} here"
 
 
 def load(path, model, ema):

@@ -277,7 +277,8 @@ class _Run:
             checkpoint.load(self.saved, step.model, step.ema)
             saved = checkpoint.load_optimizer(self.saved, step.model, step.optimizer)
             self.state = RunState.read(saved, self.saved)
-            if step.device.type == "cpu" and (differing := checkpoint.differing_kernels(saved)):
+            in_bf16 = step.options.amp == "bf16"
+            if step.device.type == "cpu" and (differing := checkpoint.differing_kernels(saved, in_bf16)):
                 words = "goes on with other CPU kernels, so it is not bit for bit the uninterrupted run"
                 logger.warning("%s %s: %s", folder, words, differing)
         self.log = MetricsLog(folder, step.model, self.state.step, step.device, reference)
@@ -346,7 +347,7 @@ def amp_of(device, asked="auto"):
     A warning says where a CPU has no instructions for bf16: training is slower by it there.
     """
     if asked == "bf16" and device.type == "cpu" and rules.bf16_instructions() == []:
-        logger.warning("bf16 is slower than fp32 on this CPU, which has neither avx512_bf16 nor AMX")
+        logger.warning("bf16 is slower than fp32 on this CPU, which has no instructions for it")
     return "bf16" if asked == "bf16" or (asked == "auto" and device.type == "cuda") else None
 
 

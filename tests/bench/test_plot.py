@@ -244,6 +244,13 @@ def test_calls_are_compared_where_eager_torch_was_timed():
     assert {t.get_text() for t in figure.axes[0].texts} == {" 1.25", " 2.00 (1.60)"}
 
 
+def test_training_steps_are_compared_where_onednn_cannot_train():
+    step = {"suite": "train", "shape": "net@4", "mode": "training step"}
+    figure = Figure()
+    assert charts.calls(figure, [row("dense", 10, **step), row(charts.OURS, 8, **step)])
+    assert {t.get_text() for t in figure.axes[0].texts} == {" 1.25 (1.25)"}
+
+
 def test_nothing_to_draw_writes_nothing(tmp_path):
     write(tmp_path / "r.csv", [row("dense", 1)])
     drawn = [path.stem for path in plot.draw_all([tmp_path / "r.csv"], tmp_path)]

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.exc import BackendCompilerFailed
 
 from sparsedm.commands import train
 from sparsedm.model_files import load_model
@@ -136,8 +137,9 @@ def test_dry_run_refuses_what_the_run_would_refuse(capsys):
     [
         *(MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")),
         *((2**62,), (2**40, 2**40)),  # more than there is, and more than a number of bytes
+        BackendCompilerFailed(lambda: None, torch.OutOfMemoryError("CUDA out of memory."), None),  # says it in line 2
     ],
-    ids=repr,
+    ids=lambda lacking: str(lacking) or type(lacking).__name__,
 )
 def test_a_lack_of_memory_is_one_sentence(lacking, monkeypatch, tmp_path, capsys):
     def run_chain(*_, **__):

@@ -433,13 +433,18 @@ def test_a_run_that_goes_on_with_other_cpu_kernels_says_so(tmp_path, unbroken, c
     assert f"rules 0, avx1024 there, {rules.version()} here" in record.message
 
 
-def test_the_cpus_instructions_for_bf16_are_part_of_its_kernels(monkeypatch):
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_other_instructions_for_bf16_matter_in_bf16_alone(tmp_path, monkeypatch, caplog, amp):
     """They round otherwise: a run in bf16 that goes on without AMX is not bit for bit the same."""
-    here = []
-    for has in ({"avx512_bf16": True, "amx_bf16": True, "avx2": True}, {"avx512_bf16": True, "amx_bf16": False}, {}):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
-        here.append(rules.version().split(", ")[2:])
-    assert here == [["amx_bf16", "avx512_bf16"], ["avx512_bf16"], []]
+    options = replace(OPTIONS, steps=1, amp=amp)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True}, raising=False)
+    run(tmp_path, options)
+    run(tmp_path, options)
+    assert "kernels" not in caplog.text
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False}, raising=False)
+    run(tmp_path, options)
+    assert (f"amx_bf16, avx512_bf16 there, {rules.version()}, avx512_bf16 here" in caplog.text) == (amp == "bf16")
+    assert ("kernels" in caplog.text) == (amp == "bf16")
 
 
 def test_a_state_without_its_numbers_is_refused(tmp_path):

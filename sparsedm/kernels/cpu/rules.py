@@ -13,7 +13,7 @@ from sparsedm.kernels.cpu import library
 from sparsedm.kernels.launch import forced_backend, watched
 from sparsedm.kernels.pattern import memory_format
 
-RULE_VERSION = 4
+RULE_VERSION = 5
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
 OVERHEAD = 1.5e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
@@ -171,8 +171,7 @@ def _is_amd():
 def version():
     """The facts that resumed training must share to be bit-exact: the rules, and the kernels that run."""
     instructions, _ = library.serving()
-    kernels = forced_backend() or instructions or "no C kernels"
-    return ", ".join([f"rules {RULE_VERSION}", kernels, *(bf16_instructions() or [])])
+    return f"rules {RULE_VERSION}, {forced_backend() or instructions or 'no C kernels'}"
 
 
 def bf16_instructions():
