@@ -22,6 +22,7 @@ from sparsedm.plots import COLOURS, picture
 FLIPS = "flip rate of "  # and a layer's name: a measure
 DISTANCE = "Fréchet distance"  # on the first features, which decide; with ", NAME" behind it, on others
 SPEED, SAMPLING = "sampling speed-up", "sampling seconds"  # over the fastest dense network; of one image
+FP32 = ", fp32"  # behind SAMPLING: of a dense network's fastest form in fp32, where its fastest form may be in bf16
 CLOSE = 0.05  # a Fréchet distance that is larger by at most this share is as good as the control's
 TABLE = ("validation loss", DISTANCE, "distance to dense weights", "MACs", "parameters", "images", "seconds")
 
@@ -63,6 +64,11 @@ def _single(values, run, measure):
     return [points[0][1] for points in values.get((run, measure), {}).values()]
 
 
+def of_time(measure):
+    """Whether --time made it."""
+    return measure in (SPEED, SAMPLING, SAMPLING + FP32)
+
+
 def markdown(rows, values, runs):
     more = dict.fromkeys(m for _, m in values if m.startswith(f"{DISTANCE}, ") or m in (SPEED, SAMPLING))
     columns = (*TABLE, *more)
@@ -76,7 +82,7 @@ def markdown(rows, values, runs):
     commits = ", ".join(dict.fromkeys(row["commit"] or row["sparsedm"] for row in rows))
     machines = dict.fromkeys(f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows)
     where = f"{' and '.join(machines)}, commit {commits}"
-    commands = dict.fromkeys(row["command"] for row in rows if row["measure"] not in (SPEED, SAMPLING))
+    commands = dict.fromkeys(row["command"] for row in rows if not of_time(row["measure"]))
     spread = f"Mean of {len(seeds)} seeds ± half their range" if len(seeds) > 1 else "One seed"
     have = {run: len(_single(values, run, "samples")) for run in runs}
     fewer = [f"{run} has {count}" for run, count in have.items() if count < len(seeds)]
@@ -201,6 +207,7 @@ def _speed(figure, values, runs, plan):
     placed = {run: statistics.fmean(found) for run in runs if (found := _single(values, run, SPEED))}
     if not placed:
         return False
+    fastest, in_fp32 = (_single(values, plan.control, f"{SAMPLING}{form}") for form in ("", FP32))
     figure.set_size_inches(11, 4.5)
     for axes, measure in zip(figure.subplots(1, 2), (DISTANCE, "validation loss")):
         for run, faster in placed.items():
@@ -212,6 +219,11 @@ def _speed(figure, values, runs, plan):
         if plan.control in placed:
             level = statistics.fmean(_single(values, plan.control, measure))
             axes.axhline(level, color=COLOURS[1], linewidth=1, linestyle="--")
+        if in_fp32 and in_fp32 != fastest:
+            slower = statistics.fmean(fastest) / statistics.fmean(in_fp32)
+            axes.axvline(slower, color=COLOURS[1], linewidth=1, linestyle=":")
+            where = {"xycoords": ("data", "axes fraction"), "xytext": (4, 4), "textcoords": "offset points"}
+            axes.annotate("dense in fp32", (slower, 0), fontsize=8, color=COLOURS[1], **where)
         axes.set(xlabel="images per second in sampling, over the fastest dense network's")
         axes.set_ylabel(f"{measure} (dots: seeds)")
         axes.margins(x=0.15)

@@ -8,7 +8,6 @@ a GPU. Nothing else may run at the same time.
 import copy
 import functools
 import logging
-import math
 
 import torch
 
@@ -22,15 +21,16 @@ from sparsedm.stepaware.family import interleaved_seconds
 log = logging.getLogger(__name__)
 
 IMAGES, ROUNDS = 64, 5  # drawn at once; the median of so many
+BF16 = "bf16"  # the form of a dense network on a CPU that has instructions for it
 
 
 def sampling_seconds(networks, steps, device):
-    """{name: network} -> {name: seconds per image}, of a dense network in its fastest form."""
+    """{name: network} -> {name: {form: seconds per image}}."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     calls, seconds = {}, {}
     for name, network in networks.items():
         for form, made in _forms(network, device).items():
-            precision = torch.bfloat16 if form == "bf16" else dtype
+            precision = torch.bfloat16 if form == BF16 else dtype
             call = functools.partial(_sample, made.to(device, precision), steps, precision)
             if form in ("compiled", "packed"):
                 try:
@@ -39,8 +39,8 @@ def sampling_seconds(networks, steps, device):
                     log.warning("%s, %s, is not timed: %s", name, form, str(error).splitlines()[0])
                     continue
             calls[name, form] = call
-    for (name, _), value in zip(calls, interleaved_seconds(list(calls.values()), device, ROUNDS)):
-        seconds[name] = min(value / IMAGES, seconds.get(name, math.inf))
+    for (name, form), value in zip(calls, interleaved_seconds(list(calls.values()), device, ROUNDS)):
+        seconds.setdefault(name, {})[form] = value / IMAGES
     return seconds
 
 
@@ -52,7 +52,7 @@ def _forms(network, device):
     if device.type == "cpu":
         forms["packed"] = packed_network(network)
         if rules.bf16_instructions():
-            forms["bf16"] = copy.deepcopy(network)
+            forms[BF16] = copy.deepcopy(network)
     return forms
 
 

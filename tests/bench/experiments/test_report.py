@@ -128,7 +128,8 @@ def test_the_table_says_which_runs_have_fewer_seeds_and_what_they_ran_on(done, t
 def test_the_report_says_how_its_runs_were_made_and_not_how_they_were_timed(done, text_alone, tmp_path):
     rows = [row | {"command": f"made {row['run']}"} for row in results.read_experiment(done / "results.csv")]
     rows = [row for row in rows if row["run"] in ("chain", "dense")]
-    rows += [row | {"command": "--time", "measure": measure} for row in rows[:1] for measure in ("sampling speed-up",)]
+    timed = report.SPEED, report.SAMPLING, report.SAMPLING + report.FP32
+    rows += [row | {"command": "--time", "measure": measure} for row in rows[:1] for measure in timed]
     text = report.write(tmp_path, rows, EXPERIMENTS["arms"])
     assert text.split("\n\n")[1].endswith("`made dense`, `made chain`")
 

@@ -152,6 +152,8 @@ def test_speed_is_measured_of_the_finished_networks(done, tiny, tmp_path, monkey
     found = {run: numbers(tmp_path / "timed", run, report.SPEED)[0][1] for run in RUNS}
     assert found == {"dense": 1.0, "chain": 1.6, "oneshot": 3.2, "small-dense": 4.0}
     assert numbers(tmp_path / "timed", "dense", report.SAMPLING) == [(None, 0.8)]
+    assert numbers(tmp_path / "timed", "dense", report.SAMPLING + report.FP32) == [(None, 0.9)]
+    assert not numbers(tmp_path / "timed", "chain", report.SAMPLING + report.FP32)
     assert (tmp_path / "timed" / "speed.png").stat().st_size > 5000
     assert "| sampling speed-up |" in (tmp_path / "timed" / "report.md").read_text()
     monkeypatch.setattr(runner, "_report", lambda *_: None)
