@@ -1,7 +1,8 @@
 """When to call the C kernels: arithmetic, never a clock, so that resumed training stays bit-exact.
 
-The constants were fitted to measurements with one thread: AVX-512 on a Zen 5 (a prototype of these kernels), AVX2 on a
-busy Zen 1. NEON was never timed; it gets the constants of AVX-512. A change of any rule changes RULE_VERSION.
+The constants were fitted to measurements with one thread: AVX-512 on a Zen 5 (a prototype of these kernels) and, of
+linear layers and attention, on a Xeon; AVX2 on a busy Zen 1. NEON was never timed; it gets the constants of AVX-512. A
+change of any rule changes RULE_VERSION.
 """
 
 import functools
@@ -16,21 +17,21 @@ from sparsedm.kernels.pattern import memory_format
 RULE_VERSION = 5
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves
 OVERHEAD = 1.5e5  # multiply-adds of a dense product in the time that a call costs more than one of the dense product
+XEON = "avx512 of Intel"  # where torch's dense product and attention are quicker, beside ours, than on AMD's CPUs
 LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 # time over that of the best dense product, of whole vectors of rows: slope * density + offset, + one more part for the
 # rows of x, which are transposed, over N, and one for the rows of y, over K. The checksum of the compressed weight
 # is not in it: a call of the dense product takes one, too
-COST = {"avx512": (1.14, 0.1, 0, 0), "avx2": (1.03, 0.05, 7, 13), "neon": (1.14, 0.1, 0, 0)}
+COST = {"avx512": (1.14, 0.1, 0, 0), XEON: (1.28, 0.17, 0, 0), "avx2": (1.03, 0.05, 7, 13), "neon": (1.14, 0.1, 0, 0)}
 # rows of x whose dense product takes as long as prepacking the weight, which masked training does in every step; of a
 # convolution twice as many, and once more where the weight is not in channels_last
-PREPACKING = {"avx512": 60, "avx2": 40, "neon": 60}
+PREPACKING = {"avx512": 60, XEON: 80, "avx2": 40, "neon": 60}
+# the same for the transposed weight of a gradient, whose rows have differing lengths, filled up to fours
+TRANSPOSING = {"avx512": 75, XEON: 200, "avx2": 50, "neon": 75}
 CONV_SLOPE = {"avx512": 1.14, "avx2": 1.1, "neon": 1.14}
 NCHW = 0.15  # what the general convolution costs more there, of the time of the dense one
-ATTENTION_TOKENS = {
-    "avx512": 1 << 20,
-    "avx2": 64,
-    "neon": 0,
-}  # up to so many: torch's is 1.2 times as quick at 256 with AVX2
+# up to so many: above, torch's is as quick or, with AVX2 at 256, 1.2 times as quick
+ATTENTION_TOKENS = {"avx512": 1 << 20, XEON: 128, "avx2": 64, "neon": 0}
 
 
 def linear_cost(M, N, K, keep, group, instructions):
@@ -64,17 +65,14 @@ def training_serves(x, weight, bias, pattern):
         return False
     instructions = library.instruction_set()
     cost, order = linear_cost(M, N, K, pattern.keep, pattern.group, instructions)
-    return order == "linear" and cost + PREPACKING[instructions] / M < 1
+    return order == "linear" and cost + PREPACKING[_maker(instructions)] / M < 1
 
 
 def gradient_pays(M, N, K, pattern):
-    """Whether the gradient of x in masked training, dy (M, N) by weight (N, K), takes `products.masked_gradient`.
-
-    The transposed weight has rows of differing lengths, filled up to fours, and takes longer to prepack.
-    """
+    """Whether the gradient of x in masked training, dy (M, N) by weight (N, K), takes `products.masked_gradient`."""
     instructions = library.instruction_set()
     cost = _tile(M, K, N, min(1.0, pattern.density + 1.5 / 64), instructions) + OVERHEAD / (M * N * K)
-    return cost + 1.25 * PREPACKING[instructions] / M < 1
+    return cost + TRANSPOSING[_maker(instructions)] / M < 1
 
 
 def conv_training_serves(x, weight, bias, pattern, stride, padding, dilation):
@@ -92,7 +90,7 @@ def conv_training_serves(x, weight, bias, pattern, stride, padding, dilation):
         return False
     instructions, pixels, planes = library.instruction_set(), size[0] * size[1], torch.contiguous_format
     sizes = N, kernel_size[0] * kernel_size[1] * C, pattern.keep, pattern.group
-    prepacking = PREPACKING[instructions] * (3 if memory_format(weight) == planes else 2)
+    prepacking = PREPACKING[_maker(instructions)] * (3 if memory_format(weight) == planes else 2)
     cost = conv_cost((B, pixels), *sizes, instructions) + prepacking / (B * pixels)
     if memory_format(x) == memory_format(weight) == planes:
         cost += 0 if halo_serves(kernel_size, stride, padding, W, pattern.group, instructions) else NCHW
@@ -101,7 +99,7 @@ def conv_training_serves(x, weight, bias, pattern, stride, padding, dilation):
 
 def _tile(M, N, K, density, instructions):
     """Relative time of the kernel whose lanes are rows of x: vectors are padded, and one alone waits for its loads."""
-    (slope, offset, over_n, over_k), lanes = COST[instructions], LANES[instructions]
+    (slope, offset, over_n, over_k), lanes = COST[_maker(instructions)], LANES[instructions]
     vectors, cost = -(-M // lanes), slope * density + offset + over_n / max(N, 1) + over_k / max(K, 1)
     return cost * vectors * lanes / M * (1.4 if vectors == 1 else 1)
 
@@ -160,6 +158,11 @@ def _mkl_is_slow():
     return _is_amd() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _maker(instructions):
+    """The key of constants that depend on who made the CPU."""
+    return XEON if instructions == "avx512" and not _is_amd() else instructions
+
+
 @functools.cache
 def _is_amd():
     try:
@@ -185,7 +188,7 @@ def attention_serves(q):
     if torch.compiler.is_compiling() or q.device.type != "cpu":
         return False
     (B, H, L, D), instructions = q.shape, library.instruction_set()
-    if instructions is None or L < 16 or ATTENTION_TOKENS[instructions] < L or B * H * L * L * D < SMALLEST:
+    if instructions is None or L < 16 or ATTENTION_TOKENS[_maker(instructions)] < L or B * H * L * L * D < SMALLEST:
         return False
     return serves(q) and D % LANES[instructions] == 0
 

@@ -37,6 +37,13 @@ def trained(monkeypatch, layer, x, backend, steps=1):
     return layer, gx
 
 
+def kernels_pay(monkeypatch):
+    """Small layers take the kernels, too, because a call and prepacking cost nothing; 2:4 does on every CPU."""
+    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    for name in ("PREPACKING", "TRANSPOSING"):
+        monkeypatch.setattr(rules, name, dict.fromkeys(getattr(rules, name), 0))
+
+
 def never_in_training(monkeypatch):
     for name in ("training_serves", "conv_training_serves"):
         monkeypatch.setattr(rules, name, lambda *arguments: False)
@@ -54,7 +61,7 @@ LAYERS = {  # name: (layer of a pattern, its input, the product that serves it, 
 @pytest.mark.parametrize("shape", [(256, 64), (4, 64, 64)])
 def test_the_product_may_be_changed_in_place(shape, monkeypatch):
     layer, x, served, real = Linear(64, 96, pattern="2:4"), torch.randn(shape), [], products.masked_linear
-    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    kernels_pay(monkeypatch)
     monkeypatch.setattr(products, "masked_linear", lambda *a: served.append(1) or real(*a))
     torch.relu_(layer(x)).square().mean().backward()
     got, layer.weight.grad = layer.weight.grad, None
@@ -66,7 +73,7 @@ def test_the_product_may_be_changed_in_place(shape, monkeypatch):
 @needs_library
 def test_the_decay_of_a_lent_weight(monkeypatch):
     served, real = [], products.masked_linear
-    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    kernels_pay(monkeypatch)
     monkeypatch.setattr(products, "masked_linear", lambda *a: served.append(1) or real(*a))
     layer, weight = Linear(64, 96, pattern="2:4"), torch.randn(96, 64, requires_grad=True)
     set_masking(layer, decay=0.5)
@@ -84,7 +91,7 @@ def test_masked_training_by_the_kernel_is_that_of_torch(name, text, monkeypatch)
     if layout:
         layer, x = layer.to(memory_format=layout), x.contiguous(memory_format=layout)
     real = getattr(products, product)
-    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    kernels_pay(monkeypatch)
     monkeypatch.setattr(products, product, lambda *a, **options: served.append(1) or real(*a, **options))
     gradients, gradient = [], products.masked_gradient
     monkeypatch.setattr(products, "masked_gradient", lambda *a: gradients.append(1) or gradient(*a))
@@ -156,7 +163,7 @@ def test_masks_and_decay_are_those_of_torch_bit_for_bit(layout, monkeypatch):
 @needs_library
 @pytest.mark.parametrize("name", ["linear", "conv"])
 def test_a_second_derivative_and_a_frozen_mask_of_another_pattern(name, monkeypatch):
-    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    kernels_pay(monkeypatch)
     build, shape, product, _ = LAYERS[name]
     layer, x, found, served = build(pattern="2:4"), torch.randn(shape, requires_grad=True), [], []
     real = getattr(products, product)
@@ -207,7 +214,7 @@ class Tagged(torch.Tensor):
 def test_tensors_of_a_subclass_are_left_to_torch(name, wrap, monkeypatch):
     layer, shape, *_ = LAYERS[name]
     layer, x = layer(pattern="2:4"), torch.randn(shape)
-    monkeypatch.setattr(rules, "OVERHEAD", 0)
+    kernels_pay(monkeypatch)
     for product in ("masked_linear", "conv2d"):
         monkeypatch.setattr(products, product, None)
     with pytest.raises(TypeError, match="not callable"):
@@ -310,6 +317,19 @@ def test_a_pattern_that_stays_dense_takes_the_best_dense_product(monkeypatch):
             sparse24_linear(x, values, bits, pattern="7:8", backend="dense"), F.linear(x, weight)
         )
         assert bool(called) == slow
+
+
+@pytest.mark.parametrize(("amd", "tokens"), [(True, 4096), (False, 128)])
+def test_on_intels_avx512_torch_is_quicker_beside_ours(amd, tokens, monkeypatch):
+    """At 3:4 its dense product is, and its attention over long rows. 2:4 pays on both."""
+    monkeypatch.setattr(rules, "_is_amd", lambda: amd)
+    monkeypatch.setattr(library, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(rules, "serves", lambda *tensors: True)
+    costs = [rules.linear_cost(2048, 512, 512, *pattern, "avx512")[0] for pattern in ((3, 4), (2, 4))]
+    assert [cost < 1 for cost in costs] == [amd, True]
+    served = [L for L in (64, 128, 130, 1024, 4096) if rules.attention_serves(torch.empty(1, 1, L, 64))]
+    assert served[-1] == tokens
+    assert [rules.gradient_pays(M, 512, 512, Pattern(2, 4)) for M in (512, 2048)] == [amd, True]
 
 
 def test_a_cpu_that_cannot_be_told_is_not_amds(monkeypatch):
