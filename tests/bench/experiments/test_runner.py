@@ -172,7 +172,7 @@ def test_joined_folders_were_to_be_timed_before(done, tiny, text_alone, tmp_path
 
 def test_the_control_is_timed_with_whatever_is_named(done, tiny, tmp_path, monkeypatch):
     shutil.copytree(done, tmp_path / "timed")
-    monkeypatch.setattr(speed, "sampling_seconds", lambda networks, *_: dict.fromkeys(networks, 2.0))
+    monkeypatch.setattr(speed, "sampling_seconds", lambda networks, *_: {name: {"eager": 2.0} for name in networks})
     monkeypatch.setattr(runner, "_report", lambda *_: None)
     named = ["arms", "--scale", "tiny", "--out", str(tmp_path / "timed"), "--time", "--only", "small-dense"]
     assert main(named) == 0
