@@ -2,7 +2,8 @@
 
 compare.png       Fréchet distance and validation loss of each run; the control and the range within 5% of it are marked
 ratio.png         the same over the axis of the experiment, if it has one
-speed.png         the same over the speed of sampling, as a multiple of the fastest dense network's, after --time
+speed.png         the same over the speed of sampling, as a multiple of the fastest dense network's, after --time;
+                  dotted: its fastest form in fp32, where bf16 is faster
 training.png      validation loss over the images seen
 noise-levels.png  validation loss over t, relative to the control: where sparsity hurts
 health.png        flip rate, density and distance to the dense weights over training
