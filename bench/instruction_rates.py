@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from sparsedm.kernels.launch import jit, tl
 from sparsedm.kernels.sparse24.format import LEGAL_NIBBLES
 from sparsedm.kernels.sparse24.ptx import (
+    KIND,
     block_barrier,
     effect,
     metadata_to_accumulator,
@@ -24,7 +25,6 @@ from sparsedm.kernels.sparse24.ptx import (
 )
 from sparsedm.kernels.sparse24.wgmma_pipeline import Config, accumulator_layout, descriptors, metadata_layout, multiply
 
-KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 WARPS = 8
 TILES_A, TILES_B = 4, 2  # fragments that the eight products of one turn combine
 ROWS, COLUMNS, STEP = 128, 256, 128  # of wgmma.sp: A (ROWS, STEP) 2:4, B (COLUMNS, STEP); of wgmma half the STEP
@@ -77,12 +77,12 @@ def launch_arguments(name, dtype, device, blocks):
             x = torch.cat((x, metadata(1, 32 * WARPS)))
         accumulators = 4 * TILES_A * TILES_B
         y = torch.empty(blocks, accumulators, 32 * WARPS, device=device)
-        constants = {"ASM": mma_asm(KINDS[dtype], sparse), "CONSTRAINTS": mma_constraints(sparse)}
+        constants = {"ASM": mma_asm(KIND[dtype], sparse), "CONSTRAINTS": mma_constraints(sparse)}
         constants |= {"REGISTERS": len(x), "ACCUMULATORS": accumulators}
         return mma_kernel, {"x_ptr": x, "y_ptr": y}, constants | {"THREADS": 32 * WARPS}
     image = words((ROWS * STEP + 2 * COLUMNS * STEP) // 4)
     y = torch.empty(blocks, ROWS, COLUMNS, device=device)
-    constants = {"KIND": KINDS[dtype]}
+    constants = {"KIND": KIND[dtype]}
     if sparse:
         e = metadata(STEP // 64, 32 * WARPS)
         return wgmma_sp_kernel, {"image_ptr": image, "e_ptr": e, "y_ptr": y}, constants

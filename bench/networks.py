@@ -351,7 +351,7 @@ def draw(call, problem, steps):
         problem.noise[steps] = torch.stack(drawn)
     noise, sampler = iter(problem.noise[steps]), problem.shape.sampler
     schedule = diffusion.schedule_of(problem.weight)
-    times = samplers.time_grid(schedule, steps, samplers.SAMPLERS[sampler].spacing)
+    times = samplers.step_times(schedule, sampler, steps)
     model = functools.partial(predict, call, problem)
     with torch.no_grad():
         return samplers.integrate(model, schedule, next(noise), times, sampler, lambda: next(noise)).cpu()

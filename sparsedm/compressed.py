@@ -10,7 +10,6 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.checksum import checksums, stamp
 from sparsedm.kernels.cpu.calls import repeated
-from sparsedm.kernels.launch import refuse_export
 from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.masked_matmul import kernels_serve
 from sparsedm.kernels.pattern import group_view, ungroup
@@ -18,6 +17,7 @@ from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.dispatch import Measured, last_measured
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_metadata, pack, unpack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
+from sparsedm.kernels.tracing import refuse_export
 from sparsedm.layers import Conv2d, Linear, product_dtype
 
 

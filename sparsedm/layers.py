@@ -23,21 +23,13 @@ from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense, rules
-from sparsedm.kernels.launch import autocast_dtype, exporting, refuse_export
+from sparsedm.kernels.cpu.training import training_conv2d, training_product
 from sparsedm.kernels.mask import Selection, select_mask
-from sparsedm.kernels.masked_matmul import (
-    STE,
-    GradientRule,
-    apply_rule,
-    kernels_serve,
-    masked_linear,
-    straight_through,
-    training_conv2d,
-    training_product,
-    transformed,
-)
+from sparsedm.kernels.masked_matmul import kernels_serve, masked_linear
 from sparsedm.kernels.pattern import Pattern, pack_bits, ungroup, unpack_bits
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS
+from sparsedm.kernels.straight_through import STE, GradientRule, apply_rule, straight_through
+from sparsedm.kernels.tracing import autocast_dtype, exporting, refuse_export, transformed
 
 
 def _check_activation(activation):
@@ -71,8 +63,8 @@ def invalid_because(weight, pattern):
     return f"the input axis {axis} is not a multiple of {pattern.group}"
 
 
-# methods of peft, and functions in it that start an adapter, which read the weight without calling its layer
 FROZEN = "froze the masks: freeze_mask(False) lets them change again"
+# methods of peft, and functions in it that start an adapter, which read the weight without calling its layer
 PAST_MASKS = {"hra", "shira", "frod", "deft", "supertuning", "glora", "boft"}
 INITS_PAST_MASKS = {"pissa_init", "olora_init", "corda_init", "loftq_init"}
 

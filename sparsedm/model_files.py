@@ -15,7 +15,7 @@ from sparsedm.compressed import Compressed
 from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json
-from sparsedm.kernels.masked_matmul import STE, GradientRule
+from sparsedm.kernels.straight_through import STE, GradientRule
 from sparsedm.sparsity import masked_layers, module_of, sparsify
 from sparsedm.tensor_files import fill, has_dtype, one_network, read_tensors, unwritable, write_shards, write_tensors
 

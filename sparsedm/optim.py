@@ -23,8 +23,8 @@ from sparsedm.kernels.cpu import products, rules
 from sparsedm.kernels.launch import forced_backend
 from sparsedm.kernels.mask import Selection
 from sparsedm.kernels.masked_adamw import Rates, Work
-from sparsedm.kernels.masked_matmul import GradientRule, apply_rule
 from sparsedm.kernels.pattern import Pattern, check_weight, memory_format
+from sparsedm.kernels.straight_through import GradientRule, apply_rule
 from sparsedm.layers import Conv2d, Linear, Masked, is_sharded
 
 CHANGED = "the weight of {} was changed while its mask was held, or since it was selected: step after the block"

@@ -11,9 +11,9 @@ from sparsedm.errors import InputError
 from sparsedm.files import atomic_file
 
 INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), "#c8c8c8"
-# Okabe and Ito: safe for the colour-blind
 GAP = 2  # white pixels between images
 MOST_PIXELS = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}  # of a side
+# Okabe and Ito: safe for the colour-blind
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLE = {
     "text.parse_math": False,  # names of files and folders may hold a $
@@ -140,10 +140,10 @@ def plot_losses(path, stages, batch_size, title=""):
         axes.legend(title="dots: validation, averaged weights", alignment="left")
 
 
-def _smooth(values, weight=0.7):
+def _smooth(values):
     """Exponential moving average, corrected for its start."""
     values = np.asarray(values, dtype=float)
-    smooth, mass, out = 0.0, 0.0, []
+    smooth, mass, out, weight = 0.0, 0.0, [], 0.7
     for value in values:
         smooth, mass = weight * smooth + (1 - weight) * value, weight * mass + (1 - weight)
         out.append(smooth / mass)

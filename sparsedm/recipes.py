@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sparsedm.train.loop import TrainOptions
 from sparsedm.train.published import PUBLISHED
-from sparsedm.train.stages import SR_STE, TRANSFER, Stage
+from sparsedm.train.stages import SR_STE, TRANSFER, Stage, named_stage
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Scale:
 
 def _students(patterns, steps, **settings):
     settings = SR_STE | TRANSFER | settings
-    return tuple(Stage(pattern.replace(":", "of"), steps, pattern, **settings) for pattern in patterns)
+    return tuple(named_stage(pattern, steps, **settings) for pattern in patterns)
 
 
 # of networks of a million parameters

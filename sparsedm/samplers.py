@@ -153,9 +153,13 @@ def evaluations(sampler, steps):
 
     sampler: a name in SAMPLERS. Raises InputError below 1 step.
     """
+    _check_steps(steps)
+    return [SAMPLERS[sampler].evaluations] * (steps - 1) + [1]
+
+
+def _check_steps(steps):
     if not isinstance(steps, Integral) or steps < 1:
         raise InputError(f"steps is {steps!r}, it must be a whole number, at least 1")
-    return [SAMPLERS[sampler].evaluations] * (steps - 1) + [1]
 
 
 def steps_for(sampler, evaluations):
@@ -175,8 +179,7 @@ def time_grid(schedule, steps, spacing):
     (σ/α)^(1/7) (EDM, eq. 5). Raises InputError below 1 step, for more steps than a discrete schedule has times, and for
     an unknown spacing.
     """
-    if not isinstance(steps, Integral) or steps < 1:
-        raise InputError(f"steps is {steps!r}, it must be a whole number, at least 1")
+    _check_steps(steps)
     ends = torch.tensor([schedule.last, schedule.first], dtype=torch.float64)
     if spacing == "time":
         times = schedule.snap(torch.linspace(*ends, steps, dtype=torch.float64))
@@ -194,6 +197,16 @@ def time_grid(schedule, steps, spacing):
 
 
 CLIPS = ("every", "final", "never")
+
+
+def step_times(schedule, sampler, steps):
+    """`time_grid` with the sampler's own spacing."""
+    return time_grid(schedule, steps, SAMPLERS[sampler].spacing)
+
+
+def labels_in_turn(config, count):
+    """int64 (count,): all classes in turn; None for a network without classes."""
+    return torch.arange(count) % config.num_classes if config.num_classes else None
 
 
 def batch_of(device):
@@ -341,7 +354,7 @@ def check(config, sampler, steps=None):
     if SAMPLERS[sampler].learned and not getattr(config, "learn_sigma", False):
         raise InputError(f"sampler {sampler} needs a network that has learnt the variance (a DiT with learn_sigma)")
     if steps is not None:
-        time_grid(SCHEDULES[config.schedule], steps, SAMPLERS[sampler].spacing)
+        step_times(SCHEDULES[config.schedule], sampler, steps)
 
 
 def _prepared(model, guidance, run, variance):

@@ -17,8 +17,8 @@ from torch import nn
 from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError
 from sparsedm.kernels.mask import select_mask
-from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern
+from sparsedm.kernels.straight_through import GradientRule
 from sparsedm.layers import PAST_MASKS, Conv2d, Linear, Masked, invalid_because, is_sharded, product_dtype
 from sparsedm.optim import MaskedAdamW, check, choose
 

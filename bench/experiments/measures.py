@@ -29,7 +29,7 @@ def draw(network, scale, seed, autocast, deadline=math.inf):
     """
     config, count, images = network.config, scale.samples, []
     batch = samplers.batch_of(next(network.parameters()).device)
-    labels = torch.arange(count) % config.num_classes if config.num_classes else None
+    labels = samplers.labels_in_turn(config, count)
     for start in range(0, count, batch):
         if time.monotonic() >= deadline:
             raise OutOfTime(f"after {start} of {count} samples of a trained run, which will be drawn again")

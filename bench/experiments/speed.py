@@ -58,7 +58,7 @@ def _forms(network, device):
 
 def _sample(network, steps, dtype):
     config = network.config
-    labels = torch.arange(IMAGES) % config.num_classes if config.num_classes else None
+    labels = samplers.labels_in_turn(config, IMAGES)
     shape = config.channels, config.image_size, config.image_size
     schedule = diffusion.schedule_of(network)
     return samplers.sample(network, schedule, IMAGES, shape, steps=steps, y=labels, clip="every", network_dtype=dtype)

@@ -124,7 +124,7 @@ def _measure(networks, results, recipe, images, validation, options):
     features = load_features("random-conv", options.device)
     reference = evaluate.summarize(images.images, features, f"{images.source} train", progress=True)
     shape = (config.channels, config.image_size, config.image_size)
-    labels = torch.arange(recipe.samples) % config.num_classes if config.num_classes else None
+    labels = samplers.labels_in_turn(config, recipe.samples)
     x, y = data.batch(validation.to(options.device), torch.arange(len(validation)))
     seconds = {f"chain {result.stage.pattern}": result.result.seconds for result in results[1:]}
     seconds["dense"] = results[0].result.seconds

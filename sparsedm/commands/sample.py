@@ -305,7 +305,7 @@ def conditions_of(source, options):
         if options.label is not None or source.guidance:
             raise InputError("--label and --guidance need a class-conditional model, but this one is unconditional")
         return Conditions()
-    labels = torch.arange(options.count) % config.num_classes
+    labels = samplers.labels_in_turn(config, options.count)
     if options.label is None:
         return Conditions(labels)
     if options.label >= config.num_classes:

@@ -13,7 +13,8 @@ from einops import rearrange
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsedm.kernels.cpu import products, rules
-from sparsedm.kernels.launch import forced_backend, operator
+from sparsedm.kernels.launch import forced_backend
+from sparsedm.kernels.tracing import operator
 
 # Up to so many tokens. fp32 against bf16, forward and backward: 5 times as fast at 66 tokens, equal at 258, up to 1.8
 # times slower at 512 (torch 2.13, a Xeon with AMX, one thread). On a Zen 5 steps at 66 tokens are 1.9 times as fast.

@@ -23,20 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import products, rules
-from sparsedm.kernels.launch import (
-    FUSED,
-    SELECT_MASK,
-    capturing,
-    forced_backend,
-    jit,
-    operator,
-    refuse_export,
-    runs,
-    tl,
-    triton,
-    uses_triton,
-    watched,
-)
+from sparsedm.kernels.launch import FUSED, SELECT_MASK, capturing, forced_backend, jit, runs, tl, triton, uses_triton
 from sparsedm.kernels.pattern import (
     Pattern,
     check_weight,
@@ -49,6 +36,7 @@ from sparsedm.kernels.pattern import (
     ungroup,
 )
 from sparsedm.kernels.sparse24.format import pack
+from sparsedm.kernels.tracing import operator, refuse_export, watched
 from sparsedm.kernels.tuning import Autotuner, bucket
 
 # Not tuned on a GPU yet (no run so far). BLOCK = weights of one program.

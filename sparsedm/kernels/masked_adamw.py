@@ -26,8 +26,8 @@ from sparsedm.errors import InputError
 from sparsedm.kernels.checksum import checksum_ref
 from sparsedm.kernels.launch import Launch, broken, jit, runs, tl, triton, uses_triton
 from sparsedm.kernels.mask import Selection, keep_largest
-from sparsedm.kernels.masked_matmul import GradientRule, apply_rule
 from sparsedm.kernels.pattern import Pattern, group_view, memory_format, pack_bits, select_mask_ref, ungroup
+from sparsedm.kernels.straight_through import GradientRule, apply_rule
 
 BLOCK, WARPS = 1024, 4  # weights of a program; not tuned: no run on a GPU so far
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -2,33 +2,27 @@
 
 x (..., K), w (N, K), m the N:M mask of w, y (..., N). With z = x @ (w*m)^T + b, dz = dy * act'(z) and g = dz^T @ x
 
-    dx = dz @ (w*m)      db = sum of dz over the tokens      dw = kept*m*g + dropped*(1-m)*g + decay*(1-m)*w
-
-If kept = dropped = 1, dw is NOT masked: this is the straight-through estimator (STE). A pruned weight keeps learning
-and may return. decay = 2e-4 is SR-STE (arXiv 2102.04010, eq. 6); dropped = 0 is the sparse gradient.
+    dx = dz @ (w*m)      db = sum of dz over the tokens      dw: see `straight_through.py`
 
 On a GPU (sm_80 and later; bf16, fp16, fp32) each of the three products has these algorithms, timed once per size:
     library  torch's matmul on the masked weight; the default until another one is measured to be faster
     masked   a kernel of masked_matmul_kernels.py on the masked weight, with bias and activation in its epilogue
     bits     the same on the dense weight and the packed mask; no masked copy is needed
 If `library` is best for all three products, and on other devices, plain torch computes.
-In fp32 on a CPU the forward product of masked training and dx take the C kernels of `cpu/` if a rule says that they are
-faster (`training_product`). dx needs no pattern along N: its kernel takes any number of weights per row.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_matmul_kernels as kernels
-from sparsedm.kernels.cpu import library, products, rules
-from sparsedm.kernels.launch import autocast_dtype, forced_backend, uses_triton
+from sparsedm.kernels.launch import forced_backend, uses_triton
 from sparsedm.kernels.mask import Selection, select_mask
-from sparsedm.kernels.pattern import check_weight, memory_format, pack_bits, select_mask_ref, unpack_bits
+from sparsedm.kernels.pattern import check_weight, pack_bits, select_mask_ref, unpack_bits
+from sparsedm.kernels.straight_through import STE, GradientRule, apply_rule, straight_through
+from sparsedm.kernels.tracing import autocast_dtype, transformed
 from sparsedm.kernels.tuning import Autotuner, bucket
 
 ACTIVATIONS = {  # name: (activation, its gradient from dy and z)
@@ -43,208 +37,11 @@ ACTIVATIONS = {  # name: (activation, its gradient from dy and z)
 ALGORITHMS = ("library", "masked", "bits")
 
 
-class GradientRule(NamedTuple):
-    """dw = kept*m*g + dropped*(1-m)*g + decay*(1-m)*w, with the gradient g = dL/d(w*m) and the mask m of weight w."""
-
-    decay: float = 0.0
-    kept: float = 1.0
-    dropped: float = 1.0
-
-
-STE = GradientRule()
-
-
 def masked_linear_ref(x, weight, pattern, bias=None, activation=None, rule=STE):
     """The specification: the mask by its definition, torch's product, the gradient of `straight_through`."""
     mask = select_mask_ref(weight, pattern)
     masked = torch.where(mask, weight.detach(), 0)
     return ACTIVATIONS[activation][0](F.linear(x, straight_through(weight, masked, mask, rule), bias))
-
-
-# ---- the straight-through estimator ----------------------------------------------------------------------------------
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The form that torch.func and torch.compile can transform."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight, masked, mask, rule, used):
-        return masked.view_as(masked)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        weight, masked, mask, ctx.rule, ctx.used = inputs
-        ctx.dtype, ctx.product_dtype = weight.dtype, masked.dtype
-        if ctx.rule != STE:
-            ctx.save_for_backward(weight, mask)
-
-    @staticmethod
-    def backward(ctx, g):
-        if ctx.used is not None:
-            ctx.used()
-        g = g.to(ctx.dtype)
-        if ctx.rule != STE:
-            g = apply_rule(g, *ctx.saved_tensors, ctx.rule)
-        return g, None, None, None, None
-
-
-class _ForwardStraightThrough(_StraightThrough):
-    """The same with a forward derivative, with which dynamo cannot trace it."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _StraightThrough.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[0], inputs[2])
-
-    @staticmethod
-    def jvp(ctx, weight, *others):
-        """Of a tangent of the weight: the transpose of `backward`, in which the decay is a constant."""
-        if ctx.rule != STE:
-            weight = apply_rule(weight, weight, ctx.saved_tensors[1], ctx.rule._replace(decay=0.0))
-        return weight.to(ctx.product_dtype)
-
-
-class _EagerStraightThrough(torch.autograd.Function):
-    """The same in a form that costs a quarter per call; it matters in small layers."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _StraightThrough.setup_context(ctx, inputs, None)
-        return _StraightThrough.forward(*inputs)
-
-    backward = _StraightThrough.backward
-
-
-def apply_rule(g, weight, mask, rule):
-    """dw by the formula above; all tensors of one shape, g in the weight's dtype."""
-    decay, kept, dropped = rule
-    if kept != 1.0 or dropped != 1.0:
-        g = torch.where(mask, kept * g, dropped * g)
-    if decay > 0 and _decays_in_c(g, weight, mask):
-        return products.decay(g, weight, mask, decay)
-    # not in one operation with alpha=decay: Inductor drops the alpha of sums that it fuses with a matmul
-    return g + decay * weight.masked_fill(mask, 0) if decay else g
-
-
-def _decays_in_c(g, weight, mask):
-    """Whether `products.decay` can be called: on a CPU, on dense tensors in one order, without a second derivative."""
-    if torch.is_grad_enabled() or forced_backend() in ("torch", "dense") or not rules.serves(g, weight):
-        return False
-    same = g.shape == weight.shape and g.stride() == weight.stride() == mask.stride()
-    return same and mask.device == g.device and (g.is_contiguous() or memory_format(g) == torch.channels_last)
-
-
-def straight_through(weight, masked, mask, rule=STE, used=None):
-    """The masked weight as a differentiable function of the weight, with the gradient dw above.
-
-    weight: the dense weight, any shape. It gets the gradient, in its own dtype.
-    masked: weight*mask, already computed, in any floating dtype; returned without a copy.
-    mask:   bool, shape of the weight; may be None if the rule is STE, which does not read it. masked and mask get no
-            gradient.
-    rule:   GradientRule. The decay is added to the incoming gradient: under fp16 loss scaling multiply it by the scale.
-    used:   a function that the backward calls, or None.
-
-    Use: F.linear(x, straight_through(w, *select_mask(w, pattern)[:2]), b), or any other product with the weight.
-    Raises: InputError if the shapes differ, or the mask is missing or not bool.
-    """
-    given = [t for t in (weight, masked, mask) if t is not None]
-    if mask is None and rule != STE:
-        raise InputError(f"{rule} reads the mask, and mask is None: select_mask(...) gives one")
-    if any(t.shape != weight.shape for t in given):
-        shapes = ", ".join(str(tuple(t.shape)) for t in given)
-        raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise InputError(f"the mask must be bool, not {mask.dtype}")
-    function = _StraightThrough if transformed() else _EagerStraightThrough
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        function = _ForwardStraightThrough
-    return function.apply(weight, masked, mask, rule, used)
-
-
-def training_product(x, weight, selection, pattern, bias, rule=STE, used=None):
-    """x @ (w*m)^T + bias of masked training by the C kernel; None if a frozen mask keeps too much, see `prepack`.
-
-    Call it where `rules.training_serves` says so. x: (..., K). weight: (N, K), the dense one, which gets the gradient
-    of `straight_through`; rule and used are as there. selection: the mask and the masked weight. bias: (N,) or None.
-    The gradients are those of `F.linear`. The forward, and dx where a rule takes the C kernel, differ by rounding.
-    """
-    try:
-        y = _TrainingProduct.apply(x, weight, bias, selection.masked, selection.mask, pattern, rule, used)
-    except InputError:
-        return None
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))  # no view inside, which refuses in-place changes
-
-
-class _TrainingProduct(torch.autograd.Function):
-    """Product and straight-through estimator in one: a Function costs as much as a product of 100 x 64 x 64."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, masked, mask, pattern, rule, used):
-        rows = x.reshape(-1, x.shape[-1])
-        y = products.masked_linear(rows, masked, mask, pattern, bias)
-        ctx.save_for_backward(x, masked, *(() if rule == STE else (weight, mask)))
-        ctx.weight, ctx.rule, ctx.used = weight, rule, used  # not saved: the weight may change before the backward
-        ctx.by_kernel = rules.gradient_pays(len(rows), *weight.shape, pattern)
-        return y
-
-    @staticmethod
-    def backward(ctx, rows):
-        x, masked, *rest = ctx.saved_tensors
-        weight, mask = rest or (ctx.weight, None)
-        if ctx.used is not None:
-            ctx.used()
-        if torch.is_grad_enabled():  # a second derivative may follow; it must not pass the hooks of the weight twice
-            masked = straight_through(weight.view_as(weight), masked, mask, ctx.rule._replace(decay=0.0))
-        want_dx, want_dw, want_db = ctx.needs_input_grad[:3]
-        dw = rows.t() @ x.reshape(-1, x.shape[-1]) if want_dw else None
-        if want_dw and ctx.rule != STE:
-            dw = apply_rule(dw, weight, mask, ctx.rule)
-        if want_dx and ctx.by_kernel and not torch.is_grad_enabled() and rules.serves(rows):
-            dx = products.masked_gradient(rows, masked).view(x.shape)
-        else:
-            dx = (rows @ masked).view(x.shape) if want_dx else None
-        return dx, dw, rows.sum(0) if want_db else None, *[None] * 5
-
-
-def training_conv2d(x, weight, mask, pattern, bias, stride, padding, dilation):
-    """`F.conv2d(x, weight, bias, stride, padding, dilation)` of masked training, as `training_product`.
-
-    x: (B, C, H, W). weight: (N, C, kh, kw), masked, its gradient attached. y is in channels_last if x or weight is.
-    """
-    if not rules.conv_training_serves(x, weight, bias, pattern, stride, padding, dilation):
-        return F.conv2d(x, weight, bias, stride, padding, dilation)
-    geometry, width = (tuple(weight.shape[2:]), stride, padding), x.shape[3]
-    halo = rules.halo_serves(*geometry, width, pattern.group, library.instruction_set())
-    try:
-        prepacked = products.prepack("halo" if halo else "conv", weight, mask, pattern, width)
-    except InputError:  # as above
-        return F.conv2d(x, weight, bias, stride, padding, dilation)
-    if memory_format(weight) == torch.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return _TrainingConv2d.apply(x, weight, bias, prepacked, pattern, geometry, halo)
-
-
-class _TrainingConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, prepacked, pattern, geometry, halo):
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = geometry
-        return products.conv2d(x, prepacked, pattern, len(weight), geometry, bias=bias, halo=halo)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x, weight), (_, stride, padding), wanted = ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3]
-        rest = [len(weight)], stride, padding, (1, 1), False, (0, 0), 1, wanted
-        return *torch.ops.aten.convolution_backward(dy, x, weight, *rest), None, None, None, None
-
-
-def transformed():
-    """Whether this runs in a graph that is being compiled or exported, under torch.func, or in forward mode."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # ---- the three products, each by the algorithm that was measured to be the best --------------------------------------

@@ -1,9 +1,9 @@
 """DiT: a transformer that predicts the noise; time and class modulate its blocks (arXiv 2212.09748).
 
     condition: c = t_embedder(t) + y_embedder(y); six vectors per block and two for the last layer, linear in silu(c)
-block:     x = x + gate_1 * attention((1 + scale_1) norm1(x) + shift_1)
-           x = x + gate_2 * fc2(gelu(fc1((1 + scale_2) norm2(x) + shift_2)))
-output:    linear((1 + scale) norm_final(x) + shift) as pixels of their patch
+    block:     x = x + gate_1 * attention((1 + scale_1) norm1(x) + shift_1)
+               x = x + gate_2 * fc2(gelu(fc1((1 + scale_2) norm2(x) + shift_2)))
+    output:    linear((1 + scale) norm_final(x) + shift) as pixels of their patch
 
 Modules have the names of the official checkpoints (github.com/facebookresearch/DiT): these load with strict=True. The
 official networks were trained on the "ddpm" schedule of `diffusion.py`. Their guidance of scale s is ours of s - 1. It

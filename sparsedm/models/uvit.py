@@ -1,7 +1,7 @@
 """U-ViT: a vision transformer with long skip connections that predicts the noise in an image (arXiv 2209.12152).
 
     tokens:  x = [label, time, context, patches] + pos_embed; label and context only if the model has them
-block:   x = x + proj(attention(qkv(norm1(x))));  x = x + fc2(gelu(fc1(norm2(x))))
+    block:   x = x + proj(attention(qkv(norm1(x))));  x = x + fc2(gelu(fc1(norm2(x))))
     skips:   each out block starts with x = skip_linear([x, skip]); skip is the output of the opposite in block
     output:  the patch tokens, decoder_pred(norm(x)) as pixels of their patch, then a 3x3 convolution
 

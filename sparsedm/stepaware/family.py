@@ -315,7 +315,7 @@ def loss_table(family, x0, sampler, steps, *, y=None, seed=0, progress=False):
     x0 (n, C, H, W) held-out images in [-1, 1]; y (n,) or None. All networks see the same noise. A strategy's proxy is
     the sum of its entries (or of their logarithms). It needs no sampling, but ignores how errors of steps combine.
     """
-    times = samplers.time_grid(family.schedule, steps, samplers.SAMPLERS[sampler][1])
+    times = samplers.step_times(family.schedule, sampler, steps)
     rows = [
         validation_loss(network, x0, family.schedule, y=y, times=times, seed=seed, progress=progress)
         for network in family.networks

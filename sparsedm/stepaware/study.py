@@ -290,7 +290,7 @@ def _report(setting, tried, final, rows):
         "costs": family.costs,
         "dearest": dearest["cost"],
         "dearest_clock": dearest.get("clock"),
-        "times": (_times(plan, family) / family.schedule.last).tolist(),
+        "times": (samplers.step_times(family.schedule, plan.sampler, plan.steps) / family.schedule.last).tolist(),
         "losses": setting.losses.tolist(),
         "rank_correlation": {
             "logarithms": _correlation(np.log(setting.losses), every),
@@ -317,10 +317,6 @@ def _training_seconds(family):
             parts |= {folder, *folder.glob(number), *folder.parent.glob(f"base/{number}")}
     saved = filter(None, map(run_folder.latest, parts))
     return sum(sorted(read_state(path, seconds=float)["seconds"] for path in saved))
-
-
-def _times(plan, family):
-    return samplers.time_grid(family.schedule, plan.steps, samplers.SAMPLERS[plan.sampler][1])
 
 
 def _table(plan, family):
@@ -383,8 +379,7 @@ def _distance_to(images, plan):
 
 def _draw(family, strategy, count, seed, clip, guidance=None):
     """uint8 samples; every strategy gets the same noise and labels."""
-    classes = family.networks[0].config.num_classes
-    labels = torch.arange(count) % classes if classes else None
+    labels = samplers.labels_in_turn(family.networks[0].config, count)
     execution = {"batch_size": samplers.batch_of(next(family.networks[0].parameters()).device)}
     with _autocast(family):
         images = sample(family, strategy, count, seed=seed, y=labels, clip=clip, guidance=guidance, **execution)

@@ -60,6 +60,11 @@ class Stage:
         return self.teacher if self.w_kd else "none"
 
 
+def named_stage(pattern, steps, **settings):
+    """A Stage named after its pattern: 2of4 for 2:4."""
+    return Stage(pattern.replace(":", "of"), steps, pattern, **settings)
+
+
 def parse_chain(text, steps, split=None, **settings):
     """'dense,3:4,2:4' and a total of steps -> list of Stage.
 
@@ -75,9 +80,9 @@ def parse_chain(text, steps, split=None, **settings):
         split = [float(share) for share in (split.split(",") if isinstance(split, str) else split)]
     except ValueError:
         raise InputError(f"split {split!r} must be numbers, for example 2,1,1") from None
-    settings = {"teacher": "dense", "w_kd": 0.1, "decay": 2e-4, **settings}
+    settings = SR_STE | TRANSFER | settings
     return [
-        Stage(pattern.replace(":", "of"), share, pattern, **(settings if Pattern.parse(pattern) else {}))
+        named_stage(pattern, share, **(settings if Pattern.parse(pattern) else {}))
         for pattern, share in zip(patterns, divide(steps, split, len(patterns)))
     ]
 
@@ -99,7 +104,7 @@ def divide(steps, shares, stages):
 
     Raises: InputError if the shares are not positive and finite, one per stage, or the steps are too few.
     """
-    if len(shares) != stages or not all(0 < share < float("inf") for share in shares):
+    if len(shares) != stages or not all(0 < share < math.inf for share in shares):
         raise InputError(f"split {shares} must be {stages} positive numbers, one per stage")
     total = sum(shares)
     if total == math.inf:
@@ -171,6 +176,6 @@ def method_stages(name, steps, pattern="2:4", ladder=None):
         ladder = [rung for rung in LADDER if Pattern.parse(rung).density > target.density]
     rungs = [*ladder, str(target)]
     return [
-        Stage(rung.replace(":", "of"), share, rung, **method.settings)
+        named_stage(rung, share, **method.settings)
         for rung, share in zip(rungs, divide(steps, [1] * len(rungs), len(rungs)))
     ]

@@ -162,19 +162,3 @@ def test_the_line_of_a_compilers_exception_holds_the_cause_beneath_the_place():
     error.__cause__ = AttributeError("module 'gluon' has no attribute 'barrier'")
     found = launch.reason_of(error)
     assert found == "RuntimeError: at 12:8: ... AttributeError: module 'gluon' has no attribute 'barrier'"
-
-
-class Telling(torch.nn.Module):
-    def forward(self, x):
-        return x * (2 if launch.exporting() else 3) + (launch.autocast_dtype(x.device) == torch.bfloat16)
-
-
-def test_compiled_and_exported_code_knows_which_it_is_and_of_autocast():
-    """In one graph. With torch 2.11, its own functions for it break the graph or are wrong."""
-    one, model = torch.ones(1), Telling()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert compiled(one) == model(one) == 3
-    with torch.autocast("cpu", torch.bfloat16):
-        assert compiled(one) == model(one) == 4
-    assert torch.export.export(model, (one,)).module()(one) == 2
-    assert launch.autocast_dtype(torch.device("meta")) is None

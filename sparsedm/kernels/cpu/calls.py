@@ -8,7 +8,8 @@ import torch
 from torch import get_num_threads
 
 from sparsedm.kernels.checksum import stamp
-from sparsedm.kernels.launch import forced_backend, plain
+from sparsedm.kernels.launch import forced_backend
+from sparsedm.kernels.tracing import plain
 
 MOST = 100  # sizes that are kept of one weight
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from sparsedm.kernels.cpu import library
-from sparsedm.kernels.launch import forced_backend, watched
+from sparsedm.kernels.launch import forced_backend
 from sparsedm.kernels.pattern import memory_format
+from sparsedm.kernels.tracing import watched
 
 RULE_VERSION = 5
 SMALLEST = 1 << 20  # multiply-adds of the dense product under which the call costs more than it saves

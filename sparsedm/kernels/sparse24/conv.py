@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import calls, products
 from sparsedm.kernels.cpu import conv as cpu
-from sparsedm.kernels.launch import broken, direct, left_to_torch, refuse_export
+from sparsedm.kernels.launch import broken
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, decompress, unpack
 from sparsedm.kernels.sparse24.layouts import aligned, dense_weight, kernel_tensors, prepack_once
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS, check_operands, sparse24_linear
+from sparsedm.kernels.tracing import direct, left_to_torch, refuse_export
 
 
 def sparse24_conv2d_ref(

@@ -22,8 +22,9 @@ import torch
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library, rules
 from sparsedm.kernels.launch import BACKENDS as NAMES
-from sparsedm.kernels.launch import NO_TRITON, broken, capability, exporting, forced_backend, runs
+from sparsedm.kernels.launch import NO_TRITON, broken, capability, forced_backend, runs
 from sparsedm.kernels.sparse24.layouts import cpu_layout
+from sparsedm.kernels.tracing import exporting
 from sparsedm.kernels.tuning import ALL_REFUSED, FOR_NOW, MEASURED, RULE, Autotuner, bucket
 
 LINEAR, CONV = "sparse24_linear", "sparse24_conv2d"

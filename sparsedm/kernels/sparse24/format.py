@@ -27,8 +27,8 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from sparsedm.errors import InputError
-from sparsedm.kernels.launch import watched
 from sparsedm.kernels.pattern import Pattern, pack_bits, unpack_bits
+from sparsedm.kernels.tracing import watched
 
 TORCH_TENSORS = {"cutlass": SparseSemiStructuredTensorCUTLASS, "cusparselt": SparseSemiStructuredTensorCUSPARSELT}
 TWO_FOUR = Pattern(2, 4)

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import calls, dense, products
 from sparsedm.kernels.cpu import linear as cpu
-from sparsedm.kernels.launch import broken, direct, left_to_torch, refuse_export
+from sparsedm.kernels.launch import broken
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.dispatch import LINEAR, request_on
 from sparsedm.kernels.sparse24.format import TWO_FOUR, check_shapes, columns_of, decompress, unpack
 from sparsedm.kernels.sparse24.layouts import aligned, dense_weight, kernel_tensors, prepack_once
+from sparsedm.kernels.tracing import direct, left_to_torch, refuse_export
 
 ACTIVATIONS = {
     None: lambda y: y,

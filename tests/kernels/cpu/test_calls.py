@@ -17,12 +17,13 @@ from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.kernels.cpu import library, products, rules
-from sparsedm.kernels.launch import broken, direct
+from sparsedm.kernels.launch import broken
 from sparsedm.kernels.pattern import Pattern, group_view
 from sparsedm.kernels.sparse24 import dispatch
 from sparsedm.kernels.sparse24.conv import sparse24_conv2d
 from sparsedm.kernels.sparse24.format import pack
 from sparsedm.kernels.sparse24.linear import sparse24_linear
+from sparsedm.kernels.tracing import direct
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.sparsity import hold_masks
 from tests.kernels.cpu.problems import close, compressed, mask_of, needs_library

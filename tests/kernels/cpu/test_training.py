@@ -12,9 +12,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from sparsedm.compression import compress, decompress
 from sparsedm.kernels.cpu import library, products, rules
-from sparsedm.kernels.masked_matmul import GradientRule
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24.linear import sparse24_linear
+from sparsedm.kernels.straight_through import GradientRule
 from sparsedm.layers import Conv2d, Linear
 from sparsedm.sparsity import set_masking, sparsify
 from tests.kernels.cpu.problems import compressed, mask_of, needs_library
