@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from numbers import Integral
@@ -24,6 +23,7 @@ from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Linear, product_dtype
 from sparsedm.plots import COLOURS, GREY, picture, table
 from sparsedm.sparsity import masked_layers
+from sparsedm.timing import interleaved_seconds
 
 ARCHS = {
     **{"cpu": torch.device("cpu"), "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9)},
@@ -469,12 +469,7 @@ def _dense_and_compressed(layer, call, device, dtype):
 
 
 def _microseconds(runs):
-    """The median time of each call on a CPU, in turns. With one thread it is CPU time: other programs matter less."""
+    """Median times on a CPU; with one thread CPU time: other programs matter less. First calls choose kernels, and
+    prepack."""
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times = [[] for _ in runs]
-    for _ in range(8):
-        for run, found in zip(runs, times):
-            start = now()
-            run()
-            found.append(1e6 * (now() - start))
-    return [statistics.median(found[1:]) for found in times]  # the first call chooses a kernel and prepacks
+    return [1e6 * seconds for seconds in interleaved_seconds(runs, "cpu", rounds=7, clock=now)]

@@ -1,15 +1,10 @@
-"""`MaskedAdamW`: AdamW that also selects the masks; and the choices that it and `sparsity.hold_masks` keep for a while.
-
-A choice is what was selected from a weight, with a checksum of what the weight was. Whoever uses a choice compares the
-checksum afterwards, so that a weight written by anybody else, unseen by torch, is an InputError and not a stale mask.
-"""
+"""`MaskedAdamW`: AdamW that also selects the masks."""
 
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,147 +13,23 @@ from torch.utils._pytree import tree_map_only
 
 from sparsedm.errors import InputError
 from sparsedm.kernels import masked_adamw as kernel
-from sparsedm.kernels.checksum import checksum_on_gpu, checksums
-from sparsedm.kernels.cpu import products, rules
-from sparsedm.kernels.launch import forced_backend
-from sparsedm.kernels.mask import Selection
-from sparsedm.kernels.masked_adamw import Rates, Work
-from sparsedm.kernels.pattern import Pattern, check_weight, memory_format
+from sparsedm.kernels.masked_adamw import Rates
+from sparsedm.kernels.pattern import memory_format
 from sparsedm.kernels.straight_through import GradientRule, apply_rule
 from sparsedm.layers import Conv2d, Linear, Masked, is_sharded
+from sparsedm.selections import (
+    CHANGED,
+    NAN,
+    Selected,
+    by_device,
+    check_unchanged,
+    raise_flagged,
+    select_all,
+    version_of,
+    work_of,
+)
 
-CHANGED = "the weight of {} was changed while its mask was held, or since it was selected: step after the block"
 RELOAD = "moments are moved by optimizer.load_state_dict(optimizer.state_dict())"
-NAN = "{}: some of its weights are NaN, which has no magnitude order"
-
-# ---- choices ---------------------------------------------------------------------------------------------------------
-
-
-class Choice(NamedTuple):
-    weight: nn.Parameter
-    pattern: Pattern
-    selection: Selection
-    checksum: torch.Tensor | int  # int64: () by the kernel of `masked_adamw`, (1,) by `_checksum`; an int of a CPU's
-    version: int | None  # of the weight: what torch has seen of writes
-
-    @classmethod
-    def of(cls, layer, selection, checksum):
-        return cls(layer.weight, layer.pattern, selection, checksum, _version(layer.weight))
-
-
-def _version(weight):
-    return None if weight.is_inference() else weight._version
-
-
-def choose(dtypes, names):
-    """{layer: Choice} of the current weights; on a GPU one launch for all layers of a kind, see `kernels.masked_adamw`.
-
-    dtypes: {layer: dtype of its product}. names: {layer: what errors call it}. Raises: InputError for NaN, on a GPU at
-    one of the next calls.
-    """
-    found = {}
-    for layers in _by_device(layer for layer in dtypes if kernel.serves(layer.weight)):
-        works = [_work(layer, dtypes[layer] if layer.mask is None else None) for layer in layers]
-        totals = kernel.launch(works)
-        for layer, work, checksum in zip(layers, works, totals[0]):
-            selection = work.selection or layer.selection(dtypes[layer])  # a frozen mask is not selected
-            found[layer] = Choice.of(layer, selection, checksum)
-        report(totals[2] != 0, [names[layer] for layer in layers], NAN)
-    on_cpu = [la for la, dtype in dtypes.items() if la not in found and _served_on_cpu(la, dtype)]
-    found |= _chosen_on_cpu(on_cpu, names)
-    for layer, dtype in dtypes.items():
-        if layer not in found:
-            selection = layer.selection(dtype, names[layer])
-            found[layer] = Choice.of(layer, selection, _checksum(layer.weight))
-    return found
-
-
-def _served_on_cpu(layer, dtype):
-    weight = layer.weight
-    plain = layer.mask is None and layer._held is None and type(weight) in (torch.Tensor, nn.Parameter)
-    return plain and dtype == torch.float32 and forced_backend() not in ("torch", "dense") and rules.serves(weight)
-
-
-def _chosen_on_cpu(layers, names):
-    """{layer: Choice} by one call of the C library; without the layers whose weights are NaN somewhere."""
-    for layer in layers:
-        check_weight(layer.weight, layer.pattern, names[layer])
-    if not layers:  # there may be no library
-        return {}
-    selected = products.select_masks([layer.weight for layer in layers], [layer.pattern for layer in layers])
-    return {
-        layer: Choice.of(layer, Selection(masked, mask), checksum)
-        for layer, (masked, mask, nan, checksum) in zip(layers, selected)
-        if not nan
-    }
-
-
-def _by_device(layers):
-    devices = {}
-    for layer in layers:
-        devices.setdefault(layer.weight.device, []).append(layer)
-    return devices.values()
-
-
-def _work(layer, dtype):
-    """What selects the layer's mask; with dtype None, what sums its weight up."""
-    weight = layer.weight.detach()
-    selection = dtype and kernel.new_selection(weight, dtype, layer.needs_mask())
-    return Work(weight, layer.pattern or Pattern(2, 4), selection)
-
-
-def check(choices, names):
-    """Raise InputError, naming the layer, for a weight that is not what it was when it was chosen from.
-
-    choices: {layer: Choice}. On a GPU nothing waits: the error is raised by one of the next calls.
-    """
-    summed = {}
-    for layer, choice in choices.items():
-        weight = layer.weight
-        if isinstance(choice.checksum, int):
-            if weight is not choice.weight or not weight.is_cpu or _checksum(weight) != choice.checksum:
-                raise InputError(CHANGED.format(names[layer]))
-            continue
-        by_kernel = not choice.checksum.dim()
-        moved = weight.device != choice.checksum.device or (by_kernel and weight.dtype not in kernel.DTYPES)
-        if moved or weight is not choice.weight:
-            raise InputError(CHANGED.format(names[layer]))
-        if by_kernel:
-            summed.setdefault(weight.device, []).append(layer)
-            continue
-        report(_checksum(weight) != choice.checksum, [names[layer]], CHANGED)
-    for layers in summed.values():
-        now = kernel.launch([_work(layer, None) for layer in layers])[0]
-        report(now != torch.stack([choices[layer].checksum for layer in layers]), [names[la] for la in layers], CHANGED)
-
-
-def _checksum(weight):
-    """int64 (1,), one more dimension than by the kernel; of a weight on the CPU an int."""
-    return checksums(weight)[0] if weight.is_cpu else checksum_on_gpu(weight)[None]
-
-
-_unseen = []  # (event, flags in host memory, names, message) of the reports from a GPU that have not been looked at
-
-
-def report(flags, names, message):
-    """Raise InputError for the first name whose flag is set; on a GPU, once the flags have arrived."""
-    arrived = []
-    if flags.is_cuda:
-        event, here = torch.cuda.Event(), torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-        here.copy_(flags, non_blocking=True)
-        event.record()
-        _unseen.append((event, here, names, message))
-        while _unseen and _unseen[0][0].query():
-            arrived.append(_unseen.pop(0)[1:])
-    elif not flags.is_meta:
-        arrived.append((flags.bool(), names, message))
-    for flags, names, message in arrived:
-        for name in itertools.compress(names, flags.tolist()):
-            raise InputError(message.format(name))
-
-
-# ---- the optimizer ---------------------------------------------------------------------------------------------------
-
 # what a state dict of torch.optim.AdamW may say of how it computes
 _PLAIN = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 _REFUSED = {
@@ -220,9 +91,9 @@ class MaskedAdamW(torch.optim.AdamW):
             raise InputError(f"model={model!r}: must be a module, or several")
         found = ((name, m) for one in models for name, m in one.named_modules())
         self._names = {m: name or type(m).__name__ for name, m in found if isinstance(m, nn.Linear | nn.Conv2d)}
-        self._choices = {}  # layer: Choice, of the last step or block
+        self._selected = {}  # layer: Selected, of the last step or block
         self._wanted = {}  # layer: dtype of the masked weight that the last block asked for
-        self._owed = {}  # layer: Choice that a block used, and that the next step compares with what it reads
+        self._owed = {}  # layer: Selected that a block used, and that the next step compares with what it reads
         self._token = object()
         _check_rates({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -259,7 +130,7 @@ class MaskedAdamW(torch.optim.AdamW):
         for state in self.state.values():
             if "step" in state:
                 state["step"] = state["step"].detach().float().cpu()
-        self._choices, self._owed = {}, {}
+        self._selected, self._owed = {}, {}
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> object:
@@ -277,8 +148,8 @@ class MaskedAdamW(torch.optim.AdamW):
         for layer in self._names:
             if isinstance(layer, Masked) and layer.pattern is not None:
                 layers.setdefault(layer.weight, layer)
-        last, self._choices = self._choices, {}
-        self._choices = {layer: choice for layer, choice in last.items() if layer.weight.grad is None}
+        last, self._selected = self._selected, {}
+        self._selected = {layer: one for layer, one in last.items() if layer.weight.grad is None}
         del last  # the new masked copies take its memory
         works = {}
         for group in self.param_groups:
@@ -324,65 +195,65 @@ class MaskedAdamW(torch.optim.AdamW):
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].contiguous(memory_format=order)
         gradient = layer.weight.grad.contiguous(memory_format=order)
-        work = _work(layer, self._wanted.get(layer))
+        work = work_of(layer, self._wanted.get(layer))
         return work._replace(moments=(gradient, state["exp_avg"], state["exp_avg_sq"]), rates=rates)
 
     def _finish(self, works, stepped):
         """Launch the works, compare what they read with what is owed, and keep what was selected."""
         owed, self._owed = self._owed, {}
         try:
-            check({layer: choice for layer, choice in owed.items() if layer not in works}, self._names)
-            for layers in _by_device(works):
+            check_unchanged({layer: one for layer, one in owed.items() if layer not in works}, self._names)
+            for layers in by_device(works):
                 totals = kernel.launch([works[layer] for layer in layers])
                 for layer, checksum in zip(layers, totals[1]):
                     if works[layer].selection:
-                        self._choices[layer] = Choice.of(layer, works[layer].selection, checksum)
+                        self._selected[layer] = Selected.of(layer, works[layer].selection, checksum)
                 names = [self._names[layer] for layer in layers]
-                report(totals[2] != 0, names, NAN)
+                raise_flagged(totals[2] != 0, names, NAN)
                 before = [owed[layer].checksum if layer in owed else totals[0, i] for i, layer in enumerate(layers)]
-                report(totals[0] != torch.stack(before), names, CHANGED)
+                raise_flagged(totals[0] != torch.stack(before), names, CHANGED)
         except InputError:
-            self._choices = {}
+            self._selected = {}
             raise
-        # held: an older mask; frozen: no choice of the weight, and wrong once it is thawed
+        # held: an older mask; frozen: not selected from the weight, and wrong once it is thawed
         rest = [la for la in stepped if la in self._wanted and la not in works and not la._held and la.mask is None]
         try:
-            self._choices |= choose({layer: self._wanted[layer] for layer in rest}, self._names)
+            self._selected |= select_all({layer: self._wanted[layer] for layer in rest}, self._names)
         except InputError:  # NaN: the next block, which selects anew, says so
-            self._choices = {}
+            self._selected = {}
 
     # ---- with `hold_masks`
 
-    def choices(self, dtypes, names):
-        """{layer: Choice}: of the last step, if pattern, dtype and memory format are still the same and torch has seen
-        no write to the weight, else a new one."""
+    def selected(self, dtypes, names):
+        """{layer: Selected}: of the last step, if pattern, dtype and memory format are the same and torch has seen no
+        write to the weight, else a new one."""
         mine = {layer: d for layer, d in dtypes.items() if layer in self._names and layer.mask is None}
         ready = {}
         for layer, dtype in mine.items():
-            choice = self._choices.get(layer)
-            known = choice and (choice.pattern, choice.version) == (layer.pattern, _version(layer.weight))
-            if known and choice.weight is layer.weight:
-                masked, mask, *_ = choice.selection
+            one = self._selected.get(layer)
+            known = one and (one.pattern, one.version) == (layer.pattern, version_of(layer.weight))
+            if known and one.weight is layer.weight:
+                masked, mask, *_ = one.selection
                 fits = masked.dtype == dtype and masked.device == layer.weight.device
                 fits = fits and memory_format(masked) == memory_format(layer.weight)  # in which its checksum was taken
                 if fits and (mask is not None or not layer.needs_mask()):
-                    ready[layer] = choice
+                    ready[layer] = one
         self._wanted |= mine
-        fresh = choose({layer: d for layer, d in dtypes.items() if layer not in ready}, names)
-        self._choices |= {layer: choice for layer, choice in fresh.items() if layer in mine and not layer._held}
+        fresh = select_all({layer: d for layer, d in dtypes.items() if layer not in ready}, names)
+        self._selected |= {layer: one for layer, one in fresh.items() if layer in mine and not layer._held}
         return ready | fresh
 
-    def settle(self, choices, names):
+    def settle(self, selected, names):
         """After a block: check what it used; of a training step on a GPU let the step compare what it reads anyway."""
         later = {}
         if torch.is_grad_enabled():
-            mine = {la: c for la, c in choices.items() if self._choices.get(la) is c and kernel.serves(la.weight)}
-            later = {layer: choice for layer, choice in mine.items() if not choice.checksum.dim()}
+            mine = {la: c for la, c in selected.items() if self._selected.get(la) is c and kernel.serves(la.weight)}
+            later = {layer: one for layer, one in mine.items() if not one.checksum.dim()}
         self._owed |= later
         try:
-            check({layer: choice for layer, choice in choices.items() if layer not in later}, names)
+            check_unchanged({layer: one for layer, one in selected.items() if layer not in later}, names)
         except InputError:
-            self._choices = {}
+            self._selected = {}
             raise
 
     # ---- what it takes over, and what it refuses

@@ -20,7 +20,8 @@ from sparsedm.kernels.mask import select_mask
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.straight_through import GradientRule
 from sparsedm.layers import PAST_MASKS, Conv2d, Linear, Masked, invalid_because, is_sharded, product_dtype
-from sparsedm.optim import MaskedAdamW, check, choose
+from sparsedm.optim import MaskedAdamW
+from sparsedm.selections import check_unchanged, select_all
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -339,8 +340,8 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
     dtypes = {layer: product_dtype(layer.weight) for layer in names}
     outer = {layer: layer._held for layer in names}
     with torch.inference_mode(False):  # a backward may need the masks, too
-        choices = choose(dtypes, names) if optimizer is None else optimizer.choices(dtypes, names)
-    held = {layer: (choice.weight, choice.selection) for layer, choice in choices.items()}
+        selected = select_all(dtypes, names) if optimizer is None else optimizer.selected(dtypes, names)
+    held = {layer: (one.weight, one.selection) for layer, one in selected.items()}
     for layer, mine in held.items():
         layer._held = mine
     closed = None
@@ -356,8 +357,8 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
         for layer, mine in held.items():
             layer._held = outer[layer] if layer._held is mine else None  # else a new pattern made outer stale
     if optimizer is None:
-        check(choices, names)
+        check_unchanged(selected, names)
     else:
-        optimizer.settle(choices, names)
+        optimizer.settle(selected, names)
     if closed:
         raise closed

@@ -19,11 +19,11 @@ FLOORS = (  # the room that names a module most closely counts
     (4, "sparsedm.train", "sparsedm.evaluate"),
     (3, "sparsedm.models", "sparsedm.diffusion", "sparsedm.samplers"),
     (2, "sparsedm.layers", "sparsedm.compressed", "sparsedm.sparsity", "sparsedm.compression", "sparsedm.optim"),
-    (2, "sparsedm.copying", "sparsedm.inspection", "sparsedm.permutation"),
+    (2, "sparsedm.selections", "sparsedm.copying", "sparsedm.inspection", "sparsedm.permutation"),
     (2, "sparsedm.model_files", "sparsedm.tensor_files"),
     (1, "sparsedm.kernels"),
     (0, "sparsedm.files", "sparsedm.errors", "sparsedm.plots", "sparsedm.features", "sparsedm.cuda_graph"),
-    (0, "sparsedm.__version__"),
+    (0, "sparsedm.timing", "sparsedm.__version__"),
 )
 FILES = sorted(
     path

@@ -12,7 +12,7 @@ import torch.nn.utils.prune
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparsedm import optim
+from sparsedm import selections
 from sparsedm.compression import bake, compress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
@@ -210,13 +210,13 @@ def choices(monkeypatch):
     """How often a mask was chosen, in eager code or inside of a graph."""
     calls, choose = [], mask_file._select_in_torch
     monkeypatch.setattr(mask_file, "_select_in_torch", lambda *a: (calls.append(1), choose(*a))[1])
-    together = optim.products.select_masks
+    together = selections.products.select_masks
 
     def count(weights, patterns, sum_up=True):  # of many weights: by `hold_masks`
         calls.extend(weights if sum_up else ())
         return together(weights, patterns, sum_up)
 
-    monkeypatch.setattr(optim.products, "select_masks", count)
+    monkeypatch.setattr(selections.products, "select_masks", count)
     return calls
 
 
@@ -229,11 +229,13 @@ def gradients(model, compiled, x):
 
 @pytest.mark.skipif(library.library() is None, reason="no C kernels")
 def test_a_block_selects_all_masks_in_one_call_and_each_is_that_of_its_layer(monkeypatch):
-    model, calls, together = sparsify(Small(), "2:4"), [], optim.products.select_masks
+    model, calls, together = sparsify(Small(), "2:4"), [], selections.products.select_masks
     layers = [layer for layer in model.modules() if getattr(layer, "pattern", None)]
     layers[0].freeze_mask()
     expected = [layer.effective_weight().detach() for layer in layers]
-    monkeypatch.setattr(optim.products, "select_masks", lambda *a, **o: (calls.append(len(a[0])), together(*a, **o))[1])
+    monkeypatch.setattr(
+        selections.products, "select_masks", lambda *a, **o: (calls.append(len(a[0])), together(*a, **o))[1]
+    )
     with hold_masks(model):
         assert calls == [len(layers) - 1]
         assert all(torch.equal(layer.effective_weight(), weight) for layer, weight in zip(layers, expected))
@@ -372,7 +374,7 @@ def test_on_a_gpu_one_launch_sums_up_all_weights(change, frozen, monkeypatch):
     model = sparsify(nn.Sequential(nn.Linear(32, 2)), "2:4")
     set_masking(model, frozen=frozen)
     monkeypatch.setattr(masked_adamw, "uses_triton", lambda *tensors: True)
-    monkeypatch.setattr(optim, "_checksum", lambda weight: pytest.fail("a launch for one weight"))
+    monkeypatch.setattr(selections, "_checksum", lambda weight: pytest.fail("a launch for one weight"))
     with hold_masks(model):
         assert torch.equal(model[0].current_mask(), masks(model)["0"])
     with pytest.raises(InputError, match="the weight of 0 was changed while its mask"), hold_masks(model):

@@ -16,7 +16,7 @@ from sparsedm import diffusion, samplers
 from sparsedm.compression import compress
 from sparsedm.kernels.cpu import rules
 from sparsedm.sparsity import masked_layers
-from sparsedm.stepaware.family import interleaved_seconds
+from sparsedm.timing import interleaved_seconds
 
 log = logging.getLogger(__name__)
 

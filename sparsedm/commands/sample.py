@@ -1,6 +1,6 @@
 """`sparsedm sample`: draw images from a trained model, or with --strategy from several networks of a run folder."""
 
-import statistics
+import functools
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from sparsedm.models.autoencoder import load_autoencoder
 from sparsedm.plots import check_grid, save_grid
 from sparsedm.sparsity import masked_layers
 from sparsedm.stepaware.family import family_of, load_strategy
+from sparsedm.timing import interleaved_seconds
 from sparsedm.train import distributed
 from sparsedm.train.array_files import read_context
 from sparsedm.train.data import check_context
@@ -235,17 +236,13 @@ def run(options):
 @torch.no_grad()
 def _gain(network, dense, y, options):
     """How many times as fast a call of `network` is as one of `dense`, in turns, on one batch."""
-    config, times = network.config, {network: [], dense: []}
+    config = network.config
     count, dtype = min(options.count, batch_size_of(options)), network_dtype(options, compressed=True)
     dense.to(options.device, dtype)
     x = torch.randn(count, config.channels, config.image_size, config.image_size).to(options.device, dtype)
     t, y = torch.full((count,), 500.0, device=x.device), None if y is None else y[:count].to(x.device)
-    for _ in range(4):
-        for each, found in times.items():
-            start = time.perf_counter()
-            each(x, t, y).cpu()
-            found.append(time.perf_counter() - start)
-    ours, theirs = (statistics.median(found[1:]) for found in times.values())
+    calls = [functools.partial(each, x, t, y) for each in (network, dense)]
+    ours, theirs = interleaved_seconds(calls, options.device, rounds=3)
     return theirs / ours
 
 

@@ -11,8 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import statistics
-import time
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from sparsedm.inspection import inspect
 from sparsedm.model_files import Incomplete, describe, load_model
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers
+from sparsedm.timing import interleaved_seconds
 
 UNITS = ("MACs", "seconds")
 # options newer than some strategies: left out of a fingerprint if default
@@ -167,25 +166,6 @@ def seconds_per_image(networks, batch):
     inputs = [network.example_inputs(batch) for network in networks]
     calls = [functools.partial(call, *pair) for pair in zip(networks, inputs)]
     return [seconds / batch for seconds in interleaved_seconds(calls, inputs[0][0].device, rounds=7)]
-
-
-def interleaved_seconds(calls, device, rounds):
-    """[median seconds] of `calls`, functions without arguments. They take turns; the first round is a warm-up."""
-    times = [[] for _ in calls]
-    for number in range(rounds + 1):
-        for call, seconds in zip(calls, times):
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            if number:
-                seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
-
-
-def _wait(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---- strategies

@@ -20,7 +20,7 @@ from sparsedm.files import cache_folder, read_json, write_json
 from sparsedm.kernels.cpu.library import cpu_name
 from sparsedm.model_files import read_state
 from sparsedm.plots import save_grid
-from sparsedm.stepaware.family import Family, Strategy, family_of, interleaved_seconds, loss_table, sample
+from sparsedm.stepaware.family import Family, Strategy, family_of, loss_table, sample
 from sparsedm.stepaware.report import write_report
 from sparsedm.stepaware.search import (
     Evaluations,
@@ -31,6 +31,7 @@ from sparsedm.stepaware.search import (
     rank_correlation,
     search,
 )
+from sparsedm.timing import interleaved_seconds
 from sparsedm.train import run_folder
 from sparsedm.train.data import ImageSet, batch, load_images
 from sparsedm.train.loop import OutOfTime, amp_of
