@@ -1,8 +1,8 @@
-"""What a CPU gains from N:M, measured with fairness: every pattern of ours against the two dense products of torch.
+"""What a CPU gains from N:M, measured with fairness: every pattern of ours against two dense products of torch.
 
     dense            `F.linear`, `F.conv2d` and torch's attention: what torch users run
-    dense oneDNN     the best dense product that torch has: oneDNN's on a weight packed once; of whole networks also our
-                     attention in C where its rule takes it; of training steps `F.linear` by oneDNN instead of MKL,
+    dense oneDNN     oneDNN's product on a weight packed once; of whole networks also our attention in C where its rule
+                     takes it; of training steps `F.linear` by oneDNN instead of MKL,
                      on CPUs without bf16 instructions
     sparsedm N:M     the compressed weight by the dispatcher; of training steps the masked network
 

@@ -50,8 +50,8 @@ EXIT_CODES = """\
 exit codes:
   0    done
   2    bad input or too little memory; one sentence on stderr says which
-  3    the time of --minutes is over; the same command continues
-  130  interrupted (143: terminated); training was saved, and the same command resumes it
+  3    the time of `search --minutes` is over; the same command continues
+  130  interrupted (143: terminated); what was training has been saved, and the same command resumes it
   141  the reader of the output closed it"""
 
 

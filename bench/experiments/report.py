@@ -39,7 +39,12 @@ def write(folder, rows, plan):
     pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
     pictures |= {"flips.png": _flips, "ratio.png": _axis, "speed.png": _speed}
     styles = _styles(runs, plan.control)
-    drawn = [name for name, draw in pictures.items() if _save(folder / name, draw, values, styles, plan, title)]
+    titles = {"speed.png": f"{title.partition(':')[0]}: quality against the speed of sampling"}
+    drawn = [
+        name
+        for name, draw in pictures.items()
+        if _save(folder / name, draw, values, styles, plan, titles.get(name, title))
+    ]
     shown = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in drawn)
     write_text(folder / "report.md", f"# {title}\n\n{text}\n\n{shown}\n")
     return text
@@ -216,7 +221,7 @@ def _speed(figure, values, runs, plan):
             colour = COLOURS[1] if run == plan.control else COLOURS[0]
             axes.plot([faster] * len(seeds), seeds, "o", color=colour, markeredgecolor="white", markersize=7)
             place = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8, "color": colour}
-            axes.annotate(run, (faster, statistics.fmean(seeds)), **place)
+            axes.annotate(run, (faster, max(seeds)), **place)
         if plan.control in placed:
             level = statistics.fmean(_single(values, plan.control, measure))
             axes.axhline(level, color=COLOURS[1], linewidth=1, linestyle="--")

@@ -137,3 +137,21 @@ def test_the_report_says_how_its_runs_were_made_and_not_how_they_were_timed(done
 def test_outside_of_a_repository_the_version_stands_for_the_commit(done, text_alone, tmp_path):
     rows = [row | {"commit": ""} for row in results.read_experiment(done / "results.csv")]
     assert f"commit {rows[0]['sparsedm']}" in report.write(tmp_path, rows, EXPERIMENTS["arms"])
+
+
+def test_the_picture_of_speed_says_so_and_names_each_run_beside_its_uppermost_dot(tmp_path, monkeypatch):
+    runs = {"dense": (1.0, (2.0, 4.0)), "2:4": (0.5, (3.0, 7.0))}
+    values = {(run, report.SPEED): {0: [(None, faster)]} for run, (faster, _) in runs.items()}
+    for measure in (report.DISTANCE, "validation loss"):
+        values |= {(run, measure): {s: [(None, y)] for s, y in enumerate(ys)} for run, (_, ys) in runs.items()}
+    figure, plan = Figure(), EXPERIMENTS["ratio"]
+    assert report._speed(figure, values, report._styles(list(runs), plan.control), plan)
+    for axes in figure.axes:
+        assert {text.get_text(): text.xy for text in axes.texts} == {"dense": (1.0, 4.0), "2:4": (0.5, 7.0)}
+    titles, save = {}, lambda path, draw, values, styles, plan, title: titles.update({path.name: title})
+    monkeypatch.setattr(report, "_save", save)
+    monkeypatch.setattr(report, "markdown", lambda *arguments: "")
+    row = {"experiment": "ratio", "scale": "smoke", "run": "dense", "seed": 0, "measure": "loss", "x": None, "value": 1}
+    report.write(tmp_path, [row], plan)
+    assert titles["speed.png"] == "ratio (smoke): quality against the speed of sampling"
+    assert titles["ratio.png"] == "ratio (smoke): quality against density"
