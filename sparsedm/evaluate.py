@@ -220,8 +220,8 @@ def check_sets(shape, count, reference_shape, reference_count, neighbours=3):
         raise InputError(f"the images are {tuple(shape)}, but the reference images {tuple(reference_shape)}")
     if min(count, reference_count) <= neighbours:
         raise InputError(
-            f"{count} generated and {reference_count} real images: precision and recall look for {neighbours} "
-            f"neighbours of each, so at least {neighbours + 1} of both are needed"
+            f"{count} generated and {reference_count} real images to compare them with: precision and recall look for "
+            f"{neighbours} neighbours of each, so at least {neighbours + 1} of both are needed"
         )
 
 

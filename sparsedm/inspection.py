@@ -22,7 +22,7 @@ from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on, rule_of
 from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Linear, product_dtype
 from sparsedm.plots import COLOURS, GREY, picture, table
-from sparsedm.sparsity import masked_layers
+from sparsedm.sparsity import masked_layers, module_of
 from sparsedm.timing import interleaved_seconds
 
 ARCHS = {
@@ -159,6 +159,7 @@ def inspect(
     batch: the number of images to choose back ends for.
     Raises: InputError if the model has no example_inputs and none are given, for an unknown arch, or a batch below 1.
     """
+    model = module_of(model)
     if example_inputs is None:
         if not hasattr(model, "example_inputs"):
             raise InputError(f"{type(model).__name__} has no example_inputs(): pass example_inputs=(x, t, ...)")
@@ -462,7 +463,8 @@ def _dense_and_compressed(layer, call, device, dtype):
     (compressed,) = compress(nn.Sequential(layer))
     layer.set_pattern(None)
     runs = [lambda of=of: of(*sized[0], **sized[1]) for of in (layer, compressed)]
-    times = map(median_microseconds, runs) if torch.device(device).type == "cuda" else _microseconds(runs)
+    on_gpu = torch.device(device).type == "cuda"
+    times = [median_microseconds(run) for run in runs] if on_gpu else _microseconds(runs)
     measured = compressed.measured()
     computed = measured.choice.backend if measured else compressed.backend_used()
     return *times, computed

@@ -117,7 +117,8 @@ class Masked:
     def freeze_mask(self, frozen: bool = True) -> None:
         """frozen=True: keep the current mask, even if the weight changes. frozen=False: each forward selects it anew.
 
-        A cast to fewer bits, such as `model.half()`, first freezes the mask. A weight that is replaced by a rounded
+        A cast to fewer bits, such as `model.half()`, first freezes the mask; so does loading a weight of more bits than
+        the layer's. A weight that is replaced by a rounded
         one, as by `p.data = p.data.half()` or by FSDP2 in mixed precision, has the mask of the rounded weight.
         A frozen mask is a buffer. An average of buffers (`AveragedModel(use_buffers=True)` with an EMA function) unites
         masks that differ and keeps too many weights: copy the buffers instead (`use_buffers=False`).
@@ -263,6 +264,15 @@ class Masked:
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self._cast_froze = self._cast_froze and f"{prefix}mask" not in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
+        given, weight = state_dict.get(f"{prefix}weight"), self.weight
+        moves = self.pattern is not None and self.mask is None and not weight.is_meta
+        if not moves or not isinstance(given, torch.Tensor) or is_sharded(given) or given.shape != weight.shape:
+            return
+        if given.is_floating_point() and _narrows(given.dtype, weight.dtype):  # a cast, but of the loaded weight
+            self.mask = select_mask(given.detach(), self.pattern, name=f"{prefix}weight").mask.to(weight.device)
+            self._held, self._cast_froze = None, True
+            if self.training:
+                warnings.warn(f"loading {given.dtype} into {weight.dtype} {FROZEN}", stacklevel=5)
 
     def train(self, mode: bool = True):
         """As every module's. Warns where a cast has frozen the mask that is to train."""

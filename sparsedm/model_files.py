@@ -15,7 +15,9 @@ from sparsedm.compressed import Compressed
 from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.files import atomic_file, parse_json, read_json, regular_file, write_json
+from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.straight_through import STE, GradientRule
+from sparsedm.layers import Masked, invalid_because
 from sparsedm.sparsity import masked_layers, module_of, sparsify
 from sparsedm.tensor_files import fill, has_dtype, one_network, read_tensors, unwritable, write_shards, write_tensors
 
@@ -165,6 +167,8 @@ def load_model(
         advice = "name one (--model; in Python config=, which build gets)"
         raise InputError(f"{file} does not say what model it holds{why}: {advice}")
     model = build(config)
+    if isinstance(model, nn.Module) and _inside(model):
+        raise InputError(f"build gave a {type(model).__name__}: load into the network itself, and wrap it afterwards")
     if not description and tensors.keys() != (names := model.state_dict().keys()):
         found = one_network(tensors)[0]
         tensors = found if found.keys() & names else tensors
@@ -172,9 +176,9 @@ def load_model(
         model = _as_described(model, description["kind"], patterns, tensors, description.get("rules", {}), file)
     elif convert:
         tensors = convert(tensors)
-    fill(model, tensors, file)
+    fill(model.eval(), tensors, file)  # in eval mode masks freeze without a warning
     check_digest(file, state)
-    return Loaded(model.eval(), describe(model)["kind"], file, state)
+    return Loaded(model, describe(model)["kind"], file, state)
 
 
 def _as_described(model, kind, patterns, tensors, rules, file):
@@ -182,10 +186,19 @@ def _as_described(model, kind, patterns, tensors, rules, file):
         three = name in patterns and isinstance(rule, list) and len(rule) == 3
         if not three or not all(type(number) in (int, float) and 0 <= number < 1e308 for number in rule):
             raise InputError(f"{file} has a damaged description in its header: the gradient rule of {name}")
+    layers = dict(model.named_modules(remove_duplicate=False))
+    for name, pattern in patterns.items():
+        if not isinstance(layer := layers.get(name), nn.Linear | nn.Conv2d):
+            found = "is missing" if layer is None else f"is a {type(layer).__name__}"
+            raise InputError(f"{file} does not fit the model: its {pattern} layer {name} {found} there")
+        if reason := invalid_because(layer.weight, Pattern.parse(pattern)):
+            raise InputError(f"{file} does not fit the model: {name} is {pattern} in the file, but {reason} there")
     for pattern in dict.fromkeys(patterns.values()):  # makes every named layer one of ours
         sparsify(model, pattern, [name for name in patterns if patterns[name] == pattern])
     for name, pattern in patterns.items():
-        layer = model.get_submodule(name)  # `sparsify` has found it
+        layer = layers[name]
+        if not isinstance(layer, Masked):
+            raise InputError(f"{file} does not fit the model: {name} is {pattern} in the file, and stays dense there")
         layer.set_pattern(pattern)
         layer.freeze_mask(f"{name}.mask" in tensors)
         layer.rule = GradientRule(*map(float, rules.get(name, STE)))

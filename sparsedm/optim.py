@@ -86,7 +86,7 @@ class MaskedAdamW(torch.optim.AdamW):
         for name, value in others.items():
             if value or name not in _REFUSED:
                 raise InputError(f"MaskedAdamW has no {name}={value!r}: {_REFUSED.get(name, 'it is no option of it')}")
-        models = [model] if isinstance(model, nn.Module) else list(model)
+        models = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
         if not all(isinstance(one, nn.Module) for one in models):
             raise InputError(f"model={model!r}: must be a module, or several")
         found = ((name, m) for one in models for name, m in one.named_modules())

@@ -16,14 +16,17 @@ two groups in the best way. No step keeps less.
 import collections
 import itertools
 import re
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from sparsedm.compressed import Compressed
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
+from sparsedm.sparsity import module_of
 
 LARGEST_GROUP = 4  # two groups of 4 have 35 ways to share their channels, two of 8 already 6435
 
@@ -53,11 +56,20 @@ def permute_channels(
 
     The output changes by rounding only. pattern: N:M with M up to 4. rounds: search rounds; in each round every channel
     may move once.
-    Raises: InputError if the model has no known link, a mask is frozen, or M is above 4.
+    Raises: InputError if the model has no known link or no weights, is compressed, a mask is frozen, M is above 4, or a
+    number is not one.
     """
-    pattern = Pattern.parse(pattern)
+    model, pattern = module_of(model), Pattern.parse(pattern)
     if pattern is None or pattern.group > LARGEST_GROUP:
-        raise InputError(f"channels are permuted for groups of up to {LARGEST_GROUP}, but the pattern is {pattern}")
+        found = "dense" if pattern is None else pattern
+        raise InputError(f"channels are permuted for groups of up to {LARGEST_GROUP}, but the pattern is {found}")
+    for name, number, least in (("rounds", rounds, 1), ("seed", seed, 0)):
+        if not isinstance(number, Integral) or not least <= number < 2**63:
+            raise InputError(f"{name}={number!r}: must be a whole number of at least {least}")
+    if any(isinstance(module, Compressed) for module in model.modules()):
+        raise InputError("the model is compressed, and its masks cannot move: permute channels before that")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("the model is on the meta device and has no weights to order channels by")
     links = {name: link for name, link in _links(model) if (len(link.rows[0]) // link.heads) % pattern.group == 0}
     if not links:
         raise InputError(f"{type(model).__name__} has no pair of layers whose channels are known to be exchangeable")

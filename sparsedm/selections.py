@@ -136,7 +136,7 @@ def raise_flagged(flags, names, message):
     if flags.is_cuda:
         event, here = torch.cuda.Event(), torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
         here.copy_(flags, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(flags.device))  # by default of the current device
         _unseen.append((event, here, names, message))
         while _unseen and _unseen[0][0].query():
             arrived.append(_unseen.pop(0)[1:])

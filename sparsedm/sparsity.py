@@ -219,7 +219,7 @@ def _input_norms(model, layers, batches):
     try:
         model.eval()
         for batch in batches:
-            if isinstance(batch, np.ndarray | Number | str):  # what a batch of tensors was taken apart into
+            if batch is None or isinstance(batch, np.ndarray | Number | str):  # parts of a batch, for instance
                 rule = "a batch is a tensor, a tuple of arguments, a dict of keyword arguments or what the model takes"
                 raise InputError(f"calibrate holds a {type(batch).__name__}: {rule}")
             arguments = batch if isinstance(batch, list | tuple) else () if isinstance(batch, dict) else (batch,)
@@ -295,6 +295,8 @@ def set_masking(
     for name, value in (("decay", decay), ("kept", kept), ("dropped", dropped)):
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise InputError(f"{name}={value!r}: must be a number of at least 0, and finite")
+    if frozen not in (None, True, False):
+        raise InputError(f"frozen={frozen!r}: must be True, False, or None")
     for _, layer in layers:
         layer.rule = GradientRule(float(decay), float(kept), float(dropped))
         layer.hook_decay()

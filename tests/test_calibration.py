@@ -126,6 +126,7 @@ def test_inputs_that_were_always_zero_leave_the_choice_to_the_magnitudes():
         (5, "calibrate is a int: a list of batches"),
         ("images", "calibrate is a str: a list of batches"),
         (torch.randn(2, 8, 6, 6).numpy(), "calibrate holds a ndarray: a batch is a tensor, a tuple of arguments"),
+        ([None], "calibrate holds a NoneType: a batch is a tensor"),
         ([3.0], "calibrate holds a float: a batch is a tensor"),
         (["a.png"], "calibrate holds a str: a batch is a tensor"),
     ],

@@ -308,6 +308,12 @@ def test_an_unknown_arch_is_refused():
         inspect(Model(), arch="sm_1")
 
 
+@pytest.mark.parametrize("thing", [None, 3, nn.Linear])
+def test_what_is_no_model_is_refused(thing):
+    with pytest.raises(InputError, match=f"a {type(thing).__name__} is no model"):
+        inspect(thing)
+
+
 # ---- models of other people ------------------------------------------------------------------------------------------
 
 
@@ -383,6 +389,20 @@ class Called(nn.Module):
 
     def forward(self, x):
         return self.last(self.odd(self.c(self.b(self.a(x), residual=x), residual=None)))
+
+
+def test_on_a_gpu_the_back_end_is_named_after_the_layer_has_run(monkeypatch):
+    class Torch:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def device(self, device):
+            return torch.device("cuda")
+
+    monkeypatch.setattr(inspection, "torch", Torch())
+    monkeypatch.setattr(inspection, "median_microseconds", lambda run: len(run()))
+    times = time_layers(sparsify(Called(), "2:4"), batch=3)
+    assert {backend for *_, backend in times.values()} == {"dense"}
 
 
 def test_layers_are_timed_dense_and_compressed_as_they_are_called(monkeypatch):

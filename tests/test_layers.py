@@ -417,3 +417,19 @@ def test_a_scale_gates_each_image_between_activation_and_residual():
             with torch.no_grad():
                 assert compress(form)(x[:0], residual[:0], scale=gate[:0]).shape == (0, 5, 8)
                 assert torch.equal(compress(form)(x, residual, scale=gate), form(x, residual, scale=gate))
+
+
+def test_loading_a_weight_of_more_bits_keeps_its_mask_as_a_cast_does():
+    wide, narrow = Linear(256, 64, pattern="2:4"), Linear(256, 64, pattern="2:4").bfloat16()
+    narrow.freeze_mask(False)
+    with pytest.warns(UserWarning, match=r"loading torch.float32 into torch.bfloat16 froze the masks"):
+        narrow.load_state_dict(wide.state_dict())
+    assert torch.equal(narrow.current_mask(), wide.current_mask())
+    assert not torch.equal(narrow.current_mask(), select_mask_ref(narrow.weight, wide.pattern)), "rounding changed it"
+    narrow.freeze_mask(False)
+    narrow.load_state_dict(Linear(256, 64).bfloat16().state_dict())
+    assert narrow.mask is None
+    taken = Linear(256, 64, pattern="2:4").bfloat16()
+    taken.freeze_mask(False)
+    taken.load_state_dict(wide.state_dict(), assign=True)
+    assert taken.mask is None, "it holds the loaded weight itself"

@@ -138,7 +138,7 @@ def test_a_pattern_that_does_not_fit_is_refused(tmp_path):
         load_model(tmp_path / "b.safetensors", tiny_from)
     renamed = header.replace(b"5:4", b"2:4").replace(b'second\\": \\"2', b'nobody\\": \\"2')
     (tmp_path / "c.safetensors").write_bytes(text[:8] + renamed + text[8 + size :])
-    with pytest.raises(InputError, match="layers the model does not have: nobody"):
+    with pytest.raises(InputError, match=r"c.safetensors does not fit the model: its 2:4 layer nobody is missing"):
         load_model(tmp_path / "c.safetensors", tiny_from)
 
 
@@ -369,3 +369,42 @@ def test_a_tensor_that_torch_negates_when_it_reads_it_is_written_and_masked_with
     assert torch.equal(model[0].effective_weight()[kept], -weight[kept])
     tensors, _ = read_tensors(save_model(tmp_path / "m.safetensors", model))
     assert torch.equal(tensors["0.weight"], -weight)
+
+
+MISFITS = {
+    "another width": (lambda: tiny_like(30), r"first is 2:4 in the file, but the input axis 30 is not a multiple of 4"),
+    "in a dictionary": (lambda: nn.ModuleDict({"q": tiny()}), "its 2:4 layer first is missing there"),
+    "of another class": (lambda: nn.ModuleDict({"first": nn.GELU()}), "its 2:4 layer first is a GELU there"),
+    "compiled": (lambda: torch.compile(tiny(), backend="eager"), "build gave a OptimizedModule: load into the network"),
+    "replicated": (lambda: nn.DataParallel(tiny()), "build gave a DataParallel: load into the network itself"),
+}
+
+
+def tiny_like(width):
+    model = tiny()
+    model.first = nn.Linear(width, model.first.out_features)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["masked", "compressed"])
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_network_that_the_file_does_not_fit_is_refused_by_name(name, kind, tmp_path):
+    build, message = MISFITS[name]
+    save_model(tmp_path / "a.safetensors", network(kind))
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "a.safetensors", lambda config: build())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_network_built_in_fewer_bits_has_the_masks_of_the_file(dtype, tmp_path):
+    model = sparsify(nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)), "2:4")
+    save_model(tmp_path / "a.safetensors", model)
+    load = functools.partial(load_model, tmp_path / "a.safetensors", config=1)
+    loaded = load(lambda config: nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)).to(dtype)).model
+    assert same_state(masks(loaded), masks(model))
+    with pytest.warns(UserWarning, match="a cast in eval mode froze the masks"):
+        loaded.train()
+    set_masking(loaded)
+    assert loaded[0].mask is None, "as after a cast, the mask moves again"
+    exact = load(lambda config: nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)).double()).model
+    assert exact[0].mask is None, "nothing was rounded"

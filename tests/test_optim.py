@@ -499,6 +499,7 @@ def sparse():
         (lambda m: MaskedAdamW(m.parameters(), eps=-1e-8, model=m), "eps=-1e-08 must be"),
         (lambda m: MaskedAdamW(m.parameters(), weight_decay=-1.0, model=m), "weight_decay=-1.0 must be"),
         (lambda m: MaskedAdamW(m.parameters(), model="m"), "model='m': must be a module, or several"),
+        (lambda m: MaskedAdamW(m.parameters(), model=None), "model=None: must be a module, or several"),
         (lambda m: MaskedAdamW([nn.Parameter(torch.ones(2) * 1j)], model=m), "is torch.complex64, and must be real"),
         (lambda m: MaskedAdamW(sparse(), model=m).step(), r"a gradient of shape \(4, 4\) is sparse: it must be dense"),
         (

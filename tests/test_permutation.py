@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm.compression import compress
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.models import build_model
@@ -148,7 +149,13 @@ def frozen(model):
     ("call", "message"),
     [
         (lambda: permute_channels(network("uvit"), "2:8"), "groups of up to 4, but the pattern is 2:8"),
-        (lambda: permute_channels(network("uvit"), None), "the pattern is None"),
+        (lambda: permute_channels(network("uvit"), None), "the pattern is dense"),
+        (lambda: permute_channels(network("uvit"), rounds=2.5), "rounds=2.5: must be a whole number of at least 1"),
+        (lambda: permute_channels(network("uvit"), rounds=0), "rounds=0: must be a whole number of at least 1"),
+        (lambda: permute_channels(network("uvit"), seed="x"), "seed='x': must be a whole number of at least 0"),
+        (lambda: permute_channels(None), "a NoneType is no model"),
+        (lambda: permute_channels(network("uvit").to("meta")), "on the meta device"),
+        (lambda: permute_channels(compress(sparsify(network("uvit"), "2:4"))), "the model is compressed"),
         (lambda: permute_channels(frozen(network("uvit"))), "mask of in_blocks.0.attn.proj is frozen"),
         (lambda: permute_channels(nn.Sequential(nn.Linear(8, 8))), "Sequential has no pair of layers"),
     ],

@@ -5,6 +5,7 @@ import collections
 import copy
 import io
 import queue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -436,6 +437,13 @@ def test_gradient_settings_are_finite_numbers(settings):
         set_masking(sparsify(nn.Linear(16, 8), "2:4"), **settings)
 
 
+def test_frozen_is_yes_no_or_none():
+    layer = sparsify(nn.Linear(16, 8), "2:4")
+    with pytest.raises(InputError, match="frozen='no': must be True, False, or None"):
+        set_masking(layer, frozen="no")
+    assert layer.mask is None
+
+
 def test_gradients_of_a_model_without_masks_cannot_be_set():
     with pytest.raises(InputError, match=r"no masked layer .*: call sparsify first"):
         set_masking(Small(), decay=2e-4)
@@ -503,3 +511,29 @@ def test_fusing_masked_projections_is_refused():
         model[0].fuse_projections()
     sparsify(model, None)
     model[0].fuse_projections()
+
+
+def test_a_report_from_another_gpu_than_the_current_one_is_waited_for(monkeypatch):
+    """An event is recorded in the current device's stream, unless it is told another one."""
+    arrived = []
+
+    class Event:
+        def record(self, stream=None):
+            self.stream = stream
+
+        def query(self):
+            return self.stream != "of cuda:1" or arrived
+
+    class Here:
+        copy_, tolist = lambda *_, **__: None, lambda self: [bool(arrived)]
+
+    monkeypatch.setattr(selections, "_unseen", [])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"of {device}")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Here())
+    flags = SimpleNamespace(is_cuda=True, shape=(1,), device=torch.device("cuda", 1))
+    selections.raise_flagged(flags, ["fc1"], selections.CHANGED)
+    assert len(selections._unseen) == 1
+    arrived.append(True)
+    with pytest.raises(InputError, match="the weight of fc1 was changed"):
+        selections.raise_flagged(flags, ["fc1"], selections.CHANGED)

@@ -76,6 +76,8 @@ def images_for(scale, crop, resize):
                 f"{config.image_size}x{config.image_size}: choose another --model, or say --resize"
             )
         parts.append(found)
+    shape = parts[0].images.shape[1:]
+    evaluate.check_sets(shape, scale.samples, shape, len(parts[0]))
     if scale.conditional is not None:
         classes = len(parts[0].class_names) if scale.conditional else 0
         config = replace(config, channels=parts[0].images.shape[1], num_classes=classes)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from sparsedm import evaluate, samplers
-from sparsedm.commands.options import add_crop, dense_part
+from sparsedm.commands.options import add_crop, check_out, dense_part
 from sparsedm.commands.sample import add_sampling_arguments, autoencoder_of, beside, conditions_of, draw, source_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
-from sparsedm.files import cache_folder, check_writable, write_json
+from sparsedm.files import cache_folder, write_json
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model
 from sparsedm.plots import table
@@ -44,7 +44,7 @@ def run(options):
     size = config.image_size * (autoencoder.factor if autoencoder else 1)
     shape = (3 if autoencoder else config.channels, size, size)
     out = Path(options.out or beside(options.run) / "evaluation.json")
-    check_writable(out)
+    check_out(out, options.run, options.strategy, options.context, options.data, options.features, options.dense)
     evaluate.check_sets(shape, options.count, shape, options.count)
     check_source(options.data, size=size)
     if options.features != "inception":  # which one process downloads

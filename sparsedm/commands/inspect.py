@@ -2,9 +2,9 @@
 
 import os
 
-from sparsedm.commands.options import add_model_arguments, count, load_named, picture_name
+from sparsedm.commands.options import add_model_arguments, check_out, count, load_named, picture_name
 from sparsedm.errors import InputError
-from sparsedm.files import check_writable, write_json
+from sparsedm.files import write_json
 from sparsedm.inspection import ARCHS, inspect, time_report
 from sparsedm.models import build_model, parse_overrides
 from sparsedm.sparsity import sparsify
@@ -41,9 +41,7 @@ def run(options):
     title = f"{name} {options.pattern or ''}".strip()
     chart = picture_name(options.plot or f"{title.replace(':', 'of').replace(' ', '-')}-layers.png")
     for file in filter(None, (chart, options.json)):
-        check_writable(file)
-        if options.run and os.path.realpath(file) == os.path.realpath(options.run):
-            raise InputError(f"{file} is what to inspect: write to another file")
+        check_out(file, options.run)
     if options.json and os.path.realpath(options.json) == os.path.realpath(chart):
         raise InputError(f"--json {options.json} is the file of the chart: name another")
     if options.run:

@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import functools
 import math
+import os
 import time
 from pathlib import Path
 
 import torch
 
 from sparsedm.errors import InputError
+from sparsedm.files import check_writable
 from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model, model_config, parse_overrides, schedule_note
 from sparsedm.models.diffusers import from_diffusers
@@ -120,6 +122,14 @@ def deadline_of(minutes):
     if 60 * minutes <= RESERVE:
         raise InputError(f"--minutes {minutes:g}: more than {RESERVE} seconds are needed to stop cleanly")
     return time.monotonic() + 60 * minutes - RESERVE
+
+
+def check_out(out, *inputs):
+    """Raise InputError if `out` cannot be written, or is one of `inputs`: files that the command reads, or None."""
+    check_writable(out)
+    for given in filter(None, inputs):
+        if os.path.realpath(os.path.expanduser(given)) == os.path.realpath(out):
+            raise InputError(f"{out} is read by this command: write to another file")
 
 
 def picture_name(path):

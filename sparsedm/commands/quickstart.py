@@ -66,6 +66,8 @@ def run(options):
     images, validation = recipe_images(recipe, options.data)
     if images.is_latent:
         raise InputError(f"data {options.data} holds latents, not pictures: use sparsedm train")
+    shape = images.images.shape[1:]
+    evaluate.check_sets(shape, recipe.samples, shape, len(images))
     torch.set_num_threads(min(recipe.threads, torch.get_num_threads()))
     results = train_recipe(recipe, images, validation, folder, options)
     networks = _networks(results)

@@ -13,6 +13,7 @@ from sparsedm.commands.options import (
     add_model_arguments,
     add_seed_and_device,
     add_vae,
+    check_out,
     count,
     finite,
     load_named,
@@ -24,7 +25,7 @@ from sparsedm.compression import bake, compress
 from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError, TooLittleMemory, check_memory
 from sparsedm.features import to_uint8
-from sparsedm.files import atomic_file, check_writable
+from sparsedm.files import atomic_file
 from sparsedm.inspection import live_per_image, most_kept_per_image
 from sparsedm.models.autoencoder import load_autoencoder
 from sparsedm.plots import check_grid, save_grid
@@ -209,7 +210,7 @@ def run(options):
         if source.compressed:
             raise InputError(f"--compress: {source.words} is compressed already: leave the option out")
         source = _compressed(source, options.strategy is None)
-    check_writable(out)
+    check_out(out, options.run, options.strategy, options.context)
     with distributed.process_group(options.device):
         start = time.perf_counter()
         images = draw(source, conditions, options)
@@ -229,21 +230,23 @@ def run(options):
     how = f"{how}{guidance}, schedule {source.config.schedule}, seed {options.seed}"
     print(f"{len(images)} samples of {source.words}, {how}: {out}")
     if options.compress and options.strategy is None:
-        dense = rate / _gain(source.networks[0], bake(masked), conditions.y, options)
-        print(f"{rate:,.1f} images/s; the same network dense about {dense:,.1f}, by three calls of each")
+        count = min(options.count, batch_size_of(options))
+        ours, dense = _milliseconds(source.networks[0], bake(masked), conditions.y, count, options)
+        print(f"{rate:,.1f} images/s, with all that happens once, such as the choice of kernels")
+        print(
+            f"one call on {count} images: {ours:,.1f} ms; of the same network dense: {dense:,.1f} ms (medians of three)"
+        )
 
 
 @torch.no_grad()
-def _gain(network, dense, y, options):
-    """How many times as fast a call of `network` is as one of `dense`, in turns, on one batch."""
-    config = network.config
-    count, dtype = min(options.count, batch_size_of(options)), network_dtype(options, compressed=True)
+def _milliseconds(network, dense, y, count, options):
+    """The times of one call of `network` and of one of `dense`, in turns, on `count` images."""
+    config, dtype = network.config, network_dtype(options, compressed=True)
     dense.to(options.device, dtype)
     x = torch.randn(count, config.channels, config.image_size, config.image_size).to(options.device, dtype)
     t, y = torch.full((count,), 500.0, device=x.device), None if y is None else y[:count].to(x.device)
     calls = [functools.partial(each, x, t, y) for each in (network, dense)]
-    ours, theirs = interleaved_seconds(calls, options.device, rounds=3)
-    return theirs / ours
+    return [1e3 * seconds for seconds in interleaved_seconds(calls, options.device, rounds=3)]
 
 
 def batch_size_of(options):

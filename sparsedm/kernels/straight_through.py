@@ -101,6 +101,16 @@ def _decays_in_c(g, weight, mask):
     return same and mask.device == g.device and (g.is_contiguous() or memory_format(g) == torch.channels_last)
 
 
+def check_masked(weight, masked, mask):
+    """Raise InputError if they have different shapes, or the mask is not bool. mask: may be None."""
+    given = [t for t in (weight, masked, mask) if t is not None]
+    if any(t.shape != weight.shape for t in given):
+        shapes = ", ".join(str(tuple(t.shape)) for t in given)
+        raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise InputError(f"the mask must be bool, not {mask.dtype}")
+
+
 def straight_through(weight, masked, mask, rule=STE, used=None):
     """The masked weight as a differentiable function of the weight, with the gradient dw above.
 
@@ -114,14 +124,9 @@ def straight_through(weight, masked, mask, rule=STE, used=None):
     Use: F.linear(x, straight_through(w, *select_mask(w, pattern)[:2]), b), or any other product with the weight.
     Raises: InputError if the shapes differ, or the mask is missing or not bool.
     """
-    given = [t for t in (weight, masked, mask) if t is not None]
     if mask is None and rule != STE:
         raise InputError(f"{rule} reads the mask, and mask is None: select_mask(...) gives one")
-    if any(t.shape != weight.shape for t in given):
-        shapes = ", ".join(str(tuple(t.shape)) for t in given)
-        raise InputError(f"weight, masked weight and mask must have one shape, not {shapes}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise InputError(f"the mask must be bool, not {mask.dtype}")
+    check_masked(weight, masked, mask)
     function = _StraightThrough if transformed() else _EagerStraightThrough
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         function = _ForwardStraightThrough

@@ -85,6 +85,7 @@ def plain(*tensors):
             or t.layout is not torch.strided
             or (graded and t.requires_grad)
             or t.is_neg()
+            or t._is_zerotensor()
         ):
             return False
     return True

@@ -119,6 +119,8 @@ class Plan:
             return
         if images.is_latent and self.quality != "proxy":
             raise InputError(f"data {self.data} holds latents, not images for a Fréchet distance: use --quality proxy")
+        if self.quality != "proxy" and len(images) < 2:
+            raise InputError(f"data {self.data} holds {len(images)} image to train on: a Fréchet distance needs 2")
         most = self.workers * max(self.count, self.final_count)
         check_memory(8 * most * config.channels * config.image_size**2, f"drawing {most} images")
 

@@ -104,7 +104,10 @@ BAD = {
         ["inspect", "--model", "uvit-tiny", "--plot", "{folder}/a.png", "--json", "{folder}/../data/a.png"],
         "a.png is the file of the chart",
     ),
-    "numbers over the model": (["inspect", "{zip}", "--json", "{zip}"], "x.zip is what to inspect"),
+    "numbers over the model": (
+        ["inspect", "{zip}", "--json", "{zip}"],
+        "x.zip is read by this command: write to another file",
+    ),
     "no size": (
         ["train", "--data", "synthetic:abc", "--dry-run"],
         "'synthetic:abc': write synthetic or",

@@ -91,3 +91,10 @@ def test_recipes_are_the_chain_of_the_readme():
     for recipe in QUICKSTART.values():
         assert [stage.pattern for stage in recipe.stages] == ["dense", "3:4", "2:4"]
         assert all(isinstance(stage, Stage) for stage in recipe.stages)
+
+
+def test_fewer_images_than_a_distance_needs_are_refused_before_training(tmp_path, capsys):
+    np.savez(tmp_path / "few.npz", x=np.random.default_rng(0).integers(0, 255, (5, 20, 20, 3), np.uint8))
+    assert main(["quickstart", "--data", str(tmp_path / "few.npz"), "--run", str(tmp_path / "run")]) == 2
+    assert "3 real images to compare them with" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

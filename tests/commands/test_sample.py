@@ -27,7 +27,11 @@ def test_sample_draws_a_picture(trained, tmp_path, extra, capsys):
     assert out.read_bytes()[:4] == b"\x89PNG"
     said = capsys.readouterr().out
     assert str(out) in said
-    assert bool(re.search(r"[\d.]+ images/s; the same network dense about [\d.]+", said)) == ("--compress" in extra)
+    assert ("--compress" in extra) == bool(
+        re.search(
+            r"[\d.]+ images/s, with all.*\none call on 4 images: [\d.]+ ms; of the same network dense: [\d.]+ ms", said
+        )
+    )
 
 
 @pytest.mark.parametrize("bad", [("--count", -1), ("--count", 0), ("--batch-size", 0)], ids=str)
@@ -288,3 +292,29 @@ def test_the_home_folder_is_found_behind_an_equals_sign(trained, tmp_path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run("sample", trained, "--count", 1, "--sampling-steps", 1, "--out=~/a.png") == 0
     assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("read", ["model", "data", "features", "dense"])
+def test_numbers_do_not_replace_what_they_are_computed_from(read, tmp_path, capsys):
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("model", "dense", "features")}
+    for file in files.values():
+        save_model(file, build_model("uvit-tiny", image_size=8, dim=32, depth=2, heads=2))
+    files["data"] = tmp_path / "data.npz"
+    np.savez(files["data"], x=np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), np.uint8))
+    before = files[read].read_bytes()
+    command = ["evaluate", files["model"], "--data", files["data"], "--count", 4, "--sampling-steps", 1]
+    command += [f"--{read}", files[read]] if read in ("features", "dense") else []
+    (tmp_path / "link").symlink_to(files[read])
+    assert run(*command, "--out", tmp_path / "link") == 2
+    assert "link is read by this command: write to another file" in capsys.readouterr().err
+    assert files[read].read_bytes() == before
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_images_do_not_replace_the_texts_that_they_show(tmp_path, capsys):
+    network = build_model("uvit-tiny", image_size=8, dim=32, depth=2, heads=2, context_tokens=2, context_dim=4)
+    save_model(tmp_path / "m.safetensors", network)
+    np.savez(tmp_path / "texts.npz", context=np.zeros((2, 2, 4), np.float32))
+    command = ["sample", tmp_path / "m.safetensors", "--count", 2, "--sampling-steps", 1, "--context"]
+    assert run(*command, tmp_path / "texts.npz", "--out", tmp_path / "texts.npz") == 2
+    assert "texts.npz is read by this command" in capsys.readouterr().err

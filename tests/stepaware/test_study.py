@@ -166,6 +166,13 @@ def test_a_slimmable_chain_is_a_family_of_both(tmp_path):
     assert len(set(family.fingerprints)) == len(family.networks)
 
 
+def test_one_image_is_not_enough_for_a_distance(chain, tmp_path):
+    np.savez(tmp_path / "two.npz", x=np.random.default_rng(0).integers(0, 255, (2, 12, 12, 3), np.uint8))
+    with pytest.raises(InputError, match=r"two.npz holds 1 image to train on: a Fréchet distance needs 2"):
+        study(plan(chain, tmp_path / "out", data=str(tmp_path / "two.npz")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_latents_are_searched_by_the_proxy(tmp_path):
     """A three-level U-Net on 4-channel latents in an .npz: everything but the Fréchet distance and the samples."""
     np.savez(tmp_path / "latents.npz", x=np.random.default_rng(0).normal(size=(80, 4, 8, 8)).astype(np.float32))

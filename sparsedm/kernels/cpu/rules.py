@@ -175,7 +175,7 @@ def _is_amd():
 def version():
     """The facts that resumed training must share to be bit-exact: the rules, and the kernels that run."""
     instructions, _ = library.serving()
-    return f"rules {RULE_VERSION}, {forced_backend() or instructions or 'no C kernels'}"
+    return f"rules {RULE_VERSION}, {forced_backend() or _maker(instructions) or 'no C kernels'}"
 
 
 def bf16_instructions():
@@ -211,6 +211,7 @@ def _plain(*tensors):
             or t.dtype is not torch.float32
             or t.layout is not torch.strided
             or t.is_neg()
+            or t._is_zerotensor()
         ):
             return False
     return True

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library, products, rules
 from sparsedm.kernels.pattern import memory_format
-from sparsedm.kernels.straight_through import STE, apply_rule, straight_through
+from sparsedm.kernels.straight_through import STE, apply_rule, check_masked, straight_through
 
 
 def training_product(x, weight, selection, pattern, bias, rule=STE, used=None):
@@ -19,6 +19,7 @@ def training_product(x, weight, selection, pattern, bias, rule=STE, used=None):
     of `straight_through`; rule and used are as there. selection: the mask and the masked weight. bias: (N,) or None.
     The gradients are those of `F.linear`. The forward, and dx where a rule takes the C kernel, differ by rounding.
     """
+    check_masked(weight, selection.masked, selection.mask)
     try:
         y = _TrainingProduct.apply(x, weight, bias, selection.masked, selection.mask, pattern, rule, used)
     except InputError:

@@ -90,6 +90,9 @@ def sparse24_linear(
     if again and (y := calls.repeated(cache, values, metadata, options, *operands)) is not None:
         return y
     _check(x, values, metadata, bias, activation, residual, skip, scale, pattern)
+    if skip is not None and 0 in (x.shape[-1], skip.shape[-1]):  # rows of no columns have no shape of their own
+        x, skip = skip if skip.shape[-1] else x, None
+        operands = (x, bias, residual, skip, scale)
     K2 = 0 if skip is None else skip.shape[-1]
     out_dtype = out_dtype or x.dtype
     if left_to_torch(x, bias, residual, skip, scale):

@@ -335,9 +335,9 @@ def test_on_a_gpu_nothing_is_tuned_for_training_unless_it_is_asked_for(tmp_path,
             runner.experiment(argparse.Namespace(**vars(options) | {"device": torch.device(device)}))
 
 
-def images_of(path, side, width=None):
+def images_of(path, side, width=None, count=80):
     generator = np.random.default_rng(0)
-    np.savez(path, images=generator.integers(256, size=(80, side, width or side, 3), dtype=np.uint8))
+    np.savez(path, images=generator.integers(256, size=(count, side, width or side, 3), dtype=np.uint8))
     return str(path)
 
 
@@ -356,6 +356,14 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(more, messa
     for end in (["--dry-run"], []):
         assert main(["arms", "--data", data, "--out", str(tmp_path / "out"), *more, *end]) == 2
         assert message in capsys.readouterr().err
+        assert not (tmp_path / "out" / "options.json").exists()
+
+
+def test_fewer_images_than_a_distance_needs_are_refused_before_anything_is_written(tmp_path, capsys):
+    data = images_of(tmp_path / "photos.npz", 12, count=5)
+    for end in (["--dry-run"], []):
+        assert main(["arms", "--data", data, "--out", str(tmp_path / "out"), *end]) == 2
+        assert "3 real images to compare them with" in capsys.readouterr().err
         assert not (tmp_path / "out" / "options.json").exists()
 
 

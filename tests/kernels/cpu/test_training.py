@@ -11,6 +11,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from sparsedm.compression import compress, decompress
+from sparsedm.errors import InputError
+from sparsedm.kernels import tracing
 from sparsedm.kernels.cpu import library, products, rules
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.sparse24.linear import sparse24_linear
@@ -344,3 +346,34 @@ def test_without_onednn_torch_multiplies(monkeypatch):
     monkeypatch.setattr(library, "instruction_set", lambda: "avx512")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not rules._mkl_is_slow.__wrapped__()
+
+
+@pytest.mark.parametrize("rows", [16, 2000])
+@pytest.mark.parametrize("rule", [GradientRule(), GradientRule(decay=0.1)], ids=str)
+def test_a_mask_of_another_shape_or_dtype_is_refused_at_every_size(rows, rule):
+    """The kernel reads a byte for each weight, from an address."""
+    row = torch.tensor([1, 1, 0, 0], dtype=torch.bool).repeat(32)
+    of_one_row = torch.cat((row[None], torch.zeros(255, 128, dtype=torch.bool)))[:1]
+    for wrong in (of_one_row, row.repeat(256, 1).to(torch.uint8)):
+        layer = Linear(128, 256, pattern="2:4")
+        layer.mask, layer.rule = wrong, rule
+        with pytest.raises(InputError, match=r"must have one shape|the mask must be bool"):
+            layer(torch.randn(rows, 128))
+
+
+def test_the_version_tells_whose_constants_the_rules_have(monkeypatch):
+    monkeypatch.setattr(library, "serving", lambda: ("avx512", ""))
+    monkeypatch.setattr(rules, "forced_backend", lambda: None)
+    found = set()
+    for amd in (True, False):
+        monkeypatch.setattr(rules, "_is_amd", lambda amd=amd: amd)
+        found.add(rules.version())
+    assert len(found) == 2
+
+
+@needs_library
+def test_a_tensor_of_zeros_without_memory_is_left_to_torch():
+    layer, nothing = Linear(128, 256, pattern="1:4"), torch._efficientzerotensor(2000, 128)
+    assert not rules.serves(nothing)
+    assert not tracing.plain(nothing)
+    assert torch.equal(layer(nothing), layer.bias.expand(2000, 256))

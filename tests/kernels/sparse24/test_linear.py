@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsedm.compressed import CompressedLinear
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import library
 from sparsedm.kernels.mask import select_mask
@@ -19,6 +20,7 @@ from sparsedm.kernels.sparse24 import format as format_file
 from sparsedm.kernels.sparse24.dispatch import LINEAR, Choice, Request
 from sparsedm.kernels.sparse24.format import ZERO_WORD, decompress, pack, unpack
 from sparsedm.kernels.sparse24.linear import _rows, sparse24_linear
+from sparsedm.layers import Linear
 from tests.kernels.sparse24.kernel_case import Convolution, Problem, layout_of, pruned
 
 BF16 = torch.bfloat16
@@ -300,3 +302,12 @@ def _record_launches():
 
 if __name__ == "__main__":
     _record_launches()
+
+
+@pytest.mark.parametrize("rows", [4, 300])
+def test_an_input_or_a_skip_without_columns_is_none(rows):
+    layer, x = Linear(128, 256, pattern="1:4"), torch.randn(rows, 128)
+    small = CompressedLinear(layer)
+    with torch.no_grad():
+        for pair in ((x, x[:, :0]), (x[:, :0], x)):
+            torch.testing.assert_close(small(pair[0], None, pair[1]), layer(x))
