@@ -126,12 +126,20 @@ class DDPMSchedule(Schedule):
         return model_time - self.first_index
 
 
-@functools.cache
 def _log_alpha_table(schedule, device, dtype):
+    # a mode may give a tensor without data, and what is cached serves the whole process
+    moded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return (_new_table if moded else _cached_table)(schedule, device, dtype)
+
+
+def _new_table(schedule, device, dtype):
     power = 2 if schedule.scaled else 1
     ends = schedule.beta_first ** (1 / power), schedule.beta_last ** (1 / power)
-    beta = torch.linspace(*ends, int(schedule.last) + 1, dtype=torch.float64) ** power
+    beta = torch.linspace(*ends, int(schedule.last) + 1, dtype=torch.float64, device="cpu") ** power
     return (0.5 * torch.log1p(-beta).cumsum(0)).to(device, dtype)
+
+
+_cached_table = functools.cache(_new_table)
 
 
 SCHEDULES = {

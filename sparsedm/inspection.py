@@ -160,6 +160,8 @@ def inspect(
     Raises: InputError if the model has no example_inputs and none are given, for an unknown arch, or a batch below 1.
     """
     model = module_of(model)
+    if hasattr(model, "at_width") and model.width != 8:  # a slimmable network, which runs as another one
+        model = model.export(model.width)
     if example_inputs is None:
         if not hasattr(model, "example_inputs"):
             raise InputError(f"{type(model).__name__} has no example_inputs(): pass example_inputs=(x, t, ...)")
@@ -199,7 +201,8 @@ def _weight_shape(layer):
     if isinstance(layer, Compressed):
         return layer.weight_shape
     if isinstance(layer, nn.MultiheadAttention):  # projections of q, k and v; the output projection is a layer itself
-        return 3 * layer.embed_dim, layer.embed_dim
+        E, K, V = layer.embed_dim, layer.kdim, layer.vdim
+        return (3 * E, E) if E == K == V else (E, E + K + V)
     if isinstance(layer, LAYERS + FOREIGN):
         return tuple(layer.weight.shape)
     return layer.out_features, layer.in_features
@@ -222,8 +225,10 @@ def _row(name, layer, calls, arch, batch, shared):
     shape = _weight_shape(layer)
     dense = math.prod(shape)
     kept, held = _kept(layer, pattern, dense)
-    bias = getattr(layer, "in_proj_bias" if isinstance(layer, nn.MultiheadAttention) else "bias", None)
+    bias = getattr(layer, "bias", None)
     bias = bias.numel() if isinstance(bias, torch.Tensor) else 0
+    if isinstance(layer, nn.MultiheadAttention):
+        bias = sum(p.numel() for p in _own_parameters(layer)) - dense
     backend, why = "torch", ""
     if pattern is None:
         why = getattr(layer, "dense_reason", None) or _foreign_reason(layer)
@@ -300,16 +305,18 @@ def _count(model, example_inputs, on_meta):
     def enter(layer, inputs):
         started.append(counter.get_total_flops())
 
-    def leave(layer, inputs, output):
+    def leave(layer, inputs, options, output):
         counted = counter.get_total_flops() - started.pop()
         shape = _weight_shape(layer)
         call = calls.setdefault(layer, _Calls())
         if isinstance(layer, nn.MultiheadAttention):
-            rows = [x.numel() // x.shape[-1] for x in inputs[:3]]  # of q, k, v
-            call.macs += sum(rows) * layer.embed_dim**2
+            three = {**dict(zip(("query", "key", "value"), inputs)), **options}
+            projected = layer.embed_dim * sum(three[name].numel() for name in ("query", "key", "value"))
+            rows = three["query"].numel() // layer.embed_dim
+            call.macs += projected
             out = calls.setdefault(layer.out_proj, _Calls())
-            out.macs, out.rows = out.macs + rows[0] * layer.embed_dim**2, max(out.rows, rows[0])
-            counted = 2 * (sum(rows) + rows[0]) * layer.embed_dim**2
+            out.macs, out.rows = out.macs + rows * layer.embed_dim**2, max(out.rows, rows)
+            counted = 2 * (projected + rows * layer.embed_dim**2)
         elif isinstance(layer, FOREIGN):
             call.macs += counted // 2
         else:
@@ -326,7 +333,8 @@ def _count(model, example_inputs, on_meta):
     arguments, options = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     arguments = arguments if isinstance(arguments, tuple | list) else (arguments,)
     layers = [(name, m) for name, m in model.named_modules() if _is_layer(m)]
-    hooks = [h for _, m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    hooks = [m.register_forward_pre_hook(enter) for _, m in layers]
+    hooks += [m.register_forward_hook(leave, with_kwargs=True) for _, m in layers]
     training = [m for m in model.modules() if m.training]
     try:
         with torch.no_grad(), counter:

@@ -56,8 +56,7 @@ def permute_channels(
 
     The output changes by rounding only. pattern: N:M with M up to 4. rounds: search rounds; in each round every channel
     may move once.
-    Raises: InputError if the model has no known link or no weights, is compressed, a mask is frozen, M is above 4, or a
-    number is not one.
+    Raises: InputError if the model has no known link or no weights, or is masked or compressed; for M above 4.
     """
     model, pattern = module_of(model), Pattern.parse(pattern)
     if pattern is None or pattern.group > LARGEST_GROUP:
@@ -73,9 +72,9 @@ def permute_channels(
     links = {name: link for name, link in _links(model) if (len(link.rows[0]) // link.heads) % pattern.group == 0}
     if not links:
         raise InputError(f"{type(model).__name__} has no pair of layers whose channels are known to be exchangeable")
-    frozen = [name for name, link in links.items() if getattr(link.reader, "mask", None) is not None]
-    if frozen:
-        raise InputError(f"the mask of {frozen[0]} is frozen and would not move along: permute channels before that")
+    masked = [name for name, link in links.items() if getattr(link.reader, "pattern", None) is not None]
+    if masked:
+        raise InputError(f"{masked[0]} is masked, and would get another mask: permute channels before sparsify")
     generator = torch.Generator().manual_seed(seed)
     gains = {}
     for name, link in tqdm(links.items(), desc="permute", disable=None if progress else True):

@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from sparsedm import diffusion
 from sparsedm.diffusion import VPSDE, DDPMSchedule
@@ -345,3 +346,13 @@ def test_validation_has_no_dropout_and_no_gradient():
     assert a == b
     assert not a.requires_grad
     assert net.drop.training
+
+
+def test_a_table_made_without_data_serves_nobody_else():
+    """torch.export and memory estimators call networks under a FakeTensorMode."""
+    schedule = DDPMSchedule(beta_first=2e-4)  # nobody has asked for its table yet
+    with FakeTensorMode():
+        assert isinstance(schedule.log_alpha(torch.zeros(2)), FakeTensor)
+    for t in (torch.zeros(2), torch.zeros(2, dtype=torch.float64)):
+        assert type(schedule.log_alpha(t)) is torch.Tensor
+        assert torch.isfinite(schedule.log_alpha(t)).all()

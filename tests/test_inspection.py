@@ -331,6 +331,34 @@ def test_attention_that_multiplies_its_own_weights_is_counted_by_hand():
     assert totals["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+class CrossAttention(nn.Module):
+    def __init__(self, call, **options):
+        super().__init__()
+        self.attention, self.call = nn.MultiheadAttention(16, 2, batch_first=True, **options), call
+
+    def forward(self, x, c):
+        return self.call(self.attention, x, c)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 24, "vdim": 40}, {"add_bias_kv": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda attention, x, v: attention(x, v[..., : attention.kdim], v),
+        lambda attention, x, v: attention(x, value=v, key=v[..., : attention.kdim]),
+        lambda attention, x, v: attention(query=x, key=v[..., : attention.kdim], value=v, need_weights=False),
+    ],
+)
+def test_attention_over_another_sequence_is_counted_however_it_is_called(call, options):
+    k, v = options.get("kdim", 16), options.get("vdim", 16)
+    model = CrossAttention(call, **options)
+    totals = inspect(model, (torch.zeros(1, 5, 16), torch.zeros(1, 7, v))).totals()
+    assert totals["parameters"] == sum(p.numel() for p in model.parameters())
+    assert totals["macs"] == 5 * 16 * 16 + 7 * k * 16 + 7 * v * 16 + 5 * 16 * 16
+    keys = 7 + ("add_bias_kv" in options)
+    assert totals["macs_with_attention"] - totals["macs"] == 2 * 5 * keys * 16
+
+
 def test_layers_that_are_not_ours_to_mask_are_listed_with_the_reason():
     class Quantised(nn.Module):  # as quantisation libraries write them: sizes, and no weight of their own
         in_features, out_features = 8, 4

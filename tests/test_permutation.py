@@ -156,7 +156,11 @@ def frozen(model):
         (lambda: permute_channels(None), "a NoneType is no model"),
         (lambda: permute_channels(network("uvit").to("meta")), "on the meta device"),
         (lambda: permute_channels(compress(sparsify(network("uvit"), "2:4"))), "the model is compressed"),
-        (lambda: permute_channels(frozen(network("uvit"))), "mask of in_blocks.0.attn.proj is frozen"),
+        (lambda: permute_channels(sparsify(network("uvit"), "2:4")), "permute channels before sparsify"),
+        (
+            lambda: permute_channels(frozen(network("uvit"))),
+            "attn.proj is masked, and would get another mask",
+        ),
         (lambda: permute_channels(nn.Sequential(nn.Linear(8, 8))), "Sequential has no pair of layers"),
     ],
 )

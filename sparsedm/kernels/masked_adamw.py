@@ -316,4 +316,4 @@ def _sizes_of(shapes):
         words, first = out * taps * per_row, programs
         programs += -(-words // (BLOCK // 32))
         columns.append((first, words, per_row, taps, K, *strides, programs))
-    return torch.tensor(columns, dtype=torch.int32).t().contiguous()
+    return torch.tensor(columns, dtype=torch.int32, device="cpu").t().contiguous()

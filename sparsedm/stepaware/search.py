@@ -210,12 +210,17 @@ def front(evaluations):
     return found
 
 
+def best_of(evaluations, weight):
+    """The Evaluation of least quality + weight * cost, which a search with a weight is for; None without a weight."""
+    return None if weight is None else min(evaluations, key=lambda e: (e.quality + weight * e.cost, e.cost))
+
+
 def best_so_far(evaluations, weight):
     """A text for the progress bar."""
     if weight is None:
         found = front(evaluations)
         return f"front of {len(found)}, quality {found[-1].quality:.4g} to {found[0].quality:.4g}"
-    best = min(evaluations, key=lambda e: e.quality + weight * e.cost)
+    best = best_of(evaluations, weight)
     return f"best quality {best.quality:.4g} at cost {best.cost:.4g}"
 
 

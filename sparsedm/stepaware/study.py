@@ -25,6 +25,7 @@ from sparsedm.stepaware.report import write_report
 from sparsedm.stepaware.search import (
     Evaluations,
     SearchOptions,
+    best_of,
     first_generation,
     front,
     proxy_optima,
@@ -149,7 +150,7 @@ def study(plan):
 def _study(plan):
     setting = _prepare(plan)
     tried = setting.evaluations("evaluations.jsonl", plan.count, plan.search.seed)
-    compared = _compared(setting, _evolved(setting, tried))
+    compared = _compared(setting, *_evolved(setting, tried))
     final = setting.evaluations("final.jsonl", plan.final_count, plan.search.seed + 1)
     rows = _rows(compared, tried, final)
     if plan.unit == "seconds":
@@ -197,6 +198,11 @@ class _Setting:
             return self.distance(self.draw(indices, count, seed)) if self.distance else self.proxy(indices)
 
         evaluations = Evaluations(measured, self.cost, self.plan.folder / file, self.plan.workers)
+        steps, networks = self.plan.steps, len(self.family.names)
+        for indices in evaluations.known:
+            if len(indices) != steps or not all(0 <= index < networks for index in indices):
+                rule = f"no strategy of {steps} steps and {networks} networks"
+                raise InputError(f"{evaluations.file} is damaged: {list(indices)} is {rule}")
         return evaluations
 
 
@@ -213,27 +219,28 @@ def _prepare(plan):
 
 
 def _evolved(setting, tried):
-    """The front of the search, at most eight Evaluations evenly spread along it."""
+    """(the front of the search, at most eight Evaluations evenly spread along it; with a weight, the best of all)."""
     plan, family = setting.plan, setting.family
     step_costs = np.outer(family.costs, samplers.evaluations(plan.sampler, plan.steps))
     room = max(0, plan.search.population - len(family.names)) // 2
     mixed = [found for found in proxy_optima(np.log(setting.losses), step_costs) if len(set(found)) > 1]
     start = _spread(mixed, room)
     every = search(tried, len(family.names), plan.steps, plan.search, start=start, progress=True)
-    return _spread(front(every), 8)
+    return _spread(front(every), 8), best_of(every, plan.search.weight)
 
 
-def _compared(setting, found):
-    """{group: {name: indices}} of all strategies in the table."""
+def _compared(setting, found, best):
+    """{group: {name: indices}} of all strategies in the table. best: an Evaluation or None."""
     plan, networks = setting.plan, len(setting.family.names)
     random = np.random.default_rng([plan.search.seed, 1])
     falling = tuple((np.arange(plan.steps) * networks // plan.steps).tolist())
+    named = {f"found {i}": e.indices for i, e in enumerate(found, 1) if len(set(e.indices)) > 1}
     return {
         "uniform": {name: (index,) * plan.steps for index, name in enumerate(setting.family.names)},
         "random": {f"random {i}": tuple(random.integers(networks, size=plan.steps).tolist()) for i in range(1, 5)},
         # the whole family in turn, in equal shares: the costliest network at low noise, or at high noise
         "by hand": {"costly last": falling[::-1], "costly first": falling},
-        "found": {f"found {i}": e.indices for i, e in enumerate(found, 1) if len(set(e.indices)) > 1},
+        "found": named | ({"best": best.indices} if best else {}),
     }
 
 

@@ -23,6 +23,7 @@ from sparsedm import diffusion
 from sparsedm.errors import InputError, Stopped
 from sparsedm.kernels.cpu import rules
 from sparsedm.model_files import describe
+from sparsedm.models.slimmable import SlimmableDDPM
 from sparsedm.sparsity import hold_masks
 from sparsedm.train import checkpoint, distributed, run_folder
 from sparsedm.train.data import batch, check_context
@@ -358,6 +359,8 @@ def check_data(model, images, validation):
     if narrow := {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}:
         dtype = str(narrow.pop()).removeprefix("torch.")
         raise InputError(f"{dtype} weights lose the small steps of a training: train model.float(), with amp='bf16'")
+    if isinstance(model, SlimmableDDPM) and model.width != 8:
+        raise InputError(f"the slimmable network is set to {model.width}/8 of its width: set_width(8) before training")
     config, classes = getattr(model, "config", None), classes_of(model)
     for found in filter(None, (images, validation)):
         shape = found.shape

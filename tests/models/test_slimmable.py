@@ -15,6 +15,8 @@ from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.models import build_model, model_config
 from sparsedm.models.ddpm import DDPM
 from sparsedm.sparsity import sparsify
+from sparsedm.train.data import ImageSet
+from sparsedm.train.loop import check_data
 from tests.models import references
 
 # unequal levels, attention in one of them, skips of other widths than x
@@ -210,3 +212,22 @@ def test_unknown_widths_are_refused():
     for use in (model.set_width, model.export):
         with pytest.raises(InputError, match="width 5/8: this network runs at 2/8, 4/8, 6/8, 8/8"):
             use(5)
+
+
+def test_a_network_that_is_set_to_a_narrow_width_is_not_trained():
+    """Its copies would train this width alone, and its file would not say so."""
+    model = build_model("slimmable-tiny", image_size=8, multipliers=(1, 2), attention=(4,))
+    images = ImageSet(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), None, (), "zeros")
+    check_data(model, images, None)
+    model.set_width(4)
+    with pytest.raises(InputError, match=r"set to 4/8 of its width: set_width\(8\) before training"):
+        check_data(model, images, None)
+
+
+def test_inspect_counts_the_width_that_is_set():
+    model = build_model("slimmable-tiny").eval()
+    sparsify(model, "2:4")
+    with model.at_width(4):
+        assert inspect(model).totals() == inspect(model.export(4)).totals()
+        assert inspect(model).totals()["macs"] > 0
+    assert inspect(model).totals()["macs"] > 2 * inspect(model.export(4)).totals()["macs"]

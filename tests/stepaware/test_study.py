@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -343,7 +344,7 @@ def test_networks_are_chosen_or_left_out(chain, tmp_path):
 def finds(monkeypatch, *indices):
     """Let the search find these strategies."""
     found = [SimpleNamespace(indices=each) for each in indices]
-    monkeypatch.setattr(study_module, "_evolved", lambda setting, tried: found)
+    monkeypatch.setattr(study_module, "_evolved", lambda setting, tried: (found, None))
 
 
 def test_a_strategy_knows_how_it_was_found(chain, tmp_path, monkeypatch, numbers_alone):
@@ -515,3 +516,26 @@ def test_networks_run_in_bf16_on_a_gpu_and_in_the_dtype_of_their_weights_on_a_cp
 def test_workers_change_no_bit_of_what_is_measured(chain, tmp_path, numbers_alone):
     rows = [study(plan(chain, tmp_path / str(workers), workers=workers))["rows"] for workers in (1, 3)]
     assert rows[0] == rows[1]
+
+
+def test_a_search_with_a_weight_reports_and_saves_its_best(chain, tmp_path):
+    weight = 1e-9
+    options = SearchOptions(population=8, generations=3, weight=weight, seed=3)
+    report = study(plan(chain, tmp_path / "out", quality="proxy", search=options, steps=6))
+    least = min(e["quality"] + weight * e["cost"] for e in report["tried"])
+    (best,) = (row for row in report["rows"] if row["strategy"] == "best")
+    assert best["group"] == "found"
+    assert best["quality"] + weight * best["cost"] == pytest.approx(least, rel=1e-12)
+    saved = json.loads((tmp_path / "out" / "strategies" / "best.json").read_text())
+    assert tuple(saved["indices"]) == best["indices"]
+    free = study(plan(chain, tmp_path / "free", quality="proxy"))
+    assert all(row["strategy"] != "best" for row in free["rows"])
+
+
+@pytest.mark.parametrize("indices", [[7, 0, 0], [0, -1, 0], [0, 0], [0, 0, 0, 0]], ids=str)
+def test_a_stored_strategy_of_another_family_is_named(chain, tmp_path, indices):
+    study(plan(chain, tmp_path, quality="proxy"))
+    with open(tmp_path / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps({"indices": indices, "quality": 1.0, "cost": 1.0, "seconds": 0.1}) + "\n")
+    with pytest.raises(InputError, match=rf"jsonl is damaged: {re.escape(str(indices))} is no strategy of 3 steps"):
+        study(plan(chain, tmp_path, quality="proxy"))
