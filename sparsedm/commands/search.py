@@ -58,7 +58,8 @@ def add_arguments(sub):
     sub.add_argument(
         "--weight",
         type=finite,
-        help="minimise quality + WEIGHT x cost of an image, in --unit; DDSM: 2e-10 / steps (default: the whole front)",
+        help="minimise quality + WEIGHT x cost of an image, in --unit; strategies/best.json is the least. DDSM: 2e-10 "
+        "/ steps (default: the whole front)",
     )
     sub.add_argument("--quality", choices=QUALITIES, default="frechet", help="quality to minimise together with cost")
     sub.add_argument("--unit", choices=UNITS, default="MACs", help="unit of cost; seconds are measured on this machine")
