@@ -21,7 +21,7 @@ from bench.experiments.plans import ACTIVATIONS, CALIBRATED, PRUNED, SMALL
 from bench.experiments.report import DISTANCE, FLIPS
 from bench.results import STAMPED, read_experiment, stamp, write_experiment
 from sparsedm import diffusion, evaluate
-from sparsedm.commands.options import dense_part, load_named
+from sparsedm.commands.options import dense_start
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import cache_folder
@@ -186,11 +186,7 @@ class Work:
         return self.bases[seed]
 
     def _given_base(self):
-        average, path = load_named(self.options, dense_part(self.init)), dense_part(self.init)
-        if average.kind != "dense":
-            raise InputError(f"--init {self.init}: {average.file} holds a {average.kind} network, not a dense one")
-        model = load_named(self.options, path, which="model").model.to(self.device)
-        ema = average.model.to(self.device)
+        model, ema = (network.to(self.device) for network in dense_start(self.options))
         x, y = batch(self.watched.to(self.device), torch.arange(len(self.watched)))
         with self.autocast:
             y = y if self.config["num_classes"] else None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sparsedm import evaluate, samplers
-from sparsedm.commands.options import add_crop, check_out, dense_part
+from sparsedm.commands.options import add_crop, check_dense, check_out, dense_part
 from sparsedm.commands.sample import add_sampling_arguments, autoencoder_of, beside, conditions_of, draw, source_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
@@ -49,19 +49,7 @@ def run(options):
     check_source(options.data, size=size)
     if options.features != "inception":  # which one process downloads
         load_features(options.features)
-    dense = None
-    if options.dense:
-        found = load_model(dense_part(options.dense), build_model, which=options.which)
-        dense = found.model
-        if found.kind != "dense":
-            raise InputError(f"--dense {options.dense}: {found.file} holds a {found.kind} network, not a dense one")
-        for name in ("channels", "image_size", "num_classes", "context_tokens"):
-            if getattr(dense.config, name, 0) != getattr(config, name, 0):
-                raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
-        try:
-            samplers.check(dense.config, source.sampler, source.steps)
-        except InputError as error:
-            raise InputError(f"--dense {options.dense}: {error}") from None
+    dense = _paired(options, source) if options.dense else None
     if options.dry_run:
         how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
         print(f"{options.count:,} samples of {source.words}, {how},")
@@ -108,3 +96,18 @@ def run(options):
     if report["rank_deficient"]:
         print(f"rank_deficient: {report['dimension']} images or fewer make a rough Fréchet distance: raise --count")
     print(f"written to {out}")
+
+
+def _paired(options, source):
+    """The network of --dense, whose samples from the same noise are compared with the model's."""
+    loaded = load_model(dense_part(options.dense), build_model, which=options.which)
+    check_dense(loaded, f"--dense {options.dense}")
+    config = loaded.model.config
+    for name in ("channels", "image_size", "num_classes", "context_tokens"):
+        if getattr(config, name, 0) != getattr(source.config, name, 0):
+            raise InputError(f"--dense {options.dense}: its {name} must equal the model's")
+    try:
+        samplers.check(config, source.sampler, source.steps)
+    except InputError as error:
+        raise InputError(f"--dense {options.dense}: {error}") from None
+    return loaded.model

@@ -144,6 +144,20 @@ def dense_part(run):
     return next(iter(sorted(Path(run).glob("[0-9][0-9]-*"))), Path(run))
 
 
+def check_dense(loaded, option):
+    """Raise InputError unless a network that was loaded for `option`, such as "--init FILE", is dense."""
+    if loaded.kind != "dense":
+        raise InputError(f"{option}: {loaded.file} holds a {loaded.kind} network, not a dense one")
+
+
+def dense_start(options):
+    """The dense network of --init: its weights, and its EMA weights."""
+    path = dense_part(options.init)
+    ema = load_named(options, path)
+    check_dense(ema, f"--init {options.init}")
+    return load_named(options, path, which="model").model, ema.model
+
+
 def load_named(options, path=None, which="ema"):
     """Load the model file or run folder of the command line. --model and --set describe a foreign file.
 

@@ -15,9 +15,8 @@ from sparsedm.commands.options import (
     add_seed_and_device,
     betas,
     count,
-    dense_part,
+    dense_start,
     finite,
-    load_named,
     whole,
 )
 from sparsedm.errors import InputError, TooLittleMemory
@@ -148,7 +147,7 @@ def _training(options, config):
 def run(options):
     torch.manual_seed(options.seed)
     if options.init:
-        model, ema = _dense_start(options)
+        model, ema = dense_start(options)
     else:
         model = build_model(
             options.model or "uvit-tiny", device="meta" if options.dry_run else None, **parse_overrides(options.set)
@@ -196,15 +195,6 @@ def run(options):
         loss = result.result.validation_loss
         print(f"{result.stage.name:<12} {result.stage.pattern:<6} validation loss {loss:.4f}   {result.folder}")
     print(f"curves: {folder / 'loss.png'}   next: sparsedm sample {folder}")
-
-
-def _dense_start(options):
-    """The dense network of --init: its weights and its EMA weights."""
-    path = dense_part(options.init)
-    loaded = load_named(options, path)
-    if loaded.kind != "dense":
-        raise InputError(f"--init {options.init}: {loaded.file} holds a {loaded.kind} network, not a dense one")
-    return load_named(options, path, which="model").model, loaded.model
 
 
 def _stages(options, ema):
@@ -276,19 +266,8 @@ def show_recipe(recipe, options, folder, classes=0):
 
 def show_plan(stages, training, model, folder, where=None):
     """Print what training would do, stage by stage; writes nothing. model: may live on the meta device."""
-    head = [
-        "stage",
-        "pattern",
-        "steps",
-        "done",
-        "lr",
-        "teacher",
-        "images",
-        "parameters",
-        "MACs",
-        "memory",
-        "checkpoints",
-    ]
+    head = ("stage", "pattern", "steps", "done", "lr", "teacher", "images")
+    head += ("parameters", "MACs", "memory", "checkpoints")
     rows = []
     for row in plan(stages, training, model, folder, where):
         macs = inspect(sparsify(copy.deepcopy(model), row["pattern"], where)).totals()["macs_after"]

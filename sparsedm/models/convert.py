@@ -347,6 +347,11 @@ def _from_original_ddpm(state):
     ups = {f"up.{i}.": f"up.{lowest - i}." for i in range(lowest + 1)}
     state = {ups.get(name[:5], name[:5]) + name[5:]: value for name, value in state.items()}
     state = rename_state(state, _ORIGINAL_DDPM)
+    return _flat_attention(state)
+
+
+def _flat_attention(state):
+    """The 1x1 convolutions of an attention as linear layers."""
     flat = [name for name in state if name.endswith((".qkv.weight", ".proj.weight")) and state[name].ndim == 4]
     return state | {name: state[name].flatten(1) for name in flat}
 
@@ -404,8 +409,7 @@ def _from_ddsm(state, file):
             found[f"{ours}.attns.{block}.qkv.{end}"] = torch.cat(qkv)
         elif part not in ("attn.proj_k", "attn.proj_v") and layer != "time_embedding.timembedding.0":
             raise InputError(f"{file} looks like DDSM's supernet, which has no {name}")
-    flat = [n for n in found if n.endswith((".qkv.weight", ".proj.weight")) and found[n].ndim == 4]
-    found |= {name: found[name].flatten(1) for name in flat}
+    found = _flat_attention(found)
     waves = found.get("time_embed.fc1.weight")
     return found | ({} if waves is None else {"time_embed.fc1.weight": torch.cat([waves[:, ::2], waves[:, 1::2]], 1)})
 

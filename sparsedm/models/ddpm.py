@@ -21,7 +21,7 @@ from torch import nn
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs
+from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs, labels_of
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,7 @@ class DDPM(nn.Module):
         Returns: noise, shape of x.
         Raises: InputError if a shape differs from the above, or labels are missing or not asked for.
         """
-        if y is None and self.config.num_classes and self.config.null_label:
-            y = torch.full(x.shape[:1], self.config.num_classes, device=x.device)
+        y = labels_of(self.config, x, y)
         check_shapes("DDPM", self.config, x, t, y)
         temb = self.time_embed(t)  # (B, 4 * width)
         if y is not None:

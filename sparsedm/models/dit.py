@@ -15,14 +15,13 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Linear
-from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs
-from sparsedm.models.uvit import PatchEmbed, timestep_embedding
+from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs, labels_of
+from sparsedm.models.uvit import PatchEmbed, timestep_embedding, unpatchify
 
 _TIME_FREQUENCIES = 256
 
@@ -211,8 +210,7 @@ class DiT(nn.Module):
         config = self.config
         if variance and not config.learn_sigma:
             raise InputError("this DiT has learnt no variance (learn_sigma=False)")
-        if y is None and config.num_classes and config.null_label:
-            y = torch.full(x.shape[:1], config.num_classes, device=x.device)
+        y = labels_of(config, x, y)
         check_shapes("DiT", config, x, t, y)
         c = self.t_embedder(t, self.pos_embed.dtype)
         if y is not None:
@@ -221,8 +219,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, c)
         x = self.final_layer(x, c)  # (B, patches, patch_size² * out_channels)
-        side, patch = config.image_size // config.patch_size, config.patch_size
-        x = rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, p1=patch, p2=patch)
+        x = unpatchify(x, config)
         return x if variance else x[:, : config.channels]
 
     def example_inputs(self, batch=1):

@@ -51,6 +51,13 @@ def check_shapes(kind, config, x, t, y, **others):
         raise InputError(f"{kind} input y is {str(y.dtype).removeprefix('torch.')}: labels are whole numbers, int64")
 
 
+def labels_of(config, x, y):
+    """y, or the null label for each image of x where a network that has one gets None."""
+    if y is None and config.num_classes and config.null_label:
+        return torch.full(x.shape[:1], config.num_classes, device=x.device)
+    return y
+
+
 def embed_labels(kind, config, table, y):
     """table(y). Raises InputError for a label that is not in the table, on a CPU; a GPU is not waited for."""
     if torch.compiler.is_compiling():

@@ -19,7 +19,7 @@ from sparsedm.diffusion import schedule_of
 from sparsedm.errors import InputError
 from sparsedm.kernels.attention import self_attention
 from sparsedm.layers import Conv2d, Linear
-from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs, ramp
+from sparsedm.models.inputs import Labelled, check_config, check_shapes, embed_labels, example_inputs, labels_of, ramp
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,12 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 
+def unpatchify(x, config):
+    """Patches (B, patches, patch_size**2 * C) as images (B, C, image_size, image_size)."""
+    side, patch = config.image_size // config.patch_size, config.patch_size
+    return rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, p1=patch, p2=patch)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads, bias):
         super().__init__()
@@ -196,8 +202,7 @@ class UViT(nn.Module):
         Raises: InputError if a shape differs from the above or a condition is missing or not asked for.
         """
         config = self.config
-        if y is None and config.num_classes and config.null_label:
-            y = torch.full(x.shape[:1], config.num_classes, device=x.device)
+        y = labels_of(config, x, y)
         if config.context_tokens and not config.num_classes and context is None:
             y, context = None, y
         context_shape = (x.shape[0], config.context_tokens, config.context_dim) if config.context_tokens else None
@@ -219,8 +224,7 @@ class UViT(nn.Module):
             x = block(x, skips.pop())
 
         x = self.decoder_pred(self.norm(x[:, config.extra_tokens :]))  # (B, patches, patch_size**2 * channels)
-        side, patch = config.image_size // config.patch_size, config.patch_size
-        x = rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=side, p1=patch, p2=patch)
+        x = unpatchify(x, config)
         x = self.final_layer(x)
         if not config.velocity:
             return x
