@@ -167,7 +167,7 @@ class Compressed(nn.Module):
         return layer
 
     def __getstate__(self):
-        return {**self.__dict__, "_prepacked": {}, "_cast": None}
+        return {**super().__getstate__(), "_prepacked": {}, "_cast": None}
 
     def extra_repr(self):
         return f"weight {self.weight_shape}, pattern={self.pattern} compressed, activation={self.activation}"

@@ -184,7 +184,7 @@ def _readable(what):
         raise InputError(f"{what} is damaged: it is not UTF-8 text") from error
 
 
-def parse_json(text, where, **kinds):
+def parse_json(text, where, *, infinities=False, **kinds):
     """The JSON value of `text`. kinds: if given, it must be an object with these names, each of its type.
 
     where: the source of the text, for the message. The type float allows any number. Refused, although Python reads
@@ -193,7 +193,11 @@ def parse_json(text, where, **kinds):
     """
     try:
         value = json.loads(
-            text, parse_constant=_refuse, parse_float=_finite, parse_int=_integer, object_pairs_hook=_object
+            text,
+            parse_constant=float if infinities else _refuse,
+            parse_float=_finite,
+            parse_int=_integer,
+            object_pairs_hook=_object,
         )
         _check_depth(value)
     except (ValueError, RecursionError, TypeError) as error:
@@ -237,9 +241,9 @@ def _check_depth(value):
     raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
 
 
-def read_json(file, **kinds):
-    """The value in a JSON file; see `parse_json`. Raises: InputError."""
-    return parse_json(read_text(file), file, **kinds)
+def read_json(file, *, infinities=False, **kinds):
+    """The value in a JSON file; see `parse_json`. infinities: read Python's words for them, too. Raises: InputError."""
+    return parse_json(read_text(file), file, infinities=infinities, **kinds)
 
 
 def read_json_lines(file, **kinds):

@@ -310,8 +310,11 @@ def _count(model, example_inputs, on_meta):
         shape = _weight_shape(layer)
         call = calls.setdefault(layer, _Calls())
         if isinstance(layer, nn.MultiheadAttention):
-            three = {**dict(zip(("query", "key", "value"), inputs)), **options}
-            projected = layer.embed_dim * sum(three[name].numel() for name in ("query", "key", "value"))
+            names = ("query", "key", "value")
+            three = {**dict(zip(names, inputs)), **options}
+            if not all(name in three for name in names):  # a subclass that takes other arguments
+                three = dict.fromkeys(names, next(x for x in (*inputs, *options.values()) if torch.is_tensor(x)))
+            projected = layer.embed_dim * sum(three[name].numel() for name in names)
             rows = three["query"].numel() // layer.embed_dim
             call.macs += projected
             out = calls.setdefault(layer.out_proj, _Calls())

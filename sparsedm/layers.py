@@ -85,7 +85,7 @@ class Masked:
         self.dense_reason = "no pattern was set"
         self.rule = STE
         self.register_buffer("mask", None)
-        self._held = None  # (the weight, its Selection) inside `hold_masks`
+        self._held = None  # (the weight, its Selection, the block) inside `hold_masks`
         self._hooked = None  # (the weight whose hook adds the decay,)
         self._decayed = None  # (the weight whose decay a MaskedAdamW adds, a token of this optimizer)
         self._known = id(self.weight), self.weight.dtype  # when it was set, got a pattern, or its last cast ended
@@ -98,6 +98,8 @@ class Masked:
         super().register_parameter(name, param)
         if name == "weight" and param is not None:
             self._known = id(param), param.dtype
+            if "rule" in self.__dict__ and self.rule.decay:  # compiled code cannot hook it later
+                self.hook_decay()
 
     def set_pattern(self, pattern: str | Pattern | None) -> None:
         """Set the pattern, or None for dense. Raises InputError if the input axis is not a multiple of the group."""
@@ -123,7 +125,8 @@ class Masked:
         A frozen mask is a buffer. An average of buffers (`AveragedModel(use_buffers=True)` with an EMA function) unites
         masks that differ and keeps too many weights: copy the buffers instead (`use_buffers=False`).
         """
-        self.mask = self.current_mask().clone() if frozen else None
+        with torch.inference_mode(False):  # a backward may need it
+            self.mask = self.current_mask().clone() if frozen else None
         self._held, self._cast_froze = None, False
 
     def current_mask(self) -> torch.Tensor:
@@ -200,10 +203,9 @@ class Masked:
         hook = _decay_of(weight)  # sought every time: `swap_tensors` leaves the hooks, which then are never called
         if hook is None or hook.place != weight._cdata:
             weight._backward_hooks = None if hook else weight._backward_hooks  # or torch thinks that it knows them
-            hook = _Decay(self, weight._cdata)
+            hook = _Decay(weight._cdata)
             weight.register_hook(hook)
-        elif not hook.acts(hook.layer):
-            hook.layer = self  # the other layer of a tied weight became dense
+        hook.take(self)
         if self._known[0] == id(weight):  # else `functional_call` lends it: a compiled graph adds its decay itself
             self._hooked = (weight,)
         return hook
@@ -250,6 +252,8 @@ class Masked:
                 warnings.warn(f"the cast to {after} {FROZEN} (or sparsify after the cast)", stacklevel=3)
         super()._apply(fn, recurse)
         self._held, self._known = None, (id(self.weight), self.weight.dtype)
+        if self.rule.decay:  # a new weight, or one whose hooks were swapped away
+            self.hook_decay()
         if self.mask is not None:
             self.mask = self.mask.bool()  # `module.type(dtype)` also casts masks
         return self
@@ -262,13 +266,18 @@ class Masked:
         return fn(self.weight.detach().new_empty(0, dtype=known)).dtype == dtype  # else its .data was replaced before
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self._cast_froze = self._cast_froze and f"{prefix}mask" not in state_dict
+        if self._cast_froze and f"{prefix}weight" in state_dict:  # that mask was of the weight which is replaced
+            self.mask = self.mask if f"{prefix}mask" in state_dict else None
+            self._cast_froze = False
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.rule.decay:
+            self.hook_decay()
         given, weight = state_dict.get(f"{prefix}weight"), self.weight
-        moves = self.pattern is not None and self.mask is None and not weight.is_meta
-        if not moves or not isinstance(given, torch.Tensor) or is_sharded(given) or given.shape != weight.shape:
+        moves = self.pattern is not None and self.mask is None and isinstance(given, torch.Tensor)
+        if not moves or weight.is_meta or given.is_meta or is_sharded(given) or given.shape != weight.shape:
             return
-        if given.is_floating_point() and _narrows(given.dtype, weight.dtype):  # a cast, but of the loaded weight
+        rounded = given.is_floating_point() and _narrows(given.dtype, weight.dtype)  # a cast, but of the loaded weight
+        if rounded and not given.isnan().any():
             self.mask = select_mask(given.detach(), self.pattern, name=f"{prefix}weight").mask.to(weight.device)
             self._held, self._cast_froze = None, True
             if self.training:
@@ -290,7 +299,7 @@ class Masked:
         self.mask = other.mask.clone()
 
     def __getstate__(self):
-        return {**self.__dict__, "_held": None, "_hooked": None, "_decayed": None}  # a copy is another layer
+        return {**super().__getstate__(), "_held": None, "_hooked": None, "_decayed": None}  # a copy is another layer
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -340,13 +349,20 @@ class _Decay:
     """A hook on a weight: adds decay * (1 - m) * w to its gradient.
 
     The rule is that of the layer whose forward this backward passes. In a compiled graph no layer notes itself: then
-    the rule is that of the first layer, if the weight is still its weight.
+    the rule is that of the last layer that hooked the weight and still has it, and a pattern.
     """
 
-    def __init__(self, layer, place):
-        self.layer, self.place = layer, place  # place: of the tensor behind the weight
+    __torch_unserializable__ = True  # another process hooks its own
+
+    def __init__(self, place):
+        self.layers = []  # weak references, the latest first
+        self.place = place  # of the tensor behind the weight
         self.used = None, None, None  # number of a backward, layer, weight: under functional_call not the layer's own
         self.left = None  # number of a backward that adds the decay to a weight which is computed from this one
+
+    def take(self, layer):
+        if not self.layers or self.layers[0]() is not layer:
+            self.layers = [weakref.ref(layer), *(known for known in self.layers if known() not in (None, layer))]
 
     def acts(self, layer, lent=False):
         return layer.pattern is not None and layer.rule.decay != 0.0 and (lent or not layer._is_decayed())
@@ -363,9 +379,12 @@ class _Decay:
         if self.left == now:
             return None
         if backward != now:
-            layer, weight = self.layer, self.layer.weight
-            if _decay_of(weight) is not self:
+            living = (known() for known in self.layers)
+            mine = (la for la in living if la is not None and _decay_of(la.weight) is self and self.acts(la))
+            layer = next(mine, None)
+            if layer is None:
                 return None
+            weight = layer.weight
         if not self.acts(layer, lent=weight is not layer.weight):
             return None
         mask = layer.mask

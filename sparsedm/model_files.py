@@ -167,7 +167,9 @@ def load_model(
         advice = "name one (--model; in Python config=, which build gets)"
         raise InputError(f"{file} does not say what model it holds{why}: {advice}")
     model = build(config)
-    if isinstance(model, nn.Module) and _inside(model):
+    if not isinstance(model, nn.Module):
+        raise InputError(f"build gave a {type(model).__name__}, which is no model: an nn.Module is needed")
+    if _inside(model):
         raise InputError(f"build gave a {type(model).__name__}: load into the network itself, and wrap it afterwards")
     if not description and tensors.keys() != (names := model.state_dict().keys()):
         found = one_network(tensors)[0]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -86,6 +87,9 @@ class MaskedAdamW(torch.optim.AdamW):
         for name, value in others.items():
             if value or name not in _REFUSED:
                 raise InputError(f"MaskedAdamW has no {name}={value!r}: {_REFUSED.get(name, 'it is no option of it')}")
+        if sys._getframe(1).f_globals.get("__name__", "").endswith("zero_redundancy_optimizer"):
+            why = "it takes over the decay of the weights that it has, and in ZeRO each process has others"
+            raise InputError(f"MaskedAdamW cannot be used by a ZeroRedundancyOptimizer: {why}; use torch.optim.AdamW")
         models = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
         if not all(isinstance(one, nn.Module) for one in models):
             raise InputError(f"model={model!r}: must be a module, or several")

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import math
 import re
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from numbers import Number
 
@@ -184,7 +185,8 @@ def sparsify(
         if reasons[name]:
             module.dense_reason = reasons[name]
         elif calibrate is not None:
-            module.mask = calibrated[module]
+            with torch.inference_mode(False):  # a backward may need it
+                module.mask = calibrated[module].clone()
     for module in model.modules():
         if hasattr(type(module), "fuse_projections"):  # diffusers: copies the weights of q, k and v into a plain layer
             vars(module).pop("fuse_projections", None)
@@ -312,6 +314,15 @@ def masks(model):
     return {name: layer.current_mask() for name, layer in masked_layers(model)}
 
 
+class _Block:
+    """A block of `hold_masks`. Blocks of several threads may close in any order."""
+
+    open = True
+
+
+_HOLDING = threading.Lock()
+
+
 @contextlib.contextmanager
 def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iterator[None]:
     """Select the masks once, now, and use them in every forward of the block.
@@ -340,12 +351,14 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
             raise InputError(f"the weight of {name} is sharded: its mask can be selected only inside a forward")
     compressed = {m: name for m, name in modules.items() if isinstance(m, Compressed)}
     dtypes = {layer: product_dtype(layer.weight) for layer in names}
-    outer = {layer: layer._held for layer in names}
     with torch.inference_mode(False):  # a backward may need the masks, too
         selected = select_all(dtypes, names) if optimizer is None else optimizer.selected(dtypes, names)
-    held = {layer: (one.weight, one.selection) for layer, one in selected.items()}
-    for layer, mine in held.items():
-        layer._held = mine
+    block = _Block()
+    held = {layer: (one.weight, one.selection, block) for layer, one in selected.items()}
+    with _HOLDING:
+        outer = {layer: layer._held for layer in held}
+        for layer, mine in held.items():
+            layer._held = mine
     closed = None
     try:
         with contextlib.ExitStack() as stack:
@@ -356,8 +369,11 @@ def hold_masks(*models: nn.Module, optimizer: MaskedAdamW | None = None) -> Iter
             except GeneratorExit as error:  # the block is in a generator, which ends early and not by an error
                 closed = error
     finally:
-        for layer, mine in held.items():
-            layer._held = outer[layer] if layer._held is mine else None  # else a new pattern made outer stale
+        with _HOLDING:
+            block.open = False
+            for layer, mine in held.items():
+                left = outer[layer] if layer._held is mine else layer._held  # None: a new pattern made outer stale
+                layer._held = left if left and left[2].open else None
     if optimizer is None:
         check_unchanged(selected, names)
     else:

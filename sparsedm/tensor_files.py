@@ -77,6 +77,11 @@ def write_shards(file, tensors, header, shard_bytes):
     return index
 
 
+def is_index(name):
+    """Whether a file of this name lists shards: X.index.json, or X.index.fp16.json as diffusers writes it."""
+    return re.search(r"\.index(\.\w+)?\.json$", name) is not None
+
+
 def read_tensors(file, weights="average"):
     """(tensors by name, header) of a .safetensors file, an index of shards, or a foreign file.
 
@@ -87,7 +92,7 @@ def read_tensors(file, weights="average"):
     file = Path(file)
     check_memory(regular_file(file).stat().st_size, f"reading {file}")
     try:
-        if file.name.endswith(INDEX):
+        if is_index(file.name):
             return _read_shards(file)
         if file.suffix not in (".pth", ".pt", ".th", ".bin", ".ckpt"):
             with safe_open(file, "pt") as opened:
@@ -215,7 +220,7 @@ def _read_shards(index):
     if not places or not all(isinstance(place, str) for place in places.values()):
         raise InputError(f"{index} is damaged: it must map each tensor to its file under weight_map")
     shards = sorted({Path(place).name for place in places.values()})  # only files beside the index
-    if any(shard.endswith(INDEX) for shard in shards):
+    if any(map(is_index, shards)):
         raise InputError(f"{index} is damaged: it names an index as a file of tensors")
     tensors = {}
     for shard in shards:

@@ -1,8 +1,10 @@
 """What a copy of a model takes along, and the functions that are refused because it would not."""
 
 import collections
+import copy
 import dataclasses
 import functools
+import pickle
 import threading
 import types
 import weakref
@@ -277,3 +279,21 @@ def test_what_a_copy_takes_along_is_no_reason_to_refuse():
     assert torch.equal(small(x), expected)
     compiled = torch.compile(sparsify(Small(), "2:4"), backend="eager")
     assert isinstance(compress(compiled).head, CompressedLinear)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_copy_of_a_compiled_layer_runs_its_own_weights(compressed):
+    model = sparsify(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), "2:4").eval()
+    model = compress(model) if compressed else model
+    for layer in (model[0], model[2]):
+        layer.compile(backend="eager")
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        expected = model(x)
+        copied, sent = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+        for other in (copied, sent):
+            torch.testing.assert_close(other(x), expected)
+    if not compressed:
+        compress(model)

@@ -336,9 +336,9 @@ def test_too_few_images_for_the_dimension_are_flagged(count, reference_count, de
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(images=images(1)), "1 generated and 9 real images to compare them with: .* at least 4 of both are needed"),
-        (dict(images=images(0)), "0 generated and 9 real images to compare them with: .* at least 4 of both are needed"),
-        (dict(images=images(3)), "3 generated and 9 real images to compare them with: .* at least 4 of both are needed"),
+        (dict(images=images(1)), "1 generated and 9 real images to .* at least 4 of both are needed"),
+        (dict(images=images(0)), "0 generated and 9 real images to .* at least 4 of both are needed"),
+        (dict(images=images(3)), "3 generated and 9 real images to .* at least 4 of both are needed"),
         (dict(images=torch.full((9, 3, 16, 16), math.nan)), "9 of the 9 images hold NaN"),
         (dict(images=images(9, size=8)), r"the images are \(3, 8, 8\), but the reference images \(3, 16, 16\)"),
         (dict(paired=images(8)), r"SSIM compares pairs, but the shapes are \(9, 3, 16, 16\) and \(8, 3, 16, 16\)"),

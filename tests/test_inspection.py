@@ -359,6 +359,27 @@ def test_attention_over_another_sequence_is_counted_however_it_is_called(call, o
     assert totals["macs_with_attention"] - totals["macs"] == 2 * 5 * keys * 16
 
 
+@pytest.mark.parametrize("call", [lambda a, x: a(x), lambda a, x: a(image=x)])
+def test_a_subclass_of_attention_with_arguments_of_its_own_is_counted(call):
+    class SelfAttention(nn.MultiheadAttention):
+        def forward(self, image):
+            return super().forward(image, image, image, need_weights=False)
+
+    attention = SelfAttention(16, 2, batch_first=True)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return call(self.attention, x)[0]
+
+    totals = inspect(Model(), (torch.zeros(1, 5, 16),)).totals()
+    assert totals["macs"] == 4 * 5 * 16 * 16
+    assert totals["macs_with_attention"] - totals["macs"] == 2 * 5 * 5 * 16
+
+
 def test_layers_that_are_not_ours_to_mask_are_listed_with_the_reason():
     class Quantised(nn.Module):  # as quantisation libraries write them: sizes, and no weight of their own
         in_features, out_features = 8, 4

@@ -426,10 +426,73 @@ def test_loading_a_weight_of_more_bits_keeps_its_mask_as_a_cast_does():
         narrow.load_state_dict(wide.state_dict())
     assert torch.equal(narrow.current_mask(), wide.current_mask())
     assert not torch.equal(narrow.current_mask(), select_mask_ref(narrow.weight, wide.pattern)), "rounding changed it"
-    narrow.freeze_mask(False)
+    narrow.eval()
+    for strict in (True, False):
+        other = Linear(256, 64, pattern="2:4")
+        narrow.load_state_dict(other.state_dict(), strict=strict)
+        assert torch.equal(narrow.current_mask(), other.current_mask()), "the mask of the weight that was loaded last"
     narrow.load_state_dict(Linear(256, 64).bfloat16().state_dict())
     assert narrow.mask is None
     taken = Linear(256, 64, pattern="2:4").bfloat16()
     taken.freeze_mask(False)
     taken.load_state_dict(wide.state_dict(), assign=True)
     assert taken.mask is None, "it holds the loaded weight itself"
+
+
+def _swapped(model):
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            torch.utils.swap_tensors(layer.weight, nn.Parameter(layer.weight.detach().clone()))
+            layer.load_state_dict(layer.state_dict())
+
+
+REPLACED = {
+    "double": lambda model: model.double().float(),
+    "a new parameter": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach().clone())),
+    "assigned": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "from meta": lambda model: (
+        kept := {k: v.clone() for k, v in model.state_dict().items()},
+        model.to("meta").to_empty(device="cpu").load_state_dict(kept),
+    ),
+    "swapped and loaded": _swapped,
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_weight_that_was_replaced_decays_once_for_each_backward(name, swap, compiled):
+    model = nn.Sequential(Linear(16, 16, bias=False, pattern="2:4"))
+    set_masking(model, decay=0.5)
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        REPLACED[name](model)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    x, layer = torch.randn(4, 16), model[0]
+
+    def thrice(x):
+        return model(model(model(x))).sum()
+
+    (torch.compile(thrice, backend="aot_eager") if compiled else thrice)(x).backward()
+    found, plain = layer.weight.grad, nn.Parameter(layer.masked_weight())
+    F.linear(F.linear(F.linear(x, plain), plain), plain).sum().backward()
+    torch.testing.assert_close(found, plain.grad + 0.5 * (layer.weight.detach() - layer.masked_weight()))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", ["dense", "gone"])
+def test_a_tied_weight_decays_when_the_first_of_its_layers_is_dense_or_gone(how, compiled):
+    first, second = (Linear(16, 16, bias=False, pattern="2:4") for _ in range(2))
+    second.weight = first.weight
+    model = nn.ModuleList([first, second])
+    set_masking(model, decay=0.5)
+    if how == "dense":
+        first.set_pattern(None)
+    else:
+        model[0] = nn.Identity()
+        set_masking(model, decay=1.0)
+    x = torch.randn(4, 16)
+    (torch.compile(second, backend="aot_eager") if compiled else second)(x).sum().backward()
+    pruned = second.weight.detach() - second.masked_weight()
+    torch.testing.assert_close(second.weight.grad, x.sum(0).expand(16, 16) + (0.5 if how == "dense" else 1.0) * pruned)

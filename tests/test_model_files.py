@@ -408,3 +408,11 @@ def test_a_network_built_in_fewer_bits_has_the_masks_of_the_file(dtype, tmp_path
     assert loaded[0].mask is None, "as after a cast, the mask moves again"
     exact = load(lambda config: nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)).double()).model
     assert exact[0].mask is None, "nothing was rounded"
+
+
+@pytest.mark.parametrize("kind", ["dense", "masked"])
+@pytest.mark.parametrize("thing", [None, nn.Linear])
+def test_what_is_built_must_be_a_model(thing, kind, tmp_path):
+    save_model(tmp_path / "a.safetensors", network(kind))
+    with pytest.raises(InputError, match=f"build gave a {type(thing).__name__}, which is no model"):
+        load_model(tmp_path / "a.safetensors", lambda config: thing)

@@ -525,3 +525,13 @@ def test_refusals(make, message):
     with pytest.raises(InputError, match=message):
         make(network)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_in_zero_each_process_would_own_a_part_of_the_decay():
+    def construct(model):
+        return MaskedAdamW(model.parameters(), model=model)
+
+    globals_of_zero = {"__name__": "torch.distributed.optim.zero_redundancy_optimizer", "MaskedAdamW": MaskedAdamW}
+    in_zero = type(construct)(construct.__code__, globals_of_zero)
+    with pytest.raises(InputError, match="MaskedAdamW cannot be used by a ZeroRedundancyOptimizer"):
+        in_zero(sparsify(nn.Linear(16, 8), "2:4"))

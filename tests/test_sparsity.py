@@ -5,6 +5,7 @@ import collections
 import copy
 import io
 import queue
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.utils.prune
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparsedm import selections
+from sparsedm import selections, sparsity
 from sparsedm.compression import bake, compress
 from sparsedm.errors import InputError
 from sparsedm.inspection import inspect
@@ -537,3 +538,59 @@ def test_a_report_from_another_gpu_than_the_current_one_is_waited_for(monkeypatc
     arrived.append(True)
     with pytest.raises(InputError, match="the weight of fc1 was changed"):
         selections.raise_flagged(flags, ["fc1"], selections.CHANGED)
+
+
+def test_a_block_in_another_thread_that_ends_later_restores_no_mask_of_a_block_that_is_closed(monkeypatch):
+    model = sparsify(nn.Sequential(nn.Linear(64, 64)), "2:4")
+    inside, go, select = threading.Event(), threading.Event(), sparsity.select_all
+
+    def slow(*arguments):
+        found = select(*arguments)
+        if threading.current_thread() is other:
+            inside.set()
+            assert go.wait(60)
+        return found
+
+    def block():
+        with hold_masks(model):
+            pass
+
+    monkeypatch.setattr(sparsity, "select_all", slow)
+    other = threading.Thread(target=block)
+    with hold_masks(model):
+        other.start()
+        assert inside.wait(60)
+    go.set()
+    other.join()
+    assert model[0]._held is None
+
+    monkeypatch.undo()
+
+    def later():
+        with hold_masks(model):
+            inside.set()
+            assert go.wait(60)
+
+    inside.clear()
+    go.clear()
+    other = threading.Thread(target=later)
+    with hold_masks(model):
+        other.start()
+        assert inside.wait(60)
+        mine = model[0]._held
+    assert model[0]._held is mine, "the other block is open"
+    go.set()
+    other.join()
+    assert model[0]._held is None
+
+
+def test_a_mask_frozen_in_inference_mode_can_be_trained_with():
+    layer = sparsify(nn.Linear(16, 8), "2:4")
+    with torch.inference_mode():
+        layer.freeze_mask()
+    set_masking(layer, dropped=0.0)
+    layer(torch.randn(2, 16)).sum().backward()
+    with torch.inference_mode():
+        sparsify(layer, "2:4", calibrate=[torch.randn(2, 16)])
+    set_masking(layer, dropped=0.0)
+    layer(torch.randn(2, 16)).sum().backward()

@@ -44,7 +44,8 @@ def run(options):
     size = config.image_size * (autoencoder.factor if autoencoder else 1)
     shape = (3 if autoencoder else config.channels, size, size)
     out = Path(options.out or beside(options.run) / "evaluation.json")
-    check_out(out, options.run, options.strategy, options.context, options.data, options.features, options.dense)
+    names = ("run", "data", "dense", "features", "strategy", "context", "vae")
+    check_out(out, *(getattr(options, name) for name in names))
     evaluate.check_sets(shape, options.count, shape, options.count)
     check_source(options.data, size=size)
     if options.features != "inception":  # which one process downloads

@@ -20,6 +20,7 @@ from sparsedm.train.image_files import CROPS
 
 MOST = 2**31 - 1  # of anything that is counted
 LARGEST = torch.finfo(torch.float32).max  # of a number that networks compute with
+READ = {"options.json", "state.json", "metrics.jsonl", "dataset.json", "config.json"}  # by name, in runs, data, models
 RESERVE = 40  # seconds of --minutes for the work after the deadline: a checkpoint, a record, the report
 
 
@@ -125,11 +126,17 @@ def deadline_of(minutes):
 
 
 def check_out(out, *inputs):
-    """Raise InputError if `out` cannot be written, or is one of `inputs`: files that the command reads, or None."""
+    """Raise InputError if `out` cannot be written, or is one of `inputs`, or a part of them that is read later.
+
+    inputs: files or folders that the command reads, or names that are neither, or None.
+    """
     check_writable(out)
+    out_path = Path(os.path.realpath(out))
     for given in filter(None, inputs):
-        if os.path.realpath(os.path.expanduser(given)) == os.path.realpath(out):
-            raise InputError(f"{out} is read by this command: write to another file")
+        source = Path(os.path.realpath(os.path.expanduser(given)))
+        inside = out_path.relative_to(source).parts if out_path.is_relative_to(source) else None
+        if inside is not None and (not inside or inside[-1] in READ or "checkpoints" in inside):
+            raise InputError(f"{out} is read by this command, or later: write to another file")
 
 
 def picture_name(path):

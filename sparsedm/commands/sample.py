@@ -210,7 +210,7 @@ def run(options):
         if source.compressed:
             raise InputError(f"--compress: {source.words} is compressed already: leave the option out")
         source = _compressed(source, options.strategy is None)
-    check_out(out, options.run, options.strategy, options.context)
+    check_out(out, options.run, options.strategy, options.context, options.vae)
     with distributed.process_group(options.device):
         start = time.perf_counter()
         images = draw(source, conditions, options)

@@ -136,7 +136,7 @@ _SCHEDULER_DEFAULTS = {"prediction_type": "epsilon", "trained_betas": None, "res
 
 def _check_scheduler(file):
     """Raise InputError if the scheduler of a diffusers pipeline has another noise schedule or target than DDPM's."""
-    options = read_json(file)
+    options = read_json(file, infinities=True)  # diffusers writes -Infinity for the least λ of its DPM-Solvers
     if not isinstance(options, dict):
         raise InputError(f"{file} is damaged: it must be an object")
     wanted = _SCHEDULER | _SCHEDULER_DEFAULTS
@@ -173,7 +173,8 @@ def _diffusers_folder(folder, weights):
     if schedulers:
         _check_scheduler(schedulers[0])
     stem = "diffusion_pytorch_model"
-    names = [f"{stem}{kind}.safetensors{index}" for kind in ("", ".fp16") for index in ("", INDEX)] + [f"{stem}.bin"]
+    names = [f"{stem}.safetensors", f"{stem}.safetensors{INDEX}"]
+    names += [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.bin"]
     file = next((inner / name for name in names if (inner / name).exists()), None)
     if file is None:
         raise InputError(f"{inner} holds none of {', '.join(names)}")

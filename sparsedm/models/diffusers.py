@@ -44,6 +44,10 @@ class Format(NamedTuple):
 
 
 def _ddpm_options(config):
+    if config.ddsm:
+        raise InputError(
+            f"ddsm={config.ddsm}: a network that computes as DDSM's code does is no UNet2DModel of this kind"
+        )
     attend = ["Attn" if resolution in config.attention else "" for resolution in config.resolutions]
     return FORMATS["ddpm"].fixed | {
         "sample_size": config.image_size,
@@ -221,6 +225,11 @@ def config_to_diffusers(config):
     return _format(config).to_options(config)
 
 
+_OF_EMA = {  # what diffusers' EMAModel stores among the options of the network
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+}  # fmt: skip
+
+
 def config_from_diffusers(options):
     """The config.json of a UNet2DModel, DiTTransformer2DModel or Transformer2DModel, as a dict -> our configuration.
 
@@ -245,7 +254,7 @@ def config_from_diffusers(options):
     expected = form.fixed | form.to_options(config)
     for key, value in options.items():
         # Transformer2DModel also stores all options that it does not use
-        if key not in expected and key not in form.ignored and value not in (None, False):
+        if key not in expected and key not in form.ignored | _OF_EMA and value not in (None, False):
             raise InputError(f"diffusers option {key}={value!r}: {ours} knows no such option")
         if key in expected and key not in form.ignored and value != expected[key]:
             raise InputError(f"diffusers option {key}={value!r}: {ours} would need {expected[key]!r}")

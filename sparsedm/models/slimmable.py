@@ -153,7 +153,8 @@ class SlimmableDDPM(DDPM):
         network.load_state_dict(weights, assign=True)
         for name, layer in masked_layers(self):
             narrow = network.get_submodule(name)
-            if not invalid_because(narrow.weight, layer.pattern) and holds(group_view(narrow.weight), layer.pattern):
+            fits = not invalid_because(narrow.weight, layer.pattern)
+            if fits and (narrow.weight.is_meta or holds(group_view(narrow.weight), layer.pattern)):
                 narrow.set_pattern(layer.pattern)
         return network.train(self.training)
 

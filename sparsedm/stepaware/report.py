@@ -6,8 +6,9 @@ from sparsedm.files import write_json, write_text
 from sparsedm.plots import COLOURS, GREY, picture, table
 
 NOTE = """\
-found: the front of the search. The search used one set of noises; the table measures all strategies on another set. So
-it shows the real gain of the search. One seed, no error bars."""
+found: the front of the search; best: the least of quality + weight x cost, if a weight was given. The search used one
+set of noises; the table measures all strategies on another set. So it shows the real gain of the search. One seed, no
+error bars."""
 MARKS = {"uniform": "s", "random": "x", "by hand": "^", "found": "o"}
 
 

@@ -262,7 +262,12 @@ def _clocked(setting, rows):
     """
     file, distinct = setting.plan.folder / "clock.json", sorted({row["indices"] for row in rows})
     asked = {"indices": [list(indices) for indices in distinct], "machine": setting.plan.machine()}
-    if not file.exists() or {name: read_json(file).get(name) for name in asked} != asked:
+    rule = f"it must hold a time for each of {len(distinct)} strategies; remove it, and all are timed anew"
+    try:
+        known = read_json(file, indices=list, machine=str, seconds=list) if file.exists() else {}
+    except InputError as error:
+        raise InputError(f"{error}: {rule}") from None
+    if {name: known.get(name) for name in asked} != asked:
 
         def drawn(strategy):
             setting.plan.check_time(f"all strategies of the search in {setting.plan.folder}, which are timed anew")
@@ -273,7 +278,6 @@ def _clocked(setting, rows):
         write_json(file, asked | {"seconds": seconds})
     seconds = read_json(file, seconds=list)["seconds"]
     if len(seconds) != len(distinct) or not all(type(each) in (int, float) and each > 0 for each in seconds):
-        rule = f"it must hold a time for each of {len(distinct)} strategies; remove it, and all are timed anew"
         raise InputError(f"{file} is damaged: {rule}")
     clock = dict(zip(distinct, seconds, strict=True))
     return [row | {"clock": clock[row["indices"]]} for row in rows]
@@ -285,7 +289,7 @@ def _save_strategies(setting, found):
     files = {folder / f"{name.replace(' ', '-')}.json": indices for name, indices in found.items()}
     for file, indices in files.items():
         setting.strategy(indices).save(file)
-    for file in set(folder.glob("found-*.json")) - set(files):
+    for file in {*folder.glob("found-*.json"), *folder.glob("best.json")} - set(files):
         file.unlink()
 
 
@@ -295,6 +299,7 @@ def _report(setting, tried, final, rows):
     dearest = next(row for row in rows if set(row["indices"]) == {0})
     return {
         **plan.facts(family),
+        "weight": plan.search.weight,
         "family": family.name,
         "names": family.names,
         "costs": family.costs,

@@ -23,6 +23,8 @@ from sparsedm.files import read_json, write_json, writing
 from sparsedm.model_files import checkpoints, read_state
 from sparsedm.plots import printable
 
+KINDS = {"stages", "stage", "experiment", "networks"}  # each is an option of chains, their stages, studies or searches
+
 
 @contextlib.contextmanager
 def lock(folder):
@@ -116,7 +118,8 @@ def claim(folder, record, free=(), classes=(), may_grow=None, started=True):
     if printable(folder) != str(folder):
         raise InputError(f"the name of the run folder {folder} is not UTF-8: safetensors cannot read files in it")
     stored = stored_options(folder) if file.exists() else {}
-    if stored and not started and not stored.keys() & record.keys():
+    alike = [KINDS & options.keys() for options in (stored, record)]
+    if stored and not started and (alike[0] != alike[1] or not stored.keys() & record.keys()):
         raise InputError(f"{file} holds no options of such a run: choose another folder")
     if not (started and stored):
         write_json(file, record)

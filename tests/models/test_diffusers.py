@@ -7,6 +7,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.models import build_model, model_config
+from sparsedm.models.convert import read_foreign
 from sparsedm.models.ddpm import PRESETS
 from sparsedm.models.diffusers import config_from_diffusers, config_to_diffusers, from_diffusers, to_diffusers
 from sparsedm.models.dit import PRESETS as DIT_PRESETS
@@ -316,3 +317,40 @@ def test_defaults_of_diffusers_are_still_what_we_say():
     theirs = diffusers.UNet2DModel(**{name: value for name, value in CIFAR10_CONFIG.items() if name[0] != "_"})
     assert {key: tuple(value.shape) for key, value in theirs.state_dict().items()} == cifar10_shapes()
     assert config_from_diffusers(dict(theirs.config)) == config_from_diffusers(CIFAR10_CONFIG)
+
+
+def test_a_network_of_ddsms_code_is_not_written_as_another_one():
+    with pytest.raises(InputError, match="ddsm=32: a network that computes as DDSM's code does"):
+        config_to_diffusers(model_config("ddpm-tiny", ddsm=32))
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"])
+def test_a_pipeline_with_a_solver_that_stores_an_infinity_is_read(name, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    config = model_config("ddpm-tiny", image_size=16)
+    pipeline = diffusers.DDPMPipeline(diffusers.UNet2DModel(**config_to_diffusers(config)), diffusers.DDPMScheduler())
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path)
+    assert "-Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    assert read_foreign(tmp_path)
+
+
+def test_the_average_that_diffusers_own_script_leaves_is_read(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DModel(**config_to_diffusers(model_config("ddpm-tiny", image_size=16)))
+    settings = {"decay": 0.9999, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+    average = diffusers.training_utils.EMAModel(
+        model.parameters(), **settings, model_cls=diffusers.UNet2DModel, model_config=model.config
+    )
+    average.step(model.parameters())
+    model.save_pretrained(tmp_path / "unet")
+    average.save_pretrained(tmp_path / "unet_ema")
+    assert read_foreign(tmp_path)
+
+
+def test_shards_in_fp16_are_read_under_the_name_that_diffusers_gives_them(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DModel(**config_to_diffusers(model_config("ddpm-tiny", image_size=16)))
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size="200KB")
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json").exists()
+    assert read_foreign(tmp_path)

@@ -231,3 +231,10 @@ def test_inspect_counts_the_width_that_is_set():
         assert inspect(model).totals() == inspect(model.export(4)).totals()
         assert inspect(model).totals()["macs"] > 0
     assert inspect(model).totals()["macs"] > 2 * inspect(model.export(4)).totals()["macs"]
+
+
+def test_a_narrow_network_without_data_is_counted():
+    with torch.device("meta"):
+        model = sparsify(build_model("slimmable-tiny"), "2:4")
+    model.set_width(4)
+    assert inspect(model).totals()["macs"] > inspect(model).totals()["macs_after"] > 0

@@ -528,8 +528,10 @@ def test_a_search_with_a_weight_reports_and_saves_its_best(chain, tmp_path):
     assert best["quality"] + weight * best["cost"] == pytest.approx(least, rel=1e-12)
     saved = json.loads((tmp_path / "out" / "strategies" / "best.json").read_text())
     assert tuple(saved["indices"]) == best["indices"]
-    free = study(plan(chain, tmp_path / "free", quality="proxy"))
+    assert report["weight"] == weight
+    free = study(plan(chain, tmp_path / "out", quality="proxy", steps=6))
     assert all(row["strategy"] != "best" for row in free["rows"])
+    assert not (tmp_path / "out" / "strategies" / "best.json").exists(), "it was another search's"
 
 
 @pytest.mark.parametrize("indices", [[7, 0, 0], [0, -1, 0], [0, 0], [0, 0, 0, 0]], ids=str)
