@@ -288,6 +288,10 @@ def publish(folder, results, tables=tuning.SHIPPED):
     folder, results, files, tuned = Path(folder), Path(results), {}, {}
     if not (folder / "index.json").is_file():
         raise InputError(f"{folder} holds no campaign: it has no index.json")
+    if (results / "index.json").is_file():
+        there, here = (_index(place / "index.json").get("device") for place in (results, folder))
+        if there != here:
+            raise InputError(f"{results} holds results of {there}, and these are of {here}: choose another --to")
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         if path.name in CHECKS:
             CHECKS[path.name](path)
@@ -302,6 +306,9 @@ def publish(folder, results, tables=tuning.SHIPPED):
     for path, content in files.items():
         with atomic_file(path) as partial:
             partial.write_bytes(content)
+    for pictures in {path.parent for path in files} - {results}:  # of an earlier campaign, which may have had more
+        for path in set(pictures.iterdir()) - set(files):
+            path.unlink()
     added = {tables / Path(name).name: found for name, found in tuned.items()}
     for path, found in added.items():
         table = tuning.read_table(path)

@@ -331,7 +331,7 @@ def patterns(figure, rows):
         return False
     left, right = figure.subplots(1, 2)
     for name, (colour, marker, dash, _) in (looks(names) | {"dense": (GREY, "x", "-", "")}).items():
-        square = [r for r in rows if (r["provider"], r["model"]) == (name, "square")]
+        square = [r for r in rows if (r["provider"], r["model"]) == (name, "square") and key(r) in best]
         line = sorted((r["M"], best[key(r)] / r["p50_us"]) for r in square)
         label = "F.linear" if name == "dense" else name.split()[-1]
         style = dict(color=colour, marker=marker, linestyle=dash, label=label)
@@ -378,6 +378,7 @@ def calls(figure, rows):
     """On a CPU: whole networks, a call or a training step, as many times as fast as eager torch; in brackets the same
     against the best dense network."""
     rows = [r for r in timed(rows, {"end-to-end", "train"}) if r["mode"] in ("step", "training step")]
+    rows = [r for r in rows if r["device"].startswith("CPU") and r["dtype"] == "float32"]
     best, eager = times_of(rows)
     # oneDNN cannot train everywhere, and then `dense` is the best
     needed = {"step": {"dense", ONEDNN}, "training step": {"dense"}}

@@ -39,7 +39,8 @@ NUMBERS = ("M", "N", "K", "layers", "p20_us", "p50_us", "p80_us", "samples", "va
 )
 IDENTITY = ("suite", "shape", "mode", "dtype")  # of what `measure` does in one go
 ENDED = "the process ended in the middle of this: a crash, or a hang"
-ONCE = (*IDENTITY, "provider", "metric")  # a later row with the same values replaces the earlier one
+# a later row with the same values, and on a CPU of as many threads, replaces the earlier one
+ONCE = (*IDENTITY, "provider", "metric")
 
 
 class Results:
@@ -81,7 +82,12 @@ class Results:
 
 
 def _once(row):
-    return tuple(row.get(name) or "" for name in ONCE)
+    return *(row.get(name) or "" for name in ONCE), threads_of(row)
+
+
+def threads_of(row):
+    """The number of threads, as text, of a row from a CPU, where times depend on it; "" from a GPU."""
+    return "" if row.get("capability") else str(row.get("threads") or "")
 
 
 def write(path, rows):
@@ -150,7 +156,8 @@ class Speedup(NamedTuple):
 
 
 def key(row):
-    return tuple(row[name] for name in ("device", "suite", "shape", "mode", "dtype"))
+    """What rows share whose times may be divided by one another."""
+    return *(row[name] for name in ("device", "suite", "shape", "mode", "dtype")), threads_of(row)
 
 
 def timed(rows, suites=None):
@@ -189,7 +196,7 @@ SENSORS = ("clocks.sm", "clocks.mem", "power.draw.instant")  # MHz, MHz, W
 
 def stamp(device):
     """{column: text} for measurements on `device` now. A value that cannot be read is an empty text, never a guess."""
-    now = {"threads": torch.get_num_threads(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    now = {"threads": str(torch.get_num_threads()), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     return {**_fixed(str(device)), **sensors(device), **now}
 
 

@@ -121,6 +121,8 @@ class Session:
             print(f"{suite}: {what}: {', '.join(p.name for p in self.keep(providers))}")
             return
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
+        if self.device.type == "cpu":
+            identity["threads"] = str(torch.get_num_threads())
         held = self.results.matching(identity)
         names = {row.get("provider", "") for row in held} - self.not_sampled(suite, identity, held)
         unheld = self.not_held(suite, providers, held)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from bench import command_line, program
 from bench.providers import OURS
 from bench.results import COMPILED, DENSE, key, read, speedups, timed, uncompiled
+from sparsedm.errors import InputError
 from sparsedm.files import write_text
 
 # the ratio that is wanted, and what a model of the kernels (1.6 GHz, 64 GB/s of L2 for each multiprocessor, ideal
@@ -97,7 +98,11 @@ def linears(rows, model):
         return Finding(name, f"at least {wanted:g}", predicted=predicted)
     mean = geometric_mean([s.p50 for s in found], [s.row["layers"] for s in found])
     shapes = f"{geometric_mean([s.p50 for s in found]):.2f} over the {len(found)} shapes"
-    return at_least(name, wanted, mean, shapes, missing=uncompiled(rows, found))._replace(predicted=predicted)
+    tried = {r["shape"] for r in rows if (r["provider"], r["mode"], r["model"]) == (OURS, "epilogue", model)}
+    untimed = tried - {s.row["shape"] for s in found}
+    lacking = f"no time of {len(untimed)} of {len(tried)} shapes" if untimed else ""
+    missing = "; ".join(filter(None, (uncompiled(rows, found), lacking)))
+    return at_least(name, wanted, mean, shapes, missing=missing)._replace(predicted=predicted)
 
 
 def never_slower(rows):
@@ -182,6 +187,8 @@ def unlike(methods):
 def report(rows):
     """The table in Markdown, under the device and the commits it was measured with. rows: of one device."""
     measured = [row for row in rows if row["status"] == "ok"]
+    if len(several := sorted({row["device"] for row in measured})) > 1:
+        raise InputError(f"these are rows of {' and '.join(several)}: give the files of one device")
     devices, commits = (", ".join(dict.fromkeys(r[c] for r in measured)) for c in ("device", "commit"))
     verdict = {True: "met", False: "**missed**", None: "undecided"}
     lines = [

@@ -18,11 +18,13 @@ SPEED = "training images per second"  # the total of seconds holds pauses and ot
 THIRD = ", a third of the images"
 
 
-def table(values):
+def table(values, scale="cpu"):
     """Markdown: each claim, its verdict, and its numbers. values: {(run, measure): {seed: [(x, value)]}}."""
     lines = [f"| {claim} | {verdict} | {'; '.join(said)} |" for claim, verdict, said in verdicts(values)]
     text = "\n".join(["| claim | verdict | loss, Fréchet distance: change, by seed |", "|---|---|---|", *lines])
     compare = _Compare(values)
+    if scale != "cpu":
+        text += f"\n\nThe thresholds were fixed for scale cpu; at scale {scale} these verdicts are no more than hints."
     if len(compare.seeds()) < SEEDS:
         text += f"\n\nA verdict needs {SEEDS} seeds; these runs have {len(compare.seeds())}."
     fewest = min(compare.numbers("dense", "samples").values(), default=SAMPLES)

@@ -97,6 +97,8 @@ def experiment(options):
         _show(options, scale, runs, count, folder)
         return
     if options.report_only or options.merge:
+        if options.time or options.minutes:
+            raise InputError("--report-only and --merge measure nothing: leave out --time and --minutes")
         if options.merge:
             _merge(options, folder)
         _report(options, folder, plan)

@@ -118,6 +118,9 @@ class Work:
         self.rows = []
         if (folder / "results.csv").exists():
             self.rows = read_experiment(folder / "results.csv", options.name, options.scale)
+        if self.rows and not (folder / "options.json").exists():
+            rule = "they can be reported (--report-only), and not continued: choose another --out"
+            raise InputError(f"{folder} holds joined or copied rows, without the options of their runs: {rule}")
         self.judges = []
         for name in scale.features:
             features, source = load_features(name, self.device), f"{self.images.source} train"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sparsedm.errors import InputError
-from sparsedm.files import append_json_line, read_json_lines, write_text
+from sparsedm.files import append_json_line, parse_json, write_text
 from sparsedm.sparsity import masked_layers, masks
 from sparsedm.train import distributed, run_folder
 
@@ -29,13 +29,16 @@ class TrainingDiverged(InputError):
 
 
 def read_metrics(folder):
-    """The records of a run folder's metrics.jsonl, oldest first, up to the first damaged one; [] if there are none."""
-    records = []
-    with contextlib.suppress(InputError):
-        for record in read_json_lines(Path(folder) / "metrics.jsonl", step=int):
-            if not _is_whole(record):
-                break
-            records.append(record)
+    """The records of a run folder's metrics.jsonl, oldest first, without damaged ones; [] if there are none."""
+    file, records = Path(folder) / "metrics.jsonl", []
+    if not file.is_file():
+        return records
+    with contextlib.suppress(OSError), file.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(InputError, UnicodeDecodeError):
+                record = parse_json(line.decode(), file, step=int)
+                if line.endswith(b"\n") and _is_whole(record):
+                    records.append(record)
     return records
 
 

@@ -469,3 +469,17 @@ def test_a_folder_without_a_campaign_is_refused(tmp_path, capsys):
     assert campaign.main(["publish", "--out", str(tmp_path), "--to", str(tmp_path / "results")]) == 2
     assert "no index.json" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+def test_results_of_another_device_are_not_replaced_and_older_pictures_go(finished, tmp_path):
+    results, tables = tmp_path / "results/gpu", tmp_path / "tuned"
+    publish(finished, results, tables)
+    (results / "plots/heat.png").write_bytes(b"of the campaign before")
+    publish(finished, results, tables)
+    assert not (results / "plots/heat.png").exists()
+    index = json.loads((finished / "index.json").read_text())
+    (finished / "index.json").write_text(json.dumps(index | {"device": "NVIDIA A100"}))
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"gpu holds results of .*, and these are of NVIDIA A100: choose another --to"):
+        publish(finished, results, tables)
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before

@@ -235,7 +235,7 @@ def test_the_roofline_draws_the_measured_ceilings():
 
 
 def test_calls_are_compared_where_eager_torch_was_timed():
-    network = {"suite": "end-to-end", "shape": "net@4", "mode": "step"}
+    network = {"suite": "end-to-end", "shape": "net@4", "mode": "step", "device": "CPU: X", "dtype": "float32"}
     rows = [row(p, t, **network) for p, t in ((ONEDNN, 8), (charts.OURS, 5))]
     assert not charts.calls(Figure(), rows)
     rows += [row(p, t, **network | {"shape": "net@8"}) for p, t in (("dense", 10), (ONEDNN, 8), (charts.OURS, 5))]
@@ -245,10 +245,32 @@ def test_calls_are_compared_where_eager_torch_was_timed():
 
 
 def test_training_steps_are_compared_where_onednn_cannot_train():
-    step = {"suite": "train", "shape": "net@4", "mode": "training step"}
+    step = {"suite": "train", "shape": "net@4", "mode": "training step", "device": "CPU: X", "dtype": "float32"}
     figure = Figure()
     assert charts.calls(figure, [row("dense", 10, **step), row(charts.OURS, 8, **step)])
     assert {t.get_text() for t in figure.axes[0].texts} == {" 1.25 (1.25)"}
+    for other in ({"device": "NVIDIA H200"}, {"dtype": "bfloat16"}):
+        rows = [row("dense", 10, **step | other), row(charts.OURS, 8, **step | other)]
+        assert not charts.calls(Figure(), rows), "the chart is titled: on a CPU, fp32"
+
+
+def test_a_time_is_divided_by_one_of_as_many_threads():
+    cpu = {"device": "CPU: X", "dtype": "float32"}
+    rows = [row("dense", 10, threads="1", **cpu), row("dense", 4, threads="2", **cpu)]
+    rows += [row(charts.OURS, 5, threads="1", **cpu), row("sparsedm masked", 2, threads=2, **cpu)]
+    assert [(s.row["provider"], s.p50) for s in speedups(rows)] == [(charts.OURS, 2.0), ("sparsedm masked", 2.0)]
+    gpu = [row("dense", 10, threads="1", capability="9.0"), row(charts.OURS, 5, threads="2", capability="9.0")]
+    assert [s.p50 for s in speedups(gpu)] == [2.0], "a GPU's times do not depend on them"
+
+
+def test_a_square_without_a_dense_time_is_left_out_of_the_patterns():
+    cpu = {"device": "CPU: X", "dtype": "float32"}
+    rows = [row(p, t, shape="square 256->256", **cpu) for p, t in (("dense", 10), (ONEDNN, 8), ("sparsedm 2:4", 5))]
+    rows.append(row("sparsedm 2:4", 5, shape="square 128->128", M=128, **cpu))
+    figure = Figure()
+    assert charts.patterns(figure, rows)
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert lines["2:4"] == [256]
 
 
 def test_nothing_to_draw_writes_nothing(tmp_path):

@@ -275,6 +275,7 @@ def test_resume_holds_for_a_second_what_there_was_no_time_to_hold(tmp_path, monk
     every = [providers.Dense(), *(One(f"wgmma {n}") for n in range(4))]
     shape = run.select("square@256", run.LinearShape, (1,), True)[0]
     row = {"suite": "first", "shape": shape.name, "mode": "plain", "dtype": "float32", "status": "ok"}
+    row["threads"] = str(torch.get_num_threads())
     given.results.add(
         [row | {"provider": p.name, "metric": "time", "p50_us": t} for p, t in zip(every, (9, 7, 4, 3, 5))]
     )
@@ -523,3 +524,15 @@ def test_what_is_no_defect_of_a_program_is_one_sentence(error, code, said, capsy
 
     assert failing([]) == code
     assert f"bench: {said}" in capsys.readouterr().err
+
+
+def test_another_number_of_threads_is_another_measurement(tmp_path):
+    for threads, names in ((1, ("dense",)), (2, ("dense", "sparsedm 2:4"))):
+        torch.set_num_threads(threads)
+        try:
+            found = session(tmp_path / "r.csv", "square@128", providers=names, modes=("plain",), resume=threads > 1)
+            run_suites("gemm", found)
+        finally:
+            torch.set_num_threads(1)
+    held = sorted((r["provider"], r["threads"]) for r in read(tmp_path / "r.csv") if r["metric"] == "time")
+    assert held == [("dense", "1"), ("dense", "2"), ("sparsedm 2:4", "2")]

@@ -5,6 +5,7 @@ import pytest
 from bench import targets
 from bench.results import COLUMNS, write
 from bench.targets import LINEARS, SQUARES, STEPS, findings, main, report
+from sparsedm.errors import InputError
 
 
 def row(suite, shape, mode, provider, p50, **changes):
@@ -157,3 +158,17 @@ def test_the_table(tmp_path, capsys):
     assert report([]).count("| not measured |") == 14
     assert main([str(tmp_path / "none.csv")]) == 2
     assert main([str(tmp_path / "r.csv"), "--out=--"]) == 2
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed", "unsupported"])
+def test_a_network_whose_layers_have_no_time_is_undecided(status):
+    (model, _), *_ = LINEARS.items()
+    rows = [*met(), row("gemm", f"{model} qkv", "epilogue", targets.OURS, 1, status=status)]
+    (found,) = (f for f in findings(rows) if f.target.startswith(f"linear layers of {model},"))
+    assert found.met is None
+    assert "no time of 1 of 2 shapes" in found.note
+
+
+def test_rows_of_two_devices_are_no_measurement_of_either():
+    with pytest.raises(InputError, match="rows of NVIDIA A100 and NVIDIA H200: give the files of one device"):
+        report([row("gemm", "s", "plain", "dense", 1, device=f"NVIDIA {name}") for name in ("H200", "A100")])

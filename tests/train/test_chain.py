@@ -345,10 +345,11 @@ def test_a_folder_of_other_runs_is_refused_and_nothing_in_it_is_touched(tmp_path
         run(tmp_path)
     assert set(before) > {path for path in tmp_path.rglob("*") if path.name != ".lock"}
     (tmp_path / "of-npm").mkdir()
-    (tmp_path / "of-npm/options.json").write_text('{"scripts": {}}')
-    with pytest.raises(InputError, match="holds no options of such a run: choose another folder"):
-        run(tmp_path / "of-npm")
-    assert (tmp_path / "of-npm/options.json").read_text() == '{"scripts": {}}'
+    for others in ({"scripts": {}}, {"networks": {}, "data": "x", "seed": 0}, {"experiment": "arms", "data": "x"}):
+        (tmp_path / "of-npm/options.json").write_text(json.dumps(others))
+        with pytest.raises(InputError, match="holds no options of such a run: choose another folder"):
+            run(tmp_path / "of-npm")
+        assert (tmp_path / "of-npm/options.json").read_text() == json.dumps(others)
 
 
 @pytest.mark.parametrize("lost", ["00-a", "01-b", "0*", "**"])

@@ -15,16 +15,19 @@ def write(folder, *lines):
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
-def test_reads_up_to_a_line_that_was_cut_short(tmp_path):
+def test_reads_all_but_lines_that_were_cut_short(tmp_path):
     assert read_metrics(tmp_path) == []
-    write(tmp_path, '{"step": 1}\n', '{"step": 2}\n', '{"st\n', '{"step": 4}\n')
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    write(tmp_path, '{"step": 1}\n', '{"step": 2}\n', '{"st\n', '{"step": 4}\n', '{"step": 5}')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 4}]
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\n\xff\n{"step": 6}\n')
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 4, 5, 6]
 
 
 @pytest.mark.parametrize("damaged", ['"images_per_second": "a"', '"noise_loss": null', '"flip_rates": [1]', '"x": [1]'])
-def test_reads_up_to_a_record_of_other_types(tmp_path, damaged):
+def test_reads_all_but_a_record_of_other_types(tmp_path, damaged):
     write(tmp_path, '{"step": 1, "distance": null}\n', f'{{"step": 2, {damaged}}}\n', '{"step": 3}\n')
-    assert read_metrics(tmp_path) == [{"step": 1, "distance": None}]
+    assert read_metrics(tmp_path) == [{"step": 1, "distance": None}, {"step": 3}]
 
 
 def test_forgets_what_the_resumed_run_will_log_again(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench import results
-from bench.experiments import report
+from bench.experiments import claims, report
 from bench.experiments.plans import EXPERIMENTS
 from tests.bench.experiments.tiny_plan import RUNS, command, numbers, planned
 
@@ -155,3 +155,16 @@ def test_the_picture_of_speed_says_so_and_names_each_run_beside_its_uppermost_do
     report.write(tmp_path, [row], plan)
     assert titles["speed.png"] == "ratio (smoke): quality against the speed of sampling"
     assert titles["ratio.png"] == "ratio (smoke): quality against density"
+
+
+def test_speeds_of_two_machines_decide_no_claim(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report.claims, "table", lambda values, scale: seen.append((set(values), scale)) or "")
+    monkeypatch.setattr(report, "markdown", lambda *arguments: "")
+    monkeypatch.setattr(report, "_save", lambda *arguments: False)
+    row = {"experiment": "claims", "scale": "smoke", "run": "dense", "x": None, "value": 1.0, "threads": "1"}
+    measures = ("loss", claims.SPEED)
+    rows = [row | {"seed": s, "device": "A", "measure": measure} for s in (0, 1) for measure in measures]
+    report.write(tmp_path, rows, EXPERIMENTS["claims"])
+    report.write(tmp_path, [*rows[:-1], rows[-1] | {"device": "B"}], EXPERIMENTS["claims"])
+    assert [(len(names), scale) for names, scale in seen] == [(2, "smoke"), (1, "smoke")]

@@ -95,9 +95,18 @@ def parts_of(done, tmp_path):
     return ["--merge", str(tmp_path / "1"), "--merge", str(tmp_path / "0")]
 
 
-def test_folders_of_one_seed_each_are_joined(done, tiny, tmp_path):
-    assert command(tmp_path / "both", *parts_of(done, tmp_path)) == 0
+def test_folders_of_one_seed_each_are_joined(done, tiny, tmp_path, capsys):
+    both = parts_of(done, tmp_path)
+    assert command(tmp_path / "both", *both) == 0
     assert (tmp_path / "both" / "report.md").read_text() == (done / "report.md").read_text()
+    rows = (tmp_path / "both" / "results.csv").read_bytes()
+    assert command(tmp_path / "both") == 2, "runs of any other network would join them"
+    assert "holds joined or copied rows, without the options of their runs" in capsys.readouterr().err
+    assert (tmp_path / "both" / "results.csv").read_bytes() == rows
+    assert not (tmp_path / "both" / "options.json").exists()
+    for useless in (["--time"], ["--minutes", "5"]):
+        assert command(tmp_path / "new", *both, *useless) == 2
+        assert "measure nothing: leave out" in capsys.readouterr().err
 
 
 def test_folders_that_a_resume_calls_equal_are_joined(done, tiny, text_alone, tmp_path):
