@@ -28,7 +28,7 @@ from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import kernels_serve, masked_linear
 from sparsedm.kernels.pattern import Pattern, pack_bits, ungroup, unpack_bits
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS
-from sparsedm.kernels.straight_through import STE, GradientRule, apply_rule, straight_through
+from sparsedm.kernels.straight_through import STE, GradientRule, apply_rule, check_masked, straight_through
 from sparsedm.kernels.tracing import autocast_dtype, exporting, refuse_export, transformed
 
 
@@ -135,7 +135,10 @@ class Masked:
             return torch.ones_like(self.weight, dtype=torch.bool)
         if self._held and self._held[0] is self.weight:
             return self._mask_of(self._held[1])
-        return self.selection(self.weight.dtype).mask if self.mask is None else self.mask
+        if self.mask is None:
+            return self.selection(self.weight.dtype).mask
+        check_masked(self.weight, None, self.mask)  # it may have been set by hand
+        return self.mask
 
     def masked_weight(self) -> torch.Tensor:
         """The weight with +0.0 where it is pruned, detached. (A masked weight in a product may hold -0.0 there.)"""
@@ -233,6 +236,7 @@ class Masked:
             raise InputError(f"a sharded weight {tuple(weight.shape)} has no mask here: gather it first")
         if self._held and self._held[0] is self.weight and not exporting():
             mask = self._mask_of(self._held[1])
+        check_masked(weight, None, mask)
         bits = isinstance(self, nn.Linear) and kernels_serve(weight)
         if mask is None:
             return select_mask(weight, self.pattern, dtype, name, bits=bits)

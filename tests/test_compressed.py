@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from sparsedm import compressed
+from sparsedm.compressed import CompressedLinear
 from sparsedm.compression import compress, decompress, uncompressed_because
 from sparsedm.errors import InputError
 from sparsedm.kernels import checksum
@@ -472,3 +473,17 @@ def test_a_convolution_of_16_bits_on_a_cpu_keeps_the_memory_format_of_its_input(
         assert layer(x).is_contiguous()
     assert [weight.is_contiguous() for weight in weights] == [True, True]
     assert layer.dense_weight().is_contiguous()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:8"])
+def test_a_mask_that_was_set_by_hand_is_compressed_in_any_strides_and_refused_in_another_shape(pattern):
+    layer, x = Linear(64, 32, pattern=pattern), torch.randn(3, 64)
+    mask = layer.current_mask()
+    layer.mask = mask.t().contiguous().t()
+    with torch.no_grad():
+        torch.testing.assert_close(CompressedLinear(layer)(x), layer(x))
+    for wrong in (mask[:1], mask.to(torch.uint8), mask[:, :32]):
+        layer.mask = wrong
+        for use in (lambda: CompressedLinear(layer), lambda: layer.eval()(x), lambda: layer.masked_weight()):
+            with torch.no_grad(), pytest.raises(InputError, match=r"must have one shape|the mask must be bool"):
+                use()

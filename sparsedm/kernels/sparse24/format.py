@@ -62,7 +62,7 @@ def pack(weight, pattern=TWO_FOUR):
     if pattern != TWO_FOUR:
         return _pack_with_bits(weight.detach(), pattern)
     rows, columns = weight.shape
-    groups = F.pad(weight.detach(), (0, -columns % 16)).view(rows, -1, 4)
+    groups = F.pad(weight.detach(), (0, -columns % 16)).contiguous().view(rows, -1, 4)
     nonzero = groups != 0
     bytes_of_group = nonzero.view(torch.int32)[..., 0]  # four bytes 0 or 1, the first position lowest
     code = (bytes_of_group | bytes_of_group >> 7 | bytes_of_group >> 14 | bytes_of_group >> 21) & 15
