@@ -40,7 +40,9 @@ def write(folder, rows, plan):
         text += f"\n\n{claims.table(alike, rows[0]['scale'])}"
     pictures = {"compare.png": _compare, "training.png": _training, "noise-levels.png": _levels, "health.png": _health}
     pictures |= {"flips.png": _flips, "ratio.png": _axis, "speed.png": _speed}
-    styles = _styles(runs, plan.control)
+    labels = _labels(values, runs, plan.control)
+    values = {(labels[run], measure): found for (run, measure), found in values.items()}
+    styles = _styles(labels.values(), plan.control)
     titles = {"speed.png": f"{title.partition(':')[0]}: quality against the speed of sampling"}
     drawn = [
         name
@@ -50,6 +52,14 @@ def write(folder, rows, plan):
     shown = "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in drawn)
     write_text(folder / "report.md", f"# {title}\n\n{text}\n\n{shown}\n")
     return text
+
+
+def _labels(values, runs, control):
+    """{run: its name in pictures}, which says so where other runs have more seeds: a mean over other seeds misleads."""
+    seeds = {run: {s for (name, _), found in values.items() if name == run for s in found} for run in runs}
+    count = len(set().union(*seeds.values()))
+    few = {run: f"{run} ({len(seeds[run])} of {count} seeds)" for run in runs if len(seeds[run]) < count}
+    return {run: few.get(run, run) if run != control else run for run in runs}
 
 
 def _values(rows):
@@ -103,12 +113,13 @@ of {counts["samples"]:,.0f} samples against {counts["reference images"]:,.0f} re
 
 def _against(values, runs, control):
     """Markdown: is each run as good as the control? "" if there is nothing to compare."""
-    lines = []
+    lines, count = [], len({seed for found in values.values() for seed in found})
     for run in runs:
         distances, losses = (_ratios(values, run, control, m) for m in (DISTANCE, "validation loss"))
         if run != control and distances:
             close = [ratio <= 1 + CLOSE for ratio in distances]
             verdict = "yes" if all(close) else "in some seeds" if any(close) else "no"
+            verdict += f" ({len(close)} of {count} seeds)" if len(close) < count else ""
             lines.append(f"| {run} | {_spread(distances)} | {_spread(losses)} | {verdict} |")
     if not lines:
         return ""

@@ -168,3 +168,17 @@ def test_speeds_of_two_machines_decide_no_claim(tmp_path, monkeypatch):
     report.write(tmp_path, rows, EXPERIMENTS["claims"])
     report.write(tmp_path, [*rows[:-1], rows[-1] | {"device": "B"}], EXPERIMENTS["claims"])
     assert [(len(names), scale) for names, scale in seen] == [(2, "smoke"), (1, "smoke")]
+
+
+def test_a_run_of_fewer_seeds_says_so_in_every_picture(done, text_alone, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report, "_save", lambda path, draw, values, styles, *rest: seen.append((values, styles)))
+    rows = [row for row in results.read_experiment(done / "results.csv") if (row["run"], row["seed"]) != ("chain", 1)]
+    text = report.write(tmp_path, rows, EXPERIMENTS["arms"])
+    for values, styles in seen:
+        assert {run for run, _ in values} == set(styles)
+        assert {"dense", "chain (1 of 2 seeds)"} <= set(styles)
+    (line,) = (
+        line for line in text.splitlines() if line.startswith("| chain |") and " ± " not in line and "seeds" in line
+    )
+    assert line.endswith(" (1 of 2 seeds) |")
