@@ -136,7 +136,9 @@ def _context(path, arrays):
 
 def _as_images(path, array):
     """Tensor uint8 (n, 1 or 3, h, w), or float32 (n, c, h, w) latents."""
-    if array.ndim != 4 or not array.size:
+    if array.ndim == 4 and not array.size:
+        raise InputError(f"{path}: images of shape {array.shape} hold nothing: at least one image is needed")
+    if array.ndim != 4:
         raise InputError(f"{path}: images of shape {array.shape} must be (n, h, w, c) or (n, c, h, w)")
     if array.dtype.kind == "f":
         with np.errstate(over="ignore"):

@@ -242,7 +242,7 @@ def _read(source, split, size, progress, cache, crop):
         check_source(source)
         path = download_cifar10(cache, progress=progress) if source == "cifar10" else Path(os.path.expanduser(source))
         if path.suffix.lower() == ".npz":
-            return _resize(read_npz(path), size, progress, crop)
+            return _resize(path, read_npz(path), size, progress, crop)
         fitted = str(size) if crop == "square" else f"{size} {crop}"
         signature = _signature(path, fitted)
         place = hashlib.sha256(f"{os.path.realpath(path)} {fitted}".encode(errors="surrogateescape")).hexdigest()[:16]
@@ -259,16 +259,17 @@ def _read(source, split, size, progress, cache, crop):
 def _decode(path, size, progress, crop):
     is_tar = path.name.lower().endswith(TARS)
     if cifar10 := cifar10_folder(path) if path.is_dir() else path if is_tar else None:
-        return _resize(read_cifar10(cifar10, progress), size, progress, crop)
+        return _resize(path, read_cifar10(cifar10, progress), size, progress, crop)
     return read_image_files(path, size, progress, crop)
 
 
-def _resize(parts, size, progress, crop):
+def _resize(path, parts, size, progress, crop):
     def fit(images):
         if size is None or images.shape[2:] == (size, size):
             return images
         if images.is_floating_point():
-            raise InputError(f"latents of {tuple(images.shape[1:])} cannot be resized to {size}")
+            side = f"{images.shape[3]}x{images.shape[2]}"
+            raise InputError(f"{path} holds latents of {side}, which cannot be resized to {size}")
         return resized(images, size, progress, crop)
 
     sizes = parts.sizes or {"{3}x{2}".format(*images.shape): name for name, (images, *_) in parts.splits.items()}

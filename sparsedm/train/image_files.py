@@ -139,7 +139,7 @@ def _read(path, names, read, size, progress, crop):
     folders = [PurePosixPath(name).parts[:-1] for name in names]
     while folders[0] and len({parts[:1] for parts in folders}) == 1:  # a folder around everything
         folders = [parts[1:] for parts in folders]
-    split, folders = _splits(path, folders)
+    split, folders = _splits(path, names, folders)
     labels, class_names = listed or _classes(path, names, folders)
     images, sizes = _decode(path, names, read, size, progress, crop)
     # the names are sorted, so each split is a slice
@@ -170,14 +170,15 @@ def _listed(path, listing, names, content):
     return torch.tensor(labels), tuple(map(str, range(max(labels) + 1)))
 
 
-def _splits(path, folders):
+def _splits(path, names, folders):
     """The split of each file, and its folders below the split's folder."""
     tops = {"".join(parts[:1]) for parts in folders}
     if "train" not in tops or not tops & HELD_OUT:
         return np.array(["all"] * len(folders)), folders
     if len(tops) > 2:
         rule = f"beside train there may be one of {', '.join(sorted(HELD_OUT))} and nothing else"
-        raise InputError(f"{path} holds {', '.join(sorted(filter(None, tops)))}: {rule}")
+        beside = [PurePosixPath(name).name for name, parts in zip(names, folders) if not parts]
+        raise InputError(f"{path} holds {', '.join([*sorted(filter(None, tops)), *beside[:3]])}: {rule}")
     split = np.array(["train" if parts[0] == "train" else "test" for parts in folders])
     return split, [parts[1:] for parts in folders]
 

@@ -93,6 +93,14 @@ def test_three_splits_are_one_too_many(place):
         read_image_files(path)
 
 
+def test_what_lies_beside_the_splits_is_named(place):
+    path = place({"train/a.png": picture(), "test/a.png": picture(), "readme.txt": b"x"})
+    with pytest.raises(
+        InputError, match=r"holds test, train, readme\.txt: beside train there may be one of test, val,"
+    ):
+        read_image_files(path)
+
+
 def test_hidden_files_are_ignored(place):
     hidden = ["__MACOSX/cat/._a.png", ".DS_Store", "cat/.DS_Store", "cat/Thumbs.db", "desktop.ini", ".git/HEAD"]
     parts = read_image_files(place(FILES | dict.fromkeys(hidden, b"no image")))
