@@ -289,7 +289,7 @@ def publish(folder, results, tables=tuning.SHIPPED):
     if not (folder / "index.json").is_file():
         raise InputError(f"{folder} holds no campaign: it has no index.json")
     if (results / "index.json").is_file():
-        there, here = (_index(place / "index.json").get("device") for place in (results, folder))
+        there, here = (_index(place / "index.json")["environment"]["device"] for place in (results, folder))
         if there != here:
             raise InputError(f"{results} holds results of {there}, and these are of {here}: choose another --to")
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
@@ -306,9 +306,6 @@ def publish(folder, results, tables=tuning.SHIPPED):
     for path, content in files.items():
         with atomic_file(path) as partial:
             partial.write_bytes(content)
-    for pictures in {path.parent for path in files} - {results}:  # of an earlier campaign, which may have had more
-        for path in set(pictures.iterdir()) - set(files):
-            path.unlink()
     added = {tables / Path(name).name: found for name, found in tuned.items()}
     for path, found in added.items():
         table = tuning.read_table(path)
@@ -316,6 +313,9 @@ def publish(folder, results, tables=tuning.SHIPPED):
             lasting = {shape: entry for shape, entry in shapes.items() if tuning.may_be_shipped(entry)}
             table.setdefault(section, {}).update(lasting)
         write_json(path, table)
+    for pictures in {path.parent for path in files} - {results}:  # an earlier campaign may have drawn more
+        for path in set(pictures.glob("*.png")) - set(files):
+            path.unlink()
     return [*files, *added]
 
 

@@ -115,14 +115,14 @@ class Session:
 
     def do(self, suite, shape, mode, providers, rows):
         """Add the rows of `rows(missing, starting)` to the results, for providers that they do not hold yet, unless the
-        time is up. starting: see `measure`."""
+        time is up. starting: see `measure`. rows.threads: their number of threads, if it is not the session's."""
         if self.dry_run:
             what = ", ".join(filter(None, (shape.name, mode)))
             print(f"{suite}: {what}: {', '.join(p.name for p in self.keep(providers))}")
             return
         identity = dict(zip(IDENTITY, (suite, shape.name, mode, str(self.dtype).removeprefix("torch."))))
         if self.device.type == "cpu":
-            identity["threads"] = str(torch.get_num_threads())
+            identity["threads"] = str(getattr(rows, "threads", torch.get_num_threads()))
         held = self.results.matching(identity)
         names = {row.get("provider", "") for row in held} - self.not_sampled(suite, identity, held)
         unheld = self.not_held(suite, providers, held)
@@ -257,7 +257,9 @@ def cpu_work(session):
         raise InputError("suite cpu measures fp32 products on a CPU: --device cpu --dtype fp32")
     for part in cpu.PLAN:
         for shape in part.shapes()[: part.quick if session.quick else None]:
-            yield part.suite, shape, part.mode, part.providers, functools.partial(cpu_rows, part, shape, session)
+            rows = functools.partial(cpu_rows, part, shape, session)
+            rows.threads = part.threads
+            yield part.suite, shape, part.mode, part.providers, rows
 
 
 def cpu_rows(part, shape, session, providers, starting):

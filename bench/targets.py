@@ -98,7 +98,7 @@ def linears(rows, model):
         return Finding(name, f"at least {wanted:g}", predicted=predicted)
     mean = geometric_mean([s.p50 for s in found], [s.row["layers"] for s in found])
     shapes = f"{geometric_mean([s.p50 for s in found]):.2f} over the {len(found)} shapes"
-    tried = {r["shape"] for r in rows if (r["provider"], r["mode"], r["model"]) == (OURS, "epilogue", model)}
+    tried = {r["shape"] for r in rows if (r["suite"], r["mode"], r["model"]) == ("gemm", "epilogue", model)}
     untimed = tried - {s.row["shape"] for s in found}
     lacking = f"no time of {len(untimed)} of {len(tried)} shapes" if untimed else ""
     missing = "; ".join(filter(None, (uncompiled(rows, found), lacking)))

@@ -320,7 +320,7 @@ class _Block:
     open = True
 
 
-_HOLDING = threading.Lock()
+_HOLDING = threading.RLock()  # the garbage collector may end another block inside
 
 
 @contextlib.contextmanager

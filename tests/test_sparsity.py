@@ -594,3 +594,17 @@ def test_a_mask_frozen_in_inference_mode_can_be_trained_with():
         sparsify(layer, "2:4", calibrate=[torch.randn(2, 16)])
     set_masking(layer, dropped=0.0)
     layer(torch.randn(2, 16)).sum().backward()
+
+
+def test_a_block_that_ends_while_another_one_is_set_does_not_wait_for_itself():
+    """The garbage collector may close an abandoned generator, and its block, at any allocation."""
+    model, ended = sparsify(nn.Linear(16, 8), "2:4"), []
+
+    def inside():
+        with sparsity._HOLDING, hold_masks(model):
+            ended.append(model._held is not None)
+
+    thread = threading.Thread(target=inside, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert ended == [True]

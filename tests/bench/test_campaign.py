@@ -475,10 +475,12 @@ def test_results_of_another_device_are_not_replaced_and_older_pictures_go(finish
     results, tables = tmp_path / "results/gpu", tmp_path / "tuned"
     publish(finished, results, tables)
     (results / "plots/heat.png").write_bytes(b"of the campaign before")
+    (results / "plots/mine").mkdir()
     publish(finished, results, tables)
     assert not (results / "plots/heat.png").exists()
     index = json.loads((finished / "index.json").read_text())
-    (finished / "index.json").write_text(json.dumps(index | {"device": "NVIDIA A100"}))
+    index["environment"]["device"] = "NVIDIA A100"
+    (finished / "index.json").write_text(json.dumps(index))
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=r"gpu holds results of .*, and these are of NVIDIA A100: choose another --to"):
         publish(finished, results, tables)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -536,3 +537,24 @@ def test_another_number_of_threads_is_another_measurement(tmp_path):
             torch.set_num_threads(1)
     held = sorted((r["provider"], r["threads"]) for r in read(tmp_path / "r.csv") if r["metric"] == "time")
     assert held == [("dense", "1"), ("dense", "2"), ("sparsedm 2:4", "2")]
+
+
+def test_suite_cpu_goes_on_whatever_the_threads_of_the_session(tmp_path, monkeypatch):
+    asked = []
+
+    def quick(suite, problem, providers, clock, starting, **limits):
+        row = {"suite": suite, "shape": problem.shape.name, "mode": problem.mode, "dtype": "float32", "status": "ok"}
+        for provider in providers:
+            assert starting(provider.name)
+            asked.append(provider.name)
+            yield [row | {"provider": provider.name, "metric": "time"} | results.stamp(torch.device("cpu"))]
+
+    monkeypatch.setattr(run, "measure", quick)
+    one, two = run.cpu.PLAN[0], next(part for part in run.cpu.PLAN if part.threads == 2)
+    monkeypatch.setattr(run.cpu, "PLAN", [one, replace(two, quick=1)])
+    counts = []
+    for resume in (False, True):
+        run_suites("cpu", session(tmp_path / "r.csv", resume=resume, providers=("dense",)))
+        counts.append(len(asked))
+    assert counts[0] == counts[1] > 1, "nothing is measured again"
+    assert {row["threads"] for row in read(tmp_path / "r.csv")} == {"1", "2"}
