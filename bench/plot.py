@@ -114,7 +114,7 @@ def save(path, title, draw, size, rows, theme):
 
 CPU_TERMS = """\
 F.linear is torch's product as users call it (MKL); the best dense product is the faster of it and oneDNN's on a weight
-packed once; the best dense network of eager torch and one with these and our attention. One thread: CPU time."""
+packed once; the best dense network is eager torch or one with these and our attention. Medians of CPU time."""
 
 
 def caption(rows, of_a_cpu=False):

@@ -120,8 +120,8 @@ class Masked:
         """frozen=True: keep the current mask, even if the weight changes. frozen=False: each forward selects it anew.
 
         A cast to fewer bits, such as `model.half()`, first freezes the mask; so does loading a weight of more bits than
-        the layer's. A weight that is replaced by a rounded
-        one, as by `p.data = p.data.half()` or by FSDP2 in mixed precision, has the mask of the rounded weight.
+        the layer's. A weight that is replaced by a rounded one, as by `p.data = p.data.half()` or by FSDP2 in mixed
+        precision, has the mask of the rounded weight.
         A frozen mask is a buffer. An average of buffers (`AveragedModel(use_buffers=True)` with an EMA function) unites
         masks that differ and keeps too many weights: copy the buffers instead (`use_buffers=False`).
         """

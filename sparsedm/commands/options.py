@@ -136,7 +136,7 @@ def check_out(out, *inputs):
         source = Path(os.path.realpath(os.path.expanduser(given)))
         inside = out_path.relative_to(source).parts if out_path.is_relative_to(source) else None
         if inside is not None and (not inside or inside[-1] in READ or "checkpoints" in inside):
-            raise InputError(f"{out} is read by this command, or later: write to another file")
+            raise InputError(f"{out} is an input of this command, or of a later one: write to another file")
 
 
 def picture_name(path):

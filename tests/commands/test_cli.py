@@ -106,7 +106,7 @@ BAD = {
     ),
     "numbers over the model": (
         ["inspect", "{zip}", "--json", "{zip}"],
-        "x.zip is read by this command, or later: write to another file",
+        "x.zip is an input of this command, or of a later one: write to another file",
     ),
     "no size": (
         ["train", "--data", "synthetic:abc", "--dry-run"],

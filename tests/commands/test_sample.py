@@ -307,7 +307,7 @@ def test_numbers_do_not_replace_what_they_are_computed_from(read, tmp_path, caps
     command += [f"--{read}", files[read]] if read in ("features", "dense") else []
     (tmp_path / "link").symlink_to(files[read])
     assert run(*command, "--out", tmp_path / "link") == 2
-    assert "link is read by this command, or later: write to another file" in capsys.readouterr().err
+    assert "link is an input of this command, or of a later one: write to another file" in capsys.readouterr().err
     assert files[read].read_bytes() == before
     assert (tmp_path / "link").is_symlink()
 
@@ -318,7 +318,7 @@ def test_images_do_not_replace_the_texts_that_they_show(tmp_path, capsys):
     np.savez(tmp_path / "texts.npz", context=np.zeros((2, 2, 4), np.float32))
     command = ["sample", tmp_path / "m.safetensors", "--count", 2, "--sampling-steps", 1, "--context"]
     assert run(*command, tmp_path / "texts.npz", "--out", tmp_path / "texts.npz") == 2
-    assert "texts.npz is read by this command" in capsys.readouterr().err
+    assert "texts.npz is an input of this command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", ["options.json", "metrics.jsonl", "state.json", "ema.safetensors"])
@@ -328,5 +328,5 @@ def test_numbers_replace_no_part_of_a_run(inside, trained, tmp_path, capsys):
     before = file.read_bytes()
     assert run("evaluate", tmp_path / "run", "--data", "synthetic", "--count", 4, "--out", file) == 2
     assert run("inspect", tmp_path / "run", "--json", file) == 2
-    assert capsys.readouterr().err.count("is read by this command, or later: write to another file") == 2
+    assert capsys.readouterr().err.count("is an input of this command, or of a later one: write to another file") == 2
     assert file.read_bytes() == before
