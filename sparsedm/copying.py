@@ -34,6 +34,12 @@ def copied(model, memo=None, changed=()):
     return copy_of_model
 
 
+def meta_twin(model):
+    """A deep copy with meta tensors. What a forward stores in its modules, the model does not see."""
+    tensors = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, tensors | {id(b): b.to("meta") for b in model.buffers()})
+
+
 def detached(model):
     """A memo for `copy.deepcopy`, which refuses tensors with a graph: the id of each that a module keeps -> its values.
 

@@ -1,9 +1,7 @@
 """The layers of a model: shape, parameters, MACs, pattern and back end of each, as table, JSON or picture."""
 
-import copy
 import math
 import os
-import time
 from dataclasses import asdict, dataclass
 from numbers import Integral
 
@@ -13,17 +11,15 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm.compressed import Compressed, CompressedLinear
-from sparsedm.compression import compress, decompress, uncompressed_because
-from sparsedm.copying import uncopied
+from sparsedm.compression import uncompressed_because
+from sparsedm.copying import meta_twin, uncopied
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.conv import conv_request
 from sparsedm.kernels.sparse24.dispatch import CONV, LINEAR, request_on, rule_of_thumb
-from sparsedm.kernels.tuning import median_microseconds
 from sparsedm.layers import Linear, product_dtype
 from sparsedm.plots import COLOURS, GREY, picture, table
-from sparsedm.sparsity import masked_layers, module_of
-from sparsedm.timing import interleaved_seconds
+from sparsedm.sparsity import module_of
 
 ARCHS = {
     **{"cpu": torch.device("cpu"), "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9)},
@@ -174,7 +170,7 @@ def inspect(
         calls, attention = _count(model, example_inputs, on_meta=True)
     except Exception:  # no copy, no meta kernel, or code that reads a value
         calls, attention = _count(model, example_inputs, on_meta=False)
-    layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
+    layers = [(n, m) for n, m in model.named_modules() if is_layer(m)]
     inside = {id(p) for _, m in layers for p in _own_parameters(m)}
     other = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     owners, rows = {}, []  # of a weight: the first layer that has it as a parameter
@@ -186,7 +182,7 @@ def inspect(
     return Inspection(tuple(rows), other, attention, notes)
 
 
-def _is_layer(module):
+def is_layer(module):
     """Whether it is a layer of torch, one of ours, or another library's linear layer that tells its sizes."""
     sized = isinstance(getattr(module, "in_features", None), int)
     wraps = any(isinstance(m, LAYERS) for m in module.modules())
@@ -197,7 +193,7 @@ def _own_parameters(layer):
     return layer.parameters(recurse=not isinstance(layer, nn.MultiheadAttention))  # that contains a layer
 
 
-def _weight_shape(layer):
+def weight_shape(layer):
     if isinstance(layer, Compressed):
         return layer.weight_shape
     if isinstance(layer, nn.MultiheadAttention):  # projections of q, k and v; the output projection is a layer itself
@@ -222,7 +218,7 @@ def _kept(layer, pattern, weights):
 def _row(name, layer, calls, arch, batch, shared):
     compressed = isinstance(layer, Compressed)
     pattern = getattr(layer, "pattern", None)
-    shape = _weight_shape(layer)
+    shape = weight_shape(layer)
     dense = math.prod(shape)
     kept, held = _kept(layer, pattern, dense)
     bias = getattr(layer, "bias", None)
@@ -307,7 +303,7 @@ def _count(model, example_inputs, on_meta):
 
     def leave(layer, inputs, options, output):
         counted = counter.get_total_flops() - started.pop()
-        shape = _weight_shape(layer)
+        shape = weight_shape(layer)
         call = calls.setdefault(layer, _Calls())
         if isinstance(layer, nn.MultiheadAttention):
             names = ("query", "key", "value")
@@ -331,11 +327,11 @@ def _count(model, example_inputs, on_meta):
 
     inputs = example_inputs
     if on_meta:
-        model = _meta_twin(model)
+        model = meta_twin(model)
         inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, inputs)
     arguments, options = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     arguments = arguments if isinstance(arguments, tuple | list) else (arguments,)
-    layers = [(name, m) for name, m in model.named_modules() if _is_layer(m)]
+    layers = [(name, m) for name, m in model.named_modules() if is_layer(m)]
     hooks = [m.register_forward_pre_hook(enter) for _, m in layers]
     hooks += [m.register_forward_hook(leave, with_kwargs=True) for _, m in layers]
     training = [m for m in model.modules() if m.training]
@@ -349,140 +345,3 @@ def _count(model, example_inputs, on_meta):
             module.training = True
     named = {name: calls[layer] for name, layer in layers if layer in calls}
     return named, (counter.get_total_flops() - sum(inside)) // 2
-
-
-def _meta_twin(model):
-    """A deep copy with meta tensors. What a forward stores in its modules, the model does not see."""
-    tensors = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, tensors | {id(b): b.to("meta") for b in model.buffers()})
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def most_kept_per_image(model):
-    """An upper bound of `kept_per_image` for networks such as ours, from the widths of their layers. Runs nothing."""
-    config = model.config
-    positions = (config.image_size // getattr(config, "patch_size", 1)) ** 2 + getattr(config, "context_tokens", 0) + 2
-    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
-    widths = sum(sum(_weight_shape(layer)[:2]) for layer in layers)
-    attention = len(layers) * getattr(config, "heads", 0) * positions // 4  # in about every fourth layer
-    return 4 * 4 * positions * (widths + attention)  # of 4 bytes each, 0.1 to 1.45 times as many are kept
-
-
-def kept_per_image(model):
-    """Bytes of one image that autograd keeps for the backward pass, from two forwards that compute nothing.
-
-    0 if the network cannot run on meta tensors.
-    """
-    sizes, least = [], max(1, getattr(model.config, "passes", 0))  # a slimmable network divides a batch among widths
-    for batch in (least, 2 * least):
-        kept = {}  # each tensor once, held so that no other takes its address
-
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = _on_meta(model, batch, train=True)
-        if out is None:
-            return 0
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
-        del out
-    return max(0, sizes[1] - sizes[0]) // least
-
-
-def _on_meta(model, batch, train=False, hook=None):
-    """The output of a copy of the model on meta tensors, None if it cannot run there. hook: of each layer's forward."""
-    try:
-        twin = _meta_twin(model).train(train)
-        for module in twin.modules() if hook else ():
-            module.register_forward_hook(hook)
-        with torch.random.fork_rng([]):
-            return twin(*(None if x is None else x.to("meta") for x in model.example_inputs(batch)))
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None
-
-
-@torch.no_grad()
-def live_per_image(model):
-    """Bytes of one image that a forward needs at once, at least: the input and output of its widest layer."""
-    most = [0]
-
-    def note(layer, inputs, output):
-        if _is_layer(layer) and isinstance(output, torch.Tensor):
-            most.append(sum(4 * x.numel() for x in (*inputs[:1], output)))
-
-    _on_meta(model, 1, hook=note)
-    return max(most)
-
-
-# ---- time ------------------------------------------------------------------------------------------------------------
-
-
-def time_layers(model, batch=1, device="cpu", dtype=torch.float32):
-    """Times one call of each sparse layer. Returns {name: (microseconds dense, microseconds compressed, back end)}.
-
-    A call has the shapes and the epilogue of a forward of `model` at this batch size. Layers with equal shapes and
-    epilogue are timed once. Weights and inputs are random; `model` is not changed. Layers that cannot be compressed, or
-    are not called, are left out. A compressed model is decompressed first.
-    """
-    if any(isinstance(module, Compressed) for module in model.modules()):
-        model = decompress(model)
-    twin, calls, times = _meta_twin(model).eval(), {}, {}
-    layers = {name: layer for name, layer in masked_layers(twin) if not uncompressed_because(layer)}
-
-    def see(layer, inputs, options, output):
-        calls[layer] = inputs, options
-
-    hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in layers.values()]
-    with torch.no_grad():
-        twin(*tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, model.example_inputs(batch)))
-        for hook in hooks:
-            hook.remove()
-        for layer, call in calls.items():
-            key = f"{layer} {call}"  # meta tensors print their shapes, not values
-            if key not in times:
-                times[key] = _dense_and_compressed(layer, call, device, dtype)
-    return {name: times[f"{layer} {calls[layer]}"] for name, layer in layers.items() if layer in calls}
-
-
-def time_report(model, batch=1):
-    """The table of `sparsedm inspect --time`: `time_layers` on this machine's GPU in bf16, else on its CPU in fp32.
-
-    Raises: InputError if no layer of the model can be compressed.
-    """
-    on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    times = time_layers(model, batch, device, dtype)
-    if not times:
-        raise InputError("--time needs a layer with a sparse weight, and the model has none: give --pattern 2:4")
-    rows = [(name, f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}x", backend) for name, (a, b, backend) in times.items()]
-    lines = [table(("layer", "dense us", "sparse us", "speed-up", "back end"), rows, left=(0, 4))]
-    dense, best = sum(a for a, *_ in times.values()), sum(min(a, b) for a, b, _ in times.values())
-    what = torch.cuda.get_device_name() if on_gpu else "CPU: no prediction for a GPU"
-    lines += ["", f"these layers, dense: {dense / 1e3:,.3f} ms; sparse where it gains: {best / 1e3:,.3f} ms"]
-    return "\n".join([*lines, f"batch {batch}, {str(dtype).removeprefix('torch.')}, {what}"])
-
-
-def _dense_and_compressed(layer, call, device, dtype):
-    layer = copy.deepcopy(layer).to_empty(device=device).to(dtype)
-    layer.set_pattern(layer.pattern)  # drops a frozen mask, whose memory is uninitialised
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    sized = tree_map(lambda x: torch.randn(x.shape, device=device, dtype=dtype) if torch.is_tensor(x) else x, call)
-    (compressed,) = compress(nn.Sequential(layer))
-    layer.set_pattern(None)
-    runs = [lambda of=of: of(*sized[0], **sized[1]) for of in (layer, compressed)]
-    on_gpu = torch.device(device).type == "cuda"
-    times = [median_microseconds(run) for run in runs] if on_gpu else _microseconds(runs)
-    measured = compressed.measured()
-    computed = measured.choice.backend if measured else compressed.backend_used()
-    return *times, computed
-
-
-def _microseconds(runs):
-    """Median times on a CPU; with one thread CPU time: other programs matter less. First calls choose kernels, and
-    prepack."""
-    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    return [1e6 * seconds for seconds in interleaved_seconds(runs, "cpu", rounds=7, clock=now)]

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from sparsedm import evaluate, samplers
+from sparsedm.commands.drawing import add_sampling_arguments, autoencoder_of, beside, conditions_of, draw, source_of
 from sparsedm.commands.options import add_crop, check_dense, check_out, dense_part
-from sparsedm.commands.sample import add_sampling_arguments, autoencoder_of, beside, conditions_of, draw, source_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features, to_uint8
 from sparsedm.files import cache_folder, write_json
@@ -52,8 +52,7 @@ def run(options):
         load_features(options.features)
     dense = _paired(options, source) if options.dense else None
     if options.dry_run:
-        how = f"{source.sampler} in {source.steps} steps ({source.evaluations} network evaluations)"
-        print(f"{options.count:,} samples of {source.words}, {how},")
+        print(f"{options.count:,} samples of {source.words}, {source.how},")
         print(f"against the {options.split} images of {options.data}: {out}   (dry run: nothing was drawn or written)")
         return
     crop = options.crop or trained_crop(options.run, config)

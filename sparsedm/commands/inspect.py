@@ -5,7 +5,8 @@ import os
 from sparsedm.commands.options import add_model_arguments, check_out, count, load_named, picture_name
 from sparsedm.errors import InputError
 from sparsedm.files import write_json
-from sparsedm.inspection import ARCHS, inspect, time_report
+from sparsedm.inspection import ARCHS, inspect
+from sparsedm.layer_times import time_report
 from sparsedm.models import build_model, parse_overrides
 from sparsedm.sparsity import sparsify
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from sparsedm import samplers
+from sparsedm.commands.drawing import beside
 from sparsedm.commands.options import add_seed_and_device, count, deadline_of, finite, positive, sampling_steps
-from sparsedm.commands.sample import beside
 from sparsedm.commands.train import recipe_config, recipe_images, show_recipe, train_recipe
 from sparsedm.errors import InputError
 from sparsedm.features import load_features

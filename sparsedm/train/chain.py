@@ -25,8 +25,8 @@ from sparsedm.copying import copied
 from sparsedm.diffusion import check_discrete
 from sparsedm.errors import InputError, TooLittleMemory, check_memory
 from sparsedm.files import checksum
-from sparsedm.inspection import kept_per_image, most_kept_per_image
 from sparsedm.kernels.pattern import Pattern
+from sparsedm.memory import kept_per_image, most_kept_per_image
 from sparsedm.models.slimmable import WidestTeacher, check_supernet
 from sparsedm.sparsity import masked_layers, set_masking, sparsify
 from sparsedm.train import distributed, run_folder

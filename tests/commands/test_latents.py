@@ -11,7 +11,7 @@ import torch
 
 from sparsedm import diffusion, samplers
 from sparsedm.cli import main
-from sparsedm.commands import sample
+from sparsedm.commands import drawing
 from sparsedm.errors import InputError
 from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model
@@ -277,11 +277,11 @@ def test_one_draw_of_each_latent_can_be_stored(vae, pictures, tmp_path):
 def test_latents_of_a_published_network_have_its_scale(monkeypatch):
     """U-ViT's configuration for COCO: autoencoder.scale_factor = 0.23010."""
     given = []
-    monkeypatch.setattr(sample, "load_autoencoder", lambda *arguments: given.append(arguments) or 1 / 0)
+    monkeypatch.setattr(drawing, "load_autoencoder", lambda *arguments: given.append(arguments) or 1 / 0)
     for name, more in (("uvit-coco-small", ()), ("uvit-imagenet256-large", ()), ("uvit-coco-small", (2.0,))):
         options = argparse.Namespace(vae="folder", device="cpu", latent_scale=next(iter(more), None))
         with pytest.raises(ZeroDivisionError):
-            sample.autoencoder_of(MODELS[name], options)
+            drawing.autoencoder_of(MODELS[name], options)
     assert [scale for _, _, scale in given] == [0.2301, None, 2.0]
 
 

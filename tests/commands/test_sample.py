@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sparsedm import errors
-from sparsedm.commands import evaluate, sample
+from sparsedm.commands import drawing, evaluate, sample
 from sparsedm.compression import compress
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model
@@ -57,8 +57,8 @@ def test_compressed_samples_are_those_of_the_masked_model(trained, tmp_path):
 
 
 def test_a_compressed_file_is_drawn_as_what_compress_makes(trained, tmp_path, monkeypatch, capsys):
-    seen, dtype = set(), sample.network_dtype
-    monkeypatch.setattr(sample, "network_dtype", lambda o, compressed: seen.add(compressed) or dtype(o, compressed))
+    seen, dtype = set(), drawing.network_dtype
+    monkeypatch.setattr(drawing, "network_dtype", lambda o, compressed: seen.add(compressed) or dtype(o, compressed))
     save_model(tmp_path / "small.safetensors", compress(load_model(trained, build_model).model))
     command = ["sample", tmp_path / "small.safetensors", "--count", 4, "--sampling-steps", 2, "--out"]
     assert run(*command, tmp_path / "small.png") == 0
@@ -70,11 +70,11 @@ def test_a_compressed_file_is_drawn_as_what_compress_makes(trained, tmp_path, mo
 @pytest.mark.parametrize(("channels", "vae", "clip"), [(3, None, "every"), (3, "a", "never"), (4, None, "never")])
 def test_latents_are_never_clipped(channels, vae, clip, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample.samplers, "sample", lambda *a, **more: asked.append(more["clip"]) or torch.zeros(a[2]))
+    monkeypatch.setattr(drawing.samplers, "sample", lambda *a, **more: asked.append(more["clip"]) or torch.zeros(a[2]))
     network = build_model("uvit-tiny", image_size=8, dim=32, depth=2, heads=2, channels=channels)
     options = SimpleNamespace(vae=vae, count=2, device=torch.device("cpu"), dtype="fp32", batch_size=2, seed=0)
     options.cuda_graph = False
-    sample.draw(sample.Source("", [network], "ddim", 1), sample.Conditions(), options)
+    drawing.draw(drawing.Source("", [network], "ddim", 1), drawing.Conditions(), options)
     assert asked == [clip]
 
 
@@ -145,7 +145,7 @@ def test_label_and_which_decide_what_is_drawn(trained, tmp_path, monkeypatch):
         asked.append((networks[0].in_blocks[0].mlp.fc1.weight, y.tolist()))
         return torch.zeros(count, *shape)
 
-    monkeypatch.setattr(sample.samplers, "sample", sampled)
+    monkeypatch.setattr(drawing.samplers, "sample", sampled)
     for more in ((), ("--label", 1), ("--which", "model")):
         assert run("sample", trained, "--count", 2, "--sampling-steps", 2, "--out", tmp_path / "a.npz", *more) == 0
     weights, labels = zip(*asked)
@@ -268,7 +268,7 @@ def test_a_picture_too_large_for_its_format_is_refused_before_it_is_drawn(traine
 
 def test_a_drawn_batch_larger_than_the_machine_is_refused_before_it_is_drawn(trained, tmp_path, monkeypatch, capsys):
     measured = []
-    monkeypatch.setattr(sample, "live_per_image", lambda network: measured.append(network) or 1 << 20)
+    monkeypatch.setattr(drawing, "live_per_image", lambda network: measured.append(network) or 1 << 20)
     monkeypatch.setattr(errors, "_memory", lambda: 1 << 30)
     options = [trained, "--sampling-steps", 1, "--out", tmp_path / "a.png", "--batch-size", 10_000, "--count"]
     for command, takes in (

@@ -14,7 +14,7 @@ import torch
 
 from sparsedm import evaluate, samplers
 from sparsedm.cli import main, parse
-from sparsedm.commands.sample import source_of
+from sparsedm.commands.drawing import source_of
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.model_files import save_model
