@@ -62,7 +62,9 @@ def add_arguments(parser):
         "--minutes", type=positive, help="stop in time, with a report (exit code 3); the same command goes on"
     )
     parser.add_argument("--dry-run", action="store_true", help="look at data and networks, list the runs, and stop")
-    parser.add_argument("--report-only", action="store_true", help="only make tables and pictures of results.csv anew")
+    parser.add_argument(
+        "--report-only", action="store_true", help="only make tables and pictures anew, of all rows in results.csv"
+    )
     parser.add_argument(
         "--merge",
         action="append",

@@ -18,6 +18,12 @@ from sparsedm.errors import InputError, check_memory
 from sparsedm.files import read_json, regular_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = {  # of weights, as diffusers names them, the most exact first -> its name for the variant
+    WEIGHTS: None,
+    f"{WEIGHTS}.index.json": None,
+    "diffusion_pytorch_model.fp16.safetensors": "fp16",
+    f"{WEIGHTS}.index.fp16.json": "fp16",
+}
 BATCH = 16  # images at a time
 MOST = 2**16  # channels
 
@@ -80,14 +86,15 @@ def load_autoencoder(folder, device="cpu", scale=None):
     if config["_class_name"] != "AutoencoderKL":
         raise InputError(f"{folder} holds a {config['_class_name']}: an AutoencoderKL is needed")
     _check(config, folder / "config.json")
-    if not (folder / WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
+    file = next((name for name in FILES if (folder / name).exists()), None)
+    if file is None and (pickles := sorted(folder.glob("*.bin"))):
         raise InputError(f"{pickles[0]} is a pickle, which can run any code: save the autoencoder as safetensors")
-    regular_file(folder / WEIGHTS)
+    regular_file(folder / (file or WEIGHTS))
     try:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
         raise InputError(f"latents need diffusers: pip install 'sparsedm[interop]' ({error})") from error
-    options = {"local_files_only": True, "use_safetensors": True, "torch_dtype": torch.float32}
+    options = {"local_files_only": True, "use_safetensors": True, "torch_dtype": torch.float32, "variant": FILES[file]}
     try:
         network, found = diffusers.AutoencoderKL.from_pretrained(str(folder), output_loading_info=True, **options)
     except Exception as error:  # of what is wrong with a configuration any

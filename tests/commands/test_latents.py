@@ -1,6 +1,7 @@
 """Networks that are told texts, and networks of latents, from the command line."""
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -328,6 +329,17 @@ def test_a_pipelines_folder_will_do_and_images_must_fit(vae, tmp_path):
     assert (encoder.channels, encoder.factor) == (4, 2)
     with pytest.raises(InputError, match=r"3 channels and sides that are multiples of 2, not \(3, 9, 8\)"):
         encoder.moments(torch.zeros(1, 3, 9, 8, dtype=torch.uint8))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("stored", [{"variant": "fp16"}, {"max_shard_size": "20KB"}])
+def test_variants_and_shards_are_read_in_fp32(stored, vae, tmp_path):
+    half = copy.deepcopy(vae[1]).half()
+    half.save_pretrained(tmp_path, **stored)
+    read = load_autoencoder(tmp_path).network
+    assert not (tmp_path / WEIGHTS).exists()
+    assert {weight.dtype for weight in read.parameters()} == {torch.float32}
+    assert all(torch.equal(weight.float(), read.state_dict()[name]) for name, weight in half.state_dict().items())
 
 
 def test_without_diffusers_the_extra_is_named(tmp_path, monkeypatch):
