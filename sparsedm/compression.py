@@ -7,6 +7,7 @@ from torch import nn
 
 from sparsedm.compressed import Compressed, CompressedConv2d, CompressedLinear
 from sparsedm.copying import copied, detached
+from sparsedm.decay_hook import remove_decay_hook
 from sparsedm.errors import InputError
 from sparsedm.kernels.pattern import group_view, holds
 from sparsedm.kernels.sparse24.format import TORCH_TENSORS, to_torch
@@ -169,7 +170,7 @@ def bake(model: nn.Module) -> nn.Module:
         for name in ("beside_compressed", "_origins"):
             vars(module).pop(name, None)
         if isinstance(module, Masked):
-            module.unhook_decay()
+            remove_decay_hook(module.weight)
             vars(module).pop("_cast_froze", None)
         if _becomes_plain(module):
             module.__class__ = nn.Linear if isinstance(module, Linear) else nn.Conv2d

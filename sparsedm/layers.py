@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
+from sparsedm.decay_hook import DecayHook, decay_hook_of, is_computed_from
 from sparsedm.errors import InputError
 from sparsedm.kernels.cpu import dense, rules
 from sparsedm.kernels.cpu.training import training_conv2d, training_product
@@ -28,7 +29,7 @@ from sparsedm.kernels.mask import Selection, select_mask
 from sparsedm.kernels.masked_matmul import kernels_serve, masked_linear
 from sparsedm.kernels.pattern import Pattern, pack_bits, ungroup, unpack_bits
 from sparsedm.kernels.sparse24.linear import ACTIVATIONS
-from sparsedm.kernels.straight_through import STE, GradientRule, apply_rule, check_masked, straight_through
+from sparsedm.kernels.straight_through import STE, check_masked, straight_through
 from sparsedm.kernels.tracing import autocast_dtype, exporting, refuse_export, transformed
 
 
@@ -188,13 +189,13 @@ class Masked:
         if self._is_decayed():
             return self.rule._replace(decay=0.0), None
         own = (self._decayed or self._hooked or (None,))[0]
-        stands_in = own is not None and "weight" in self._parameters and _is_computed_from(self.weight, own)
+        stands_in = own is not None and "weight" in self._parameters and is_computed_from(self.weight, own)
         if stands_in and self._decayed:
             return self.rule._replace(decay=0.0), None
         hook = None if transformed() else self.hook_decay()
         used = hook and functools.partial(hook.note, self, self.weight)
         hooked = hook or (self._hooked and (self._hooked[0] is self.weight or getattr(self, "_is_replica", False)))
-        if stands_in and not hooked and (decay := _decay_of(own)):
+        if stands_in and not hooked and (decay := decay_hook_of(own)):
             used = decay.leave
         return (self.rule._replace(decay=0.0) if hooked else self.rule), used
 
@@ -203,21 +204,11 @@ class Masked:
         weight = self.weight
         if not (weight.requires_grad and weight.is_leaf):
             return None
-        hook = _decay_of(weight)  # sought every time: `swap_tensors` leaves the hooks, which then are never called
-        if hook is None or hook.place != weight._cdata:
-            weight._backward_hooks = None if hook else weight._backward_hooks  # or torch thinks that it knows them
-            hook = _Decay(weight._cdata)
-            weight.register_hook(hook)
+        hook = DecayHook.on(weight)
         hook.take(self)
         if self._known[0] == id(weight):  # else `functional_call` lends it: a compiled graph adds its decay itself
             self._hooked = (weight,)
         return hook
-
-    def unhook_decay(self):
-        """Remove what `hook_decay` has added."""
-        hooks = self.weight._backward_hooks or {}
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Decay)]:
-            del hooks[key]
 
     def selection(self, dtype, name="weight"):
         """The Selection of the current weight: mask, masked weight in `dtype`, and bits if a kernel may read them.
@@ -347,75 +338,6 @@ _frozen_by_cast = weakref.WeakValueDictionary()  # id of a weight: the layer tha
 
 def _narrows(before, after):
     return after != before and after.itemsize <= before.itemsize
-
-
-class _Decay:
-    """A hook on a weight: adds decay * (1 - m) * w to its gradient.
-
-    The rule is that of the layer whose forward this backward passes. In a compiled graph no layer notes itself: then
-    the rule is that of the last layer that hooked the weight and still has it, and a pattern.
-    """
-
-    __torch_unserializable__ = True  # another process hooks its own
-
-    def __init__(self, place):
-        self.layers = []  # weak references, the latest first
-        self.place = place  # of the tensor behind the weight
-        self.used = None, None, None  # number of a backward, layer, weight: under functional_call not the layer's own
-        self.left = None  # number of a backward that adds the decay to a weight which is computed from this one
-
-    def take(self, layer):
-        if not self.layers or self.layers[0]() is not layer:
-            self.layers = [weakref.ref(layer), *(known for known in self.layers if known() not in (None, layer))]
-
-    def acts(self, layer, lent=False):
-        return layer.pattern is not None and layer.rule.decay != 0.0 and (lent or not layer._is_decayed())
-
-    def note(self, layer, weight):
-        self.used = torch._C._current_graph_task_id(), layer, weight
-
-    def leave(self):
-        self.left = torch._C._current_graph_task_id()
-
-    def __call__(self, g):
-        (backward, layer, weight), self.used = self.used, (None, None, None)
-        now = torch._C._current_graph_task_id()
-        if self.left == now:
-            return None
-        if backward != now:
-            living = (known() for known in self.layers)
-            mine = (la for la in living if la is not None and _decay_of(la.weight) is self and self.acts(la))
-            layer = next(mine, None)
-            if layer is None:
-                return None
-            weight = layer.weight
-        if not self.acts(layer, lent=weight is not layer.weight):
-            return None
-        mask = layer.mask
-        if weight is layer.weight:
-            mask = layer.current_mask()
-        elif mask is None:
-            mask = select_mask(weight, layer.pattern).mask
-        return apply_rule(g, weight, mask, GradientRule(layer.rule.decay))
-
-
-def _is_computed_from(weight, leaf):
-    """Whether `functional_call` lends a weight whose eager graph reaches this leaf."""
-    if weight.is_leaf or transformed() or torch.compiler.is_compiling():
-        return False
-    nodes = seen = {weight.grad_fn}
-    while nodes:
-        if any(getattr(node, "variable", None) is leaf for node in nodes):
-            return True
-        nodes = {after for node in nodes for after, _ in node.next_functions if after} - seen
-        seen = seen | nodes
-    return False
-
-
-def _decay_of(weight):
-    """The `_Decay` among the hooks of a weight, or None."""
-    hooks = (weight._backward_hooks or {}).values()
-    return next((hook for hook in hooks if isinstance(hook, _Decay)), None)
 
 
 class Linear(Masked, nn.Linear):

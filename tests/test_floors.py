@@ -19,7 +19,7 @@ FLOORS = (  # the room that names a module most closely counts
     (4, "sparsedm.train", "sparsedm.evaluate"),
     (3, "sparsedm.models", "sparsedm.diffusion", "sparsedm.samplers"),
     (2, "sparsedm.layers", "sparsedm.compressed", "sparsedm.sparsity", "sparsedm.compression", "sparsedm.optim"),
-    (2, "sparsedm.selections", "sparsedm.copying", "sparsedm.permutation"),
+    (2, "sparsedm.decay_hook", "sparsedm.selections", "sparsedm.copying", "sparsedm.permutation"),
     (2, "sparsedm.inspection", "sparsedm.memory", "sparsedm.layer_times"),
     (2, "sparsedm.model_files", "sparsedm.tensor_files"),
     (1, "sparsedm.kernels"),
