@@ -6,6 +6,7 @@ python examples/ddpm_pipeline.py --model google/ddpm-cifar10-32    published wei
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
@@ -20,6 +21,8 @@ parser.add_argument("--out", default="ddpm_pipeline.png")
 options = parser.parse_args()
 if options.tuning_steps < 1:
     parser.error(f"--tuning-steps {options.tuning_steps}: at least 1 is needed")
+if not Path(options.out).absolute().parent.is_dir() or Path(options.out).suffix not in (".png", ".jpg"):
+    parser.error(f"--out {options.out}: must be a .png or .jpg in a folder that exists")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 

@@ -6,6 +6,8 @@ python examples/dit_guidance.py --model facebook/DiT-XL-2-256         published 
 
 import argparse
 import copy
+import math
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -21,6 +23,10 @@ parser.add_argument("--out", default="dit_guidance.png")
 options = parser.parse_args()
 if options.tuning_steps < 1:
     parser.error(f"--tuning-steps {options.tuning_steps}: at least 1 is needed")
+if not math.isfinite(options.guidance):
+    parser.error(f"--guidance {options.guidance}: must be finite")
+if not Path(options.out).absolute().parent.is_dir() or Path(options.out).suffix not in (".png", ".jpg"):
+    parser.error(f"--out {options.out}: must be a .png or .jpg in a folder that exists")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 

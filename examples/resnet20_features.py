@@ -17,7 +17,7 @@ from torch import nn
 
 from sparsedm.errors import InputError
 from sparsedm.features import load_features
-from sparsedm.files import atomic_file
+from sparsedm.files import atomic_file, check_writable
 from sparsedm.tensor_files import fill, read_tensors
 from sparsedm.train.data import SPLITS, load
 
@@ -60,6 +60,12 @@ def main(arguments=None):
     parser.add_argument("--split", choices=SPLITS, default="test", help="part of --data (default: test)")
     parser.add_argument("--out", default="resnet20.pt2", help="(default: resnet20.pt2)")
     options = parser.parse_args(arguments)
+    if not options.out.endswith(".pt2"):
+        raise InputError(f"--out {options.out}: must end in .pt2")
+    check_writable(options.out)
+    images = load(options.data, options.split) if options.data else None
+    if images and images.labels is None:
+        raise InputError(f"data {options.data} holds no labels, which an accuracy needs")
 
     network = ResNet20().eval()
     tensors, _ = read_tensors(options.weights)
@@ -72,8 +78,7 @@ def main(arguments=None):
         torch.export.save(torch.export.export(network, (example,), dynamic_shapes=(sizes,)), partial)
     features = load_features(options.out)
     print(f"features {features.name}: 64 of each image, in {options.out}")
-    if options.data:
-        images = load(options.data, options.split)
+    if images:
         with torch.no_grad():
             classes = network.linear(features(images.images, progress=True).float()).argmax(1)
         accuracy = (classes == images.labels).double().mean()

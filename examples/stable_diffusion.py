@@ -10,6 +10,7 @@ Pruned in one shot, a published model loses much of its quality: tune it as ddpm
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -31,6 +32,8 @@ parser.add_argument("--model", help="a hub name or a folder (default: a tiny pip
 parser.add_argument("--prompt", default="a watercolour of a lighthouse")
 parser.add_argument("--out", default="stable_diffusion.png")
 options = parser.parse_args()
+if not Path(options.out).absolute().parent.is_dir() or Path(options.out).suffix not in (".png", ".jpg"):
+    parser.error(f"--out {options.out}: must be a .png or .jpg in a folder that exists")
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 part = "unet" if options.version == "1.5" else "transformer"
 torch.manual_seed(0)

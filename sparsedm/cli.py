@@ -66,7 +66,8 @@ def main(arguments=None):
     def run():
         with _leaving_at_once():
             options = parse(sys.argv[1:] if arguments is None else arguments)
-        options.run_command(options)
+        with _stopping_at_sigterm():
+            options.run_command(options)
 
     return exit_code("sparsedm", run)
 
@@ -176,7 +177,6 @@ def _first_line(error):
     return str(getattr(error, "inner_exception", error)).partition("\n")[0]  # torch.compile wraps what went wrong
 
 
-@contextlib.contextmanager
 def _leaving_at_once():
     """In this context Ctrl-C ends the process at once: an interrupted import may raise anything."""
 
@@ -184,14 +184,32 @@ def _leaving_at_once():
         os.write(2, b"sparsedm: stopped\n")
         os._exit(128 + signum)
 
+    return _handled(signal.SIGINT, leave)
+
+
+def _stopping_at_sigterm():
+    """In this context SIGTERM raises Terminated, as Ctrl-C does KeyboardInterrupt: no half-written file stays."""
+
+    def stop(signum, frame):
+        raise Terminated("terminated")
+
+    return _handled(signal.SIGTERM, stop)
+
+
+@contextlib.contextmanager
+def _handled(number, handler):
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
-    before = signal.signal(signal.SIGINT, leave)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+class Terminated(Stopped):
+    exit_code = 128 + signal.SIGTERM
 
 
 class Parser(argparse.ArgumentParser):

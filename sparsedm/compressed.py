@@ -185,6 +185,19 @@ def _packed(rows, pattern):
     return values, rows.new_empty(N, -(-K // 32), dtype=torch.int32)
 
 
+def _check_layer(layer, kind):
+    if not isinstance(layer, kind):
+        ours = f"sparsedm.{kind.__name__}"
+        raise InputError(f"a {type(layer).__module__}.{type(layer).__name__} is no {ours}: sparsify makes it one")
+
+
+def shape_without_form(layer):
+    """None, or why this kind of convolution has no compressed form, as a short phrase."""
+    if layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return "a convolution with groups, or with padding that is not a number of zeros, has no compressed form"
+    return None
+
+
 class CompressedLinear(Compressed):
     """y = act([x | skip] w^T + b) * s + r from values (N, K * density) and their positions; inference only.
 
@@ -196,6 +209,7 @@ class CompressedLinear(Compressed):
 
         Raises InputError if that weight does not fit the layer's pattern (2:4 if the layer has no pattern).
         """
+        _check_layer(layer, Linear)
         pattern = layer.pattern or TWO_FOUR
         if rows is None and layer.pattern == TWO_FOUR and layer.mask is None and kernels_serve(layer.weight):
             _, _, _, values, metadata = select_mask(layer.weight, layer.pattern, mask=False, compressed=True)
@@ -243,6 +257,10 @@ class CompressedConv2d(Compressed):
     """
 
     def __init__(self, layer: Conv2d) -> None:
+        """layer: the layer to replace. Raises InputError if it has no compressed form."""
+        _check_layer(layer, Conv2d)
+        if reason := shape_without_form(layer):
+            raise InputError(f"{layer}: {reason}")
         rows = group_view(layer.masked_weight()).reshape(layer.out_channels, -1)
         pattern = layer.pattern or TWO_FOUR
         super().__init__(layer, *_packed(rows, pattern), pattern)

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from sparsedm.compressed import Compressed, CompressedConv2d, CompressedLinear
+from sparsedm.compressed import Compressed, CompressedConv2d, CompressedLinear, shape_without_form
 from sparsedm.copying import copied, detached
 from sparsedm.decay_hook import remove_decay_hook
 from sparsedm.errors import InputError
@@ -232,9 +232,12 @@ def _is_torch_sparse(module):
 def _compress_layer(layer):
     with torch.no_grad():
         if _is_torch_sparse(layer):
-            twin = copy.copy(layer)
-            twin._buffers = dict(layer._buffers)
-            return CompressedLinear(adopt(twin), layer.weight.to_dense())
+            twin = layer
+            if not isinstance(layer, Linear):
+                twin = copy.copy(layer)
+                twin._buffers = dict(layer._buffers)
+                adopt(twin)
+            return CompressedLinear(twin, layer.weight.to_dense())
         reason = uncompressed_because(layer)
         if not reason:
             return CompressedLinear(layer) if isinstance(layer, Linear) else CompressedConv2d(layer)
@@ -249,10 +252,8 @@ def uncompressed_because(layer):
     """None if a masked layer can be compressed, else the reason as a short phrase."""
     if "forward" in vars(layer) or type(layer).forward not in (Linear.forward, Conv2d.forward):
         return "its forward is not the one that a compressed layer computes"
-    if isinstance(layer, Conv2d) and (
-        layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-    ):
-        return "a convolution with groups, or with padding that is not a number of zeros, has no compressed form"
+    if isinstance(layer, Conv2d) and (reason := shape_without_form(layer)):
+        return reason
     if layer.weight.device.type not in ("cpu", "meta") and layer.pattern.keep > 2:
         return f"{layer.pattern} may keep more than 2 of every 4 weights: a GPU runs it dense"
     if layer.mask is None or layer.mask.is_meta or holds(group_view(layer.effective_weight()), layer.pattern):

@@ -34,7 +34,10 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
 
     |μ_a - μ_b|² + tr(A + B - 2 (A B)^(1/2)). tr (A B)^(1/2) is the sum of the roots of the eigenvalues of the symmetric
     A^(1/2) B A^(1/2). This is stable for singular covariances, the result of few images.
+    Raises: InputError for NaN or infinity.
     """
+    if not all(torch.as_tensor(x).isfinite().all() for x in (mean_a, covariance_a, mean_b, covariance_b)):
+        raise InputError("the mean or covariance of features is not finite: so is a feature, or it is too large")
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
@@ -47,8 +50,11 @@ def kernel_distance(a, b, *, subsets=100, subset_size=None, seed=0, progress=Fal
 
     a (n, d), b (m, d): features, floating point. Returns (mean, standard deviation) over the subsets.
     subset_size: None: 1000, or half of the smaller set if that is less (larger subsets would be too much alike to show
-    a spread). Raises: InputError if subset_size is less than 2 or more than n or m.
+    a spread). Raises: InputError if subset_size is less than 2 or more than n or m, and for NaN or infinity.
     """
+    for name, features in (("a", a), ("b", b)):
+        if not features.isfinite().all():
+            raise InputError(f"the features {name} hold NaN or infinity")
     subset_size = subset_size or default_subset_size(a, b)
     if not 2 <= subset_size <= min(len(a), len(b)):
         raise InputError(f"subset_size is {subset_size}, it must lie between 2 and the {min(len(a), len(b))} images")

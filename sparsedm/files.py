@@ -41,11 +41,12 @@ def atomic_file(path):
     """Yield a temporary path beside `path`. On a clean exit it is flushed to disk and renamed to `path`.
 
     On an exception the temporary file is removed and `path` is unchanged. If the system refuses to write (permission,
-    full disk, a file in place of a folder), the exception is an InputError naming `path`.
+    full disk, a file in place of a folder), the exception is an InputError naming `path`. A link is followed.
     """
     path = Path(path)
     with writing(path):
         _check_replaceable(path)
+        path = _followed(path)
         partial = _partial(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
@@ -61,6 +62,11 @@ def atomic_file(path):
         _flush(path.parent)
 
 
+def _followed(path):
+    """`path`, or what it links to: renaming a file to a link would replace the link."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def _partial(path):
     """A temporary path beside `path`. It keeps the suffix, by which writers such as matplotlib choose the format."""
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
@@ -71,6 +77,7 @@ def check_writable(path):
     path = Path(path)
     with writing(path):
         _check_replaceable(path)
+        path = _followed(path)
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         probe = folder / _partial(path).name
         probe.touch(exist_ok=False)

@@ -19,7 +19,16 @@ from sparsedm.kernels.pattern import Pattern
 from sparsedm.kernels.straight_through import STE, GradientRule
 from sparsedm.layers import Masked, invalid_because
 from sparsedm.sparsity import masked_layers, module_of, sparsify
-from sparsedm.tensor_files import fill, has_dtype, one_network, read_tensors, unwritable, write_shards, write_tensors
+from sparsedm.tensor_files import (
+    fill,
+    has_dtype,
+    one_network,
+    read_tensors,
+    remove_shards,
+    unwritable,
+    write_shards,
+    write_tensors,
+)
 
 KINDS = ("dense", "masked", "compressed")
 FORMAT = 2  # of a model file. A file without this number has format 1: every compressed layer is 2:4
@@ -112,7 +121,8 @@ def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None =
     The file holds patterns and `model.config`. For a model without a `.config`, `load_model` needs one: `config=`.
     Wrappers such as torch.compile and DDP are left out. `load_model` refuses the file of a model whose `unsaved` (a
     string) names what no file can hold, such as hooks that change its inputs. shard_bytes: split the model into files
-    of at most this size and write FILE.index.json; returns the path of the index.
+    of at most this size and write FILE.index.json; returns the path of the index. What was saved under this name in the
+    other way is removed.
     Raises: InputError, before anything is written, for another suffix, a config that is not JSON, sharded weights, or a
     dtype that safetensors lack.
     """
@@ -126,6 +136,7 @@ def save_model(file: str | PathLike, model: nn.Module, shard_bytes: int | None =
         return write_shards(file, tensors, header, shard_bytes)
     with atomic_file(file) as partial:
         write_tensors(partial, tensors, header)
+    remove_shards(file)
     return file
 
 

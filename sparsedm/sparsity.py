@@ -9,7 +9,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from numbers import Number
+from numbers import Number, Real
 
 import numpy as np
 import torch
@@ -82,11 +82,13 @@ def _known_layers(module):
 
 
 def _selector(model, where):
-    if where == "all":
+    if isinstance(where, str) and where == "all":
         return lambda name, module: True
     if callable(where):
         return where
     if isinstance(where, str):
+        if not where:
+            raise InputError("where='' names nothing: None, 'all', or an expression to search for")
         try:
             expression = re.compile(where)
         except re.error as error:
@@ -295,9 +297,9 @@ def set_masking(
     if not layers:
         raise InputError("the model has no masked layer whose gradients could be set: call sparsify first")
     for name, value in (("decay", decay), ("kept", kept), ("dropped", dropped)):
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise InputError(f"{name}={value!r}: must be a number of at least 0, and finite")
-    if frozen not in (None, True, False):
+    if not (frozen is None or isinstance(frozen, bool)):
         raise InputError(f"frozen={frozen!r}: must be True, False, or None")
     for _, layer in layers:
         layer.rule = GradientRule(float(decay), float(kept), float(dropped))

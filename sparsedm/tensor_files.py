@@ -4,8 +4,8 @@ Reading a file never runs code from it: our own files hold no pickles, and torch
 code, reads a foreign .pth.
 
 Shards are laid out as on the model hubs: name.safetensors.index.json lists which tensor is in which
-name-00001-of-00003.safetensors. The index is written last. If writing is interrupted there is no index, so old and new
-shards are never mixed.
+name-00001-of-00003.safetensors. All shards are written before the first takes its name, and the index last, so old and
+new shards are never mixed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import nn
 
 from sparsedm.compression import parameter_names
 from sparsedm.errors import InputError, check_memory
-from sparsedm.files import atomic_file, read_json, regular_file, write_json, writing
+from sparsedm.files import atomic_file, check_writable, read_json, regular_file, write_json, writing
 from sparsedm.layers import is_sharded
 
 INDEX = ".index.json"
@@ -56,25 +56,45 @@ def write_tensors(file, tensors, header):
 
 
 def write_shards(file, tensors, header, shard_bytes):
-    """Write named tensors as files of at most `shard_bytes` (or one tensor), and FILE.index.json. Returns its path."""
+    """Write named tensors as files of at most `shard_bytes` (or one tensor), and FILE.index.json. Returns its path.
+
+    FILE itself, and what this package has written so before, is removed.
+    """
     file = Path(file)
+    index = file.with_name(file.name + INDEX)
+    check_writable(index)
     shards = [{}]
     for name, value in tensors.items():
         held = sum(other.numel() * other.element_size() for other in shards[-1].values())
         if shards[-1] and held + value.numel() * value.element_size() > shard_bytes:
             shards.append({})
         shards[-1][name] = value
-    index = file.with_name(file.name + INDEX)
-    with writing(index):
-        index.unlink(missing_ok=True)
     names = [f"{file.stem}-{i:05d}-of-{len(shards):05d}{file.suffix}" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        with atomic_file(file.with_name(name)) as partial:
-            write_tensors(partial, shard, {})
+    with contextlib.ExitStack() as renamed:
+        for name, shard in zip(names, shards):
+            write_tensors(renamed.enter_context(atomic_file(file.with_name(name))), shard, {})
+        remove_shards(file)
     places = {key: name for name, shard in zip(names, shards) for key in shard}
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     write_json(index, {"metadata": header | {"total_size": size}, "weight_map": places})
+    with writing(file):
+        file.unlink(missing_ok=True)
     return index
+
+
+def remove_shards(file):
+    """Remove the index and the shards of FILE, if they are of this package."""
+    index = file.with_name(file.name + INDEX)
+    listed = {}
+    with contextlib.suppress(InputError):  # none, or not ours
+        listed = read_json(index, metadata=dict, weight_map=dict)
+    if "sparsedm" not in listed.get("metadata", {}):
+        return
+    with writing(file):
+        index.unlink()
+        for shard in {file.parent / str(name) for name in listed["weight_map"].values()}:
+            if shard.parent == file.parent:
+                shard.unlink(missing_ok=True)
 
 
 def is_index(name):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from sparsedm import compressed
-from sparsedm.compressed import CompressedLinear
+from sparsedm.compressed import CompressedConv2d, CompressedLinear
 from sparsedm.compression import compress, decompress, uncompressed_because
 from sparsedm.errors import InputError
 from sparsedm.kernels import checksum
@@ -23,6 +23,24 @@ from sparsedm.model_files import FORMAT, describe, load_model, save_model
 from sparsedm.sparsity import hold_masks, masked_layers, sparsify
 from sparsedm.tensor_files import read_tensors, write_tensors
 from tests.tolerance import assert_as_good_as_torch
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: CompressedConv2d(Conv2d(8, 8, 3, padding=1, padding_mode="reflect", pattern="2:4")),
+            "padding that is",
+        ),
+        (lambda: CompressedConv2d(Conv2d(8, 8, 3, padding="same", pattern="2:4")), "padding that is not a number"),
+        (lambda: CompressedConv2d(Conv2d(8, 8, 3, groups=2, pattern="2:4")), "a convolution with groups"),
+        (lambda: CompressedConv2d(Linear(8, 8, pattern="2:4")), "Linear is no sparsedm.Conv2d: sparsify makes it one"),
+        (lambda: CompressedLinear(nn.Linear(8, 8)), "torch.nn.modules.linear.Linear is no sparsedm.Linear"),
+    ],
+)
+def test_a_layer_without_a_compressed_form_is_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_a_compressed_layer_shows_what_a_dense_one_would():

@@ -1,6 +1,7 @@
 """Whole models in their other forms: compressed, decompressed, baked; tied weights through all of them."""
 
 import copy
+import functools
 import io
 import types
 
@@ -126,8 +127,9 @@ def test_decompressed_weights_are_the_masked_ones_bit_for_bit_and_can_be_trained
     assert isinstance(small.head, CompressedLinear), "decompress must not touch the model it is given"
 
 
-def test_layers_move_to_torchs_sparse_tensors_and_back():
-    model = sparsify(nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 4)).bfloat16(), "2:4", ["0"])
+@pytest.mark.parametrize("make", [nn.Linear, functools.partial(Linear, activation="gelu")])
+def test_layers_move_to_torchs_sparse_tensors_and_back(make):
+    model = sparsify(nn.Sequential(make(64, 32), nn.SiLU(), nn.Linear(32, 4)).bfloat16(), "2:4", ["0"])
     small = compress(model)
     held = decompress(small, "cutlass")
     assert isinstance(held[0].weight, TORCH_TENSORS["cutlass"])
@@ -136,6 +138,7 @@ def test_layers_move_to_torchs_sparse_tensors_and_back():
     assert isinstance(decompress(compress(shared), "cutlass")[1].weight, TORCH_TENSORS["cutlass"])
     back = compress(held)
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), small.state_dict().values()))
+    assert back[0].activation == small[0].activation
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,18 @@ def test_frechet_distance_of_singular_covariances(rank_a, rank_b):
     assert_as_good_as_torch(torch.tensor(ours).float(), known, known.float(), eps=torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_have_no_distance(bad):
+    x = torch.randn(20, 3, dtype=torch.float64)
+    spoiled = x.clone()
+    spoiled[3, 1] = bad
+    for a, b in ((x, spoiled), (spoiled, x)):
+        with pytest.raises(InputError, match="is not finite"):
+            evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b))
+        with pytest.raises(InputError, match="hold NaN or infinity"):
+            evaluate.kernel_distance(a, b, subsets=2)
+
+
 def test_frechet_distance_is_symmetric_zero_on_itself_and_counts_the_mean():
     mean, a, b = torch.ones(5, dtype=torch.float64), spread(5, 3), spread(5, 4)
     there, back = evaluate.frechet_distance(mean, a, -mean, b), evaluate.frechet_distance(-mean, b, mean, a)

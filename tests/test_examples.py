@@ -52,6 +52,11 @@ def test_an_example_leaves_its_picture(command, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("script", ["ddpm_pipeline.py", "dit_guidance.py"])
 def test_an_example_says_what_it_needs(script, monkeypatch, capsys):
     pytest.importorskip("diffusers")
+    for unwritable in ("no/where.png", "picture.what"):
+        monkeypatch.setattr(sys, "argv", [script, "--out", unwritable])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        assert f"--out {unwritable}: must be a .png or .jpg in a folder that exists" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [script, "--tuning-steps", "0"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(EXAMPLES / script))
@@ -121,6 +126,27 @@ def test_resnet20_features_are_those_of_the_paper(resnet20, weights, tmp_path, c
     features = load_features(out)
     assert torch.equal(features(held_out.images), expected.double())
     assert features(held_out.images[:1, :, :24, :24]).shape == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "w.th"], "--out w.th: must end in .pt2"),
+        (["--out", "net.pt2", "--data", "flat"], "data flat holds no labels"),
+        (["--out", "net.pt2", "--data", "none"], "data 'none': no such file or folder"),
+    ],
+)
+def test_resnet20_refuses_before_it_writes(arguments, message, resnet20, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat").mkdir()
+    for number in range(3):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "flat" / f"{number}.png")
+    torch.save(weights, "w.th")
+    before = (tmp_path / "w.th").read_bytes()
+    with pytest.raises(InputError, match=message):
+        resnet20["main"](["w.th", *arguments])
+    assert (tmp_path / "w.th").read_bytes() == before
+    assert not (tmp_path / "net.pt2").exists()
 
 
 def test_resnet20_refuses_other_weights(resnet20, weights, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from sparsedm import files
 from sparsedm.errors import InputError
-from sparsedm.files import atomic_file, atomic_folder, cache_folder, download, write_json, write_text
+from sparsedm.files import atomic_file, atomic_folder, cache_folder, check_writable, download, write_json, write_text
 
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
@@ -29,6 +29,19 @@ def test_atomic_file_replaces_and_keeps_the_suffix(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert os.listdir(path.parent) == ["chart.png"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("a.txt", "new.txt"):
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    (tmp_path / "there" / "a.txt").write_text("old")
+    for name in ("a.txt", "new.txt"):
+        check_writable(tmp_path / name)
+        write_text(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "there" / name).read_text() == "new"
+    assert len(list((tmp_path / "there").iterdir())) == 2
 
 
 def test_atomic_file_honours_the_umask(tmp_path):

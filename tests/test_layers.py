@@ -398,6 +398,10 @@ def test_a_second_source_is_a_concatenation():
         (lambda: Linear(8, 4, pattern="3:2"), "keep at least 1 and fewer than 2"),
         (lambda: Linear(8, 4, pattern="0:4"), "keep at least 1"),
         (lambda: Linear(8, 4, pattern="half"), "unknown pattern 'half'"),
+        (lambda: Pattern(2.0, 4), "pattern 2.0:4: keep=2.0 must be a whole number"),
+        (lambda: Pattern(2, 4.0), "pattern 2:4.0: group=4.0 must be a whole number"),
+        (lambda: Pattern(True, 4), "keep=True must be a whole number"),
+        (lambda: Pattern("2", 4), "keep='2' must be a whole number"),
         (lambda: Linear(8, 4, activation="relu"), "unknown activation 'relu'"),
     ],
 )

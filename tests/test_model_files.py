@@ -164,6 +164,18 @@ def test_a_model_in_shards_is_built_again(form, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.state_dict().values(), model.state_dict().values()))
 
 
+def test_one_name_holds_one_model_whole_or_in_shards(tmp_path):
+    file, models = tmp_path / "m.safetensors", [build_model("uvit-tiny", dim=32, depth=2, heads=2) for _ in range(3)]
+    for model, size in zip(models, (None, 20_000, None)):
+        path = save_model(file, model, shard_bytes=size)
+        assert path.exists()
+        assert all(
+            torch.equal(a, b) for a, b in zip(load_model(path, build_model).model.parameters(), model.parameters())
+        )
+        assert file.exists() == (size is None)
+    assert list(tmp_path.iterdir()) == [file]
+
+
 class Net(nn.Module):
     def __init__(self, config=None):
         super().__init__()

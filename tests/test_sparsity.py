@@ -5,7 +5,9 @@ import collections
 import copy
 import io
 import queue
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
@@ -182,6 +184,7 @@ def test_saving_copying_and_pickling_a_masked_model():
         (lambda: sparsify(Small(), "2:4", "("), "not a regular expression"),
         (lambda: sparsify(Small(), "2:4", ["conv", "tail"]), "does not have: tail"),
         (lambda: sparsify(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), "2:4", ["0", "1"]), "does not have: 0"),
+        (lambda: sparsify(Small(), "2:4", ""), "where='' names nothing"),
         (lambda: sparsify(Small(), "2:4", 3), "where=3: an expression, a list of names, or a predicate"),
         (lambda: sparsify(Small(), "2:4", [3]), "does not have: 3"),
         (lambda: sparsify(nn.Linear(8, 8, dtype=torch.complex64), "2:4"), "its weight is complex64"),
@@ -428,7 +431,8 @@ def test_a_lone_layer_becomes_ours_in_place():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"decay": float("nan")}, {"decay": -1}, {"kept": float("inf")}, {"dropped": "1"}, {"decay": None}]
+    "settings",
+    [{"decay": float("nan")}, {"decay": -1}, {"kept": float("inf")}, {"dropped": "1"}, {"decay": None}, {"kept": True}],
 )
 def test_gradient_settings_are_finite_numbers(settings):
     (name,) = settings
@@ -436,10 +440,17 @@ def test_gradient_settings_are_finite_numbers(settings):
         set_masking(sparsify(nn.Linear(16, 8), "2:4"), **settings)
 
 
-def test_frozen_is_yes_no_or_none():
+def test_gradient_settings_may_be_numbers_of_numpy():
     layer = sparsify(nn.Linear(16, 8), "2:4")
-    with pytest.raises(InputError, match="frozen='no': must be True, False, or None"):
-        set_masking(layer, frozen="no")
+    set_masking(layer, decay=np.float32(0.5))
+    assert layer.rule.decay == 0.5
+
+
+@pytest.mark.parametrize("frozen", ["no", 1, torch.ones(2)], ids=str)
+def test_frozen_is_yes_no_or_none(frozen):
+    layer = sparsify(nn.Linear(16, 8), "2:4")
+    with pytest.raises(InputError, match=re.escape(f"frozen={frozen!r}: must be True, False, or None")):
+        set_masking(layer, frozen=frozen)
     assert layer.mask is None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsedm import tensor_files
 from sparsedm.errors import InputError, check_memory
-from sparsedm.tensor_files import fill, read_tensors, write_shards, write_tensors
+from sparsedm.tensor_files import fill, read_tensors, remove_shards, write_shards, write_tensors
 
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16(), "c": torch.zeros(100), "d": torch.ones(1)}
 
@@ -29,7 +29,7 @@ def test_shards_are_no_larger_than_asked_and_come_back_in_order(tmp_path):
     assert header == {"sparsedm": "{}"}
 
 
-def test_a_writing_cut_short_leaves_no_index(tmp_path, monkeypatch):
+def test_a_writing_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
     index = write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
     calls = []
 
@@ -42,7 +42,20 @@ def test_a_writing_cut_short_leaves_no_index(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_files, "write_tensors", full_disk)
     with pytest.raises((OSError, InputError), match="No space left"):
         write_shards(tmp_path / "m.safetensors", {name: value + 1 for name, value in TENSORS.items()}, {}, 50)
-    assert not index.exists()
+    assert all(torch.equal(value, TENSORS[name]) for name, value in read_tensors(index)[0].items())
+    assert len(list(tmp_path.iterdir())) == 4, "and no half-written file"
+
+
+def test_shards_of_an_earlier_writing_do_not_stay(tmp_path):
+    foreign = tmp_path / "m-00001-of-00009.safetensors"
+    foreign.touch()
+    for size, files in ((50, 3), (10**6, 1)):
+        write_shards(tmp_path / "m.safetensors", TENSORS, {"sparsedm": "{}"}, size)
+        assert len(list(tmp_path.glob("m-*-of-*.safetensors"))) == files + foreign.exists()
+    write_shards(tmp_path / "n.safetensors", TENSORS, {}, 50)
+    remove_shards(tmp_path / "n.safetensors")
+    assert len(list(tmp_path.glob("n-*-of-*.safetensors"))) == 3, "perhaps somebody else's"
+    assert foreign.exists()
 
 
 def test_an_index_that_cannot_be_replaced_is_one_sentence(tmp_path):

@@ -119,7 +119,8 @@ def source_of(options):
     """
     if options.other_weights and options.strategy is None:
         raise InputError("--other-weights goes with --strategy")
-    if options.which != "ema" and Path(options.run).is_file() and not getattr(options, "dense", None):
+    folders = [path for path in (options.run, getattr(options, "dense", None)) if path and Path(path).is_dir()]
+    if options.which != "ema" and Path(options.run).is_file() and not folders:
         raise InputError(f"--which {options.which} goes with a run folder: the file {options.run} holds one network")
     if options.strategy is None:
         loaded = load_named(options, which=options.which)

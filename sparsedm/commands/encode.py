@@ -40,7 +40,7 @@ def run(options):
     if out.exists():
         raise InputError(f"{out} exists already: name another file with --out")
     check_writable(out)
-    check_source(options.data)
+    check_source(options.data, out=out)
     autoencoder = load_autoencoder(options.vae, options.device, options.latent_scale)
     found = load_images(options.data, options.split, options.size, options.limit, options.crop or "square")
     if found.is_latent:

@@ -47,7 +47,7 @@ def run(options):
     names = ("run", "data", "dense", "features", "strategy", "context", "vae")
     check_out(out, *(getattr(options, name) for name in names))
     evaluate.check_sets(shape, options.count, shape, options.count)
-    check_source(options.data, size=size)
+    check_source(options.data, size=size, out=out)
     if options.features != "inception":  # which one process downloads
         load_features(options.features)
     dense = _paired(options, source) if options.dense else None

@@ -59,8 +59,8 @@ def run(options):
     recipe, note = (QUICKSTART["synthetic"], SYNTHETIC_NOTE) if drawn else (QUICKSTART["images"], REAL_NOTE)
     folder = Path(options.run or f"runs/quickstart{'' if drawn else '-' + Path(os.path.abspath(options.data)).stem}")
     check_writable(folder / "report.json")
+    check_source(options.data, model_config(recipe.model, **recipe.overrides), out=folder / "report.json")
     if options.dry_run:  # the number of classes of other images is unknown until they are read
-        check_source(options.data, model_config(recipe.model, **recipe.overrides))
         show_recipe(recipe, options, folder, classes=len(CLASSES) if drawn else 0)
         return
     images, validation = recipe_images(recipe, options.data)

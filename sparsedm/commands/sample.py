@@ -76,6 +76,8 @@ def run(options):
         return
     if autoencoder:
         images = autoencoder.decode(images, progress=True)
+    if latents and (broken := int((~images.flatten(1).isfinite()).any(1).sum())):
+        raise InputError(f"{broken} of {len(images)} samples hold NaN or infinity: nothing was written")
     images = images.float() if latents else to_uint8(images)
     if out.suffix == ".npz":
         with atomic_file(out) as partial:

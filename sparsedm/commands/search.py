@@ -88,7 +88,8 @@ def run(options):
             raise InputError(f"--{name} says how to train a family, but RUN has one: leave out one of them")
     scale = replace(scale, stages=distilled(scale.stages, options.distill))
     plan = _plan(options, scale, deadline_of(options.minutes))
-    check_source(plan.data, None if options.run else model_config(scale.model, **scale.overrides))
+    config = None if options.run else model_config(scale.model, **scale.overrides)
+    check_source(plan.data, config, out=plan.folder / "report.json")
     check_writable(plan.folder / "report.json")
     if not options.run:
         first_generation(len(_left(options, scale)), plan.steps, plan.search)

@@ -157,7 +157,7 @@ def run(options):
     name = options.model or (os.path.basename(os.path.abspath(options.init)) if options.init else "uvit-tiny")
     folder = Path(options.run or f"runs/{name}-{options.method or options.chain.replace(':', 'of')}")
     start = Start(model, ema, build=lambda: build_model(model.config))
-    check_source(options.data, model.config)
+    check_source(options.data, model.config, out=folder / "loss.png")
     check_writable(folder / "loss.png")
     if options.dry_run:
         try:

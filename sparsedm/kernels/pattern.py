@@ -8,6 +8,7 @@ mask[n, k] = 1 if fewer than `keep` weights of its group come before it, where w
 import functools
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ class Pattern:
     group: int
 
     def __post_init__(self):
+        for name in ("keep", "group"):
+            number = getattr(self, name)
+            if not isinstance(number, Integral) or isinstance(number, bool):
+                raise InputError(f"pattern {self}: {name}={number!r} must be a whole number")
+            object.__setattr__(self, name, int(number))
         if self.group not in GROUPS:
             raise InputError(f"pattern {self}: the group size must be one of {', '.join(map(str, GROUPS))}")
         if not 1 <= self.keep < self.group:

@@ -52,7 +52,13 @@ def build_model(
     Raises: InputError for an unknown name or option, a value of the wrong type, or options that do not fit together.
     """
     config = model_config(model, **overrides)
-    with _within_memory(), contextlib.nullcontext() if device is None else torch.device(device):
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise InputError(f"dtype={dtype!r}: a dtype of floating-point numbers is needed, such as torch.bfloat16")
+    try:
+        place = contextlib.nullcontext() if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device={device!r} is not a device of torch") from error
+    with _within_memory(), place:
         network = _KINDS[config.kind][1](config)
     return network if dtype is None else network.to(dtype)
 

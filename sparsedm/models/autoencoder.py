@@ -55,7 +55,10 @@ class Autoencoder:
             found = self.network.encode(part.float() / 127.5 - 1).latent_dist
             return torch.cat(((found.mean - self.mean) * self.scale, found.logvar + 2 * self.scale.log()), 1)
 
-        return self._in_parts(encode, images, "encode", progress)
+        found = self._in_parts(encode, images, "encode", progress)
+        if not found.isfinite().all():
+            raise InputError(f"{self.name} gives moments that are not finite: are its weights?")
+        return found
 
     def decode(self, latents, progress=False):
         """(n, channels, h, w) -> images in about [-1, 1], float32 (n, 3, h * factor, w * factor) on the CPU."""

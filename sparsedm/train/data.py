@@ -129,11 +129,11 @@ def load_images(source, split, size, limit=None, crop="square"):
     return found
 
 
-def check_source(source, config=None, size=None):
+def check_source(source, config=None, size=None, out=None):
     """Raise InputError, before anything is read, if `source` is no source of `load`.
 
     config: of the network to train; a text-conditional one needs a context for every image. size: the side that drawn
-    images must have, by default the network's.
+    images must have, by default the network's. out: a file that will be written, which must not be one of the source's.
     """
     path = Path(os.path.expanduser(source))
     if source.partition(":")[0] == "synthetic":
@@ -145,8 +145,17 @@ def check_source(source, config=None, size=None):
             regular_file(path)
             if not path.name.lower().endswith(ENDINGS):
                 raise InputError(f"data {path}: must be a folder, or end in {', '.join(ENDINGS)}")
+        elif out is not None and not cifar10_folder(path):
+            _check_outside(path, out)
     if config is not None:
         check_context(config, context_shape(path) if path.suffix.lower() == ".npz" else None, source)
+
+
+def _check_outside(folder, out):
+    """Raise InputError if a file `out` would be read as one of the images in a folder."""
+    folder, path = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
+    if path.is_relative_to(folder) and not any(map(ignored, path.relative_to(folder).parts)):
+        raise InputError(f"{out} lies in data {folder}, and would be read as an image: write to another folder")
 
 
 def check_context(config, shape, source):

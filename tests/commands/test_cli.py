@@ -294,3 +294,20 @@ def test_a_link_to_itself_is_one_sentence(tmp_path, capsys, monkeypatch):
     for command in (["inspect"], ["import"], ["sample"], ["evaluate", "--data", "synthetic"], ["quickstart", "--data"]):
         assert main([*command, "a.safetensors"]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_terminated_command_leaves_no_half_written_file(tmp_path):
+    code = f"""
+import os, signal, sys
+from sparsedm import cli, files
+from sparsedm.commands import inspect
+def stopped(path, value):
+    with files.atomic_file(path) as partial:
+        partial.write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+inspect.write_json = stopped
+sys.exit(cli.main(["inspect", "--model", "uvit-tiny", "--json", {str(tmp_path / "a.json")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (143, "sparsedm: terminated\n")
+    assert list(tmp_path.iterdir()) == []

@@ -220,6 +220,8 @@ def test_options_that_would_do_nothing_or_mislead_are_refused(trained, capsys):
     file = sorted((trained / "00-dense").glob("checkpoints/*/ema.safetensors"))[-1]
     assert run("sample", file, "--which", "model") == 2
     assert f"--which model goes with a run folder: the file {file} holds one network" in capsys.readouterr().err
+    assert run("evaluate", file, "--data", "synthetic", "--dense", file, "--which", "model") == 2
+    assert "--which model goes with a run folder" in capsys.readouterr().err
     few = ("--data", "synthetic", "--split", "test", "--count", 16, "--dense", trained / "02-2of4")
     assert run("evaluate", trained, *few) == 2
     assert "ema.safetensors holds a masked network, not a dense one" in capsys.readouterr().err
@@ -252,6 +254,12 @@ def test_latents_are_written_as_numbers_that_train_reads(tmp_path, capsys):
     latents = data.load(out, "train")
     assert latents.is_latent
     assert latents.images.shape[1:] == (4, 8, 8)
+    broken = build_model(config)
+    torch.nn.init.constant_(list(broken.parameters())[-1], torch.nan)
+    save_model(file, broken)
+    assert run("sample", file, "--count", 3, "--sampling-steps", 2, "--out", tmp_path / "nan.npz") == 2
+    assert "3 of 3 samples hold NaN or infinity: nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "nan.npz").exists()
 
 
 def test_a_picture_needs_a_picture_name(trained, tmp_path, capsys):

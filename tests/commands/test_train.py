@@ -95,6 +95,22 @@ def test_mixed_sizes_are_refused_and_another_size_is_fitted(tmp_path, capsys):
     assert "of 16x16 pixels are cropped to squares and resized to 8x8" in capsys.readouterr().out
 
 
+def test_no_command_writes_among_its_images(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for index in range(6):
+        Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(f"{index}.png")
+    for command in (
+        ["train", "--data", "."],
+        ["quickstart", "--data", "."],
+        ["search", "--data", "."],
+        ["evaluate", trained, "--data", ".", "--out", "e.json"],
+        ["encode", "--data", ".", "--vae", "vae", "--size", 8, "--out", "latents.npz"],
+    ):
+        assert run(*command) == 2
+        assert "would be read as an image: write to another folder" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 6
+
+
 def test_a_refused_run_leaves_no_folder_and_the_corrected_one_starts(tmp_path, capsys):
     common = ["train", "--data", "synthetic", "--limit", 64, "--batch-size", 8, "--steps", 4, "--run", tmp_path / "run"]
     tiny = TINY[:-2]

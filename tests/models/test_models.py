@@ -15,6 +15,21 @@ def test_overrides_device_and_dtype():
     assert build_model("ddpm-tiny", dropout=0, device="meta").config.dropout == 0
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"device": "nonsense"}, "device='nonsense' is not a device of torch"),
+        ({"device": 3.5}, "device=3.5 is not a device of torch"),
+        ({"dtype": "bf16"}, "dtype='bf16': a dtype of floating-point numbers is needed"),
+        ({"dtype": torch.int8}, "dtype=torch.int8: a dtype of floating-point"),
+        ({"dtype": torch.complex64}, "dtype=torch.complex64: a dtype of floating-point"),
+    ],
+)
+def test_devices_and_dtypes_are_torchs(place, message):
+    with pytest.raises(InputError, match=message):
+        build_model("uvit-tiny", **place)
+
+
 def test_the_generator_decides_the_weights():
     def weights(seed):
         torch.manual_seed(seed)

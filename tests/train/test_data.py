@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from sparsedm import files
 from sparsedm.errors import InputError
 from sparsedm.train import array_files, data
-from sparsedm.train.data import ImageSet, batch, batch_indices, load
+from sparsedm.train.data import ImageSet, batch, batch_indices, check_source, load
 from tests.train.test_array_files import batches, folder_of, tar_of
 from tests.train.test_image_files import FILES, picture, pixels_of, zip_of
 
@@ -221,6 +221,20 @@ def test_what_is_hidden_in_a_folder_need_not_be_readable(tmp_path):
     (folder / ".git").mkdir()
     (folder / ".git" / "gone").symlink_to("nowhere")
     assert len(load(folder)) + len(load(folder, "test")) == 3
+
+
+def test_what_is_written_must_not_be_read_as_an_image(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "cat").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    for place in (folder, tmp_path / "link"):
+        for out in (folder / "a.json", folder / "runs" / "new" / "a.json", tmp_path / "link" / "cat" / "a.json"):
+            with pytest.raises(InputError, match="would be read as an image: write to another folder"):
+                check_source(str(place), out=out)
+    for out in (tmp_path / "a.json", folder / ".runs" / "a.json", tmp_path / "images2" / "a.json"):
+        check_source(str(folder), out=out)
+    (folder / "data_batch_1.bin").touch()  # of CIFAR-10's folder nothing else is read
+    check_source(str(folder), out=folder / "runs" / "a.json")
 
 
 @pytest.mark.parametrize("source", ["~nobody_has_this_name/a", "~nobody_has_this_name.zip"])
