@@ -7,6 +7,7 @@ time (a 2:4 product executes half of them). If a row's status is not "ok", it ha
 import csv
 import functools
 import io
+import math
 import os
 import shlex
 import subprocess
@@ -20,7 +21,7 @@ import torch
 
 from sparsedm import __version__
 from sparsedm.errors import InputError
-from sparsedm.files import MOST_TEXT, regular_file, write_text
+from sparsedm.files import MOST_TEXT, check_writable, regular_file, write_text
 from sparsedm.kernels.cpu.library import cpu_name
 
 ONEDNN = "dense oneDNN"  # on a CPU: the best dense product that torch has
@@ -54,7 +55,9 @@ class Results:
         self.path = Path(path)
         self.rows = read(self.path) if resume and self.path.exists() else []
         if not resume and self.path.exists():
-            raise InputError(f"{self.path} exists: remove it, choose another --out, or continue it with --resume")
+            held = regular_file(self.path)
+            raise InputError(f"{held} exists: remove it, choose another --out, or continue it with --resume")
+        check_writable(self.path)
         for row in self.rows:
             if row["status"] == "started":
                 row |= {"status": "failed", "reason": ENDED}
@@ -115,26 +118,52 @@ def csv_text(rows, columns, header=True):
 
 def read(*paths):
     """The rows of results files, one after the other."""
-    return [row for path in paths for row in read_csv(path, COLUMNS, NUMBERS)]
+    return [row for path in paths for row in read_csv(path, COLUMNS, NUMBERS, _measurement)]
 
 
-def read_csv(path, columns, numbers):
+def _measurement(row):
+    """See `check` of `read_csv`. A difference may be infinite or NaN, because a wrong output may be."""
+    differences = {"error", "allowed"} | ({"value"} if row["metric"] == "image difference" else set())
+    _check_finite(row, [name for name in NUMBERS if name not in differences])
+    if timed([row]):
+        p20, p50, p80 = times = [row[name] for name in ("p20_us", "p50_us", "p80_us")]
+        if None in times or not 0 < p20 <= p50 <= p80:
+            raise ValueError(f"its times {p20}, {p50}, {p80} are not 0 < p20_us <= p50_us <= p80_us")
+    return (row["device"], *_once(row)) if row["status"] == "ok" else None
+
+
+def _check_finite(row, names):
+    for name in names:
+        if row[name] is not None and not math.isfinite(row[name]):
+            raise ValueError(f"its {name} is {row[name]}, which is not a finite number")
+
+
+def read_csv(path, columns, numbers, check=lambda row: None):
     """The rows of a CSV file; `numbers` as float (None where the cell is empty), the rest as text.
 
-    Raises: InputError if it cannot be read, lacks one of the `columns`, or a row is broken.
+    check: row -> what no other row may have in common with it, or None. It raises ValueError for a bad row.
+
+    Raises: InputError if it cannot be read, lacks one of the `columns`, or a row is broken or there twice.
     """
+    rows, seen = [], set()
     try:
         with open(regular_file(path, MOST_TEXT), encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
                 raise InputError(f"{path} is no results file: it has no column {', '.join(missing)}")
-            return [_parsed(row, numbers) for row in reader]
+            for row in reader:
+                rows.append(_parsed(row, numbers))
+                if (only := check(rows[-1])) in seen:
+                    same = ", ".join(str(value) for value in only if value not in (None, ""))
+                    raise ValueError(f"an earlier row measures the same: {same}")
+                seen |= {only} - {None}
+            return rows
     except InputError:
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     except (ValueError, csv.Error) as error:
-        raise InputError(f"{path}: a row is broken or cut short: {error}") from None
+        raise InputError(f"{path}, line {reader.line_num}: a row is broken or cut short: {error}") from None
 
 
 def _parsed(row, numbers):
@@ -273,6 +302,7 @@ def _installed(package):
 STAMPED = ("device", "threads", "torch", "sparsedm", "commit", "date", "command")
 OF_EXPERIMENTS = ("experiment", "scale", "data", "features", "group", "run", "seed", "measure", "x", "value", *STAMPED)
 EVERY_RUN = {"validation loss", "Fréchet distance", "samples", "reference images"}  # has these
+POSITIVE = {"validation loss", "sampling speed-up", "sampling seconds", "sampling seconds, fp32"}  # are divided by
 
 
 def read_experiment(file, experiment=None, scale=None):
@@ -280,10 +310,9 @@ def read_experiment(file, experiment=None, scale=None):
 
     Raises: InputError if it is damaged or empty, lacks a part of a run, or belongs to another experiment.
     """
-    rows = read_csv(file, OF_EXPERIMENTS, ("seed", "x", "value"))
-    if not rows or any(None in (row["seed"], row["value"]) or not row["seed"].is_integer() for row in rows):
-        raise InputError(f"{file} is empty, or a row has no seed or no value")
-    rows = [row | {"seed": int(row["seed"])} for row in rows]
+    rows = read_csv(file, OF_EXPERIMENTS, ("x", "value"), _of_run)
+    if not rows:
+        raise InputError(f"{file} holds no row")
     measures = {}
     for row in rows:
         measures.setdefault((row["run"], row["seed"]), set()).add(row["measure"])
@@ -295,6 +324,19 @@ def read_experiment(file, experiment=None, scale=None):
             holds = f"{file} holds results of {row['experiment']} ({row['scale']})"
             raise InputError(f"{holds}, not of {experiment} ({scale})")
     return rows
+
+
+def _of_run(row):
+    """See `check` of `read_csv`. Makes the seed a number: as a float a large one would become another seed."""
+    if not (row["seed"].isascii() and row["seed"].isdecimal()):
+        raise ValueError(f"its seed {row['seed']!r} is not a whole number")
+    if row["value"] is None:
+        raise ValueError("it has no value")
+    row["seed"] = int(row["seed"])
+    _check_finite(row, ("x",) if row["measure"] == "distance to dense weights" else ("x", "value"))
+    if row["measure"] in POSITIVE and row["value"] <= 0:
+        raise ValueError(f"its {row['measure']} is {row['value']:g}, and must be more than 0")
+    return tuple(row[name] for name in ("run", "seed", "measure", "x"))
 
 
 def write_experiment(file, rows):

@@ -57,7 +57,8 @@ def made_up():
         rows.append(row(provider, 9, **first))
         rows.append(row(provider, 9, metric="held", power_w="699.5", sm_mhz="1500", **first))
     for kernel, value in (("copy", 4000.0), ("dense", 700.0), ("mma.sp", 900.0)):
-        rows.append(row("torch", 1, suite="ceiling", kernel=kernel, metric="rate", gbps=value, value=value))
+        ceiling = {"suite": "ceiling", "shape": kernel, "kernel": kernel, "metric": "rate"}
+        rows.append(row("torch", 1, **ceiling, gbps=value, value=value))
     return rows
 
 

@@ -1,5 +1,7 @@
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,11 +89,67 @@ def test_a_pipe_is_refused(tmp_path):
         read(tmp_path / "a.csv")
 
 
-@pytest.mark.parametrize("seed", ["nan", "inf", "0.5", ""])
-def test_a_seed_of_an_experiment_is_a_whole_number(seed, tmp_path):
-    write_experiment(tmp_path / "a.csv", [{"experiment": "arms", "run": "dense", "seed": seed, "value": 1.0}])
-    with pytest.raises(InputError, match="a row has no seed or no value"):
+def test_every_committed_file_is_read():
+    for path in sorted((Path(results.__file__).parent / "results").glob("*/*.csv")):
+        assert read(path) if path.name == "results.csv" else read_experiment(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"p50_us": "nan"}, "its p50_us is nan, which is not a finite number"),
+        ({"p80_us": "inf"}, "its p80_us is inf, which is not a finite number"),
+        ({"gbps": "-inf"}, "its gbps is -inf"),
+        ({"status": "failed", "value": "nan"}, "its value is nan"),
+        ({"p50_us": ""}, "its times 1.0, None, 3.0 are not 0 < p20_us <= p50_us <= p80_us"),
+        ({"p20_us": 0}, "its times 0.0, 2.0, 3.0 are not"),
+        ({"p20_us": -1}, "its times -1.0, 2.0, 3.0 are not"),
+        ({"p50_us": 4}, "its times 1.0, 4.0, 3.0 are not"),
+        ({}, "an earlier row measures the same: gemm, square 8, plain, float32, dense, time"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_its_line(changes, message, tmp_path):
+    row = ROW | {"metric": "time", "p20_us": 1, "p50_us": 2, "p80_us": 3}
+    write(tmp_path / "a.csv", [row, row | changes])
+    with pytest.raises(InputError, match=re.escape(f"a.csv, line 3: a row is broken or cut short: {message}")):
+        read(tmp_path / "a.csv")
+
+
+def test_a_wrong_output_may_differ_by_nan(tmp_path):
+    wrong = {"metric": "time", "status": "wrong", "error": float("nan"), "allowed": float("inf")}
+    write(tmp_path / "a.csv", [ROW | wrong, ROW | {"metric": "image difference", "value": float("nan")}])
+    assert len(read(tmp_path / "a.csv")) == 2
+
+
+RUN = {"experiment": "arms", "scale": "smoke", "run": "dense", "seed": 0}
+WHOLE = [RUN | {"measure": measure, "value": 2.0} for measure in sorted(results.EVERY_RUN)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"seed": seed}, f"its seed {seed!r} is not a whole number") for seed in ("nan", "inf", "0.5", "", "-1")),
+        ({"value": ""}, "it has no value"),
+        ({"value": "nan"}, "its value is nan, which is not a finite number"),
+        ({"measure": "Fréchet distance", "value": "inf"}, "its value is inf"),
+        ({"x": "nan"}, "its x is nan"),
+        ({"run": "chain", "value": 0.0}, "its validation loss is 0, and must be more than 0"),
+        ({"measure": "sampling seconds, fp32", "value": 0.0}, "its sampling seconds, fp32 is 0, and must be more"),
+        ({"value": 3.0}, "an earlier row measures the same: dense, 0, validation loss"),
+    ],
+)
+def test_a_row_of_an_experiment_that_means_nothing_is_refused_with_its_line(changes, message, tmp_path):
+    write_experiment(tmp_path / "a.csv", [*WHOLE, RUN | {"measure": "validation loss", "value": 1.0} | changes])
+    with pytest.raises(InputError, match=re.escape(f"a.csv, line 6: a row is broken or cut short: {message}")):
         read_experiment(tmp_path / "a.csv")
+
+
+def test_large_seeds_and_an_unknown_distance_come_back(tmp_path):
+    unknown = RUN | {"measure": "distance to dense weights", "value": float("nan")}
+    write_experiment(tmp_path / "a.csv", [row | {"seed": 2**63 - 1} for row in (*WHOLE, unknown)])
+    rows = read_experiment(tmp_path / "a.csv")
+    assert {row["seed"] for row in rows} == {2**63 - 1}
+    assert rows[-1]["value"] != rows[-1]["value"]
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -101,9 +159,10 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_a_later_row_of_the_same_time_replaces_the_earlier_one(tmp_path):
     held = Results(tmp_path / "a.csv")
-    held.add([ROW | {"metric": "time", "value": 1.0}, ROW | {"metric": "host", "value": 2.0}])
-    held.add([ROW | {"metric": "time", "value": 3.0}, ROW | {"metric": "time", "mode": "epilogue", "value": 4.0}])
-    found = {(r["mode"], r["metric"]): r["value"] for r in read(tmp_path / "a.csv")}
+    time, host = (ROW | {"metric": metric, "p20_us": 1.0, "p80_us": 9.0} for metric in ("time", "host"))
+    held.add([time | {"p50_us": 1.0}, host | {"p50_us": 2.0}])
+    held.add([time | {"p50_us": 3.0}, time | {"mode": "epilogue", "p50_us": 4.0}])
+    found = {(r["mode"], r["metric"]): r["p50_us"] for r in read(tmp_path / "a.csv")}
     assert found == {("plain", "host"): 2, ("plain", "time"): 3, ("epilogue", "time"): 4}
 
 

@@ -547,7 +547,8 @@ def test_suite_cpu_goes_on_whatever_the_threads_of_the_session(tmp_path, monkeyp
         for provider in providers:
             assert starting(provider.name)
             asked.append(provider.name)
-            yield [row | {"provider": provider.name, "metric": "time"} | results.stamp(torch.device("cpu"))]
+            times = {"metric": "time", "p20_us": 1.0, "p50_us": 1.0, "p80_us": 1.0}
+            yield [row | {"provider": provider.name} | times | results.stamp(torch.device("cpu"))]
 
     monkeypatch.setattr(run, "measure", quick)
     one, two = run.cpu.PLAN[0], next(part for part in run.cpu.PLAN if part.threads == 2)

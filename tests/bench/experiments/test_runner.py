@@ -304,7 +304,7 @@ def lines(done):
             lambda found: [line for line in found if ",chain,1,Fréchet" not in line],
             "chain of seed 1 has no Fréchet",
         ),
-        (lambda found: [found[0], found[1].replace(",0,", ",zero,", 1)], "could not convert string to float: 'zero'"),
+        (lambda found: [found[0], found[1].replace(",0,", ",zero,", 1)], "its seed 'zero' is not a whole number"),
     ],
     ids=["column", "row", "measure", "seed"],
 )
