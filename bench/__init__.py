@@ -19,13 +19,22 @@ import argparse
 import functools
 import sys
 
-from sparsedm.cli import Parser, check_values, exit_code
+from sparsedm.cli import Parser, check_values, exit_code, nonempty
+from sparsedm.errors import InputError
 
 
 def command_line(module, text):
     """The parser of `python -m MODULE`, whose help shows `text` as it is written."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return Parser(f"python -m {module}", description=text, formatter_class=formatter)
+    parser = Parser(f"python -m {module}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register("type", None, nonempty)  # of options that name none
+    return parser
+
+
+def check_used(options, names, used, by):
+    """Raise InputError if one of the options `names` is given and is not among the `used` ones of `by`."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) and name not in used]
+    if given:
+        raise InputError(f"{by} makes no use of {', '.join(given)}: leave out what would change nothing")
 
 
 def program(name):

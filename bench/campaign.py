@@ -77,7 +77,7 @@ Measures = functools.partial(Suite, least=15)  # in less it would import torch a
 
 def first_suites():
     eager = ("--no-compile", "--no-sampling")
-    training = bench("train", "--shapes", "uvit-cifar10-small@128", *eager)
+    training = bench("train", "--shapes", "uvit-cifar10-small@128", "--no-compile")
     return (
         Suite("environment", ("nvidia-smi",), 10, needs="nvidia-smi"),
         Suite("first contact", python("bench.first_contact", "--out", "{folder}", "--seconds", "{seconds}"), 90),

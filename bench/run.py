@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, command_line, cpu, problems, program
+from bench import ceilings, check_used, command_line, cpu, problems, program
 from bench.baselines import PROVIDERS, first_providers
 from bench.measure import BESIDE, measure, release, to_hold
 from bench.networks import (
@@ -65,8 +65,20 @@ LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by
 SAMPLED = ("end-to-end", "table3")
 NETWORK_SUITES = (*SAMPLED, "train")
 TUNED_FOR_LONG = ("masked-train", *NETWORK_SUITES)  # a provider compiles and tunes several kernels, one after another
-SUITES = (*LAYER_SUITES, *NETWORK_SUITES, "ceiling", "cpu")
-
+OPTIONAL = ("shapes", "batch", "modes", "no_sampling", "no_compile")
+USED = {  # suite: which of these options it uses
+    "first": ("shapes", "batch", "modes"),
+    "mask": ("shapes", "batch", "modes"),
+    "masked-train": ("shapes", "batch", "modes"),
+    "gemm": ("shapes", "batch", "modes", "no_compile"),
+    "conv": ("shapes", "batch", "modes", "no_compile"),
+    "end-to-end": ("shapes", "batch", "no_sampling", "no_compile"),
+    "train": ("shapes", "batch", "no_compile"),
+    "table3": ("no_sampling", "no_compile"),
+    "ceiling": (),
+    "cpu": (),
+}
+SUITES = tuple(USED)
 
 QUICK = {"rounds": 3, "per_round": 1, "seconds": 1.0}  # of suite cpu
 PATIENCE = 2  # a provider that hung or crashed the process so often is left out of the suite
@@ -250,9 +262,7 @@ def network_work(suite, session):
 
 
 def cpu_work(session):
-    """Of `cpu.PLAN`. Raises: InputError for another device, type, shape or mode."""
-    if session.shapes or session.modes:
-        raise InputError("suite cpu has its own shapes and modes: leave out --shapes and --modes")
+    """Of `cpu.PLAN`. Raises: InputError for another device or type."""
     if session.device.type != "cpu" or session.dtype != torch.float32:
         raise InputError("suite cpu measures fp32 products on a CPU: --device cpu --dtype fp32")
     for part in cpu.PLAN:
@@ -352,11 +362,18 @@ def main(arguments=None):
         return 3
 
 
+def check_options(options):
+    """Raise InputError for an option that none of the named suites uses."""
+    used = {option for suite in options.suite.split(",") for option in USED.get(suite, OPTIONAL)}
+    check_used(options, OPTIONAL, used, f"suite {options.suite}")
+
+
 def run(options, arguments):
     """Run the suites that the parsed command line `arguments` asks for. Returns the exit code 0 or 3."""
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.seconds < 0:
         raise InputError(f"--seconds {options.seconds:g}: must be at least 0")
+    check_options(options)
     torch.manual_seed(0)
     end = deadline(options.seconds)
 

@@ -141,7 +141,7 @@ def parser_for(arguments):
         raise InputError(f"{named} is now: {MOVED[named]}")
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, formatter_class=_HelpFormatter)
-        sub.register("type", None, _text)  # of options that name none
+        sub.register("type", None, nonempty)  # of options that name none
         if name == named:
             command = importlib.import_module(module)
             lines = "\n".join(f"  sparsedm {name} {example}".rstrip() for example in command.EXAMPLES)
@@ -224,7 +224,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _text(text):
+def nonempty(text):
+    """The type of options that name none: `text`, with the home folder for ~."""
     if not text:  # most likely an unset shell variable; as a path it would be the current folder
         raise argparse.ArgumentTypeError("it is empty")
     return os.path.expanduser(text)  # a shell leaves the ~ of --out=~/a.png as it is

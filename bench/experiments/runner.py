@@ -26,6 +26,7 @@ from bench.experiments.work import FREE, Work, folder_of, images_for
 from bench.results import STAMPED, read_experiment, stamp, write_experiment
 from sparsedm.commands.options import add_crop, add_model_arguments, deadline_of, dense_part, load_named, positive
 from sparsedm.errors import InputError
+from sparsedm.features import load_features
 from sparsedm.files import check_writable, read_json
 from sparsedm.model_files import load_model
 from sparsedm.models import build_model, model_config, parse_overrides
@@ -61,7 +62,9 @@ def add_arguments(parser):
     parser.add_argument(
         "--minutes", type=positive, help="stop in time, with a report (exit code 3); the same command goes on"
     )
-    parser.add_argument("--dry-run", action="store_true", help="look at data and networks, list the runs, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="look at data, features and networks, list the runs, and stop"
+    )
     parser.add_argument(
         "--report-only", action="store_true", help="only make tables and pictures anew, of all rows in results.csv"
     )
@@ -94,8 +97,12 @@ def experiment(options):
     count = scale.seeds if options.seeds is None else options.seeds
     if not 1 <= count <= MOST_SEEDS:
         raise InputError(f"--seeds {count}: at least one is needed, and at most {MOST_SEEDS}")
+    if options.seed + count > 2**63:
+        raise InputError(f"--seed {options.seed} --seeds {count}: the last seed must be at most {2**63 - 1}")
     check_writable(folder / "report.md")
     if options.dry_run:
+        if options.report_only or options.merge or options.time:
+            raise InputError("--dry-run shows the training: leave out --report-only, --merge and --time")
         _show(options, scale, runs, count, folder)
         return
     if options.report_only or options.merge:
@@ -201,8 +208,11 @@ def _merge(options, folder):
 
 
 def _show(options, scale, runs, seeds, folder):
-    """Print the plan, after checking that the data exist and fit. Nothing is downloaded."""
+    """Print the plan, after checking that the data exist and fit, and the features. Nothing is downloaded."""
     check_source(scale.data)
+    for name in scale.features:
+        if name != "inception":
+            load_features(name)
     amp_of(options.device, scale.options.amp or "auto")  # warns where bf16 is slower
     if scale.data != "cifar10":
         images, validation, config = images_for(scale, options.crop, options.resize)

@@ -278,7 +278,7 @@ def test_a_campaign_that_is_ended_ends_what_is_running(tmp_path):
 @pytest.mark.parametrize("part", [first_suites, second_suites, search_for_the_fault])
 def test_the_suites_of_a_part_parse_and_fit_into_its_time(part):
     from bench import counters, first_contact
-    from bench.run import parser
+    from bench.run import check_options, parser
 
     suites = part()
     assert len({s.name for s in suites}) == len(suites)
@@ -291,7 +291,9 @@ def test_the_suites_of_a_part_parse_and_fit_into_its_time(part):
     for suite in suites:
         for module in parsers.keys() & set(suite.command):
             arguments = suite.command[suite.command.index(module) + 1 :]
-            parsers[module].parse_args([part.format(**places) for part in arguments])
+            options = parsers[module].parse_args([part.format(**places) for part in arguments])
+            if module == "bench.run":
+                check_options(options)
     if part is second_suites:
         assert campaign.SECONDS["first"] + campaign.SECONDS["second"] <= 570, "one command of 600 s, with its imports"
         asked = itertools.takewhile(lambda suite: suite.name != "counters", suites)

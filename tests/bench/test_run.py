@@ -10,8 +10,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import ceilings, measure, networks, program, providers, results, run
-from bench.baselines import OURS_AND_DENSE
+from bench import (
+    campaign,
+    ceilings,
+    counters,
+    first_contact,
+    measure,
+    networks,
+    plot,
+    program,
+    providers,
+    results,
+    run,
+    targets,
+)
+from bench.baselines import OURS_AND_DENSE, PROVIDERS
+from bench.experiments import __main__ as experiments
 from bench.results import Results, read
 from bench.run import LAYER_SUITES, NETWORK_SUITES, SUITES, Session, Watch, main, run_suites
 from sparsedm.errors import InputError
@@ -369,8 +383,12 @@ def test_the_command_line(tmp_path, capsys):
         (["--suite", "train", "--shapes", "sd3-medium@1"], "a whole network is model@batch"),
         (["--suite", "conv", "--shapes", "sd3-medium@1"], "hold no convolution layer"),
         (["--suite", "gemm", "--shapes", "sqare"], "unknown shapes 'sqare'"),
-        (["--suite", "cpu", "--shapes", "square@256"], "suite cpu has its own shapes and modes: leave out --shapes"),
-        (["--suite", "cpu", "--modes", "epilogue"], "suite cpu has its own shapes and modes: leave out --shapes"),
+        (["--suite", "cpu", "--shapes", "square@256"], "suite cpu makes no use of --shapes: leave out"),
+        (["--suite", "table3,ceiling", "--shapes", "nonsense"], "suite table3,ceiling makes no use of --shapes"),
+        (["--suite", "table3", "--modes", "epilogue", "--batch", "3"], "suite table3 makes no use of --batch, --modes"),
+        (["--suite", "train", "--modes", "epilogue"], "suite train makes no use of --modes"),
+        (["--suite", "gemm", "--batch", "3", "--no-sampling"], "suite gemm makes no use of --no-sampling"),
+        (["--suite", "mask", "--no-compile"], "suite mask makes no use of --no-compile"),
         (["--suite", "train", "--shapes", "uvit-tiny@0"], "'0' is not a whole number from 1"),
         (["--suite", "mask,speed", "--shapes", "square@128"], "unknown suite 'speed'"),
         (["--suite", "mask,conv", "--shapes", "square@128"], "hold no convolution layer"),
@@ -385,6 +403,32 @@ def test_bad_input_is_one_sentence_before_anything_is_measured(arguments, messag
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "r.csv").exists()
+
+
+def test_an_option_that_one_of_the_suites_uses_is_taken(tmp_path):
+    options = ["--shapes", "square@128", "--modes", "choose", "--no-compile", "--dry-run"]
+    assert main(["--suite", "ceiling,mask,table3", *options, "--quick", "--out", str(tmp_path / "r.csv")]) == 0
+
+
+def test_the_suites_that_compile_are_those_that_can_do_without():
+    known = {suite: PROVIDERS[kind.kernel] for suite, (kind, *_) in LAYER_SUITES.items()}
+    known |= {"end-to-end": networks.STEP_PROVIDERS, "table3": networks.STEP_PROVIDERS}
+    known |= {"train": networks.TRAINING_PROVIDERS, "ceiling": [ceilings.TORCH, ceilings.OURS]}
+    known |= {"cpu": [provider for part in run.cpu.PLAN for provider in part.providers]}
+    known["first"] = run.first_providers(torch.device("cpu"), torch.float32)
+    compiles = {suite for suite, found in known.items() if any(p.name.endswith("compiled") for p in found)}
+    assert compiles == {suite for suite, options in run.USED.items() if "no_compile" in options}
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--resume"]])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [(".", ": a plain file is needed"), ("/dev/null", ": a plain file is needed"), ("/proc/none.csv", "cannot write")],
+)
+def test_what_cannot_be_a_results_file_is_refused_at_once(out, message, more, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--suite", "mask", "--shapes", "square@128", "--quick", "--out", out, *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_whole_networks_can_be_named_beside_all_models(tmp_path):
@@ -507,6 +551,32 @@ def test_a_strange_option_is_one_sentence(option, said, capsys):
     assert end.value.code == 2
     assert said in (error := capsys.readouterr().err)
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (campaign, ["publish", "--to", ""]),
+        (campaign, ["second", "--only", ""]),
+        (counters, [""]),
+        (experiments, ["ratio", "--init", "", "--dry-run"]),
+        (experiments, ["ratio", "--merge", ""]),
+        (first_contact, ["--out", ""]),
+        (plot, ["a.csv", ""]),
+        (run, ["--suite", "gemm", "--providers", "", "--dry-run"]),
+        (targets, ["a.csv", "--out", ""]),
+    ],
+)
+def test_an_empty_value_is_refused(module, arguments, capsys):
+    """Most likely a shell variable that is not set."""
+    with pytest.raises(SystemExit) as end:
+        module.main(arguments)
+    assert end.value.code == 2
+    assert "it is empty" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_found_in_an_option():
+    assert run.parser().parse_args(["--suite", "gemm", "--out=~/r.csv"]).out == os.path.expanduser("~/r.csv")
 
 
 @pytest.mark.parametrize(

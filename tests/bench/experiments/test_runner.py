@@ -232,6 +232,15 @@ def test_a_study_on_a_gpu(tiny, tmp_path, monkeypatch):
         (["arms", "--seeds", "0"], "--seeds 0: at least one is needed"),
         (["arms", "--minutes", "0.5"], "--minutes 0.5: more than 40 seconds are needed to stop cleanly"),
         (["arms", "--minutes", "5", "--time"], "--time takes all times in turns and stops at no --minutes"),
+        (
+            ["arms", "--seed", str(2**63 - 1)],
+            f"--seed {2**63 - 1} --seeds 2: the last seed must be at most {2**63 - 1}",
+        ),
+        (["arms", "--features", "inception", "--features", "nonsense"], "unknown features 'nonsense'"),
+        *(
+            (["arms", *what], "--dry-run shows the training")
+            for what in (["--merge", "x"], ["--report-only"], ["--time"])
+        ),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
