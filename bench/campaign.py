@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 import sys
 import time
 import traceback
@@ -29,20 +30,23 @@ from pathlib import Path
 
 import torch
 
-from bench import command_line, plot, program, targets
+from bench import check_used, command_line, plot, program, targets
 from bench.first_contact import COMPILES_FOR, RIGHT
 from bench.results import read, stamp
 from bench.suite import Suite, interruptible, side_by_side
 from sparsedm import plots
 from sparsedm.commands.options import positive
 from sparsedm.errors import InputError, check_memory
-from sparsedm.files import atomic_file, cache_folder, read_json, read_text, write_json, write_text
+from sparsedm.files import atomic_file, cache_folder, check_writable, read_json, read_text, write_json, write_text
 from sparsedm.kernels import tuning
 from sparsedm.kernels.launch import triton
 
 LOG_LIMIT = 200_000  # characters of each suite's output that are kept: the end, where the errors are
 SECONDS = {"first": 185, "second": 385, "quality": 540}  # the first two fit into one command of 600 s
+OPTIONS = ("seconds", "only", "data", "to")
+USED = {"quality": OPTIONS[:3], "publish": OPTIONS[3:]}  # by these parts; the others use the first two
 SAID = ("name", "status", "reason")  # of every suite in index.json, as text
+UNPACKED = r"[^/.\0][^/\0]*/[^/.\0][^/\0]*"  # FOLDER/NAME, below the folder of results
 RESERVE = 10  # of these seconds, for the last pictures
 TESTS = Path(__file__).parents[1] / "tests"
 UNTUNED = ("env", "SPARSEDM_AUTOTUNE=off")  # masked products in torch: compiling all ours takes longer than this suite
@@ -218,6 +222,9 @@ def _index(file):
         raise InputError(f"{file} is damaged: every suite has {', '.join(SAID)}")
     if not isinstance(index["environment"].get("device"), str):
         raise InputError(f"{file} is damaged: the environment has a device")
+    unpacked = index.get("unpacked", [])
+    if not isinstance(unpacked, list) or not all(isinstance(n, str) and re.fullmatch(UNPACKED, n) for n in unpacked):
+        raise InputError(f"{file} is damaged: a file that was unpacked is named FOLDER/NAME")
     return index
 
 
@@ -281,50 +288,70 @@ def _leave(folder):
 def publish(folder, results, tables=tuning.SHIPPED):
     """Copy a campaign's files to the folder `results`, unpack its pictures there, and add its tuned configurations to
     the tables of the package, entry by entry, except what holds only where a process ended: see
-    `tuning.may_be_shipped`. Returns the paths that were written.
+    `tuning.may_be_shipped`. Returns the paths that were written. The index in `results` lists what was unpacked:
+    what an earlier index lists and this campaign's archives lack is removed.
 
-    Raises: InputError, before anything is written, if `folder` holds no campaign, or a damaged file.
+    Raises: InputError, before anything is written, if `folder` holds no campaign, or a damaged file, or if a file
+    cannot be written.
     """
-    folder, results, files, tuned = Path(folder), Path(results), {}, {}
+    folder, results, files, unpacked, tuned, before = Path(folder), Path(results), {}, {}, {}, []
     if not (folder / "index.json").is_file():
         raise InputError(f"{folder} holds no campaign: it has no index.json")
+    index = _index(folder / "index.json")
     if (results / "index.json").is_file():
-        there, here = (_index(place / "index.json")["environment"]["device"] for place in (results, folder))
+        held = _index(results / "index.json")
+        there, here = (found["environment"]["device"] for found in (held, index))
         if there != here:
             raise InputError(f"{results} holds results of {there}, and these are of {here}: choose another --to")
+        before = held.get("unpacked", [])
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         if path.name in CHECKS:
             CHECKS[path.name](path)
         if path.suffix == ".zip":
-            files |= {results / path.stem / name: content for name, content in _unpacked(path)}
+            unpacked |= {f"{path.stem}/{name}": content for name, content in _unpacked(path).items()}
         elif path.name == "tuned.json":
             tuned = read_json(path)
             if not isinstance(tuned, dict) or not all(map(tuning.is_table, tuned.values())):
                 raise InputError(f"{path} is damaged: it must hold tables of configurations")
-        else:
+            if strange := [name for name in tuned if Path(name).name != name or not name.endswith(".json")]:
+                raise InputError(f"{path} is damaged: {strange[0]!r} is no name of a table, NAME.json")
+        elif path.name != "index.json":
             files[results / path.name] = path.read_bytes()
+    files |= {results / name: content for name, content in unpacked.items()}
+    added = {tables / name: found for name, found in tuned.items()}
+    for path in (*files, results / "index.json", *added):
+        check_writable(path)
     for path, content in files.items():
         with atomic_file(path) as partial:
             partial.write_bytes(content)
-    added = {tables / Path(name).name: found for name, found in tuned.items()}
     for path, found in added.items():
         table = tuning.read_table(path)
         for section, shapes in found.items():
             lasting = {shape: entry for shape, entry in shapes.items() if tuning.may_be_shipped(entry)}
             table.setdefault(section, {}).update(lasting)
         write_json(path, table)
-    for pictures in {path.parent for path in files} - {results}:  # an earlier campaign may have drawn more
-        for path in set(pictures.glob("*.png")) - set(files):
-            path.unlink()
-    return [*files, *added]
+    folders = {Path(name).parent for name in unpacked}
+    older = {name for name in before if Path(name).parent in folders} - {*unpacked}  # an earlier campaign drew more
+    for name in older:
+        if (results / name).is_file():
+            (results / name).unlink()
+    write_json(results / "index.json", index | {"unpacked": sorted({*before, *unpacked} - older)})
+    return [*files, results / "index.json", *added]
 
 
 def _unpacked(path):
-    """(name without folders, content) of every file in a zip file."""
+    """{name without folders: content} of every file in a zip file."""
+    found = {}
     try:
         with zipfile.ZipFile(path) as held:
             check_memory(sum(member.file_size for member in held.infolist()), f"unpacking {path}")
-            return [(Path(m.filename).name, held.read(m)) for m in held.infolist() if not m.is_dir()]
+            for member in (member for member in held.infolist() if not member.is_dir()):
+                name = Path(member.filename).name
+                if name in found or not name or name.startswith("."):
+                    rule = "without folders each name occurs once and begins with no dot"
+                    raise InputError(f"{path} holds {member.filename!r}: {rule}")
+                found[name] = held.read(member)
+            return found
     except InputError:
         raise
     except Exception as error:  # of a damaged archive any
@@ -340,11 +367,12 @@ def main(arguments=None):
     parser.add_argument("--seconds", type=positive, help="for everything together (default: see above)")
     parser.add_argument("--only", action="append", metavar="SUITE", help="run only this suite (may be repeated)")
     parser.add_argument("--data", help="of quality: images to train on, as for `sparsedm train`")
-    parser.add_argument("--to", default="bench/results/gpu", help="of publish: folder (default: %(default)s)")
+    parser.add_argument("--to", help="of publish: folder (default: bench/results/gpu)")
     options = parser.parse_args(arguments)
+    check_used(options, OPTIONS, USED.get(options.part, OPTIONS[:2]), f"the part {options.part}")
     folder = Path(options.out)
     if options.part == "publish":
-        print(*publish(folder, options.to), sep="\n")
+        print(*publish(folder, options.to or "bench/results/gpu"), sep="\n")
         return 0
     if not torch.cuda.is_available():
         raise InputError("a campaign measures a GPU, and torch sees none: use `make bench` on a CPU")

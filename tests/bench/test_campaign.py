@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -441,7 +442,8 @@ def test_what_won_because_a_process_ended_is_not_shipped(why, shipped, finished,
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("plots.zip", b"PK"), ("tuned.json", b"[]"), ("tuned.json", b'{"a": {"product": {"M=16": 1}}}')]
+    [("plots.zip", b"PK"), ("tuned.json", b"[]"), ("tuned.json", b'{"a.json": {"product": {"M=16": 1}}}')]
+    + [("tuned.json", b'{"a/b.json": {}}'), ("tuned.json", b'{"a.py": {}}'), ("tuned.json", b'{"..": {}}')]
     + [("index.json", b"{"), ("results.csv", b"not,a,csv"), ("first.json", b"")],
 )
 def test_a_damaged_campaign_is_refused_before_anything_is_written(finished, tmp_path, name, content):
@@ -451,6 +453,40 @@ def test_a_damaged_campaign_is_refused_before_anything_is_written(finished, tmp_
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.png", "sub/a.png"), "plots.zip holds 'sub/a.png': without folders each name occurs once"),
+        (("a.png", "sub/.."), "plots.zip holds 'sub/..': without folders each name occurs once and begins with no dot"),
+        (("a.png", ".b.png"), "plots.zip holds '.b.png'"),
+        (("a.png", "x" * 300), "cannot write"),
+    ],
+    ids=["twice", "above", "hidden", "long"],
+)
+def test_pictures_that_have_no_place_are_refused_before_anything_is_written(names, message, finished, tmp_path):
+    with zipfile.ZipFile(finished / "plots.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, b"pixels")
+    with pytest.raises(InputError, match=re.escape(message)):
+        publish(finished, tmp_path / "results", tmp_path / "tuned")
+    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["publish", "--seconds", "5", "--data", "x"], "the part publish makes no use of --seconds, --data"),
+        (["publish", "--only", "mask"], "the part publish makes no use of --only"),
+        (["first", "--to", "x"], "the part first makes no use of --to"),
+        (["second", "--data", "x"], "the part second makes no use of --data"),
+    ],
+)
+def test_an_option_that_a_part_does_not_use_is_refused(arguments, message, tmp_path, capsys):
+    assert campaign.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verdict", ["5", "[]", "null"])
 def test_a_damaged_verdict_is_refused(verdict, tmp_path):
     (tmp_path / "first.json").write_text(f'{{"configurations": {{"wgmma 0": {verdict}}}, "of": 1}}')
@@ -458,7 +494,13 @@ def test_a_damaged_verdict_is_refused(verdict, tmp_path):
         campaign.suites_of("second", tmp_path)
 
 
-@pytest.mark.parametrize("index", ["[]", '{"suites": [1]}', '{"suites": [], "environment": {}}'])
+@pytest.mark.parametrize(
+    "index",
+    ["[]", '{"suites": [1]}', '{"suites": [], "environment": {}}']
+    + [
+        f'{{"suites": [], "environment": {{"device": "a"}}, "unpacked": {names}}}' for names in ('["../a"]', "[1]", "1")
+    ],
+)
 def test_a_damaged_index_is_refused(index, tmp_path):
     (tmp_path / "index.json").write_text(index)
     with pytest.raises(InputError, match=r"index\.json is damaged"):
@@ -476,10 +518,12 @@ def test_a_folder_without_a_campaign_is_refused(tmp_path, capsys):
 def test_results_of_another_device_are_not_replaced_and_older_pictures_go(finished, tmp_path):
     results, tables = tmp_path / "results/gpu", tmp_path / "tuned"
     publish(finished, results, tables)
-    (results / "plots/heat.png").write_bytes(b"of the campaign before")
+    (results / "plots/mine.png").write_bytes(b"of somebody else")
     (results / "plots/mine").mkdir()
+    with zipfile.ZipFile(finished / "plots.zip", "w") as archive:
+        archive.writestr("heat.png", b"pixels")
     publish(finished, results, tables)
-    assert not (results / "plots/heat.png").exists()
+    assert {path.name for path in (results / "plots").iterdir()} == {"heat.png", "mine.png", "mine"}
     index = json.loads((finished / "index.json").read_text())
     index["environment"]["device"] = "NVIDIA A100"
     (finished / "index.json").write_text(json.dumps(index))
