@@ -152,8 +152,8 @@ def load_model(
 
     build: config -> model. It gets the config in the file (a dict), or `config` if the file has none.
     which: "ema" or "model", for folders. In the folder of a chain, the last stage with a checkpoint is read.
-    convert: state dict of a foreign file (.safetensors, .pth, .pt, .bin) -> ours. Returns Loaded, on the CPU, in the dtype
-    that `build` gives.
+    convert: state dict of a foreign file (.safetensors, .pth, .pt, .bin) -> ours. Returns Loaded, on the CPU, in the
+    dtype that `build` gives.
     Raises: InputError if the file is unreadable or truncated, holds code, or does not fit the model (keys and shapes
     are listed); Incomplete if the model was more than its weights.
     """

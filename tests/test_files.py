@@ -364,3 +364,21 @@ def test_a_name_is_writable_only_if_the_temporary_name_beside_it_is(tmp_path):
             for write in (files.check_writable, lambda path: write_text(path, "")):
                 with pytest.raises(InputError, match=r"^cannot write .*: File name too long"):
                     write(path)
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done, rename = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("renamed") or rename(a, b))
+    write_text(tmp_path / "a.json", "{}")
+    assert done[0].endswith(".partial.json")
+    assert done[1:] == ["renamed", str(tmp_path)], "and the name itself"
+
+
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done, rename = [], os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+    monkeypatch.setattr(os, "rename", lambda a, b: done.append("renamed") or rename(a, b))
+    with atomic_folder(tmp_path / "folder") as partial:
+        (partial / "a.json").touch()
+    assert done == ["a.json", partial.name, "renamed", tmp_path.name]

@@ -79,3 +79,14 @@ def test_the_report_of_times_admits_the_cpu(monkeypatch):
 def test_without_2_4_layers_there_is_nothing_to_time():
     with pytest.raises(InputError, match="give --pattern 2:4"):
         time_report(Twice())
+
+
+def test_the_dense_time_is_of_a_layer_without_a_mask(monkeypatch):
+    def timed(runs):
+        with monkeypatch.context() as patch:
+            patch.setattr(layers.Linear, "selection", None)
+            assert runs[0]().shape == runs[1]().shape
+        return 1.0, 1.0
+
+    monkeypatch.setattr(layer_times, "_microseconds", timed)
+    assert time_layers(sparsify(Twice(), "2:4"))

@@ -167,3 +167,9 @@ def frozen(model):
 def test_bad_input_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_another_seed_gives_another_order():
+    models = [network("uvit") for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    assert permute_channels(models[0], rounds=2) != permute_channels(models[1], rounds=2, seed=1)

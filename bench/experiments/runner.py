@@ -133,6 +133,7 @@ def experiment(options):
 def _carry_out(options, plan, scale, runs, count, folder, deadline):
     """Make the runs of all seeds. Returns what is to be said of the runs that diverged, and of the seeds whose dense
     network did."""
+    check_source(scale.data, out=folder / "report.md")
     work = Work(options, scale, folder, deadline)
     todo = [(seed, run) for seed in range(options.seed, options.seed + count) for run in runs]
     bar = tqdm(todo, desc=options.name, disable=None)
@@ -209,7 +210,7 @@ def _merge(options, folder):
 
 def _show(options, scale, runs, seeds, folder):
     """Print the plan, after checking that the data exist and fit, and the features. Nothing is downloaded."""
-    check_source(scale.data)
+    check_source(scale.data, out=folder / "report.md")
     for name in scale.features:
         if name != "inception":
             load_features(name)

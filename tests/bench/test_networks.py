@@ -24,6 +24,7 @@ from bench.run import Session, run_suites
 from sparsedm import diffusion, samplers
 from sparsedm.compressed import CompressedLinear
 from sparsedm.cuda_graph import Graphs
+from sparsedm.inspection import inspect
 from sparsedm.models import build_model
 from sparsedm.sparsity import masked_layers, set_masking
 
@@ -248,3 +249,10 @@ def test_network_suites_write_their_rows_and_resume(tmp_path):
     for suite in ("end-to-end", "train"):
         run_suites(suite, again)
     assert len(read(tmp_path / "r.csv")) == len(rows), "what is there is not measured again"
+
+
+def test_operations_are_two_for_each_mac_and_a_backward_is_two_passes():
+    shape = ModelShape("uvit-tiny", 3, (("image_size", 8), ("dim", 16), ("depth", 2), ("heads", 2)))
+    step = NetworkProblem(shape, "step", torch.float32, "cpu")
+    assert step.operations == 2 * 3 * inspect(step.weight).totals()["macs_with_attention"]
+    assert TrainingStepProblem(shape, "training step", torch.float32, "cpu").operations == 3 * step.operations

@@ -172,3 +172,17 @@ def test_a_network_whose_layers_have_no_time_is_undecided(status):
 def test_rows_of_two_devices_are_no_measurement_of_either():
     with pytest.raises(InputError, match="rows of NVIDIA A100 and NVIDIA H200: give the files of one device"):
         report([row("gemm", "s", "plain", "dense", 1, device=f"NVIDIA {name}") for name in ("H200", "A100")])
+
+
+def test_the_worst_network_the_quickest_rival_and_the_best_copy_decide():
+    shape = next(iter(STEPS))
+    rows = [r | {"p50_us": 900} if (r["shape"], r["provider"]) == (shape, "dense") else r for r in met()]
+    rows = [r | {"p50_us": 97} if (r["shape"], r["provider"]) == ("grid 8", "dense") else r for r in rows]
+    rows += [
+        row("train", "other@8", "training step", p, t) for p, t in (("dense compiled", 100), ("sparsedm masked", 150))
+    ]
+    rows.append(row("ceiling", "copy of 64 MiB", "", "torch", 9, kernel="copy", gbps=20.0))
+    found = findings(rows)
+    assert [found[i].measured for i in (8, 9, 12, 13)] == pytest.approx([0.97, 0.9, 1.5, 0.405])
+    assert [found[i].met for i in (8, 9, 12, 13)] == [False] * 4
+    assert found[12].note.startswith("other@8: ")

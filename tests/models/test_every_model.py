@@ -271,3 +271,12 @@ def test_labels_for_a_network_without_classes_are_refused(case):
     model = build(case)
     with pytest.raises(InputError, match=r"input y has shape \(2,\): this model takes None"):
         model(torch.zeros(2, model.config.channels, 8, 8), torch.zeros(2), torch.zeros(2))
+
+
+def test_heads_are_the_published_ones():
+    """No shape of a weight shows them: with others an official checkpoint loads and computes something else."""
+    heads = {("uvit", 512): 8, ("uvit", 768): 12, ("uvit", 1024): 16, ("uvit", 1152): 16}
+    heads |= {("dit", 384): 6, ("dit", 768): 12, ("dit", 1024): 16, ("dit", 1152): 16}
+    for name, config in MODELS.items():
+        if config.kind in ("uvit", "dit") and not name.endswith("tiny"):
+            assert config.heads == heads[config.kind, config.dim], name

@@ -238,3 +238,11 @@ def test_a_narrow_network_without_data_is_counted():
         model = sparsify(build_model("slimmable-tiny"), "2:4")
     model.set_width(4)
     assert inspect(model).totals()["macs"] > inspect(model).totals()["macs_after"] > 0
+
+
+def test_an_exported_network_is_in_the_mode_of_its_source():
+    model, inputs = make(dropout=0.5)
+    plain = model.export(4)
+    assert not any(module.training for module in plain.modules())
+    assert torch.equal(plain(*inputs), plain(*inputs))
+    assert model.train().export(4).training

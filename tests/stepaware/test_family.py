@@ -383,3 +383,11 @@ def test_latents_of_any_shape_have_strategies_too():
     samples = sample(family, found, 2, clip="never")
     assert samples.shape == (2, 4, 16, 16)
     assert samples.isfinite().all()
+
+
+def test_seconds_are_of_one_image(monkeypatch):
+    monkeypatch.setattr(
+        stepaware, "interleaved_seconds", lambda calls, *_, **options: [call() or 8.0 for call in calls]
+    )
+    network = build_model("uvit-tiny", image_size=8, dim=16, depth=2, heads=2)
+    assert stepaware.seconds_per_image([network], batch=4) == [2.0]

@@ -363,3 +363,10 @@ def test_dataset_json_without_labels(tmp_path):
 def test_a_wrong_dataset_json_is_refused(tmp_path, labels, message):
     with pytest.raises(InputError, match=message):
         read_image_files(listed(tmp_path, labels))
+
+
+def test_other_sizes_are_resized_by_lanczos():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize((5, 5), Image.Resampling.LANCZOS))
+    fitted = resized(torch.from_numpy(pixels).permute(2, 0, 1)[None], 5, progress=False)
+    assert np.array_equal(fitted[0].permute(1, 2, 0).numpy(), expected)

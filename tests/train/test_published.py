@@ -112,3 +112,30 @@ def test_guidance_and_scale_of_latents_are_the_published_ones():
         "dit-imagenet256-xlarge": (0.5, None),
         "dit-imagenet512-xlarge": (0.5, None),
     }
+
+
+SAMPLING = {  # of the originals' configuration files: sampler, steps, clip, crop
+    "uvit-cifar10-small": ("euler-maruyama-uvit", 1000, "never", "square"),
+    "uvit-celeba64-small": ("euler-maruyama-uvit", 1000, "never", "celeba"),
+    "uvit-imagenet64-mid": ("dpm++2m", 50, "never", "square"),
+    "uvit-imagenet512-large": ("dpm++2m", 50, "never", "square"),
+    "ddpm-cifar10": ("ddpm-large", 1000, "every", "square"),
+    "ddpm-celeba64": ("ddpm-large", 1000, "every", "celeba"),
+    "slimmable-cifar10": ("ddpm-large", 1000, "final", "square"),
+    "dit-imagenet256-xlarge": ("ddpm-learned", 250, "never", "square"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_networks_are_sampled_and_cropped_as_published(name):
+    r = PUBLISHED[name]
+    assert (r.sampler, r.steps, r.clip, r.crop) == SAMPLING[name]
+
+
+def test_label_dropout_of_every_preset():
+    rates = {name: TrainOptions(**row.training).label_dropout for name, row in PUBLISHED.items()}
+    assert {name for name, rate in rates.items() if rate == 0.15} == {
+        "uvit-imagenet256-large",
+        "uvit-imagenet512-large",
+    }
+    assert {*rates.values()} == {0.1, 0.15}

@@ -122,3 +122,27 @@ def test_the_plan_holds_every_run_that_a_verdict_asks_for():
     text = claims.table(Asks())
     assert sum(line.startswith("|") for line in text.splitlines()) == 7
     assert set(asked) <= {run.name for run in planned("claims", "cpu")[2]}
+
+
+ONES = (1, 1)
+
+TAUGHT = {f"{p} straight{more}": (ONES, ONES, (100, 100)) for p in ("2:4", "1:8") for more in ("", ", no teacher")}
+
+
+@pytest.mark.parametrize(
+    ("number", "runs", "expected"),
+    [
+        (0, both((1.01, 1.02)) | {"2:4 chain": (ONES, ONES)}, "undecided"),
+        (0, both((0.99, 0.98)) | {"2:4 chain": (ONES, ONES)}, "undecided"),
+        (
+            1,
+            TAUGHT | {f"1:8 straight{THIRD}": (ONES, ONES), "2:4 straight": ((0.99, 0.99), ONES, (100, 100))},
+            "undecided",
+        ),
+        (2, {"1:8 in place": ((1.001, 1.002), (1.05, 1.06)), "1:8 chain": (ONES, ONES)}, "undecided"),
+        (3, {"2:4 straight": ((1.006, 1.2), (1.0, 0.9)), "dense": (ONES, ONES)}, "refuted"),
+    ],
+)
+def test_every_part_of_a_rule_counts(number, runs, expected):
+    """Both patterns, and the loss and the distance: each alone decides nothing, or refutes."""
+    assert verdict(number, runs)[0] == expected

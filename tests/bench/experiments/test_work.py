@@ -232,3 +232,23 @@ def test_two_kinds_of_features_are_two_columns(kinds):
     name = next(part for part in text.split(" | ") if part.startswith("Fréchet distance, colours.pt-"))
     for run in KINDS:
         assert numbers(kinds, run, name.strip()) != numbers(kinds, run, "Fréchet distance")
+
+
+def test_measures_bear_their_own_names(monkeypatch):
+    names = ("frechet_distance", "kernel_distance", "precision", "recall", "count", "reference_count")
+    monkeypatch.setattr(measures.evaluate, "evaluate", lambda *_: dict(zip(names, range(1, 7))))
+    network = build_model("uvit-tiny", image_size=12, patch_size=3, dim=16, depth=2, heads=2)
+    images = data.load("synthetic", "test", size=12, limit=4)
+    found = measures.measure(network, None, images, [(None, None)], network, torch.autocast("cpu", enabled=False))
+    columns = ("Fréchet distance", "kernel distance", "precision", "recall", "samples", "reference images")
+    assert [found[name] for name in columns] == [[(None, value)] for value in range(1, 7)]
+
+
+def test_calibration_is_told_times_in_the_networks_units():
+    images = data.load("synthetic", "train", size=12, limit=32)
+    made = SimpleNamespace(images=images, device=torch.device("cpu"), config={"num_classes": 0})
+    made.scale = SimpleNamespace(options=SimpleNamespace(batch_size=8))
+    base = build_model("uvit-tiny", image_size=12, patch_size=3, dim=16, depth=2, heads=2)
+    times = torch.cat([t for _, t in work.Work._noisy(made, 0, work.Base(base, base, 0.0))])
+    assert 900 < times.max() < 999
+    assert times.min() < 99
