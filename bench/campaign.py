@@ -278,11 +278,12 @@ def _leave(folder):
     if any(tables.values()):
         write_json(folder / "tuned.json", tables)
     studies = folder.with_name(f"{folder.name}-quality")
-    paths = [path for path in sorted(studies.rglob("*")) if path.suffix in (".md", ".csv", ".png")]
+    found = [path.relative_to(studies) for path in sorted(studies.rglob("*")) if path.suffix in (".md", ".csv", ".png")]
+    paths = [path for path in found if not any(part.startswith(".") for part in path.parts)]  # of killed writers
     if paths:
         with atomic_file(folder / "quality.zip") as partial, zipfile.ZipFile(partial, "w") as archive:
             for path in paths:
-                archive.write(path, "-".join(path.relative_to(studies).parts))
+                archive.write(studies / path, "--".join(path.parts))
 
 
 def publish(folder, results, tables=tuning.SHIPPED):
@@ -321,6 +322,7 @@ def publish(folder, results, tables=tuning.SHIPPED):
     added = {tables / name: found for name, found in tuned.items()}
     for path in (*files, results / "index.json", *added):
         check_writable(path)
+    write_json(results / "index.json", index | {"unpacked": sorted({*before, *unpacked})})
     for path, content in files.items():
         with atomic_file(path) as partial:
             partial.write_bytes(content)

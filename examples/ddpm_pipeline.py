@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from diffusers.utils import make_image_grid
+from PIL import Image
 
 import sparsedm
 
@@ -21,8 +22,9 @@ parser.add_argument("--out", default="ddpm_pipeline.png")
 options = parser.parse_args()
 if options.tuning_steps < 1:
     parser.error(f"--tuning-steps {options.tuning_steps}: at least 1 is needed")
-if not Path(options.out).absolute().parent.is_dir() or Path(options.out).suffix not in (".png", ".jpg"):
-    parser.error(f"--out {options.out}: must be a .png or .jpg in a folder that exists")
+out = Path(options.out).absolute()
+if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+    parser.error(f"--out {options.out}: must be a picture, such as a .png, in a folder that exists")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 
@@ -57,5 +59,5 @@ for network in (teacher, small):
     pipeline = DDPMPipeline(network, DDIMScheduler.from_config(pipeline.scheduler.config))
     pipeline.set_progress_bar_config(desc=type(network.mid_block.resnets[0].conv1).__name__)
     grids += pipeline(batch_size=4, num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images
-make_image_grid(grids, rows=2, cols=4).save(options.out)
+make_image_grid(grids, rows=2, cols=4).save(out)
 print(f"dense above, 2:4 compressed below: {options.out}")

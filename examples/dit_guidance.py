@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.utils import make_image_grid
+from PIL import Image
 
 import sparsedm
 
@@ -25,8 +26,9 @@ if options.tuning_steps < 1:
     parser.error(f"--tuning-steps {options.tuning_steps}: at least 1 is needed")
 if not math.isfinite(options.guidance):
     parser.error(f"--guidance {options.guidance}: must be finite")
-if not Path(options.out).absolute().parent.is_dir() or Path(options.out).suffix not in (".png", ".jpg"):
-    parser.error(f"--out {options.out}: must be a .png or .jpg in a folder that exists")
+out = Path(options.out).absolute()
+if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+    parser.error(f"--out {options.out}: must be a picture, such as a .png, in a folder that exists")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 
@@ -66,5 +68,5 @@ for network in (teacher, small):
     pipeline.register_modules(transformer=network)
     images += pipeline([1, 2, 3, 4], guidance_scale=options.guidance, num_inference_steps=10,
                        generator=torch.Generator(device).manual_seed(0)).images  # fmt: skip
-make_image_grid(images, rows=2, cols=4).save(options.out)
+make_image_grid(images, rows=2, cols=4).save(out)
 print(f"dense above, 2:4 compressed below: {options.out}")

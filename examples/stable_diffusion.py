@@ -23,6 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import make_image_grid
+from PIL import Image
 
 import sparsedm
 
@@ -32,8 +33,9 @@ parser.add_argument("--model", help="a hub name or a folder (default: a tiny pip
 parser.add_argument("--prompt", default="a watercolour of a lighthouse")
 parser.add_argument("--out", default="stable_diffusion.png")
 options = parser.parse_args()
-if not Path(options.out).absolute().parent.is_dir() or Path(options.out).suffix not in (".png", ".jpg"):
-    parser.error(f"--out {options.out}: must be a .png or .jpg in a folder that exists")
+out = Path(options.out).absolute()
+if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
+    parser.error(f"--out {options.out}: must be a picture, such as a .png, in a folder that exists")
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 part = "unet" if options.version == "1.5" else "transformer"
 torch.manual_seed(0)
@@ -77,5 +79,5 @@ for network in (dense, small):
     images += pipeline(**texts, num_inference_steps=10, generator=generator).images
     held = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     print(f"{'dense' if network is dense else '2:4 compressed'}: {held / 2**20:.1f} MiB")
-make_image_grid(images, rows=2, cols=2).save(options.out)
+make_image_grid(images, rows=2, cols=2).save(out)
 print(f"dense above, 2:4 compressed below: {options.out}")

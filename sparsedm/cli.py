@@ -104,6 +104,8 @@ def exit_code(program, function):
         return refuse(f"not enough memory ({reason}): a smaller batch or network needs less")
     except Stopped as stop:
         return refuse(stop, stop.exit_code)
+    except Terminated:
+        return refuse("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         return refuse("stopped", 130)
     except BrokenPipeError:  # a reader such as `head` closed our output; the rest was not done
@@ -191,25 +193,27 @@ def _stopping_at_sigterm():
     """In this context SIGTERM raises Terminated, as Ctrl-C does KeyboardInterrupt: no half-written file stays."""
 
     def stop(signum, frame):
-        raise Terminated("terminated")
+        raise Terminated
 
     return _handled(signal.SIGTERM, stop)
 
 
 @contextlib.contextmanager
 def _handled(number, handler):
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+    before = signal.getsignal(number)
+    ignored = before in (signal.SIG_IGN, None)  # by whoever began this process, or a handler of C
+    if ignored or threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
-    before = signal.signal(number, handler)
+    signal.signal(number, handler)
     try:
         yield
     finally:
         signal.signal(number, before)
 
 
-class Terminated(Stopped):
-    exit_code = 128 + signal.SIGTERM
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. No handler of errors takes it for one."""
 
 
 class Parser(argparse.ArgumentParser):

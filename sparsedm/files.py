@@ -46,8 +46,8 @@ def atomic_file(path):
     path = Path(path)
     with writing(path):
         _check_replaceable(path)
-        path = _followed(path)
-        partial = _partial(path)
+        suffix, path = path.suffix, _followed(path)
+        partial = _partial(path, suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
@@ -67,9 +67,9 @@ def _followed(path):
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def _partial(path):
-    """A temporary path beside `path`. It keeps the suffix, by which writers such as matplotlib choose the format."""
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+def _partial(path, suffix):
+    """A temporary path beside `path`. suffix: by which writers such as matplotlib choose the format."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{suffix}")
 
 
 def check_writable(path):
@@ -79,7 +79,7 @@ def check_writable(path):
         _check_replaceable(path)
         path = _followed(path)
         folder = next(folder for folder in path.absolute().parents if folder.exists())
-        probe = folder / _partial(path).name
+        probe = folder / _partial(path, path.suffix).name
         probe.touch(exist_ok=False)
         probe.unlink()
 
@@ -128,7 +128,11 @@ def write_text(path, text):
 
 def write_json(path, value):
     """Write `value` as readable JSON. Refuses NaN and infinity, which JSON does not have."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value):
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def append_json_line(file, record):

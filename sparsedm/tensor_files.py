@@ -4,8 +4,8 @@ Reading a file never runs code from it: our own files hold no pickles, and torch
 code, reads a foreign .pth.
 
 Shards are laid out as on the model hubs: name.safetensors.index.json lists which tensor is in which
-name-00001-of-00003.safetensors. All shards are written before the first takes its name, and the index last, so old and
-new shards are never mixed.
+name-00001-of-00003.safetensors. Everything is written before the first shard takes its name, and the index takes it
+last, so old and new shards are never mixed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import nn
 
 from sparsedm.compression import parameter_names
 from sparsedm.errors import InputError, check_memory
-from sparsedm.files import atomic_file, check_writable, read_json, regular_file, write_json, writing
+from sparsedm.files import atomic_file, check_writable, json_text, read_json, regular_file, writing
 from sparsedm.layers import is_sharded
 
 INDEX = ".index.json"
@@ -70,13 +70,14 @@ def write_shards(file, tensors, header, shard_bytes):
             shards.append({})
         shards[-1][name] = value
     names = [f"{file.stem}-{i:05d}-of-{len(shards):05d}{file.suffix}" for i in range(1, len(shards) + 1)]
-    with contextlib.ExitStack() as renamed:
+    places = {key: name for name, shard in zip(names, shards) for key in shard}
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    with contextlib.ExitStack() as renamed:  # in reverse: the index last
+        listing = renamed.enter_context(atomic_file(index))
+        listing.write_text(json_text({"metadata": header | {"total_size": size}, "weight_map": places}))
         for name, shard in zip(names, shards):
             write_tensors(renamed.enter_context(atomic_file(file.with_name(name))), shard, {})
         remove_shards(file)
-    places = {key: name for name, shard in zip(names, shards) for key in shard}
-    size = sum(value.numel() * value.element_size() for value in tensors.values())
-    write_json(index, {"metadata": header | {"total_size": size}, "weight_map": places})
     with writing(file):
         file.unlink(missing_ok=True)
     return index
@@ -92,9 +93,10 @@ def remove_shards(file):
         return
     with writing(file):
         index.unlink()
-        for shard in {file.parent / str(name) for name in listed["weight_map"].values()}:
-            if shard.parent == file.parent:
-                shard.unlink(missing_ok=True)
+        ours = re.compile(rf"{re.escape(file.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(file.suffix)}")
+        for name in set(map(str, listed["weight_map"].values())):
+            if ours.fullmatch(name):  # a copied index lists the shards of another model
+                file.with_name(name).unlink(missing_ok=True)
 
 
 def is_index(name):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 
@@ -29,21 +30,25 @@ def test_shards_are_no_larger_than_asked_and_come_back_in_order(tmp_path):
     assert header == {"sparsedm": "{}"}
 
 
-def test_a_writing_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
-    index = write_shards(tmp_path / "m.safetensors", TENSORS, {}, 50)
-    calls = []
+@pytest.mark.parametrize("writer", ["json_text", "write_tensors"])
+def test_a_writing_cut_short_leaves_what_was_there(writer, tmp_path, monkeypatch):
+    write_shards(tmp_path / "m.safetensors", TENSORS, {"sparsedm": "{}"}, 50)
+    before, write, calls = (
+        {path.name: path.read_bytes() for path in tmp_path.iterdir()},
+        getattr(tensor_files, writer),
+        [],
+    )
 
-    def full_disk(file, *arguments):
-        calls.append(file)
-        if len(calls) == 2:
+    def full_disk(*arguments):
+        calls.append(arguments)
+        if len(calls) == (2 if writer == "write_tensors" else 1):
             raise OSError(28, "No space left on device")
-        write_tensors(file, *arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(tensor_files, "write_tensors", full_disk)
+    monkeypatch.setattr(tensor_files, writer, full_disk)
     with pytest.raises((OSError, InputError), match="No space left"):
-        write_shards(tmp_path / "m.safetensors", {name: value + 1 for name, value in TENSORS.items()}, {}, 50)
-    assert all(torch.equal(value, TENSORS[name]) for name, value in read_tensors(index)[0].items())
-    assert len(list(tmp_path.iterdir())) == 4, "and no half-written file"
+        write_shards(tmp_path / "m.safetensors", {name: value + 1 for name, value in TENSORS.items()}, {}, 200)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_shards_of_an_earlier_writing_do_not_stay(tmp_path):
@@ -52,6 +57,12 @@ def test_shards_of_an_earlier_writing_do_not_stay(tmp_path):
     for size, files in ((50, 3), (10**6, 1)):
         write_shards(tmp_path / "m.safetensors", TENSORS, {"sparsedm": "{}"}, size)
         assert len(list(tmp_path.glob("m-*-of-*.safetensors"))) == files + foreign.exists()
+    index = tmp_path / "m.safetensors.index.json"
+    shutil.copy(index, tmp_path / "copy.safetensors.index.json")
+    remove_shards(tmp_path / "copy.safetensors")
+    assert set(read_tensors(index)[0]) == set(TENSORS), "the shards that a copied index lists are of another model"
+    index.write_text(index.read_text().replace("m-00001-of-00001.safetensors", "."))
+    remove_shards(tmp_path / "m.safetensors")
     write_shards(tmp_path / "n.safetensors", TENSORS, {}, 50)
     remove_shards(tmp_path / "n.safetensors")
     assert len(list(tmp_path.glob("n-*-of-*.safetensors"))) == 3, "perhaps somebody else's"

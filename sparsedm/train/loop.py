@@ -196,8 +196,8 @@ def train(
     deadline: a value of time.monotonic(). The first step that ends after it is saved, and the last one of this call.
 
     Returns TrainResult. Raises: Interrupted after the first SIGINT or SIGTERM, once the step is saved (a second signal
-    has its usual effect); OutOfTime; TrainingDiverged; InputError (other options, a folder that cannot be written,
-    labels that do not fit the network).
+    interrupts at once, as before the call); OutOfTime; TrainingDiverged; InputError (other options, a folder that
+    cannot be written, labels that do not fit the network).
     """
     device, folder = torch.device(device), Path(os.path.expanduser(folder))
     check_data(student.model, images, validation)

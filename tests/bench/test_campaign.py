@@ -356,13 +356,13 @@ def test_the_studies_of_quality_parse_and_leave_their_reports(tmp_path):
         assert (options.scale, options.data, options.minutes) == ("lite", "images.zip", 8.5)
         assert options.out.startswith("gpu-quality/")
     code = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); (out / 'seed-0').mkdir(parents=True)\n"
-    code += "names = ('report.md', 'results.csv', 'a.png', 'b.safetensors', 'seed-0/samples.png')\n"
+    code += "names = ('report.md', 'results.csv', 'a.png', 'b.safetensors', 'seed-0/samples.png', '.a.0.partial.png')\n"
     code += "[(out / name).write_text('x') for name in names]"
     study = Suite("quality: arms", script(code, "{folder}-quality/arms"), least=20)
     index = run_campaign([study, Suite("search", script(""), least=90)], tmp_path / "gpu", seconds=60)
     assert states(index) == {"quality: arms": "ran", "search": "skipped"}
     held = zipfile.ZipFile(tmp_path / "gpu/quality.zip").namelist()
-    assert sorted(held) == ["arms-a.png", "arms-report.md", "arms-results.csv", "arms-seed-0-samples.png"]
+    assert sorted(held) == ["arms--a.png", "arms--report.md", "arms--results.csv", "arms--seed-0--samples.png"]
 
 
 def test_the_sanitizer_s_tests_are_there():

@@ -121,6 +121,12 @@ def test_a_wrong_output_may_differ_by_nan(tmp_path):
     assert len(read(tmp_path / "a.csv")) == 2
 
 
+def test_close_times_may_be_rounded_past_one_another(tmp_path):
+    row = ROW | {"metric": "time", "p20_us": 1234567.4, "p50_us": 1234568.0, "p80_us": 1234568.0}
+    Results(tmp_path / "a.csv").add([row])
+    assert read(tmp_path / "a.csv")[0]["p20_us"] > read(tmp_path / "a.csv")[0]["p50_us"]
+
+
 RUN = {"experiment": "arms", "scale": "smoke", "run": "dense", "seed": 0}
 WHOLE = [RUN | {"measure": measure, "value": 2.0} for measure in sorted(results.EVERY_RUN)]
 

@@ -296,18 +296,26 @@ def test_a_link_to_itself_is_one_sentence(tmp_path, capsys, monkeypatch):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_terminated_command_leaves_no_half_written_file(tmp_path):
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigterm_leaves_no_half_written_file_and_is_no_error(ignored, tmp_path):
+    """It arrives while something is read by code that takes any exception for a damaged file."""
     code = f"""
 import os, signal, sys
 from sparsedm import cli, files
 from sparsedm.commands import inspect
-def stopped(path, value):
-    with files.atomic_file(path) as partial:
+def stopped(*arguments, **options):
+    with files.atomic_file({str(tmp_path / "a.txt")!r}) as partial:
         partial.write_text("half")
-        os.kill(os.getpid(), signal.SIGTERM)
-inspect.write_json = stopped
-sys.exit(cli.main(["inspect", "--model", "uvit-tiny", "--json", {str(tmp_path / "a.json")!r}]))
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise files.InputError("a damaged file") from error
+if {ignored}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+inspect.build_model = stopped
+inspect.inspect = lambda *arguments, **options: sys.exit(0)
+sys.exit(cli.main(["inspect", "--model", "uvit-tiny"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (143, "sparsedm: terminated\n")
-    assert list(tmp_path.iterdir()) == []
+    assert (done.returncode, done.stderr) == ((0, "") if ignored else (143, "sparsedm: terminated\n"))
+    assert [path.name for path in tmp_path.iterdir()] == (["a.txt"] if ignored else [])
