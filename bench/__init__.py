@@ -6,7 +6,7 @@ measure       check, then time: the rows of one problem for a list of providers;
 shapes        named shapes, taken from the models themselves, and sweeps
 problems      data, reference and arithmetic of one shape: linear, convolution, masked training, masks
 providers     dense torch and ours;  baselines: the 2:4 products of other libraries, and the list of all providers
-cpu           the measurements on a CPU: every N:M pattern against both dense products of torch
+cpu           the measurements on a CPU: five N:M patterns against both dense products of torch
 networks      whole networks: one sampler step, whole sampling, a training step
 ceilings      the limits of this device: copies, dense products, tensor-core instructions (`instruction_rates`)
 results       the CSV files: one row per measurement, with device and versions; and speed-ups over dense

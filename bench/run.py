@@ -11,7 +11,7 @@
     table3        the grid of SparseDM's speed table (arXiv 2404.10445): patch 1, 2, 4 x MLP ratio 1, 2, 4, 8,
                   as it was released and at the real width; steps, and sampling in 50 of them
     ceiling       the limits of the device: copies, dense products, tensor-core instructions
-    cpu           on a CPU: every N:M pattern, convolutions, whole networks, a training step; with its own shapes
+    cpu           on a CPU: five N:M patterns, convolutions, whole networks, a training step; with its own shapes
 
 Rows are written as soon as they are measured. --resume continues the file and skips the rows that it holds. If the GPU
 hangs or is lost, the provider has failed; the process restarts and continues with the next one. A provider that was

@@ -26,7 +26,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--features",
         default="random-conv",
-        help="random-conv: built in, not comparable with published FIDs; inception; or an exported FILE",
+        help="random-conv: built in, not comparable with published FIDs; inception; or an exported FILE "
+        "(default: random-conv)",
     )
     parser.add_argument("--dense", metavar="RUN", help="also measure SSIM to this model's samples from the same noise")
     parser.add_argument("--dry-run", action="store_true", help="print what would be drawn and compared, and stop")

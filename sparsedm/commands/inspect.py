@@ -23,7 +23,9 @@ def add_arguments(parser):
     parser.add_argument("run", nargs="?", help="run folder, stage folder or model file")
     add_model_arguments(parser)
     parser.add_argument("--pattern", help="N:M to apply, for example 2:4; M is 2, 4, 8, 16 or 32")
-    parser.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
+    parser.add_argument(
+        "--where", help="layers to make sparse: all, or a regular expression on their names (default: the model's own)"
+    )
     parser.add_argument(
         "--arch", choices=ARCHS, help="show the kernels the compressed model would use there, in bf16 (cpu: fp32)"
     )

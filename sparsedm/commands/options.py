@@ -27,7 +27,11 @@ RESERVE = 40  # seconds of --minutes for the work after the deadline: a checkpoi
 def add_model_arguments(parser, note=""):
     parser.add_argument("--model", metavar="NAME", help=f"one of {', '.join(MODELS)}{note}")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change an option of the model"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change an option of the model, VALUE as JSON; a wrong NAME lists them",
     )
 
 

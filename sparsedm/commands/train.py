@@ -45,7 +45,10 @@ RECIPE = ("batch_size", "lr", "optimizer", "betas", "weight_decay", "clip", "lab
 def add_arguments(parser):
     add_model_arguments(parser, " (default: uvit-tiny, or what --init holds)")
     parser.add_argument(
-        "--data", required=True, help="synthetic, cifar10 (or its tar.gz), a folder or zip of images, or an .npz"
+        "--data",
+        required=True,
+        help="synthetic; cifar10 (downloaded, or its tar.gz); a folder or zip of images, a folder for each class, with "
+        "folders train and test around them or without; or an .npz with images or moments, labels, context",
     )
     parser.add_argument("--limit", type=count, help="largest number of training images (default: all)")
     add_crop(parser, "as in the original of the model")
@@ -69,7 +72,9 @@ def _add_stages(group):
     how.add_argument("--method", metavar="NAME", help=f"a ready list of stages, in place of --chain; one of\n{methods}")
     group.add_argument("--init", metavar="RUN", help="start from the dense network of this run folder or model file")
     group.add_argument("--pattern", help="pattern of the last stage of --method, N:M as in --chain (default: 2:4)")
-    group.add_argument("--where", help="layers to make sparse: all, or a regular expression on their names")
+    group.add_argument(
+        "--where", help="layers to make sparse: all, or a regular expression on their names (default: the model's own)"
+    )
     group.add_argument(
         "--steps", type=count, default=20_000, help="steps of all stages together (default: %(default)s)"
     )
@@ -119,7 +124,7 @@ def _add_optimization(group):
         "--amp",
         choices=("auto", "off", "bf16"),
         default="auto",
-        help="bf16 products (auto: on a GPU only; on a CPU with avx512_bf16 or AMX most networks are faster in bf16)",
+        help="bf16 products (default: auto, on a GPU only; on a CPU with avx512_bf16 or AMX most networks are faster so)",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
