@@ -124,7 +124,7 @@ def _add_optimization(group):
         "--amp",
         choices=("auto", "off", "bf16"),
         default="auto",
-        help="bf16 products (default: auto, on a GPU only; on a CPU with avx512_bf16 or AMX most networks are faster so)",
+        help="bf16 products (default: auto, on a GPU only; a CPU with avx512_bf16 or AMX is mostly faster with bf16)",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--save-every", type=count, default=1000, help="steps between checkpoints (default: 1000)")
