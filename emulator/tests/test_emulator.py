@@ -43,6 +43,7 @@ def execute_body(body, *, tensor=None, threads=32, cluster=1, early=True, tail=T
 
 LANES = np.arange(32, dtype=np.uint32)
 # body computing %r9 from %r0 = lane, and what it must be
+NAN = "mov.b32 %r1, 0x7FC00000; mov.b32 %r2, 0x3F800000; "  # and 1.0
 COMPUTED = {
     "add": ("add.s32 %r9, %r0, -1;", LANES - np.uint32(1)),
     "literal": ("mov.b32 %r9, 0f3F800000;", np.full(32, 0x3F800000, np.uint32)),
@@ -90,6 +91,14 @@ COMPUTED = {
         LANES ^ 1,
     ),
     "unwritten-shared-is-nan": ("mov.b32 %r1, global_smem; ld.shared.b32 %r9, [%r1+64];", np.full(32, 0xFFFFFFFF)),
+    "minimum-without-nan": (NAN + "min.f32 %r9, %r1, %r2;", np.full(32, 0x3F800000)),
+    "less-or-nan": (NAN + "setp.ltu.f32 %p1, %r1, %r2; selp.b32 %r9, 1, 2, %p1;", np.ones(32)),
+    "less-without-nan": (NAN + "setp.lt.f32 %p1, %r1, %r2; selp.b32 %r9, 1, 2, %p1;", np.full(32, 2)),
+    "higher": ("setp.hi.u32 %p1, %r0, 9; selp.b32 %r9, 1, 2, %p1;", np.where(LANES > 9, 1, 2)),
+    "sign-of-the-first": (
+        "mov.b32 %r1, 0xBF800000; mov.b32 %r2, 0x40000000; copysign.f32 %r9, %r1, %r2;",
+        np.full(32, 0xC0000000),
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from bench import charts, cpu, plot, run
 from bench.networks import ModelShape
+from bench.problems import LinearProblem
 from bench.results import DENSE, ONEDNN, Results, read, write
 from bench.shapes import ConvShape
 from sparsedm.kernels.cpu import rules
@@ -110,3 +111,24 @@ def test_networks_are_compared_with_eager_torch_and_the_best_network(measured):
         times, figure = {"dense": 30.0, ONEDNN: onednn, "sparsedm 2:4": 10.0}, Figure()
         assert charts.calls(figure, [row | {"provider": provider, "p50_us": time} for provider, time in times.items()])
         assert [t.get_text().strip() for t in figure.axes[0].texts] == shown
+
+
+def test_a_shape_has_the_sizes_that_its_name_says():
+    for shape in cpu.linear_shapes("x", cpu.SIZES):
+        assert shape.layer == f"{shape.M}x{shape.K}->{shape.N}"
+        problem = LinearProblem(replace(shape, M=1), "plain", torch.float32, "cpu")
+        assert (tuple(problem.weight.shape), problem.x.shape[1]) == ((shape.N, shape.K), shape.K)
+    assert {(s.N, s.K) for s in cpu.linear_shapes("x", [(257, 512, 1536)])} == {(1536, 512)}
+
+
+def test_layers_are_timed_as_inside_of_hold_masks(monkeypatch):
+    """No checksum of the compressed weight in a timed product; masks are selected once in a training step."""
+    problem = cpu.Product(cpu.linear_shapes("x", [(40, 32, 64)])[0], "plain", torch.float32, "cpu")
+    held = []
+    monkeypatch.setattr(cpu, "sparse24_linear", lambda *a, cache, **k: held.append("held" in cache))
+    cpu.Sparse("2:4").bind(problem, None).run()
+    assert held == [True]
+    monkeypatch.setattr(cpu, "hold_masks", lambda network: held.append(network) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cpu.TrainingStep.outputs(None, "network", ())
+    assert held[1:] == ["network"]

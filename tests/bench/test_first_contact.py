@@ -13,6 +13,7 @@ import torch
 from bench import baselines, first_contact
 from bench.campaign import search_for_the_fault
 from bench.first_contact import verdict_of
+from bench.providers import Bound
 from tests.bench import stand_in
 
 
@@ -203,3 +204,32 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
     assert first_contact.main(["--out", str(tmp_path)]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_what_is_checked_is_ragged_and_has_many_tiles_for_each_block(small, monkeypatch):
+    seen = []
+
+    class Right:
+        def __init__(self, choice):
+            pass
+
+        def prepare(self, problem):
+            seen.append((problem.shape.M, problem.shape.N, problem.shape.K))
+
+        def bind(self, problem, prepared):
+            return Bound(lambda: problem.answer(problem.masked, problem.dtype)[0], "")
+
+    monkeypatch.setattr(first_contact, "Configuration", Right)
+    first_contact.check(None, torch.device("cpu"), small)
+    large = [(512, 520, 512), (136, 520, 320), (5000, 2056, 520)]
+    assert seen == ([(128, 264, 128), (136, 264, 128)] if small else large)
+
+
+def test_a_third_of_the_time_is_left_for_timing(tmp_path, monkeypatch):
+    until = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(first_contact, "choices", lambda *_: [])
+    monkeypatch.setattr(first_contact, "verdicts_of", lambda *given: until.append(given[-1] - time.monotonic()) or {})
+    first_contact.main(["--out", str(tmp_path), "--seconds", "90"])
+    assert until[0] == pytest.approx(60, abs=5)

@@ -317,3 +317,39 @@ def test_committed_results_are_enough_for_the_charts(path, tmp_path, monkeypatch
 
 def test_there_are_committed_results():
     assert COMMITTED
+
+
+def test_points_and_the_roof_lie_where_the_rows_say():
+    figure, ceiling = Figure(), [r for r in made_up() if r["suite"] == "ceiling"]
+    assert charts.roofline(figure, [*ceiling, row("dense", 1, dense_equivalent_tflops=600.0, gbps=3000.0)])
+    lines = [line.get_xydata() for line in figure.axes[0].lines]
+    assert lines[0].tolist() == [[200.0, 600.0]], "operations per byte"
+    (roof,) = (line for line in lines[1:] if line[0, 1] != line[1, 1])
+    assert roof[:, 1] == pytest.approx(4000.0 * roof[:, 0] / 1e3)
+    figure = Figure()
+    charts.masks(figure, [row("sparsedm choose", 9, suite="mask", N=256, K=1024, gbps=70.0)])
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[256 * 1024, 70.0]]
+
+
+def test_table3_has_patches_beside_and_ratios_above_each_other():
+    rows, figure = [], Figure()
+    for (patch, ratio), took in {(2, 4): 5, (2, 8): 4, (1, 4): 2}.items():
+        cell = {"suite": "table3", "model": f"g, width 8, patch {patch}, mlp {ratio}", "shape": f"{patch} {ratio}"}
+        rows += [row("dense", 20, **cell), row(charts.OURS, took, **cell)]
+    charts.table3(figure, rows)
+    axes = figure.axes[0]
+    ticks = [[t.get_text() for t in axis.get_ticklabels()] for axis in (axes.xaxis, axes.yaxis)]
+    assert ticks == [["1", "2"], ["4", "8"]]
+    assert {t.get_position(): t.get_text() for t in axes.texts} == {(0, 0): "10.00", (1, 0): "4.00", (1, 1): "5.00"}
+
+
+def test_whiskers_are_the_band_and_the_ratio_is_to_the_best_dense():
+    figure = Figure()
+    network = {"suite": "train", "shape": "n", "model": "n"}
+    charts.networks(figure, [row("dense", 9, **network), row(charts.OURS, 6, **network)], "train")
+    (bars,) = figure.axes[0].collections
+    assert bars.get_segments()[0][:, 0] == pytest.approx([1.5 * 0.9 / 1.2, 1.5 * 1.2 / 0.9])
+    first, figure = {"suite": "first", "shape": "square 8192", "detail": ""}, Figure()
+    rates = {"dense": 700.0, "dense compiled": 600.0, "wgmma 0": 1050.0}
+    charts.first(figure, [row(p, 9, **first, dense_equivalent_tflops=rate) for p, rate in rates.items()])
+    assert "1050 (1.50x)" in [t.get_text().strip() for t in figure.axes[0].texts]

@@ -122,3 +122,16 @@ def test_operations_and_bytes():
     assert problem.traffic(True) == 2 * (40 * 36 + 40 * 24) + 24 * 36 * 1.125, "1.125 bytes for each weight"
     both, back = (TrainingProblem(LINEAR, mode, torch.float32, "cpu") for mode in ("forward+backward", "backward"))
     assert (back.operations, both.operations) == (2 * problem.operations, 3 * problem.operations)
+
+
+def test_bytes_of_a_residual_a_convolution_and_a_training_step():
+    shape = LinearShape("m", "l", 40, 24, 36, residual=True)
+    problem = LinearProblem(shape, "epilogue", torch.bfloat16, "cpu")
+    assert problem.traffic(False) == 2 * (40 * 36 + 24 * 36 + 2 * 40 * 24)
+    shape, pixels = ConvShape("m", "l", 2, 8, 6, 6, 16), 2 * 6 * 6
+    weight = 16 * 8 * 9
+    problem = ConvProblem(shape, "plain", torch.bfloat16, "cpu")
+    assert problem.traffic(False) == 2 * (pixels * 8 + weight + pixels * 16)
+    assert problem.traffic(True) == 2 * (pixels * 8 + pixels * 16) + weight * 1.125
+    problem = TrainingProblem(LinearShape("m", "l", 40, 24, 36), "forward", torch.bfloat16, "cpu")
+    assert problem.traffic(False) == 2 * 40 * (36 + 24) + 24 * 36 * (4 + 2), "the master weight, and its copy"

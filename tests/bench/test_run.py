@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -629,3 +630,11 @@ def test_suite_cpu_goes_on_whatever_the_threads_of_the_session(tmp_path, monkeyp
         counts.append(len(asked))
     assert counts[0] == counts[1] > 1, "nothing is measured again"
     assert {row["threads"] for row in read(tmp_path / "r.csv")} == {"1", "2"}
+
+
+def test_ceilings_count_bytes_both_ways_and_two_operations():
+    session = SimpleNamespace(device="cpu", dtype=torch.float32)
+    _, copied = ceilings.copy(session, 1 << 20)
+    assert copied(1000.0)["gbps"] == pytest.approx(2 * (1 << 20) / 1e-3 / 1e9), "read and written"
+    _, rate = ceilings.dense(session, 64)
+    assert rate(10.0)["value"] == pytest.approx(2 * 64**3 / 10e-6 / 1e12)

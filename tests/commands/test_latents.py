@@ -5,6 +5,7 @@ import copy
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sparsedm.commands import drawing
 from sparsedm.errors import InputError
 from sparsedm.model_files import load_model
 from sparsedm.models import MODELS, build_model
-from sparsedm.models.autoencoder import WEIGHTS, load_autoencoder
+from sparsedm.models.autoencoder import WEIGHTS, Autoencoder, load_autoencoder
 from sparsedm.train.data import batch, load
 
 SMALL = ("image_size=8", "dim=32", "depth=2", "heads=2")
@@ -348,3 +349,20 @@ def test_without_diffusers_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(InputError, match=r"latents need diffusers: pip install 'sparsedm\[interop\]'"):
         load_autoencoder(tmp_path)
+
+
+def test_mean_and_deviation_of_a_folder_shift_the_latents_and_shift_them_back():
+    config = SimpleNamespace(latent_channels=2, block_out_channels=(8,), in_channels=3, scaling_factor=0.5)
+    config.latents_mean, config.latents_std, config.shift_factor = [1.0, -2.0], [2.0, 4.0], None
+    z = torch.arange(8.0).view(1, 2, 2, 2)
+    network = SimpleNamespace(config=config, device="cpu", decode=lambda z: SimpleNamespace(sample=z))
+    network.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=z, logvar=torch.zeros_like(z)))
+    images, vae = torch.zeros(1, 3, 2, 2, dtype=torch.uint8), Autoencoder(network, "vae")
+    mean, logvar = vae.moments(images).chunk(2, 1)
+    std = torch.tensor([2.0, 4.0]).view(1, 2, 1, 1)
+    torch.testing.assert_close(mean, (z - torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)) * 0.5 / std)
+    torch.testing.assert_close((logvar / 2).exp(), (0.5 / std).expand_as(z))
+    torch.testing.assert_close(vae.decode(mean), z)
+    config.latents_mean = config.latents_std = None
+    config.shift_factor = 3.0
+    torch.testing.assert_close(Autoencoder(network, "vae").moments(images)[:, :2], (z - 3) * 0.5)

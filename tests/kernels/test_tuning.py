@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -494,3 +495,13 @@ def test_off_a_gpu_the_default_is_used_and_nothing_measured():
 def test_buckets():
     sizes = (0, 1, 16, 17, 32, 33, 16384, 16448)
     assert [tuning.bucket(n) for n in sizes] == [16, 16, 16, 32, 32, 64, 16384, 32768]
+
+
+def test_a_refusal_lasts_for_a_day_and_no_longer(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    tuner = tuning.Autotuner("x", [{"a": 1}], [])
+    tuner.refuse({"a": 1}, "wrong")
+    (note,) = (tmp_path / "tuned").glob("*.wrong")
+    for hours, refused in ((23, True), (25, False)):
+        os.utime(note, 2 * (time.time() - 3600 * hours,))
+        assert (tuner._refusal({"a": 1}) is not None) == refused

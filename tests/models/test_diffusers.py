@@ -354,3 +354,8 @@ def test_shards_in_fp16_are_read_under_the_name_that_diffusers_gives_them(tmp_pa
     model.save_pretrained(tmp_path, variant="fp16", max_shard_size="200KB")
     assert (tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json").exists()
     assert read_foreign(tmp_path)
+
+
+def test_a_unet_that_leaves_out_its_groups_has_those_of_diffusers():
+    left_out = {k: v for k, v in CIFAR10_CONFIG.items() if k not in ("norm_num_groups", "layers_per_block")}
+    assert config_from_diffusers(left_out) == config_from_diffusers(CIFAR10_CONFIG)

@@ -5,6 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sparsedm.stepaware import report
 from sparsedm.stepaware.report import plot_front, plot_proxy, plot_strategies, shades
 
 
@@ -68,3 +69,19 @@ def test_the_costliest_network_is_the_darkest():
     assert colours[0] == colormaps["YlGnBu"](0.95)
     brightness = [sum(colour[:3]) for colour in colours]
     assert brightness == sorted(brightness)
+
+
+@pytest.mark.parametrize(("unit", "cost", "said"), [("MACs", 2.5e9, "2,500.0 M"), ("seconds", 0.0125, "12.500 ms")])
+def test_the_report_is_in_its_units_and_its_cloud_of_the_same_count(unit, cost, said, tmp_path, monkeypatch):
+    clouds = []
+    for name in ("plot_front", "plot_strategies", "plot_proxy"):
+        monkeypatch.setattr(report, name, lambda path, groups, cloud, *rest: clouds.append(cloud))
+    entry = {"group": "uniform", "strategy": "dense", "cost": cost, "quality": 1.0, "indices": (0, 0)}
+    given = {"family": "f", "steps": 2, "sampler": "ddim", "quality": "frechet", "features": "x", "unit": unit}
+    given |= {"rows": [entry], "tried": [entry | {"proxy": 0.0}], "names": ["dense"], "times": [1, 0], "losses": []}
+    given |= {"dearest": cost, "dearest_clock": None, "seconds": {}, "device": "CPU", "torch": "2"}
+    given |= {"rank_correlation": {"logarithms": None, "losses": None}}
+    for count in (10, 20):
+        report.write_report(tmp_path, given | {"count": count, "final_count": 20})
+    assert clouds[::3] == [[], [(cost, 1.0)]]
+    assert said in (tmp_path / "report.md").read_text()

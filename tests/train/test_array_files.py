@@ -247,3 +247,7 @@ def test_download(tmp_path, monkeypatch):
     assert found == tmp_path / "cache" / "cifar-10-python.tar.gz"
     assert len(read_cifar10(found).splits["train"][0]) == 5 * N
     assert gzip.decompress(found.read_bytes())
+
+
+def test_the_names_of_cifar10_are_its_authors():
+    assert " ".join(CLASSES) == "airplane automobile bird cat deer dog frog horse ship truck"

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -533,3 +533,13 @@ def test_without_a_terminal_every_checkpoint_is_a_line_of_the_log(tmp_path, capl
     caplog.clear()
     run(tmp_path / "hidden", replace(OPTIONS, steps=4, save_every=2))
     assert not caplog.messages
+
+
+def test_only_how_often_and_in_how_many_parts_may_change_at_a_resume(tmp_path):
+    stored, accepted = {"options": asdict(OPTIONS)}, set()
+    run_folder.claim(tmp_path, stored)
+    for name in stored["options"]:
+        with contextlib.suppress(InputError):
+            run_folder.claim(tmp_path, {"options": stored["options"] | {name: 77}}, loop.MAY_CHANGE)
+            accepted.add(name)
+    assert accepted == {"accumulate", "log_every", "save_every", "validate_every"}

@@ -70,3 +70,12 @@ def test_what_answers_the_question_comes_first():
     assert first["arms"] == first["fixed-vs-inplace-vs-chain"] == ["dense", "chain"]
     assert first["ratio"] == ["dense", "2:4"]
     assert first["ablate"][0] == EXPERIMENTS["ablate"].control
+
+
+@pytest.mark.parametrize(("name", "base", "run"), [("cpu", 2_000_000, 240_000), ("cpu-short", 200_000, 39_936)])
+def test_a_scale_trains_on_as_many_images_as_it_says(name, base, run):
+    """And as many as bench/results/README.md and NOTES.md say."""
+    scale = SCALES[name]
+    assert (scale.base_steps * scale.options.batch_size, scale.steps * scale.options.batch_size) == (base, run)
+    assert f"{base:,} images for the dense network and {run:,} for each run" in scale.summary
+    assert (scale.options.lr, scale.lr, scale.options.betas, scale.seeds) == (2e-3, 1e-3, (0.9, 0.99), 2)

@@ -3,6 +3,10 @@
 import copy
 import errno
 import functools
+import hashlib
+import itertools
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -377,3 +381,23 @@ def test_a_tensor_of_zeros_without_memory_is_left_to_torch():
     assert not rules.serves(nothing)
     assert not tracing.plain(nothing)
     assert torch.equal(layer(nothing), layer.bias.expand(2000, 256))
+
+
+def test_a_change_of_any_rule_changes_its_version(monkeypatch):
+    """Who changes one raises RULE_VERSION and writes the new digest of costs and choices over a grid here."""
+    monkeypatch.setattr(rules, "serves", lambda *t: True)
+    found, meta, cpu = [], torch.device("meta"), torch.device("cpu")
+    grid = [
+        *itertools.product((1, 4, 12, 40, 257, 2056), (64, 512, 2048), (128, 512, 2048), ("3:4", "2:4", "1:8", "1:32"))
+    ]
+    for kind, amd in (("avx512", True), ("avx512", False), ("avx2", True), ("avx2", False), ("neon", False)):
+        monkeypatch.setattr(rules, "_is_amd", lambda amd=amd: amd)
+        monkeypatch.setattr(library, "instruction_set", lambda kind=kind: kind)
+        for M, N, K, p in [(*sizes, Pattern.parse(text)) for *sizes, text in grid]:
+            costs = *rules.linear_cost(M, N, K, p.keep, p.group, kind), rules.dense_cost(M, N, K, kind)
+            costs += (rules.conv_cost((M, 64), N, K, p.keep, p.group, kind), rules.gradient_pays(M, N, K, p))
+            trains = rules.training_serves(torch.empty(M, K, device=meta), torch.empty(N, K, device=meta), None, p)
+            found.append([f"{c:.6g}" if isinstance(c, float) else c for c in (*costs, trains)])
+        found += [rules.attention_serves(SimpleNamespace(device=cpu, shape=(8, 8, L, 64))) for L in (64, 65, 128, 256)]
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
+    assert (rules.RULE_VERSION, digest) == (5, "637769d4d7ce")

@@ -493,3 +493,11 @@ def test_on_the_gpu_a_size_is_timed_once_and_a_capture_times_nothing(tmp_path, m
     assert cache["choices"] == {}
     graph.replay()
     assert torch.equal(y, expected)
+
+
+def test_the_rule_takes_the_tile_that_fits_the_features_and_can_store_them():
+    for features, block in ((128, 128), (256, 256)):
+        choice, _ = rule_of_thumb(conv((9, 0), pixels=65536, features=features))
+        assert load(row_of("sparse24_conv2d", "wgmma").module).CONFIGS[choice.config].block_n == block
+    configs = [rule_of_thumb(linear((9, 0), 16448, N))[0].config for N in (512, 520, 516, 513)]
+    assert configs == [0, 0, -1, -1], "TMA stores rows that are multiples of 16 bytes"
