@@ -313,7 +313,8 @@ class Case:
         if not got.numel():
             return
         eps = torch.finfo(self.product).eps
-        error, allowed = (got - high).abs().max(), 2 * (low - high).abs().max() + 4 * eps * bound.max()
+        who = 2 if self.product == torch.float64 else 1  # then the reference rounds as much as what it is for
+        error, allowed = (got - high).abs().max(), 2 * (low - high).abs().max() + who * 4 * eps * bound.max()
         assert error <= allowed, f"{name} errs by {error:.2e}, allowed {allowed:.2e}"
 
     def __str__(self):
