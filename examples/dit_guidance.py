@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.utils import make_image_grid
-from PIL import Image
 
 import sparsedm
 
@@ -27,8 +26,8 @@ if options.tuning_steps < 1:
 if not math.isfinite(options.guidance):
     parser.error(f"--guidance {options.guidance}: must be finite")
 out = Path(options.out).absolute()
-if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
-    parser.error(f"--out {options.out}: must be a picture, such as a .png, in a folder that exists")
+if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    parser.error(f"--out {options.out}: must be a .png, .jpg or .webp in a folder that exists")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 

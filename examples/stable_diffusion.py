@@ -23,7 +23,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import make_image_grid
-from PIL import Image
 
 import sparsedm
 
@@ -34,8 +33,8 @@ parser.add_argument("--prompt", default="a watercolour of a lighthouse")
 parser.add_argument("--out", default="stable_diffusion.png")
 options = parser.parse_args()
 out = Path(options.out).absolute()
-if not out.parent.is_dir() or out.suffix.lower() not in Image.registered_extensions():
-    parser.error(f"--out {options.out}: must be a picture, such as a .png, in a folder that exists")
+if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    parser.error(f"--out {options.out}: must be a .png, .jpg or .webp in a folder that exists")
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 part = "unet" if options.version == "1.5" else "transformer"
 torch.manual_seed(0)

@@ -77,26 +77,26 @@ def write_shards(file, tensors, header, shard_bytes):
         listing.write_text(json_text({"metadata": header | {"total_size": size}, "weight_map": places}))
         for name, shard in zip(names, shards):
             write_tensors(renamed.enter_context(atomic_file(file.with_name(name))), shard, {})
-        remove_shards(file)
+        remove_shards(file, (index.name, *names))
     with writing(file):
         file.unlink(missing_ok=True)
     return index
 
 
-def remove_shards(file):
-    """Remove the index and the shards of FILE, if they are of this package."""
+def remove_shards(file, again=()):
+    """Remove the index and the shards of FILE, if they are of this package. again: names that are written again."""
     index = file.with_name(file.name + INDEX)
     listed = {}
     with contextlib.suppress(InputError):  # none, or not ours
         listed = read_json(index, metadata=dict, weight_map=dict)
     if "sparsedm" not in listed.get("metadata", {}):
         return
+    # a copied index lists the shards of another model
+    ours = re.compile(rf"{re.escape(file.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(file.suffix)}")
     with writing(file):
-        index.unlink()
-        ours = re.compile(rf"{re.escape(file.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(file.suffix)}")
-        for name in set(map(str, listed["weight_map"].values())):
-            if ours.fullmatch(name):  # a copied index lists the shards of another model
-                file.with_name(name).unlink(missing_ok=True)
+        for name in (index.name, *filter(ours.fullmatch, {*map(str, listed["weight_map"].values())})):
+            path = file.with_name(name)
+            (path.resolve() if name in again else path).unlink(missing_ok=True)  # the links of `again` stay
 
 
 def is_index(name):

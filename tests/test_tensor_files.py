@@ -69,6 +69,20 @@ def test_shards_of_an_earlier_writing_do_not_stay(tmp_path):
     assert foreign.exists()
 
 
+def test_shards_are_written_through_links(tmp_path):
+    file, ours = tmp_path / "m.safetensors", {"sparsedm": "{}"}
+    index = write_shards(file, TENSORS, ours, 50)
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(sorted(tmp_path.glob("m*"))):
+        path.rename(tmp_path / "blobs" / str(number))
+        path.symlink_to(tmp_path / "blobs" / str(number))
+    write_shards(
+        tmp_path / "m.safetensors", {name: value + 1 for name, value in TENSORS.items()}, {"sparsedm": "{}"}, 50
+    )
+    assert all(torch.equal(value, TENSORS[name] + 1) for name, value in read_tensors(index)[0].items())
+    assert all(path.is_symlink() for path in tmp_path.glob("m*"))
+
+
 def test_an_index_that_cannot_be_replaced_is_one_sentence(tmp_path):
     (tmp_path / "m.safetensors.index.json").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*m\.safetensors\.index\.json: "):

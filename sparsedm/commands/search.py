@@ -65,11 +65,14 @@ def add_arguments(sub):
         "--quality",
         choices=QUALITIES,
         default="frechet",
-        help="to minimise together with cost. frechet: distance of samples; proxy: the sum over the steps of the "
-        "logarithm of the loss, without samples (default: frechet)",
+        help="quality to minimise together with cost. frechet: distance of samples; proxy: sum of the logarithms of "
+        "the losses at the steps, without samples (default: frechet)",
     )
     sub.add_argument(
-        "--unit", choices=UNITS, default="MACs", help="of cost (default: MACs); seconds are measured on this machine"
+        "--unit",
+        choices=UNITS,
+        default="MACs",
+        help="unit of cost (default: MACs); seconds are measured on this machine",
     )
     sub.add_argument("--count", type=count, help="images per evaluation (default: set by --scale)")
     sub.add_argument("--final-count", type=count, help="images per row of the table (default: set by --scale)")

@@ -381,6 +381,7 @@ def _signals():
         yield received
         return
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: handler for s, handler in old.items() if handler not in (signal.SIG_IGN, None)}  # ignored, or of C
 
     def restore():
         for signum, handler in old.items():
@@ -391,8 +392,7 @@ def _signals():
         restore()
 
     for signum in old:
-        if old[signum] is not signal.SIG_IGN:
-            signal.signal(signum, receive)
+        signal.signal(signum, receive)
     try:
         yield received
     finally:

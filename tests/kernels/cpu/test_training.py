@@ -384,7 +384,11 @@ def test_a_tensor_of_zeros_without_memory_is_left_to_torch():
 
 
 def test_a_change_of_any_rule_changes_its_version(monkeypatch):
-    """Who changes one raises RULE_VERSION and writes the new digest of costs and choices over a grid here."""
+    """Who changes one raises RULE_VERSION and writes the new digest of constants and of choices over a grid here.
+
+    It does not see `onednn_serves`.
+    """
+    monkeypatch.delenv("SPARSEDM_BACKEND", raising=False)
     monkeypatch.setattr(rules, "serves", lambda *t: True)
     found, meta, cpu = [], torch.device("meta"), torch.device("cpu")
     grid = [
@@ -399,5 +403,12 @@ def test_a_change_of_any_rule_changes_its_version(monkeypatch):
             trains = rules.training_serves(torch.empty(M, K, device=meta), torch.empty(N, K, device=meta), None, p)
             found.append([f"{c:.6g}" if isinstance(c, float) else c for c in (*costs, trains)])
         found += [rules.attention_serves(SimpleNamespace(device=cpu, shape=(8, 8, L, 64))) for L in (64, 65, 128, 256)]
+    found.append({name: value for name, value in vars(rules).items() if name.isupper() and name != "RULE_VERSION"})
+    orders, sizes = (torch.contiguous_format, torch.channels_last), ((1, 8), (64, 128), (64, 256), (8, 16, 32))
+    for kind in ("avx512", "avx2", "neon"):
+        monkeypatch.setattr(library, "instruction_set", lambda kind=kind: kind)
+        for B, C, N, side, text, order in itertools.product(*sizes, ("2:4", "1:16"), orders):
+            x, w = (torch.empty(s, device=meta).to(memory_format=order) for s in ((B, C, side, side), (N, C, 3, 3)))
+            found.append(rules.conv_training_serves(x, w, None, Pattern.parse(text), (1, 1), (1, 1), (1, 1)))
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
-    assert (rules.RULE_VERSION, digest) == (5, "637769d4d7ce")
+    assert (rules.RULE_VERSION, digest) == (5, "60026c7d7479")
