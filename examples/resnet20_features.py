@@ -19,7 +19,7 @@ from sparsedm.errors import InputError
 from sparsedm.features import load_features
 from sparsedm.files import atomic_file, check_writable
 from sparsedm.tensor_files import fill, read_tensors
-from sparsedm.train.data import SPLITS, load
+from sparsedm.train.data import SPLITS, check_source, load
 
 
 class Block(nn.Module):
@@ -63,6 +63,8 @@ def main(arguments=None):
     if not options.out.endswith(".pt2"):
         raise InputError(f"--out {options.out}: must end in .pt2")
     check_writable(options.out)
+    if options.data:
+        check_source(options.data, out=options.out)
     images = load(options.data, options.split) if options.data else None
     if images and images.labels is None:
         raise InputError(f"data {options.data} holds no labels, which an accuracy needs")

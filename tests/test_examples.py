@@ -133,6 +133,7 @@ def test_resnet20_features_are_those_of_the_paper(resnet20, weights, tmp_path, c
     [
         (["--out", "w.th"], "--out w.th: must end in .pt2"),
         (["--out", "net.pt2", "--data", "flat"], "data flat holds no labels"),
+        (["--out", "flat/net.pt2", "--data", "flat"], "flat/net.pt2 lies in data .*, and would be read as an image"),
         (["--out", "net.pt2", "--data", "none"], "data 'none': no such file or folder"),
     ],
 )
