@@ -356,3 +356,11 @@ def test_a_table_made_without_data_serves_nobody_else():
     for t in (torch.zeros(2), torch.zeros(2, dtype=torch.float64)):
         assert type(schedule.log_alpha(t)) is torch.Tensor
         assert torch.isfinite(schedule.log_alpha(t)).all()
+
+
+def test_beta_is_the_slope_of_log_alpha():
+    for schedule in diffusion.SCHEDULES.values():
+        t = torch.linspace(schedule.first, schedule.last, 12, dtype=torch.float64)[1:-1] + 0.3 * (schedule.last > 1)
+        step = 1e-5 * schedule.last
+        slope = (schedule.log_alpha(t - step) - schedule.log_alpha(t + step)) / step
+        assert torch.allclose(schedule.beta(t), slope, rtol=1e-5)
