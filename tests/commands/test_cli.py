@@ -316,6 +316,6 @@ inspect.build_model = stopped
 inspect.inspect = lambda *arguments, **options: sys.exit(0)
 sys.exit(cli.main(["inspect", "--model", "uvit-tiny"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == ((0, "") if ignored else (143, "sparsedm: terminated\n"))
     assert [path.name for path in tmp_path.iterdir()] == (["a.txt"] if ignored else [])
