@@ -58,7 +58,7 @@ def python(module, *arguments):
 
 
 def bench(suites, *arguments):
-    """The command line that measures these suites. A hang of a product costs 20 s: it was compiled before."""
+    """The command line that measures these suites. A hang of a product costs 20 s: first contact has compiled it."""
     fixed = ("--resume", "--out", "{csv}", "--seconds", "{seconds}", "--timeout", "20", "--suite", suites)
     return python("bench.run", *fixed, *arguments)
 
@@ -96,8 +96,9 @@ def second_suites():
     tunes for minutes come after quick ones. Sanitizers are last."""
     layers = f"{LARGE},{HUGE},dit-imagenet256-xlarge@64"
     compared = ("--providers", "dense,dense compiled,sparsedm 2:4,sparsedm 2:4 compiled")
+    with_rival = (compared[0], f"{compared[1]},cuSPARSELt")
     # in several processes, one of which dies with a test that crashes or hangs, and is replaced
-    workers = ("-n", str(max(1, (os.cpu_count() or 1) // 4))) if importlib.util.find_spec("xdist") else ()
+    workers = ("-n", str(max(1, min(12, (os.cpu_count() or 1) - 4)))) if importlib.util.find_spec("xdist") else ()
     counters = python("bench.counters", "{csv}", "--count", "1", "--out", "{folder}/counters.txt")
     kernels = ("mma", "mma_splitk", "mma_conv", "wgmma", "wgmma_conv")
     watched = [str(TESTS / f"kernels/sparse24/test_{name}.py") for name in kernels]
@@ -114,7 +115,7 @@ def second_suites():
         Measures("gemm: square", bench("gemm", "--shapes", "square", quick), 120),
         Measures("mask", bench("ceiling,mask"), 60),
         Measures("conv", bench("conv", "--shapes", "ddpm-cifar10@64,sd-1.5@16", quick), 120),
-        Measures("steps, compiled: all", bench("end-to-end", "--shapes", f"{SMALL},{HUGE}", *compared), 240),
+        Measures("steps, compiled: all", bench("end-to-end", "--shapes", f"{SMALL},{HUGE}", *with_rival), 240),
         Measures("gemm: compiled", bench("gemm", "--shapes", f"square,{layers}"), 240),
         Measures("masked-train", bench("masked-train", "--shapes", layers), 120),
         Measures("gemm: grid", bench("gemm", "--shapes", "grid,m-sweep", quick), 240),
@@ -190,9 +191,7 @@ def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
     if all(commits) and commits[0] != commits[1]:
         raise InputError(f"{folder} holds a campaign of commit {commits[0]}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    for rest in folder.glob(".*.partial*"):  # of a writer that was killed
-        if rest.is_file():
-            rest.unlink()
+    _remove_partial(folder)
     if not environment.get("commit"):
         print("the commit is not known, so other code could go on in this folder: set SPARSEDM_COMMIT", file=sys.stderr)
     index["environment"] = environment | {"commit": environment.get("commit") or held.get("commit", "")}
@@ -210,7 +209,15 @@ def run_campaign(suites, folder, seconds, *, now=time.monotonic, device="cpu"):
         _leave(folder)
         drawing.begin()
     drawing.finish(again=now() - start < seconds)
+    _remove_partial(folder)
     return index
+
+
+def _remove_partial(folder):
+    """What writers left that were killed."""
+    for rest in folder.glob(".*.partial*"):
+        if rest.is_file():
+            rest.unlink()
 
 
 def _index(file):

@@ -5,8 +5,8 @@
 Each configuration has its own process; all run in parallel. It compiles the kernels of its check into Triton's cache
 and prints `compiled`. Then it has --timeout seconds to check that every weight is in its place, a ragged product with
 an epilogue, and a product with many tiles per block, and prints `right`. If it is wrong, hangs or faults, a note keeps
-the autotuner from trying it for a day. Until a third of the time is left, the right ones also compile the other
-epilogues of the models. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in single
+the autotuner from trying it for a day. Until a third of the time is left, the right ones also compile the epilogues of
+the models. The suite "first" of `bench.run` times the right ones, with cuBLAS and cuSPARSELt: in single
 calls, and the best over a second without a pause, while power and clock are read.
 
 DIR/first.json: {"configurations": {name: "right", or what is wrong}}, from the first verdict on; DIR/results.csv: the
@@ -49,17 +49,16 @@ from sparsedm.kernels.sparse24.format import pack
 COMPILES = 3  # importing torch and compiling what is checked may take so many times as long as the check
 COMPILED, RIGHT = "compiled", "right"  # what a process prints, one line each
 COMPILES_FOR = "compiles for more than"  # begins the verdict on what was not compiled in time: nothing is wrong yet
-CHECKED = 2  # so many of EPILOGUES are checked; the others are of the layers of U-ViT and DiT, and of the sweeps
-EPILOGUES = (
-    {"bias": True},
-    {"bias": True, "activation": "gelu", "residual": True},
+EPILOGUES = (  # of the sweeps, then of the layers of U-ViT and DiT
     {},
+    {"bias": True},
     {"bias": True, "residual": True},
     {"bias": True, "activation": "gelu"},
+    {"bias": True, "activation": "gelu", "residual": True},
     {"bias": True, "activation": "gelu_tanh"},
     {"bias": True, "activation": "gelu_tanh", "residual": True},
+    {"bias": True, "activation": "silu"},
     {"bias": True, "residual": True, "scale": True},
-    {"bias": True, "skip": True},
 )
 PLACES, PRODUCTS = (520, 512), ((136, 520, 320), (5000, 2056, 520))  # N, K; M, N, K
 PLACES_SMALL, PRODUCTS_SMALL = (264, 128), ((136, 264, 128),)
@@ -87,24 +86,35 @@ def compiling_only():
         yield
 
 
-def compile_all(choice, device, epilogues=EPILOGUES):
+def compile_all(choice, device):
+    """The kernels of all EPILOGUES."""
     M, N, K, dtype = 64, 64, 128, torch.bfloat16
     x, weight = torch.randn(M, K, device=device, dtype=dtype), torch.zeros(N, K, device=device, dtype=dtype)
     given = {"bias": weight[:, 0].clone(), "residual": x[:, :N].clone(), "scale": weight[:1, :N].clone()}
     with compiling_only():
-        for epilogue in epilogues:
-            options = {name: given.get(name, value) for name, value in epilogue.items() if name != "skip"}
-            halves = x.chunk(2, 1) if epilogue.get("skip") else (x, None)
-            configured(choice, halves[0].contiguous(), *pack(weight), **options, skip=halves[1])()
+        for epilogue in EPILOGUES:
+            options = {name: given.get(name, value) for name, value in epilogue.items()}
+            configured(choice, x, *pack(weight), **options)()
 
 
-def check(choice, device, small=False):
-    """Raises: AssertionError that says what is wrong."""
-    provider = Configuration(choice)
+def problems(device, small=False):
+    """What a configuration is checked on: the identity, which shows the place of every weight, and products."""
     N, K = PLACES_SMALL if small else PLACES
-    problem = LinearProblem(LinearShape("identity", "", K, N, K), "plain", torch.bfloat16, device)
-    problem.x, problem.bias = torch.eye(K, device=device, dtype=torch.bfloat16), torch.zeros_like(problem.bias)
-    y, expected = provider.bind(problem, provider.prepare(problem)).run(), problem.masked.t()
+    identity = LinearProblem(LinearShape("identity", "", K, N, K), "plain", torch.bfloat16, device)
+    identity.x, identity.bias = torch.eye(K, device=device, dtype=torch.bfloat16), torch.zeros_like(identity.bias)
+    sizes = PRODUCTS_SMALL if small else PRODUCTS
+    shapes = [LinearShape(f"{M}x{N}x{K}", "", M, N, K, "gelu", residual=True) for M, N, K in sizes]
+    return identity, *(LinearProblem(shape, "epilogue", torch.bfloat16, device) for shape in shapes)
+
+
+def result(choice, problem):
+    provider = Configuration(choice)
+    return provider.bind(problem, provider.prepare(problem)).run()
+
+
+def check(choice, identity, *products):
+    """Raises: AssertionError that says what is wrong."""
+    y, expected = result(choice, identity), identity.masked.t()
     if (wrong := (y != expected).nonzero()).numel():
         row, feature = wrong[0].tolist()
         came = (expected == y[row, feature]).nonzero()[:3].tolist()
@@ -112,31 +122,33 @@ def check(choice, device, small=False):
             f"{len(wrong)} of {y.numel()} weights are not in their place: column {row} of row {feature} holds "
             f"{y[row, feature]:g}, which belongs at {came}, and not {expected[row, feature]:g}"
         )
-    for M, N, K in PRODUCTS_SMALL if small else PRODUCTS:
-        shape = LinearShape(f"{M}x{N}x{K}", "", M, N, K, "gelu", residual=True)
-        problem = LinearProblem(shape, "epilogue", torch.bfloat16, device)
+    for problem in products:
         problem.poison(sparse=True)
-        verdict = problem.check(provider.bind(problem, provider.prepare(problem)).run(), sparse=True)
+        verdict = problem.check(result(choice, problem), sparse=True)
         if not verdict.right:
-            raise AssertionError(f"{shape.name}: its error is {verdict.error:.3g} and {verdict.allowed:.3g} is allowed")
+            name = problem.shape.name
+            raise AssertionError(f"{name}: its error is {verdict.error:.3g} and {verdict.allowed:.3g} is allowed")
 
 
 def contact(choice, device, small=False, again=False):
     """The work of one process; see the head of this file. again: also if a process has died of it."""
-    compile_all(choice, device, EPILOGUES[:CHECKED])
+    checked = problems(device, small)
+    with compiling_only():
+        for problem in checked:
+            result(choice, problem)
     print(COMPILED, flush=True)
     if not (small or again):  # which look for the fault, and acquit nothing
         allow(LINEAR, choice)  # the last verdict: what was mended need not be in the files that a note's name hashes
     with contextlib.nullcontext() if again else trying(LINEAR, choice):
         try:
-            check(choice, device, small)
+            check(choice, *checked)
         except AssertionError as error:
             refuse(LINEAR, choice, f"first contact: {error}")
             raise
         torch.cuda.synchronize()
     print(RIGHT, flush=True)
     if not small:
-        compile_all(choice, device, EPILOGUES[CHECKED:])
+        compile_all(choice, device)
 
 
 def verdict_of(command, timeout, processes):

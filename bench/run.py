@@ -64,7 +64,8 @@ LAYER_SUITES = {  # suite: (problem, kind of shape, shapes by default, shapes by
 }
 SAMPLED = ("end-to-end", "table3")
 NETWORK_SUITES = (*SAMPLED, "train")
-TUNED_FOR_LONG = ("masked-train", *NETWORK_SUITES)  # a provider compiles and tunes several kernels, one after another
+# a provider compiles and tunes several kernels, one after another; so does a forced back end, which only sweeps measure
+TUNED_FOR_LONG = ("conv", "masked-train", *NETWORK_SUITES)
 OPTIONAL = ("shapes", "batch", "modes", "no_sampling", "no_compile")
 USED = {  # suite: which of these options it uses
     "first": ("shapes", "batch", "modes"),
@@ -156,6 +157,8 @@ class Session:
             beside = beside_compiled(held)
             missing = [p for p in providers if p in missing or p.name in beside]
 
+        forced = {provider.name for provider in providers if provider.sweeps} if suite == "gemm" else ()
+
         def starting(name, **other):
             compiled = name.endswith("compiled")
             needed = COMPILES if compiled and suite in NETWORK_SUITES else SAMPLES if "mode" in other else 0
@@ -164,7 +167,7 @@ class Session:
                 return False
             self.results.begin(identity | {"provider": name} | other)
             if self.on_timeout:  # all of them together have longer to be timed
-                long = not name or suite in TUNED_FOR_LONG
+                long = not name or suite in TUNED_FOR_LONG or name in forced
                 self.watch.expect(COMPILES_AT_MOST if compiled else 4 * self.timeout if long else self.timeout)
             return True
 

@@ -179,7 +179,7 @@ def check_labels(config, y):
     classes = getattr(config, "num_classes", 0)
     if y is None or not classes:
         return
-    y = torch.as_tensor(y)
+    y = torch.as_tensor(y, device="cpu")
     if y.dtype not in (torch.int64, torch.int32):
         raise InputError(f"labels of {y.dtype}: they must be int64")
     if not y.numel():
@@ -315,10 +315,11 @@ def validation_loss(model, x0, schedule, *, y=None, times=None, seed=0, batch_si
     """
     count, wide = len(x0), torch.promote_types(x0.dtype, torch.float32)
     if times is None:
-        rows = schedule.training_time(GOLDEN_RATIO * torch.arange(1, count + 1, dtype=torch.float64) % 1)[None]
+        numbers = torch.arange(1, count + 1, dtype=torch.float64, device="cpu")
+        rows = schedule.training_time(GOLDEN_RATIO * numbers % 1)[None]
     else:
-        rows = torch.as_tensor(times, dtype=torch.float64)[:, None].expand(-1, count)
-    errors = torch.empty(rows.shape, dtype=torch.float64)
+        rows = torch.as_tensor(times, dtype=torch.float64, device="cpu")[:, None].expand(-1, count)
+    errors = torch.empty(rows.shape, dtype=torch.float64, device="cpu")
     starts = range(0, count, batch_size)
     hidden = None if progress else True  # None: unless stderr is a terminal
     with evaluating(model), tqdm(total=len(rows) * len(starts), disable=hidden, desc="validate") as bar:

@@ -36,7 +36,7 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
     A^(1/2) B A^(1/2). This is stable for singular covariances, the result of few images.
     Raises: InputError for NaN or infinity.
     """
-    if not all(torch.as_tensor(x).isfinite().all() for x in (mean_a, covariance_a, mean_b, covariance_b)):
+    if not all(torch.as_tensor(x, device="cpu").isfinite().all() for x in (mean_a, covariance_a, mean_b, covariance_b)):
         raise InputError("the mean or covariance of features is not finite: so is a feature, or it is too large")
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -70,7 +70,7 @@ def default_subset_size(a, b):
 
 
 def _subset(features, size, generator):
-    return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
+    return features[torch.randperm(len(features), generator=generator, device="cpu")[:size].to(features.device)]
 
 
 def _squared_mmd(a, b):

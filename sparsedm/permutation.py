@@ -103,8 +103,8 @@ def search(weight, pattern, heads, rounds, generator):
     order = torch.arange(columns, device=weight.device)
     groups = columns // heads // M  # of each head
     for _ in range(rounds if groups > 1 else 0):
-        drawn = torch.stack([torch.randperm(groups, generator=generator) for _ in range(heads)])
-        drawn = drawn[:, : groups // 2 * 2] + groups * torch.arange(heads)[:, None]  # an odd group waits
+        drawn = torch.stack([torch.randperm(groups, generator=generator, device="cpu") for _ in range(heads)])
+        drawn = drawn[:, : groups // 2 * 2] + groups * torch.arange(heads, device="cpu")[:, None]  # an odd group waits
         drawn = drawn.view(-1, 2).to(weight.device)
         pairs = order.view(-1, M)[drawn].flatten(1)  # the 2M channels of each pair of groups
         channels = magnitude[pairs].unbind(1)  # 2M of (pairs, N)

@@ -180,16 +180,17 @@ def time_grid(schedule, steps, spacing):
     an unknown spacing.
     """
     _check_steps(steps)
-    ends = torch.tensor([schedule.last, schedule.first], dtype=torch.float64)
+    on_cpu = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's default device is
+    ends = torch.tensor([schedule.last, schedule.first], **on_cpu)
     if spacing == "time":
-        times = schedule.snap(torch.linspace(*ends, steps, dtype=torch.float64))
+        times = schedule.snap(torch.linspace(*ends, steps, **on_cpu))
         if len(times.unique()) < steps:
             raise InputError(f"steps is {steps}, but the schedule has only {int(schedule.last) + 1} discrete times")
         return times
     if spacing == "logsnr":
-        times = schedule.time_at_half_log_snr(torch.linspace(*schedule.half_log_snr(ends), steps, dtype=torch.float64))
+        times = schedule.time_at_half_log_snr(torch.linspace(*schedule.half_log_snr(ends), steps, **on_cpu))
     elif spacing == "edm":
-        root = torch.linspace(*(-schedule.half_log_snr(ends) / 7).exp(), steps, dtype=torch.float64)
+        root = torch.linspace(*(-schedule.half_log_snr(ends) / 7).exp(), steps, **on_cpu)
         times = schedule.time_at_half_log_snr(-7 * root.log())
     else:
         raise InputError(f"unknown spacing {spacing!r}, expected one of {', '.join(SPACINGS)}")
@@ -206,7 +207,7 @@ def step_times(schedule, sampler, steps):
 
 def labels_in_turn(config, count):
     """int64 (count,): all classes in turn; None for a network without classes."""
-    return torch.arange(count) % config.num_classes if config.num_classes else None
+    return torch.arange(count, device="cpu") % config.num_classes if config.num_classes else None
 
 
 def batch_of(device):

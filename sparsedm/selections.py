@@ -134,7 +134,7 @@ def raise_flagged(flags, names, message):
     """Raise InputError for the first name whose flag is set; on a GPU, once the flags have arrived."""
     arrived = []
     if flags.is_cuda:
-        event, here = torch.cuda.Event(), torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+        event, here = torch.cuda.Event(), torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
         here.copy_(flags, non_blocking=True)
         event.record(torch.cuda.current_stream(flags.device))  # by default of the current device
         _unseen.append((event, here, names, message))

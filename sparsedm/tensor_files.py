@@ -306,7 +306,7 @@ def fill(model, tensors, file):
 def has_dtype(dtype):
     """Whether safetensors have this dtype."""
     with contextlib.suppress(KeyError):
-        return bool(save({"": torch.empty(0, dtype=dtype)}))
+        return bool(save({"": torch.empty(0, dtype=dtype, device="cpu")}))
     return False
 
 

@@ -204,7 +204,7 @@ def _nan_flag(weight, name):
             if flag.item():
                 _report(flag, gone[1])
         else:
-            flag = torch.zeros(1, dtype=torch.int32, pin_memory=weight.is_cuda)
+            flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=weight.is_cuda)
         _nan_flags[key] = flag
     return _nan_flags[key]
 

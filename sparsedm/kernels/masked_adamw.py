@@ -72,7 +72,7 @@ def masked_adamw_ref(work, dtype):
         mask = ungroup(select_mask_ref(group_view(w), pattern), w.shape)
         g = apply_rule(g, w, mask, GradientRule(rates.decay))
         options = dict(zip(("beta1", "beta2"), rates.betas)) | {"lr": rates.lr, "weight_decay": rates.weight_decay}
-        step = torch.tensor(rates.step - 1.0)
+        step = torch.tensor(rates.step - 1.0, device="cpu")
         options |= {"eps": rates.eps, "amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
         adam([w], [g], [first], [second], [], [step], **options)
     rows = select_mask_ref(group_view(w), pattern)
@@ -221,14 +221,15 @@ def launch(works):
                 of_kind = sums.index_select(1, last) - sums.index_select(1, first)
             else:
                 of_kind = torch.stack([in_torch(works[i]) for i in members], 1)
-            totals.index_copy_(1, _upload(torch.tensor(members), device), of_kind)
+            totals.index_copy_(1, _upload(torch.tensor(members, device="cpu"), device), of_kind)
     return totals
 
 
 def _upload(value, device):
     """A table of tensors as their addresses, a tensor as it is, on the device; nothing waits for the copy."""
     if isinstance(value, list):
-        value = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in value], dtype=torch.int64)
+        addresses = [[0 if t is None else t.data_ptr() for t in row] for row in value]
+        value = torch.tensor(addresses, dtype=torch.int64, device="cpu")
     if isinstance(value, torch.Tensor) and value.device != device:
         return value.pin_memory().to(device, non_blocking=True)
     return value
@@ -278,7 +279,7 @@ def plan(kind, works):
         {
             "pointers_ptr": rows,
             "sizes_ptr": sizes,
-            "rates_ptr": torch.tensor(rates).t().contiguous(),
+            "rates_ptr": torch.tensor(rates, device="cpu").t().contiguous(),
             "partials_ptr": torch.zeros(3, programs, dtype=torch.int64, device=works[0].weight.device),
             "LAYERS": len(works),
             "PROGRAMS": programs,

@@ -114,7 +114,7 @@ class SlimmableDDPM(DDPM):
     def _sandwich(self):
         widths = self.config.eighths
         between = widths[1:-1] or widths
-        drawn = torch.randint(len(between), (self.config.passes - 2,)).tolist()
+        drawn = torch.randint(len(between), (self.config.passes - 2,), device="cpu").tolist()
         return [widths[-1], widths[0], *(between[i] for i in drawn)]
 
     def _run(self, k, x, t, y=None):

@@ -366,7 +366,7 @@ def _filled(losses, plan, family, known, file):
         return losses
     start, crop = time.perf_counter() - known["seconds"], plan.crop(family)
     held_out = load_images(plan.data, "test", family.shape[1], limit=plan.validation, crop=crop).to(plan.device)
-    x, y = batch(held_out, torch.arange(len(held_out)))
+    x, y = batch(held_out, torch.arange(len(held_out), device="cpu"))
     y = y if family.networks[0].config.num_classes else None
     for name in missing:
         plan.check_time(f"{len(losses)} networks of the table of losses in {plan.folder}, which are kept")

@@ -84,7 +84,7 @@ class ImageSet:
         """At most so many of the images, evenly spaced, so that all classes stay."""
         if most >= len(self):
             return self
-        chosen = torch.arange(most) * len(self) // most
+        chosen = torch.arange(most, device="cpu") * len(self) // most
         images, labels, context = _chosen((self.images, self.labels, self.context), chosen)
         return dataclasses.replace(self, images=images, labels=labels, context=context)
 

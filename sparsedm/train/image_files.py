@@ -76,7 +76,7 @@ def read_image_files(path, size=None, progress=True, crop="square"):
 
 def resized(images, size, progress=True, crop="square"):
     """Images uint8 (n, c, h, w) with c 1 or 3, cropped and resized to (n, c, size, size)."""
-    out = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8)
+    out = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8, device="cpu")
     for source, target in zip(tqdm(images.numpy(), "resize", disable=None if progress else True), out.numpy()):
         image = Image.fromarray(source[0] if len(source) == 1 else source.transpose(1, 2, 0))
         target[:] = np.atleast_3d(_fit(image, size, crop)).transpose(2, 0, 1)
@@ -167,7 +167,7 @@ def _listed(path, listing, names, content):
             raise InputError(
                 f"{listing} in {path} gives {name} the label {label!r}: an integer from 0 to 65535 is needed"
             )
-    return torch.tensor(labels), tuple(map(str, range(max(labels) + 1)))
+    return torch.tensor(labels, device="cpu"), tuple(map(str, range(max(labels) + 1)))
 
 
 def _splits(path, names, folders):
@@ -192,14 +192,14 @@ def _classes(path, names, folders):
         if not parts:
             raise InputError(f"{path} has class folders such as {class_names[0]}, but {name} lies in none")
     index = {name: i for i, name in enumerate(class_names)}
-    return torch.tensor([index[parts[0]] for parts in folders]), class_names
+    return torch.tensor([index[parts[0]] for parts in folders], device="cpu"), class_names
 
 
 def _decode(path, names, read, size, progress, crop):
     """Images uint8 (n, 3, h, w), and `Parts.sizes`."""
     first, _ = _image(path, names[0], read, size, crop)
     check_memory(first.size * len(names), f"{path}, {len(names):,} images of {_format(first)} pixels,")
-    images = torch.empty((len(names), *first.shape), dtype=torch.uint8)
+    images = torch.empty((len(names), *first.shape), dtype=torch.uint8, device="cpu")
     pixels = images.numpy()
 
     def decode(indices):

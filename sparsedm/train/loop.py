@@ -322,7 +322,7 @@ class _Run:
         """The loss of the EMA weights on the validation images, None if there are none."""
         if self.validation is not None:
             text = takes_text(self.step.model)
-            x, y = batch(self.validation, torch.arange(len(self.validation)), text=text)
+            x, y = batch(self.validation, torch.arange(len(self.validation), device="cpu"), text=text)
             y = y if text or classes_of(self.step.model) else None
             with self.step.autocast:
                 found = diffusion.validation_loss(self.step.ema, x, self.step.schedule, y=y)

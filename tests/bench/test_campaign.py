@@ -133,7 +133,8 @@ def test_a_folder_of_another_commit_is_refused(tmp_path, monkeypatch, capsys):
 def test_what_a_killed_writer_left_is_removed(tmp_path):
     for name in (".results.ab12cd34.partial.csv", ".ab12cd34.partial"):
         (tmp_path / name).write_text("half")
-    run_campaign([], tmp_path, 60)
+    now = "import pathlib, sys; pathlib.Path(sys.argv[1], '.targets.ab12cd34.partial.md').write_text('half')"
+    run_campaign([Suite("killed", script(now, str(tmp_path)))], tmp_path, 60)
     assert not list(tmp_path.glob(".*"))
 
 

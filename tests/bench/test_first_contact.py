@@ -65,14 +65,49 @@ def test_what_is_right_goes_on_until_its_time_and_what_it_says_is_shown(tmp_path
 
 def test_what_is_checked_is_compiled_first_and_the_rest_when_it_is_right(monkeypatch, capsys):
     done = []
-    monkeypatch.setattr(first_contact, "compile_all", lambda choice, device, epilogues: done.extend(epilogues))
-    monkeypatch.setattr(first_contact, "check", lambda *_: done.append(capsys.readouterr().out.split()))
+    monkeypatch.setattr(first_contact, "problems", lambda *_: ("identity", "product"))
+    monkeypatch.setattr(first_contact, "result", lambda choice, problem: done.append(problem))
+    monkeypatch.setattr(first_contact, "compile_all", lambda *_: done.append(capsys.readouterr().out.split()))
+    monkeypatch.setattr(first_contact, "check", lambda _, *on: done.append([*capsys.readouterr().out.split(), *on]))
     monkeypatch.setattr(first_contact, "trying", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     first_contact.contact(first_contact.Choice("wgmma", 0), torch.device("cuda"))
-    assert done.pop(2) == ["compiled"]
-    assert done[1] == {"bias": True, "activation": "gelu", "residual": True}, "which `check` asks for"
-    assert done == list(first_contact.EPILOGUES)
+    assert done == ["identity", "product", ["compiled", "identity", "product"], ["right"]]
+
+
+COUNTS = """
+import sys
+from bench import first_contact
+from bench.problems import LinearProblem
+from bench.shapes import LinearShape
+from triton import knobs
+made, device = [], first_contact.torch.device("cpu")
+knobs.compilation.listener = lambda *, src, cache_hit, **_: made.append(src.name)
+backend, number, rows = sys.argv[1:]
+choice = first_contact.Choice(backend, int(number))
+checked = first_contact.problems(device)
+def compiled(problems):
+    before = len(made)
+    with first_contact.compiling_only():
+        for problem in problems:
+            first_contact.result(choice, problem)
+    return made[before:]
+print(sorted(set(compiled(checked))))
+print(compiled(checked))  # as the check asks for them
+first_contact.compile_all(choice, device)
+layers = LinearShape("fc1", "", int(rows), 2304, 1152, "gelu_tanh"), LinearShape("fc2", "", 136, 1152, 4608, None, True)
+print(compiled([LinearProblem(shape, "epilogue", first_contact.torch.bfloat16, device) for shape in layers]))
+"""
+
+
+@pytest.mark.parametrize("case", [("splitk", "0", "64"), pytest.param(("mma", "3", "4096"), marks=pytest.mark.slow)])
+def test_neither_the_check_nor_a_layer_compiles_what_was_not_compiled_before(case, tmp_path):
+    """Else a product that compiles for 20 s would be said to hang."""
+    code = f"from tests import emulated_gpu\nemulated_gpu.start(execute=False)\n{COUNTS}"
+    environment = stand_in.environment(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, *case], env=environment, capture_output=True, text=True)
+    kernels = ["linear_splitk", "reduce_splitk"] if case[0] == "splitk" else ["linear_mma"]
+    assert done.stdout.splitlines() == [str(kernels), "[]", "[]"], done.stderr[-3000:]
 
 
 def test_a_fault_is_searched_for_where_a_process_has_died_of_it(tmp_path, monkeypatch):
@@ -84,6 +119,7 @@ def test_a_fault_is_searched_for_where_a_process_has_died_of_it(tmp_path, monkey
     died.wait()
     note.with_name(note.name.replace(f".{os.getpid()}.", f".{died.pid}.")).write_text(text)
     monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
+    monkeypatch.setattr(first_contact, "problems", lambda *_: ())
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     checked = []
     monkeypatch.setattr(first_contact, "check", lambda *_: checked.append(1))
@@ -99,6 +135,7 @@ def test_a_fault_is_searched_for_where_a_process_has_died_of_it(tmp_path, monkey
 def test_what_is_wrong_is_refused_by_the_tuner(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
     monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
+    monkeypatch.setattr(first_contact, "problems", lambda *_: ())
 
     def wrong(*_):
         raise AssertionError("1 of 9 weights are not in their place")
@@ -118,6 +155,7 @@ def mended(tmp_path, monkeypatch):
     """A choice that was found wrong, and is right now."""
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
     monkeypatch.setattr(first_contact, "compile_all", lambda *_: None)
+    monkeypatch.setattr(first_contact, "problems", lambda *_: ())
     monkeypatch.setattr(first_contact, "check", lambda *_: None)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     choice = first_contact.Choice("wgmma", 2)
@@ -221,7 +259,7 @@ def test_what_is_checked_is_ragged_and_has_many_tiles_for_each_block(small, monk
             return Bound(lambda: problem.answer(problem.masked, problem.dtype)[0], "")
 
     monkeypatch.setattr(first_contact, "Configuration", Right)
-    first_contact.check(None, torch.device("cpu"), small)
+    first_contact.check(None, *first_contact.problems(torch.device("cpu"), small))
     large = [(512, 520, 512), (136, 520, 320), (5000, 2056, 520)]
     assert seen == ([(128, 264, 128), (136, 264, 128)] if small else large)
 

@@ -22,6 +22,7 @@ from bench import (
 from bench.baselines import OURS_AND_DENSE
 from bench.results import Results, read
 from bench.run import LAYER_SUITES, NETWORK_SUITES, Session, Watch, main, run_suites
+from sparsedm.kernels.sparse24.dispatch import Choice
 
 FAST = {"rounds": 1, "per_round": 1}
 
@@ -144,13 +145,26 @@ def test_somebody_who_hangs_is_late(tmp_path, monkeypatch):
     assert late.is_set()
 
 
-@pytest.mark.parametrize(("suite", "patience"), [("mask", 20), ("masked-train", 80), ("end-to-end", 80)])
-def test_who_tunes_several_kernels_one_after_another_may_take_longer(suite, patience, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("suite", "provider", "patience"),
+    [
+        ("mask", providers.Dense(), 20),
+        ("gemm", providers.Sparse24(), 20),
+        ("gemm", providers.Sparse24("mma"), 80),
+        ("first", providers.Configuration(Choice("wgmma", 0)), 20),
+        ("conv", providers.Dense(), 80),
+        ("masked-train", providers.Dense(), 80),
+        ("end-to-end", providers.Dense(), 80),
+    ],
+)
+def test_who_compiles_several_kernels_one_after_another_may_take_longer(
+    suite, provider, patience, tmp_path, monkeypatch
+):
     given = session(tmp_path / "r.csv", timeout=20, on_timeout=lambda: None)
     allowed = []
     monkeypatch.setattr(given.watch, "expect", allowed.append)
     shape = run.select("square@256", run.LinearShape, (1,), True)[0]
-    given.do(suite, shape, "", [providers.Dense()], lambda missing, starting: [] if starting("dense") else None)
+    given.do(suite, shape, "", [provider], lambda missing, starting: [] if starting(provider.name) else None)
     assert allowed == [80, patience], "for the rounds, and for the provider"
 
 

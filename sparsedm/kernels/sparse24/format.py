@@ -46,7 +46,7 @@ def _nibble_of_nonzeros(code):
     return low | high << 2 if len(nonzero) <= 2 else 0
 
 
-_NIBBLE_OF_NONZEROS = torch.tensor([_nibble_of_nonzeros(code) for code in range(16)], dtype=torch.uint8)
+_NIBBLE_OF_NONZEROS = torch.tensor([_nibble_of_nonzeros(code) for code in range(16)], dtype=torch.uint8, device="cpu")
 
 
 def pack(weight, pattern=TWO_FOUR):

@@ -70,7 +70,9 @@ def _dense(values, metadata, columns, pattern=TWO_FOUR):
     """The dense weight; on a CPU also the checksum, for `dense_weight`. It has no sizes, or a compiled graph of a batch
     of that size would serve no other batch."""
     weight = decompress(values, metadata, columns, pattern).contiguous()
-    return [weight] + ([torch.tensor(hash(tuple(checksums(values, metadata))))] if values.device.type == "cpu" else [])
+    if values.device.type != "cpu":
+        return [weight]
+    return [weight, torch.tensor(hash(tuple(checksums(values, metadata))), device="cpu")]
 
 
 LAYOUTS = {  # name -> (values, metadata of 2:4, columns) -> tensors; also what `cpu_layout` names

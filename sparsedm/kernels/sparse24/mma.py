@@ -42,6 +42,10 @@ CONFIGS = (
 )
 
 
+# No value of these makes better code: one kernel serves all batch sizes. N and stride_r align what is stored
+INTEGERS = ("stride_x", "stride_s", "chunks_x", "chunks_s", "split", "rows_per_scale", "M", "steps")
+
+
 @gluon.constexpr_function
 def fragment_layout(warps_n, warps_m, tiles_n, tiles_m):
     """Hardware coordinates: each lane holds the registers of all its warp's tiles."""
@@ -235,7 +239,7 @@ def store(acc, n, m, M, N, y_ptr, sink, CONFIG: gl.constexpr, EPILOGUE: gl.const
     gl.store(y_ptr + (row.to(gl.int64)[:, None] * N + feature[None, :]), y.to(DTYPE), mask=inside)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=INTEGERS)
 def linear_mma(
     w_ptr, e_ptr, x_ptr, s_ptr, y_ptr, bias_ptr, scale_ptr, r_ptr,
     stride_x, stride_s, stride_r, chunks_x, chunks_s, split, rows_per_scale, M, N, steps,

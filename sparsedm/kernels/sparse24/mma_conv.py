@@ -75,7 +75,7 @@ def narrow_addresses(source, word, step):
     return x + ((pixel[:, None] + (i * W + j)) * (chunks * 4) + channel[None, :]), inside
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("H", "W", "HO", "WO", "chunks", "pad_h", "pad_w", "M", "steps"))
 def conv_mma(
     w_ptr, e_ptr, x_ptr, y_ptr, bias_ptr, r_ptr, H, W, HO, WO, chunks, pad_h, pad_w, M, N, steps,
     CONFIG: gl.constexpr, EPILOGUE: gl.constexpr, KIND: gl.constexpr, WINDOW: gl.constexpr,

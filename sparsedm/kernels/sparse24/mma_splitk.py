@@ -37,9 +37,10 @@ class Config:
 CONFIGS = (Config(programs=4), Config(programs=2), Config(programs=8))  # the first: the default until these are timed
 TILES = tuple(mma.Config(block_n=64, block_m=m, warps_n=4, warps_m=1, stages=4, group=1) for m in (16, 32, 64))
 REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
+INTEGERS = (*mma.INTEGERS, "share", "splits")
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=INTEGERS)
 def linear_splitk(
     w_ptr, e_ptr, x_ptr, s_ptr, part_ptr, stride_x, stride_s, chunks_x, chunks_s, split, M, N, steps, share,
     CONFIG: gl.constexpr, KIND: gl.constexpr, SKIP: gl.constexpr,
@@ -58,12 +59,12 @@ def linear_splitk(
     acc = products(w_ptr, e_ptr, source, n, first, last, steps, CONFIG, KIND, addresses)
     row = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
     feature = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    part = part_ptr + gl.program_id(1).to(gl.int64) * (M * N) + (row[:, None] * N + feature[None, :])
+    part = part_ptr + gl.program_id(1).to(gl.int64) * M * N + (row.to(gl.int64)[:, None] * N + feature[None, :])
     inside = (row < M)[:, None] & (feature < N)[None, :]
     gl.store(part, to_rows(acc, CONFIG), mask=inside)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=INTEGERS)
 def reduce_splitk(
     part_ptr, y_ptr, bias_ptr, scale_ptr, r_ptr, stride_r, rows_per_scale, M, N, splits,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, EPILOGUE: gl.constexpr,
@@ -75,10 +76,10 @@ def reduce_splitk(
     row = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     feature = gl.program_id(1) * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     inside = (row < M)[:, None] & (feature < N)[None, :]
-    offset = row[:, None] * N + feature[None, :]
+    offset = row.to(gl.int64)[:, None] * N + feature[None, :]
     y = gl.zeros([ROWS, COLUMNS], gl.float32, layout=LAYOUT)
     for i in range(splits):
-        y += gl.load(part_ptr + i.to(gl.int64) * (M * N) + offset, mask=inside, other=0)
+        y += gl.load(part_ptr + i.to(gl.int64) * M * N + offset, mask=inside, other=0)
     sink = (bias_ptr, scale_ptr, rows_per_scale, r_ptr, stride_r)
     y = finish(y, row, feature, m, M, N, sink, ROWS, gl.bfloat16 == DTYPE, EPILOGUE)
     gl.store(y_ptr + offset, y.to(DTYPE), mask=inside)

@@ -4,6 +4,7 @@ The kernels are in `wgmma_kernels.py`.
 """
 
 import functools
+import logging
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -33,6 +34,7 @@ CONFIGS = (
 )
 
 
+log = logging.getLogger(__name__)
 ENDLESS = 1 << 30  # steps of a first source of x that has no second, clusters of a GPU that holds all
 
 
@@ -117,7 +119,7 @@ def descriptor(tensor, box, swizzle):
 @functools.lru_cache(4096)
 def _checked_fields(shape, stride, dtype, box, swizzle):
     """Of a descriptor, built once on any 16-byte aligned address: its checks cost more than all else about it."""
-    base = torch.empty(16, dtype=dtype)
+    base = torch.empty(16, dtype=dtype, device="cpu")
     layout = gl.NVMMASharedLayout(swizzle, 8 * base.element_size(), len(box))
     return vars(TensorDescriptor(base, list(shape), list(stride), list(box), layout))
 
@@ -152,4 +154,8 @@ def _most_clusters(compiled, shared, size):
     if size <= 2:
         return ENDLESS
     compiled._init_handles()
-    return max(1, driver.active.utils.cuOccupancyMaxActiveClusters(compiled.function, shared, size))
+    try:  # Triton asks for blocks of 128 threads, whatever the kernel's are, which a driver may refuse
+        return max(1, driver.active.utils.cuOccupancyMaxActiveClusters(compiled.function, shared, size))
+    except RuntimeError as error:
+        log.info("how many clusters of %d run at once is not known: %s", size, error)
+        return ENDLESS
