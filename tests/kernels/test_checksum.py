@@ -66,6 +66,22 @@ def test_every_part_of_a_large_weight_counts(number):
         assert number(other) != before
 
 
+def test_rows_that_move_and_two_signs_that_change_show_at_every_distance(number):
+    """Of a power of two, too: what a sum rotates or adds up must not come back to where it was."""
+    weight = torch.randn(64, 2048)
+    for rows in (weight[:16], weight):  # the C kernel sums these in one part and in 32
+        before = number(rows)
+        for distance in (1, 2, 4, 8):
+            assert number(rows.roll(distance, 0)) != before, distance
+            negated = rows.clone()
+            negated[: 2 * distance : distance, 5] *= -1
+            assert number(negated) != before, distance
+            alone, exchanged = torch.zeros(2, *rows.shape)  # nothing is carried between the two
+            alone[0, 5] = exchanged[distance, 5] = 1
+            alone[distance, 5] = exchanged[0, 5] = 2
+            assert number(alone) != number(exchanged), distance
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
 def test_every_dtype_and_an_empty_weight_have_one(number, dtype, request):
     if "the kernel's" in request.node.name and dtype != torch.bfloat16:

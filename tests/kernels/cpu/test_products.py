@@ -184,6 +184,16 @@ def test_attention_of_large_logits():
 
 
 @needs_library
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("token", [0, 7, 36])
+def test_nan_in_attention_reaches_what_it_reaches_in_torch(which, token):
+    q, k, v = torch.randn(3, 2, 2, 37, 32)
+    {"q": q, "k": k, "v": v}[which][1, 0, token, 5] = math.nan
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(products.attention(q, k, v), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@needs_library
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_ten_thousand_random_problems(check, guarded):
@@ -207,15 +217,31 @@ def test_the_identity_returns_the_masked_weight(few):
 
 
 @needs_library
-def test_results_do_not_depend_on_the_number_of_threads():
-    pattern, weight, x = Pattern(2, 4), torch.randn(300, 128), torch.randn(333, 128)
+@pytest.mark.parametrize("few", [False, True])
+def test_rows_of_every_operand_may_lie_apart(few):
+    pattern, weight, scale = Pattern(2, 4), torch.randn(70, 32), torch.randn(1, 70)
+    prepacked = products.prepack("few" if few else "linear", weight, mask_of(weight, pattern), pattern)
+    x, skip, residual = torch.randn(37, 40)[:, 5:17], torch.randn(37, 30)[:, :20], torch.randn(37, 90)[:, 9:79]
+    for scaled in (None, scale):
+        apart, whole = (
+            products.linear(a, prepacked, pattern, 70, skip=b, residual=c, scale=scaled, few=few)
+            for a, b, c in ((x, skip, residual), (x.contiguous(), skip.contiguous(), residual.contiguous()))
+        )
+        assert torch.equal(apart, whole)
+
+
+@needs_library
+@pytest.mark.parametrize(("M", "N", "K"), [(333, 300, 128), (4000, 512, 512)])
+def test_results_do_not_depend_on_the_number_of_threads(M, N, K):
+    """The larger one takes so long that threads take turns even on one core."""
+    pattern, weight, x = Pattern(2, 4), torch.randn(N, K), torch.randn(M, K)
     prepacked = products.prepack("linear", weight, mask_of(weight, pattern), pattern)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = products.linear(x, prepacked, pattern, 300)
+        one = products.linear(x, prepacked, pattern, N)
         torch.set_num_threads(2)
-        assert torch.equal(products.linear(x, prepacked, pattern, 300), one)
+        assert torch.equal(products.linear(x, prepacked, pattern, N), one)
     finally:
         torch.set_num_threads(threads)
 
@@ -238,14 +264,14 @@ def test_infinity_and_nan_at_a_kept_weight_are_those_of_a_dense_product(few, val
 
 @needs_library
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("N", [61, 64, 70])
-def test_infinity_and_nan_in_a_gradient_meet_the_weights_that_a_dense_product_shows(value, N):
+@pytest.mark.parametrize(("N", "place"), [(61, 59), (64, 62), (70, 68), (61, 0), (61, 60)])
+def test_infinity_and_nan_in_a_gradient_meet_the_weights_that_a_dense_product_shows(value, N, place):
     weight, dy = torch.randn(N, 16), torch.randn(5, N)
     weight[:, :4] *= mask_of(weight, Pattern(1, 4))[:, :4]
     weight[:, 5] = 0  # a column of zeros, and others of nothing but weights
-    dy[:, N - 2] = value
+    dy[:, place] = value
     dx, dense = products.masked_gradient(dy, weight), dy @ weight
-    kept = weight[N - 2] != 0
+    kept = weight[place] != 0
     assert torch.equal(dx[:, kept].isnan(), dense[:, kept].isnan())
     torch.testing.assert_close(dx[:, kept], dense[:, kept], equal_nan=True)
     assert dx[:, 5].isfinite().all() or dx[:, 5].isnan().all()
@@ -257,6 +283,32 @@ def test_a_column_of_pruned_weights_has_no_gradient_and_one_of_kept_weights_has_
     weight[:, 3], weight[64:, 9] = torch.randn(70), 1.0
     dx = products.masked_gradient(torch.eye(70), weight)
     assert torch.equal(dx, weight)
+
+
+@needs_library
+@pytest.mark.parametrize(("N", "K"), [(1, 40), (57, 40), (61, 40), (64, 40), (65, 16), (128, 300)])
+def test_a_gradient_by_a_weight_without_zeros(N, K):
+    weight = torch.randn(N, K)
+    assert torch.equal(products.masked_gradient(torch.eye(N), weight), weight)
+
+
+@needs_library
+def test_a_weight_that_is_nan_makes_its_gradient_nan():
+    weight = torch.randn(70, 24)
+    weight[66, 9] = math.nan
+    dx = products.masked_gradient(torch.randn(5, 70), weight)
+    assert dx[:, 9].isnan().all()
+    assert dx.isnan().sum() == 5
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_many_outputs_and_a_row_of_odd_width(layout):
+    pattern, geometry = Pattern(2, 4), ((3, 3), (2, 2), (1, 1))
+    weight, x = torch.randn(300, 8, 3, 3), torch.randn(2, 8, 5, 31).contiguous(memory_format=layout)
+    mask = mask_of(weight, pattern)
+    exact = F.conv2d(x.double(), (weight * mask).double(), stride=2, padding=1)
+    close(products.conv2d(x, products.prepack("conv", weight, mask, pattern), pattern, 300, geometry), exact, layout)
 
 
 @needs_library
@@ -275,18 +327,31 @@ def test_activations_of_extreme_values(activation):
 
 
 @needs_library
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_are_as_exact_as_their_polynomials_are_said_to_be(activation):
+    pattern, weight = Pattern(1, 2), torch.tensor([[1.0, 0.0]])
+    values = torch.linspace(-20, 20, 20_001)
+    x = torch.stack((values, torch.zeros_like(values)), 1)
+    y = products.linear(x, products.prepack("linear", weight, weight != 0, pattern), pattern, 1, activation=activation)
+    torch.testing.assert_close(y[:, 0].double(), COMPUTE[activation](values.double()), rtol=4e-7, atol=2.5e-8)
+
+
+@needs_library
 def test_a_group_that_keeps_fewer_weights_is_filled_up_and_one_that_keeps_more_is_refused():
     pattern, weight, x = Pattern(2, 4), torch.randn(9, 8), torch.randn(30, 8)
     mask = mask_of(weight, pattern)
     mask[3, :4] = False
     y = products.linear(x, products.prepack("linear", weight, mask, pattern), pattern, 9)
     torch.testing.assert_close(y, F.linear(x, weight * mask))
-    mask[3, :4] = True
+    mask[3, 4] = mask[3, :4] = True
+    mask[3, 5:] = False  # one more than its share
     for order in products.ORDERS:
         shape = (9, 8, 3, 3) if order == "halo" else (9, 8)
         wide = mask[..., None, None].expand(shape) if order == "halo" else mask
         with pytest.raises(InputError, match="keeps more than 2 of 4"):
             products.prepack(order, torch.randn(shape), wide, pattern, 16)
+    with pytest.raises(InputError, match="keeps more than 2 of 4"):
+        products.masked_linear(x, weight * mask, mask, pattern)
 
 
 @needs_library
@@ -307,7 +372,49 @@ def test_a_weight_that_is_nan_is_reported():
         weight = torch.randn(shape)
         weight[4, 7] = math.nan
         assert products.select_mask(weight, Pattern(2, 4))[2]
+        assert not products.select_mask(weight.nan_to_num(math.inf), Pattern(2, 4))[2]
         assert not products.select_mask(weight.nan_to_num(), Pattern(2, 4))[2]
+
+
+@needs_library
+def test_a_masked_weight_has_the_bits_of_torchs():
+    """A pruned weight is 0, of no sign."""
+    for shape in ((5, 8), (5, 8, 3, 3), (40, 64)):
+        weight = torch.randn(shape)
+        masked, mask, _ = products.select_mask(weight, Pattern(2, 4))
+        assert torch.equal(masked.view(torch.int32), torch.where(mask, weight, 0).view(torch.int32))
+        assert mask.view(torch.uint8).max() == 1
+
+
+@needs_library
+def test_a_product_without_memory_for_its_tiles_says_so_and_the_next_one_computes():
+    pattern, weight, x, image = Pattern(2, 4), torch.randn(8, 8), torch.randn(5, 8), torch.randn(1, 8, 4, 16)
+    mask, y, huge = mask_of(weight, pattern), torch.empty(5, 8), 1 << 44
+    address = products.POINTER(weight.data_ptr())
+    for order in ("linear", "few"):
+        call = products._linear_call(x, products.prepack(order, weight, mask, pattern), pattern, y)
+        call.K1 = huge
+        with pytest.raises(MemoryError, match="no memory for its tiles"):
+            products._call(products.LINEAR[order == "few"], ctypes.byref(call))
+    for name, rest in (("masked", (address, products.POINTER(mask.data_ptr()))), ("transposed", (address,))):
+        call = products._linear_call(x, None, pattern, y)
+        call.K1 = huge
+        with pytest.raises(MemoryError, match="no memory for its tiles"):
+            products._call(f"nm_linear_{name}", ctypes.byref(call), *rest)
+    geometry, kernel = ((3, 3), (1, 1), (1, 1)), torch.randn(8, 8, 3, 3)
+    for halo in (False, True):
+        prepacked = products.prepack("halo" if halo else "conv", kernel, mask_of(kernel, pattern), pattern, 16)
+        call = products._conv_call(
+            image, prepacked, pattern, torch.empty(1, 8, 4, 16), geometry, torch.contiguous_format, None, None, None
+        )
+        call.out.N = huge
+        with pytest.raises(MemoryError, match="no memory for its tiles"):
+            products._call(products.CONV[halo], ctypes.byref(call))
+    call = products._Attention(*[image.data_ptr()] * 4, 1, 1, 16, huge, 0, 0, 16)
+    with pytest.raises(MemoryError, match="no memory for its tiles"):
+        products._call("nm_attention", ctypes.byref(call))
+    y = products.linear(x, products.prepack("linear", weight, mask, pattern), pattern, 8)
+    torch.testing.assert_close(y, F.linear(x, weight * mask))
 
 
 @needs_library
