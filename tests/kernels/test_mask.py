@@ -213,9 +213,9 @@ def test_nan_that_a_kernel_in_flight_reports_blames_no_healthy_weight(way, monke
     for _ in range(2):
         with pytest.raises(InputError, match="of its weights are NaN"):  # of those that are gone
             select_mask(torch.ones(2, 32), Pattern(2, 4))
-    gc.collect()
     for _ in range(3):
         select_mask(torch.ones(2, 32), Pattern(2, 4))
+        gc.collect()  # the interpreter of Triton 3.9 holds them, too
     assert len(mask_file._nan_flags) < 3, "a flag without a weight serves the next one"
 
 
