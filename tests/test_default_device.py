@@ -1,5 +1,9 @@
 """Whatever torch's default device is ("cuda" for a user, "meta" here), models on the CPU do what they always do."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,6 +15,8 @@ from sparsedm.kernels.mask import _nan_flag
 from sparsedm.kernels.pattern import Pattern
 from sparsedm.model_files import load_model, save_model
 from sparsedm.models import build_model
+from sparsedm.models.diffusers import from_diffusers, to_diffusers
+from sparsedm.models.slimmable import SlimmableConfig, SlimmableDDPM
 from sparsedm.optim import MaskedAdamW
 from sparsedm.permutation import permute_channels
 from sparsedm.sparsity import hold_masks, masks, set_masking, sparsify
@@ -18,6 +24,7 @@ from sparsedm.train.data import batch, load
 from sparsedm.train.loop import train
 from sparsedm.train.step import Loss, Student
 from tests.tiny import OPTIONS, tiny, tiny_images
+from tests.train.test_image_files import picture
 
 UVIT = {"kind": "uvit", "image_size": 8, "dim": 32, "depth": 2, "heads": 2}
 SHAPE = (3, 8, 8)
@@ -69,7 +76,31 @@ def distances(model, x, t, folder):
     return torch.tensor(found, device="cpu")
 
 
-@pytest.mark.parametrize("work", [a_step_of_the_optimizer, every_form, calibrated_masks, losses, samples, distances])
+def from_diffusers_and_back(model, x, t, folder):
+    dit = build_model({"kind": "dit", "image_size": 8, "dim": 32, "depth": 1, "heads": 2}, device="cpu")
+    state = dit.state_dict()
+    return flat(from_diffusers(to_diffusers(state, dit.config), dit.config).values())
+
+
+def drawn_widths(model, x, t, folder):
+    return torch.tensor(SlimmableDDPM._sandwich(SimpleNamespace(config=SlimmableConfig(passes=8))), device="cpu")
+
+
+def a_folder_of_images(model, x, t, folder):
+    made = folder / f"images{len(list(folder.iterdir()))}"
+    for number, name in enumerate(("a/0.png", "a/1.png", "b/2.png")):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(picture(number, (6, 6)))
+    return flat([*batch(load(made, size=4), torch.arange(2, device="cpu"))])
+
+
+WORK = [
+    *(a_step_of_the_optimizer, every_form, calibrated_masks, losses, samples, distances),
+    *(from_diffusers_and_back, drawn_widths, a_folder_of_images),
+]
+
+
+@pytest.mark.parametrize("work", WORK)
 def test_nothing_changes(work, tmp_path):
     results = []
     for default in ("cpu", "meta"):
@@ -101,3 +132,16 @@ def test_what_is_pinned_for_a_gpu_is_made_on_the_cpu():
         tables = masked_adamw.plan(kind, [work]).arguments
         assert tables["sizes_ptr"].is_cpu
         assert tables["rates_ptr"].is_cpu
+
+
+def test_the_package_may_be_imported_under_it():
+    code = """
+import torch
+torch.set_default_device("meta")
+from sparsedm.kernels.sparse24.format import pack, unpack
+torch.set_default_device(None)
+weight = torch.randn(16, 64).view(16, -1, 4).mul(torch.tensor([1, 0, 0, 1])).view(16, 64)
+assert torch.equal(unpack(*pack(weight), 64), weight)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -226,7 +226,7 @@ def test_a_report_from_another_gpu_than_the_current_one_is_waited_for(monkeypatc
     monkeypatch.setattr(selections, "_unseen", [])
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"of {device}")
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: Here())
+    monkeypatch.setattr(torch, "empty", lambda *_, device, **__: Here() if device == "cpu" else pytest.fail(device))
     flags = SimpleNamespace(is_cuda=True, shape=(1,), device=torch.device("cuda", 1))
     selections.raise_flagged(flags, ["fc1"], selections.CHANGED)
     assert len(selections._unseen) == 1

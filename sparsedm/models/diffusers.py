@@ -309,7 +309,9 @@ def from_diffusers(state, config):
     """
     form = _format(config)
     names = {theirs: ours for ours, theirs in form.names.items()} | form.old_names
-    return rename_state(state, names, {name: compute(config) for name, compute in form.computed.items()})
+    with next(iter(state.values()), torch.empty(0)).device:  # not torch's default one
+        computed = {name: compute(config) for name, compute in form.computed.items()}
+    return rename_state(state, names, computed)
 
 
 def rename_state(state, names, computed=None):
