@@ -216,7 +216,7 @@ def _axis(figure, values, runs, plan):
         for place, numbers in enumerate(seeds):
             axes.plot([place] * len(numbers), numbers, "o", color=COLOURS[0], markeredgecolor="white")
         # evenly spaced: on any scale of numbers 15:16, 31:32 and dense would lie on one another
-        axes.set_xticks(range(len(placed)), [run for _, run in placed], fontsize=8)
+        axes.set_xticks(range(len(placed)), [run.replace(" (", "\n(") for _, run in placed], fontsize=8)
         axes.set(xlabel=f"{plan.axis}, in order", ylabel=f"{measure} (dots: seeds)")
     return True
 

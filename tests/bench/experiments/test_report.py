@@ -1,5 +1,6 @@
 """Tables and pictures come from the results file alone."""
 
+import itertools
 import shutil
 
 import pytest
@@ -182,3 +183,15 @@ def test_a_run_of_fewer_seeds_says_so_in_every_picture(done, text_alone, tmp_pat
         line for line in text.splitlines() if line.startswith("| chain |") and " ± " not in line and "seeds" in line
     )
     assert line.endswith(" (1 of 2 seeds) |")
+
+
+def test_names_of_runs_of_fewer_seeds_do_not_lie_on_one_another():
+    runs = [*(f"1:{n} (1 of 2 seeds)" for n in (16, 8, 4)), "2:4", "3:4 (1 of 2 seeds)", "dense"]
+    measures = "axis", report.DISTANCE, "validation loss"
+    values = {(run, measure): {0: [(None, place)]} for place, run in enumerate(runs) for measure in measures}
+    figure = Figure(layout="constrained")
+    assert report._axis(figure, values, runs, EXPERIMENTS["ratio"])
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
