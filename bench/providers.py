@@ -203,11 +203,11 @@ class Configuration(Sparse24):
         return Bound(run, described(choice))
 
 
-def configured(choice, x, values, metadata, bias=None, activation=None, residual=None, skip=None, scale=None):
+def configured(choice, x, values, metadata, bias=None, activation=None, residual=None, scale=None):
     """A call of `sparse24_linear` on rows x by one configuration of one kernel, bypassing the dispatcher."""
     layout = row_of(LINEAR, choice.backend).layout
     tensors = kernel_tensors(values, prepack(values, metadata, layout, 2 * values.shape[1]))
-    options = {"bias": bias, "activation": activation, "residual": residual, "skip": skip, "scale": scale}
+    options = {"bias": bias, "activation": activation, "residual": residual, "skip": None, "scale": scale}
 
     def run():
         y = x.new_empty(len(x), len(values))

@@ -4,6 +4,7 @@ import functools
 import itertools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,3 +225,18 @@ def test_on_the_gpu_many_tiles_for_each_block(config):
     problem = Problem(M=5000, N=2056, K=520, **EPILOGUE)
     launch_on_the_gpu(wgmma, problem, config=config)
     problem.check()
+
+
+@pytest.mark.parametrize("answer", [33, 0, RuntimeError("Triton Error [CUDA]: invalid argument")])
+def test_a_driver_that_does_not_count_clusters_leaves_the_grid_as_it_is(answer, monkeypatch):
+    def counts(*_):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    utils = SimpleNamespace(cuOccupancyMaxActiveClusters=counts)
+    monkeypatch.setattr(wgmma, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    compiled = SimpleNamespace(_init_handles=lambda: None, function=0)
+    expected = wgmma.ENDLESS if isinstance(answer, Exception) else max(answer, 1)
+    assert wgmma._most_clusters(compiled, 0, 4) == expected
+    assert wgmma._most_clusters(compiled, 0, 2) == wgmma.ENDLESS
